@@ -1,0 +1,79 @@
+"""The two clinical tasks: their questions, prompts and answers, in one place for training and for inference.
+
+Phenotype extraction asks eight questions about a note (paper, section on tasks); a question that the note does not
+answer is answered "not relevant". Diagnosis generation asks for the ICD-10-CM description and code.
+
+The tuned form puts the note first, so that one note serves all of its questions (one prefix, nine branches):
+
+    {note}\n\n### Question: What is the tumor size?\n### Answer: 2.5 cm<eos>
+
+`prefix(note)`, `branch(question)` and `answer(texts)` are the three pieces. They are encoded apart and their ids
+joined, so the boundary between prompt and answer is known without searching in token ids.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+NOT_RELEVANT = "not relevant"
+
+
+@dataclass(frozen=True)
+class Phenotype:
+    """One of the eight questions. `values` is the closed list of its answers, or empty where the note's own words
+    are the answer (a span of the note, verbatim)."""
+
+    name: str
+    question: str
+    values: tuple[str, ...] = ()
+
+
+PHENOTYPES: dict[str, Phenotype] = {
+    p.name: p
+    for p in (
+        Phenotype("hormone_receptor_type", "Which hormone receptors were tested?", ("ER", "PR", "HER2")),
+        Phenotype(
+            "hormone_receptor_status",
+            "What is the status of each receptor?",
+            tuple(f"{receptor}{status}" for receptor in ("ER", "PR", "HER2") for status in ("+", "-", " equivocal")),
+        ),
+        Phenotype("tumor_size", "What is the tumor size?"),
+        Phenotype("tumor_site", "What is the tumor site?"),
+        Phenotype("cancer_grade", "What is the cancer grade?", ("grade 1", "grade 2", "grade 3", "grade 4")),
+        Phenotype("histological_type", "What is the histological type?"),
+        Phenotype("tumor_laterality", "What is the tumor laterality?", ("left", "right", "bilateral")),
+        Phenotype("cancer_stage", "What is the cancer stage?"),
+    )
+}
+
+DIAGNOSIS_QUESTION = "What is the diagnosis?"
+
+
+def prefix(note: str) -> str:
+    """The part of the prompt that all questions about a note share."""
+    return note.strip() + "\n\n"
+
+
+def branch(question: str) -> str:
+    """The part of the prompt that asks one question; the answer follows it at once."""
+    return f"### Question: {question}\n### Answer:"
+
+
+def answer(texts: Sequence[str]) -> str:
+    """The answer's text for the values found: joined by commas, or "not relevant" where there is none."""
+    return " " + (", ".join(texts) if texts else NOT_RELEVANT)
+
+
+def parse_answer(text: str) -> list[str]:
+    """The values in an answer's text: split on commas, duplicates dropped, order kept; [] for "not relevant"."""
+    values = dict.fromkeys(" ".join(part.split()) for part in text.split(","))
+    values.pop("", None)
+    if [value.lower().rstrip(".") for value in values] == [NOT_RELEVANT]:
+        return []
+    return list(values)
+
+
+def diagnosis_answer(description: str, code: str) -> str:
+    """The diagnosis task's answer: the ICD-10-CM description (commas and all), then the code in brackets."""
+    return f" {description} ({code})"

@@ -1,0 +1,170 @@
+"""Grouped-query attention with a sliding window, documents and branches.
+
+What a query may see is decided in one place, from absolute positions and never from indices:
+
+    same document,  and  key's branch is the trunk or the query's own,  and  i − W < j ≤ i  (W keys, itself included).
+
+Documents share a row when short texts are packed for training; branches are continuations of one trunk (a note and
+its questions) that do not see each other, in training and in decoding alike. Padding is document −1.
+
+Worked example: a note "a b c" with two questions "p q" and "r" in one row:
+
+    token     a  b  c  p  q  r
+    branch    0  0  0  1  1  2        q sees a b c p q;  r sees a b c r
+    position  0  1  2  3  4  3
+
+`PlainAttend` is the specification (bit-identical to transformers' eager path). `FastAttend` computes the same from
+blocks of queries, so that its cost is O(T·W) and its memory O(T).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.cache import KVCache
+from model.config import ModelConfig
+from model.rotary import Rotate
+
+BLOCK = 512  # queries at once on the fast path: large enough for the matrix product, small enough for the mask
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which document and branch each token belongs to: int64 tensors of shape (B, T). Document −1 is padding."""
+
+    document_BT: Tensor
+    branch_BT: Tensor
+
+
+class Visible:
+    """Who sees whom, for one forward pass. Masks are built per window, when asked for."""
+
+    def __init__(self, query: tuple[Tensor, Layout | None], key: tuple[Tensor, Layout | None], offset: int) -> None:
+        (self.position_BT, self.layout), (self.key_position_BS, self.key_layout) = query, key
+        self.offset = offset  # index of the first query among the keys
+        self.memo: dict[int | None, Tensor] = {}
+
+    def mask(self, window: int | None) -> Tensor:
+        """The whole mask_BTS (bool, True: seen), kept for the layers that share the window."""
+        if window not in self.memo:
+            T, S = self.position_BT.shape[1], self.key_position_BS.shape[1]
+            self.memo[window] = self.block(window, slice(0, T), slice(0, S))
+        return self.memo[window]
+
+    def block(self, window: int | None, rows: slice, columns: slice) -> Tensor:
+        """The part of the mask for some queries and some keys."""
+        distance_BTS = self.position_BT[:, rows, None] - self.key_position_BS[:, None, columns]
+        seen_BTS = distance_BTS >= 0
+        if window is not None:
+            seen_BTS &= distance_BTS < window
+        if self.layout is not None and self.key_layout is not None:
+            document_B1S = self.key_layout.document_BT[:, None, columns]
+            branch_B1S = self.key_layout.branch_BT[:, None, columns]
+            seen_BTS &= self.layout.document_BT[:, rows, None] == document_B1S
+            seen_BTS &= (branch_B1S == 0) | (branch_B1S == self.layout.branch_BT[:, rows, None])
+        return seen_BTS
+
+    def columns(self, window: int | None, rows: slice) -> slice:
+        """A range of keys that holds every key seen by these queries.
+
+        Without a layout, positions run on with the index, so the window bounds the index too.
+        """
+        last = self.offset + rows.stop
+        if self.layout is not None or window is None:
+            return slice(0, last)
+        return slice(max(0, self.offset + rows.start - window + 1), last)
+
+
+class PlainAttend(nn.Module):
+    """Softmax attention as the definition has it: all scores in memory, softmax in at least fp32."""
+
+    def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
+        pattern_BHTS = self.pattern(q_BHTK, k_BGSK, visible, window)
+        return torch.matmul(pattern_BHTS, share(v_BGSK, q_BHTK.shape[1]))
+
+    def pattern(self, q_BHTK: Tensor, k_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
+        """Each query's weights over the keys, pattern_BHTS, in q's dtype."""
+        score_BHTS = torch.matmul(q_BHTK, share(k_BGSK, q_BHTK.shape[1]).transpose(2, 3)) * q_BHTK.shape[-1] ** -0.5
+        unseen_B1TS = ~visible.mask(window)[:, None]
+        score_BHTS = score_BHTS.masked_fill(unseen_B1TS, torch.finfo(score_BHTS.dtype).min)
+        wide = torch.promote_types(score_BHTS.dtype, torch.float32)
+        return F.softmax(score_BHTS, dim=-1, dtype=wide).to(q_BHTK.dtype)
+
+
+class FastAttend(nn.Module):
+    """The same numbers sooner: blocks of queries against the keys in reach, and a grouped product for few queries."""
+
+    few = 16  # up to so many queries a row, one grouped product beats the fused kernel on a CPU
+
+    def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
+        T = q_BHTK.shape[2]
+        if T <= self.few:
+            return self.grouped(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
+        if T <= BLOCK:
+            return self.fused(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
+        blocks = []
+        for start in range(0, T, BLOCK):
+            rows = slice(start, min(start + BLOCK, T))
+            columns = visible.columns(window, rows)
+            mask_BTS = visible.block(window, rows, columns)
+            blocks.append(self.fused(q_BHTK[:, :, rows], k_BGSK[:, :, columns], v_BGSK[:, :, columns], mask_BTS))
+        return torch.cat(blocks, dim=2)
+
+    def grouped(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BTS: Tensor) -> Tensor:
+        """All query heads of a key/value head as rows of one product: no copy of keys or values."""
+        B, H, T, K = q_BHTK.shape
+        G = k_BGSK.shape[1]
+        q_BGMK = q_BHTK.reshape(B, G, H // G * T, K) * K**-0.5
+        score_BGMS = torch.matmul(q_BGMK, k_BGSK.transpose(2, 3).to(q_BHTK.dtype))
+        score_BGRTS = score_BGMS.view(B, G, H // G, T, -1).masked_fill(~mask_BTS[:, None, None], float("-inf"))
+        wide = torch.promote_types(q_BHTK.dtype, torch.float32)
+        pattern_BGRTS = F.softmax(score_BGRTS, dim=-1, dtype=wide).to(q_BHTK.dtype)
+        out_BGMK = torch.matmul(pattern_BGRTS.view(score_BGMS.shape), v_BGSK.to(q_BHTK.dtype))
+        return out_BGMK.view(B, H, T, K)
+
+    def fused(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BTS: Tensor) -> Tensor:
+        H = q_BHTK.shape[1]
+        k_BHSK, v_BHSK = share(k_BGSK, H).to(q_BHTK.dtype), share(v_BGSK, H).to(q_BHTK.dtype)
+        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask_BTS[:, None])
+
+
+def share(x_BGSK: Tensor, heads: int) -> Tensor:
+    """Give each of `heads` query heads its group's keys or values: (B, G, S, K) → (B, H, S, K)."""
+    B, G, S, K = x_BGSK.shape
+    return x_BGSK[:, :, None].expand(B, G, heads // G, S, K).reshape(B, heads, S, K) if heads != G else x_BGSK
+
+
+def split_heads(x_BTD: Tensor, size: int) -> Tensor:
+    """(B, T, heads · K) → (B, heads, T, K)."""
+    B, T, _ = x_BTD.shape
+    return x_BTD.view(B, T, -1, size).transpose(1, 2)
+
+
+class Attention(nn.Module):
+    """Project, turn by position, attend, project back. `rotate_q`, `rotate_k` and `attend` can be observed by hooks."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        D, K = config.hidden_size, config.head_dim
+        self.layer, self.head_dim, self.window = layer, K, config.windows[layer]
+        self.q_proj = nn.Linear(D, config.num_attention_heads * K, bias=config.qkv_bias)
+        self.k_proj = nn.Linear(D, config.num_key_value_heads * K, bias=config.qkv_bias)
+        self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=config.qkv_bias)
+        self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=config.o_bias)
+        self.rotate_q, self.rotate_k = Rotate(), Rotate()
+        self.attend: PlainAttend | FastAttend = PlainAttend()
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None = None
+    ) -> Tensor:
+        q_BHTK = self.rotate_q(split_heads(self.q_proj(x_BTD), self.head_dim), rotary)
+        k_BGSK = self.rotate_k(split_heads(self.k_proj(x_BTD), self.head_dim), rotary)
+        v_BGSK = split_heads(self.v_proj(x_BTD), self.head_dim)
+        if cache is not None:
+            k_BGSK, v_BGSK = cache.append(self.layer, k_BGSK, v_BGSK)
+        out_BHTK = self.attend(q_BHTK, k_BGSK, v_BGSK, visible, self.window)
+        return self.o_proj(out_BHTK.transpose(1, 2).flatten(2))

@@ -1,0 +1,66 @@
+"""How every program of this repository reports a user's mistake: one clear line, exit 2.
+
+A program is a frozen dataclass of options (each with a docstring, which becomes its `--help`) and a function that
+takes it and returns an exit code: 0 or None for success, 1 for a failed check. Everything that a user can get wrong
+raises `UserError`; any other exception is a bug of ours and keeps its traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Callable, Sequence
+from typing import TypeVar
+
+Options = TypeVar("Options")
+
+
+class UserError(ValueError):
+    """A mistake that the user can mend. The message says what is wrong, where, and what to do, on one line.
+
+    It never holds a note's text (notes are patients' text): it names the file, the line or the record's id.
+    """
+
+
+def one_line(error: BaseException) -> str:
+    """The error's message folded onto one line."""
+    return " ".join(str(error).split()) or type(error).__name__
+
+
+def run(main: Callable[[Options], int | None], options_type: type[Options], argv: Sequence[str] | None = None) -> None:
+    """Parse the command line into `options_type`, call `main` with it, and exit with its code.
+
+    Raises SystemExit always: 0 on success, 1 on a failed check, 2 on bad usage or bad input, 130 on Ctrl-C.
+    """
+    import tyro
+
+    program = sys.modules["__main__"].__spec__
+    name = program.name if program is not None else os.path.basename(sys.argv[0])
+    prog = f"python -m {name}"
+    options = tyro.cli(options_type, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    raise SystemExit(guard(lambda: main(options), name))
+
+
+def guard(body: Callable[[], int | None], name: str) -> int:
+    """Run `body`; report a user's mistake as one line on stderr. Returns the exit code."""
+    try:
+        return body() or 0
+    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
+        return 2
+    except OSError as error:
+        if error.errno is None:
+            raise
+        print(f"{name}: {one_line(error)}", file=sys.stderr)  # disk full, read-only file system, broken device
+        return 2
+    except KeyboardInterrupt:
+        print(f"{name}: interrupted", file=sys.stderr)
+        return 130
+
+
+def nearest(word: str, known: Sequence[str]) -> str:
+    """' (did you mean …?)' for the known word nearest to `word`, or '' where none is near."""
+    import difflib
+
+    close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)
+    return f" (did you mean {close[0]!r}?)" if close else ""

@@ -1,0 +1,266 @@
+"""What a checkpoint's config.json says about the architecture, checked; families differ by these values alone.
+
+Two things are refused rather than guessed, because public readers guess them differently: a missing `sliding_window`
+in a mistral or mixtral config (4,096 to some readers, none to others) and a missing `rms_norm_eps` (1e-6 to some, 1e-5
+in Mistral's own files).
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from model.command import UserError, nearest
+
+FAMILIES = ("mistral", "llama", "mixtral", "qwen2")
+# What each kind of rotary scaling must say beside its type, and what it may say.
+ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ()),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long texts (`rope_type` and its numbers, as config.json spells them)."""
+
+    rope_type: str
+    factor: float = 1.0
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The shape of a decoder. Names are config.json's; `windows` holds one entry a layer (None: sees everything).
+
+    Raises UserError where values are impossible, or where this implementation does not cover what they ask for.
+    """
+
+    vocab_size: int
+    hidden_size: int
+    intermediate_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    rms_norm_eps: float
+    rope_theta: float
+    windows: tuple[int | None, ...]
+    model_type: str = "mistral"
+    rope_scaling: RopeScaling | None = None
+    max_position_embeddings: int = 32768
+    tie_word_embeddings: bool = False
+    qkv_bias: bool = False
+    o_bias: bool = False
+    num_local_experts: int = 0
+    num_experts_per_tok: int = 0
+    bos_token_id: int | None = None
+    eos_token_id: tuple[int, ...] = ()
+    pad_token_id: int | None = None
+
+    def __post_init__(self) -> None:
+        for name in (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "num_key_value_heads", "head_dim", "max_position_embeddings",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+                raise UserError(f"config: {name} is {value!r}; it must be a whole number of at least 1")
+        if self.model_type not in FAMILIES:
+            raise UserError(
+                f"config: model_type {self.model_type!r} is not covered{nearest(str(self.model_type), FAMILIES)}; "
+                f"covered are {', '.join(FAMILIES)}"
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise UserError(
+                f"config: {self.num_attention_heads} query heads cannot share {self.num_key_value_heads} key/value "
+                "heads: num_attention_heads must be a multiple of num_key_value_heads"
+            )
+        if self.head_dim % 2:
+            raise UserError(f"config: head_dim is {self.head_dim}; rotary positions need an even size")
+        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
+            raise UserError(f"config: rms_norm_eps {self.rms_norm_eps} and rope_theta {self.rope_theta} must be > 0")
+        if len(self.windows) != self.num_hidden_layers:
+            raise UserError(f"config: {len(self.windows)} windows for {self.num_hidden_layers} layers")
+        if any(window is not None and window < 1 for window in self.windows):
+            raise UserError(f"config: sliding_window is {min(w for w in self.windows if w is not None)}; at least 1")
+        if not 0 <= self.num_experts_per_tok <= self.num_local_experts:
+            raise UserError(
+                f"config: num_experts_per_tok {self.num_experts_per_tok} of num_local_experts {self.num_local_experts}"
+            )
+        if self.num_local_experts and not self.num_experts_per_tok:
+            raise UserError("config: num_experts_per_tok must be at least 1 where there are experts")
+
+    @property
+    def window(self) -> int | None:
+        """The widest window of any layer; None where some layer sees everything. It bounds the cache."""
+        return None if None in self.windows else max(w for w in self.windows if w is not None)
+
+    @classmethod
+    def from_pretrained(cls, path: str | os.PathLike[str]) -> ModelConfig:
+        """The config of a checkpoint: config.json (old `rope_theta` or new `rope_parameters`), params.json or GGUF."""
+        from model.weights import config_dict
+
+        try:
+            return cls.from_dict(config_dict(path))
+        except UserError as error:
+            raise UserError(f"{path}: {error}") from error
+
+    @classmethod
+    def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
+        """Read config.json's keys. Raises UserError for what is missing, impossible or not covered."""
+        family = raw.get("model_type")
+        if family not in FAMILIES:
+            raise UserError(
+                f"model_type {family!r} is not covered{nearest(str(family), FAMILIES)}; "
+                f"covered are {', '.join(FAMILIES)}"
+            )
+        required = (
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+        )  # fmt: skip
+        missing = [name for name in required if raw.get(name) is None]
+        if missing:
+            raise UserError(f"config lacks {', '.join(missing)}; add what the model was trained with")
+        _refuse_uncovered(raw)
+        heads = raw["num_attention_heads"]
+        if not isinstance(heads, int) or heads < 1:
+            raise UserError(f"config: num_attention_heads is {heads!r}; it must be a whole number of at least 1")
+        theta, scaling = _rope(raw)
+        eos = raw.get("eos_token_id")
+        moe = family == "mixtral"
+        if moe and not (raw.get("num_local_experts") and raw.get("num_experts_per_tok")):
+            raise UserError("config lacks num_local_experts or num_experts_per_tok, which a mixtral needs")
+        return cls(
+            **{name: raw[name] for name in required},
+            num_key_value_heads=raw.get("num_key_value_heads") or heads,
+            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            rope_theta=theta,
+            rope_scaling=scaling,
+            windows=_windows(raw),
+            model_type=family,
+            max_position_embeddings=raw.get("max_position_embeddings") or 32768,
+            # transformers writes only what differs from its family default, which is untied for all four
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
+            qkv_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
+            o_bias=family == "llama" and bool(raw.get("attention_bias", False)),
+            num_local_experts=raw["num_local_experts"] if moe else 0,
+            num_experts_per_tok=raw["num_experts_per_tok"] if moe else 0,
+            bos_token_id=raw.get("bos_token_id"),
+            eos_token_id=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
+            pad_token_id=raw.get("pad_token_id"),
+        )
+
+    def to_dict(self) -> dict[str, Any]:
+        """config.json as transformers reads it, in both rotary spellings."""
+        scaling = {k: v for k, v in asdict(self.rope_scaling).items() if v is not None} if self.rope_scaling else {}
+        eos = self.eos_token_id
+        raw: dict[str, Any] = {
+            "architectures": [f"{self.model_type.capitalize()}ForCausalLM"],
+            "model_type": self.model_type,
+            "hidden_act": "silu",
+            **{
+                name: getattr(self, name)
+                for name in (
+                    "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+                    "num_key_value_heads", "head_dim", "rms_norm_eps", "rope_theta", "max_position_embeddings",
+                    "tie_word_embeddings", "bos_token_id", "pad_token_id",
+                )
+            },
+            "eos_token_id": None if not eos else eos[0] if len(eos) == 1 else list(eos),
+            "rope_scaling": scaling or None,
+            "rope_parameters": {"rope_type": "default", "rope_theta": self.rope_theta, **scaling},
+        }  # fmt: skip
+        if self.model_type == "llama":
+            raw["attention_bias"] = self.qkv_bias
+        if self.model_type in ("mistral", "mixtral"):
+            raw["sliding_window"] = self.windows[0]
+        if self.model_type == "mixtral":
+            raw |= {"num_local_experts": self.num_local_experts, "num_experts_per_tok": self.num_experts_per_tok}
+        if self.model_type == "qwen2":
+            wide = sum(window is None for window in self.windows)
+            some = wide < self.num_hidden_layers
+            raw |= {
+                "use_sliding_window": some,
+                "sliding_window": self.windows[-1] if some else None,
+                "max_window_layers": wide,
+            }
+        return raw
+
+
+def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Each layer's window. Qwen2's first `max_window_layers` layers see everything."""
+    family, layers = raw["model_type"], raw["num_hidden_layers"]
+    window = raw.get("sliding_window")
+    if family == "llama":
+        return (None,) * layers
+    if family in ("mistral", "mixtral"):
+        if "sliding_window" not in raw:
+            raise UserError(
+                "config lacks sliding_window; say 4096 for Mistral-7B v0.1 or null for none "
+                "(v0.2, v0.3 and Mixtral): readers guess it differently"
+            )
+        return (window,) * layers
+    if not raw.get("use_sliding_window", False):
+        return (None,) * layers
+    if raw.get("layer_types"):
+        return tuple(window if kind == "sliding_attention" else None for kind in raw["layer_types"])
+    if window is None or "max_window_layers" not in raw:
+        raise UserError("config says use_sliding_window but lacks sliding_window or max_window_layers")
+    return tuple(window if layer >= raw["max_window_layers"] else None for layer in range(layers))
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
+    new = raw.get("rope_parameters") or {}
+    old = raw.get("rope_scaling") or {}
+    theta = new.get("rope_theta", raw.get("rope_theta"))
+    if theta is None:
+        raise UserError("config lacks rope_theta (1e4 for Mistral v0.1 and Llama-2, 1e6 for v0.2 and v0.3)")
+    if raw.get("rope_theta") not in (None, theta):
+        raise UserError(f"config contradicts itself: rope_theta {raw['rope_theta']} and rope_parameters {theta}")
+    spec = {**old, **new}
+    kind = spec.pop("rope_type", spec.pop("type", "default"))
+    spec.pop("type", None)
+    spec.pop("rope_theta", None)
+    if spec.pop("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config: partial_rotary_factor other than 1 is not covered")
+    if kind not in ROPE_FIELDS:
+        raise UserError(f"rope scaling {kind!r} is not covered; covered are {', '.join(ROPE_FIELDS)}")
+    if kind == "default":
+        return float(theta), None
+    needed, optional = ROPE_FIELDS[kind]
+    if kind in ("llama3", "yarn"):  # transformers falls back to the model's own length
+        spec.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+    missing = [name for name in needed if spec.get(name) is None]
+    if missing:
+        raise UserError(f"rope scaling {kind!r} lacks {', '.join(missing)}")
+    known = {name: spec[name] for name in (*needed, *optional) if spec.get(name) is not None}
+    return float(theta), RopeScaling(rope_type=kind, **known)
+
+
+def _refuse_uncovered(raw: Mapping[str, Any]) -> None:
+    """Refuse by name what would change the arithmetic and is not implemented."""
+    if raw.get("hidden_act", "silu") != "silu":
+        raise UserError(f"config: hidden_act {raw['hidden_act']!r} is not covered; these families use silu")
+    if raw.get("quantization_config"):
+        raise UserError("config: quantised checkpoints (quantization_config) are not covered; give the full weights")
+    if raw.get("mlp_bias"):
+        raise UserError("config: mlp_bias is not covered")
+    if raw.get("attention_bias") and raw["model_type"] in ("mistral", "mixtral"):
+        raise UserError(f"config: attention_bias is not part of the {raw['model_type']} family")

@@ -1,0 +1,102 @@
+"""Rotary positions (RoFormer, arXiv 2104.09864) in the half-rotated layout of transformers' files.
+
+A pair of a head's numbers (n, n + K/2) is turned by the angle position · θ^(−2n/K). The tables are computed in fp32
+(fp64 for an fp64 model): a bf16 phase is off by more than half a turn after 4,096 positions.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig, RopeScaling
+
+
+class Rotary(nn.Module):
+    """The cosine and sine tables for given positions. It holds no parameter, so a model built on meta needs no care."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
+        self.trained_length = config.max_position_embeddings
+
+    def forward(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+        """(cos_BTK, sin_BTK) in `dtype`, computed in at least fp32."""
+        wide = torch.promote_types(dtype, torch.float32)
+        theta = self.theta
+        if self.scaling is not None and self.scaling.rope_type == "dynamic":
+            theta = dynamic_theta(theta, self.head_dim, self.scaling, self.trained_length, positions_BT)
+        frequency, gain = frequencies(self.head_dim, theta, self.scaling, wide)
+        angle_BTK2 = positions_BT[..., None].to(wide) * frequency.to(positions_BT.device)
+        angle_BTK = torch.cat((angle_BTK2, angle_BTK2), dim=-1)
+        return (angle_BTK.cos() * gain).to(dtype), (angle_BTK.sin() * gain).to(dtype)
+
+
+class Rotate(nn.Module):
+    """Turn queries or keys by their positions' angles; a module of its own so that its result can be observed."""
+
+    def forward(self, x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
+        cos_B1TK, sin_B1TK = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)
+        first, second = x_BHTK.chunk(2, dim=-1)
+        return x_BHTK * cos_B1TK + torch.cat((-second, first), dim=-1) * sin_B1TK
+
+
+def dynamic_theta(theta: float, size: int, scaling: RopeScaling, trained: int, positions_BT: Tensor) -> float:
+    """NTK-aware base for texts longer than the model was trained on; θ itself for shorter ones."""
+    length = max(int(positions_BT.max()) + 1, trained)
+    return theta * (scaling.factor * length / trained - (scaling.factor - 1)) ** (size / (size - 2))
+
+
+def frequencies(size: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """(frequency_K2, gain): radians a position for each pair, and the factor on cos and sin (1 but for yarn)."""
+    frequency = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=dtype) / size))
+    if scaling is None or scaling.rope_type == "dynamic":
+        return frequency, 1.0
+    if scaling.rope_type == "linear":
+        return frequency / scaling.factor, 1.0
+    if scaling.rope_type == "llama3":
+        return _llama3(frequency, scaling), 1.0
+    return _yarn(size, theta, scaling, dtype)
+
+
+def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
+    """Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1)."""
+    assert scaling.low_freq_factor and scaling.high_freq_factor and scaling.original_max_position_embeddings
+    length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
+    wavelength = 2 * math.pi / frequency
+    stretched = torch.where(wavelength > length / low, frequency / scaling.factor, frequency)
+    keep = (length / wavelength - low) / (high - low)
+    blended = (1 - keep) * stretched / scaling.factor + keep * stretched
+    between = ~(wavelength < length / high) & ~(wavelength > length / low)
+    return torch.where(between, blended, stretched)
+
+
+def _yarn(size: int, theta: float, scaling: RopeScaling, dtype: torch.dtype) -> tuple[Tensor, float]:
+    """YaRN (arXiv 2309.00071): interpolate slow pairs, keep fast ones, ramp between; cos and sin gain ~ log(factor)."""
+    length, factor = scaling.original_max_position_embeddings, scaling.factor
+    assert length is not None
+
+    def pair_turning(turns: float) -> float:  # the pair that makes `turns` turns over the trained length
+        return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
+
+    low, high = pair_turning(scaling.beta_fast or 32), pair_turning(scaling.beta_slow or 1)
+    if scaling.truncate is None or scaling.truncate:
+        low, high = math.floor(low), math.ceil(high)
+    low, high = max(low, 0), min(high, size - 1)
+    if low == high:
+        high += 0.001
+    ramp = torch.clamp((torch.arange(size // 2, dtype=dtype) - low) / (high - low), 0, 1)
+    power = theta ** (torch.arange(0, size, 2).to(dtype) / size)
+    keep = 1 - ramp
+    frequency = 1.0 / (factor * power) * (1 - keep) + 1.0 / power * keep
+
+    def gain(weight: float = 1.0) -> float:
+        return 1.0 if factor <= 1 else 0.1 * weight * math.log(factor) + 1.0
+
+    if scaling.attention_factor is not None:
+        return frequency, scaling.attention_factor
+    if scaling.mscale and scaling.mscale_all_dim:
+        return frequency, float(gain(scaling.mscale) / gain(scaling.mscale_all_dim))
+    return frequency, gain()

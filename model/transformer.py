@@ -1,0 +1,253 @@
+"""The decoder: embedding, L blocks of attention and feed-forward, a final norm, logits. Llama, Mistral, Mixtral, Qwen2.
+
+Module names are the checkpoint's names (`model.layers.0.self_attn.q_proj.weight`), so there is no key mapping. What is
+unusual: every mask comes from absolute positions (attention.py); norms cast to the input's dtype before the weight
+multiplies, as transformers does; logits are fp32 whatever the weights are; `readout` lets a caller take from the last
+hidden states only what it needs, so that logits for tokens that nobody looks at are never computed.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from model.attention import Attention, FastAttend, Layout, PlainAttend, Visible
+from model.cache import KVCache
+from model.config import ModelConfig
+from model.rotary import Rotary
+
+Readout = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
+
+
+class RMSNorm(nn.Module):
+    """x / sqrt(mean(x²) + eps) in at least fp32, cast to x's dtype, then times the weight (arXiv 1910.07467)."""
+
+    def __init__(self, size: int, eps: float) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.ones(size))
+        self.eps = eps
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
+        scaled_BTD = wide_BTD * torch.rsqrt(wide_BTD.pow(2).mean(-1, keepdim=True) + self.eps)
+        return self.weight * scaled_BTD.to(x_BTD.dtype)
+
+
+class MLP(nn.Module):
+    """SwiGLU: down(silu(gate(x)) · up(x)) (arXiv 2002.05202)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.gate_proj = nn.Linear(D, F_, bias=False)
+        self.up_proj = nn.Linear(D, F_, bias=False)
+        self.down_proj = nn.Linear(F_, D, bias=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        return self.down_proj(F.silu(self.gate_proj(x_BTD)) * self.up_proj(x_BTD))
+
+
+class Expert(nn.Module):
+    """One SwiGLU expert under Mixtral's names: w1 gate, w3 up, w2 down."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        D, F_ = config.hidden_size, config.intermediate_size
+        self.w1 = nn.Linear(D, F_, bias=False)
+        self.w2 = nn.Linear(F_, D, bias=False)
+        self.w3 = nn.Linear(D, F_, bias=False)
+
+    def forward(self, x_ND: Tensor) -> Tensor:
+        return self.w2(F.silu(self.w1(x_ND)) * self.w3(x_ND))
+
+
+class Experts(nn.Module):
+    """Mixtral's sparse feed-forward (arXiv 2401.04088): each token goes to its best experts, weighted by the router."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.top_k = config.num_experts_per_tok
+        self.gate = nn.Linear(config.hidden_size, config.num_local_experts, bias=False)
+        self.experts = nn.ModuleList(Expert(config) for _ in range(config.num_local_experts))
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, 1)
+        logits_NE = self.gate(x_ND)
+        # the softmax runs over all experts, in at least fp32, before the best are taken and made to sum to 1
+        share_NE = F.softmax(logits_NE, dim=-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
+        weight_Nk, chosen_Nk = torch.topk(share_NE, self.top_k, dim=-1)
+        weight_Nk = weight_Nk / weight_Nk.sum(dim=-1, keepdim=True)
+        out_ND = torch.zeros_like(x_ND)
+        for index, expert in enumerate(self.experts):  # in order of the experts, so the sum's order is fixed
+            token, place = (chosen_Nk == index).nonzero(as_tuple=True)
+            y_MD = expert(x_ND[token]) * weight_Nk[token, place, None]
+            out_ND = out_ND.index_add(0, token, y_MD.to(out_ND.dtype))
+        return out_ND.view_as(x_BTD)
+
+
+class Block(nn.Module):
+    """x + attention(norm(x)), then + feed-forward(norm(·))."""
+
+    def __init__(self, config: ModelConfig, layer: int) -> None:
+        super().__init__()
+        self.input_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.self_attn = Attention(config, layer)
+        self.post_attention_layernorm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        if config.num_local_experts:
+            self.block_sparse_moe = Experts(config)
+        else:
+            self.mlp = MLP(config)
+
+    @property
+    def feed_forward(self) -> nn.Module:
+        return self.block_sparse_moe if hasattr(self, "block_sparse_moe") else self.mlp
+
+    def forward(
+        self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None = None
+    ) -> Tensor:
+        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, visible, cache)
+        return x_BTD + self.feed_forward(self.post_attention_layernorm(x_BTD))
+
+
+class Decoder(nn.Module):
+    """Everything but the output matrix: tokens in, normed hidden states out."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size)
+        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
+        self.rotary = Rotary(config)
+        self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping its inside
+
+    def forward(
+        self, tokens_BT: Tensor, positions_BT: Tensor | None, cache: KVCache | None, layout: Layout | None
+    ) -> Tensor:
+        if positions_BT is None:
+            positions_BT = plain_positions(tokens_BT, cache, layout)
+        visible = see(positions_BT, cache, layout)
+        x_BTD = self.embed_tokens(tokens_BT)
+        rotary = self.rotary(positions_BT, x_BTD.dtype)
+        for layer in self.layers:
+            if self.checkpoint_blocks and torch.is_grad_enabled():
+                x_BTD = checkpoint(layer, x_BTD, rotary, visible, use_reentrant=False)
+            else:
+                x_BTD = layer(x_BTD, rotary, visible, cache)
+        return self.norm(x_BTD)
+
+
+def plain_positions(tokens_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> Tensor:
+    """0, 1, 2 … for each row, going on from the cache. A layout has to come with positions of its own."""
+    if layout is not None:
+        raise ValueError("a layout needs positions: pass positions=, restarting where a document begins")
+    steps_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
+    if cache is None or cache.length == 0:
+        return steps_1T.expand(tokens_BT.shape)
+    return cache.next_position_B1 + steps_1T
+
+
+def see(positions_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> Visible:
+    """Who sees whom among these tokens and the cached ones; enters the tokens' positions into the cache."""
+    if cache is None:
+        return Visible((positions_BT, layout), (positions_BT, layout), 0)
+    cache.extend(positions_BT, layout)
+    held, T = slice(0, cache.length), positions_BT.shape[1]
+    assert cache.position_BS is not None and cache.document_BS is not None and cache.branch_BS is not None
+    keys = Layout(cache.document_BS[:, held], cache.branch_BS[:, held])
+    new = slice(cache.length - T, cache.length)
+    queries = Layout(cache.document_BS[:, new], cache.branch_BS[:, new]) if cache.has_layout else None
+    return Visible((positions_BT, queries), (cache.position_BS[:, held], keys), cache.length - T)
+
+
+class Transformer(nn.Module):
+    """A language model of the Llama, Mistral, Mixtral or Qwen2 family.
+
+    `model(tokens_BT)` gives logits_BTV in fp32 (fp64 for an fp64 model). Keyword options: `positions` (B, T) int64,
+    `cache` (a KVCache that the tokens are appended to), `layout` (documents and branches; needs positions), `readout`
+    (a function of (normed hidden states x_BTD, head) whose result is returned in place of the logits).
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.model = Decoder(config)
+        self.lm_head = None if config.tie_word_embeddings else nn.Linear(config.hidden_size, config.vocab_size, False)
+
+    def forward(
+        self,
+        tokens_BT: Tensor,
+        *,
+        positions: Tensor | None = None,
+        cache: KVCache | None = None,
+        layout: Layout | None = None,
+        readout: Readout | None = None,
+    ) -> Any:
+        x_BTD = self.model(tokens_BT, positions, cache, layout)
+        return self.head(x_BTD) if readout is None else readout(x_BTD, self.head)
+
+    def head(self, x_BTD: Tensor) -> Tensor:
+        """Logits of hidden states; tied checkpoints read the embedding's rows."""
+        out = self.lm_head(x_BTD) if self.lm_head is not None else F.linear(x_BTD, self.model.embed_tokens.weight)
+        return out.to(torch.promote_types(out.dtype, torch.float32))
+
+    def use_attention(self, kind: str) -> Transformer:
+        """Choose "plain" (the specification) or "fast" attention in every block; returns the model."""
+        attend = {"plain": PlainAttend, "fast": FastAttend}[kind]
+        for module in self.modules():
+            if isinstance(module, Attention):
+                module.attend = attend()
+        return self
+
+    @property
+    def device(self) -> torch.device:
+        return self.model.norm.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """The dtype of the residual stream."""
+        return self.model.norm.weight.dtype
+
+    def init_weights(self, seed: int) -> Transformer:
+        """Normal(0, 0.02) matrices, residual outputs scaled by 1/√(2L), norms at one: a function of (seed, name)."""
+        import zlib
+
+        scale = (2 * self.config.num_hidden_layers) ** -0.5
+        for name, weight in self.named_parameters():
+            generator = torch.Generator().manual_seed((seed * 2654435761 + zlib.crc32(name.encode())) % 2**63)
+            with torch.no_grad():
+                if weight.dim() < 2:
+                    weight.copy_(torch.full(weight.shape, 0.0 if name.endswith("bias") else 1.0))
+                    continue
+                out = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
+                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02 * (scale if out else 1.0))
+        return self
+
+    @classmethod
+    def from_pretrained(
+        cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
+    ) -> Transformer:
+        """Load a checkpoint (safetensors, Mistral's native files, or GGUF), streamed into `dtype` on `device`.
+
+        Raises UserError where files are missing, damaged, or disagree with the config.
+        """
+        from model.weights import load_weights
+
+        config = ModelConfig.from_pretrained(path)
+        with torch.device("meta"):
+            model = cls(config)
+        load_weights(model, path, dtype=dtype, device=device)
+        return model.eval()
+
+    def save_pretrained(self, path: str | os.PathLike[str], max_shard_bytes: int = 5 * 2**30) -> None:
+        """Write safetensors and config.json that transformers loads, atomically, in shards of at most this size."""
+        from model.weights import save_weights
+
+        state: Mapping[str, Tensor] = {name: p.detach() for name, p in self.state_dict().items()}
+        save_weights(state, self.config.to_dict(), path, max_shard_bytes)
