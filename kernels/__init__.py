@@ -1,0 +1,31 @@
+"""Tensors in, tensors out: Triton kernels, each beside its PyTorch definition.
+
+Nothing is imported until a name is asked for, so that `import kernels` costs nothing and needs no Triton. A CPU
+tensor gets the PyTorch definition, a CUDA tensor the kernel.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import Any
+
+_HOME = {
+    "rms_norm": "norm",
+    "add_rms_norm": "norm",
+    "swiglu": "swiglu",
+    "lora_linear": "linear",
+    "rms_norm_lora_linear": "linear",
+    "multi_lora_linear": "multi_lora",
+    "int4_lora_linear": "four_bit",
+    "nf4_lora_linear": "four_bit",
+    "linear_cross_entropy": "cross_entropy",
+    "decode_attention": "decode_attention",
+    "prefill_attention": "prefill_attention",
+}
+__all__ = [*_HOME]  # noqa: PLE0604
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOME:
+        raise AttributeError(f"module 'kernels' has no attribute {name!r}")
+    return getattr(import_module(f"kernels.{_HOME[name]}"), name)

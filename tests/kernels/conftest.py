@@ -1,0 +1,55 @@
+"""Kernels run in Triton's interpreter where there is no CUDA device, compiled where there is one.
+
+Triton decides at import whether its functions are interpreted, and another test may have imported it before, so it is
+imported afresh here with the variable set, and the variable is taken back for the tests of other folders.
+"""
+
+import contextlib
+import os
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+if DEVICE == "cpu":
+    for name in [n for n in sys.modules if n.split(".")[0] in ("triton", "kernels")]:
+        if "_C" not in name:
+            del sys.modules[name]
+    os.environ["TRITON_INTERPRET"] = "1"
+    try:
+        for path in sorted((Path(__file__).parents[2] / "kernels").glob("*.py")):
+            if path.stem not in ("compile", "__main__"):
+                __import__("kernels" if path.stem == "__init__" else f"kernels.{path.stem}")
+        with contextlib.suppress(ImportError):  # imported at the first launch, when the variable is gone
+            __import__("triton.experimental.gluon")
+    finally:
+        del os.environ["TRITON_INTERPRET"]
+
+
+@pytest.fixture(scope="session")
+def device() -> str:
+    return DEVICE
+
+
+def error(value, truth) -> float:
+    return float((value.double() - truth).abs().max()) if truth.numel() else 0.0
+
+
+@pytest.fixture(scope="session")
+def as_good_as():
+    """check(ours, plain, truth): our error against fp64 is at most twice that of the same PyTorch operation in the
+    same dtype. Where PyTorch happens to be exact (one row of one value), roundings that nobody can avoid are allowed:
+    the result's own, and four in fp32 (a root, a quotient, two products), each half a unit of the largest value."""
+
+    def check(ours, plain, truth) -> None:
+        assert ours.shape == truth.shape and ours.dtype == plain.dtype
+        assert torch.isfinite(ours).all()
+        largest = float(truth.abs().max()) if truth.numel() else 0.0
+        final = torch.finfo(ours.dtype).eps / 2 if ours.dtype != torch.float32 else 0.0
+        allowed = max(2 * error(plain, truth), (final + 4 * 2**-24) * largest)
+        assert error(ours, truth) <= allowed, f"error {error(ours, truth):.3e}, allowed {allowed:.3e}"
+
+    return check
