@@ -3,9 +3,9 @@
     n = cast(x / √(mean(x²) + eps)) · g            (or n = x)
     y = n Wᵀ + s · (n Aᵀ) Bᵀ + c                   A is (R, D), B is (O, R), arXiv 2106.09685
 
-What is saved. The unfused sequence writes n and reads it back once per projection, writes and reads n Aᵀ, writes s·(…)Bᵀ,
-reads it and y, and writes y again. Here n lives in registers: a tile of x is loaded, scaled, cast and multiplied by its
-share of W before the next one arrives. `kernels/compiled.md` counts the bytes of both.
+What is saved. The unfused sequence writes n and reads it back once per projection, writes and reads n Aᵀ, writes
+s·(…)Bᵀ, reads it and y, and writes y again. Here n lives in registers: a tile of x is loaded, scaled, cast and
+multiplied by its share of W before the next one arrives. `kernels/compiled.md` counts the bytes of both.
 
 n cannot be factored out of the sum (Σ x·r·g·W = r·Σ x·g·W), because the plain path casts x·r to bf16 before g
 multiplies, and we give its numbers. So r must be known before the first product: a program first runs over its rows
@@ -26,8 +26,11 @@ Backward, W and g frozen, t = s · dy B, u = s · n Aᵀ:
     dB = dyᵀ u             `_outer` once more, with dy in place of n
     dx = RMSNorm's backward of dn
 
-Sums over rows are split over programs whose partial sums are added in a fixed order: no atomics, the same bits each run.
+Sums over rows are split over programs whose partial sums are added in a fixed order: no atomics, the same bits each
+run.
 """
+
+# ruff: noqa: E741 - O is the output width
 
 from __future__ import annotations
 
@@ -107,7 +110,7 @@ def _linear(
     NORM: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, OUTPUTS: tl.constexpr,
     RANK: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
-    """y = n Wᵀ (+ y where ADD). NORM: "no", "here" (statistic computed), "given" (rstd). LORA: "no", "here", "given" (u)."""
+    """y = n Wᵀ (+ y where ADD). NORM "here": computes the statistic, "given": rstd. LORA "here": from A, "given": u."""
     # neighbouring programs share weights: GROUP row tiles go through a column tile before the next column tile
     row_tiles = tl.cdiv(N, BN)
     tiles0 = tl.cdiv(O0, BO)
@@ -323,7 +326,7 @@ def run_linear(
 def run_outer(t_NR: Tensor, x_ND: Tensor, gain_D: Tensor | None = None, rstd_N: Tensor | None = None) -> Tensor:
     """tᵀ n as (R, D) fp32; n is x, or x normed where a gain is given."""
     (N, D), R = x_ND.shape, t_NR.shape[1]
-    tiles = dict(config("outer", width(x_ND.dtype)))
+    tiles = dict(config("outer", f"{'rank' if R <= 256 else 'weight'}/{width(x_ND.dtype)}"))
     splits = max(1, min(tiles.pop("SPLITS"), divide_up(N, tiles["BN"])))
     rank_tile = min(max(16, power_of_2(R)), tiles.pop("MOST_RANK"))
     out_SRD = x_ND.new_zeros(splits, R, D, dtype=torch.float32)
