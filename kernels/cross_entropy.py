@@ -7,9 +7,9 @@ number. Forward, a program takes a tile of rows and a share of the vocabulary, c
 each tile into a running (maximum m, sum s of exp(l − m)); a new maximum m' turns s into s · exp(m − m'). The shares'
 pairs are then combined by the same rule. Logits stay fp32 from the product to the sum.
 
-Backward, softmax is computed again from x, W and the saved log-sum, for one chunk of the vocabulary at a time:
+Backward, softmax is computed again from x, W and the saved m and log s, for one chunk of the vocabulary at a time:
 
-    G = (exp(l − logsum) − [v = target]) · dloss / count        (N, CHUNK), in x's dtype
+    G = (exp(l − m − log s) − [v = target]) · dloss / count        (N, CHUNK), in x's dtype
     dx += G W_chunk       fp32, over all chunks in order         dW_chunk = Gᵀ x
 
 so the most that exists at once is N · CHUNK values: 34 MB for the case above. The logits are computed twice, which adds
@@ -79,7 +79,7 @@ def _forward(
 
 @jit
 def _gradient(
-    x, w, targets, logsum, upstream, out, N, D, V, first, x_row, w_row, out_row,
+    x, w, targets, largest, log_total, upstream, out, N, D, V, first, x_row, w_row, out_row,
     BN: tl.constexpr, BV: tl.constexpr, BD: tl.constexpr,
 ):  # fmt: skip
     """out = (softmax − one-hot) · upstream for one chunk of the vocabulary, whose first word is `first` of `w`'s."""
@@ -88,14 +88,15 @@ def _gradient(
     v = tl.program_id(1) * BV + tl.arange(0, BV)
     logits = _logits(x, w, row, live, v, D, V, x_row, w_row, BN, BV, BD)
     target = tl.load(targets + row, mask=live, other=-1) - first
-    log_total = tl.load(logsum + row, mask=live, other=0.0)
+    m = tl.load(largest + row, mask=live, other=0.0)
+    log_s = tl.load(log_total + row, mask=live, other=0.0)
     up = tl.load(upstream + row, mask=live, other=0.0)
-    share = tl.exp(logits - log_total[:, None]) - tl.where(v[None, :] == target[:, None], 1.0, 0.0)
+    share = tl.exp((logits - m[:, None]) - log_s[:, None]) - tl.where(v[None, :] == target[:, None], 1.0, 0.0)
     tl.store(out + row[:, None] * out_row + v[None, :], share * up[:, None], mask=live[:, None] & (v[None, :] < V))
 
 
-def _log_sums(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor]:
-    """(log Σ exp of each row's logits, the target's logit), both (N,) fp32."""
+def _log_sums(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(m, log Σ exp(l − m), the target's logit) of each row, (N,) fp32: m + log Σ would round away digits of both."""
     (N, D), V = x_ND.shape, weight_VD.shape[0]
     tiles = dict(config("cross_entropy", width(x_ND.dtype)))
     tiles.pop("CHUNK")
@@ -107,7 +108,9 @@ def _log_sums(x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor) -> tuple[Tenso
         SHARE=share, x_row=x_ND.stride(0), w_row=weight_VD.stride(0),
     )  # fmt: skip
     launch(_forward, (divide_up(N, tiles["BN"]), splits), arguments, **tiles)
-    return torch.logsumexp(largest_SN + total_SN.log(), dim=0), chosen_SN.sum(0)
+    largest_N = largest_SN.amax(0)
+    total_N = (total_SN * (largest_SN - largest_N).exp()).sum(0)
+    return largest_N, total_N.log(), chosen_SN.sum(0)
 
 
 class _LinearCrossEntropy(torch.autograd.Function):
@@ -116,13 +119,13 @@ class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, weight_VD: Tensor, targets_N: Tensor, weight_N: Tensor) -> Tensor:
         x_ND, weight_VD = rows(x_ND), rows(weight_VD)
-        logsum_N, chosen_N = _log_sums(x_ND, weight_VD, targets_N)
-        ctx.save_for_backward(x_ND, weight_VD, targets_N, weight_N, logsum_N)
-        return ((logsum_N - chosen_N) * weight_N).sum()
+        largest_N, log_total_N, chosen_N = _log_sums(x_ND, weight_VD, targets_N)
+        ctx.save_for_backward(x_ND, weight_VD, targets_N, weight_N, largest_N, log_total_N)
+        return ((log_total_N + (largest_N - chosen_N)) * weight_N).sum()
 
     @staticmethod
     def backward(ctx: Any, d_loss: Tensor) -> Any:
-        x_ND, weight_VD, targets_N, weight_N, logsum_N = ctx.saved_tensors
+        x_ND, weight_VD, targets_N, weight_N, largest_N, log_total_N = ctx.saved_tensors
         (N, D), V = x_ND.shape, weight_VD.shape[0]
         tiles = dict(config("cross_entropy", width(x_ND.dtype)))
         tiles.pop("SPLITS")
@@ -136,8 +139,9 @@ class _LinearCrossEntropy(torch.autograd.Function):
             C = part_CD.shape[0]
             g_NC = x_ND.new_empty(N, C)
             arguments = dict(
-                x=x_ND, w=part_CD, targets=targets_N, logsum=logsum_N, upstream=upstream_N, out=g_NC, N=N, D=D, V=C,
-                first=first, x_row=x_ND.stride(0), w_row=part_CD.stride(0), out_row=g_NC.stride(0),
+                x=x_ND, w=part_CD, targets=targets_N, largest=largest_N, log_total=log_total_N, upstream=upstream_N,
+                out=g_NC, N=N, D=D, V=C, first=first, x_row=x_ND.stride(0), w_row=part_CD.stride(0),
+                out_row=g_NC.stride(0),
             )  # fmt: skip
             launch(_gradient, (divide_up(N, tiles["BN"]), divide_up(C, tiles["BV"])), arguments, **tiles)
             if wants_x:
