@@ -1,1 +1,17 @@
 """Low-rank adapters on linear layers."""
+
+from lora.adapter import (
+    LoRAConfig,
+    add_lora,
+    load_adapter,
+    no_adapter,
+    save_adapter,
+    set_adapter,
+)
+from lora.layer import DropoutPlan, LoRALinear
+from lora.merge import merge_lora, unmerge_lora
+
+__all__ = [
+    "DropoutPlan", "LoRAConfig", "LoRALinear", "add_lora", "load_adapter", "merge_lora", "no_adapter", "save_adapter",
+    "set_adapter", "unmerge_lora",
+]  # fmt: skip

@@ -1,0 +1,326 @@
+"""Putting adapters on a model, choosing one, and PEFT's two files in both directions.
+
+PEFT's files are `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.` + the
+module's name + `.lora_A.weight` (R × in) or `.lora_B.weight` (out × R). PEFT loads them non-strictly; here a missing,
+surplus or misshapen tensor is an error, and a config field that asks for other arithmetic is refused by name.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from lora.layer import LoRALinear
+from model.command import UserError, nearest
+from model.files import atomic_folder, read_json, write_json
+
+PREFIX = "base_model.model."
+# What PEFT 0.21 may write and what each field must be for the arithmetic here to be the adapter's.
+READ = (
+    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern",
+    "alpha_pattern", "layers_to_transform", "layers_pattern",
+)  # fmt: skip
+HARMLESS = (
+    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
+    "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
+    "corda_config", "lora_ga_config", "ensure_weight_tying",
+)  # fmt: skip  # how the start was chosen, or a default that nothing reads: the tensors hold the result
+REFUSED = (
+    "fan_in_fan_out", "modules_to_save", "megatron_config", "trainable_token_indices", "use_dora", "velora_config",
+    "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
+    "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class LoRAConfig:
+    """Which linear layers get an adapter and of what size. Raises UserError for impossible values."""
+
+    r: int = 8
+    """Rank."""
+    alpha: float = 16.0
+    """The update is scaled by alpha / r."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs dropped in training."""
+    target_modules: str | tuple[str, ...] = "all-linear"
+    """Names that modules end in, or "all-linear" (every linear layer but the output head)."""
+    layers: tuple[int, ...] | None = None
+    """Only these decoder layers (None: all)."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r) instead."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks: regular expression for the end of a module's name → rank."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas, likewise."""
+    exclude_modules: tuple[str, ...] = ()
+    """Names that modules end in which get none."""
+
+    def __post_init__(self) -> None:
+        for name, rank in {"r": self.r, **self.rank_pattern}.items():
+            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
+                raise UserError(f"lora: rank {rank!r} for {name!r}; a rank is a whole number of at least 1")
+        if not 0.0 <= self.dropout < 1.0:
+            raise UserError(f"lora: dropout is {self.dropout}; it must lie in [0, 1)")
+        if not self.target_modules:
+            raise UserError('lora: target_modules is empty; name modules, or say "all-linear"')
+
+    def wants(self, path: str) -> bool:
+        """Whether the linear layer with this name gets an adapter."""
+        if path == "lm_head" and self.target_modules == "all-linear":
+            return False
+        if any(ends_in(path, name) for name in self.exclude_modules):
+            return False
+        if self.layers is not None:
+            layer = re.search(r"\.layers\.(\d+)\.", path)
+            if layer is None or int(layer.group(1)) not in self.layers:
+                return False
+        if isinstance(self.target_modules, str):
+            return self.target_modules == "all-linear" or re.fullmatch(self.target_modules, path) is not None
+        return any(ends_in(path, name) for name in self.target_modules)
+
+    def rank(self, path: str) -> int:
+        return pattern_value(self.rank_pattern, path, self.r)
+
+    def scale(self, path: str) -> float:
+        rank = self.rank(path)
+        return pattern_value(self.alpha_pattern, path, self.alpha) / (rank**0.5 if self.rslora else rank)
+
+
+def ends_in(path: str, name: str) -> bool:
+    return path == name or path.endswith("." + name)
+
+
+def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
+    """The value whose pattern matches the end of `path`, as PEFT matches rank_pattern; the first one wins."""
+    for pattern, value in patterns.items():
+        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+            return value
+    return default
+
+
+def adapted(model: nn.Module) -> dict[str, LoRALinear]:
+    """The layers that can carry an adapter, by name."""
+    return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
+
+
+def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default", seed: int = 0) -> nn.Module:
+    """Add a new adapter to `model` in place, make it active, and freeze everything else. Returns the model.
+
+    Raises UserError where no module fits, a named target fits none, or an adapter of this name is there already.
+    """
+    linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
+    chosen = [path for path in linears if config.wants(path)]
+    check_targets(config, list(linears), chosen)
+    if any(name in layer.scale for layer in adapted(model).values()):
+        raise UserError(f"lora: the model already has an adapter called {name!r}; choose another name")
+    model.requires_grad_(False)
+    for path in chosen:
+        layer = as_lora(model, path)
+        layer.add(name, config.rank(path), config.scale(path), config.dropout, seed)
+    configs = model.__dict__.setdefault("lora_configs", {})
+    configs[name] = config
+    set_adapter(model, name)
+    return model
+
+
+def as_lora(model: nn.Module, path: str) -> LoRALinear:
+    """The layer at `path`, made able to carry adapters."""
+    linear = model.get_submodule(path)
+    if not isinstance(linear, LoRALinear):
+        parent, _, leaf = path.rpartition(".")
+        linear = LoRALinear(linear, path)
+        setattr(model.get_submodule(parent), leaf, linear)
+    return linear
+
+
+def check_targets(config: LoRAConfig, linears: list[str], chosen: list[str]) -> None:
+    if not chosen:
+        raise UserError(f"lora: no linear layer of this model fits target_modules {config.target_modules!r}")
+    if isinstance(config.target_modules, tuple):
+        leaves = sorted({path.rpartition(".")[2] for path in linears})
+        for target in config.target_modules:
+            if not any(ends_in(path, target) for path in linears):
+                raise UserError(
+                    f"lora: target module {target!r} is not in this model{nearest(target, leaves)}; "
+                    f"it has {', '.join(leaves)}"
+                )
+
+
+def set_adapter(model: nn.Module, name: str | None) -> None:
+    """Make one adapter active and trainable (None: none). Raises UserError where no adapter has this name."""
+    layers = adapted(model).values()
+    known = sorted({key for layer in layers for key in layer.scale})
+    if name is not None and name not in known:
+        raise UserError(f"lora: no adapter is called {name!r}{nearest(name, known)}; there are {known}")
+    for layer in layers:
+        layer.active = name if name in layer.scale else None
+        for matrices in (layer.lora_A, layer.lora_B):
+            for key, matrix in matrices.items():
+                matrix.requires_grad_(key == name)
+
+
+@contextlib.contextmanager
+def no_adapter(model: nn.Module) -> Iterator[None]:
+    """Within this context the model is its base."""
+    before = {layer: layer.active for layer in adapted(model).values()}
+    for layer in before:
+        layer.active = None
+    try:
+        yield
+    finally:
+        for layer, active in before.items():
+            layer.active = active
+
+
+def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's keys."""
+    state = {}
+    for path, layer in adapted(model).items():
+        if name in layer.scale:
+            for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
+                state[f"{PREFIX}{path}.{kind}.weight"] = matrices[name].detach()
+    return state
+
+
+def peft_config(config: LoRAConfig, base: str | None) -> dict[str, Any]:
+    """adapter_config.json's content."""
+    targets = config.target_modules
+    return {
+        "peft_type": "LORA",
+        "task_type": "CAUSAL_LM",
+        "base_model_name_or_path": base,
+        "inference_mode": True,
+        "r": config.r,
+        "lora_alpha": config.alpha if config.alpha != int(config.alpha) else int(config.alpha),
+        "lora_dropout": config.dropout,
+        "target_modules": targets if isinstance(targets, str) else list(targets),
+        "exclude_modules": list(config.exclude_modules) or None,
+        "use_rslora": config.rslora,
+        "rank_pattern": config.rank_pattern,
+        "alpha_pattern": config.alpha_pattern,
+        "layers_to_transform": None if config.layers is None else list(config.layers),
+        "layers_pattern": None if config.layers is None else "layers",
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "init_lora_weights": True,
+        "modules_to_save": None,
+    }
+
+
+def save_adapter(
+    model: nn.Module, path: str | os.PathLike[str], name: str = "default", base: str | os.PathLike[str] | None = None
+) -> None:
+    """Write an adapter as PEFT does, atomically. `base` is the weights' place, written down for the reader."""
+    configs = model.__dict__.get("lora_configs", {})
+    if name not in configs:
+        raise UserError(f"lora: the model has no adapter called {name!r}{nearest(name, list(configs))}")
+    with atomic_folder(path) as folder:
+        write_adapter(folder, configs[name], adapter_state(model, name), base)
+
+
+def write_adapter(
+    folder: Path, config: LoRAConfig, state: dict[str, Tensor], base: str | os.PathLike[str] | None = None
+) -> None:
+    """PEFT's two files in a folder that is there."""
+    tensors = {key: tensor.cpu().contiguous() for key, tensor in sorted(state.items())}
+    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    write_json(folder / "adapter_config.json", peft_config(config, None if base is None else str(base)))
+
+
+def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
+    """The LoRAConfig of a PEFT folder. Raises UserError for what is missing, or asks for other arithmetic."""
+    where = Path(path) / "adapter_config.json"
+    raw = read_json(where)
+    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        raise UserError(f"{where}: peft_type is not LORA; only LoRA adapters are covered")
+    for key, value in raw.items():
+        if key == "bias":
+            if value not in (None, "none"):
+                raise UserError(f"{where}: bias {value!r} is not covered; train the adapter with bias 'none'")
+        elif key in REFUSED:
+            if value:
+                raise UserError(f"{where}: {key} is not covered; it changes what the adapter computes")
+        elif key not in READ and key not in HARMLESS and value not in (None, False, {}, []):
+            raise UserError(f"{where}: unknown field {key!r}; what it asks for is not covered")
+    missing = [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]
+    if missing:
+        raise UserError(f"{where}: lacks {', '.join(missing)}")
+    return config_from(raw)
+
+
+def config_from(raw: dict[str, Any]) -> LoRAConfig:
+    targets, layers = raw["target_modules"], raw.get("layers_to_transform")
+    exclude = raw.get("exclude_modules") or ()
+    return LoRAConfig(
+        r=raw["r"],
+        alpha=float(raw["lora_alpha"]),
+        dropout=float(raw.get("lora_dropout") or 0.0),
+        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
+        layers=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+        rslora=bool(raw.get("use_rslora")),
+        rank_pattern=dict(raw.get("rank_pattern") or {}),
+        alpha_pattern=dict(raw.get("alpha_pattern") or {}),
+        exclude_modules=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+    )
+
+
+def read_adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder, by PEFT's keys. Raises UserError where the file is missing or damaged."""
+    where = Path(path) / "adapter_model.safetensors"
+    if not where.is_file():
+        raise UserError(f"{where}: no such file; an adapter is a folder with adapter_config.json beside it")
+    try:
+        with safe_open(where, framework="pt") as data:
+            return {key: data.get_tensor(key) for key in data.keys()}
+    except SafetensorError as error:
+        raise UserError(f"{where}: damaged or not a safetensors file ({error})") from error
+
+
+def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
+    """Load PEFT's files onto `model` in place as an active, trainable adapter. Returns the model.
+
+    Raises UserError where the files are damaged, belong to another model, or ask for what is not covered.
+    """
+    config, tensors = read_config(path), read_adapter(path)
+    check_tensors(model, tensors, config, path)
+    add_lora(model, config, name)
+    with torch.no_grad():
+        for module, layer in adapted(model).items():
+            if name in layer.scale:
+                layer.lora_A[name].copy_(tensors[f"{PREFIX}{module}.lora_A.weight"])
+                layer.lora_B[name].copy_(tensors[f"{PREFIX}{module}.lora_B.weight"])
+    return model
+
+
+def check_tensors(
+    model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path: str | os.PathLike[str]
+) -> None:
+    """Every adapter tensor has its module, every module its tensors, and all shapes agree; else a UserError."""
+    linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and config.wants(p)}
+    expected = {}
+    for module, linear in linears.items():
+        rank = config.rank(module)
+        expected[f"{PREFIX}{module}.lora_A.weight"] = (rank, linear.in_features)
+        expected[f"{PREFIX}{module}.lora_B.weight"] = (linear.out_features, rank)
+    surplus, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
+    if surplus or missing:
+        what = f"holds {surplus[0]!r}, which this model has no place for" if surplus else f"lacks {missing[0]!r}"
+        raise UserError(f"{path}: the adapter {what}; it was made for another model or other target modules")
+    for key, shape in expected.items():
+        if tuple(tensors[key].shape) != shape:
+            raise UserError(
+                f"{path}: {key} is {tuple(tensors[key].shape)} where this model needs {shape}; "
+                "it was made for another model"
+            )
+        if not tensors[key].isfinite().all():
+            raise UserError(f"{path}: {key} holds values that are not finite; the file is damaged")

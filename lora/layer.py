@@ -1,0 +1,109 @@
+"""A linear layer with low-rank adapters (arXiv 2106.09685): frozen weight and adapters are siblings.
+
+    y = x Wᵀ + b + s · (drop(x) Aᵀ) Bᵀ        A is R × in, B is out × R, s = α/R (rsLoRA: α/√R, arXiv 2312.03732)
+
+`weight` keeps the name that it has in the checkpoint, so adding adapters renames nothing. Several adapters may be
+loaded; one is active, or none. A starts uniform in ±1/√in (kaiming_uniform with a = √5) and B at zero, so a new
+adapter changes nothing.
+
+Dropout's mask is a function of (seed, step, record, branch, module): it does not depend on the batch that a record
+sits in, on packing, or on the number of ranks. `DropoutPlan` carries what a forward pass needs for that.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+
+def seed_of(*parts: object) -> int:
+    """A 63-bit seed from any values, the same on every machine."""
+    digest = hashlib.blake2b("\x1f".join(map(str, parts)).encode(), digest_size=8).digest()
+    return int.from_bytes(digest, "little") >> 1
+
+
+@dataclass
+class DropoutPlan:
+    """Which record each stretch of each row belongs to, set before a forward pass and kept until the next.
+
+    `rows` holds, for each row, (record, branch, tokens) in order; what is left of a row is padding.
+    """
+
+    seed: int = 0
+    step: int = 0
+    rows: Sequence[Sequence[tuple[str, int, int]]] = field(default_factory=tuple)
+
+    def mask(self, x_BTD: Tensor, p: float, module: str) -> Tensor:
+        """1/(1−p) where a value is kept and 0 where it is dropped, in x's shape."""
+        keep_BTD = torch.ones_like(x_BTD)
+        generator = torch.Generator(device=x_BTD.device)
+        for row, stretches in enumerate(self.rows):
+            start = 0
+            for record, branch, length in stretches:
+                generator.manual_seed(seed_of(self.seed, self.step, record, branch, module))
+                part = keep_BTD[row, start : start + length]
+                drawn = torch.rand(part.shape, generator=generator, device=part.device)
+                part.copy_((drawn >= p).to(part.dtype) / (1 - p))
+                start += length
+        return keep_BTD
+
+
+class LoRALinear(nn.Linear):
+    """nn.Linear with adapters. `path` is the module's name in the model; weight and bias are frozen."""
+
+    def __init__(self, linear: nn.Linear, path: str) -> None:
+        with torch.device("meta"):
+            super().__init__(linear.in_features, linear.out_features, bias=False)
+        self.path = path
+        self.weight = linear.weight.requires_grad_(False)
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
+        self.scale: dict[str, float] = {}
+        self.dropout: dict[str, float] = {}
+        self.active: str | None = None
+        self.plan: DropoutPlan | None = None
+        self.original: Tensor | None = None  # the weight before a merge, kept so that unmerging is exact
+
+    def add(self, name: str, r: int, scale: float, dropout: float, seed: int) -> None:
+        """A new adapter of rank `r`, made active. Its start is a function of (seed, the module's name)."""
+        dtype = torch.promote_types(self.weight.dtype, torch.float32)  # narrow weights get fp32 adapters
+        a_RD = torch.empty(r, self.in_features, dtype=dtype, device=self.weight.device)
+        if a_RD.device.type != "meta":
+            generator = torch.Generator().manual_seed(seed_of(seed, self.path))
+            bound = 1 / math.sqrt(self.in_features)
+            a_RD.copy_(torch.empty(a_RD.shape, dtype=dtype).uniform_(-bound, bound, generator=generator))
+        self.lora_A[name] = nn.Parameter(a_RD)
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=self.weight.device))
+        self.scale[name], self.dropout[name], self.active = scale, dropout, name
+
+    def base(self, x_ND: Tensor) -> Tensor:
+        return F.linear(x_ND, self.weight, self.bias)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        x_ND = x_BTD.flatten(0, -2)
+        y_NO = self.base(x_ND)
+        if self.active is not None and self.original is None:
+            a_RD, b_OR = self.lora_A[self.active].to(x_ND.dtype), self.lora_B[self.active].to(x_ND.dtype)
+            dropped_ND = self.drop(x_BTD, self.dropout[self.active]).flatten(0, -2)
+            low_NR = F.linear(dropped_ND, a_RD) * self.scale[self.active]
+            # the product is added where the base's result already lies: no second tensor of the output's size
+            y_NO.addmm_(low_NR, b_OR.t())
+        return y_NO.view(*x_BTD.shape[:-1], self.out_features)
+
+    def drop(self, x_BTD: Tensor, p: float) -> Tensor:
+        if not self.training or p == 0.0:
+            return x_BTD
+        if self.plan is None or x_BTD.dim() != 3:
+            return F.dropout(x_BTD, p)
+        return x_BTD * self.plan.mask(x_BTD, p, self.path)
+
+    def delta(self, name: str) -> Tensor:
+        """s · B A in at least fp32: what the adapter adds to the weight."""
+        wide = torch.promote_types(self.lora_A[name].dtype, torch.float32)
+        return (self.lora_B[name].detach().to(wide) @ self.lora_A[name].detach().to(wide)) * self.scale[name]

@@ -1,0 +1,255 @@
+"""The training loop of both stages and of full training, on one process or under torchrun.
+
+A step: its rows are a function of (seed, step); they are sorted by length and cut into micro-batches; each rank takes
+every n-th of them; gradients add up over micro-batches and ranks; norm, clip, update. What makes the loss exact is in
+loss.py, what makes a run go on bit for bit is in checkpoint.py, what shards the model is in sharding.py.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lora import DropoutPlan
+from lora.adapter import adapted
+from model.command import UserError
+from train.checkpoint import (
+    Progress,
+    adapter_tensors,
+    keep,
+    newest_whole,
+    restore,
+    save_checkpoint,
+    snapshot,
+)
+from train.dataset import Rows
+from train.loss import batch_loss
+from train.optimizer import make_optimizers, named_trainable, rate
+from train.recipe import Recipe
+from train.rows import ANSWER, NOTE, Row, collate, count, order
+from train.sharding import Ranks, sum_over_ranks
+
+
+@dataclass
+class Trainer:
+    """One run. `gradients(step)` and `update(step)` are a step; `run()` is the loop around them."""
+
+    recipe: Recipe
+    model: nn.Module
+    rows: Rows
+    valid: Rows | None
+    ranks: Ranks
+    identity: dict[str, Any]
+    base: str = ""
+    progress: Progress = field(default_factory=Progress)
+    tokens_this_run: int = 0
+    seconds: float = 0.0
+
+    def __post_init__(self) -> None:
+        self.out = Path(self.recipe.out)
+        self.device = self.ranks.device
+        self.steps = self.recipe.steps or max(1, round(self.recipe.epochs * len(self.rows) / self.recipe.batch_rows))
+        if self.recipe.warmup > self.steps:
+            raise UserError(f"recipe: warmup of {self.recipe.warmup} steps is longer than the run of {self.steps}")
+        self.optimizers = make_optimizers(self.model, self.recipe)
+        self.plan = DropoutPlan(seed=self.recipe.seed)
+        for layer in adapted(self.model).values():
+            layer.plan = self.plan
+        self.forward = torch.compile(self.model) if self.recipe.compile else self.model
+        self.stopping = False
+
+    # one step
+
+    def micro_batches(self, rows: list[Row]) -> tuple[list[list[Row]], list[list[Row]]]:
+        """(every micro-batch of these rows, this rank's). The cut is the same for any number of ranks."""
+        size = self.recipe.micro_rows
+        by_length = sorted(rows, key=len, reverse=True)
+        parts = [by_length[start : start + size] for start in range(0, len(by_length), size)]
+        turns = math.ceil(len(parts) / self.ranks.world)
+        mine = [parts[i] if i < len(parts) else [Row(())] for i in range(self.ranks.rank, turns * self.ranks.world,
+                                                                         self.ranks.world)]  # fmt: skip
+        return parts, mine
+
+    def gradients(self, step: int) -> tuple[float, float, int]:
+        """Leave the step's whole gradient on the parameters. Returns (loss, gradient norm, tokens)."""
+        self.model.train()
+        rows = [self.rows[i] for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)]
+        counts = count(rows)
+        _, mine = self.micro_batches(rows)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for optimizer in self.optimizers:
+            optimizer.zero_grad(set_to_none=True)
+        for turn, part in enumerate(mine):
+            self.ranks.sync_gradients(self.model, last=turn == len(mine) - 1)
+            batch = collate(part).to(self.device)
+            self.plan.step, self.plan.rows = step, batch.stretches
+            loss, summed = batch_loss(self.forward, batch, counts, self.recipe.note_loss)
+            loss.backward()
+            total += summed
+        loss_value = float(sum_over_ranks(total)) / max(counts[ANSWER], 1)
+        return loss_value, self.gradient_norm(), sum(len(row) for row in rows)
+
+    def gradient_norm(self) -> float:
+        grads = [p.grad for p in named_trainable(self.model).values() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm(grads)
+        return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+
+    def update(self, step: int, norm: float) -> float:
+        """Clip by the norm and take the optimizers' step. Returns the learning rate."""
+        share = rate(self.recipe, step, self.steps)
+        if self.recipe.clip and norm > self.recipe.clip:
+            for param in named_trainable(self.model).values():
+                if param.grad is not None:
+                    param.grad.mul_(self.recipe.clip / norm)
+        for optimizer in self.optimizers:
+            for group in optimizer.param_groups:
+                group["lr"] = group["peak"] * share
+            optimizer.step()
+        return self.recipe.learning_rate * share
+
+    def bad_step(self, step: int, loss: float, norm: float) -> None:
+        names = [unit.record for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)
+                 for unit in self.rows[i].units]  # fmt: skip
+        what = f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; its records are {', '.join(names)}"
+        if self.recipe.on_bad_step == "stop":
+            raise UserError(f"{what}; nothing was updated. Look at them, or go on with --on-bad-step skip")
+        self.progress.skipped += 1
+        if self.ranks.first:
+            tqdm.write(f"{what}; skipped")
+
+    # held-out loss
+
+    @torch.no_grad()
+    def valid_loss(self) -> float:
+        """The mean of −log p over the answers of the held-out rows."""
+        assert self.valid is not None
+        self.model.eval()
+        rows = [self.valid[i] for i in range(min(len(self.valid), self.recipe.valid_rows))]
+        counts = count(rows)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        for part in self.micro_batches(rows)[1]:
+            _, summed = batch_loss(self.model, collate(part).to(self.device), counts)
+            total += summed
+        return float(sum_over_ranks(total)) / max(counts[ANSWER], 1)
+
+    # the loop
+
+    def run(self) -> None:
+        """Train to the recipe's end, from where the newest whole checkpoint left off."""
+        self.resume()
+        self.begin_metrics()
+        signal.signal(signal.SIGTERM, self.on_signal)
+        began = time.monotonic()
+        bar = tqdm(total=self.steps, initial=self.progress.step, desc=self.out.name, unit=" steps", disable=None if
+                   self.ranks.first else True)  # fmt: skip
+        while self.progress.step < self.steps:
+            step = self.progress.step
+            loss, norm, tokens = self.gradients(step)
+            if not (math.isfinite(loss) and math.isfinite(norm)):
+                self.bad_step(step, loss, norm)
+                learning_rate = 0.0
+            else:
+                learning_rate = self.update(step, norm)
+            self.progress.step += 1
+            self.progress.tokens += tokens
+            self.tokens_this_run += tokens
+            self.seconds = time.monotonic() - began
+            self.record(loss, norm, learning_rate)
+            bar.set_postfix_str(f"loss {loss:.4f}, {self.tokens_this_run / self.seconds:.0f} tok/s", refresh=False)
+            bar.update()
+            if self.ranks.any(self.stopping):
+                self.save()
+                if self.ranks.first:
+                    bar.close()
+                    print(f"stopped at step {self.progress.step} of {self.steps}; the same command goes on from there")
+                raise SystemExit(0)
+            if self.due(self.recipe.save_every):
+                self.save()
+        bar.close()
+        self.save()
+
+    def due(self, every: int) -> bool:
+        return every > 0 and self.progress.step % every == 0 and self.progress.step < self.steps
+
+    def record(self, loss: float, norm: float, learning_rate: float) -> None:
+        """One line of metrics.jsonl. It holds no times, so that a resumed run's file has the same bytes."""
+        line = {"step": self.progress.step, "loss": loss, "tokens": self.progress.tokens, "lr": learning_rate,
+                "grad_norm": norm}  # fmt: skip
+        if self.valid is not None and (self.due(self.recipe.valid_every) or self.progress.step == self.steps):
+            line["valid_loss"] = self.valid_loss()
+            if self.progress.best is None or line["valid_loss"] < self.progress.best:
+                self.progress.best, self.progress.best_step = line["valid_loss"], self.progress.step
+        if self.ranks.first:
+            with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as out:
+                out.write(json.dumps(line) + "\n")
+
+    def on_signal(self, *_: object) -> None:
+        self.stopping = True
+
+    # checkpoints
+
+    def save(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+        params, state = snapshot(self.model, self.optimizers)
+        if self.ranks.first:
+            folder = self.out / "checkpoints"
+            save_checkpoint(folder, self.progress, params, state, self.adapter(params), self.identity)
+            keep(folder, self.recipe.keep_last, self.progress.best_step)
+        self.ranks.wait()
+        return params, state
+
+    def adapter(self, params: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], str] | None:
+        """What write_adapter needs, or None in full training."""
+        if self.recipe.full:
+            return None
+        return self.model.__dict__["lora_configs"]["default"], adapter_tensors(self.model, params), self.base
+
+    def resume(self) -> None:
+        if not self.recipe.resume:
+            return
+        found = newest_whole(self.out / "checkpoints")
+        if found is None:
+            return
+        self.progress, identity = restore(found, self.model, self.optimizers)
+        changed = differences(identity, self.identity)
+        if changed and not self.recipe.allow_changed:
+            raise UserError(
+                f"{found} was made by another run: {'; '.join(changed)}. Go on with --allow-changed True, start anew "
+                "with --resume False, or give another out folder"
+            )
+        if self.ranks.first:
+            tqdm.write(f"going on from {found}, step {self.progress.step}")
+
+    def begin_metrics(self) -> None:
+        """Keep the lines of the steps that are in the checkpoint; a killed run may have written more."""
+        if self.ranks.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            path = self.out / "metrics.jsonl"
+            old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= self.progress.step]
+            from model.files import write_text
+
+            write_text(path, "".join(line + "\n" for line in kept))
+
+
+def differences(old: dict[str, Any], new: dict[str, Any], at: str = "") -> list[str]:
+    """What changed between two runs' identities, as "key was a, is b"."""
+    found = []
+    for key in sorted(old.keys() | new.keys()):
+        a, b = old.get(key), new.get(key)
+        if isinstance(a, dict) and isinstance(b, dict):
+            found += differences(a, b, f"{at}{key}.")
+        elif a != b:
+            found.append(f"{at}{key} was {a!r}, is {b!r}")
+    return found
+
+
+__all__ = ["NOTE", "Trainer", "differences"]

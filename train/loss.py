@@ -1,0 +1,90 @@
+"""The loss, exactly: the sum over supervised tokens divided by their number in the whole optimizer step.
+
+With the targets of one step t = 1…N, spread over ranks g and micro-batches m, the loss is L = (1/N) Σ_t −log p_t. Each
+micro-batch contributes L_gm = (1/N) Σ_{t in gm} −log p_t, and Σ_gm L_gm = L whatever the split; so are the gradients,
+if ranks *add* theirs. A mean per micro-batch, or a mean over ranks, weighs tokens by the company they keep.
+N is known before the first forward pass, because the step's rows are a function of (seed, step).
+
+Only supervised tokens reach the output matrix, in chunks: the logits of a chunk, their loss and their gradient with
+respect to the hidden states are made in one go and forgotten, so memory is chunk × V and the product is done once.
+"""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from model.transformer import Transformer
+from train.rows import ANSWER, IGNORE, NOTE, Batch
+
+CHUNK = 512  # tokens whose logits exist at once
+
+
+class ChunkedCrossEntropy(torch.autograd.Function):
+    """Σ_n scale_n · −log softmax(x_n Wᵀ)[target_n], in at least fp32, with its gradient made in the forward pass."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor):  # type: ignore[override]
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
+        loss_N = torch.empty(len(x_ND), dtype=wide, device=x_ND.device)
+        dx_ND = torch.empty_like(x_ND) if needs_x else None
+        dw_VD = torch.zeros_like(weight_VD) if needs_w else None
+        for start in range(0, len(x_ND), CHUNK):
+            part = slice(start, start + CHUNK)
+            rows = torch.arange(len(target_N[part]), device=x_ND.device)
+            logits_NV = (x_ND[part] @ weight_VD.t()).to(wide)
+            log_sum_N = logits_NV.logsumexp(dim=-1)
+            loss_N[part] = log_sum_N - logits_NV[rows, target_N[part]]
+            if needs_x or needs_w:
+                # d loss / d logits = softmax − one-hot, made in the logits' own memory
+                grad_NV = logits_NV.sub_(log_sum_N[:, None]).exp_()
+                grad_NV[rows, target_N[part]] -= 1
+                grad_NV = grad_NV.mul_(scale_N[part, None]).to(x_ND.dtype)
+                if dx_ND is not None:
+                    dx_ND[part] = grad_NV @ weight_VD
+                if dw_VD is not None:
+                    dw_VD.addmm_(grad_NV.t(), x_ND[part])
+        ctx.save_for_backward(dx_ND, dw_VD)
+        ctx.mark_non_differentiable(loss_N)
+        return (loss_N * scale_N).sum(), loss_N
+
+    @staticmethod
+    def backward(ctx, upstream: Tensor, _: Tensor):  # type: ignore[override]
+        dx_ND, dw_VD = ctx.saved_tensors
+        return (
+            None if dx_ND is None else dx_ND * upstream.to(dx_ND.dtype),
+            None if dw_VD is None else dw_VD * upstream.to(dw_VD.dtype),
+            None,
+            None,
+        )
+
+
+def batch_loss(model: Transformer, batch: Batch, counts: dict[int, int], note_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+    """This micro-batch's part of the step's loss, and the sum of −log p over its answers (fp64, no gradient).
+
+    `counts` is the number of targets of each kind in the whole step, over all ranks and micro-batches. A batch
+    without targets gives a zero that still has a gradient, so that ranks without rows keep step with the others.
+    """
+    place_N = (batch.target.flatten() != IGNORE).nonzero()[:, 0]
+    target_N = batch.target.flatten()[place_N]
+    answer_N = batch.kind.flatten()[place_N] == ANSWER
+
+    def readout(x_BTD: Tensor, head: object) -> tuple[Tensor, Tensor]:
+        x_ND = x_BTD.flatten(0, 1)[place_N]
+        wide = torch.promote_types(x_ND.dtype, torch.float32)
+        share = torch.tensor([1 / max(counts[ANSWER], 1), note_loss / max(counts[NOTE], 1)], dtype=wide)
+        scale_N = torch.where(answer_N, *share.to(x_ND.device))
+        if len(place_N) == 0:
+            return x_BTD.sum() * 0.0, torch.zeros((), dtype=torch.float64, device=x_BTD.device)
+        weight_VD = model.lm_head.weight if model.lm_head is not None else model.model.embed_tokens.weight
+        loss, loss_N = ChunkedCrossEntropy.apply(x_ND, weight_VD, target_N, scale_N)
+        return loss, loss_N[answer_N].sum(dtype=torch.float64)
+
+    return model(batch.tokens, positions=batch.positions, layout=batch.layout, readout=readout)
+
+
+def plain_loss(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
+    """The definition that the chunked loss is held against: the mean of −log p over supervised tokens."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=IGNORE)

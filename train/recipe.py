@@ -1,0 +1,242 @@
+"""A training run as one flat set of options: a TOML file, then `--key value` on the command line.
+
+Every option is a field of `Recipe`, checked where it is built. The two programs share it; what belongs to one stage
+alone says so.
+"""
+
+from __future__ import annotations
+
+import sys
+import tomllib
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from model.command import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """Options of `train.pretrain` and `train.instruct`."""
+
+    data: tuple[str, ...] = ()
+    """JSON-lines files (or token stores) to train on."""
+    out: str = ""
+    """The run's folder: run.json, metrics.jsonl, adapter/ or model/, checkpoints/."""
+    weights: str = ""
+    """The base model's folder."""
+    init: str = ""
+    """A config.json: train from freshly drawn weights of this shape instead of `weights` (needs full and tokenizer)."""
+    tokenizer: str = ""
+    """The tokenizer's folder (empty: that of the weights)."""
+    adapter: str = ""
+    """An adapter to go on from (empty: a new one)."""
+    merge_adapter: bool = False
+    """Fold `adapter` into the base, write that base to out/base, and train a new adapter on it."""
+    valid_data: tuple[str, ...] = ()
+    """Held-out files for the validation loss."""
+    valid_rows: int = 64
+    """At most so many held-out rows."""
+    records: int = 0
+    """Use only the first so many records of the data (0: all)."""
+
+    steps: int = 0
+    """Optimizer steps (0: as many as `epochs` needs)."""
+    epochs: float = 1.0
+    """Passes over the data, where `steps` is 0."""
+    batch_rows: int = 4
+    """Rows per optimizer step, over all ranks."""
+    micro_rows: int = 1
+    """Rows computed at once on one rank; the rest of the batch is accumulated."""
+    learning_rate: float = 2e-4
+    """Peak learning rate."""
+    schedule: Literal["cosine", "linear", "constant"] = "cosine"
+    """How the learning rate falls after the warm-up (to `final_rate` of its peak)."""
+    final_rate: float = 0.0
+    """Where the schedule ends, as a share of the peak."""
+    warmup: int = 0
+    """Steps of linear warm-up."""
+    optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
+    """adamw8bit keeps its state in blocks of 8 bits; muon trains matrices by Muon and the rest by AdamW."""
+    muon_rate: float = 0.02
+    """Muon's peak learning rate for matrices (the rest uses learning_rate)."""
+    weight_decay: float = 0.01
+    """On matrices only."""
+    betas: tuple[float, float] = (0.9, 0.999)
+    """AdamW's averaging."""
+    clip: float = 1.0
+    """Largest norm of the whole gradient (0: no clipping)."""
+    seed: int = 0
+    """Order of the data, start of new weights, dropout."""
+
+    full: bool = False
+    """Train all weights instead of an adapter."""
+    r: int = 8
+    """Adapter rank."""
+    alpha: float = 16.0
+    """Adapter scale: alpha / r."""
+    dropout: float = 0.0
+    """Share of the adapter's inputs dropped."""
+    rslora: bool = False
+    """Scale by alpha / sqrt(r)."""
+    target_modules: tuple[str, ...] = ("all-linear",)
+    """Which linear layers get an adapter."""
+    first_layer: int = 0
+    """Adapters only from this decoder layer on: no gradient flows below it."""
+    base: Literal["", "nf4", "int8"] = ""
+    """Keep the frozen base in this narrow format (empty: in dtype)."""
+
+    block: int = 1024
+    """Largest number of tokens in a row."""
+    packing: Literal["documents", "none", "concatenate"] = "documents"
+    """documents: several texts a row, masked apart, positions reset. none: one text a row. concatenate (pretrain
+    only, faithful to the paper's scripts): texts run together and cut, no mask, positions run on, the tail dropped."""
+    template: Literal["note-first", "faithful"] = "note-first"
+    """instruct only: the note before the question, or the paper's scripts' instruction first."""
+    share_prefix: bool = True
+    """instruct only: one row holds a note once and its questions as branches (note-first only)."""
+    tasks: Literal["both", "phenotype", "diagnosis"] = "both"
+    """instruct only: which questions are trained."""
+    loss_on: Literal["answer", "all"] = "answer"
+    """instruct only: the loss counts the answer, or (faithful) the prompt too."""
+    append_eos: bool = True
+    """instruct only: the answer ends in the end-of-text token (false: faithful, the model never learns to stop)."""
+    note_loss: float = 0.0
+    """instruct only: weight of the note's own language-model loss beside that of the answers."""
+
+    valid_every: int = 0
+    """Steps between validation losses (0: only at the end)."""
+    save_every: int = 0
+    """Steps between checkpoints (0: only at the end)."""
+    keep_last: int = 2
+    """Checkpoints kept, beside the best one."""
+    resume: bool = True
+    """Go on from the newest whole checkpoint in `out`, where there is one."""
+    allow_changed: bool = False
+    """Resume although the recipe or the data changed."""
+    on_bad_step: Literal["stop", "skip"] = "stop"
+    """What a loss or gradient that is not finite does."""
+    device: str = "auto"
+    """cpu, cuda, or auto."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """The base's dtype; adapters are at least fp32."""
+    checkpoint_blocks: bool = False
+    """Recompute each block in the backward pass: less memory, a third more time."""
+    compile: bool = False
+    """Run the model through torch.compile."""
+    threads: int = 0
+    """CPU threads (0: torch's choice)."""
+
+    def __post_init__(self) -> None:
+        at_least = {"batch_rows": 1, "micro_rows": 1, "r": 1, "block": 2, "steps": 0, "warmup": 0, "valid_every": 0,
+                    "save_every": 0, "keep_last": 1, "first_layer": 0, "records": 0, "threads": 0}  # fmt: skip
+        for name, least in at_least.items():
+            if getattr(self, name) < least:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must be at least {least}")
+        for name in ("learning_rate", "muon_rate"):
+            if not 0 < getattr(self, name) < 100:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must lie between 0 and 100")
+        for name in ("weight_decay", "clip", "note_loss", "final_rate"):
+            if not 0 <= getattr(self, name) < 1e6:
+                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.dropout < 1:
+            raise UserError(f"recipe: dropout is {self.dropout}; it must lie in [0, 1)")
+        if self.steps == 0 and not self.epochs > 0:
+            raise UserError(f"recipe: steps is 0 and epochs is {self.epochs}; give one of them")
+        if self.steps and self.warmup > self.steps:
+            raise UserError(f"recipe: warmup of {self.warmup} steps is longer than the run of {self.steps}")
+        if self.batch_rows % self.micro_rows:
+            raise UserError(
+                f"recipe: batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}; change either"
+            )
+        self.check_together()
+
+    def check_together(self) -> None:
+        if bool(self.weights) == bool(self.init):
+            raise UserError("recipe: give either weights (a model's folder) or init (a config.json), and not both")
+        if self.init and not (self.full and self.tokenizer):
+            raise UserError("recipe: init trains from nothing, so it needs full = true and a tokenizer")
+        if self.full and (self.adapter or self.base):
+            raise UserError("recipe: full trains all weights; leave out adapter and base, or set full = false")
+        if self.merge_adapter and not self.adapter:
+            raise UserError("recipe: merge_adapter needs adapter, the folder of the adapter to fold in")
+        if self.optimizer == "muon" and not self.full:
+            raise UserError("recipe: muon is for full training (full = true); use adamw for adapters")
+        if self.template == "faithful" and self.share_prefix:
+            raise UserError(
+                "recipe: the faithful template puts the instruction before the note, so questions share no prefix; "
+                "set share_prefix = false, or template = 'note-first'"
+            )
+        if not self.data or not self.out:
+            raise UserError(f"recipe: {'data' if not self.data else 'out'} is missing")
+
+
+def read_toml(path: str | Path) -> dict[str, Any]:
+    """A recipe file's keys. Raises UserError for what is not TOML, not a key of Recipe, or of another type."""
+    try:
+        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; give a recipe, for example train/recipes/cancerllm.toml") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not a TOML file: {error}") from error
+    known = {field.name: field for field in fields(Recipe)}
+    for key, value in raw.items():
+        if key not in known:
+            raise UserError(f"{path}: unknown key {key!r}{nearest(key, list(known))}")
+        raw[key] = checked(value, known[key].default, f"{path}: {key}")
+    return raw
+
+
+def checked(value: Any, default: Any, where: str) -> Any:
+    """`value` in the type of the field's default, or a UserError."""
+    if isinstance(default, tuple):
+        items = value if isinstance(value, list) else [value]
+        kind: type = type(default[0]) if default else str
+        return tuple(checked(item, kind(), where) for item in items)
+    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+        return float(value)
+    if type(value) is not type(default):
+        raise UserError(f"{where} is {value!r}; it must be {a_kind(default)}")
+    return value
+
+
+def a_kind(default: Any) -> str:
+    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type(default)]
+
+
+def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
+    """RECIPE.toml [--key value …] as a Recipe. `--help` explains every option."""
+    import tyro
+
+    argv = list(sys.argv[1:] if argv is None else argv)
+    overrides, file = [], None
+    if argv and not argv[0].startswith("-"):
+        file, overrides = argv[0], argv[1:]
+    else:
+        overrides = argv
+    if file is None and not any(flag in ("-h", "--help") for flag in argv):
+        raise UserError(f"usage: python -m train.{stage} RECIPE.toml [--key value …]; --help explains every key")
+    raw = read_toml(file) if file else {}
+    # the file's values stand as defaults; they are checked together with the command line's, once
+    loose = tyro.cli(loosened(), default=loosened()(**raw), args=overrides, prog=f"python -m train.{stage} RECIPE.toml",
+                     config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))  # fmt: skip
+    recipe = Recipe(**asdict(loose))
+    choices(recipe)
+    return recipe
+
+
+def loosened() -> type[Recipe]:
+    """Recipe without its checks: the form in which file and command line meet."""
+    return type("Options", (Recipe,), {"__post_init__": lambda self: None, "__doc__": Recipe.__doc__})
+
+
+def choices(recipe: Recipe) -> None:
+    """Every Literal field holds one of its values."""
+    from typing import get_args, get_type_hints
+
+    for name, hint in get_type_hints(Recipe).items():
+        allowed = get_args(hint)
+        if allowed and all(isinstance(value, str) for value in allowed) and getattr(recipe, name) not in allowed:
+            value = getattr(recipe, name)
+            raise UserError(f"recipe: {name} is {value!r}{nearest(str(value), allowed)}; it is one of {allowed}")

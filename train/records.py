@@ -1,0 +1,86 @@
+"""From a JSON record to pieces of token ids: what is read, what is asked and what is to be answered.
+
+A record's pieces are [trunk, prompt 1, answer 1, prompt 2, answer 2, …]. For pre-training there is only the trunk (the
+text between begin and end tokens). For tuning the trunk is the note, and each question is a prompt with its answer.
+Pieces are encoded apart and their ids joined, so where an answer starts is known and never searched for.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+
+from infer import tasks
+from model.command import UserError
+
+Pieces = list[np.ndarray]
+Encode = Callable[[dict[str, Any]], Pieces]
+
+
+def document_pieces(tokenizer: Any) -> Encode:
+    """Pre-training: the text alone. Raises ValueError for a record of the other stage or without text."""
+
+    def encode(record: dict[str, Any]) -> Pieces:
+        if "phenotypes" in record:
+            raise ValueError("an annotated note: train.instruct trains on these, train.pretrain on plain documents")
+        return [as_ids(tokenizer.encode(text_of(record), bos=True, eos=True))]
+
+    return encode
+
+
+def note_pieces(tokenizer: Any, template: str, which: str, append_eos: bool) -> Encode:
+    """Tuning: a note with the questions of `which` ("both", "phenotype", "diagnosis"), in `template`."""
+    if append_eos and tokenizer.eos_id is None:
+        raise UserError("the tokenizer has no end-of-text token, so answers cannot end; set append_eos = false")
+    end = [tokenizer.eos_id] if append_eos else []
+
+    def encode(record: dict[str, Any]) -> Pieces:
+        text, asked = text_of(record), questions(record, which)
+        first = template == "note-first"
+        pieces = [as_ids(tokenizer.encode(tasks.prefix(text), bos=True) if first else [])]
+        for question, answer in asked:
+            prompt = tasks.branch(question) if first else instruction_first(question, text)
+            pieces.append(as_ids(tokenizer.encode(prompt, bos=not first)))
+            pieces.append(as_ids(tokenizer.encode(answer) + end))
+        return pieces
+
+    return encode
+
+
+def instruction_first(question: str, note: str) -> str:
+    """The faithful template: the instruction, then the note as its input, then the place of the answer."""
+    return f"### Instruction:\n{question}\n\n### Input:\n{note.strip()}\n\n### Response:\n"
+
+
+def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
+    """(question, answer) for what the record holds. Raises ValueError where it lacks what `which` needs."""
+    asked = []
+    if which != "diagnosis":
+        found = record.get("phenotypes")
+        if not isinstance(found, dict):
+            raise ValueError("lacks 'phenotypes'; train.instruct trains on annotated notes")
+        for name in found:
+            if name not in tasks.PHENOTYPES:
+                raise ValueError(f"unknown phenotype {name!r}")
+        for name, values in found.items():
+            texts = list(dict.fromkeys(value["text"] for value in values))
+            asked.append((tasks.PHENOTYPES[name].question, tasks.answer(texts)))
+    if which != "phenotype" and record.get("diagnosis"):
+        given = record["diagnosis"]
+        asked.append((tasks.DIAGNOSIS_QUESTION, tasks.diagnosis_answer(given["text"], given["code"])))
+    if not asked:
+        raise ValueError("holds no question to train on")
+    return asked
+
+
+def text_of(record: dict[str, Any]) -> str:
+    text = record.get("text")
+    if not isinstance(text, str) or not text.strip():
+        raise ValueError("lacks 'text', or it is empty")
+    return text
+
+
+def as_ids(ids: list[int]) -> np.ndarray:
+    return np.asarray(ids, dtype=np.int64)

@@ -1,0 +1,57 @@
+"""Ranks and sharding: nothing on one process, FSDP2 (`fully_shard`) under torchrun."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+
+@dataclass(frozen=True)
+class Ranks:
+    """This process among the run's processes. gloo on a CPU, nccl on GPUs."""
+
+    rank: int = 0
+    world: int = 1
+    device: torch.device = torch.device("cpu")
+
+    @classmethod
+    def join(cls, device: str) -> Ranks:
+        """Join torchrun's process group where there is one; choose the device."""
+        kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
+        world = int(os.environ.get("WORLD_SIZE", "1"))
+        local = int(os.environ.get("LOCAL_RANK", "0"))
+        where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
+        if where.type == "cuda":
+            torch.cuda.set_device(where)
+        if world > 1 and not dist.is_initialized():
+            dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+        return cls(dist.get_rank() if world > 1 else 0, world, where)
+
+    @property
+    def first(self) -> bool:
+        return self.rank == 0
+
+    def wait(self) -> None:
+        if self.world > 1:
+            dist.barrier()
+
+    def any(self, flag: bool) -> bool:
+        """Whether some rank's flag is set; the same answer on all."""
+        if self.world == 1:
+            return flag
+        return bool(sum_over_ranks(torch.tensor(float(flag), device=self.device)) > 0)
+
+    def sync_gradients(self, model: nn.Module, last: bool) -> None:
+        """Reduce gradients over ranks in the last micro-batch of a step only."""
+        if self.world > 1:
+            model.set_requires_gradient_sync(last)
+
+
+def sum_over_ranks(value: Tensor) -> Tensor:
+    if dist.is_available() and dist.is_initialized():
+        dist.all_reduce(value)
+    return value
