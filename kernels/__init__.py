@@ -9,18 +9,19 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
+# no file is called as what it defines: importing it would put the module in the function's place
 _HOME = {
     "rms_norm": "norm",
     "add_rms_norm": "norm",
-    "swiglu": "swiglu",
+    "swiglu": "activation",
     "lora_linear": "linear",
     "rms_norm_lora_linear": "linear",
     "multi_lora_linear": "multi_lora",
     "int4_lora_linear": "four_bit",
     "nf4_lora_linear": "four_bit",
     "linear_cross_entropy": "cross_entropy",
-    "decode_attention": "decode_attention",
-    "prefill_attention": "prefill_attention",
+    "decode_attention": "decode",
+    "prefill_attention": "prefill",
 }
 __all__ = [*_HOME]  # noqa: PLE0604
 

@@ -5,9 +5,9 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kernels.decode_attention import decode_attention, decode_attention_definition
+from kernels.decode import decode_attention, decode_attention_definition
 from kernels.launch import CONFIGS
-from kernels.prefill_attention import blocks_in_reach, prefill_attention, prefill_attention_definition
+from kernels.prefill import blocks_in_reach, prefill_attention, prefill_attention_definition
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(1, 1), (4, 1), (6, 2), (4, 4)]

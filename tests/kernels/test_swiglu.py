@@ -5,7 +5,7 @@ import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
-from kernels.swiglu import swiglu, swiglu_definition
+from kernels.activation import swiglu, swiglu_definition
 
 
 @settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])

@@ -23,7 +23,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from kernels.decode_attention import _check, attention_definition, last_stride_1, seen_by_position
+from kernels.decode import _check, attention_definition, last_stride_1, seen_by_position
 from kernels.launch import config, divide_up, jit, launch, power_of_2, runs_here, tl, width
 
 FAR = 2**30  # past every position and document
