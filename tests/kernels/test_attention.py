@@ -39,11 +39,14 @@ def wide(value):
 @given(
     st.sampled_from([1, 3]), st.sampled_from(HEADS), st.sampled_from([1, 2, 5]), st.sampled_from([5, 33, 130, 300]),
     st.sampled_from([64, 80, 128]), st.sampled_from(DTYPES), st.sampled_from([None, 1, 7, 64]),
-    st.sampled_from([0, 50]),
+    st.sampled_from([0, 50]), st.sampled_from([1, 432]),
 )  # fmt: skip
-def test_decoding_is_as_good_as_pytorchs(device, as_good_as, B, heads, T, S, K, dtype, window, P):
+def test_decoding_is_as_good_as_pytorchs(device, as_good_as, B, heads, T, S, K, dtype, window, P, programs):
     q, k, v, i, j, prefix = decode_case(B, heads, T, S, K, dtype, device, P)
-    mine = decode_attention(q, k, v, i, j, window, prefix)
+    with pytest.MonkeyPatch.context() as patch:  # one program walks all keys, or each one block
+        for tiles in CONFIGS["decode_attention"].values():
+            patch.setitem(tiles, "PROGRAMS", programs)
+        mine = decode_attention(q, k, v, i, j, window, prefix)
     theirs = decode_attention_definition(q, k, v, i, j, window, prefix)
     as_good_as(mine, theirs, decode_attention_definition(*map(wide, (q, k, v)), i, j, window, wide(prefix)))
 
