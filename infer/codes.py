@@ -1,0 +1,96 @@
+"""The neoplasm chapter of ICD-10-CM (C00-D49): codes, descriptions and the way from a text to a code.
+
+`icd10cm.tsv` holds the 2,178 codes of the April 2026 release with their official descriptions, one
+`code<TAB>description` a line in the classification's own order. ICD-10-CM is published by the US National Center for
+Health Statistics and is in the public domain; the lines were read from the PyPI package simple-icd-10-cm 1.5.0 (MIT
+licence, Stefano Travasci) by
+
+    import simple_icd_10_cm as icd
+    codes = [c for c in icd.get_all_codes(True) if icd.is_category_or_subcategory(c) and "C00" <= c[:3] <= "D49"]
+    lines = [f"{c}\\t{icd.get_description(c)}" for c in dict.fromkeys(codes)]  # 5 are blocks and categories at once
+
+A code is *billable* where the classification divides it no further: C50 and C50.4 are categories, C50.411 is billable.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections import Counter
+from pathlib import Path
+
+_CODE = re.compile(r"\b([CD]\d[0-9A-Z])\.?([0-9A-Z]{0,4})\b", re.IGNORECASE)
+_WORD = re.compile(r"[a-z0-9]+")
+
+
+def _read(path: Path) -> dict[str, str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return dict(line.split("\t") for line in lines if line and not line.startswith("#"))
+
+
+CODES: dict[str, str] = _read(Path(__file__).with_name("icd10cm.tsv"))
+"""Every code of the chapter, categories included, with its description, in the classification's order."""
+
+_DOTLESS = {code.replace(".", ""): code for code in CODES}
+_DIVIDED = {code[:end] for code in _DOTLESS for end in range(3, len(code))}
+
+
+def is_billable(code: str) -> bool:
+    """Whether `code` (dotted or not) is known and divided no further."""
+    found = canonical(code)
+    return found is not None and found.replace(".", "") not in _DIVIDED
+
+
+def canonical(code: str) -> str | None:
+    """The dotted upper-case form of a code written in any way ("c50411"), or None where it is not known."""
+    return _DOTLESS.get(code.strip().upper().replace(".", ""))
+
+
+def describe(code: str) -> str:
+    """The official description of a code, dotted or not. Raises KeyError, naming the code, where it is not known."""
+    found = canonical(code)
+    if found is None:
+        raise KeyError(f"{code!r} is not an ICD-10-CM code of C00-D49")
+    return CODES[found]
+
+
+BILLABLE: tuple[str, ...] = tuple(code for code in CODES if is_billable(code))
+"""The codes that a diagnosis may end in, in order."""
+
+
+def _words(text: str) -> list[str]:
+    return _WORD.findall(text.lower())
+
+
+_BY_WORDS: dict[tuple[str, ...], list[str]] = {}
+for _code, _text in CODES.items():
+    _BY_WORDS.setdefault(tuple(_words(_text)), []).append(_code)
+_SETS = {code: frozenset(_words(text)) for code, text in CODES.items()}
+_COUNTS = Counter(word for words in _SETS.values() for word in words)
+_RARITY = {word: math.log(1 + len(CODES) / count) for word, count in _COUNTS.items()}
+
+
+def lookup(text: str, limit: int = 5) -> list[str]:
+    """The codes that a text names, best first; [] where nothing fits.
+
+    In this order: codes written in the text (dotted or not, any case: "c50411", "carcinoma (C50.411)"); codes whose
+    description is the text, whatever its case and punctuation (billable ones first); else at most `limit` codes by
+    similarity, the cosine of the two sets of words with a word weighted by how few descriptions hold it.
+    """
+    written = [found for match in _CODE.finditer(text) if (found := canonical(match[0]))]
+    if written:
+        return list(dict.fromkeys(written))
+    words = _words(text)
+    if tuple(words) in _BY_WORDS:
+        return sorted(_BY_WORDS[tuple(words)], key=lambda code: not is_billable(code))
+    asked = frozenset(words) & _RARITY.keys()
+    if not asked:
+        return []
+    norm = math.sqrt(sum(_RARITY[word] ** 2 for word in asked))
+    scores = []
+    for rank, (code, known) in enumerate(_SETS.items()):
+        shared = sum(_RARITY[word] ** 2 for word in asked & known)
+        if shared:
+            length = math.sqrt(sum(_RARITY[word] ** 2 for word in known))
+            scores.append((-shared / (norm * length), not is_billable(code), rank, code))
+    return [code for *_, code in sorted(scores)[:limit]]
