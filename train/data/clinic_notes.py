@@ -1,0 +1,371 @@
+"""From a case and a style to a note: which facts it states, in which words, among which distractions."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from infer.codes import describe
+from infer.tasks import PHENOTYPES
+from train.data.clinic_markup import TAG, choose, fill, mark, sentence, slots, unmark, upper
+from train.data.clinic_knowledge import GRADES, Wording
+from train.data.clinic_patients import Case
+
+FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
+TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states it once
+SHOWN = {"size": 0.88, "grade": 0.85, "stage": 0.75, "rec": 0.85}  # chance that a note states a fact of its case
+SIDE_SHOWN = 0.95
+_GROUP = re.compile(r"<(~?)(\|?)([^<>~|]+)>")
+_A = re.compile(rf"\b([Aa]) ((?:{TAG})*(?:[aeio](?!ne\b)|un(?!i)))")  # "a adenoma" is "an adenoma"
+
+
+@dataclass(frozen=True)
+class Style:
+    """A way to write notes.
+
+    `layouts` are texts with groups of keys: `<a b?>` gives a sentence from bank[a], and one in two times one from
+    bank[b]; `<~a b>` in any order; `<|a b>` a line each. `words` holds the forms of sizes, sides and receptors.
+    """
+
+    name: str
+    layouts: tuple[str, ...]
+    bank: Mapping[str, tuple[str, ...]]
+    words: Mapping[str, tuple[str, ...]]
+    pathology: bool = False
+    terse: bool = False
+    unseen: bool = False
+    capitals: bool = False
+
+
+@dataclass
+class Writer:
+    """The state of one note while it is written. `shown` facts are to be stated, `stated` ones have been."""
+
+    case: Case
+    style: Style
+    rng: random.Random
+    world: Mapping[str, tuple[str, ...]]
+    shown: set[str] = field(default_factory=set)
+    stated: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        case, rng = self.case, self.rng
+        self.shown = {"dx", "hist", "site"}
+        if case.side and rng.random() < SIDE_SHOWN:
+            self.shown.add("side")
+        for fact, there in (("size", case.size), ("grade", case.grade), ("stage", case.stage), ("rec", case.receptors)):
+            if there and rng.random() < SHOWN[fact]:
+                self.shown.add(fact)
+        if case.cancer.name == "lymphoma" and case.grade:
+            if case.histology.code == "C82.G":
+                self.shown.add("grade")  # its code depends on the grade
+        self.form = rng.choice(self.style.words["size"])
+        self.staging = rng.choices(("group", "tnm", "both"), (5, 3, 3))[0]
+        if not case.stage or case.stage.t == "-":
+            self.staging = "group"
+        self.man = case.sex == "M"
+        self.op = choose(self.wording(case.cancer.operation), rng)
+
+    def body(self) -> str:
+        """The whole note, marked."""
+        text = _GROUP.sub(self.group, self.rng.choice(self.style.layouts))
+        lines = [" ".join(line.split()) for line in fill(choose(text, self.rng), self.slot).splitlines()]
+        kept = "\n".join(line for line in lines if line and not re.fullmatch(r"[^.:]{1,40}[:|]", line))
+        return _A.sub(r"\1n \2", kept)
+
+    def group(self, match: re.Match[str]) -> str:
+        keys = match[3].split()
+        if match[1]:
+            self.rng.shuffle(keys)
+        told = [self.tell(key) for key in keys]
+        return ("\n" if match[2] else " ").join(one for one in told if one)
+
+    def tell(self, key: str) -> str:
+        """A sentence for the key, or '' where it is left out or its fact has been stated."""
+        if key.endswith("?"):
+            if self.rng.random() < 0.5:
+                return ""
+            key = key[:-1]
+        fact = key.removeprefix("l_")
+        if fact in FACTS:
+            if fact in self.stated:
+                return ""
+            if fact not in self.shown:
+                silent = self.style.bank.get("no_" + fact, ())
+                if not silent or self.rng.random() < 0.5 or not self.possible("no_" + fact):
+                    return ""
+                key = "no_" + fact
+        choices = self.possible(key)
+        if not choices:
+            return ""
+        template = self.rng.choice(choices)
+        self.told.add(template)
+        told = fill(choose(template, self.rng), self.slot)
+        if fact in FACTS and key == fact or fact in self.shown:
+            self.stated.add(fact)
+        return sentence(told)
+
+    def possible(self, key: str) -> list[str]:
+        """The templates of a key whose facts can be stated now and that the note has not used."""
+        return [t for t in self.style.bank[key] if t not in self.told and self.fits(t)]
+
+    def fits(self, template: str) -> bool:
+        """Whether every slot of the template can be filled; `{need_…}` slots are conditions and fill with nothing."""
+        case = self.case
+        nodes = bool(case.stage and case.stage.n not in ("N0", "-"))
+        conditions = {
+            "size_old": "size" in self.shown and case.size >= 9,
+            "size_less": "size" in self.shown and case.size >= 9,
+            "stage_old": "stage" in self.shown and case.stage is not None and case.stage.t != "-",
+            "grade_old": "grade" in self.shown and self.graded_by_differentiation,
+            "need_paired": case.side in ("left", "right"),
+            "need_breast": case.cancer.name == "breast cancer",
+            "need_tumor": case.size > 0,
+            "need_knife": case.cancer.surgical,
+            "need_nodes": nodes,
+            "need_clean": not nodes and case.cancer.name not in ("lymphoma", "leukemia"),
+            "need_local": not (case.stage and case.stage.m.startswith("M1")),
+        }
+        for slot in slots(template):
+            if slot in TELLING and (slot in self.stated or slot not in self.shown):
+                return False
+            if not conditions.get(slot, True):
+                return False
+        return True
+
+    @property
+    def graded_by_differentiation(self) -> bool:
+        return self.case.cancer.grading == "differentiation" and self.case.histology.names.full[:4] != "high"
+
+    # ---- the slots -------------------------------------------------------------------------------------------
+
+    def slot(self, name: str) -> str:
+        plain = {
+            "age": str(self.case.age),
+            "person": "man" if self.man else "woman",
+            "sex": "male" if self.man else "female",
+            "S": "M" if self.man else "F",
+            "he": "he" if self.man else "she",
+            "his": "his" if self.man else "her",
+            "him": "him" if self.man else "her",
+            "loose": self.case.cancer.loose,
+            "disease": self.case.cancer.name,
+            "year": str(self.rng.randint(1996, 2019)),
+            "date": f"{self.rng.randint(1, 12)}/{self.rng.randint(1, 28)}/{self.rng.choice(('21', '22', '23', '24'))}",
+            "mm": str(self.rng.randint(2, 12)),
+            "n": str(self.rng.randint(2, 6)),
+            "g": str(self.rng.randint(1, 3)),
+            "kg": str(self.rng.randint(51, 104)),
+            "nodes": str(self.rng.randint(8, 24)),
+            "pct": str(self.rng.randrange(20, 100, 5)),
+            "any_side": self.rng.choice(self.style.words["left" if self.rng.random() < 0.5 else "right"]),
+        }
+        if name.startswith("need_"):
+            return ""
+        return plain[name] if name in plain else getattr(self, "slot_" + name)()
+
+    def from_world(self, key: str) -> str:
+        """One of the world's sayings that can be said of a person of this sex."""
+        barred = ("uter", "ovar", "womb") if self.man else ("prostat", "Gleason")
+        about = [t for t in self.world[key] if key == "family" or not any(word in t for word in barred)]
+        return fill(choose(self.rng.choice(about), self.rng), self.slot)
+
+    def slot_op(self) -> str:
+        return self.op
+
+    def slot_complaint(self) -> str:
+        return choose(self.wording(self.case.cancer.complaint), self.rng)
+
+    def wording(self, wording: Wording) -> str:
+        return wording.pick(self.style.terse, self.style.unseen)
+
+    def slot_hist(self) -> str:
+        self.stated.add("hist")
+        words = choose(self.wording(self.case.histology.names), self.rng)
+        if words.startswith("high-gr"):  # the serous type is named by its grade
+            self.stated.add("grade")
+            first, rest = words.split(" ", 1)
+            words = mark("cancer_grade", first, "grade 3") + " " + rest
+        return mark("histological_type", words)
+
+    def slot_status(self) -> str:
+        return choose(self.wording(self.case.site.names), self.rng)
+
+    def slot_site(self) -> str:
+        self.stated.add("site")
+        words = choose(self.wording(self.case.site.names), self.rng)
+        if "{S}" in words:
+            if "side" not in self.shown:
+                words = choose(self.case.site.names.full, self.rng)
+            else:
+                self.stated.add("side")
+                letter = mark("tumor_laterality", self.case.side[0].upper(), self.case.side)
+                words = words.replace("{S}", letter)
+        return mark("tumor_site", words)
+
+    def slot_side(self) -> str:
+        self.stated.add("side")
+        return mark("tumor_laterality", self.rng.choice(self.style.words[self.case.side]), self.case.side)
+
+    def slot_where(self) -> str:
+        cancer = self.case.cancer
+        sided = "side" in self.shown and bool(self.case.side)
+        template = choose(self.wording(cancer.where if sided else cancer.nowhere), self.rng)
+        if self.case.side == "bilateral" and sided:
+            template = (
+                "[both ovaries|bilateral ovaries]"
+                if not self.style.unseen
+                else "[the two ovaries|ovary on either side]"
+            )
+            words = choose(template, self.rng)
+            first, site = words.rsplit(" ", 1) if "either" not in words else ("on either side", "ovary")
+            site = mark("tumor_site", site)
+            self.stated |= {"site", "side"}
+            said = mark("tumor_laterality", first, "bilateral")
+            return f"{site} {said}" if "either" in words else f"{said} {site}"
+        if self.style.terse and cancer.name == "lung cancer" and "{S}" not in self.wording(self.case.site.names):
+            template = choose(cancer.where.new_short if sided else cancer.nowhere.short, self.rng)
+        if "{site}" in template and template.count("breast") and self.case.site.names.full == "breast":
+            template = "{side} breast" if sided else "breast"
+            self.stated.add("site")
+            template = template.replace("breast", mark("tumor_site", "breast"))
+        return fill(template, self.slot)
+
+    def slot_dx(self) -> str:
+        """The tumour with its place, as one noun phrase."""
+        join = self.rng.choice(self.style.words["join"])
+        if self.case.cancer.name == "leukemia":
+            join = "{hist} {where}"
+        self.stated.add("dx")
+        return re.sub(r"([,:;(-]) the ", r"\1 ", fill(join, self.slot))
+
+    def slot_grade(self) -> str:
+        self.stated.add("grade")
+        system = self.case.cancer.grading
+        if system == "nuclear" and self.case.histology.names.short == "acinar":
+            system = "differentiation"
+        return mark(
+            "cancer_grade", choose(self.wording(GRADES[system][self.case.grade]), self.rng), f"grade {self.case.grade}"
+        )
+
+    def slot_grade_old(self) -> str:
+        other = self.rng.choice([g for g in (1, 2, 3) if g != self.case.grade])
+        return choose(self.wording(GRADES["differentiation"][other]), self.rng)
+
+    def slot_stage(self) -> str:
+        stage = self.case.stage
+        self.stated.add("stage")
+        tnm = "" if stage.t == "-" else self.tnm()
+        if self.staging == "tnm":
+            return mark("cancer_stage", tnm)
+        group = fill(
+            choose(self.rng.choice(self.style.words["stage"]), self.rng), lambda _: mark("cancer_stage", stage.group)
+        )
+        return f"{group} ({tnm})" if self.staging == "both" else group
+
+    def tnm(self) -> str:
+        stage = self.case.stage
+        gap = self.rng.choice(("", " "))
+        prefix = "p" if self.style.pathology else self.rng.choice(("", "p", "c"))
+        return gap.join((prefix + stage.t, stage.n, stage.m))
+
+    def slot_stage_old(self) -> str:
+        return self.rng.choice([s.group for s in self.case.cancer.stages if s.group != self.case.stage.group])
+
+    def slot_size(self) -> str:
+        self.stated.add("size")
+        return mark("tumor_size", self.measure(self.case.size))
+
+    def measure(self, mm: int) -> str:
+        """A length in the note's own form; two or three dimensions where the form has them."""
+        others = sorted((max(2, round(mm * self.rng.uniform(0.5, 0.95))) for _ in range(2)), reverse=True)
+
+        def shown(match: re.Match[str]) -> str:
+            value = {"a": mm, "b": others[0], "c": others[1]}[match[1]]
+            return f"{value / 10:.1f}" if "m" not in match[2] else str(value)
+
+        return re.sub(r"\{([abc])(m?)\}", shown, self.form)
+
+    def slot_size_any(self) -> str:
+        return self.measure(self.rng.randint(4, 60))
+
+    def slot_size_small(self) -> str:
+        return self.measure(self.rng.randint(3, 15))
+
+    def slot_size_spec(self) -> str:
+        return self.measure(self.rng.randint(max(60, self.case.size + 20), 240))
+
+    def slot_size_old(self) -> str:
+        old = self.case.size
+        while old == self.case.size:
+            old = max(3, round(self.case.size * self.rng.uniform(0.5, 1.6)))
+        return self.measure(old)
+
+    def slot_size_less(self) -> str:
+        return self.measure(self.rng.randint(3, self.case.size - 2))
+
+    def slot_rec(self) -> str:
+        """The receptors' results, in any order; in one case of seven the last is still awaited."""
+        self.stated.add("rec")
+        results = list(self.case.receptors)
+        words = self.style.words
+        if all(status == "-" for _, status in results) and self.rng.random() < 0.5:
+            told = self.rng.choice(words["triple"])
+            for receptor, status in results:
+                told = mark("hormone_receptor_type", mark("hormone_receptor_status", told, receptor + status), receptor)
+            return told
+        awaited = self.rng.random() < 0.14
+        told = []
+        for receptor, status in results:
+            name = self.rng.choice(words[receptor])
+            if receptor == "HER2" and awaited:
+                told.append(self.rng.choice(words["awaited"]).replace("{r}", name))
+                continue
+            kind = {"+": "positive", "-": "negative", " equivocal": "equivocal"}[status]
+            forms = words.get(f"{receptor}_{kind}") or words[kind]
+            said = fill(self.rng.choice(forms).replace("{r}", name), self.slot)
+            told.append(
+                mark("hormone_receptor_type", mark("hormone_receptor_status", said, receptor + status), receptor)
+            )
+        if self.rng.random() < 0.3:
+            told.reverse()
+        return self.rng.choice(words["listing"]).join(told)
+
+    def slot_prior(self) -> str:
+        return self.from_world("prior")
+
+    def slot_family(self) -> str:
+        return self.from_world("family")
+
+    def slot_benign(self) -> str:
+        near = {"kidney": "renal", "liver": "hepatic", "lymph nodes": "node", "ovary": "ovarian", "stomach": "gastric"}
+        barred = [near.get(self.case.cancer.loose, self.case.cancer.loose)] + ["ovarian"] * self.man
+        return choose(self.rng.choice([b for b in self.world["benign"] if not any(w in b for w in barred)]), self.rng)
+
+    def slot_other_side(self) -> str:
+        return self.rng.choice(self.style.words["left" if self.case.side == "right" else "right"])
+
+    def slot_other_hist(self) -> str:
+        return self.from_world("other_hist")
+
+
+def write_note(case: Case, style: Style, world: Mapping[str, tuple[str, ...]], rng: random.Random) -> tuple[str, dict]:
+    """A note's text and its truth: {"phenotypes": …, "diagnosis": …} as in a record. Raises AssertionError where the
+    style leaves out the diagnosis or a fact it was to state (a mistake in the style)."""
+    writer = Writer(case, style, rng, world)
+    marked = writer.body()
+    if style.capitals:
+        marked = upper(marked)
+    text, spans = unmark(marked)
+    missing = (writer.shown & {"size", "grade", "stage", "rec"}) - writer.stated
+    assert not missing and "hist" in writer.stated, (style.name, case.cancer.name, missing)
+    phenotypes: dict[str, list[dict]] = {name: [] for name in PHENOTYPES}
+    for span in spans:
+        found = phenotypes[span.name]
+        if all(span.value.lower() != other["text"].lower() for other in found):
+            found.append({"text": span.value, "start": span.start, "end": span.end})
+    code = case.code(sided=bool(phenotypes["tumor_laterality"]))
+    return text, {"phenotypes": phenotypes, "diagnosis": {"text": describe(code), "code": code}}
