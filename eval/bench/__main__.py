@@ -1,0 +1,92 @@
+"""The benchmarks: `python -m eval.bench NAME`, each a ratio against a peer measured in the same run.
+
+Every benchmark is a module beside this one with a function `rows(...)`, whose keyword arguments are its options. A row
+is {"name", "ours", "peer", "peer_name", "ratio", "limit", "share_of_limit", "unit", "setting"}; a ratio above 1 always
+means that ours is better. `kernels` is a program of its own, because it must run in a bare CUDA image.
+"""
+
+from __future__ import annotations
+
+import os
+import platform
+import sys
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+NAMES = sorted(file.stem.replace("_", "-") for file in Path(__file__).parent.glob("[a-z]*.py"))
+
+
+def main(argv: list[str]) -> int:
+    if argv and argv[0] == "kernels":
+        from eval.bench import kernels
+
+        return kernels.main(argv[1:]) or 0
+    import tyro
+
+    from model.command import UserError, nearest
+    from model.files import check_writable, write_json
+
+    if not argv or argv[0] in ("-h", "--help"):
+        print(f"usage: python -m eval.bench NAME [--json FILE] [options; NAME --help]\nNAME: {', '.join(NAMES)}")
+        return 0
+    name, options = argv[0], argv[1:]
+    if name not in NAMES:
+        raise UserError(f"no benchmark {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
+    out = None
+    if "--json" in options:
+        at = options.index("--json")
+        if at + 1 == len(options):
+            raise UserError("--json needs a file's name")
+        out = Path(options[at + 1])
+        check_writable(out)
+        del options[at : at + 2]
+    rows = tyro.cli(import_module(f"eval.bench.{name.replace('-', '_')}").rows, args=options,
+                    prog=f"python -m eval.bench {name} [--json FILE]")  # fmt: skip
+    print(table(rows))
+    if out is not None:
+        write_json(out, {"host": host(), "rows": rows})
+    return 0
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """The rows as a Markdown table."""
+    keys = ("name", "ours", "peer", "unit", "peer_name", "ratio", "limit", "share_of_limit", "setting")
+    cells = [[key.replace("_", " ") for key in keys]] + [[shown(row.get(key)) for key in keys] for row in rows]
+    width = [max(len(line[i]) for line in cells) for i in range(len(keys))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |" for line in cells]
+    lines.insert(1, "| " + " | ".join("-" * w for w in width) + " |")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def host() -> dict[str, Any]:
+    """What the figures were measured on: processor, threads, measured product rate and read bandwidth."""
+    import torch
+
+    from model.machine import probe
+
+    return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+            "python": platform.python_version(), "torch": torch.__version__, **probe()}  # fmt: skip
+
+
+def cpu_name() -> str:
+    try:
+        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or platform.machine()
+
+
+if __name__ == "__main__":
+    arguments = sys.argv[1:]
+    if arguments and arguments[0] == "kernels":
+        raise SystemExit(main(arguments))
+    from model.command import guard
+
+    raise SystemExit(guard(lambda: main(arguments), "eval.bench"))

@@ -1,0 +1,64 @@
+"""What this machine can do, measured in about half a second: processors differ too much to assume anything.
+
+fp32 and bf16 matrix products differ by a factor of 100 either way between processors with and without bf16
+instructions, and reading memory is what bounds decoding; programs choose their compute dtype and print their limits
+from these three figures.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+
+
+@cache
+def probe(device: str = "cpu") -> dict[str, float]:
+    """{"fp32_gflops", "bf16_gflops", "read_gb_per_s"} with torch's present number of threads.
+
+    Products are 512 × 576 by 576 × 1536 (a small model's MLP), best of several; reading is a sum over 256 MB.
+    """
+    return {
+        "fp32_gflops": product_rate(torch.float32, device),
+        "bf16_gflops": product_rate(torch.bfloat16, device),
+        "read_gb_per_s": read_rate(device),
+    }
+
+
+def product_rate(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.1) -> float:
+    """GFLOP/s of a product that fits the caches, best of as many as the time allows (at least two)."""
+    rows, inner, columns = 512, 576, 1536
+    if dtype == torch.bfloat16:
+        rows = 64  # where bf16 is emulated, one such product already takes a tenth of a second
+    a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
+    best = min(timed(lambda: torch.nn.functional.linear(a, b), device, seconds))
+    return 2 * rows * inner * columns / best / 1e9
+
+
+def read_rate(device: str = "cpu", megabytes: int = 256) -> float:
+    """GB/s of reading a tensor much larger than the caches, as a matrix-vector product reads its weights."""
+    weight = torch.ones(megabytes * 2**20 // 4 // 4096, 4096, device=device)
+    vector = torch.ones(4096, device=device)
+    best = min(timed(lambda: weight @ vector, device, 0.2))
+    return weight.numel() * 4 / best / 1e9
+
+
+def timed(call, device: str, seconds: float) -> list[float]:
+    """Seconds of each of at least three calls, for as long as `seconds` allows; the first is left out."""
+    taken, began = [], time.perf_counter()
+    while len(taken) < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return taken[1:]
+
+
+def compute_dtype(device: str = "cpu") -> torch.dtype:
+    """The dtype in which products are fastest here: bf16 on GPUs and on processors that have it, else fp32."""
+    if device != "cpu":
+        return torch.bfloat16
+    rates = probe()
+    return torch.bfloat16 if rates["bf16_gflops"] > 1.2 * rates["fp32_gflops"] else torch.float32
