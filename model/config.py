@@ -7,6 +7,7 @@ in Mistral's own files).
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass
@@ -79,9 +80,7 @@ class ModelConfig:
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
             "num_key_value_heads", "head_dim", "max_position_embeddings",
         ):  # fmt: skip
-            value = getattr(self, name)
-            if not isinstance(value, int) or isinstance(value, bool) or value < 1:
-                raise UserError(f"config: {name} is {value!r}; it must be a whole number of at least 1")
+            _count(name, getattr(self, name))
         if self.model_type not in FAMILIES:
             raise UserError(
                 f"config: model_type {self.model_type!r} is not covered{nearest(str(self.model_type), FAMILIES)}; "
@@ -94,12 +93,12 @@ class ModelConfig:
             )
         if self.head_dim % 2:
             raise UserError(f"config: head_dim is {self.head_dim}; rotary positions need an even size")
-        if not self.rms_norm_eps > 0 or not self.rope_theta > 0:
-            raise UserError(f"config: rms_norm_eps {self.rms_norm_eps} and rope_theta {self.rope_theta} must be > 0")
+        _positive("rms_norm_eps", self.rms_norm_eps)
+        _positive("rope_theta", self.rope_theta)
         if len(self.windows) != self.num_hidden_layers:
             raise UserError(f"config: {len(self.windows)} windows for {self.num_hidden_layers} layers")
-        if any(window is not None and window < 1 for window in self.windows):
-            raise UserError(f"config: sliding_window is {min(w for w in self.windows if w is not None)}; at least 1")
+        for window in set(self.windows) - {None}:
+            _count("sliding_window", window)
         if not 0 <= self.num_experts_per_tok <= self.num_local_experts:
             raise UserError(
                 f"config: num_experts_per_tok {self.num_experts_per_tok} of num_local_experts {self.num_local_experts}"
@@ -134,27 +133,28 @@ class ModelConfig:
         required = (
             "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
         )  # fmt: skip
-        missing = [name for name in required if raw.get(name) is None]
+        moe = family == "mixtral"
+        asked = (*required, "num_local_experts", "num_experts_per_tok") if moe else required
+        missing = [name for name in asked if raw.get(name) is None]
+        if family != "llama" and "num_key_value_heads" not in raw:  # 8, 32 or all of them, by the reader's default
+            missing.append("num_key_value_heads")
         if missing:
             raise UserError(f"config lacks {', '.join(missing)}; add what the model was trained with")
         _refuse_uncovered(raw)
-        heads = raw["num_attention_heads"]
-        if not isinstance(heads, int) or heads < 1:
-            raise UserError(f"config: num_attention_heads is {heads!r}; it must be a whole number of at least 1")
+        width, heads = _count("hidden_size", raw["hidden_size"]), _count("num_attention_heads", raw["num_attention_heads"])
+        if raw.get("head_dim") is None and width % heads:
+            raise UserError(f"config lacks head_dim, and hidden_size {width} is no multiple of {heads} heads")
         theta, scaling = _rope(raw)
         eos = raw.get("eos_token_id")
-        moe = family == "mixtral"
-        if moe and not (raw.get("num_local_experts") and raw.get("num_experts_per_tok")):
-            raise UserError("config lacks num_local_experts or num_experts_per_tok, which a mixtral needs")
         return cls(
             **{name: raw[name] for name in required},
-            num_key_value_heads=raw.get("num_key_value_heads") or heads,
-            head_dim=raw.get("head_dim") or raw["hidden_size"] // heads,
+            num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
+            head_dim=width // heads if raw.get("head_dim") is None else raw["head_dim"],
             rope_theta=theta,
             rope_scaling=scaling,
             windows=_windows(raw),
             model_type=family,
-            max_position_embeddings=raw.get("max_position_embeddings") or 32768,
+            max_position_embeddings=32768 if raw.get("max_position_embeddings") is None else raw["max_position_embeddings"],
             # transformers writes only what differs from its family default, which is untied for all four
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
@@ -197,17 +197,30 @@ class ModelConfig:
             some = wide < self.num_hidden_layers
             raw |= {
                 "use_sliding_window": some,
-                "sliding_window": self.windows[-1] if some else None,
+                "sliding_window": next((w for w in self.windows if w is not None), None),
                 "max_window_layers": wide,
+                "layer_types": ["full_attention" if w is None else "sliding_attention" for w in self.windows],
             }
         return raw
 
 
+def _count(name: str, value: Any) -> int:
+    if not isinstance(value, int) or isinstance(value, bool) or value < 1:
+        raise UserError(f"config: {name} is {value!r}; it must be a whole number of at least 1")
+    return value
+
+
+def _positive(name: str, value: Any) -> float:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"config: {name} is {value!r}; it must be a number above 0")
+    return float(value)
+
+
 def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
     """Each layer's window. Qwen2's first `max_window_layers` layers see everything."""
-    family, layers = raw["model_type"], raw["num_hidden_layers"]
+    family, layers = raw["model_type"], _count("num_hidden_layers", raw["num_hidden_layers"])
     window = raw.get("sliding_window")
-    if family == "llama":
+    if family == "llama" or family == "qwen2" and not raw.get("use_sliding_window"):
         return (None,) * layers
     if family in ("mistral", "mixtral"):
         if "sliding_window" not in raw:
@@ -216,42 +229,49 @@ def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
                 "(v0.2, v0.3 and Mixtral): readers guess it differently"
             )
         return (window,) * layers
-    if not raw.get("use_sliding_window", False):
-        return (None,) * layers
-    if raw.get("layer_types"):
-        return tuple(window if kind == "sliding_attention" else None for kind in raw["layer_types"])
-    if window is None or "max_window_layers" not in raw:
+    kinds, wide = raw.get("layer_types"), raw.get("max_window_layers")
+    if window is None or not isinstance(kinds, list) and not isinstance(wide, int):
         raise UserError("config says use_sliding_window but lacks sliding_window or max_window_layers")
-    return tuple(window if layer >= raw["max_window_layers"] else None for layer in range(layers))
+    if isinstance(kinds, list):
+        if strange := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
+            raise UserError(f"config: layer_types holds {strange[0]!r}, which is not covered")
+        return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    return tuple(window if layer >= wide else None for layer in range(layers))
 
 
 def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     """(theta, scaling) from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
-    new = raw.get("rope_parameters") or {}
-    old = raw.get("rope_scaling") or {}
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise UserError("config: rope_scaling and rope_parameters must be objects or null")
     theta = new.get("rope_theta", raw.get("rope_theta"))
+    if theta is None and raw["model_type"] == "llama":
+        theta = 1e4  # Llama-2's own config.json leaves it out, and every reader takes the paper's
     if theta is None:
-        raise UserError("config lacks rope_theta (1e4 for Mistral v0.1 and Llama-2, 1e6 for v0.2 and v0.3)")
+        raise UserError("config lacks rope_theta (1e4 for Mistral v0.1, 1e6 for v0.2, v0.3 and Mixtral)")
     if raw.get("rope_theta") not in (None, theta):
         raise UserError(f"config contradicts itself: rope_theta {raw['rope_theta']} and rope_parameters {theta}")
     spec = {**old, **new}
-    kind = spec.pop("rope_type", spec.pop("type", "default"))
-    spec.pop("type", None)
-    spec.pop("rope_theta", None)
-    if spec.pop("partial_rotary_factor", 1.0) != 1.0:
+    kind = spec.get("rope_type", spec.get("type", "default"))
+    if spec.get("partial_rotary_factor", 1.0) != 1.0:
         raise UserError("config: partial_rotary_factor other than 1 is not covered")
-    if kind not in ROPE_FIELDS:
+    if not isinstance(kind, str) or kind not in ROPE_FIELDS:
         raise UserError(f"rope scaling {kind!r} is not covered; covered are {', '.join(ROPE_FIELDS)}")
     if kind == "default":
-        return float(theta), None
+        return _positive("rope_theta", theta), None
     needed, optional = ROPE_FIELDS[kind]
+    trained = raw.get("max_position_embeddings")
+    if kind == "dynamic" and trained is None:
+        raise UserError("rope scaling 'dynamic' needs max_position_embeddings, the length the model was trained on")
     if kind in ("llama3", "yarn"):  # transformers falls back to the model's own length
-        spec.setdefault("original_max_position_embeddings", raw.get("max_position_embeddings"))
+        spec.setdefault("original_max_position_embeddings", trained)
     missing = [name for name in needed if spec.get(name) is None]
     if missing:
         raise UserError(f"rope scaling {kind!r} lacks {', '.join(missing)}")
     known = {name: spec[name] for name in (*needed, *optional) if spec.get(name) is not None}
-    return float(theta), RopeScaling(rope_type=kind, **known)
+    for name in known.keys() - {"truncate"}:
+        _positive(f"rope scaling {kind!r}: {name}", known[name])
+    return _positive("rope_theta", theta), RopeScaling(rope_type=kind, **known)
 
 
 def _refuse_uncovered(raw: Mapping[str, Any]) -> None:
