@@ -10,8 +10,8 @@ from dataclasses import dataclass, field
 from infer.codes import describe
 from infer.tasks import PHENOTYPES
 from train.data.clinic_markup import TAG, choose, fill, mark, sentence, slots, unmark, upper
-from train.data.clinic_knowledge import GRADES, Wording
-from train.data.clinic_patients import Case
+from train.data.clinic_knowledge import GRADES, Site, Wording
+from train.data.clinic_patients import Case, draw_case, draw_receptors
 
 FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
 TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states it once
@@ -67,6 +67,7 @@ class Writer:
         if not case.stage or case.stage.t == "-":
             self.staging = "group"
         self.man = case.sex == "M"
+        self.avoid = case.cancer.name if rng.random() < 0.6 else ""  # else a rival may sit in the same organ
         self.op = choose(self.wording(case.cancer.operation), rng)
 
     def body(self) -> str:
@@ -120,7 +121,10 @@ class Writer:
             "size_old": "size" in self.shown and case.size >= 9,
             "size_less": "size" in self.shown and case.size >= 9,
             "stage_old": "stage" in self.shown and case.stage is not None and case.stage.t != "-",
-            "grade_old": "grade" in self.shown and self.graded_by_differentiation,
+            "tnm_old": "stage" in self.shown and case.stage is not None and case.stage.t != "-",
+            "grade_old": "grade" in self.shown and len(self.other_grades()) > 0,
+            "other_site": len(self.other_sites()) > 0,
+            "other_type": len(case.cancer.histologies) > 1,
             "need_paired": case.side in ("left", "right"),
             "need_breast": case.cancer.name == "breast cancer",
             "need_tumor": case.size > 0,
@@ -136,9 +140,18 @@ class Writer:
                 return False
         return True
 
-    @property
-    def graded_by_differentiation(self) -> bool:
-        return self.case.cancer.grading == "differentiation" and self.case.histology.names.full[:4] != "high"
+    def other_grades(self) -> list[int]:
+        """The grades of the case's system that are not its own; none where the type's name holds the grade."""
+        named = self.case.histology.names.full.startswith("high-grade")
+        return [] if named else [g for g in GRADES.get(self.case.cancer.grading, ()) if g != self.case.grade]
+
+    def other_sites(self) -> list[Site]:
+        """The places of the same organ where the tumour is not; none where the organ is all that is said."""
+        whole = ("breast", "liver", "[kidney]")
+        own = self.case.site
+        if not self.case.cancer.surgical or own.names.full in whole:
+            return []
+        return [s for s in self.case.cancer.sites if s.names != own.names and s.names.full not in whole]
 
     # ---- the slots -------------------------------------------------------------------------------------------
 
@@ -252,8 +265,8 @@ class Writer:
         )
 
     def slot_grade_old(self) -> str:
-        other = self.rng.choice([g for g in (1, 2, 3) if g != self.case.grade])
-        return choose(self.wording(GRADES["differentiation"][other]), self.rng)
+        other = self.rng.choice(self.other_grades())
+        return choose(self.wording(GRADES[self.case.cancer.grading][other]), self.rng)
 
     def slot_stage(self) -> str:
         stage = self.case.stage
@@ -308,37 +321,83 @@ class Writer:
         return self.measure(self.rng.randint(3, self.case.size - 2))
 
     def slot_rec(self) -> str:
-        """The receptors' results, in any order; in one case of seven the last is still awaited."""
         self.stated.add("rec")
-        results = list(self.case.receptors)
+        return self.receptors(self.case.receptors)
+
+    def slot_rec_old(self) -> str:
+        """The receptors of an earlier sample or tumour, at least one of them different; unmarked."""
+        old = self.case.receptors
+        while old == self.case.receptors:
+            old = draw_receptors(self.rng)
+        return unmark(self.receptors(old))[0]
+
+    def receptors(self, results: tuple[tuple[str, str], ...]) -> str:
+        """The results, in any order; in one of seven lists HER2 is still awaited."""
         words = self.style.words
         if all(status == "-" for _, status in results) and self.rng.random() < 0.5:
             told = self.rng.choice(words["triple"])
             for receptor, status in results:
-                told = mark("hormone_receptor_type", mark("hormone_receptor_status", told, receptor + status), receptor)
+                told = self.result(receptor, status, told)
             return told
         awaited = self.rng.random() < 0.14
-        told = []
+        listed = []
         for receptor, status in results:
             name = self.rng.choice(words[receptor])
             if receptor == "HER2" and awaited:
-                told.append(self.rng.choice(words["awaited"]).replace("{r}", name))
+                listed.append(self.rng.choice(words["awaited"]).replace("{r}", name))
                 continue
             kind = {"+": "positive", "-": "negative", " equivocal": "equivocal"}[status]
             forms = words.get(f"{receptor}_{kind}") or words[kind]
             said = fill(self.rng.choice(forms).replace("{r}", name), self.slot)
-            told.append(
-                mark("hormone_receptor_type", mark("hormone_receptor_status", said, receptor + status), receptor)
-            )
+            listed.append(self.result(receptor, status, said))
         if self.rng.random() < 0.3:
-            told.reverse()
-        return self.rng.choice(words["listing"]).join(told)
+            listed.reverse()
+        return self.rng.choice(words["listing"]).join(listed)
 
-    def slot_prior(self) -> str:
-        return self.from_world("prior")
+    @staticmethod
+    def result(receptor: str, status: str, said: str) -> str:
+        return mark("hormone_receptor_type", mark("hormone_receptor_status", said, receptor + status), receptor)
 
     def slot_family(self) -> str:
         return self.from_world("family")
+
+    def slot_rival(self) -> str:
+        """Another cancer of the same patient, told in the style's own words with up to three of its facts."""
+        return self.rival(self.case.sex)
+
+    def slot_her_rival(self) -> str:
+        """The cancer of a woman of the family."""
+        return self.rival("F")
+
+    def slot_his_rival(self) -> str:
+        """The cancer of a man of the family."""
+        return self.rival("M")
+
+    def rival(self, sex: str) -> str:
+        rng = self.rng
+        while True:
+            case = draw_case(rng)
+            if case.sex == sex and case.cancer.name not in ("leukemia", self.avoid):
+                break
+        other = Writer(case, self.style, rng, self.world)
+        other.form = self.form
+        facts = [fact for fact in ("rec", "grade", "size", "stage") if fact in other.shown]
+        told = sorted(rng.sample(facts, min(len(facts), rng.choice((1, 2, 2, 3)))))
+        phrase = ", ".join([other.slot("dx")] + [other.slot(fact) for fact in told if fact not in other.stated])
+        words = unmark(phrase)[0]
+        return words[4:] if words.startswith("the ") else words
+
+    def slot_other_site(self) -> str:
+        words = choose(self.rng.choice(self.other_sites()).names.pick(self.style.terse, self.style.unseen), self.rng)
+        return words.replace("{S}", self.case.side[:1].upper() if self.case.side and "side" in self.shown else "")
+
+    def slot_other_type(self) -> str:
+        other = [h for h in self.case.cancer.histologies if h is not self.case.histology]
+        return choose(self.wording(self.rng.choice(other).names), self.rng)
+
+    def slot_tnm_old(self) -> str:
+        other = self.rng.choice([s for s in self.case.cancer.stages if s.t != self.case.stage.t])
+        return f"c{other.t} {other.n} {other.m}"
 
     def slot_benign(self) -> str:
         near = {"kidney": "renal", "liver": "hepatic", "lymph nodes": "node", "ovary": "ovarian", "stomach": "gastric"}

@@ -10,22 +10,9 @@ from __future__ import annotations
 from train.data.clinic_notes import Style
 
 WORLD: dict[str, tuple[str, ...]] = {
-    "prior": (
-        "[a|] stage [I|II] {any_side} breast carcinoma treated in {year}, [ER positive|ER and PR positive|HER2 positive]",
-        "a {any_side} renal cell carcinoma removed in {year}, {size_any}",
-        "well differentiated thyroid carcinoma resected in {year}",
-        "a grade 2 endometrioid carcinoma of the uterus, stage IA, in {year}",
-        "a stage IB melanoma of the {any_side} forearm excised in {year}",
-        "Gleason 3+3 prostate adenocarcinoma, under surveillance since {year}",
-        "a moderately differentiated adenocarcinoma of the sigmoid colon, stage II, resected in {year}",
-        "low grade urothelial carcinoma of the bladder in {year}",
-        "[nodular sclerosis|mixed cellularity] Hodgkin lymphoma, stage IIA, in remission since {year}",
-        "a {size_any} squamous cell carcinoma of the {any_side} ear, excised in {year}",
-    ),
     "family": (
-        "[mother|sister|maternal aunt] with [{any_side} breast cancer at {n}2|stage III ovarian cancer|triple-negative breast cancer|grade 3 endometrial cancer]",
-        "[father|brother|paternal uncle] with [prostate cancer, Gleason 4+4|metastatic lung adenocarcinoma|pancreatic cancer at {n}8|stage IV colon cancer|acute leukemia]",
-        "[a brother|a cousin|a grandfather] who died of [glioblastoma|gastric carcinoma|esophageal squamous cell carcinoma|melanoma]",
+        "[mother|sister|maternal aunt|grandmother] had {her_rival}", "[father|brother|paternal uncle|grandfather] had {his_rival}",
+        "a [sister|niece] treated elsewhere for {her_rival}", "the [brother|cousin Robert] lives with {his_rival}",
     ),
     "benign": (
         "simple renal cyst", "hepatic hemangioma", "[colloid|benign] thyroid nodule", "shoulder lipoma", "calcified lung granuloma",
@@ -105,13 +92,14 @@ _PATH: dict[str, tuple[str, ...]] = {
         "The [tumor|carcinoma] is {grade}.", "[Tumor grade|Histologic grade]: {grade}.", "It is graded as {grade}.", "Overall it is {grade}, with {n} mitoses per field.",
     ),
     "d_grade": (
-        "The [earlier|core] biopsy had been called {grade_old}; the resection is definitive.",
+        "The [earlier|core] biopsy had been called {grade_old}; the resection is definitive.", "On the needle core the tumor was {grade_old}.", "A minor area would by itself be {grade_old}, which does not change the result.",
         "{need_breast}Ductal carcinoma in situ of nuclear grade {g} is adjacent.", "{need_breast}Associated in situ component, [high|intermediate] nuclear grade.",
         "Background [dysplasia|atypia], [low|high] grade, is seen away from the tumor.",
         "Treatment effect is scored as tumor regression grade {g}.",
     ),
     "stage": ("[Pathologic stage|Stage]: {stage}.", "The findings correspond to {stage}.", "Staging summary: {stage}."),
-    "d_stage": ("[Clinical stage before surgery|Stage assigned before resection] had been {stage_old}.", "Request form states clinical stage {stage_old}; superseded by this report."),
+    "d_stage": ("Imaging before surgery had suggested {tnm_old}.", "[Clinical stage before surgery|Stage assigned before resection] had been {stage_old}.", "Request form states clinical stage {stage_old}; superseded by this report."),
+    "d_rec": ("{need_breast}Receptors on the earlier core biopsy had been read as {rec_old}; they were repeated here.", "{need_breast}The cancer of {year} was {rec_old}."),
     "rec": ("[Receptor studies|Immunohistochemistry|Biomarkers]: {rec}.", "[By immunostain|On immunohistochemistry] the tumor cells are {rec}.", "Prognostic markers show {rec}."),
     "no_size": ("Tumor size cannot be [determined|assessed] because the specimen is fragmented.", "Extent of tumor is not measurable."),
     "no_grade": ("Grade cannot be assessed.", "Grading is [deferred|not applied] after treatment."),
@@ -122,8 +110,15 @@ _PATH: dict[str, tuple[str, ...]] = {
         "Stains for {other_hist} are negative.", "{need_clean}All {nodes} lymph nodes are free of tumor.", "Margins are [uninvolved|negative|clear].",
         "{need_paired}The separately submitted {other_side} specimen shows no tumor.",
     ),
-    "family": ("Family history: {family}.", "The request notes {family}."),
-    "prior": ("Past history of {prior}.", "The patient also had {prior}.", "Previous pathology on file: {prior}; not related to the present tumor."),
+    "family": ("Family history: {family}.", "The request notes that {family}.", "{family}."),
+    "prior": (
+        "Past history of {rival}.", "In {year} this department reported {rival}.", "On file from {year}: {rival}; not related to the present tumor.",
+        "The same patient was treated for {rival} {n} years before the present specimen.", "{rival} was excised in {year}.", "A tumor of {year}, {rival}, was compared and is of different origin.",
+    ),
+    "d_site": (
+        "[Random|Mapping] sections of the {other_site} show no tumor.", "The {other_site} is [normal|uninvolved|unremarkable].", "The core biopsy had suggested {other_type}; this is not [borne out|confirmed] here.",
+        "{need_paired}The requisition reads {other_side} in error.", "{other_type} was considered and excluded by immunostains.", "The first report of {other_type}, {grade_old}, is amended by this one.",
+    ),
     "other": (
         "Representative sections are submitted in cassettes A1 to A{n}.", "Controls reacted [appropriately|as expected].", "Findings were discussed with the surgeon by telephone.",
         "The case was reviewed at the intradepartmental conference.", "Block A{n} is suitable for molecular testing.",
@@ -137,7 +132,7 @@ _PATH: dict[str, tuple[str, ...]] = {
     "l_rec": ("[Receptors|Biomarkers|Hormone receptors and HER2]: {rec}",),
     "l_margin": ("Margins: [negative|uninvolved], closest {mm} mm", "Distance to closest margin: 0.{n} cm", "Margin status: clear by {mm} mm"),
     "l_nodes": ("{need_clean}Lymph nodes: 0 of {nodes} involved", "{need_nodes}Nodes examined: {nodes}; largest deposit {mm} mm", "{need_nodes}Nodal status: {n} of {nodes} positive"),
-    "l_other": ("Lymphovascular invasion: not identified", "Perineural invasion: absent", "Additional findings: {benign}, {size_any}", "Treatment effect: regression grade {g}", "Prior imaging size: {size_old}", "Clinical stage before surgery: {stage_old}", "Biopsy grade (earlier specimen): {grade_old}"),
+    "l_other": ("Lymphovascular invasion: not identified", "Perineural invasion: absent", "Additional findings: {benign}, {size_any}", "Treatment effect: regression grade {g}", "Prior imaging size: {size_old}", "Clinical stage before surgery: {stage_old}", "Biopsy grade (earlier specimen): {grade_old}", "Other sites sampled: {other_site}, no tumor", "Biopsy diagnosis (superseded): {other_type}", "Previous malignancy: {rival}", "Clinical TNM on request: {tnm_old}"),
 }  # fmt: skip
 
 _CLINIC: dict[str, tuple[str, ...]] = {
@@ -148,7 +143,7 @@ _CLINIC: dict[str, tuple[str, ...]] = {
         "{complaint} led to the work-up of this {age}-year-old {person}.",
     ),
     "dx": (
-        "[Biopsy|Pathology] showed {dx}.", "[Work-up|Evaluation] [established|confirmed] {dx}.", "[He or she|The patient] has {dx}, {grade}.",
+        "[Biopsy|Pathology] showed {dx}.", "With no prior warning, {dx} was found.", "The patient, whose father also smoked, has {dx}.", "No doubt remains that this is {dx}.", "[Work-up|Evaluation] [established|confirmed] {dx}.", "[He or she|The patient] has {dx}, {grade}.",
         "Diagnosis: {dx}.", "{op} revealed {dx}.", "Final pathology from {op}: {dx}, {grade}.", "Tissue diagnosis is {dx}, {stage}.",
         "[Initial concern was for|The first reading raised] {other_hist}, but [expert review|repeat biopsy] showed {dx}.",
     ),
@@ -160,15 +155,15 @@ _CLINIC: dict[str, tuple[str, ...]] = {
     ),
     "d_size": (
         "[CT|Staging CT] also notes a {benign} of {size_any}, unchanged.", "A {size_any} {benign} needs no follow-up.", "{need_clean}The largest node is {mm} mm and not suspicious.",
-        "Surgical margin was {mm} mm.", "There is a healed scar of {size_any}.", "Spleen measures 1{n}.0 cm.", "{need_knife}{need_tumor}Closest margin {mm} mm.",
+        "Surgical margin was {mm} mm.", "There is a healed scar of {size_any}.", "The mass was {size_old} on the scan before surgery.", "Ultrasound before treatment showed {size_old}.", "The tumor removed in {year} had measured {size_any}.", "Spleen measures 1{n}.0 cm.", "{need_knife}{need_tumor}Closest margin {mm} mm.",
     ),
     "grade": ("It is {grade}.", "Grade: {grade}.", "The pathologist graded it as {grade}.", "Histology was reported as {grade}."),
     "d_grade": (
         "[He or she|The patient] has grade {g} neuropathy from earlier treatment.", "Grade 2 fatigue and grade 1 nausea persist.", "[Mucositis|Diarrhea] reached grade 3 but has resolved.",
-        "An outside biopsy had been read as {grade_old}, corrected on resection.", "Echocardiogram: grade 1 diastolic dysfunction.",
+        "An outside biopsy had been read as {grade_old}, corrected on resection.", "The needle core was {grade_old}; the surgical specimen decides.", "Another hospital called it {grade_old}, which our review overturned.", "Echocardiogram: grade 1 diastolic dysfunction.",
     ),
     "stage": ("[Stage|Staging]: {stage}.", "This is {stage} disease.", "[He or she is|The disease is] staged as {stage}.", "After complete work-up: {stage}."),
-    "d_stage": ("Before surgery it had been thought to be stage {stage_old}.", "[Chronic kidney disease stage 3|Stage 2 pressure injury of the heel|Stage 1 hypertension] is also noted.", "Clinical stage at presentation was {stage_old}; pathology revised this."),
+    "d_stage": ("The first scan suggested {tnm_old}, surgery showed otherwise.", "The referring hospital staged it as {stage_old}, since revised.", "Before surgery it had been thought to be stage {stage_old}.", "[Chronic kidney disease stage 3|Stage 2 pressure injury of the heel|Stage 1 hypertension] is also noted.", "Clinical stage at presentation was {stage_old}; pathology revised this."),
     "rec": ("Receptors: {rec}.", "The tumor is {rec}.", "[Biomarkers|Marker studies] came back {rec}."),
     "no_size": ("Exact tumor size is not in the outside records.",),
     "no_grade": ("Grade was not reported.",),
@@ -178,8 +173,16 @@ _CLINIC: dict[str, tuple[str, ...]] = {
         "Port in the {any_side} chest wall is clean.", "{any_side} knee replacement in {year}.", "{need_paired}The {other_side} side is normal on examination and imaging.", "Chronic {any_side} shoulder pain, stable.",
         "{any_side} cataract surgery last year.", "{need_paired}No abnormality on the {other_side}.",
     ),
-    "family": ("Family history: {family}.", "[Family history is notable for|There is a] {family}.", "Relatives: {family}; no other cancers."),
-    "prior": ("Past medical history includes {prior}.", "[Earlier|Remote] history of {prior}, no recurrence.", "Other cancers: {prior}."),
+    "family": ("Family history: {family}.", "{family}.", "Relatives: {family}."),
+    "prior": (
+        "Past medical history includes {rival}.", "In {year} the patient was treated for {rival}.", "{rival} was [resected|cured] in {year}.", "This is a second cancer; the first, {n} years ago, was {rival}.",
+        "A separate cancer, {rival}, is under the care of another hospital.", "Long-term survivor of {rival}.", "{year}: {rival}, treated and quiet since.",
+    ),
+    "d_site": (
+        "The {other_site} was [biopsied as well and is benign|clear on imaging].", "The outside report spoke of {other_type}; our pathologists disagree.", "{need_paired}The referral letter says {other_side}, which is a mistake.",
+        "{other_type} was ruled out.", "Symptoms first pointed to the {other_site}, wrongly.", "The {other_site} had a scar from an old injury.",
+    ),
+    "d_rec": ("{need_breast}The needle biopsy elsewhere had been {rec_old}, superseded by the surgical specimen.", "{need_breast}Her first cancer of {year} was {rec_old}."),
     "neg": (
         "{need_local}No [evidence of metastasis|distant spread] on [PET|CT].", "{need_local}Bone scan and brain MRI are negative for metastases.", "There is no {other_hist}.", "{need_clean}No palpable adenopathy.", "{need_local}Liver and lungs are clear.",
     ),
@@ -201,16 +204,18 @@ _TERSE: dict[str, tuple[str, ...]] = {
     "open": ("{age}{S} w/ {complaint}.", "{age} yo {S}, {complaint} x{n} mo.", "{S} {age}, f/u. c/o {complaint}."),
     "dx": ("Dx: {dx}.", "Path: {dx}, {grade}.", "s/p {op}: {dx}.", "Bx -> {dx}.", "{dx} s/p {op}.", "Imp: {dx}, {stage}."),
     "size": ("{size} on path.", "T {size}.", "Mass {size}.", "1' tumor {size}, was {size_old} on CT.", "2 foci: {size_less} + {size}.", "Path {size} (MRI {size_old})."),
-    "d_size": ("Incid {benign} {size_any}, stable.", "Margin {mm} mm.", "{need_clean}LN {mm}mm, benign.", "Scar {size_any}.", "Spleen 1{n} cm."),
+    "d_size": ("Incid {benign} {size_any}, stable.", "Margin {mm} mm.", "{need_clean}LN {mm}mm, benign.", "Scar {size_any}.", "Pre-op US {size_old}.", "{year} tumor {size_any}.", "Spleen 1{n} cm."),
     "grade": ("{grade}.", "Gr: {grade}.", "Histo {grade}."),
-    "d_grade": ("Gr {g} neuropathy.", "Fatigue gr 2, nausea gr 1.", "Core bx was {grade_old}.", "Gr 3 mucositis, resolved."),
+    "d_grade": ("Gr {g} neuropathy.", "Fatigue gr 2, nausea gr 1.", "Core bx was {grade_old}.", "Outside path {grade_old}, re-read.", "Gr 3 mucositis, resolved."),
     "stage": ("{stage}.", "Stg: {stage}.", "Final {stage}."),
-    "d_stage": ("CKD st 3.", "Clin stg {stage_old} pre-op.", "Pressure ulcer stg 2."),
+    "d_stage": ("CKD st 3.", "Clin stg {stage_old} pre-op.", "Outside stg {stage_old}, revised.", "CT {tnm_old}, not confirmed at surgery.", "Pressure ulcer stg 2."),
     "rec": ("{rec}.", "Recs: {rec}.", "IHC {rec}."),
     "no_size": ("Size n/a.",), "no_grade": ("Gr not given.",), "no_stage": ("Staging w/u pending.",), "no_rec": ("{need_breast}Recs pend.",),
     "d_side": ("{any_side} port ok.", "{any_side} TKA {year}.", "{need_paired}{other_side} side neg.", "{any_side} shoulder pain, chr."),
-    "family": ("FHx: {family}.", "FH + {family}."),
-    "prior": ("PMH: {prior}.", "h/o {prior}, NED."),
+    "family": ("FHx: {family}.", "Fam: {family}."),
+    "prior": ("PMH: {rival}.", "h/o {rival}, NED.", "{year}: {rival}.", "2nd ca; 1st {rival} {n} y ago.", "{rival} {year}, cured."),
+    "d_site": ("{other_site} bx neg.", "Outside read {other_type}, revised.", "{need_paired}Ref says {other_side} - wrong.", "{other_type} r/o.", "{other_site} clear."),
+    "d_rec": ("{need_breast}Core bx was {rec_old}, repeated on excision.", "{need_breast}{year} tumor {rec_old}."),
     "neg": ("{need_local}No mets on CT.", "{need_local}PET neg.", "No {other_hist}.", "{need_clean}No LAD."),
     "ros": ("Denies F/C/NS.", "No CP/SOB.", "Appetite ok.", "Mild fatigue, no N/V."),
     "exam": ("VSS. ECOG {g}.", "BP 1{n}2/7{n}, wt {kg} kg.", "Abd soft, NT."),
@@ -247,8 +252,8 @@ _DICTATED = _CLINIC | {
     "grade": ("They called it {grade}.", "In terms of grade it is {grade}."),
     "stage": ("That makes it {stage}.", "We would stage this as {stage}."),
     "rec": ("As for the receptors, {rec}.", "On the markers, {rec}."),
-    "family": ("There is family history, {family}.", "In the family there is {family}."),
-    "prior": ("Of note there was also {prior}.", "The other thing in the history is {prior}."),
+    "family": ("Asked about relatives, {family}.", "In the family {family}."),
+    "prior": ("Of note back in {year} there was {rival}.", "The other thing we know of is {rival} from {year}.", "You will recall {rival} some {n} years back.", "Not to be mixed up with {rival} that was dealt with in {year}."),
     "plan": ("My recommendation is {n} cycles of treatment and then we will rescan.", "I have asked for a repeat scan in {n} months period.", "We will see {him} back in {n} weeks period new paragraph."),
 }  # fmt: skip
 _DICTATED["dx"] = tuple(t.replace("[He|She] was", "The patient was") for t in _DICTATED["dx"])
@@ -257,50 +262,52 @@ _BOARD = _CLINIC | {
     "open": ("{age} y {sex}, {complaint}.", "Presented by surgery: {age}-year-old {sex} with {complaint}."),
     "dx": ("- Pathology: {dx}", "- Tumor: {dx}, {grade}", "- Diagnosis under discussion: {dx}"),
     "size": ("- Size: {size}", "- Primary measures {size} on pathology (imaging {size_old})", "- Two lesions, {size} and {size_less}"),
-    "d_size": ("- Margin {mm} mm", "- Incidental: {benign} {size_any}", "{need_clean}- Largest node {mm} mm, reactive"),
+    "d_size": ("- Margin {mm} mm", "- MRI before treatment {size_old}", "- Incidental: {benign} {size_any}", "{need_clean}- Largest node {mm} mm, reactive"),
     "grade": ("- Grade: {grade}", "- Reviewed and graded {grade}"),
-    "d_grade": ("- Toxicity so far: grade {g} neutropenia", "- Outside biopsy grade: {grade_old}, revised at review"),
+    "d_grade": ("- Toxicity so far: grade {g} neutropenia", "- Outside biopsy grade: {grade_old}, revised at review", "- Core biopsy {grade_old}, resection decides"),
     "stage": ("- Staging: {stage}", "- Consensus {stage}"),
     "d_stage": ("- Initial clinical stage {stage_old}, changed after surgery", "- Comorbidity: CKD stage 3"),
     "rec": ("- Markers: {rec}", "- Receptor profile: {rec}"),
     "no_stage": ("- Staging: to be completed",), "no_size": ("- Size: not recorded",), "no_grade": ("- Grade: not reported",), "no_rec": ("{need_breast}- Markers: awaited",),
     "d_side": ("- {any_side} hip replacement {year}", "{need_paired}- {other_side} side: benign findings only"),
-    "family": ("- Family: {family}",), "prior": ("- Other malignancy: {prior}",),
+    "family": ("- Family: {family}",), "prior": ("- Other malignancy: {rival}", "- {year}: {rival}", "- Treated {n} years ago: {rival}"),
+    "d_site": ("- {other_site}: biopsied, benign", "- Referring report of {other_type}: not upheld", "{need_paired}- Referral sheet lists {other_side}: wrong side", "- {other_type}: excluded"),
+    "d_rec": ("{need_breast}- Core biopsy markers (superseded): {rec_old}", "{need_breast}- Markers of the {year} cancer: {rec_old}"),
     "neg": ("{need_local}- PET: no metastases", "- No {other_hist} on review", "{need_clean}- Nodes clinically negative"),
     "plan": ("- Recommendation: surgery first, then systemic treatment", "- Recommendation: {n} cycles, restage", "- Recommendation: radiation, genetics referral", "- Recommendation: trial screening"),
 }  # fmt: skip
 
-_FACTS = "<~size d_size d_side> <~grade d_grade?>"
+_FACTS = "<~size d_size d_side d_site> <~grade d_grade>"
 
 STYLES: tuple[Style, ...] = (
     Style("synoptic", (
-        "SURGICAL PATHOLOGY REPORT\nClinical history: <open> <~family? prior?>\nProcedure: {op}\nGross description: <gross> <d_size?>\nSYNOPTIC REPORT\n<~|l_hist l_site l_side l_grade l_size l_margin l_nodes l_stage l_rec l_other l_other?>\nComment: <~neg no_rec? d_grade? other>",
-        "PATHOLOGY, CANCER CHECKLIST\nSpecimen: {op}\n<|l_hist l_site l_side>\n<~|l_size l_margin l_grade l_other>\n<~|l_nodes l_stage l_rec l_other?>\nHistory provided: <open> <~prior family?>\nNote: <~neg other d_size?>",
+        "SURGICAL PATHOLOGY REPORT\nClinical history: <open> <~family? prior>\nProcedure: {op}\nGross description: <gross> <d_size?>\nSYNOPTIC REPORT\n<~|l_hist l_site l_side l_grade l_size l_margin l_nodes l_stage l_rec l_other l_other>\nComment: <~neg no_rec? d_grade? other>",
+        "PATHOLOGY, CANCER CHECKLIST\nSpecimen: {op}\n<|l_hist l_site l_side>\n<~|l_size l_margin l_grade l_other>\n<~|l_nodes l_stage l_rec l_other l_other>\nHistory provided: <open> <~prior family?>\nNote: <~neg other d_size?>",
     ), _PATH, _WORDS, pathology=True),
     Style("surgical", (
-        "CLINICAL INFORMATION: <open> <~prior? family?>\nGROSS DESCRIPTION: <gross> <~size d_size d_size?>\nMICROSCOPIC DESCRIPTION: <~hist grade d_grade? neg> <~stage d_stage? rec>\nFINAL DIAGNOSIS: {op}, {where}: malignant. <other>",
-        "FINAL DIAGNOSIS\n{op}: <dx>\n<~size d_size grade d_grade? neg>\n<~rec stage d_stage?>\nGROSS: <gross> <other>\nHISTORY: <open> <~family prior?>",
-        "Diagnosis: <dx> <~stage rec>\nComment: <~size d_size grade d_grade? neg neg?> <d_stage?>\nHistory: <open> <~family? prior>\nMacroscopic: <gross> <other>",
+        "CLINICAL INFORMATION: <open> <~prior family?>\nGROSS DESCRIPTION: <gross> <~size d_size d_size?>\nMICROSCOPIC DESCRIPTION: <~hist grade d_grade d_site> <~stage d_stage rec d_rec?>\nFINAL DIAGNOSIS: {op}, {where}: malignant. <other>",
+        "FINAL DIAGNOSIS\n{op}: <dx>\n<~size d_size d_site grade d_grade neg>\n<~rec d_rec? stage d_stage>\nGROSS: <gross> <other>\nHISTORY: <open> <~family prior>",
+        "Diagnosis: <dx> <~stage rec d_rec?>\nComment: <~size d_size d_site grade d_grade neg neg?> <d_stage>\nHistory: <open> <~family? prior>\nMacroscopic: <gross> <other>",
     ), _PATH, _WORDS, pathology=True),
     Style("clinic", (
-        f"HISTORY OF PRESENT ILLNESS: <open> <dx> {_FACTS} <~stage d_stage? rec>\nPAST HISTORY: <~prior d_side?> <family>\nREVIEW OF SYSTEMS: <ros>\nEXAM: <exam> <labs?>\nASSESSMENT AND PLAN: <neg> <plan>",
-        f"Oncology follow-up. <open> <~prior? family> <dx> <~rec stage> {_FACTS} <d_stage?> <ros> <exam> <neg> <plan>",
-        f"CONSULTATION\n<open> <~prior family?>\n<~neg dx ros?>\n{_FACTS} <~rec stage d_stage?>\n<exam> <labs>\n<plan>",
+        f"HISTORY OF PRESENT ILLNESS: <open> <dx> {_FACTS} <~stage d_stage rec d_rec?>\nPAST HISTORY: <~prior d_side?> <family>\nREVIEW OF SYSTEMS: <ros>\nEXAM: <exam> <labs?>\nASSESSMENT AND PLAN: <neg> <plan>",
+        f"Oncology follow-up. <open> <~prior family> <dx> <~rec d_rec? stage> {_FACTS} <d_stage> <ros> <exam> <neg> <plan>",
+        f"CONSULTATION\n<open> <~prior family?>\n<~neg dx ros?>\n{_FACTS} <~rec d_rec? stage d_stage>\n<exam> <labs>\n<plan>",
     ), _CLINIC, _WORDS),
     Style("terse", (
-        "<open> <dx> <~size d_size grade d_grade? stage d_stage? rec>\n<~prior? family d_side>\n<ros> <exam> <labs>\n<neg> <plan>",
-        "HPI: <open> <~prior family?>\nOnc: <dx> <~size grade rec stage d_size d_grade?>\nROS: <ros> PE: <exam> <d_side>\nLabs: <labs>\nA/P: <neg> <d_stage?> <plan>",
+        "<open> <dx> <~size d_size d_site grade d_grade stage d_stage rec d_rec?>\n<~prior family d_side>\n<ros> <exam> <labs>\n<neg> <plan>",
+        "HPI: <open> <~prior family?>\nOnc: <dx> <~size d_site grade rec d_rec? stage d_size d_grade?>\nROS: <ros> PE: <exam> <d_side>\nLabs: <labs>\nA/P: <neg> <d_stage> <plan>",
     ), _TERSE, _TERSE_WORDS, terse=True),
     Style("nursing", (
-        f"REASON FOR VISIT: <open>\nTREATMENT SITE: <dx>\nSUBJECTIVE: {{age}}-year-old {{person}}. <~family prior? d_side>\nNURSING REVIEW OF SYSTEMS: <ros> <ros> <ros?>\nOBJECTIVE: <exam> <~size d_size> <~grade rec stage d_stage?>\nLABORATORY RESULTS: <labs>\nPLAN: <plan>",
-        "REASON FOR VISIT: <open>\nSUBJECTIVE: {age}-year-old {person}. <~dx prior> <~stage d_stage? rec>\nNURSING REVIEW OF SYSTEMS: <ros> <ros>\nOBJECTIVE: <exam> <d_side> <~size d_size grade> <neg>\nLABORATORY RESULTS: <labs> <family?>",
+        f"REASON FOR VISIT: <open>\nTREATMENT SITE: <dx>\nSUBJECTIVE: {{age}}-year-old {{person}}. <~family prior d_side>\nNURSING REVIEW OF SYSTEMS: <ros> <ros> <ros?>\nOBJECTIVE: <exam> <~size d_size d_site> <~grade d_grade rec d_rec? stage d_stage>\nLABORATORY RESULTS: <labs>\nPLAN: <plan>",
+        "REASON FOR VISIT: <open>\nSUBJECTIVE: {age}-year-old {person}. <~dx prior> <~stage d_stage rec d_rec?>\nNURSING REVIEW OF SYSTEMS: <ros> <ros>\nOBJECTIVE: <exam> <d_side> <~size d_size d_site grade d_grade> <neg>\nLABORATORY RESULTS: <labs> <family?>",
     ), _NURSING, _WORDS),
     Style("dictated", (
-        f"<open> <dx> {_FACTS} <~rec stage d_stage?> <~prior? family> <ros> On examination <exam> <neg> <plan>",
-        f"Dictated letter. <open> <~prior family?> <~ros neg> <dx> <~rec stage> {_FACTS} <exam> <plan>",
+        f"<open> <dx> {_FACTS} <~rec d_rec? stage d_stage> <~prior family> <ros> On examination <exam> <neg> <plan>",
+        f"Dictated letter. <open> <~prior family?> <~ros neg> <dx> <~rec d_rec? stage> {_FACTS} <exam> <plan>",
     ), _DICTATED, _DICTATED_WORDS),
     Style("board", (
-        "TUMOR BOARD SUMMARY\n<open>\n<|dx>\n<~|size d_size grade d_grade? rec stage d_stage? prior family? neg>\n<|d_side? plan>",
-        "MULTIDISCIPLINARY CONFERENCE {date}\n<open>\n<~|dx prior family>\n<~|size d_size stage d_grade rec grade d_side?>\n<|neg plan>",
+        "TUMOR BOARD SUMMARY\n<open>\n<|dx>\n<~|size d_size d_site grade d_grade? rec d_rec? stage d_stage prior family? neg>\n<|d_side? plan>",
+        "MULTIDISCIPLINARY CONFERENCE {date}\n<open>\n<~|dx prior family>\n<~|size d_size d_site stage d_grade rec grade d_side?>\n<|neg plan>",
     ), _BOARD, _WORDS),
 )  # fmt: skip

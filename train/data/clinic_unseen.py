@@ -9,14 +9,8 @@ from __future__ import annotations
 from train.data.clinic_notes import Style
 
 WORLD: dict[str, tuple[str, ...]] = {
-    "prior": (
-        "oestrogen-driven cancer of the {any_side} breast, AJCC II, cured {year}", "bowel cancer (Dukes B) cut out in {year}", "a womb cancer of low-grade type found in {year}",
-        "skin melanoma over the {any_side} shoulder blade, IB, {year}", "a {size_any} kidney cancer, {any_side}, cryo-ablated in {year}", "prostate cancer of ISUP group one, watched since {year}",
-        "Hodgkin disease in youth, IIA, cured", "bladder papillomas of low-grade kind, last burnt off in {year}", "a lung carcinoid {size_any} wide, gone since {year}",
-    ),
     "family": (
-        "her mother's breast cancer at fifty", "an aunt lost to ovarian cancer, stage four", "two uncles with bowel cancer", "a grandmother who had high-grade womb cancer",
-        "the father's prostate cancer (Gleason sum 9)", "a brother treated for acute leukaemia", "a sister with HER2-driven breast cancer", "twin with thyroid cancer on the {any_side}",
+        "the mother's {her_rival}", "an aunt lost to {her_rival}", "two uncles, one with {his_rival}", "a grandmother known for {her_rival}", "the twin brother's {his_rival}", "a daughter already through {her_rival}",
     ),
     "benign": (
         "fatty lump under the skin", "fluid-filled renal cyst", "hepatic haemangioma", "nodule in the thyroid known to be harmless", "lung scar", "ovarian dermoid", "breast cyst", "bone island of the hip",
@@ -74,7 +68,9 @@ _LETTER: dict[str, tuple[str, ...]] = {
     "no_rec": ("{need_breast}The marker laboratory has yet to answer.",),
     "d_side": ("The {any_side} hip was replaced long ago and serves well.", "{need_paired}I could find nothing amiss on the {other_side} side.", "A drip site over the {any_side} wrist is bruised."),
     "family": ("In the family I heard about {family}.", "Relatives matter here: {family}."),
-    "prior": ("Years before there had been {prior}.", "The notes also speak of {prior}."),
+    "prior": ("Years before there had been {rival}.", "An older chapter, closed in {year}, was {rival}.", "Do not confuse this with {rival}, overcome in {year}."),
+    "d_site": ("Samples from the {other_site} came back harmless.", "Elsewhere someone had written {other_type}, mistakenly.", "{need_paired}A clerk typed {other_side} on the form; please strike it out."),
+    "d_rec": ("{need_breast}The needle sample had read {rec_old} but the whole growth was tested afresh.",),
     "neg": ("{need_local}Nothing points to spread.", "We saw no trace of {other_hist}.", "{need_clean}Glands, bones and brain all look clean."),
     "ros": ("Eating and sleeping as ever, no sweats, no breathlessness.", "There is some tiredness toward evening but neither pain nor sickness.", "No cough, no loss of weight, bowels as always."),
     "exam": ("I found a comfortable person, {kg} kg, pressure 1{n}4 over 7{n}.", "Chest and belly were unremarkable when I examined {him}."),
@@ -94,7 +90,9 @@ _PARTS: dict[str, tuple[str, ...]] = {
     "rec": ("MARKERS: {rec}.", "TESTED ON BLOCK {n}: {rec}."),
     "no_size": ("FRAGMENTS ONLY; EXTENT CANNOT BE GAUGED.",), "no_grade": ("GRADING OMITTED AFTER DRUG TREATMENT.",), "no_stage": ("EXTENT OF DISEASE LEFT OPEN.",), "no_rec": ("{need_breast}MARKERS TO FOLLOW IN AN ADDENDUM.",),
     "neg": ("VESSELS AND NERVES SPARED.", "{other_hist} RULED OUT BY STAINS.", "{need_clean}{nodes} GLANDS, ALL CLEAN.", "{need_paired}SECOND BAG FROM THE {other_side} SIDE: HARMLESS TISSUE."),
-    "family": ("FORM MENTIONS {family}.",), "prior": ("ARCHIVE: {prior}.", "EARLIER FILES SHOW {prior}."),
+    "family": ("FORM MENTIONS {family}.",), "prior": ("ARCHIVE OF {year}: {rival}.", "EARLIER FILES SHOW {rival}."),
+    "d_site": ("{other_site} SAMPLED TOO: HARMLESS.", "NEEDLE OPINION OF {other_type} WITHDRAWN.", "{need_paired}FORM SAYS {other_side}, A SLIP OF THE PEN."),
+    "d_rec": ("{need_breast}NEEDLE SAMPLE MARKERS {rec_old}, REPLACED BY THOSE OF THIS TISSUE.",),
     "other": ("SLIDES SEEN BY A SECOND READER.", "TISSUE KEPT FOR GENE TESTS."),
 }  # fmt: skip
 
@@ -110,7 +108,9 @@ _PHONE: dict[str, tuple[str, ...]] = {
     "rec": ("Markers {rec}.", "Lab markers: {rec}."),
     "no_size": ("Span unknown.",), "no_grade": ("Aggress. not on file.",), "no_stage": ("Extent unknown till scans.",), "no_rec": ("{need_breast}Markers o/s.",),
     "d_side": ("Pulled muscle {any_side} thigh.", "{need_paired}{other_side} fine.", "Vaccine given {any_side} deltoid."),
-    "family": ("Fam.: {family}.",), "prior": ("Earlier: {prior}.",),
+    "family": ("Fam.: {family}.",), "prior": ("Earlier ({year}): {rival}.", "Bygone {rival}."),
+    "d_site": ("{other_site} sampled, harmless.", "GP letter said {other_type}, mistaken.", "{need_paired}GP letter said {other_side}, slip."),
+    "d_rec": ("{need_breast}Needle sample {rec_old}, redone on full specimen.",),
     "neg": ("{need_local}Scans clean elsewhere.", "{other_hist} excluded."),
     "ros": ("Nil fever, nil vomiting.", "Off food a little, sleeping ok.", "Some aches, nil new."),
     "plan": ("Advice: fluids, ring back if worse.", "Booked nurse clinic {n}/52.", "Told to come in tomorrow a.m."),
@@ -126,7 +126,9 @@ _CARE: dict[str, tuple[str, ...]] = {
     "rec": ("Markers | {rec}",),
     "no_size": ("How big | nobody noted it",), "no_grade": ("How it looked | not stated",), "no_stage": ("How far | to be worked out",), "no_rec": ("{need_breast}Markers | awaited from the laboratory",),
     "d_side": ("Other health | {any_side} hearing aid", "{need_paired}Opposite side ({other_side}) | nothing found"),
-    "family": ("Relatives | {family}",), "prior": ("An earlier cancer | {prior}",),
+    "family": ("Relatives | {family}",), "prior": ("An earlier cancer | {rival} ({year})", "Long behind you | {rival}"),
+    "d_site": ("Also sampled | {other_site}, harmless", "First opinion, dropped | {other_type}"),
+    "d_rec": ("{need_breast}Markers of the needle sample, outdated | {rec_old}",),
     "neg": ("{need_local}Spread | none seen", "Excluded | {other_hist}"),
     "treatment": ("What was done | {op} followed by {n} rounds of drugs", "What was done | {op} alone"),
     "ros": ("How you feel | tired toward evening, otherwise well", "How you feel | well, eating and sleeping as before"),
@@ -135,19 +137,19 @@ _CARE: dict[str, tuple[str, ...]] = {
 
 STYLES: tuple[Style, ...] = (
     Style("letter", (
-        "Dear colleague,\n<open> <~prior? family> <dx> <~size d_size d_side grade d_grade?>\n<~rec stage d_stage?> <ros> <exam> <neg>\n<plan>\nWith kind regards",
-        "Dear doctor,\n<open> <dx> <~rec stage grade d_grade?>\n<~prior family d_side> <~size d_size> <d_stage?> <exam> <ros> <plan>\nYours sincerely",
+        "Dear colleague,\n<open> <~prior family> <dx> <~size d_size d_site d_side grade d_grade>\n<~rec d_rec? stage d_stage> <ros> <exam> <neg>\n<plan>\nWith kind regards",
+        "Dear doctor,\n<open> <dx> <~rec d_rec? stage grade d_grade>\n<~prior family d_side> <~size d_size d_site> <d_stage> <exam> <ros> <plan>\nYours sincerely",
     ), _LETTER, _WORDS, unseen=True),
     Style("parts", (
-        "<open> <~prior? family?>\n(A) TISSUE FROM {op}:\n<dx>\n<~size d_size grade d_grade? neg neg>\n<~stage rec d_stage?>\n<gross>\n<other>",
-        "<gross> <d_size?>\nOPINION\n<dx> <~size grade d_grade? rec stage d_stage?>\nREMARKS: <~neg d_size neg> <other>\nBACKGROUND: <open> <~prior family?>",
+        "<open> <~prior family?>\n(A) TISSUE FROM {op}:\n<dx>\n<~size d_size d_site grade d_grade neg neg>\n<~stage rec d_rec? d_stage>\n<gross>\n<other>",
+        "<gross> <d_size?>\nOPINION\n<dx> <~size grade d_grade rec d_rec? stage d_stage>\nREMARKS: <~neg d_size neg> <other>\nBACKGROUND: <open> <~prior family?>",
     ), _PARTS, _WORDS, pathology=True, unseen=True, capitals=True),
     Style("phone", (
-        "<open> <dx> <~size d_size grade d_grade? stage rec d_side>\n<~prior? family ros> <neg> <d_stage?> <plan>",
-        "TELEPHONE LOG\n<open> <~prior family ros>\n<dx> <~rec stage d_stage? grade d_grade? size d_size> <d_side?>\n<plan>",
+        "<open> <dx> <~size d_size d_site grade d_grade stage rec d_rec? d_side>\n<~prior family ros> <neg> <d_stage> <plan>",
+        "TELEPHONE LOG\n<open> <~prior family ros>\n<dx> <~rec d_rec? stage d_stage grade d_grade size d_size d_site> <d_side?>\n<plan>",
     ), _PHONE, _SHORT_WORDS, terse=True, unseen=True),
     Style("careplan", (
-        "YOUR CARE SUMMARY\n<|open dx>\n<~|size d_size grade d_grade? stage d_stage? rec prior? family d_side>\n<|treatment neg ros plan>",
-        "SUMMARY AFTER TREATMENT\n<|open treatment>\n<~|dx prior family>\n<~|size d_size rec grade d_grade stage d_side? neg>\n<|ros plan>",
+        "YOUR CARE SUMMARY\n<|open dx>\n<~|size d_size d_site grade d_grade stage d_stage rec d_rec? prior family d_side>\n<|treatment neg ros plan>",
+        "SUMMARY AFTER TREATMENT\n<|open treatment>\n<~|dx prior family>\n<~|size d_size d_site rec grade d_grade stage d_side? neg>\n<|ros plan>",
     ), _CARE, _WORDS, unseen=True),
 )  # fmt: skip
