@@ -83,6 +83,7 @@ class PlainAttend(nn.Module):
     """Softmax attention as the definition has it: all scores in memory, softmax in at least fp32."""
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
+        k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)  # a cache may keep them narrower
         pattern_BHTS = self.pattern(q_BHTK, k_BGSK, visible, window)
         return torch.matmul(pattern_BHTS, share(v_BGSK, q_BHTK.shape[1]))
 

@@ -38,7 +38,7 @@ class KVCache:
         self.branch_BS: Tensor | None = None
         self.has_layout = False  # whether some token came with a document or branch of its own
         self.length, self.seen, self.dropped = 0, 0, 0
-        self._moved_from, self._new = 0, 0
+        self._moved_from, self._new, self._floor = 0, 0, 0
 
     @property
     def next_position_B1(self) -> Tensor:
@@ -55,6 +55,8 @@ class KVCache:
         self._moved_from = self._first_needed(position_BT, layout) if self._full(T) else 0
         self.has_layout |= layout is not None
         kept = self.length - self._moved_from
+        if self._moved_from:
+            self._floor = kept
         document_BT = torch.zeros_like(position_BT) if layout is None else layout.document_BT
         branch_BT = torch.zeros_like(position_BT) if layout is None else layout.branch_BT
         for name, new in (("position_BS", position_BT), ("document_BS", document_BT), ("branch_BS", branch_BT)):
@@ -84,9 +86,12 @@ class KVCache:
             setattr(self, name, None if held is None else held[index])
 
     def truncate(self, length: int) -> None:
-        """Forget the slots from `length` on (tokens that were tried and not taken)."""
-        if not 0 <= length <= self.length:
-            raise ValueError(f"cannot truncate {self.length} slots to {length}")
+        """Forget the slots from `length` on (tokens that were tried and not taken).
+
+        Not further back than the last time that slots were dropped: what earlier tokens saw is gone by then.
+        """
+        if not self._floor <= length <= self.length:
+            raise ValueError(f"cannot truncate {self.length} slots to {length}: {self._floor} is the least")
         self.seen -= self.length - length
         self.length = length
 

@@ -97,8 +97,9 @@ class ModelConfig:
         _positive("rope_theta", self.rope_theta)
         if len(self.windows) != self.num_hidden_layers:
             raise UserError(f"config: {len(self.windows)} windows for {self.num_hidden_layers} layers")
-        for window in set(self.windows) - {None}:
-            _count("sliding_window", window)
+        for window in self.windows:
+            if window is not None:
+                _count("sliding_window", window)
         if not 0 <= self.num_experts_per_tok <= self.num_local_experts:
             raise UserError(
                 f"config: num_experts_per_tok {self.num_experts_per_tok} of num_local_experts {self.num_local_experts}"
