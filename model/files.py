@@ -119,7 +119,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
     try:
         return json.loads(text)
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:  # not JSON, too deep, or a number of thousands of digits
         where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}: not JSON{where}; is the file whole?") from error
 
@@ -153,7 +153,7 @@ def parse_json_line(path: str | os.PathLike[str], number: int, line: bytes, requ
         record = json.loads(line.decode("utf-8"))
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from error
-    except (json.JSONDecodeError, RecursionError) as error:
+    except (ValueError, RecursionError) as error:
         column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}:{number}: not JSON{column}; give one JSON object a line") from error
     if not isinstance(record, dict):

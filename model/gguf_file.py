@@ -81,10 +81,12 @@ class _Header:
         if kind != ARRAY:
             raise UserError(f"{self.path}: unknown kind of value {kind} in the header; the file is damaged")
         inner, count = self.number("I"), self.number("Q")
+        if inner == ARRAY:
+            raise UserError(f"{self.path}: an array of arrays in the header; no covered model has one")
         if inner in SCALARS:
             dtype = np.dtype("<" + SCALARS[inner])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype)
-        if count > self.left:  # a string takes at least its length's eight bytes, a nested array more
+        if count > self.left:  # a string takes at least its length's eight bytes
             raise UserError(f"{self.path}: an array longer than the file in the header; the file is damaged")
         return [self.value(inner) for _ in range(count)]
 
@@ -172,7 +174,10 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
         raise UserError(f"a GGUF file of architecture {family!r} is not covered; covered are {', '.join(FAMILIES)}")
 
     def get(key: str, default: Any = None) -> Any:
-        return fields.get(f"{family}.{key}", default)
+        value = fields.get(f"{family}.{key}", default)
+        if isinstance(value, (list, np.ndarray)):
+            raise UserError(f"{family}.{key} differs by layer, which is not covered")
+        return value
 
     names = {
         "hidden_size": "embedding_length", "num_hidden_layers": "block_count",

@@ -91,7 +91,9 @@ def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
         raise UserError(f"{path}: no such file") from error
     try:
         header = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: unique(path, pairs))
-    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
         raise UserError(f"{path}: the header is not JSON; not a safetensors file, or damaged") from error
     if not isinstance(header, dict):
         raise UserError(f"{path}: the header is not a JSON object; the file is damaged")
@@ -116,7 +118,7 @@ def _check_entry(path: Path, name: str, entry: Any, room: int) -> tuple[tuple[in
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
         raise UserError(f"{path}: {name!r} lacks dtype, shape or data_offsets; the header is damaged") from error
-    if dtype not in DTYPES:
+    if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{path}: {name!r} has dtype {dtype!r}; covered are {', '.join(DTYPES)}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):

@@ -230,7 +230,7 @@ def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: M
         stored = tensors[name]
         if stored.shape != wanted[name]:
             wrong.append(f"{name} has shape {list(stored.shape)}, but the config asks for {list(wanted[name])}")
-        elif checkpoint.format == "safetensors" and not DTYPES[stored.dtype].is_floating_point:
+        elif checkpoint.format != "gguf" and not DTYPES[stored.dtype].is_floating_point:
             wrong.append(f"{name} is {stored.dtype}, not floating point: quantised files are not covered")
     if wrong:
         raise UserError(f"{checkpoint.path}: the weights are not those of the config: " + "; ".join(wrong))
@@ -282,7 +282,7 @@ def write_checkpoint(
         return (piece for _, piece in checkpoint.stream(name, plan[name][1]))
 
     with atomic_folder(path) as folder:
-        _keep_others(Path(path), folder, stem)
+        _keep_others(Path(path), folder)
         for number, names in enumerate(tqdm(shards, desc="writing", unit="shard", disable=None, leave=False), start=1):
             file = folder / _shard_name(stem, number, len(shards))
             write_safetensors(file, {name: plan[name] for name in names}, produce)
@@ -319,15 +319,24 @@ def _unblocked(name: str) -> torch.dtype:
     return torch.float32 if name not in ("F8_E4M3", "F8_E5M2") else torch.bfloat16
 
 
-def _keep_others(old: Path, new: Path, stem: str) -> None:
-    """Link what an older folder holds beside its weights into the new one."""
+def _keep_others(old: Path, new: Path) -> None:
+    """Link what an older folder holds beside its weights and config into the new one."""
     if not old.is_dir():
         return
-    weights = re.compile(rf"{stem}(-\d+-of-\d+)?\.safetensors(\.index\.json)?|config\.json")
+    weights = re.compile(
+        r"(model|consolidated)([-.]\d+(-of-\d+)?)?\.safetensors(\.index\.json)?|config\.json|params\.json"
+    )
     for entry in old.iterdir():
         if weights.fullmatch(entry.name):
             continue
         if entry.is_dir():
-            shutil.copytree(entry, new / entry.name, copy_function=os.link)
+            shutil.copytree(entry, new / entry.name, copy_function=_link)
         else:
-            os.link(entry, new / entry.name)
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
