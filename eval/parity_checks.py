@@ -1,0 +1,152 @@
+"""The comparisons behind `python -m eval.parity`: stages, gradients, greedy text, tokenizers. Each yields rows.
+
+In fp32 on a CPU a stage holds when it is bit-identical. Elsewhere (a GPU, bf16), and for gradients, the judge is our
+own model in a wider dtype on the same weights: ours holds when its error is at most twice transformers' own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model import KVCache, Tokenizer, Transformer
+
+RATIO = 2.0  # the error that a path may have, in its peer's errors
+
+
+@dataclass(frozen=True)
+class Row:
+    """One thing compared. `error` is the largest absolute difference; `ulps` counts representable numbers between."""
+
+    section: str
+    name: str
+    ok: bool
+    error: float = 0.0
+    ulps: int = 0
+    cosine: float = 1.0
+    detail: str = ""
+
+
+def ulps(a: Tensor, b: Tensor) -> int:
+    """The largest number of steps between neighbouring floats that separate two tensors of one dtype."""
+    kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
+    low = torch.iinfo(kind).min
+
+    def place(x: Tensor) -> Tensor:  # floats in order, −0 and 0 at the same place
+        bits = x.contiguous().view(kind)
+        return torch.where(bits < 0, low - bits, bits).double()
+
+    return int((place(a) - place(b)).abs().max()) if a.numel() else 0
+
+
+def compare(section: str, name: str, got: Tensor, wanted: Tensor, exact: Tensor | None) -> Row:
+    """A row for two tensors: bit equality, or, where a judge is given, the ratio of the errors against it."""
+    if got.shape != wanted.shape:
+        return Row(section, name, False, float("inf"), detail=f"shape {list(got.shape)}, theirs {list(wanted.shape)}")
+    same = torch.equal(got, wanted.to(got.dtype))
+    a, b = got.double().flatten(), wanted.double().flatten()
+    error = float((a - b).abs().max()) if a.numel() else 0.0
+    norms = float(a.norm() * b.norm())
+    cosine = min(1.0, float(a @ b) / norms) if norms else float(same)
+    steps = ulps(got.float(), wanted.float()) if got.dtype == torch.float64 else ulps(got, wanted.to(got.dtype))
+    if exact is None or same:
+        return Row(section, name, same, error, steps, cosine)
+    truth = exact.double().flatten()
+    mine, peer = float((a - truth).square().mean().sqrt()), float((b - truth).square().mean().sqrt())
+    floor = torch.finfo(got.dtype).eps * float(truth.square().mean().sqrt()) / 4  # where neither errs measurably
+    ratio = mine / max(peer, floor, 1e-300)
+    return Row(section, name, ratio <= RATIO, error, steps, cosine, f"error {ratio:.2f} of theirs")
+
+
+def compare_all(
+    section: str, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], exact: Mapping[str, Tensor] | None = None
+) -> list[Row]:
+    """Rows for two sets of named tensors, in the first one's order; a name that one side lacks fails."""
+    rows = []
+    for name in [*got, *(name for name in wanted if name not in got)]:
+        if name not in got or name not in wanted:
+            rows.append(Row(section, name, False, float("inf"), detail=f"only {'ours' if name in got else 'theirs'}"))
+        else:
+            rows.append(compare(section, name, got[name], wanted[name], exact[name] if exact else None))
+    return rows
+
+
+@torch.no_grad()
+def greedy(model: Transformer, tokens_1T: Tensor, count: int) -> tuple[list[int], Tensor]:
+    """(tokens, the logits that chose them) of `count` steps with our cache; ties go to the lowest id."""
+    cache, step_1T, chosen, logits = KVCache(model.config), tokens_1T, [], []
+    for _ in range(count):
+        logits.append(model(step_1T, cache=cache)[0, -1].cpu())
+        chosen.append(int(logits[-1].argmax()))
+        step_1T = torch.tensor([[chosen[-1]]], device=tokens_1T.device)
+    return chosen, torch.stack(logits)
+
+
+@torch.no_grad()
+def greedy_theirs(model: Any, tokens_1T: Tensor, count: int) -> tuple[list[int], Tensor]:
+    """The same by transformers with its own cache."""
+    past, step_1T, chosen, logits = None, tokens_1T, [], []
+    for _ in range(count):
+        out = model(step_1T, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        logits.append(out.logits[0, -1].float().cpu())
+        chosen.append(int(logits[-1].argmax()))
+        step_1T = torch.tensor([[chosen[-1]]], device=tokens_1T.device)
+    return chosen, torch.stack(logits)
+
+
+def compare_text(name: str, got: tuple[list[int], Tensor], wanted: tuple[list[int], Tensor]) -> Row:
+    """Two greedy runs. A first difference is allowed only where the two best logits lie closer than the error."""
+    length = len(got[0])
+    first = next((i for i in range(length) if got[0][i] != wanted[0][i]), length)
+    shared = slice(0, min(first + 1, length))
+    error = float((got[1][shared] - wanted[1][shared]).abs().max())
+    if first == length:
+        return Row("generation", name, True, error, detail=f"{length} tokens equal")
+    best = wanted[1][first].topk(2).values
+    gap = float(best[0] - best[1])
+    detail = f"{first} tokens equal, then the two best logits lie {gap:.1e} apart"
+    return Row("generation", name, gap <= 2 * error, error, detail=detail)
+
+
+@torch.no_grad()
+def uncached(logits_of: Any, prompt_1T: Tensor, chosen: Sequence[int]) -> tuple[list[int], Tensor]:
+    """What one pass over prompt and chosen tokens, without a cache, would have chosen at each step."""
+    more = torch.tensor([list(chosen[:-1])], dtype=torch.int64, device=prompt_1T.device)
+    logits = logits_of(torch.cat((prompt_1T, more), dim=1))[0, prompt_1T.shape[1] - 1 :].float().cpu()
+    return logits.argmax(-1).tolist(), logits
+
+
+def generation_rows(model: Transformer, peer: Any, prompt_1T: Tensor, count: int) -> list[Row]:
+    """Greedy text of both, each with and without its cache."""
+    mine = greedy(model, prompt_1T, count)
+    rows = [compare_text("ours, cached and not", uncached(model, prompt_1T, mine[0]), mine)]
+    if model.config.window == 1:  # transformers' cached decode is wrong there; its uncached pass is the peer
+        logits_of = lambda tokens: peer(tokens, use_cache=False).logits  # noqa: E731
+        return [*rows, compare_text("ours and theirs, uncached", mine, uncached(logits_of, prompt_1T, mine[0]))]
+    return [*rows, compare_text("ours and theirs, cached", mine, greedy_theirs(peer, prompt_1T, count))]
+
+
+def tokenizer_rows(tokenizer: Tokenizer, peer: Any | None, lines: Sequence[str]) -> list[Row]:
+    """Every line back from its ids; its offsets cover it; the same ids as transformers' tokenizer of the same files."""
+    back, spans, same = [], [], []
+    for number, line in enumerate(lines, start=1):
+        ids, offsets = tokenizer.encode(line, offsets=True)
+        data = line.encode()
+        if tokenizer.decode(ids) != line:
+            back.append(number)
+        if b"".join(data[a:b] for a, b in offsets) != data:
+            spans.append(number)
+        if peer is not None and peer.encode(line, add_special_tokens=False, split_special_tokens=True) != ids:
+            same.append(number)
+    checks = [("text → ids → text", back), ("offsets cover the text", spans)]
+    checks += [("ids as transformers'", same)] if peer is not None else []
+    found = []
+    for name, wrong in checks:
+        detail = f"{len(lines) - len(wrong)} of {len(lines)} lines" + (f"; first wrong: {wrong[0]}" if wrong else "")
+        found.append(Row("tokenizer", name, not wrong, detail=detail))
+    return found
