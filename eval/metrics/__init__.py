@@ -1,0 +1,6 @@
+"""The metrics: exact match, BLEU-2 and ROUGE-L of sets of answers, under presets that are pinned to public scorers."""
+
+from eval.metrics.presets import PRESETS
+from eval.metrics.scoring import Figures, Scores, score
+
+__all__ = ["Figures", "PRESETS", "Scores", "score"]

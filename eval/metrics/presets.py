@@ -1,0 +1,75 @@
+"""The presets: which words each metric sees and which definition it follows. A preset is data; the scorer is one.
+
+| preset | exact match compares | BLEU-2 | ROUGE-L |
+| --- | --- | --- | --- |
+| clinical | clinical form | sacrebleu's, on clinical words | COCO's, on clinical words |
+| cancerllm | released form (stemmed) | COCO's, on stemmed words | COCO's, on stemmed words |
+| cancerllm-released | released form (stemmed) | none: commented out | ROUGE-1 over sets of stemmed words |
+| coco | the text, spaces folded | COCO's, words at spaces | COCO's, words at single spaces |
+| sacrebleu | the text, spaces folded | sacrebleu's, 13a words | COCO's, 13a words |
+| nltk | the text, spaces folded | nltk's, words at spaces | COCO's, words at spaces |
+| rouge_score | the text, spaces folded | COCO's, rouge_score's words | rouge_score's |
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from eval.metrics import pairs, text
+
+Words = list[str]
+
+
+@dataclass(frozen=True)
+class Preset:
+    """`form` is what exact match compares; BLEU and ROUGE each have words and a definition (None: not computed).
+    `nothing` is the answer that counts as no answer at all (None: a text like any other)."""
+
+    name: str
+    form: Callable[[str], str]
+    bleu_words: Callable[[str], Words]
+    bleu: Callable[[Words, Words], float] | None
+    rouge_words: Callable[[str], Words]
+    rouge: Callable[[Words, Words], float]
+    signature: str
+    nothing: str | None = None
+
+
+def folded(answer: str) -> str:
+    return " ".join(answer.split())
+
+
+def _clinical(answer: str) -> Words:
+    return text.clinical(answer).split()
+
+
+def _stemmed(answer: str) -> Words:
+    return text.released(answer).split()
+
+
+def _at_each_space(answer: str) -> Words:
+    return answer.split(" ")
+
+
+_SETS = "set:comma-split,dedup,max-match|avg:macro"
+PRESETS: dict[str, Preset] = {
+    preset.name: preset
+    for preset in (
+        Preset("clinical", text.clinical, _clinical, pairs.bleu_sacrebleu, _clinical, pairs.rouge_l_coco,
+               f"em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|{_SETS}",
+               nothing="not relevant"),
+        Preset("cancerllm", text.released, _stemmed, pairs.bleu_coco, _stemmed, pairs.rouge_l_coco,
+               f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}"),
+        Preset("cancerllm-released", text.released, _stemmed, None, _stemmed, pairs.rouge_1_sets,
+               f"em:lower,nopunct,porter|bleu:none|rouge:1,sets,tok:porter|{_SETS}"),
+        Preset("coco", folded, str.split, pairs.bleu_coco, _at_each_space, pairs.rouge_l_coco,
+               f"em:text|bleu:2,coco,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}"),
+        Preset("sacrebleu", folded, text.words_13a, pairs.bleu_sacrebleu, text.words_13a, pairs.rouge_l_coco,
+               f"em:text|bleu:2,nrefs:1,case:mixed,eff:yes,tok:13a,smooth:exp|rouge:L,beta:1.2,tok:13a|{_SETS}"),
+        Preset("nltk", folded, str.split, pairs.bleu_nltk, str.split, pairs.rouge_l_coco,
+               f"em:text|bleu:2,nltk,smooth:method0,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}"),
+        Preset("rouge_score", folded, text.words_rouge, pairs.bleu_coco, text.words_rouge, pairs.rouge_l_google,
+               f"em:text|bleu:2,coco,tok:rouge_score|rouge:L,beta:1,tok:rouge_score,stem:no|{_SETS}"),
+    )
+}  # fmt: skip

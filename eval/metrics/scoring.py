@@ -1,0 +1,112 @@
+"""The set scorer: a question's predicted answers P against its right ones G, under a preset.
+
+    precision = mean over p of max over g of m(p, g)        both empty       1, 1, 1
+    recall    = mean over g of max over p of m(p, g)        only G empty     0, 1, 0
+    F1        = harmonic mean of the two, per question      only P empty     1, 0, 0
+
+and averages over questions × 100. Two receptors right of three, none wrong: precision 1, recall 2/3, F1 0.8.
+
+    >>> result = score(["ER+, PR-"], [["ER+", "PR-", "HER2-"]])
+    >>> result.exact_match
+    Figures(precision=100.0, recall=66.66666666666666, f1=80.0)
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from eval.metrics.presets import PRESETS, Preset
+from model.command import UserError, nearest
+
+METRICS = ("exact_match", "bleu2", "rouge_l")
+
+
+@dataclass(frozen=True)
+class Figures:
+    """Precision, recall and F1 in percent; nan where the preset does not compute the metric."""
+
+    precision: float
+    recall: float
+    f1: float
+
+
+@dataclass(frozen=True)
+class Scores:
+    """`per_question[i]` holds the three metrics of question i; `signature` says how to reproduce the setting.
+    `average_f1` is the mean F1 of the metrics that the preset computes (three; two for cancerllm-released)."""
+
+    exact_match: Figures
+    bleu2: Figures
+    rouge_l: Figures
+    average_f1: float
+    per_question: tuple[dict[str, Figures], ...]
+    signature: str
+
+
+def score(predictions: Sequence[str | Sequence[str]], references: Sequence[str | Sequence[str]],
+          preset: str = "clinical") -> Scores:  # fmt: skip
+    """Score answers: one item a question in both lists, each a list of answers or one text that is split on commas.
+
+    A diagnosis whose commas belong to it is given as a list of one. Raises ValueError where the two lists differ in
+    length, where they are empty, or where the preset is not known.
+    """
+    if preset not in PRESETS:
+        raise UserError(f"no preset {preset!r}{nearest(preset, list(PRESETS))}; there are {', '.join(PRESETS)}")
+    if len(predictions) != len(references):
+        raise UserError(f"{len(predictions)} predictions for {len(references)} references: give one item a question")
+    if not references:
+        raise UserError("nothing to score: no question was given")
+    return gather([question(p, g, PRESETS[preset]) for p, g in zip(predictions, references, strict=True)], preset)
+
+
+def gather(per_question: Sequence[dict[str, Figures]], preset: str) -> Scores:
+    """Scores of many questions from each one's."""
+    means = {name: Figures(*(_mean(getattr(one[name], part) for one in per_question) for part in ("precision", "recall",
+                                                                                               "f1")))
+             for name in METRICS}  # fmt: skip
+    average = _mean(means[name].f1 for name in METRICS if not math.isnan(means[name].f1))
+    return Scores(**means, average_f1=average, per_question=tuple(per_question),
+                  signature=f"preset:{preset}|{PRESETS[preset].signature}|v:1")  # fmt: skip
+
+
+def question(predicted: str | Sequence[str], gold: str | Sequence[str], preset: Preset) -> dict[str, Figures]:
+    """The three metrics of one question."""
+    ps, gs = answers(predicted, preset), answers(gold, preset)
+    exact = best_matches([preset.form(p) for p in ps], [preset.form(g) for g in gs], lambda p, g: float(p == g))
+    nan = Figures(math.nan, math.nan, math.nan)
+    p_words, g_words = [preset.bleu_words(p) for p in ps], [preset.bleu_words(g) for g in gs]
+    bleu = best_matches(p_words, g_words, preset.bleu) if preset.bleu else nan
+    if preset.rouge_words is not preset.bleu_words:
+        p_words, g_words = [preset.rouge_words(p) for p in ps], [preset.rouge_words(g) for g in gs]
+    return {"exact_match": exact, "bleu2": bleu, "rouge_l": best_matches(p_words, g_words, preset.rouge)}
+
+
+def answers(given: str | Sequence[str], preset: Preset) -> list[str]:
+    """The distinct answers: a text is split on commas; blanks, and the preset's word for no answer, are no answer."""
+    parts: Iterable[str] = given.split(",") if isinstance(given, str) else given
+    found = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
+    if preset.nothing is not None:
+        found = [answer for answer in found if answer.lower().rstrip(".") != preset.nothing]
+    return found
+
+
+def best_matches(ps: Sequence, gs: Sequence, m) -> Figures:
+    """Precision, recall and F1 of two sets of answers under the likeness m(p, g)."""
+    if not ps or not gs:
+        precision, recall = float(not ps), float(not gs)
+    else:
+        table = [[m(p, g) for g in gs] for p in ps]
+        precision = sum(map(max, table)) / len(ps)
+        recall = sum(max(column) for column in zip(*table, strict=True)) / len(gs)
+    f1 = 2 * precision * recall / (precision + recall) if precision + recall else 0.0
+    return Figures(100 * precision, 100 * recall, 100 * f1)
+
+
+def _mean(values: Iterable[float]) -> float:
+    values = list(values)
+    return math.fsum(values) / len(values) if values else math.nan
+
+
+__all__ = ["Figures", "METRICS", "Scores", "answers", "gather", "question", "score"]
