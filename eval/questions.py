@@ -1,0 +1,188 @@
+"""Predictions beside references, one `Question` for everything that was asked; nothing is dropped in silence.
+
+A reference record is train.data.clinic's, a prediction record infer.extract's:
+
+    {"id": "p1-n1", "phenotypes": {"tumor_size": {"answers": [{"text": "2.5 cm"}], "not_relevant": false}}, "diagnosis": {"text": "…"}}
+
+Shorter forms are taken too, so that any system's output can be scored: an answer may be a string, a phenotype a list of
+strings or one string ("not relevant" or "ER+, PR-"), a diagnosis a string.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from eval.metrics import PRESETS, Figures
+from eval.metrics.scoring import METRICS, gather, question
+from eval.statistics import interval
+from infer.tasks import NOT_RELEVANT, PHENOTYPES, diagnosis_answer, parse_answer
+from model.command import UserError
+from model.files import read_jsonl
+
+Json = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Question:
+    """One question about one note. `gold` and `predicted` are answers without "not relevant"; `said_nothing` tells an
+    empty output from an answer "not relevant"."""
+
+    record: str
+    patient: str
+    name: str
+    gold: tuple[str, ...]
+    predicted: tuple[str, ...]
+    said_nothing: bool = False
+    finish_reason: str = ""
+
+    @property
+    def task(self) -> str:
+        return "diagnosis" if self.name == "diagnosis" else "phenotype"
+
+    @property
+    def answerable(self) -> bool:
+        return bool(self.gold)
+
+
+@dataclass
+class Counts:
+    """What did not pair up, by record id, and how many answers were empty."""
+
+    missing: list[str] = field(default_factory=list)
+    duplicate: list[str] = field(default_factory=list)
+    extra: list[str] = field(default_factory=list)
+    failed: list[str] = field(default_factory=list)
+    empty: int = 0
+
+    def named(self) -> dict[str, Any]:
+        return {"missing": self.missing, "duplicate": self.duplicate, "extra": self.extra, "failed": self.failed,
+                "empty_answers": self.empty}  # fmt: skip
+
+
+def read_references(path: str | Path) -> list[Json]:
+    """The annotated notes of a file. Raises UserError for a line without id, text or truth, or an id met twice."""
+    records, seen = [], set()
+    for number, record in read_jsonl(path, ("id", "text")):
+        if "phenotypes" not in record and "diagnosis" not in record:
+            raise UserError(f"{path}:{number}: no 'phenotypes' and no 'diagnosis': give annotated notes")
+        if record["id"] in seen:
+            raise UserError(f"{path}:{number}: the id {record['id']!r} stands twice")
+        seen.add(record["id"])
+        records.append(record)
+    return records
+
+
+def read_predictions(path: str | Path) -> list[Json]:
+    return [record for _, record in read_jsonl(path, ("id",))]
+
+
+def pair(references: Iterable[Json], predictions: Iterable[Json], asked: int | None = None) -> tuple[list[Question], Counts]:
+    """Questions of every reference, and what did not pair up. A missing prediction counts as an empty answer to each
+    question, the first of duplicates counts. `asked`: the system was given that many notes only; the references are then
+    those with a prediction, filled up from the top."""
+    references, counts, by_id = list(references), Counts(), {}
+    for prediction in predictions:
+        if prediction["id"] in by_id:
+            counts.duplicate.append(prediction["id"])
+        by_id.setdefault(prediction["id"], prediction)
+    known = {record["id"] for record in references}
+    counts.extra = [name for name in by_id if name not in known]
+    if asked is not None and asked < len(references):
+        given = [record for record in references if record["id"] in by_id][:asked]
+        rest = [record for record in references if record["id"] not in by_id][: asked - len(given)]
+        references = given + rest
+    questions: list[Question] = []
+    for record in references:
+        prediction = by_id.get(record["id"], {})
+        if not prediction:
+            counts.missing.append(record["id"])
+        elif prediction.get("error"):
+            counts.failed.append(record["id"])
+        questions += asked_about(record, prediction)
+    counts.empty = sum(one.said_nothing for one in questions)
+    return questions, counts
+
+
+def asked_about(record: Json, prediction: Json) -> list[Question]:
+    """The questions of one note."""
+    patient, found = str(record.get("patient", record["id"])), []
+    for name, spans in (record.get("phenotypes") or {}).items():
+        if name not in PHENOTYPES:
+            raise UserError(f"{record['id']}: no phenotype {name!r}; there are {', '.join(PHENOTYPES)}")
+        gold = tuple(dict.fromkeys(_text(span) for span in spans))
+        answers, silent, reason = phenotype_answers((prediction.get("phenotypes") or {}).get(name))
+        found.append(Question(record["id"], patient, name, gold, answers, silent, reason))
+    if record.get("diagnosis"):
+        right = record["diagnosis"]
+        gold_text = right if isinstance(right, str) else diagnosis_answer(right["text"], right["code"]).strip() if right.get(
+            "code") else right["text"]  # fmt: skip
+        given = prediction.get("diagnosis") or ""
+        text = given if isinstance(given, str) else str(given.get("text") or "")
+        reason = "" if isinstance(given, str) else str(given.get("finish_reason", ""))
+        found.append(Question(record["id"], patient, "diagnosis", (gold_text,), (text.strip(),) if text.strip() else (),
+                              not text.strip(), reason))  # fmt: skip
+    return found
+
+
+def phenotype_answers(given: Any) -> tuple[tuple[str, ...], bool, str]:
+    """(answers, whether nothing at all was said, finish reason) from any form of a predicted phenotype."""
+    if isinstance(given, str):
+        return tuple(parse_answer(given)), not given.strip(), ""
+    if isinstance(given, Mapping):
+        answers = tuple(dict.fromkeys(text for one in given.get("answers") or () if (text := _text(one).strip())))
+        answers = tuple(answer for answer in answers if answer.lower().rstrip(".") != NOT_RELEVANT)
+        return answers, not answers and not given.get("not_relevant", False), str(given.get("finish_reason", ""))
+    answers = tuple(dict.fromkeys(text for one in given or () if (text := _text(one).strip())))
+    return answers, given is None, ""
+
+
+def _text(span: Any) -> str:
+    return span if isinstance(span, str) else str(span["text"])
+
+
+# ---- figures --------------------------------------------------------------------------------------------------
+
+
+def judged(one: Question, preset: str) -> dict[str, Figures]:
+    """A question's three metrics. Presets for which "not relevant" is a text like any other see that text."""
+    chosen = PRESETS[preset]
+    predicted, gold = list(one.predicted), list(one.gold)
+    if chosen.nothing is None:
+        predicted = predicted or ([] if one.said_nothing else [NOT_RELEVANT])
+        gold = gold or [NOT_RELEVANT]
+        if one.task == "diagnosis":  # the scripts split every answer on commas, a diagnosis too
+            return question(",".join(predicted), ",".join(gold), chosen)
+    return question(predicted, gold, chosen)
+
+
+def figures(questions: list[Question], preset: str = "clinical", seed: int = 0) -> Json | None:
+    """The metrics of these questions with their intervals, the counts they rest on and the gold-against-gold ceiling."""
+    if not questions:
+        return None
+    per_question = [judged(one, preset) for one in questions]
+    patients = [one.patient for one in questions]
+    scores = gather(per_question, preset)
+    ceiling = gather([judged(gold_itself(one), preset) for one in questions], preset)
+    result: Json = {"n": len(questions), "patients": len(set(patients)), "signature": scores.signature}
+    means = []
+    for metric in METRICS:
+        mean, best = getattr(scores, metric), getattr(ceiling, metric)
+        if mean.f1 != mean.f1:
+            result[metric] = None
+            continue
+        f1s = [one[metric].f1 for one in per_question]
+        means.append(f1s)
+        low, high = interval(f1s, patients, seed=seed)
+        result[metric] = {"precision": mean.precision, "recall": mean.recall, "f1": mean.f1, "low": low, "high": high,
+                          "ceiling": best.f1}  # fmt: skip
+    average = [sum(values) / len(values) for values in zip(*means, strict=True)]
+    low, high = interval(average, patients, seed=seed)
+    result["average_f1"] = {"f1": scores.average_f1, "low": low, "high": high, "ceiling": ceiling.average_f1}
+    return result
+
+
+def gold_itself(one: Question) -> Question:
+    return Question(one.record, one.patient, one.name, one.gold, one.gold)

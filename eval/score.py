@@ -1,0 +1,100 @@
+"""The metrics of a predictions file: `python -m eval.score --predictions F.jsonl --references G.jsonl`.
+
+    python -m eval.score --predictions runs/demo/predictions/tuned.heldout.jsonl --references runs/demo/data/heldout.jsonl
+
+The forms of the two files stand in eval/questions.py. Answerable questions are scored apart from unanswerable ones, where
+the right answer is "not relevant": a system that always says so would look good in a mean over both.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.metrics import PRESETS
+from eval.metrics.scoring import METRICS
+from eval.questions import Question, figures, pair, read_predictions, read_references
+from model import command
+from model.command import UserError, nearest
+
+NAMES = {"exact_match": "exact match", "bleu2": "BLEU-2", "rouge_l": "ROUGE-L", "average_f1": "average F1"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Score a file of predictions against annotated notes."""
+
+    predictions: Path
+    """JSON lines, one note each, as infer.extract writes them."""
+    references: Path
+    """JSON lines of annotated notes, as train.data.clinic writes them."""
+    task: Literal["phenotype", "diagnosis", "both"] = "both"
+    """Which questions to score."""
+    preset: str = "clinical"
+    """Which definitions: clinical, cancerllm, cancerllm-released, coco, sacrebleu, nltk or rouge_score."""
+    json: bool = False
+    """Print one JSON object instead of the table."""
+
+    def __post_init__(self) -> None:
+        if self.preset not in PRESETS:
+            raise UserError(f"--preset {self.preset}: not known{nearest(self.preset, list(PRESETS))}; there are "
+                            f"{', '.join(PRESETS)}")  # fmt: skip
+
+
+def groups(questions: list[Question], task: str = "both") -> dict[str, list[Question]]:
+    """The questions as they are reported: answerable phenotypes, unanswerable ones, diagnosis."""
+    phenotype = [one for one in questions if one.task == "phenotype"] if task != "diagnosis" else []
+    return {
+        "phenotype": [one for one in phenotype if one.answerable],
+        "phenotype, unanswerable": [one for one in phenotype if not one.answerable],
+        "diagnosis": [one for one in questions if one.task == "diagnosis"] if task != "phenotype" else [],
+    }
+
+
+def main(options: Options) -> None:
+    questions, counts = pair(read_references(options.references), read_predictions(options.predictions))
+    result: dict[str, Any] = {"counts": counts.named(), "groups": {}}
+    for name, group in groups(questions, options.task).items():
+        if group:
+            result["groups"][name] = figures(group, options.preset)
+    if not result["groups"]:
+        raise UserError(f"{options.references}: holds no {options.task} question")
+    if options.json:
+        print(json.dumps(result, indent=2))
+        return
+    print(table(result))
+    warn(counts.named(), str(options.predictions))
+
+
+def table(result: dict[str, Any]) -> str:
+    lines, signature = [], ""
+    for name, group in result["groups"].items():
+        lines.append(f"{name} (n = {group['n']} questions, {group['patients']} patients)")
+        signature = group["signature"]
+        for metric in (*METRICS, "average_f1"):
+            value = group[metric]
+            if value is None:
+                lines.append(f"  {NAMES[metric]:<12} not computed by this preset")
+                continue
+            parts = f"P {value['precision']:5.1f}  R {value['recall']:5.1f}  " if "precision" in value else " " * 18
+            lines.append(f"  {NAMES[metric]:<12} {parts}F1 {value['f1']:5.1f}  [{value['low']:.1f}, {value['high']:.1f}]"
+                         f"  gold against gold {value['ceiling']:.1f}")  # fmt: skip
+    return "\n".join([*lines, f"signature {signature}"])
+
+
+def warn(counts: dict[str, Any], where: str) -> None:
+    """Say on stderr what did not pair up."""
+    for kind, what in (("missing", "notes without a prediction (scored as empty)"), ("extra", "predictions for unknown notes"),
+                       ("duplicate", "notes predicted twice (the first counts)"), ("failed", "notes that failed")):  # fmt: skip
+        if ids := counts[kind]:
+            shown = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
+            print(f"{where}: {len(ids)} {what}: {shown}", file=sys.stderr)
+    if counts["empty_answers"]:
+        print(f"{where}: {counts['empty_answers']} empty answers", file=sys.stderr)
+
+
+if __name__ == "__main__":
+    command.run(main, Options)
