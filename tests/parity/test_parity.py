@@ -44,9 +44,16 @@ def test_transformers_loads_what_we_save_bit_for_bit(family, published, tmp_path
     assert report.failed == [], report.summary()
 
 
-def test_bf16_is_judged_by_its_error(published):
-    report = hold(Options(weights=str(published("mistral")), tokens=40, new_tokens=0, dtype="bfloat16"))
+@pytest.mark.parametrize("family", ["mistral", "llama-3", "mixtral"])
+def test_bf16_is_judged_by_its_error(family, published):
+    report = hold(Options(weights=str(published(family)), tokens=40, new_tokens=0, dtype="bfloat16"))
     assert report.failed == [], report.summary()
+
+
+def test_experts_of_odd_width_are_judged_by_their_error(published):
+    report = hold(Options(weights=str(published("mixtral", intermediate_size=40)), tokens=40, new_tokens=16))
+    assert report.failed == [], report.summary()
+    assert all(row.error < 1e-5 for row in report.rows if row.section == "stage")
 
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
