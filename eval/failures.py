@@ -1,0 +1,133 @@
+"""What went wrong with an answer, in the paper's words: incomplete, irrelevant, repeated, misspelt, abbreviated, label noise.
+
+Each wrong answer gets the first class whose rule fits, in the order of `CLASSES`; the rules look at the clinical form of the
+text. Apart from its class, an answer that stands nowhere in the note is counted as invented (open phenotypes only: a closed
+one's value need not stand there).
+
+    >>> wrong = lambda p, g: kind(Question("n", "p", "histological_type", (g,), (p,) if p else ()))
+    >>> wrong("", "ductal carcinoma"), wrong("carcinoma", "ductal carcinoma"), wrong("ductal carcinoma in situ", "ductal carcinoma")
+    ('incomplete', 'incomplete', 'too much')
+    >>> wrong("ductal carcinmoa", "ductal carcinoma"), wrong("IDC", "invasive ductal carcinoma"), wrong("no no no", "glioma")
+    ('misspelling', 'abbreviation', 'repeated')
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+from eval.metrics.text import clinical
+from eval.questions import Question, judged
+from infer.tasks import PHENOTYPES
+
+CLASSES = {
+    "empty": "said nothing at all",
+    "repeated": "the same words three times or more in a row",
+    "not asked for": "an answer where the note gives none",
+    "incomplete": "none, or only a part, of the right answer",
+    "too much": "the right answer and more",
+    "misspelling": "a letter or two away from the right answer",
+    "abbreviation": "the right answer shortened, or a shortened one written out",
+    "label noise suspected": "another system gives the same answer and it stands in the note, or the label does not",
+    "another value": "another value of the same kind",
+    "irrelevant": "no word of the right answer",
+}
+_REPEATED = re.compile(r"\b(\w[\w ,.-]{0,60}?)(?:[\s,.;]+\1\b){2,}", re.I)
+
+
+def is_right(one: Question) -> bool:
+    """Exact match of the whole set under the clinical preset."""
+    return judged(one, "clinical")["exact_match"].f1 == 100
+
+
+def kind(one: Question, note: str = "", others: int = 0) -> str:
+    """The class of a wrong answer. `others`: how many other systems gave the same answer."""
+    predicted = [clinical(answer) for answer in one.predicted]
+    gold = [clinical(answer) for answer in one.gold]
+    said, right = " ; ".join(predicted), " ; ".join(gold)
+    if one.said_nothing:
+        return "empty"
+    if _REPEATED.search(", ".join(one.predicted)):
+        return "repeated"
+    if not gold:
+        return "not asked for"
+    if not predicted or set(predicted) < set(gold) or _part(said, right):
+        return "incomplete"
+    if set(predicted) > set(gold) or _part(right, said):
+        return "too much"
+    if _misspelt(said, right):
+        return "misspelling"
+    if _shortened(said, right) or _shortened(right, said):
+        return "abbreviation"
+    if note and one.name in PHENOTYPES and not PHENOTYPES[one.name].values:
+        held = f" {clinical(note)} "
+        if (others and f" {predicted[0]} " in held) or not all(f" {answer} " in held for answer in gold):
+            return "label noise suspected"
+    closed = one.name in PHENOTYPES and bool(PHENOTYPES[one.name].values)
+    alike = set(said.split()) & set(right.split()) or (re.search(r"\d", said) and re.search(r"\d", right))
+    if closed and set(one.predicted) & set(PHENOTYPES[one.name].values) or alike:
+        return "another value"
+    return "irrelevant"
+
+
+def invented(one: Question, note: str) -> int:
+    """How many answers to an open phenotype stand nowhere in the note."""
+    if one.name not in PHENOTYPES or PHENOTYPES[one.name].values:
+        return 0
+    held = f" {clinical(note)} "
+    return sum(f" {clinical(answer)} " not in held for answer in one.predicted)
+
+
+def analyse(questions: list[Question], notes: Mapping[str, str], others: Mapping[tuple[str, str], list[tuple[str, ...]]],
+            examples: int = 3) -> dict[str, Any]:  # fmt: skip
+    """Counts of each class with the first few examples, and the invented answers. `others`: the answers that other
+    systems gave, by (record, question)."""
+    counts: dict[str, int] = dict.fromkeys(CLASSES, 0)
+    shown: dict[str, list[dict[str, str]]] = {name: [] for name in CLASSES}
+    made_up = wrong = 0
+    for one in questions:
+        note = notes.get(one.record, "")
+        made_up += invented(one, note)
+        if is_right(one):
+            continue
+        wrong += 1
+        same = sum(answer == one.predicted for answer in others.get((one.record, one.name), ()))
+        name = kind(one, note, same)
+        counts[name] += 1
+        if len(shown[name]) < examples:
+            shown[name].append({"record": one.record, "question": one.name, "right": ", ".join(one.gold) or "not relevant",
+                                "answered": ", ".join(one.predicted)[:200] or ("" if one.said_nothing else "not relevant")})  # fmt: skip
+    return {"n": len(questions), "wrong": wrong, "invented": made_up, "answers": sum(len(one.predicted) for one in questions),
+            "classes": [{"name": name, "what": CLASSES[name], "count": counts[name], "examples": shown[name]}
+                        for name in CLASSES if counts[name]]}  # fmt: skip
+
+
+def _part(short: str, long: str) -> bool:
+    return short != long and f" {short} " in f" {long} "
+
+
+def _misspelt(a: str, b: str) -> bool:
+    if min(len(a), len(b)) < 5 or re.findall(r"\d+|[+-]", a) != re.findall(r"\d+|[+-]", b):
+        return False
+    limit = 1 if min(len(a), len(b)) < 8 else 2
+    return abs(len(a) - len(b)) <= limit and _edits(a, b) <= limit
+
+
+def _edits(a: str, b: str) -> int:
+    """Levenshtein's distance."""
+    row = list(range(len(b) + 1))
+    for i, x in enumerate(a, 1):
+        above, row = row, [i]
+        for j, y in enumerate(b, 1):
+            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
+    return row[-1]
+
+
+def _shortened(short: str, long: str) -> bool:
+    """Initials ("idc"), or every word the start of its word ("intrahep cholangio")."""
+    a, b = short.split(), long.split()
+    if len(b) > 1 and len(a) == 1 and a[0] == "".join(word[0] for word in b):
+        return True
+    pairs = list(zip(a, b, strict=False))
+    return len(a) == len(b) and all(y.startswith(x) and len(x) > 1 or x == y for x, y in pairs) and short != long

@@ -1,0 +1,272 @@
+"""The paper's tables for a run: `python -m eval.report RUN_DIR` writes report.html and report.json into it.
+
+RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
+
+    {"title", "scale", "seconds", "peak_mb", "host", "references": {"heldout": path, "unseen": path},
+     "systems": [{"name", "kind": "model"|"base"|"regex"|"majority", "predictions": {"heldout": path, "unseen": path},
+                  "notes": how many notes it was given (default: all), "seconds", "peak_mb"}],
+     "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}],
+     and where they were run: "leaks", "counterfactual", "misspelling", "retrieval"}
+
+Every figure is computed here from the predictions; answerable and unanswerable questions never share a mean.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+from datetime import timedelta
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+from tqdm import tqdm
+
+from eval import report_plots
+from eval.failures import analyse
+from eval.metrics import PRESETS
+from eval.metrics.ledger import ledger
+from eval.metrics.scoring import METRICS
+from eval.questions import Question, figures, judged, pair, read_predictions, read_references
+from eval.report_examples import examples
+from eval.report_paper import PAPER
+from eval.score import NAMES, groups
+from eval.statistics import paired
+from infer.codes import lookup
+from infer.tasks import PHENOTYPES
+from model import command
+from model.command import UserError
+from model.files import read_json, read_jsonl, write_json, write_text
+
+Json = dict[str, Any]
+SECOND = "cancerllm"
+SETS = {"heldout": "held-out patients", "unseen": "other patients, unseen styles"}
+
+
+@dataclass(frozen=True)
+class Options:
+    """Write a run's report: the paper's tables, plots, failures and examples, as HTML and JSON."""
+
+    run: Annotated[Path, tyro.conf.Positional]
+    """The run's folder; it holds run.json."""
+    examples: int = 10
+    """Notes to show with their answers marked."""
+
+
+def build(run: Path, examples_shown: int = 10) -> Json:
+    """The report of a run folder as one JSON value. Raises UserError where run.json or a file that it names is wrong."""
+    given = read_run(run)
+    report: Json = {key: given.get(key) for key in ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte", "leaks",
+                                                    "counterfactual", "misspelling", "retrieval")}  # fmt: skip
+    report |= {"preset": "clinical", "second_preset": SECOND, "paper": PAPER, "sets": {}}
+    judged_pairs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
+    for name, path in tqdm(given["references"].items(), desc="test sets", disable=None):
+        references = read_references(run / path)
+        report["sets"][name], pairs = _set(run, given["systems"], name, references)
+        judged_pairs += pairs
+    report["ledger"] = ledger(judged_pairs)
+    report["curves"] = {name: _curve(run / path) for name, path in (given.get("curves") or {}).items()}
+    report["examples"] = _examples(run, given, examples_shown)
+    return report
+
+
+def read_run(run: Path) -> Json:
+    """run.json, checked."""
+    if not run.is_dir():
+        raise UserError(f"{run}: no such run folder")
+    given = read_json(run / "run.json")
+    for key in ("systems", "references"):
+        if not isinstance(given, dict) or not given.get(key):
+            raise UserError(f"{run / 'run.json'}: lacks {key!r}; eval.report's help says what it holds")
+    for place, system in enumerate(given["systems"], 1):
+        if missing := [key for key in ("name", "kind", "predictions") if key not in system]:
+            raise UserError(f"{run / 'run.json'}: system {place} lacks {missing[0]!r}")
+    return given
+
+
+def _set(run: Path, systems: list[Json], name: str, references: list[Json]) -> tuple[Json, list]:
+    notes = {record["id"]: record["text"] for record in references}
+    asked = {}
+    for system in systems:
+        if name in system["predictions"]:
+            predictions = read_predictions(run / system["predictions"][name])
+            asked[system["name"]] = (system, *pair(references, predictions, system.get("notes")))
+    result: Json = {"title": SETS.get(name, name), "notes": len(references), "systems": [],
+                    "patients": len({str(record.get("patient", record["id"])) for record in references})}  # fmt: skip
+    pairs = []
+    for title, (system, questions, counts) in asked.items():
+        others: dict[tuple[str, str], list[tuple[str, ...]]] = {}
+        for other, (their, theirs, _) in asked.items():
+            if other != title and their["kind"] in ("model", "regex"):
+                for one in theirs:
+                    others.setdefault((one.record, one.name), []).append(one.predicted)
+        row = _row(system, questions)
+        row["counts"] = counts.named()
+        row["failures"] = analyse(questions, notes, others)
+        result["systems"].append(row)
+        if system["kind"] != "majority":
+            pairs += [(one.predicted, one.gold) for one in questions if one.gold]
+    result["paired"] = _paired([(title, questions) for title, (system, questions, _) in asked.items()])
+    return result, pairs
+
+
+def _row(system: Json, questions: list[Question]) -> Json:
+    row: Json = {key: system.get(key) for key in ("name", "kind", "seconds", "peak_mb")}
+    row["notes"] = len({one.record for one in questions})
+    for preset in ("clinical", SECOND):
+        row[preset] = {name: figures(group, preset) for name, group in groups(questions).items()}
+    phenotype = [one for one in questions if one.task == "phenotype"]
+    row["per_phenotype"] = {
+        name: {"answerable": figures([one for one in phenotype if one.name == name and one.answerable]),
+               "unanswerable": figures([one for one in phenotype if one.name == name and not one.answerable])}
+        for name in PHENOTYPES
+    }  # fmt: skip
+    codes = [one for one in questions if one.task == "diagnosis"]
+    if codes:
+        said = [(lookup(" ".join(one.predicted), 1), lookup(one.gold[0], 1)) for one in codes]
+        row["code"] = {"n": len(codes), "exact": 100 * sum(p[:1] == g[:1] for p, g in said) / len(codes),
+                       "category": 100 * sum(p != [] and g != [] and p[0][:3] == g[0][:3] for p, g in said) / len(codes)}  # fmt: skip
+    return row
+
+
+def _paired(asked: list[tuple[str, list[Question]]]) -> list[Json]:
+    """Each system against the one above it in run.json, on the questions that both were asked."""
+    rows = []
+    for (first, a), (second, b) in zip(asked, asked[1:], strict=False):
+        theirs = {(one.record, one.name): one for one in b}
+        for task, mine in groups(a).items():
+            both = [(one, theirs[one.record, one.name]) for one in mine if (one.record, one.name) in theirs]
+            if both:
+                f1 = [[judged(one, "clinical")["exact_match"].f1 for one in side] for side in zip(*both, strict=True)]
+                rows.append({"a": first, "b": second, "task": task, **paired(*f1, [one.patient for one, _ in both])})
+    return rows
+
+
+def _curve(path: Path) -> Json:
+    curve: Json = {"step": [], "loss": [], "valid_step": [], "valid_loss": []}
+    for _, line in read_jsonl(path, ("step", "loss")):
+        curve["step"].append(line["step"])
+        curve["loss"].append(line["loss"])
+        if line.get("valid_loss") is not None:
+            curve["valid_step"].append(line["step"])
+            curve["valid_loss"].append(line["valid_loss"])
+    return curve
+
+
+def _examples(run: Path, given: Json, count: int) -> list[Json]:
+    """Notes of both sets as the last model of run.json answered them."""
+    models = [system for system in given["systems"] if system["kind"] in ("model", "base")]
+    if not models or not count:
+        return []
+    names = [name for name in given["references"] if name in models[-1]["predictions"]]
+    found = []
+    for turn, name in enumerate(names):
+        share = count // len(names) + (turn < count % len(names))
+        rows = examples(read_references(run / given["references"][name]),
+                        read_predictions(run / models[-1]["predictions"][name]), share)  # fmt: skip
+        found += [{"set": name, "system": models[-1]["name"], **row} for row in rows]
+    return found
+
+
+# ---- shown ----------------------------------------------------------------------------------------------------
+
+
+def terminal_table(report: Json) -> str:
+    """The report's main figures as text: exact-match F1 and average F1 with intervals and numbers of questions."""
+    width = max([len("gold against gold"), *(len(row["name"]) for s in report["sets"].values() for row in s["systems"])])
+    lines = []
+    for name, part in report["sets"].items():
+        lines += [f"{part['title']} ({name}): {part['notes']} notes of {part['patients']} patients",
+                  f"  {'exact-match F1 [95 % interval] n':<{width}}  {'phenotypes':<26} {'diagnosis':<26} "
+                  f"{'not relevant':<26} average F1"]  # fmt: skip
+        for row in part["systems"]:
+            group = row["clinical"]
+            cells = [_cell(group[task]) for task in ("phenotype", "diagnosis", "phenotype, unanswerable")]
+            average = " / ".join(f"{group[task]['average_f1']['f1']:.1f}" for task in ("phenotype", "diagnosis") if group[task])
+            lines.append(f"  {row['name']:<{max(width, 32)}}  " + " ".join(f"{cell:<26}" for cell in cells) + f" {average}")
+        lines.append("")
+    lines.append("average F1: phenotypes / diagnosis, mean of exact match, BLEU-2 and ROUGE-L; gold against gold is 100 "
+                 "under the clinical scorer used here")  # fmt: skip
+    return "\n".join(lines)
+
+
+def _cell(group: Json | None) -> str:
+    if group is None:
+        return "–"
+    exact = group["exact_match"]
+    return f"{exact['f1']:5.1f} [{exact['low']:.1f}, {exact['high']:.1f}] {group['n']}"
+
+
+def render(report: Json) -> str:
+    """The report as one HTML page that needs nothing else."""
+    import jinja2
+
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
+                                     trim_blocks=True, lstrip_blocks=True)  # fmt: skip
+    environment.filters |= {"figure": lambda value: "–" if value is None or value != value else f"{value:.1f}",
+                            "words": lambda name: name.replace("_", " "), "clock": _clock}  # fmt: skip
+    template = environment.get_template("report.html")
+    return template.render(report=report, plots=plots(report), metrics=METRICS, names=NAMES,
+                           phenotypes=list(PHENOTYPES), presets=PRESETS)  # fmt: skip
+
+
+def _clock(seconds: float | None) -> str:
+    return "–" if seconds is None else str(timedelta(seconds=round(seconds)))
+
+
+def plots(report: Json) -> dict[str, str]:
+    """The report's plots, as SVG text."""
+    found = {}
+    for name, part in report["sets"].items():
+        rows = part["systems"]
+        found[f"f1 {name}"] = report_plots.bars(
+            [row["name"] for row in rows],
+            {task: [_spread(row["clinical"][task]) for row in rows] for task in ("phenotype", "diagnosis")},
+            f"exact-match F1, {part['title']}")  # fmt: skip
+    for name, curve in report["curves"].items():
+        series = {"training": (curve["step"], curve["loss"])}
+        if curve["valid_step"]:
+            series["held out"] = (curve["valid_step"], curve["valid_loss"])
+        found[f"curve {name}"] = report_plots.lines(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)
+    for name in ("counterfactual", "misspelling"):
+        part = report[name]
+        if part and part.get("rates"):
+            series = {"F1": (part["rates"], part["f1"])}
+            if part.get("repaired"):
+                series["after spelling repair"] = (part["rates"], part["repaired"])
+            found[name] = report_plots.lines(series, f"{name} rate", "average F1", zero=True)
+    return found
+
+
+def _spread(group: Json | None) -> tuple[float, float, float] | None:
+    return None if group is None else tuple(group["exact_match"][key] for key in ("f1", "low", "high"))
+
+
+def write(run: Path, examples_shown: int = 10) -> Json:
+    """Build the report of `run` and write report.json and report.html into it."""
+    report = without_nan(build(run, examples_shown))
+    page = render(report)
+    write_json(run / "report.json", report)
+    write_text(run / "report.html", page)
+    return report
+
+
+def without_nan(value: Any) -> Any:
+    """JSON has no nan: null takes its place."""
+    if isinstance(value, dict):
+        return {str(key): without_nan(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [without_nan(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value
+
+
+def main(options: Options) -> None:
+    report = write(options.run, options.examples)
+    print(terminal_table(report))
+    print(f"report: {options.run / 'report.html'}")
+
+
+__all__ = ["build", "main", "render", "terminal_table", "write"]
+
+if __name__ == "__main__":
+    command.run(main, Options)

@@ -1,0 +1,63 @@
+"""Notes with the answers marked in their text: right, wrong, and what was missed."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from eval.failures import is_right
+from eval.questions import Question, asked_about
+
+Json = dict[str, Any]
+_ORDER = ("right", "wrong", "missed")  # where marks overlap, the later one is shown
+
+
+def examples(references: list[Json], predictions: list[Json], count: int) -> list[Json]:
+    """Up to `count` notes, spread over the file, each with its questions and its text cut into marked pieces."""
+    by_id = {record["id"]: record for record in reversed(predictions)}
+    answered = [record for record in references if record["id"] in by_id]
+    step = max(1, len(answered) // count) if count else 1
+    return [_example(record, by_id[record["id"]]) for record in answered[::step][:count]]
+
+
+def _example(record: Json, prediction: Json) -> Json:
+    rows, marks = [], []
+    for one in asked_about(record, prediction):
+        right = is_right(one)
+        rows.append({"question": one.name, "right": right, "gold": ", ".join(one.gold) or "not relevant",
+                     "answered": ", ".join(one.predicted) or ("(empty)" if one.said_nothing else "not relevant"),
+                     "logprob": _logprob(prediction, one)})  # fmt: skip
+        if one.name != "diagnosis":
+            marks += _marks(record, prediction, one, right)
+    return {"id": record["id"], "style": record.get("style", ""), "rows": rows, "pieces": pieces(record["text"], marks)}
+
+
+def _logprob(prediction: Json, one: Question) -> float | None:
+    found = prediction.get("phenotypes", {}).get(one.name)
+    values = [a["logprob"] for a in found.get("answers", []) if a.get("logprob") is not None] if isinstance(found, dict) else []
+    return min(values) if values else None
+
+
+def _marks(record: Json, prediction: Json, one: Question, right: bool) -> list[tuple[int, int, str, str]]:
+    gold = [span for span in record["phenotypes"][one.name] if isinstance(span, dict) and span.get("start") is not None]
+    if right:
+        return [(span["start"], span["end"], "right", one.name) for span in gold]
+    found = prediction.get("phenotypes", {}).get(one.name)
+    given = found.get("answers", []) if isinstance(found, dict) else []
+    said = [(a["start"], a["end"], "wrong", one.name) for a in given if a.get("start") is not None]
+    answered = set(one.predicted)
+    kept = [(s["start"], s["end"], "right" if s["text"] in answered else "missed", one.name) for s in gold]
+    return [mark for mark in said if not any(mark[:2] == k[:2] for k in kept if k[2] == "right")] + kept
+
+
+def pieces(text: str, marks: list[tuple[int, int, str, str]]) -> list[Json]:
+    """`text` cut at the marks' ends, each piece with the class that it is shown in and the questions that it answers."""
+    size = len(text)
+    marks = [(max(0, start), min(size, end), kind, name) for start, end, kind, name in marks if start < end]
+    edges = sorted({0, size, *(edge for start, end, *_ in marks for edge in (start, end) if edge <= size)})
+    cut = []
+    for start, end in zip(edges, edges[1:], strict=False):
+        over = [mark for mark in marks if mark[0] <= start and end <= mark[1]]
+        kind = max((mark[2] for mark in over), key=_ORDER.index, default="")
+        names = "; ".join(dict.fromkeys(f"{mark[3].replace('_', ' ')}: {mark[2]}" for mark in over))
+        cut.append({"text": text[start:end], "kind": kind, "names": names})
+    return cut

@@ -1,0 +1,69 @@
+"""Plots as inline SVG whose lines and letters take the page's own colour, so that they suit dark and light alike."""
+
+from __future__ import annotations
+
+import io
+import re
+from collections.abc import Mapping, Sequence
+
+COLOURS = ("#2a78b8", "#c8641e", "#3b8f5a", "#9553a8", "#b03a48")
+_INK = "#010203"  # replaced by the page's colour
+
+
+def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False,
+          zero: bool = False) -> str:  # fmt: skip
+    """A plot of named lines (xs, ys)."""
+
+    def draw(axes):
+        for (name, (xs, ys)), colour in zip(series.items(), COLOURS * 5, strict=False):
+            axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) < 15 else None, markersize=4)
+        axes.set(xlabel=x, ylabel=y)
+        if log:
+            axes.set_yscale("log")
+        if zero:
+            axes.set_ylim(0, None)
+        axes.grid(alpha=0.2)
+        axes.legend(frameon=False, fontsize=9)
+
+    return _svg(draw, f"{x}|{y}|{list(series)}", height=2.7)
+
+
+def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]], x: str) -> str:
+    """Points with intervals (value, low, high), one line a name, one colour a group."""
+
+    def draw(axes):
+        for turn, ((group, values), colour) in enumerate(zip(groups.items(), COLOURS, strict=False)):
+            offset = 0.16 * (turn - (len(groups) - 1) / 2)
+            points = [(place + offset, *value) for place, value in enumerate(values) if value is not None]
+            if points:
+                at, mid, low, high = zip(*points, strict=True)
+                spread = [[max(0, m - lo) for m, lo in zip(mid, low, strict=True)],
+                          [max(0, hi - m) for m, hi in zip(mid, high, strict=True)]]  # fmt: skip
+                axes.errorbar(mid, at, xerr=spread, fmt="o", color=colour, label=group, capsize=3, markersize=5)
+        axes.set_yticks(range(len(names)), names)
+        axes.set(xlabel=x, xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
+        axes.grid(alpha=0.2, axis="x")
+        axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
+
+    return _svg(draw, f"{x}|{list(names)}|{list(groups)}", height=0.9 + 0.42 * len(names))
+
+
+def _svg(draw, salt: str, height: float) -> str:
+    import matplotlib
+
+    matplotlib.use("svg")
+    from matplotlib import pyplot
+
+    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK)
+    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, **ink}):
+        figure, axes = pyplot.subplots(figsize=(6.4, height), layout="constrained")
+        axes.spines[["top", "right"]].set_visible(False)
+        draw(axes)
+        out = io.StringIO()
+        figure.savefig(out, format="svg", transparent=True, metadata={"Date": None, "Creator": None})
+        pyplot.close(figure)
+    svg = out.getvalue()
+    svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
+    svg = re.sub(r'font-family: [^;"]*|font: ([\d.]+px) [^;"]*', lambda m: f"font: {m[1]} sans-serif" if m[1] else "font-family: sans-serif", svg)
+    return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1).replace(' width="', ' data-width="', 1)
