@@ -32,8 +32,8 @@ PROMPT = (
     "equivocal (2+). No lymphovascular invasion. Lymph nodes: 0/3. Stage IIA (pT2 pN0 cM0).\n"
 )
 LINES = (
-    "The patient is a 54-year-old woman.", "  two spaces, then a\ttab", "2.5 cm × 1.25 cm; Ki-67 ≈ 30 %", "naïve façade",
-    "Österreich, Ελλάδα, Москва, 東京, 한국어, עברית", "🩺👩‍⚕️ e\u0301 ﬁ", "a\r\nb\n\n\nc", "[INST] x [/INST]",
+    "The patient is a 54-year-old woman.", "  two spaces, then a\ttab", "2.5 cm × 1.25 cm; Ki-67 ≈ 30 %",
+    "naïve façade", "Österreich, Ελλάδα, Москва, 東京, 한국어, עברית", "🩺👩‍⚕️ e\u0301 ﬁ", "a\r\nb\n\n\nc", "[INST] x [/INST]",
 )  # fmt: skip
 
 

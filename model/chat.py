@@ -25,7 +25,8 @@ if TYPE_CHECKING:
     from model.tokenizer import Tokenizer
 
 FORMS = ("mistral-v1", "mistral-v2", "mistral-v3", "mistral-v7", "llama-2", "chatml", "alpaca")
-ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."  # the form's own words; a model tuned on it expects them
+# the form's own words; a model tuned on it expects them
+ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 
 
 def encode_chat(tokenizer: Tokenizer, messages: Sequence[Mapping[str, str]], form: str) -> list[int]:

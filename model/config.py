@@ -132,7 +132,8 @@ class ModelConfig:
                 f"covered are {', '.join(FAMILIES)}"
             )
         required = (
-            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads", "rms_norm_eps",
+            "vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+            "rms_norm_eps",
         )  # fmt: skip
         moe = family == "mixtral"
         asked = (*required, "num_local_experts", "num_experts_per_tok") if moe else required
@@ -142,7 +143,7 @@ class ModelConfig:
         if missing:
             raise UserError(f"config lacks {', '.join(missing)}; add what the model was trained with")
         _refuse_uncovered(raw)
-        width, heads = _count("hidden_size", raw["hidden_size"]), _count("num_attention_heads", raw["num_attention_heads"])
+        width, heads = (_count(name, raw[name]) for name in ("hidden_size", "num_attention_heads"))
         if raw.get("head_dim") is None and width % heads:
             raise UserError(f"config lacks head_dim, and hidden_size {width} is no multiple of {heads} heads")
         theta, scaling = _rope(raw)
@@ -155,7 +156,7 @@ class ModelConfig:
             rope_scaling=scaling,
             windows=_windows(raw),
             model_type=family,
-            max_position_embeddings=32768 if raw.get("max_position_embeddings") is None else raw["max_position_embeddings"],
+            max_position_embeddings=32768 if (most := raw.get("max_position_embeddings")) is None else most,
             # transformers writes only what differs from its family default, which is untied for all four
             tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
             qkv_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),

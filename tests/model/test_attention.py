@@ -70,7 +70,7 @@ def test_a_layout_without_positions_is_refused():
 
 
 def test_rms_norm_casts_before_the_weight():
-    """x·rsqrt in fp32, cast to bf16, then times the weight: multiplying in fp32 rounds a quarter of outputs elsewhere."""
+    """x·rsqrt in fp32, cast to bf16, then times the weight: multiplying in fp32 rounds a quarter otherwise."""
     generator = torch.Generator().manual_seed(0)
     norm, x = RMSNorm(64, 1e-5).bfloat16(), torch.randn(50, 64, generator=generator).bfloat16()
     norm.weight.data = torch.randn(64, generator=generator).bfloat16()

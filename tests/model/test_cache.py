@@ -1,4 +1,4 @@
-"""Tokens through a cache in chunks give what they give at once; judged in fp64, at the chunk sizes where rings break."""
+"""Tokens through a cache in chunks give what they give at once; judged in fp64, at chunk sizes where rings break."""
 
 import pytest
 import torch

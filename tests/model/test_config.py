@@ -89,13 +89,14 @@ def test_refused_by_name(why):
 
 
 def test_llama_2_as_published_needs_no_theta():
-    """Llama-2's own config.json says no rope_theta and (7B) no key/value heads; every reader takes 1e4 and all heads."""
+    """Llama-2's own config.json says no rope_theta and (7B) no key/value heads; readers take 1e4 and all heads."""
     config = ModelConfig.from_dict(without("llama", "rope_theta", "num_key_value_heads"))
     assert config.rope_theta == 1e4 and config.num_key_value_heads == 4
 
 
 junk = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 70), st.floats(), st.text(max_size=4), st.lists(st.integers(), max_size=2),
+    st.none(), st.booleans(), st.integers(-3, 70), st.floats(), st.text(max_size=4),
+    st.lists(st.integers(), max_size=2),
     st.dictionaries(st.sampled_from(("rope_type", "factor", "rope_theta")), st.integers(0, 3)),
 )  # fmt: skip
 

@@ -90,7 +90,7 @@ def test_any_damage_is_refused_or_changes_only_values(data, tmp_path_factory):
 
 @pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.float16, torch.bfloat16])
 def test_reads_what_the_public_package_writes_whole_or_by_rows(dtype, tmp_path):
-    tensors = {"w.weight": torch.randn(7, 3, 2).to(dtype), "scalar": torch.tensor(2.0).to(dtype), "none": torch.empty(0, 4)}
+    tensors = {"w.weight": torch.randn(7, 3, 2).to(dtype), "one": torch.tensor(2.0), "none": torch.empty(0, 4)}
     save_file(tensors, tmp_path / "model.safetensors")
     stored = open_safetensors(tmp_path / "model.safetensors")
     for name, tensor in tensors.items():
@@ -171,7 +171,8 @@ def sharded(tmp_path) -> Path:
 def test_shards_are_bounded_and_read_back(sharded):
     files = sorted(sharded.glob("*.safetensors"))
     assert len(files) > 2 and max(file.stat().st_size for file in files) < 20_000 + 4096
-    assert torch.equal(Transformer.from_pretrained(sharded)(some_tokens(9)), tiny("mixtral", torch.float32)(some_tokens(9)))
+    tokens = some_tokens(9)
+    assert torch.equal(Transformer.from_pretrained(sharded)(tokens), tiny("mixtral", torch.float32)(tokens))
 
 
 BAD_PLACES = ["../model-00001-of-00004.safetensors", "/etc/passwd", "sub/x.safetensors", "..", "", "x.bin", 3, None]
@@ -199,7 +200,8 @@ def test_an_index_that_disagrees_with_its_files_is_refused(sharded):
             Transformer.from_pretrained(sharded)
 
     refused(json.dumps({"weight_map": {**places, "model.norm.weight": other}}), "is not in")
-    refused(json.dumps({"weight_map": {k: v for k, v in places.items() if k != "model.norm.weight"}}), "lacks 'model.norm")
+    fewer = {name: file for name, file in places.items() if name != "model.norm.weight"}
+    refused(json.dumps({"weight_map": fewer}), "lacks 'model.norm")
     refused(json.dumps({"weight_map": {}}), "weight_map")
     refused('{"weight_map": {"a": "x.safetensors", "a": "y.safetensors"}}', "twice")
     refused(good[:-20], "not JSON")

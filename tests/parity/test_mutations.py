@@ -145,7 +145,7 @@ MUTATIONS = {
     "q bias dropped": ("qwen2", weights("q_proj.bias", torch.zeros_like), Q),
     "k bias dropped": ("qwen2", weights("k_proj.bias", torch.zeros_like), K),
     "v bias dropped": ("qwen2", weights("v_proj.bias", torch.zeros_like), V),
-    "router softmax after the choice of experts": ("mixtral", method("Experts", softmax_after_top_k), "layer 0 experts"),
+    "router softmax after the choice": ("mixtral", method("Experts", softmax_after_top_k), "layer 0 experts"),
     "router weights not made to sum to one": ("mixtral", method("Experts", unnormalised), "layer 0 experts"),
     "gate and up swapped": ("llama", lambda m: ([setattr(b.mlp, "forward", types.MethodType(
         lambda self, x: self.down_proj(F.silu(self.up_proj(x)) * self.gate_proj(x)), b.mlp))
