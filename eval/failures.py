@@ -33,6 +33,8 @@ CLASSES = {
     "another value": "another value of the same kind",
     "irrelevant": "no word of the right answer",
 }
+_GROUP = re.compile(r"\b[ivx]+[abc]?\b")  # a stage group: another one is another value, not a slip
+_DIGIT = re.compile(r"\d")
 _REPEATED = re.compile(r"\b(\w[\w ,.-]{0,60}?)(?:[\s,.;]+\1\b){2,}", re.I)
 
 
@@ -65,7 +67,7 @@ def kind(one: Question, note: str = "", others: int = 0) -> str:
         if (others and f" {predicted[0]} " in held) or not all(f" {answer} " in held for answer in gold):
             return "label noise suspected"
     closed = one.name in PHENOTYPES and bool(PHENOTYPES[one.name].values)
-    alike = set(said.split()) & set(right.split()) or (re.search(r"\d", said) and re.search(r"\d", right))
+    alike = set(said.split()) & set(right.split()) or any(p.search(said) and p.search(right) for p in (_DIGIT, _GROUP))
     if closed and set(one.predicted) & set(PHENOTYPES[one.name].values) or alike:
         return "another value"
     return "irrelevant"
@@ -108,7 +110,7 @@ def _part(short: str, long: str) -> bool:
 
 
 def _misspelt(a: str, b: str) -> bool:
-    if min(len(a), len(b)) < 5 or re.findall(r"\d+|[+-]", a) != re.findall(r"\d+|[+-]", b):
+    if max(len(a), len(b)) < 4 or _GROUP.search(b) or re.findall(r"\d+|[+-]", a) != re.findall(r"\d+|[+-]", b):
         return False
     limit = 1 if min(len(a), len(b)) < 8 else 2
     return abs(len(a) - len(b)) <= limit and _edits(a, b) <= limit
@@ -130,4 +132,5 @@ def _shortened(short: str, long: str) -> bool:
     if len(b) > 1 and len(a) == 1 and a[0] == "".join(word[0] for word in b):
         return True
     pairs = list(zip(a, b, strict=False))
-    return len(a) == len(b) and all(y.startswith(x) and len(x) > 1 or x == y for x, y in pairs) and short != long
+    starts = all(x == y or (y.startswith(x) and len(x) > 1 and len(y) > 5) for x, y in pairs)
+    return len(a) == len(b) and starts and short != long

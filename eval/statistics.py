@@ -40,7 +40,10 @@ def paired(a: Sequence[float], b: Sequence[float], patients: Sequence[Hashable],
     n = len(difference)
     observed = float(difference.sum() / counts.sum())
     drawn = _draws(n, seed)
-    low, high = np.quantile((drawn @ difference) / (drawn @ counts), (0.025, 0.975)) if n > 1 else (-100.0, 100.0)
+    low, high = np.quantile((drawn @ difference) / (drawn @ counts), (0.025, 0.975))
+    if low == high:  # every patient alike, or one alone: no certainty, but the binomial bound on patients
+        room = 100 * (1 - 0.025 ** (1 / n))
+        low, high = max(-100.0, observed - room), min(100.0, observed + room)
     if n <= 12:
         signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
         extreme, total = _extreme(signs, difference), 2**n

@@ -1,0 +1,147 @@
+"""Score and report as a user calls them: on real files, with nothing dropped and nothing unescaped."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from eval.failures import CLASSES, invented, kind
+from eval.metrics.ledger import ledger
+from eval.questions import Question, figures, pair
+from eval.report import build, terminal_table, write
+from eval.report_examples import pieces
+from model.command import UserError
+from model.files import write_json, write_jsonl
+
+TEXT = "Breast <b>left</b>: ductal carcinoma, 2.5 cm, ER positive & HER2 negative. IIIC."
+
+
+def note(number, patient, size="2.5 cm"):
+    start = TEXT.index("2.5 cm")
+    return {"id": f"n{number}", "patient": patient, "style": "prose", "text": TEXT,
+            "phenotypes": {"tumor_size": [{"text": size, "start": start, "end": start + 6}], "cancer_stage": [],
+                           "hormone_receptor_status": [{"text": "ER+", "start": 40, "end": 51}, {"text": "HER2-", "start": 54, "end": 67}]},
+            "diagnosis": {"text": "Malignant neoplasm of sigmoid colon", "code": "C18.7"}}  # fmt: skip
+
+
+def answer(number, size="2.5 cm", status=("ER+", "HER2-"), stage=(), diagnosis="Malignant neoplasm of sigmoid colon (C18.7)"):
+    def made(texts):
+        return {"answers": [{"text": t, "start": TEXT.find(t) if t in TEXT else None,
+                             "end": TEXT.find(t) + len(t) if t in TEXT else None, "logprob": -0.1} for t in texts],
+                "not_relevant": not texts, "finish_reason": "eos"}  # fmt: skip
+
+    return {"id": f"n{number}", "phenotypes": {"tumor_size": made([size] if size else []), "cancer_stage": made(stage),
+                                               "hormone_receptor_status": made(status)},
+            "diagnosis": {"text": diagnosis, "codes": []}}  # fmt: skip
+
+
+@pytest.fixture
+def run(tmp_path):
+    notes = [note(i, f"p{i // 2}") for i in range(6)]
+    for name in ("heldout", "unseen"):
+        write_jsonl(tmp_path / f"{name}.jsonl", notes)
+        write_jsonl(tmp_path / f"good.{name}.jsonl", [answer(i) for i in range(6)])
+        write_jsonl(tmp_path / f"bad.{name}.jsonl", [answer(i, size="25 cm", status=("HER2+",), stage=("II",)) for i in range(3)])
+    write_jsonl(tmp_path / "curve.jsonl", [{"step": s, "loss": 3 / s, "valid_loss": 4 / s if s % 2 else None} for s in range(1, 9)])
+    write_json(tmp_path / "run.json", {
+        "title": "T <script>", "scale": "tiny", "seconds": 5, "peak_mb": 100, "host": {"cpu": "x"},
+        "references": {"heldout": "heldout.jsonl", "unseen": "unseen.jsonl"}, "curves": {"tuning": "curve.jsonl"},
+        "bits_per_byte": [{"name": "notes", "before": 1.5, "after": 0.9}],
+        "systems": [{"name": n, "kind": k, "seconds": 1, "peak_mb": 9, "predictions": {s: f"{n}.{s}.jsonl" for s in (
+            "heldout", "unseen")}, **extra} for n, k, extra in (("bad", "base", {"notes": 3}), ("good", "model", {}))]})  # fmt: skip
+    return tmp_path
+
+
+def test_report_holds_the_figures_of_the_predictions(run):
+    report = write(run)
+    bad, good = report["sets"]["heldout"]["systems"]
+    assert good["clinical"]["phenotype"]["exact_match"]["f1"] == 100
+    assert good["clinical"]["phenotype"]["n"] == 12 and good["clinical"]["phenotype, unanswerable"]["n"] == 6
+    assert bad["notes"] == 3 and bad["clinical"]["phenotype"]["exact_match"]["f1"] == 0
+    assert bad["cancerllm"]["phenotype"]["exact_match"]["f1"] > 50  # 25 cm and HER2+ pass for right there
+    assert bad["clinical"]["phenotype, unanswerable"]["exact_match"]["f1"] == 0
+    assert good["code"]["exact"] == 100
+    reasons = {(entry["predicted"], entry["gold"]) for entry in report["ledger"]}
+    assert {("25 cm", "2.5 cm"), ("HER2+", "HER2-")} <= reasons
+    assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
+
+
+def test_page_is_self_contained_and_escaped(run):
+    write(run)
+    page = (run / "report.html").read_text()
+    assert "T &lt;script&gt;" in page and "<script" not in page and "<b>left</b>" not in page
+    assert "&lt;b&gt;left&lt;/b&gt;" in page
+    for outside in ("<link", "src=", "@import", "url(http"):
+        assert outside not in page
+    assert page.count("<svg") == 3 and "paper, private data" in page and '<mark class="right"' in page
+
+
+def test_terminal_table_names_systems_and_n(run):
+    table = terminal_table(build(run))
+    assert "good" in table and "100.0 [" in table and "] 12" in table and "held-out patients" in table
+
+
+def test_nothing_is_dropped_in_silence():
+    questions, counts = pair([note(0, "a"), note(1, "a")], [answer(0), answer(0, size="9 cm"), answer(7)])
+    assert (counts.missing, counts.duplicate, counts.extra) == (["n1"], ["n0"], ["n7"])
+    assert len(questions) == 8 and counts.empty == 4
+    assert figures([q for q in questions if q.name == "tumor_size"])["exact_match"]["f1"] == 50
+
+
+def test_short_forms_of_predictions_are_taken():
+    mine = {"id": "n0", "phenotypes": {"tumor_size": "25 mm", "cancer_stage": "not relevant",
+                                       "hormone_receptor_status": ["ER+", "HER2-"]}, "diagnosis": "C18.7"}  # fmt: skip
+    questions, _ = pair([note(0, "a")], [mine])
+    assert figures([q for q in questions if q.task == "phenotype"])["exact_match"]["f1"] == 100
+
+
+@pytest.mark.parametrize(("name", "gold", "said", "expected"), [
+    ("tumor_size", ("2.5 cm",), ("2.5 cm thick",), "too much"), ("tumor_size", (), ("2.5 cm",), "not asked for"),
+    ("histological_type", ("ductal carcinoma",), ("ductal carcinom",), "misspelling"),
+    ("cancer_stage", ("IIIC",), ("III",), "another value"), ("cancer_grade", ("grade 2",), ("grade 3",), "another value"),
+    ("tumor_size", ("7.5 cm",), ("2.5 cm",), "label noise suspected"),
+    ("histological_type", ("ductal carcinoma",), ("the the the",), "repeated"),
+    ("hormone_receptor_status", ("ER+", "HER2-"), ("ER+",), "incomplete")])  # fmt: skip
+def test_failures_are_classed(name, gold, said, expected):
+    assert kind(Question("n", "p", name, gold, said), TEXT) == expected and expected in CLASSES
+
+
+def test_invented_answers_stand_nowhere_in_the_note():
+    assert invented(Question("n", "p", "tumor_size", (), ("2.5 cm", "3 cm")), TEXT) == 1
+    assert invented(Question("n", "p", "cancer_grade", (), ("grade 4",)), TEXT) == 0
+
+
+def test_ledger_counts_equal_disagreements():
+    entries = ledger([(("25 mm",), ("2.5 cm",))] * 3 + [(("x y",), ("x y",))])
+    assert [(e["predicted"], e["count"]) for e in entries] == [("25 mm", 3)]
+    assert entries[0]["verdicts"]["clinical"] == "right"
+
+
+def test_pieces_give_the_note_back():
+    cut = pieces(TEXT, [(0, 6, "right", "tumor_site"), (3, 20, "missed", "tumor_size"), (70, 900, "wrong", "x")])
+    assert "".join(piece["text"] for piece in cut) == TEXT
+    assert [piece["kind"] for piece in cut[:3]] == ["right", "missed", "missed"]
+
+
+def call(*arguments):
+    return subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True)
+
+
+@pytest.mark.parametrize(("spoil", "said"), [
+    (lambda run: (run / "run.json").write_text("{"), "not JSON"),
+    (lambda run: write_json(run / "run.json", {"systems": []}), "lacks 'systems'"),
+    (lambda run: (run / "good.unseen.jsonl").unlink(), "good.unseen.jsonl: no such file"),
+    (lambda run: (run / "heldout.jsonl").write_text('{"id": 1}\n'), "heldout.jsonl:1: lacks the field 'text'")])
+def test_mistakes_are_one_line(run, spoil, said):
+    spoil(run)
+    with pytest.raises(UserError, match=said.replace("(", r"\(")):
+        write(run)
+    assert not (run / "report.html").exists()
+
+
+def test_score_as_a_program(run):
+    done = call("eval.score", "--predictions", run / "good.heldout.jsonl", "--references", run / "heldout.jsonl", "--json")
+    assert done.returncode == 0 and json.loads(done.stdout)["groups"]["diagnosis"]["exact_match"]["f1"] == 100
+    done = call("eval.score", "--predictions", run / "none.jsonl", "--references", run / "heldout.jsonl")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
