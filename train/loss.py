@@ -61,7 +61,9 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         )
 
 
-def batch_loss(model: Transformer, batch: Batch, counts: dict[int, int], note_loss: float = 0.0) -> tuple[Tensor, Tensor]:
+def batch_loss(
+    model: Transformer, batch: Batch, counts: dict[int, int], note_loss: float = 0.0
+) -> tuple[Tensor, Tensor]:
     """This micro-batch's part of the step's loss, and the sum of −log p over its answers (fp64, no gradient).
 
     `counts` is the number of targets of each kind in the whole step, over all ranks and micro-batches. A batch

@@ -56,7 +56,7 @@ def train(recipe: Recipe, stage: str) -> Path:
 def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     """Everything up to the first step, in the order that finds mistakes soonest."""
     if stage == "pretrain" and recipe.template == "faithful":
-        raise UserError("recipe: template = 'faithful' belongs to train.instruct; pretrain's is packing = 'concatenate'")
+        raise UserError("recipe: template = 'faithful' belongs to train.instruct; here it is packing = 'concatenate'")
     if stage == "instruct" and recipe.packing == "concatenate":
         raise UserError("recipe: packing = 'concatenate' belongs to train.pretrain; use 'documents' or 'none'")
     encoding = Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos)

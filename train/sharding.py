@@ -1,4 +1,10 @@
-"""Ranks and sharding: nothing on one process, FSDP2 (`fully_shard`) under torchrun."""
+"""Ranks and sharding: nothing on one process, FSDP2 (`fully_shard`) under torchrun.
+
+Each decoder block is a group of its own, gathered for its forward and backward pass and let go again; the embedding,
+the last norm and the head are the root's group. Gradients of ranks are added, not averaged: the loss is already
+divided by the whole step's token count (loss.py). FSDP2 divides by the number of ranks unless told otherwise, group
+by group, so every group is told.
+"""
 
 from __future__ import annotations
 
@@ -49,6 +55,23 @@ class Ranks:
         """Reduce gradients over ranks in the last micro-batch of a step only."""
         if self.world > 1:
             model.set_requires_gradient_sync(last)
+
+
+def shard(model: nn.Module, ranks: Ranks) -> nn.Module:
+    """Shard every parameter over the ranks, in place. Compute stays in each parameter's dtype; sums are ≥ fp32."""
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+
+    mesh = init_device_mesh(ranks.device.type, (ranks.world,))
+    wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
+    policy = MixedPrecisionPolicy(reduce_dtype=wide)
+    for block in model.model.layers:
+        fully_shard(block, mesh=mesh, mp_policy=policy)
+    fully_shard(model, mesh=mesh, mp_policy=policy)
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.set_gradient_divide_factor(1.0)
+    return model
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:

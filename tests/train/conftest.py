@@ -1,0 +1,67 @@
+"""Small notes and documents, a byte-level tokenizer, and their token stores: all seeded."""
+
+import json
+import random
+import sys
+from pathlib import Path
+
+import pytest
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers
+
+from train.store import Encoding, TokenStore, build_store
+
+sys.path.insert(0, str(Path(__file__).parent))  # for tiny_runs
+
+WORDS = ("patient tumor breast left right grade stage cm margin positive negative biopsy showed invasive ductal "
+         "carcinoma lesion measured").split()  # fmt: skip
+
+
+def make_note(rng: random.Random, number: int, words: int) -> dict:
+    size, side = f"{rng.randint(1, 9)}.{rng.randint(0, 9)} cm", rng.choice(["left", "right"])
+    text = f"{' '.join(rng.choices(WORDS, k=words))} size {size} on the {side} side"
+    found = {"tumor_size": size, "tumor_laterality": side}
+    names = ("tumor_size", "tumor_laterality", "cancer_grade")
+    phenotypes = {
+        name: [{"text": found[name], "start": text.rindex(found[name]), "end": 0}] if name in found else []
+        for name in names
+    }
+    diagnosis = {"text": "Malignant neoplasm of breast", "code": "C50.9"}
+    return {"id": f"note-{number}", "patient": f"p{number}", "text": text, "phenotypes": phenotypes,
+            "diagnosis": diagnosis}  # fmt: skip
+
+
+def write_lines(path: Path, records: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(record) + "\n" for record in records))
+    return path
+
+
+@pytest.fixture(scope="session")
+def data(tmp_path_factory) -> Path:
+    """A folder with notes.jsonl, documents.jsonl, and tok/ (bytes as tokens; <s> 256, </s> 257)."""
+    folder = tmp_path_factory.mktemp("data")
+    rng = random.Random(0)
+    write_lines(folder / "notes.jsonl", [make_note(rng, i, rng.randint(1, 9)) for i in range(10)])
+    texts = [" ".join(rng.choices(WORDS, k=rng.randint(1, 30))) for _ in range(23)]
+    write_lines(folder / "documents.jsonl", [{"id": f"text-{i}", "text": text} for i, text in enumerate(texts)])
+    (folder / "tok").mkdir()
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Fast(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    fast.decoder = decoders.ByteLevel()
+    fast.add_special_tokens(["<s>", "</s>"])
+    fast.save(str(folder / "tok" / "tokenizer.json"))
+    (folder / "tok" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
+    return folder
+
+
+@pytest.fixture(scope="session")
+def notes(data, tmp_path_factory) -> TokenStore:
+    encoding = Encoding("instruct", str(data / "tok"))
+    return build_store([str(data / "notes.jsonl")], encoding, tmp_path_factory.mktemp("stores") / "notes")
+
+
+@pytest.fixture(scope="session")
+def documents(data, tmp_path_factory) -> TokenStore:
+    encoding = Encoding("pretrain", str(data / "tok"))
+    return build_store([str(data / "documents.jsonl")], encoding, tmp_path_factory.mktemp("stores") / "documents")

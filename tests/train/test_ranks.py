@@ -1,0 +1,74 @@
+"""One, two and three ranks train the same model: losses and whole gradients, before clipping, to 1e-12 in fp64."""
+
+import json
+import os
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+from tiny_runs import RECIPE, run_case
+
+from train.dataset import Rows
+from train.sharding import Ranks
+
+# five rows a step in micro-batches of one: ranks get 3 + 2, or 2 + 2 + 1 rows; A has 5 rows, sharded unevenly
+SHARED = {"r": 5, "batch_rows": 5, "steps": 20, "clip": 0.5}
+
+
+def launch(ranks: int, cases: dict, folder: Path) -> dict:
+    folder.mkdir(exist_ok=True)
+    (folder / "cases.json").write_text(json.dumps(cases))
+    worker, out = str(Path(__file__).with_name("tiny_runs.py")), folder / f"{ranks}.safetensors"
+    start = [sys.executable]
+    if ranks > 1:
+        start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
+    done = subprocess.run([*start, worker, str(folder / "cases.json"), str(out)], env=environment, capture_output=True,
+                          text=True, timeout=300)  # fmt: skip
+    assert done.returncode == 0, done.stderr[-3000:]
+    return load_file(out)
+
+
+def largest_difference(a: dict, b: dict) -> float:
+    """The largest difference of any tensor, relative to that tensor's largest value."""
+    assert a.keys() == b.keys()
+    return max(float((a[key] - b[key]).abs().max() / b[key].abs().max().clamp_min(1e-300)) for key in b)
+
+
+@pytest.mark.slow
+def test_any_number_of_ranks_gives_the_same_losses_and_gradients(notes, documents, tmp_path):
+    sgd = {**SHARED, "optimizer": "sgd", "learning_rate": 0.5}
+    cases = {
+        "sgd and dropout": ({**sgd, "dropout": 0.2}, str(notes.path), "instruct"),
+        "adamw": ({**SHARED, "optimizer": "adamw", "learning_rate": 1e-2}, str(notes.path), "instruct"),
+        "packed": ({**sgd, "steps": 3, "packing": "documents"}, str(documents.path), "pretrain"),
+        "full": ({**sgd, "steps": 3, "full": True, "learning_rate": 0.05}, str(documents.path), "pretrain"),
+    }
+    alone = launch(1, cases, tmp_path / "1")
+    assert all(alone[f"{name}/loss"].std() > 0.002 for name in cases), "nothing was learnt"
+    for ranks in (2, 3):
+        assert largest_difference(launch(ranks, cases, tmp_path / str(ranks)), alone) < 1e-12
+
+
+@pytest.mark.parametrize("other", [{"micro_rows": 4}, {"micro_rows": 2, "checkpoint_blocks": True}])
+def test_accumulation_does_not_change_loss_or_gradients(notes, other):
+    base = {**SHARED, "batch_rows": 4, "steps": 5, "optimizer": "sgd", "learning_rate": 0.5, "dropout": 0.2}
+    found = [run_case({**base, **case}, str(notes.path), "instruct", Ranks()) for case in ({}, other)]
+    assert largest_difference(*found) < 1e-12
+
+
+def test_packing_does_not_change_loss_or_gradients(documents):
+    """All documents in one step: a row each, or packed rows with masks between them."""
+    base = {"r": 5, "micro_rows": 1, "steps": 1, "clip": 0.0, "dropout": 0.2}
+    rows = {packing: len(Rows(documents, replace(RECIPE, packing=packing), "pretrain"))
+            for packing in ("none", "documents")}  # fmt: skip
+    assert rows["documents"] < rows["none"] / 2
+    found = [run_case({**base, "packing": packing, "batch_rows": count}, str(documents.path), "pretrain", Ranks())
+             for packing, count in rows.items()]  # fmt: skip
+    for key in ("loss", "norm"):
+        assert abs(float(found[0][key][0] / found[1][key][0]) - 1) < 1e-12
+    grads = [{key: value for key, value in run.items() if key.startswith("grad")} for run in found]
+    assert largest_difference(*grads) < 1e-12
