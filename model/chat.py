@@ -83,7 +83,8 @@ def _mistral(tokenizer: Tokenizer, system: str | None, turns: Sequence[tuple[str
         else:
             ids += [tokenizer.special_id("[INST]"), *tokenizer.encode(user), tokenizer.special_id("[/INST]")]
         if answer is not None:
-            ids += tokenizer.encode(answer) + _end(tokenizer)
+            kept = answer if form == "mistral-v1" else answer.rstrip(" ")  # as mistral-common does
+            ids += tokenizer.encode(kept) + _end(tokenizer)
     return ids
 
 

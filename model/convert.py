@@ -3,7 +3,8 @@
     python -m model.convert SRC DST [--to safetensors|native] [--dtype …]
 
 SRC may be what `Transformer.from_pretrained` loads (safetensors, Mistral's native files, GGUF), a folder of
-`pytorch_model*.bin` (BioMistral and ClinicalCamel are published so), or Qwen-7B's first version (`c_attn`, `w1`, `w2`).
+`pytorch_model*.bin` (BioMistral and ClinicalCamel are published so), or Qwen-7B's first version (`c_attn`, `w1`, `w2`,
+`qwen.tiktoken`).
 A .bin file is opened with `torch.load(weights_only=True, mmap=True)`: no code in it runs, and only the tensor in hand
 is in memory. DST takes its name when it is whole.
 """
@@ -26,7 +27,8 @@ from model.config import ModelConfig
 from model.files import read_json
 from model.native import native_params, to_native
 from model.safetensors_file import Stored, held
-from model.tokenizer import copy_tokenizer
+from model.tiktoken_file import tokenizer_json
+from model.tokenizer import Fast, Tokenizer, copy_tokenizer
 from model.transformer import Transformer
 from model.weights import COMPUTED, Checkpoint, check_names, config_dict, open_checkpoint, write_checkpoint
 
@@ -61,7 +63,12 @@ def main(options: Options) -> None:
     else:
         write_checkpoint(checkpoint, raw, target, most, dtype)
     try:
-        copy_tokenizer(source, target)
+        if (source / "qwen.tiktoken").is_file():
+            engine = Fast(tokenizer_json(source / "qwen.tiktoken"), str(source / "qwen.tiktoken"))
+            ends = engine.special("<|endoftext|>")
+            Tokenizer(engine, {"bos": None, "eos": ends, "pad": ends}, "", "chatml").save(target)
+        else:
+            copy_tokenizer(source, target)
     except UserError as error:
         print(f"no tokenizer copied: {error}")
     print(f"{target}: {len(checkpoint.tensors)} tensors, {config.model_type}, from {checkpoint.format}")

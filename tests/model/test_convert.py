@@ -1,5 +1,6 @@
 """Between formats nothing but names, layout and dtype changes; pickles give up their tensors and nothing else."""
 
+import base64
 import json
 import os
 
@@ -7,7 +8,7 @@ import pytest
 import torch
 from tiny_models import some_tokens, tiny
 
-from model import ModelConfig, Transformer
+from model import ModelConfig, Tokenizer, Transformer
 from model.command import UserError
 from model.convert import Options, main, open_any
 from model.native import to_native
@@ -143,7 +144,11 @@ def as_qwen_1(model, folder):
 
 def test_qwens_first_version_becomes_qwen2(tmp_path):
     model = tiny("qwen2", torch.float32, num_key_value_heads=4)
-    main(Options(str(as_qwen_1(model, tmp_path / "v1")), str(tmp_path / "v2")))
+    folder = as_qwen_1(model, tmp_path / "v1")
+    lines = [base64.b64encode(bytes([byte])) + b" %d" % byte for byte in range(256)]
+    (folder / "qwen.tiktoken").write_bytes(b"\n".join(lines))
+    main(Options(str(folder), str(tmp_path / "v2")))
+    assert Tokenizer.from_pretrained(tmp_path / "v2").encode("aé") == [97, 0xC3, 0xA9]
     again = Transformer.from_pretrained(tmp_path / "v2")
     assert again.config.model_type == "qwen2"
     assert again.state_dict().keys() == model.state_dict().keys()
