@@ -1,0 +1,152 @@
+"""The decoder again, straight through: the same arithmetic as model/transformer.py with as few operations as it takes.
+
+What makes it fast, each idea on its own line:
+
+* q, k and v are one matrix product, so are gate and up: a decoded token's time is the reading of the weights, and a
+  large matrix is read at a higher rate than three small ones. The fused matrix is the storage; the model's own
+  parameters become views of it, so nothing is held twice.
+* Tokens of all requests lie side by side (x_ND, no padding), whatever their lengths; only attention knows requests.
+* Residual sums happen inside the products (addmm), norms in one call, rotary positions in three.
+* Logits are computed where somebody reads them: one position a request, not one a token.
+
+LoRA adapters that are active and not merged stay beside the weights, exact. Modules that are not plain linear layers
+(quantised ones, experts) are called as they are.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lora.layer import LoRALinear
+from model.transformer import RMSNorm, Transformer
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Fused:
+    """Linear layers over the same input, as one product: y = x · [W1; W2; …]ᵀ. Reads the modules once."""
+
+    def __init__(self, modules: list[nn.Module]) -> None:
+        self.modules, self.weight, self.bias = modules, None, None
+        self.adapters: list[tuple[slice, Tensor, Tensor]] = []
+        if not all(type(module) in (nn.Linear, LoRALinear) for module in modules):
+            return
+        weights = [local(module.weight) for module in modules]
+        self.weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
+        if any(module.bias is not None for module in modules):
+            self.bias = torch.cat([local(m.bias).detach() for m in modules])  # the families bias all of them or none
+        start = 0
+        for module, weight in zip(modules, weights, strict=True):
+            rows = slice(start, start + weight.shape[0])
+            start = rows.stop
+            if isinstance(module.weight, nn.Parameter) and type(module.weight.data) is Tensor and len(weights) > 1:
+                module.weight.data = self.weight[rows]  # a view: nothing is held twice
+            if isinstance(module, LoRALinear) and module.active is not None and module.original is None:
+                a_RD, b_OR = module.lora_A[module.active].detach(), module.lora_B[module.active].detach()
+                self.adapters.append((rows, a_RD.to(weight.dtype).t(), (b_OR * module.scale[module.active]).t().to(weight.dtype)))
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        if self.weight is None:
+            parts = [module(x_ND) for module in self.modules]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return self.adapt(x_ND, F.linear(x_ND, self.weight, self.bias))
+
+    def add_to(self, residual_ND: Tensor, x_ND: Tensor) -> Tensor:
+        """residual + y. Tensor-parallel ranks hold parts of the sum, which are added up."""
+        if self.weight is None or self.bias is not None or is_sharded(self.modules[0]):
+            y_ND = self(x_ND)
+            if self.weight is not None and is_sharded(self.modules[0]):
+                dist.all_reduce(y_ND)
+            return residual_ND + y_ND
+        if x_ND.shape[0] == 1:  # one row: a matrix-vector product reads the weights faster
+            return self.adapt(x_ND, torch.addmv(residual_ND[0], self.weight, x_ND[0])[None])
+        return self.adapt(x_ND, torch.addmm(residual_ND, x_ND, self.weight.t()))
+
+    def adapt(self, x_ND: Tensor, y_NO: Tensor) -> Tensor:
+        for rows, a_DR, b_RO in self.adapters:
+            y_NO[:, rows].addmm_(x_ND @ a_DR, b_RO)
+        return y_NO
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a weight that torch's tensor parallelism has sharded; other weights as they are."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def is_sharded(module: nn.Module) -> bool:
+    return hasattr(getattr(module, "weight", None), "to_local")
+
+
+class Norm:
+    """RMSNorm in one call where the dtype is its own accumulator, else as the model defines it."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        self.norm, self.weight, self.eps = norm, norm.weight.detach(), norm.eps
+        self.direct = norm.weight.dtype in (torch.float32, torch.float64)
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        return F.rms_norm(x_ND, self.weight.shape, self.weight, self.eps) if self.direct else self.norm(x_ND)
+
+
+class Layer:
+    """One block's products and norms."""
+
+    def __init__(self, block: nn.Module) -> None:
+        attention = block.self_attn
+        self.norm, self.ffn_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
+        self.qkv = Fused([attention.q_proj, attention.k_proj, attention.v_proj])
+        self.out = Fused([attention.o_proj])
+        self.window = attention.window
+        self.experts = getattr(block, "block_sparse_moe", None)
+        if self.experts is None:
+            self.gate_up = Fused([block.mlp.gate_proj, block.mlp.up_proj])
+            self.down = Fused([block.mlp.down_proj])
+
+    def feed_forward(self, x_ND: Tensor) -> Tensor:
+        n_ND = self.ffn_norm(x_ND)
+        if self.experts is not None:
+            return x_ND + self.experts(n_ND[None])[0]
+        gate_NF, up_NF = self.gate_up(n_ND).chunk(2, dim=-1)
+        return self.down.add_to(x_ND, F.silu(gate_NF).mul_(up_NF))
+
+
+class Engine:
+    """A Transformer made ready for generation; its weights are read here, so make a new one after changing them."""
+
+    def __init__(self, model: Transformer) -> None:
+        self.model, self.config = model, model.config
+        self.head_dim = model.config.head_dim
+        self.layers = [Layer(block) for block in model.model.layers]
+        self.norm = Norm(model.model.norm)
+        q_out = self.layers[0].qkv.modules[0]
+        share = local(q_out.weight).shape[0] / (model.config.num_attention_heads * self.head_dim) if hasattr(q_out, "weight") and is_sharded(q_out) else 1
+        self.heads = round(model.config.num_attention_heads * share)
+        self.groups = round(model.config.num_key_value_heads * share)
+        self.scale = self.head_dim**-0.5
+        self.dtype, self.device = model.dtype, model.device
+
+    def forward(self, tokens_N: Tensor, position_N: Tensor, attend: Attend) -> Tensor:
+        """Normed hidden states x_ND of tokens at given positions (int64). `attend(layer, q_NHK, k_NGK, v_NGK)` stores
+        the new keys and values and returns out_NHK."""
+        N, H, G, K = len(tokens_N), self.heads, self.groups, self.head_dim
+        x_ND = self.model.model.embed_tokens(tokens_N)
+        cos_1NK, sin_1NK = self.model.model.rotary(position_N[None], x_ND.dtype)
+        cos_N1K, sin_N1K = cos_1NK[0, :, None], sin_1NK[0, :, None].clone()
+        sin_N1K[..., : K // 2].neg_()  # rotated = x · cos + swapped halves · (−sin, sin)
+        for number, layer in enumerate(self.layers):
+            qkv_NHK = layer.qkv(layer.norm(x_ND)).view(N, H + 2 * G, K)
+            qk_NHK, v_NGK = qkv_NHK[:, : H + G], qkv_NHK[:, H + G :]
+            qk_NHK = torch.addcmul(qk_NHK * cos_N1K, qk_NHK.roll(K // 2, -1), sin_N1K)
+            out_NHK = attend(number, qk_NHK[:, :H], qk_NHK[:, H:], v_NGK)
+            x_ND = layer.out.add_to(x_ND, out_NHK.reshape(N, H * K))
+            x_ND = layer.feed_forward(x_ND)
+        return self.norm(x_ND)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """logits_NV in at least fp32."""
+        return self.model.head(x_ND)

@@ -1,0 +1,321 @@
+"""Text from a model: greedy and sampled, many prompts at once, what they share computed once.
+
+    from infer import Generator
+    out = Generator(model, tokenizer).generate(["prompt", …], max_new_tokens=50, temperature=0.0)
+
+    python -m infer.generate --weights DIR [--adapter DIR] --prompt TEXT
+
+A request's result depends on its prompt, its settings and its seed, not on what shares its batch (rounding apart, see
+`deterministic`). Logits come in at least fp32; greedy ties go to the lowest token id.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from infer.engine import Engine
+from infer.prefix import Cache, plan
+from model import Tokenizer, Transformer
+from model.command import UserError
+
+
+@dataclass(frozen=True)
+class Settings:
+    """How one request is continued. Raises UserError for values out of range."""
+
+    max_new_tokens: int = 50
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that reach this share of the probability."""
+    min_p: float = 0.0
+    """Only tokens at least this share as likely as the likeliest."""
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation; they are not part of its text."""
+    stop_cycles: bool = False
+    """End where the same tokens repeat without end."""
+    constraint: Any = None
+    """What tokens are allowed after those generated so far: an object with `allowed(tokens) -> list of ids | None`."""
+
+    def __post_init__(self) -> None:
+        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 10**9)):
+            value = getattr(self, name)
+            if not (isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high):
+                raise UserError(f"{name} is {value!r}; it must lie between {low} and {high}")
+        if self.top_p == 0:
+            raise UserError("top_p is 0, which leaves no token; 1 keeps all")
+        if self.max_new_tokens < 1:
+            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
+        if any(not text for text in self.stop):
+            raise UserError("a stop string is empty: it would stop before the first token; leave it out")
+
+
+@dataclass(frozen=True)
+class Generation:
+    """What came of a prompt. `logprobs` are the tokens' natural log-probabilities under the model itself;
+    `finish_reason` is "stop" (end token), "stop_string", "repetition" or "length"."""
+
+    text: str
+    tokens: list[int]
+    logprobs: list[float]
+    finish_reason: str
+    prompt_tokens: int = 0
+
+
+@dataclass
+class State:
+    """A request under way."""
+
+    prompt: Sequence[int]
+    settings: Settings
+    tokens: list[int] = field(default_factory=list)
+    logprobs: list[float] = field(default_factory=list)
+    text: str = ""
+    finish: str | None = None
+    random: torch.Generator | None = None
+
+
+class Generator:
+    """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
+    others are, so its result is the same to the bit; it costs what sharing would have saved."""
+
+    def __init__(self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False) -> None:
+        self.engine, self.tokenizer, self.deterministic = Engine(model), tokenizer, deterministic
+        self.stop_ids = frozenset(tokenizer.stop_ids) | frozenset(model.config.eos_token_id)
+
+    def generate(
+        self,
+        prompts: Sequence[str | Sequence[int]],
+        settings: Settings | Sequence[Settings] | None = None,
+        **options: Any,
+    ) -> list[Generation]:
+        """Continue each prompt: a text (encoded with the begin token) or token ids. `options` are Settings' fields.
+
+        Where one seed is given for several prompts, prompt i draws with seed + i. Raises UserError for an empty prompt,
+        a prompt beyond the model's length, or settings out of range.
+        """
+        states = self.states(prompts, settings, options)
+        batches = [[state] for state in states] if self.deterministic else [states]
+        for batch in batches:
+            for _ in self.run(batch):
+                pass
+        return [self.result(state) for state in states]
+
+    def stream(self, prompt: str | Sequence[int], settings: Settings | None = None, **options: Any) -> Iterator[str]:
+        """The text of one continuation, piece by piece as it comes."""
+        (state,) = self.states([prompt], settings, options)
+        shown = 0
+        longest = max((len(text) for text in state.settings.stop), default=0)
+        for _ in self.run([state]):
+            text = state.text
+            # what may still turn into a stop string, or into another letter, is held back
+            safe = len(text) if state.finish else max(shown, len(text.rstrip("\ufffd")) - longest)
+            if safe > shown:
+                yield text[shown:safe]
+                shown = safe
+
+    def states(self, prompts: Any, settings: Any, options: dict[str, Any]) -> list[State]:
+        if isinstance(prompts, str):
+            raise UserError("prompts is one text; give a list of texts")
+        ids = [self.tokenizer.encode(p, bos=True) if isinstance(p, str) else list(p) for p in prompts]
+        if settings is None or isinstance(settings, Settings):
+            one = replace(settings or Settings(), **options)
+            each = [replace(one, seed=one.seed + i) for i in range(len(ids))]
+        else:
+            each = [replace(s, **options) for s in settings]
+        limit = self.engine.config.max_position_embeddings
+        for number, (prompt, chosen) in enumerate(zip(ids, each, strict=True)):
+            if not prompt:
+                raise UserError(f"prompt {number} holds no token, and the tokenizer has no begin token")
+            if len(prompt) + chosen.max_new_tokens > limit:
+                raise UserError(
+                    f"prompt {number} has {len(prompt)} tokens; with {chosen.max_new_tokens} new ones that exceeds "
+                    f"the model's {limit}"
+                )
+            wrong = next((t for t in prompt if not 0 <= t < self.engine.config.vocab_size), None)
+            if wrong is not None:
+                raise UserError(f"prompt {number}: token id {wrong} is outside the vocabulary")
+        return [State(prompt, chosen) for prompt, chosen in zip(ids, each, strict=True)]
+
+    @torch.inference_mode()
+    def run(self, states: list[State]) -> Iterator[None]:
+        """Carry all requests to their end, a token of each at a time; yields after each step."""
+        if not states:
+            return
+        nodes, leaves = plan([state.prompt for state in states])
+        cache = Cache(self.engine, nodes, leaves)
+        active = [states[leaf.prompt] for leaf in leaves]
+        x_ND = self.read_leaves(cache, [leaf.tokens for leaf in leaves])
+        while True:
+            chosen = self.choose(self.engine.logits(x_ND), active)
+            yield
+            alive = [row for row, state in enumerate(active) if state.finish is None]
+            if not alive:
+                return
+            if len(alive) < len(active):
+                cache.keep(alive)
+                active, chosen = [active[row] for row in alive], [chosen[row] for row in alive]
+            tokens_N1 = torch.tensor(chosen, device=self.engine.device)[:, None]
+            x_ND = cache.step(tokens_N1, torch.ones_like(tokens_N1[:, 0]))[:, 0]
+
+    def read_leaves(self, cache: Cache, own: list[list[int]]) -> Tensor:
+        """Enter the leaves' own tokens; the hidden states of each one's last, x_ND."""
+        longest = max(len(tokens) for tokens in own)
+        tokens_NT = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in own], device=self.engine.device)
+        count_N = torch.tensor([len(tokens) for tokens in own], device=self.engine.device)
+        last_ND = None
+        size = max(1, 4096 // len(own)) if len(own) > 1 else 2048
+        for start in range(0, longest, size):
+            part_NT = tokens_NT[:, start : start + size]
+            here_N = (count_N - start).clamp(0, part_NT.shape[1])
+            x_NTD = cache.step(part_NT, here_N)
+            end_ND = x_NTD[torch.arange(len(own)), (here_N - 1).clamp_min(0)]
+            fresh_N1 = (here_N > 0)[:, None]
+            last_ND = end_ND if last_ND is None else torch.where(fresh_N1, end_ND, last_ND)
+        assert last_ND is not None
+        return last_ND
+
+    def choose(self, logits_NV: Tensor, active: list[State]) -> list[int]:
+        """One token for every request, entered into its state."""
+        normal_N = logits_NV.logsumexp(-1)
+        masked_NV = logits_NV
+        for row, state in enumerate(active):
+            if state.settings.constraint is not None:
+                allowed = state.settings.constraint.allowed(state.tokens)
+                if allowed is not None:
+                    if masked_NV is logits_NV:
+                        masked_NV = logits_NV.clone()
+                    kept = logits_NV[row, allowed]
+                    masked_NV[row] = float("-inf")
+                    masked_NV[row, allowed] = kept
+        best = masked_NV.argmax(-1).tolist()  # the first of equals
+        for row, state in enumerate(active):
+            if state.settings.temperature > 0:
+                best[row] = draw(masked_NV[row], state)
+        index_N = torch.tensor(best, device=logits_NV.device)
+        logprob_N = (logits_NV.gather(1, index_N[:, None])[:, 0] - normal_N).tolist()
+        for state, token, logprob in zip(active, best, logprob_N, strict=True):
+            self.enter(state, token, logprob)
+        return best
+
+    def enter(self, state: State, token: int, logprob: float) -> None:
+        state.tokens.append(token)
+        state.logprobs.append(logprob)
+        settings = state.settings
+        if token in self.stop_ids:
+            state.finish = "stop"
+            state.text = self.decode(state.tokens[:-1])
+            return
+        state.text = self.decode(state.tokens)
+        for stop in settings.stop:
+            if stop in state.text:
+                state.text, state.finish = state.text[: state.text.index(stop)], "stop_string"
+        if state.finish is None and settings.stop_cycles and cycles(state.tokens):
+            state.finish = "repetition"
+        if state.finish is None and len(state.tokens) >= settings.max_new_tokens:
+            state.finish = "length"
+
+    def decode(self, ids: list[int]) -> str:
+        return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size])
+
+    def result(self, state: State) -> Generation:
+        assert state.finish is not None
+        return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt))
+
+
+def draw(logits_V: Tensor, state: State) -> int:
+    """A token drawn from softmax(logits / temperature) after top-k, top-p and min-p, with the request's own numbers."""
+    settings = state.settings
+    if state.random is None:
+        state.random = torch.Generator().manual_seed(settings.seed)
+    probability_V, order_V = (logits_V.double() / settings.temperature).softmax(-1).sort(descending=True, stable=True)
+    keep_V = probability_V >= settings.min_p * probability_V[0]
+    if settings.top_k:
+        keep_V[settings.top_k :] = False
+    if settings.top_p < 1:  # the token that reaches the share still counts
+        keep_V &= probability_V.cumsum(0) - probability_V < settings.top_p
+    keep_V &= probability_V > 0
+    below_V = (probability_V * keep_V).cumsum(0)
+    point = torch.rand((), dtype=torch.float64, generator=state.random).item() * below_V[-1].item()
+    place = int((below_V <= point).sum())
+    return int(order_V[min(place, int(keep_V.nonzero()[-1]))])
+
+
+def cycles(tokens: Sequence[int]) -> bool:
+    """Whether the text ends in the same 1 to 16 tokens, four times over and at least 12 tokens long."""
+    for period in range(1, 17):
+        span = max(4 * period, 12)
+        if len(tokens) >= span and all(tokens[-i] == tokens[-i - period] for i in range(1, span - period + 1)):
+            return True
+    return False
+
+
+def main(options: Options) -> int:
+    import json
+
+    from infer.load import load
+
+    model, tokenizer = load(options.weights, options.adapter, options.dtype)
+    settings = Settings(
+        options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.min_p, options.seed,
+        tuple(options.stop),
+    )  # fmt: skip
+    prompt: str | list[int] = options.prompt
+    if options.chat:
+        prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
+    generator = Generator(model, tokenizer)
+    if options.json:
+        (out,) = generator.generate([prompt], settings)
+        print(json.dumps(out.__dict__, ensure_ascii=False))
+        return 0
+    for piece in generator.stream(prompt, settings):
+        print(piece, end="", flush=True)
+    print()
+    return 0
+
+
+@dataclass(frozen=True)
+class Options:
+    """Continue a prompt."""
+
+    weights: str
+    """A model's folder or GGUF file."""
+    prompt: str
+    """The text to continue, or with --chat the user's message."""
+    adapter: tuple[str, ...] = ()
+    """LoRA adapters (PEFT folders), merged in this order."""
+    chat: bool = False
+    """Ask in the model's own chat form."""
+    max_new_tokens: int = 50
+    """At most so many new tokens."""
+    temperature: float = 0.0
+    """0: greedy."""
+    top_k: int = 0
+    """Only the k likeliest tokens; 0: all."""
+    top_p: float = 1.0
+    """Only the likeliest tokens that reach this share of the probability."""
+    min_p: float = 0.0
+    """Only tokens at least this share as likely as the likeliest."""
+    seed: int = 0
+    """Seed of sampling."""
+    stop: tuple[str, ...] = ()
+    """Texts that end the generation."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float64."""
+    json: bool = False
+    """Print one JSON object: text, tokens, logprobs, finish_reason."""
+
+
+if __name__ == "__main__":
+    from model.command import run
+
+    run(main, Options)

@@ -1,0 +1,344 @@
+"""Prompts as a tree: what several prompts begin with is computed and kept once.
+
+Nine questions about a note share the note (and "### Question: "), all notes of a job may share an instruction:
+
+    instruction ─┬─ note 1 ─┬─ question 1 → answer          a *node* is a stretch that is shared, or long
+                 │          └─ question 2 → answer          a *leaf* is a prompt's own end and what it generates
+                 └─ note 2 ─── …
+
+Each leaf's queries look at their ancestors' keys and at their own. A node's keys are stored once and meet the queries of
+all leaves below as rows of one product; the partial results o_i over disjoint keys with L_i = log Σ exp(score) merge
+exactly (arXiv 2402.05099):   L = log Σ exp(L_i),   o = Σ exp(L_i − L) o_i.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from infer.engine import Engine
+from model.attention import share
+
+SHARED = 8  # tokens: a shorter common stretch is cheaper to compute again than to attend to apart
+OWN = 64  # tokens: a longer private stretch gets a node, so that leaves of a batch stay of similar length
+BLOCK = 512  # queries of one attention call while prompts are read
+CHUNK = 2048  # tokens of one pass while prompts are read: bounds the activations
+ROOM = 32  # slots by which leaves grow
+
+
+@dataclass
+class Node:
+    """A stretch of tokens below `parent`; `leaves` are those below it, a range in the order of the tree."""
+
+    parent: Node | None
+    tokens: list[int]
+    start: int  # the position of its first token
+    leaves: range = range(0)
+    first: int = 0  # the first position that is still held (a window lets older ones go)
+    keys: list[Tensor] = field(default_factory=list)  # k_GSK of each layer
+    values: list[Tensor] = field(default_factory=list)
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.tokens)
+
+    def path(self) -> list[Node]:
+        """The node and its ancestors, from the root."""
+        return [*(self.parent.path() if self.parent else []), self]
+
+
+@dataclass
+class Leaf:
+    """A prompt's own end: `tokens` (at least one) from position `start`; `prompt` is its index in the request."""
+
+    parent: Node | None
+    tokens: list[int]
+    start: int
+    prompt: int
+
+
+def plan(prompts: Sequence[Sequence[int]], alone: bool = False) -> tuple[list[Node], list[Leaf]]:
+    """The tree of some prompts: nodes with parents before children, leaves in the tree's order.
+
+    `alone`: share nothing, so that each prompt's arithmetic is the same whatever the others are.
+    """
+    nodes: list[Node] = []
+    leaves: list[Leaf] = []
+
+    def add(parent: Node | None, tokens: Sequence[int], start: int) -> Node:
+        nodes.append(Node(parent, list(tokens), start))
+        return nodes[-1]
+
+    def grow(indices: list[int], depth: int, parent: Node | None) -> None:
+        ids = prompts[indices[0]]
+        if len(indices) == 1:
+            if len(ids) - depth > OWN and len(prompts) > 1:
+                parent = add(parent, ids[depth:-1], depth)
+                depth = len(ids) - 1
+                parent.leaves = range(len(leaves), len(leaves) + 1)
+            leaves.append(Leaf(parent, list(ids[depth:]), depth, indices[0]))
+            return
+        common = min(len(prompts[i]) for i in indices) - 1  # every leaf keeps a token of its own
+        for i in indices[1:]:
+            common = next((n for n in range(depth, common) if prompts[i][n] != ids[n]), common)
+        began = len(leaves)
+        node = parent
+        if common - depth >= SHARED:
+            node = add(parent, ids[depth:common], depth)
+            depth = common
+        groups: dict[int, list[int]] = {}
+        for i in indices:
+            # a group below starts where its prompts share more than the node; single ones are leaves
+            groups.setdefault(hash(tuple(prompts[i][depth : depth + SHARED])), []).append(i)
+        for group in groups.values():
+            whole = len(group) > 1 and min(len(prompts[i]) for i in group) > depth + SHARED
+            for part in [group] if whole else [[i] for i in group]:
+                grow(part, depth, node)
+        if node is not parent and node is not None:
+            node.leaves = range(began, len(leaves))
+
+    for part in [[i] for i in range(len(prompts))] if alone else [list(range(len(prompts)))]:
+        if part:
+            grow(part, 0, None)
+    return nodes, leaves
+
+
+class Cache:
+    """Keys and values of a tree, and the attention over them."""
+
+    def __init__(self, engine: Engine, nodes: list[Node], leaves: list[Leaf], apart: bool = False) -> None:
+        self.engine, self.nodes = engine, nodes
+        self.windows = sorted(set(engine.config.windows), key=lambda w: (w is None, w))
+        self.start_N = torch.tensor([leaf.start for leaf in leaves], device=engine.device)  # position of a leaf's slot 0
+        self.length_N = torch.zeros_like(self.start_N)
+        self.keys: list[Tensor] = []  # k_NGCK of each layer: the leaves' own slots
+        self.values: list[Tensor] = []
+        self.capacity = 0
+        self.apart = apart
+        self._read_nodes()
+
+    # ---- reading the nodes -------------------------------------------------------------------------------------
+
+    def _read_nodes(self) -> None:
+        """Compute every node's keys and values: level by level, ragged, in passes of bounded size."""
+        level = [node for node in self.nodes if node.parent is None]
+        while level:
+            pieces: list[tuple[Node, int, int]] = []
+            size = 0
+            for node in level:
+                for begin in range(0, len(node.tokens), CHUNK):
+                    end = min(begin + CHUNK, len(node.tokens))
+                    if pieces and (size + end - begin > CHUNK or pieces[-1][0] is node or self.apart):
+                        self._read(pieces)
+                        pieces, size = [], 0
+                    pieces.append((node, begin, end))
+                    size += end - begin
+            self._read(pieces)
+            level = [node for node in self.nodes if any(node.parent is above for above in level)]
+
+    def _read(self, pieces: list[tuple[Node, int, int]]) -> None:
+        device = self.engine.device
+        tokens_N = torch.tensor([t for node, a, b in pieces for t in node.tokens[a:b]], device=device)
+        position_N = torch.cat([torch.arange(node.start + a, node.start + b, device=device) for node, a, b in pieces])
+
+        def attend(layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+            outs, at = [], 0
+            for node, a, b in pieces:
+                rows = slice(at, at + b - a)
+                at = rows.stop
+                outs.append(self._read_attend(layer, node, a, q_NHK[rows], k_NGK[rows], v_NGK[rows]))
+            return outs[0] if len(outs) == 1 else torch.cat(outs)
+
+        self.engine.forward(tokens_N, position_N, attend)
+        bound = self.engine.config.window
+        for node, _, b in pieces:
+            if bound is not None and node.start + b - node.first > 2 * bound:
+                drop = node.start + b - bound - node.first  # later queries see at most the window's last positions
+                node.first += drop
+                node.keys = [k[:, drop:].clone() for k in node.keys]
+                node.values = [v[:, drop:].clone() for v in node.values]
+
+    def _read_attend(self, layer: int, node: Node, begin: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+        k_GTK, v_GTK = k_TGK.transpose(0, 1), v_TGK.transpose(0, 1)
+        if begin == 0:
+            if layer == 0:
+                node.first = node.start
+            node.keys.append(k_GTK.contiguous())
+            node.values.append(v_GTK.contiguous())
+        else:
+            node.keys[layer] = torch.cat([node.keys[layer], k_GTK], dim=1)
+            node.values[layer] = torch.cat([node.values[layer], v_GTK], dim=1)
+        path = node.path()
+        keys = torch.cat([n.keys[layer] for n in path], dim=1) if len(path) > 1 else node.keys[layer]
+        values = torch.cat([n.values[layer] for n in path], dim=1) if len(path) > 1 else node.values[layer]
+        key_positions = [torch.arange(n.first, n.first + n.keys[layer].shape[1], device=q_THK.device) for n in path]
+        key_position_S = torch.cat(key_positions)
+        position = node.start + begin
+        return causal(q_THK.transpose(0, 1), keys, values, position, key_position_S, self.engine.layers[layer].window)
+
+    # ---- the leaves' steps -------------------------------------------------------------------------------------
+
+    def step(self, tokens_NT: Tensor, count_N: Tensor) -> Tensor:
+        """Enter up to T tokens of every leaf (count_N of them are real; the rest is padding) → x_NTD."""
+        N, T = tokens_NT.shape
+        self._make_room(T)
+        slots_NT = self.length_N[:, None] + torch.arange(T, device=tokens_NT.device)
+        position_NT = self.start_N[:, None] + slots_NT
+        S = int(self.length_N.max()) + T
+        masks = {window: self._own_mask(window, slots_NT, S) for window in self.windows}
+        pieces = {window: self._reach(window, position_NT) for window in self.windows}
+        rows_N1 = torch.arange(N, device=tokens_NT.device)[:, None]
+        even = bool((self.length_N == self.length_N[0]).all())
+        at = int(self.length_N[0])
+
+        def attend(layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
+            keys, values = self.keys[layer], self.values[layer]
+            G, K = k_NGK.shape[1:]
+            k_NTGK, v_NTGK = k_NGK.view(N, T, G, K), v_NGK.unflatten(0, (N, T))
+            if even:
+                keys[:, :, at : at + T].copy_(k_NTGK.transpose(1, 2))
+                values[:, :, at : at + T].copy_(v_NTGK.transpose(1, 2))
+            else:
+                keys[rows_N1, :, slots_NT] = k_NTGK
+                values[rows_N1, :, slots_NT] = v_NTGK
+            window = self.engine.layers[layer].window
+            q_NHTK = q_NHK.unflatten(0, (N, T)).transpose(1, 2)
+            return self._attend(layer, q_NHTK, S, masks[window], pieces[window]).transpose(1, 2).flatten(0, 1)
+
+        x_ND = self.engine.forward(tokens_NT.flatten(), position_NT.flatten(), attend)
+        self.length_N = self.length_N + count_N
+        return x_ND.view(N, T, -1)
+
+    def _attend(self, layer: int, q_NHTK: Tensor, S: int, mask_NTS: Tensor | None, pieces: list) -> Tensor:
+        N, H, T, K = q_NHTK.shape
+        k_NGSK, v_NGSK = self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
+        if not pieces and T > 16:
+            mask = None if mask_NTS is None else mask_NTS[:, None]
+            return F.scaled_dot_product_attention(q_NHTK, share(k_NGSK, H), share(v_NGSK, H), attn_mask=mask)
+        G = k_NGSK.shape[1]
+        q_NGMK = (q_NHTK * self.engine.scale).reshape(N, G, H // G * T, K)
+        wide = torch.promote_types(q_NHTK.dtype, torch.float32)
+        score_NGMS = torch.matmul(q_NGMK, k_NGSK.transpose(2, 3))
+        if mask_NTS is not None:
+            score_NGMS = score_NGMS.view(N, G, -1, T, S).masked_fill(~mask_NTS[:, None, None], float("-inf"))
+            score_NGMS = score_NGMS.view(N, G, -1, S)
+        if not pieces:
+            return torch.matmul(score_NGMS.softmax(-1, dtype=wide).to(v_NGSK.dtype), v_NGSK).view(N, H, T, K)
+        out_NGMK, logsum_NGM1 = weigh(score_NGMS, v_NGSK, wide)
+        for node, rows, keys, mask_nTS in pieces:
+            n = rows.stop - rows.start
+            k_GSK, v_GSK = node.keys[layer][:, keys], node.values[layer][:, keys]
+            q_GMK = q_NGMK[rows].transpose(0, 1).reshape(G, -1, K)
+            score_GMS = torch.matmul(q_GMK, k_GSK.transpose(1, 2))
+            if mask_nTS is not None:
+                seen = mask_nTS[:, None, :, :]  # the heads of a group see alike
+                score_GMS = score_GMS.view(G, n, -1, T, score_GMS.shape[-1]).masked_fill(~seen, float("-inf")).view(score_GMS.shape)
+            part_GMK, sum_GM1 = weigh(score_GMS, v_GSK, wide)
+            part_nGMK = part_GMK.view(G, n, -1, K).transpose(0, 1)
+            sum_nGM1 = sum_GM1.view(G, n, -1, 1).transpose(0, 1)
+            total = torch.logaddexp(logsum_NGM1[rows], sum_nGM1)
+            merged = out_NGMK[rows] * (logsum_NGM1[rows] - total).exp() + part_nGMK * (sum_nGM1 - total).exp()
+            out_NGMK[rows], logsum_NGM1[rows] = merged.to(out_NGMK.dtype), total
+        return out_NGMK.view(N, H, T, K)
+
+    def _own_mask(self, window: int | None, slots_NT: Tensor, S: int) -> Tensor | None:
+        """Which of its own slots each query sees; None where all see all."""
+        N, T = slots_NT.shape
+        slot_S = torch.arange(S, device=slots_NT.device)
+        if T == 1 and bool((slots_NT == S - 1).all()) and (window is None or window >= S):
+            return None
+        seen_NTS = slot_S <= slots_NT[..., None]
+        return seen_NTS if window is None else seen_NTS & (slot_S > slots_NT[..., None] - window)
+
+    def _reach(self, window: int | None, position_NT: Tensor) -> list[tuple[Node, slice, slice, Tensor | None]]:
+        """(node, leaves, keys, mask) of the nodes that some leaf below them can still see."""
+        found = []
+        for node in self.nodes:
+            if not len(node.leaves):
+                continue
+            rows = slice(node.leaves.start, node.leaves.stop)
+            if window is None:
+                found.append((node, rows, slice(None), None))
+                continue
+            oldest_nT = position_NT[rows] - window + 1
+            first = int(oldest_nT.min())
+            if first >= node.end:
+                continue
+            keys = slice(max(0, first - node.first), None)
+            key_position_S = torch.arange(node.first, node.end, device=position_NT.device)[keys]
+            seen_nTS = key_position_S >= oldest_nT[..., None]
+            found.append((node, rows, keys, None if bool(seen_nTS.all()) else seen_nTS))
+        return found
+
+    def _make_room(self, T: int) -> None:
+        need = int(self.length_N.max()) + T if len(self.length_N) else 0
+        window = self.engine.config.window
+        if window is not None and need > self.capacity and self.capacity:
+            drop = int((self.length_N - window + 1).min())  # slots that no later query of any leaf sees
+            if drop > 0:
+                self.keys = [k[:, :, drop:].clone() for k in self.keys]
+                self.values = [v[:, :, drop:].clone() for v in self.values]
+                self.start_N, self.length_N = self.start_N + drop, self.length_N - drop
+                self.capacity, need = self.capacity - drop, need - drop
+        if need <= self.capacity:
+            return
+        room = need + max(ROOM, need // 4)
+        N, G, K = len(self.length_N), self.engine.groups, self.engine.head_dim
+        for store in (self.keys, self.values):
+            for layer in range(len(self.engine.layers)):
+                grown = torch.zeros(N, G, room, K, dtype=self.engine.dtype, device=self.engine.device)
+                if self.capacity:
+                    grown[:, :, : self.capacity] = store[layer]
+                    store[layer] = grown
+                else:
+                    store.append(grown)
+        self.capacity = room
+
+    def keep(self, rows: list[int]) -> None:
+        """Go on with these leaves only (in rising order)."""
+        index = torch.tensor(rows, dtype=torch.int64, device=self.engine.device)
+        S = int(self.length_N.max())
+        self.keys = [k[index, :, : S + ROOM] for k in self.keys]
+        self.values = [v[index, :, : S + ROOM] for v in self.values]
+        self.capacity = min(self.capacity, S + ROOM)
+        self.start_N, self.length_N = self.start_N[index], self.length_N[index]
+        for node in self.nodes:
+            below = [new for new, old in enumerate(rows) if old in node.leaves]
+            node.leaves = range(below[0], below[-1] + 1) if below else range(0)
+            if not below:
+                node.keys, node.values = [], []
+
+
+def weigh(score: Tensor, values: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(softmax(score) · values, log Σ exp(score)), zeros and −∞ for a query that sees nothing here."""
+    score = score.to(wide)
+    top = score.amax(-1, keepdim=True).clamp_min(torch.finfo(wide).min)
+    weight = (score - top).exp_()
+    total = weight.sum(-1, keepdim=True)
+    out = torch.matmul(weight.to(values.dtype), values) / total.clamp_min(torch.finfo(wide).tiny)
+    return out, top + total.log()
+
+
+def causal(
+    q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, position: int, key_position_S: Tensor, window: int | None
+) -> Tensor:
+    """Attention of T queries at positions position, position + 1, … → out_THK; blocks of queries see what they can."""
+    H, T, _ = q_HTK.shape
+    S = len(key_position_S)
+    outs = []
+    for start in range(0, T, BLOCK):
+        stop = min(start + BLOCK, T)
+        last = S - T + stop  # keys are in rising order and end with the queries' own
+        query_T1 = torch.arange(position + start, position + stop, device=q_HTK.device)[:, None]
+        begin = 0 if window is None else int((key_position_S <= position + start - window).sum())
+        held = slice(begin, last)
+        seen_TS = key_position_S[held] <= query_T1
+        if window is not None:
+            seen_TS &= key_position_S[held] > query_T1 - window
+        k_1HSK, v_1HSK = share(k_GSK[None, :, held], H), share(v_GSK[None, :, held], H)
+        outs.append(F.scaled_dot_product_attention(q_HTK[None, :, start:stop], k_1HSK, v_1HSK, attn_mask=seen_TS)[0])
+    return torch.cat(outs, dim=1).transpose(0, 1)
