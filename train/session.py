@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import platform
-import shutil
 import sys
 import time
 from dataclasses import asdict
@@ -19,12 +18,15 @@ from lora.adapter import write_adapter
 from model.command import UserError, guard
 from model.config import ModelConfig
 from model.files import atomic_folder, read_json, write_json
+from model.tokenizer import copy_tokenizer
 from model.transformer import Transformer
+from model.weights import save_weights
+from train.checkpoint import snapshot
 from train.dataset import Rows
 from train.loop import Trainer
 from train.recipe import Recipe, parse
-from train.sharding import Ranks
-from train.store import Encoding, build_store, is_tokenizer_file
+from train.sharding import Ranks, shard
+from train.store import Encoding, build_store
 
 UNIMPORTANT = ("out", "resume", "allow_changed", "save_every", "keep_last", "device", "threads", "on_bad_step",
                "micro_rows", "checkpoint_blocks", "compile")  # fmt: skip  # may differ between a run and its resumption
@@ -97,10 +99,11 @@ def load_model(recipe: Recipe, ranks: Ranks) -> tuple[nn.Module, str]:
             merge_lora(load_adapter(model, recipe.adapter), keep=False)
             base = str(Path(recipe.out) / "base")
             if ranks.first:
-                save_model(model, Path(base), recipe.tokenizer or recipe.weights)
+                save_model(model.state_dict(), model.config, Path(base), recipe.tokenizer or recipe.weights)
         add_lora(model, lora_config(recipe, model.config), seed=recipe.seed)
     model.model.checkpoint_blocks = recipe.checkpoint_blocks
-    return model.use_attention("fast"), base
+    model.use_attention("fast")
+    return (shard(model, ranks) if ranks.world > 1 else model), base
 
 
 def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
@@ -122,13 +125,10 @@ def identity(recipe: Recipe, stage: str, rows: Rows) -> dict[str, Any]:
     return {"stage": stage, "recipe": options, "data": rows.store.manifest["identity"]}
 
 
-def save_model(model: nn.Module, path: Path, tokenizer: str) -> None:
+def save_model(state: dict[str, torch.Tensor], config: ModelConfig, path: Path, tokenizer: str) -> None:
     """A model's folder as transformers and this repository load it, with the tokenizer's files."""
-    model.save_pretrained(path)
-    source = Path(tokenizer)
-    for file in source.iterdir() if source.is_dir() else [source]:
-        if is_tokenizer_file(file) and file.suffix != ".gguf":
-            shutil.copyfile(file, path / file.name)
+    save_weights(state, config.to_dict(), path, 5 * 2**30)
+    copy_tokenizer(tokenizer, path)
 
 
 def finish(trainer: Trainer, stage: str, params: dict[str, torch.Tensor], began: float) -> Path:
@@ -136,12 +136,10 @@ def finish(trainer: Trainer, stage: str, params: dict[str, torch.Tensor], began:
     recipe, out = trainer.recipe, trainer.out
     final = out / ("model" if recipe.full else "adapter")
     if trainer.ranks.first:
+        held = params or snapshot(trainer.model, [])[0]
         if recipe.full:
-            save_model(trainer.model, final, recipe.tokenizer or recipe.weights)
+            save_model(held, trainer.model.config, final, recipe.tokenizer or recipe.weights)
         else:
-            from train.checkpoint import snapshot
-
-            held = params or snapshot(trainer.model, [])[0]
             with atomic_folder(final) as folder:
                 write_adapter(folder, *trainer.adapter(held))  # type: ignore[misc]
         write_json(out / "run.json", run_card(trainer, time.monotonic() - began))

@@ -1,0 +1,87 @@
+"""Train a SentencePiece tokenizer like Mistral's on JSON-lines texts: BPE, byte fallback, identity normaliser.
+
+    python -m train.data.tokenizer --texts general.jsonl pretrain.jsonl --vocab 2048 --out tokenizer/
+
+Digits are split into single pieces, as Mistral's tokenizer splits them, unless `--no-split-digits`: then "2.5" may
+become one piece, which a very small model copies more easily and which cannot spell a number it never met in one step.
+The same texts and options give the same file.
+"""
+
+from __future__ import annotations
+
+import io
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from infer import tasks
+from model.command import UserError, run
+from model.files import atomic_folder, read_jsonl, write_json
+
+SPECIAL = 3 + 256  # unknown, begin, end, and a piece for every byte
+
+
+@dataclass(frozen=True)
+class Options:
+    """Train a SentencePiece tokenizer (BPE, byte fallback, identity normaliser) on the "text" of JSON-lines files."""
+
+    texts: tuple[str, ...]
+    """JSON-lines files whose records have a "text"."""
+    out: str
+    """The tokenizer's folder: tokenizer.model and tokenizer_config.json."""
+    vocab: int = 2048
+    """Number of pieces, the 259 special and byte pieces among them."""
+    split_digits: bool = True
+    """Every digit is a piece of its own."""
+
+
+def texts_of(files: tuple[str, ...]) -> Iterator[str]:
+    for file in files:
+        for number, record in read_jsonl(file, ("text",)):
+            if not isinstance(record["text"], str):
+                raise UserError(f"{file}:{number}: 'text' is not a text")
+            yield from (line for line in record["text"].splitlines() if line.strip())
+
+
+def template_lines() -> list[str]:
+    """The task template's own words, so that questions do not fall to single letters."""
+    asked = [*(phenotype.question for phenotype in tasks.PHENOTYPES.values()), tasks.DIAGNOSIS_QUESTION]
+    return [line + tasks.answer([]) * line.endswith("Answer:") for q in asked for line in tasks.branch(q).splitlines()]
+
+
+def train_tokenizer(options: Options) -> Path:
+    """Write the tokenizer's folder. Raises UserError where files, fields or the vocabulary's size do not do."""
+    import sentencepiece
+
+    if options.vocab <= SPECIAL:
+        raise UserError(f"--vocab {options.vocab}: {SPECIAL} pieces are special or bytes; give more")
+    lines = list(texts_of(options.texts))
+    lines += template_lines() * (len(lines) // 200 + 1)
+    longest = max(len(line.encode()) for line in lines)
+    made = io.BytesIO()
+    try:
+        sentencepiece.SentencePieceTrainer.train(
+            sentence_iterator=iter(lines), model_writer=made, model_type="bpe", vocab_size=options.vocab,
+            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
+            split_digits=options.split_digits, split_by_number=options.split_digits,
+            character_coverage=0.9999, required_chars="#?",
+            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, max_sentence_length=max(longest + 1, 4192),
+            minloglevel=2,
+        )  # fmt: skip
+    except RuntimeError as error:  # its message quotes source lines: keep what it asks for only
+        reason = str(error).rpartition("] ")[2] or "the texts do not do"
+        raise UserError(f"--vocab {options.vocab}: SentencePiece says: {reason}") from error
+    with atomic_folder(options.out) as folder:
+        (folder / "tokenizer.model").write_bytes(made.getvalue())
+        names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+        write_json(folder / "tokenizer_config.json", {**names, "add_bos_token": True, "add_eos_token": False})
+    return Path(options.out)
+
+
+def main(options: Options) -> int:
+    print(train_tokenizer(options))
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, Options)
