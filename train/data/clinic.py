@@ -18,8 +18,8 @@ and note[start:end] the words that show it. `diagnosis` is {"text", "code"}: the
 
 The annotation rules, by which every note can be decided from its text alone:
 
-- The *index cancer* is the one that the note is about. A relative's cancer, an earlier or other cancer of the patient, a
-  benign lesion and a diagnosis that was considered and dropped are never answers.
+- The *index cancer* is the one that the note is about. A relative's cancer, an earlier or other cancer of the patient,
+  a benign lesion and a diagnosis that was considered and dropped are never answers.
 - tumor_size: the index tumour's size as written, all dimensions and the unit. The pathologist's beats imaging, the
   latest beats an older one, and of several index tumours the largest counts. Not: margins, nodes, specimens, scars.
 - tumor_site: the most specific place of the index tumour as written, without its side ("upper lobe"); the organ where
@@ -29,7 +29,8 @@ The annotation rules, by which every note can be decided from its text alone:
 - histological_type: the index tumour's type as written. In situ components and background changes are not it.
 - cancer_grade: well or low = 1, moderate or intermediate = 2, poor or high = 3; Nottingham, FIGO, WHO and Fuhrman or
   ISUP nuclear grades by number; for the prostate the grade group (3+3 = 1, 3+4 = 2, 4+3 = 3, 8 = 4; the clinic has no
-  group 5, which the closed list could not answer). A resection beats the biopsy. Not: toxicity, regression or dysplasia.
+  group 5, which the closed list could not answer). A resection beats the biopsy. Not: toxicity, regression,
+  dysplasia.
 - cancer_stage: the stage group without the word "stage" where one is given, else T, N and M as written. The
   pathologic or final one beats an earlier clinical one. Not: kidney disease, pressure injuries, other cancers.
 - hormone_receptor_type: those of ER, PR and HER2 with a result for the index tumour; one that is pending or missing is
@@ -55,8 +56,9 @@ from model.command import UserError
 from model.files import read_jsonl, sha256_file, write_json, write_jsonl
 from train.data import clinic_styles, clinic_unseen
 from train.data.clinic_general import general_note
-from train.data.clinic_notes import Style, write_note
-from train.data.clinic_patients import Case, draw_case
+from train.data.clinic_notes import write_note
+from train.data.clinic_patients import Case, draw_case, quantile
+from train.data.clinic_terms import Style
 
 MTS_DIALOG = Path(__file__).with_name("mts_dialog.jsonl")
 SHARES = {"train": 0.64, "valid": 0.06, "heldout": 0.15, "unseen": 0.15}
@@ -91,10 +93,11 @@ def styles_for(case: Case, styles: tuple[Style, ...], rng: random.Random, count:
     return rng.sample(fit, min(count, len(fit)))
 
 
-def patient_notes(patient: str, seed: int, unseen: bool = False) -> Iterator[dict]:
-    """The annotated notes of one patient, drawn from the seed and the patient's id alone."""
+def patient_notes(series: str, number: int, seed: int, unseen: bool = False) -> Iterator[dict]:
+    """The annotated notes of patient `number` of a series ("p" or "x"), drawn from the seed and these two alone."""
+    patient = f"{series}{number:05d}"
     rng = random.Random(f"{seed}/{patient}")
-    case = draw_case(rng)
+    case = draw_case(rng, quantile(number, random.Random(f"{seed}/{series}").random()))
     source = clinic_unseen if unseen else clinic_styles
     for number, style in enumerate(styles_for(case, source.STYLES, rng, rng.choice((1, 1, 2, 3))), start=1):
         text, truth = write_note(case, style, source.WORLD, rng)
@@ -102,17 +105,15 @@ def patient_notes(patient: str, seed: int, unseen: bool = False) -> Iterator[dic
 
 
 def annotated(options: Options) -> dict[str, list[dict]]:
-    """The four annotated splits; patients are dealt to them in a shuffled order."""
-    names = [f"p{number:05d}" for number in range(options.patients)]
-    random.Random(f"{options.seed}/split").shuffle(names)
+    """The four annotated splits: runs of consecutive patients, each with the cancers in their proportions."""
     splits: dict[str, list[dict]] = {}
-    bar = tqdm(total=len(names), desc="patients", unit="patient", disable=None)
+    bar = tqdm(total=options.patients, desc="patients", unit="patient", disable=None)
     start = 0
     for split, share in SHARES.items():
-        end = len(names) if split == "unseen" else start + max(1, round(share * len(names)))
+        end = options.patients if split == "unseen" else start + max(1, round(share * options.patients))
         splits[split] = []
-        for name in names[start:end]:
-            splits[split].extend(patient_notes(name, options.seed, unseen=split == "unseen"))
+        for number in range(start, end):
+            splits[split].extend(patient_notes("p", number, options.seed, unseen=split == "unseen"))
             bar.update()
         start = end
     bar.close()
@@ -123,7 +124,7 @@ def further_notes(options: Options) -> Iterator[dict]:
     """Text of patients outside the annotated files, some with their encounter diagnosis below."""
     rng = random.Random(f"{options.seed}/coded")
     for number in range(options.further_patients):
-        for note in patient_notes(f"x{number:05d}", options.seed):
+        for note in patient_notes("x", number, options.seed):
             text = note["text"]
             if rng.random() < CODED:
                 label = rng.choice(("Encounter diagnosis", "ICD-10-CM", "Billing diagnosis", "Visit diagnosis"))

@@ -8,119 +8,9 @@ belong to them and the tumour sizes in mm for which that T is possible; they are
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
-
-@dataclass(frozen=True)
-class Wording:
-    """One thing's names: in full and short for the training styles, in full and short for the unseen ones."""
-
-    full: str
-    short: str
-    new_full: str
-    new_short: str
-
-    def pick(self, terse: bool, unseen: bool) -> str:
-        return (self.new_short if terse else self.new_full) if unseen else (self.short if terse else self.full)
-
-
-@dataclass(frozen=True)
-class Site:
-    """A place: its code ('#' stands for the side's digit), its names, and a choice weight."""
-
-    code: str
-    names: Wording
-    weight: int = 1
-
-
-@dataclass(frozen=True)
-class Histology:
-    """A type of tumour. `code` goes before the site's (blood cancers, liver); `grades` are the possible ones."""
-
-    names: Wording
-    grades: tuple[int, ...] = ()
-    code: str = ""
-    weight: int = 1
-
-
-@dataclass(frozen=True)
-class Stage:
-    """A stage group with its T, N, M and the sizes in mm for which the T is right."""
-
-    group: str
-    t: str
-    n: str
-    m: str
-    smallest: int
-    largest: int
-
-
-@dataclass(frozen=True)
-class Cancer:
-    """One of the 17 cancers.
-
-    `where` places {site} and {side} ({site} alone in `nowhere`, for a tumour without a side). `loose` is the rough
-    organ that a sentence may name without giving the site away. `undetermined` is the code's digit for no side.
-    """
-
-    name: str
-    loose: str
-    weight: int
-    sexes: str
-    sites: tuple[Site, ...]
-    histologies: tuple[Histology, ...]
-    where: Wording
-    nowhere: Wording
-    operation: Wording
-    complaint: Wording
-    stages: tuple[Stage, ...] = ()
-    grading: str = ""
-    sizes: tuple[int, int] = (0, 0)
-    sided: bool = False
-    undetermined: str = ""
-    surgical: bool = True
-    receptors: tuple[str, ...] = ()
-
+from train.data.clinic_terms import Cancer, Wording, histologies, sites, stages, words
 
 SIDE_DIGIT = {"right": "1", "left": "2", "bilateral": "3"}
-
-
-def words(text: str) -> Wording:
-    """A Wording from "full; short; new full; new short"; later ones default to earlier ones of the same length."""
-    parts = [part.strip() for part in text.split(";")]
-    full = parts[0]
-    short = parts[1] if len(parts) > 1 else full
-    return Wording(full, short, parts[2] if len(parts) > 2 else full, parts[3] if len(parts) > 3 else short)
-
-
-def sites(text: str) -> tuple[Site, ...]:
-    """Sites from lines "code | weight | wording"."""
-    rows = [line.split(" ~ ") for line in text.strip().splitlines()]
-    return tuple(Site(code.strip(), words(names), int(weight)) for code, weight, names in rows)
-
-
-def histologies(text: str) -> tuple[Histology, ...]:
-    """Histologies from lines "code or - ~ weight ~ grades or - ~ wording"."""
-    rows = [[cell.strip() for cell in line.split(" ~ ")] for line in text.strip().splitlines()]
-    return tuple(
-        Histology(
-            words(names),
-            tuple(int(grade) for grade in grades.split()) if grades != "-" else (),
-            code if code != "-" else "",
-            int(weight),
-        )
-        for code, weight, grades, names in rows
-    )
-
-
-def stages(text: str) -> tuple[Stage, ...]:
-    """Stages from "group T N M smallest largest; …"."""
-    found = []
-    for part in text.split(";"):
-        group, t, n, m, smallest, largest = part.split()
-        found.append(Stage(group, t, n, m, int(smallest), int(largest)))
-    return tuple(found)
-
 
 GRADES: dict[str, dict[int, Wording]] = {
     # system -> grade -> names as an adjective phrase that can stand alone ("… , moderately differentiated")
@@ -170,14 +60,12 @@ CLEAR_OF_SITE = words("the {site}; {site}; the {site}; {site}")  # no side to na
 
 CANCERS: tuple[Cancer, ...] = (
     Cancer(
-        "breast cancer", "breast", 6, "FFFFFFFFFFFFFFFFFFFFFFFFM",
+        "breast cancer", "breast", 7, "F",
         sites("""
-            C50.4@# ~ 5 ~ [upper outer|upper-outer] quadrant; UOQ; [outer upper quadrant|superolateral quadrant]; up-out quad
-            C50.2@# ~ 3 ~ [upper inner|upper-inner] quadrant; UIQ; [inner upper quadrant|superomedial quadrant]; up-in quad
-            C50.5@# ~ 3 ~ [lower outer|lower-outer] quadrant; LOQ; [outer lower quadrant|inferolateral quadrant]; low-out quad
-            C50.3@# ~ 2 ~ [lower inner|lower-inner] quadrant; LIQ; [inner lower quadrant|inferomedial quadrant]; low-in quad
-            C50.1@# ~ 2 ~ central portion; [central|retroareolar]; [subareolar region|centre]; subareolar
-            C50.9@# ~ 3 ~ breast; [breast|br]; breast; breast"""),
+            C50.4@# ~ 5 ~ [upper outer|upper-outer] quadrant; UOQ; outer upper quadrant; up-out quad
+            C50.2@# ~ 3 ~ [upper inner|upper-inner] quadrant; UIQ; inner upper quadrant; up-in quad
+            C50.5@# ~ 3 ~ [lower outer|lower-outer] quadrant; LOQ; outer lower quadrant; low-out quad
+            C50.9@# ~ 2 ~ breast; breast; breast; breast"""),
         histologies("""
             - ~ 6 ~ 1 2 2 3 ~ [invasive|infiltrating] ductal carcinoma; IDC; [invasive carcinoma of no special type|ductal carcinoma of invasive type]; inv duct ca
             - ~ 2 ~ 1 2 2 3 ~ [invasive|infiltrating] lobular carcinoma; ILC; [invasive carcinoma of lobular type|lobular invasive carcinoma]; inv lob ca
@@ -211,10 +99,7 @@ CANCERS: tuple[Cancer, ...] = (
         sites("""
             C18.0 ~ 2 ~ cecum; cecum; caecal pole; caecum
             C18.2 ~ 2 ~ ascending colon; asc colon; [ascending part of the colon|ascending limb of the large bowel]; ascend. colon
-            C18.4 ~ 1 ~ transverse colon; transv colon; transverse part of the colon; transv. colon
-            C18.6 ~ 1 ~ descending colon; desc colon; descending part of the colon; descend. colon
             C18.7 ~ 3 ~ sigmoid colon; sigmoid; [sigmoid loop|sigmoid part of the colon]; sigm. colon
-            C19 ~ 1 ~ rectosigmoid junction; rectosig jxn; junction of sigmoid and rectum; rectosigm. junct
             C20 ~ 2 ~ [rectum|mid rectum|low rectum]; rectum; [rectal ampulla|lower rectum]; rectum"""),
         histologies("""
             - ~ 5 ~ 1 2 2 2 3 ~ adenocarcinoma; [adeno|adenoCA]; [colonic-type adenocarcinoma|gland-forming carcinoma]; ACA
@@ -243,8 +128,7 @@ CANCERS: tuple[Cancer, ...] = (
         sites("""
             C67.2 ~ 3 ~ lateral wall; lat wall; [side wall|lateral surface]; side wall
             C67.4 ~ 2 ~ posterior wall; post wall; [back wall|rear wall]; back wall
-            C67.1 ~ 2 ~ dome; dome; [vault|roof]; roof
-            C67.0 ~ 2 ~ trigone; trigone; trigonal area; trigonal area"""),
+            C67.1 ~ 2 ~ dome; dome; [vault|roof]; roof"""),
         histologies("""
             - ~ 4 ~ 1 3 3 ~ [papillary urothelial carcinoma|urothelial carcinoma]; [UC|pap UC]; [transitional cell carcinoma|carcinoma of urothelial type]; TCC
             - ~ 1 ~ - ~ squamous cell carcinoma; SCC; epidermoid carcinoma; squam ca"""),
@@ -258,7 +142,7 @@ CANCERS: tuple[Cancer, ...] = (
     Cancer(
         "kidney cancer", "kidney", 2, "MMF",
         sites("""
-            C64.# ~ 2 ~ [kidney]; kidney; [renal parenchyma|kidney]; kidney
+            C64.# ~ 2 ~ kidney; kidney; [renal parenchyma|kidney]; kidney
             C64.# ~ 1 ~ upper pole; upper pole; superior pole; sup. pole
             C64.# ~ 1 ~ lower pole; lower pole; inferior pole; inf. pole"""),
         histologies("""
@@ -364,7 +248,7 @@ CANCERS: tuple[Cancer, ...] = (
         "uterine cancer", "uterus", 2, "F",
         sites("""
             C54.1 ~ 5 ~ [endometrium|endometrial cavity]; endometrium; [lining of the womb|endometrial lining]; endometr. lining
-            C54.3 ~ 1 ~ [uterine fundus|fundus of the uterus]; fundus; [fundal part of the womb]; womb fundus"""),
+            C54.3 ~ 3 ~ [uterine fundus|fundus of the uterus]; fundus; [fundal part of the womb]; womb fundus"""),
         histologies("""
             - ~ 5 ~ 1 1 2 3 ~ [endometrioid adenocarcinoma|endometrioid carcinoma]; endometrioid ca; [adenocarcinoma of endometrioid type|carcinoma of endometrioid type]; endomet. ACA
             - ~ 1 ~ - ~ carcinosarcoma; [carcinosarcoma|MMMT]; malignant mixed Mullerian tumor; mixed Mullerian tu."""),
@@ -379,8 +263,7 @@ CANCERS: tuple[Cancer, ...] = (
         sites("""
             C43.59 ~ 3 ~ [back|abdominal wall|chest wall]; [back|abd wall]; [trunk|flank]; trunk
             C43.6# ~ 3 ~ [forearm|upper arm|shoulder]; [forearm|arm|shoulder]; [lower arm|elbow]; elbow
-            C43.7# ~ 3 ~ [calf|thigh|lower leg]; [calf|thigh|leg]; [shin|knee]; shin
-            C43.4 ~ 2 ~ [scalp|neck]; [scalp|neck]; [crown of the head|nape]; nape"""),
+            C43.7# ~ 3 ~ [calf|thigh|lower leg]; [calf|thigh|leg]; [shin|knee]; shin"""),
         histologies("""
             - ~ 3 ~ - ~ superficial spreading melanoma; SSM; [melanoma of superficial spreading type]; superf. spread. mel.
             - ~ 2 ~ - ~ nodular melanoma; nod melanoma; melanoma of nodular type; nodul. mel.
@@ -397,8 +280,7 @@ CANCERS: tuple[Cancer, ...] = (
         sites("""
             C71.1 ~ 3 ~ frontal lobe; frontal; frontal region; front. region
             C71.2 ~ 3 ~ temporal lobe; temporal; temporal region; temp. region
-            C71.3 ~ 2 ~ parietal lobe; parietal; parietal region; pariet. region
-            C71.6 ~ 1 ~ [cerebellum|cerebellar hemisphere]; cerebellum; cerebellar region; cerebell. region"""),
+            C71.3 ~ 2 ~ parietal lobe; parietal; parietal region; pariet. region"""),
         histologies("""
             - ~ 4 ~ 4 ~ glioblastoma; GBM; [glioblastoma of IDH wild type]; glioblast.
             - ~ 2 ~ 2 3 4 ~ astrocytoma; [astro|IDH-mut astro]; [astrocytic glioma|astrocytoma with IDH mutation]; astrocyt. glioma
@@ -410,15 +292,14 @@ CANCERS: tuple[Cancer, ...] = (
         (), "who", (12, 70), sided=True, surgical=False,
     ),
     Cancer(
-        "lymphoma", "lymph nodes", 2, "FM",
+        "lymphoma", "lymph nodes", 3, "FM",
         sites("""
-            #1 ~ 3 ~ [cervical|neck] lymph nodes; [cerv LN|neck LN]; [nodes of the neck|cervical chain]; cerv. chain
-            #4 ~ 2 ~ axillary lymph nodes; ax LN; [nodes of the armpit|axillary chain]; ax. chain
-            #5 ~ 2 ~ inguinal lymph nodes; ing LN; [nodes of the groin|inguinal chain]; ing. chain"""),
+            #1 ~ 1 ~ [cervical|neck] lymph nodes; [cerv LN|neck LN]; [nodes of the neck|cervical chain]; cerv. chain
+            #4 ~ 1 ~ axillary lymph nodes; ax LN; [nodes of the armpit|axillary chain]; ax. chain"""),
         histologies("""
-            C83.3 ~ 3 ~ - ~ diffuse large B-cell lymphoma; DLBCL; [large B-cell lymphoma of diffuse pattern]; large B-cell ly.
-            C82.G ~ 2 ~ 1 2 ~ follicular lymphoma; FL; [lymphoma of follicular pattern]; follic. ly.
-            C81.1 ~ 2 ~ - ~ [nodular sclerosis Hodgkin lymphoma|nodular sclerosing Hodgkin lymphoma]; NSHL; Hodgkin disease of nodular sclerosis type; nod. scler. Hodgkin"""),
+            C83.3 ~ 1 ~ - ~ diffuse large B-cell lymphoma; DLBCL; [large B-cell lymphoma of diffuse pattern]; large B-cell ly.
+            C82.G ~ 1 ~ 2 ~ follicular lymphoma; FL; [lymphoma of follicular pattern]; follic. ly.
+            C81.1 ~ 1 ~ - ~ [nodular sclerosis Hodgkin lymphoma|nodular sclerosing Hodgkin lymphoma]; NSHL; Hodgkin disease of nodular sclerosis type; nod. scler. Hodgkin"""),
         words("[the {side} {site}|{side} {site}]; {side} {site}; [the {site} on the {side}|{site} ({side})]; {side} {site}"),
         words("[the {site}|{site}]; {site}; the {site}; {site}"),
         words("[excisional node biopsy|core biopsy]; [exc bx|core bx]; [removal of one node|node sampling]; node sample"),
@@ -429,13 +310,11 @@ CANCERS: tuple[Cancer, ...] = (
     Cancer(
         "leukemia", "blood", 2, "FM",
         sites("""
-            0 ~ 3 ~ [not in remission|with active disease|newly diagnosed]; [active dz|new dx]; [with disease still present|found for the first time]; dis. still present
-            1 ~ 2 ~ [in complete remission|in remission]; [in CR|in rem]; [with no disease left after treatment|remitted]; remitted"""),
+            0 ~ 1 ~ [not in remission|with active disease|newly diagnosed]; [active dz|new dx]; [with disease still present|found for the first time]; dis. still present
+            1 ~ 1 ~ [in complete remission|in remission]; [in CR|in rem]; [with no disease left after treatment|remitted]; remitted"""),
         histologies("""
-            C92.0 ~ 3 ~ - ~ acute myeloid leukemia; AML; [acute leukemia of myeloid type]; ac. myel. leuk.
-            C91.1 ~ 3 ~ - ~ chronic lymphocytic leukemia; CLL; [chronic leukemia of lymphocytic type]; chron. lymph. leuk.
-            C92.1 ~ 2 ~ - ~ chronic myeloid leukemia; CML; [chronic leukemia of myeloid type]; chron. myel. leuk.
-            C91.0 ~ 1 ~ - ~ acute lymphoblastic leukemia; ALL; [acute leukemia of lymphoblastic type]; ac. lymphobl. leuk."""),
+            C92.0 ~ 1 ~ - ~ acute myeloid leukemia; AML; [acute leukemia of myeloid type]; ac. myel. leuk.
+            C91.1 ~ 1 ~ - ~ chronic lymphocytic leukemia; CLL; [chronic leukemia of lymphocytic type]; chron. lymph. leuk."""),
         words("{status}; {status}; {status}; {status}"), words("{status}; {status}; {status}; {status}"),
         words("bone marrow biopsy; BM bx; marrow sampling; marrow sample"),
         words("[fatigue and bruising|an abnormal blood count|recurrent infections]; [fatigue|abnl CBC]; [tiredness with easy bruises|a strange blood count]; easy bruises"),

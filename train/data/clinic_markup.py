@@ -1,8 +1,8 @@
 """Sentences with choices and marks: `[a|b]` chooses, `{slot}` is filled, marks carry the truth through to the text.
 
 A mark is `mark("tumor_size", "2.5 cm")` or, where the answer differs from the words that show it,
-`mark("tumor_laterality", "Lt", "left")`. Marks nest ("left upper lobe" holds a side and a site) and are invisible in the
-finished text: `unmark` takes them out and says where they stood. So a note's truth is read off the note itself and
+`mark("tumor_laterality", "Lt", "left")`. Marks nest ("left upper lobe" holds a side and a site) and are invisible in
+the finished text: `unmark` takes them out and says where they stood. So a note's truth is read off the note itself and
 cannot disagree with it.
 """
 

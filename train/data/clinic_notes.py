@@ -9,34 +9,20 @@ from dataclasses import dataclass, field
 
 from infer.codes import describe
 from infer.tasks import PHENOTYPES
+from train.data.clinic_knowledge import GRADES
 from train.data.clinic_markup import TAG, choose, fill, mark, sentence, slots, unmark, upper
-from train.data.clinic_knowledge import GRADES, Site, Wording
 from train.data.clinic_patients import Case, draw_case, draw_receptors
+from train.data.clinic_terms import Site, Style, Wording
 
 FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
 TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states it once
 SHOWN = {"size": 0.88, "grade": 0.85, "stage": 0.75, "rec": 0.85}  # chance that a note states a fact of its case
-SIDE_SHOWN = 0.95
+SIDE_SHOWN = 0.8  # where the code does not hang on the side; else it is always told
+SAME_ORGAN = 0.4  # chance that the other cancers of a note may sit in the organ of its own
+RIVAL_SIDED = 0.6  # chance that another cancer is at least one with a side
+RIVAL_FACTS = (2, 2, 3)  # how many facts are told of another cancer
 _GROUP = re.compile(r"<(~?)(\|?)([^<>~|]+)>")
 _A = re.compile(rf"\b([Aa]) ((?:{TAG})*(?:[aeio](?!ne\b)|un(?!i)))")  # "a adenoma" is "an adenoma"
-
-
-@dataclass(frozen=True)
-class Style:
-    """A way to write notes.
-
-    `layouts` are texts with groups of keys: `<a b?>` gives a sentence from bank[a], and one in two times one from
-    bank[b]; `<~a b>` in any order; `<|a b>` a line each. `words` holds the forms of sizes, sides and receptors.
-    """
-
-    name: str
-    layouts: tuple[str, ...]
-    bank: Mapping[str, tuple[str, ...]]
-    words: Mapping[str, tuple[str, ...]]
-    pathology: bool = False
-    terse: bool = False
-    unseen: bool = False
-    capitals: bool = False
 
 
 @dataclass
@@ -54,7 +40,7 @@ class Writer:
     def __post_init__(self) -> None:
         case, rng = self.case, self.rng
         self.shown = {"dx", "hist", "site"}
-        if case.side and rng.random() < SIDE_SHOWN:
+        if case.side and (case.coded_by_side or rng.random() < SIDE_SHOWN):
             self.shown.add("side")
         for fact, there in (("size", case.size), ("grade", case.grade), ("stage", case.stage), ("rec", case.receptors)):
             if there and rng.random() < SHOWN[fact]:
@@ -67,7 +53,7 @@ class Writer:
         if not case.stage or case.stage.t == "-":
             self.staging = "group"
         self.man = case.sex == "M"
-        self.avoid = case.cancer.name if rng.random() < 0.6 else ""  # else a rival may sit in the same organ
+        self.avoid = "" if rng.random() < SAME_ORGAN else case.cancer.name  # else a rival may sit in the same organ
         self.op = choose(self.wording(case.cancer.operation), rng)
 
     def body(self) -> str:
@@ -91,6 +77,8 @@ class Writer:
                 return ""
             key = key[:-1]
         fact = key.removeprefix("l_")
+        if key in ("size", "d_size", "stage", "d_stage") and not self.case.size:
+            return ""  # a leukemia has neither size, margin nor TNM, and nobody writes that they are missing
         if fact in FACTS:
             if fact in self.stated:
                 return ""
@@ -123,6 +111,7 @@ class Writer:
             "stage_old": "stage" in self.shown and case.stage is not None and case.stage.t != "-",
             "tnm_old": "stage" in self.shown and case.stage is not None and case.stage.t != "-",
             "grade_old": "grade" in self.shown and len(self.other_grades()) > 0,
+            "rec_old": "rec" in self.shown,
             "other_site": len(self.other_sites()) > 0,
             "other_type": len(case.cancer.histologies) > 1,
             "need_paired": case.side in ("left", "right"),
@@ -131,7 +120,7 @@ class Writer:
             "need_knife": case.cancer.surgical,
             "need_nodes": nodes,
             "need_clean": not nodes and case.cancer.name not in ("lymphoma", "leukemia"),
-            "need_local": not (case.stage and case.stage.m.startswith("M1")),
+            "need_local": case.cancer.surgical and not (case.stage and case.stage.m.startswith("M1")),
         }
         for slot in slots(template):
             if slot in TELLING and (slot in self.stated or slot not in self.shown):
@@ -147,11 +136,10 @@ class Writer:
 
     def other_sites(self) -> list[Site]:
         """The places of the same organ where the tumour is not; none where the organ is all that is said."""
-        whole = ("breast", "liver", "[kidney]")
         own = self.case.site
-        if not self.case.cancer.surgical or own.names.full in whole:
+        if not self.case.cancer.surgical or own.whole:
             return []
-        return [s for s in self.case.cancer.sites if s.names != own.names and s.names.full not in whole]
+        return [s for s in self.case.cancer.sites if s.names != own.names and not s.whole]
 
     # ---- the slots -------------------------------------------------------------------------------------------
 
@@ -165,6 +153,7 @@ class Writer:
             "his": "his" if self.man else "her",
             "him": "him" if self.man else "her",
             "loose": self.case.cancer.loose,
+            "op": self.op,
             "disease": self.case.cancer.name,
             "year": str(self.rng.randint(1996, 2019)),
             "date": f"{self.rng.randint(1, 12)}/{self.rng.randint(1, 28)}/{self.rng.choice(('21', '22', '23', '24'))}",
@@ -185,9 +174,6 @@ class Writer:
         barred = ("uter", "ovar", "womb") if self.man else ("prostat", "Gleason")
         about = [t for t in self.world[key] if key == "family" or not any(word in t for word in barred)]
         return fill(choose(self.rng.choice(about), self.rng), self.slot)
-
-    def slot_op(self) -> str:
-        return self.op
 
     def slot_complaint(self) -> str:
         return choose(self.wording(self.case.cancer.complaint), self.rng)
@@ -241,10 +227,8 @@ class Writer:
             return f"{site} {said}" if "either" in words else f"{said} {site}"
         if self.style.terse and cancer.name == "lung cancer" and "{S}" not in self.wording(self.case.site.names):
             template = choose(cancer.where.new_short if sided else cancer.nowhere.short, self.rng)
-        if "{site}" in template and template.count("breast") and self.case.site.names.full == "breast":
-            template = "{side} breast" if sided else "breast"
-            self.stated.add("site")
-            template = template.replace("breast", mark("tumor_site", "breast"))
+        if self.case.site.whole and cancer.sided:
+            template = "{side} {site}" if sided else "{site}"
         return fill(template, self.slot)
 
     def slot_dx(self) -> str:
@@ -375,14 +359,15 @@ class Writer:
 
     def rival(self, sex: str) -> str:
         rng = self.rng
+        sided = rng.random() < RIVAL_SIDED
         while True:
             case = draw_case(rng)
-            if case.sex == sex and case.cancer.name not in ("leukemia", self.avoid):
+            if case.sex == sex and case.cancer.name not in ("leukemia", self.avoid) and (case.side or not sided):
                 break
         other = Writer(case, self.style, rng, self.world)
         other.form = self.form
         facts = [fact for fact in ("rec", "grade", "size", "stage") if fact in other.shown]
-        told = sorted(rng.sample(facts, min(len(facts), rng.choice((1, 2, 2, 3)))))
+        told = sorted(rng.sample(facts, min(len(facts), rng.choice(RIVAL_FACTS))))
         phrase = ", ".join([other.slot("dx")] + [other.slot(fact) for fact in told if fact not in other.stated])
         words = unmark(phrase)[0]
         return words[4:] if words.startswith("the ") else words
@@ -426,5 +411,7 @@ def write_note(case: Case, style: Style, world: Mapping[str, tuple[str, ...]], r
         found = phenotypes[span.name]
         if all(span.value.lower() != other["text"].lower() for other in found):
             found.append({"text": span.value, "start": span.start, "end": span.end})
+    for name in ("hormone_receptor_type", "hormone_receptor_status"):  # ER, PR, HER2, in whatever order they are told
+        phenotypes[name].sort(key=lambda answer: PHENOTYPES[name].values.index(answer["text"]))
     code = case.code(sided=bool(phenotypes["tumor_laterality"]))
     return text, {"phenotypes": phenotypes, "diagnosis": {"text": describe(code), "code": code}}

@@ -1,5 +1,5 @@
 # ruff: noqa: E501  (tables of wordings: one a line)
-"""The seven note styles of the training split. See clinic_notes.Style for how they are read.
+"""The seven note styles of the training split. See clinic_terms.Style for how they are read.
 
 Every sentence that could be taken for an answer and is not (a margin, a node, an older size, a toxicity grade, a
 relative's cancer) says in its own words what it is, so that a reader of the note alone can tell.
@@ -7,7 +7,7 @@ relative's cancer) says in its own words what it is, so that a reader of the not
 
 from __future__ import annotations
 
-from train.data.clinic_notes import Style
+from train.data.clinic_terms import Style
 
 WORLD: dict[str, tuple[str, ...]] = {
     "family": (
@@ -78,7 +78,7 @@ _PATH: dict[str, tuple[str, ...]] = {
         "{need_nodes}The largest nodal deposit measures {mm} mm.", "[Also present|Separately noted] is a {benign}, {size_small}.",
         "An incidental {benign} of {size_any} is noted.", "The biopsy site cavity is {size_small}.",
         "[Preoperative|Prior] [imaging|CT|MRI] had suggested a lesion of {size_old}.",
-        "Before [neoadjuvant therapy|preoperative chemotherapy] the lesion had measured {size_old}.",
+        "Before [neoadjuvant therapy|preoperative chemotherapy] the lesion had measured {size_old}.", "In the imaging report of {date}, before any treatment, the tumor is {size_old}.", "In the radiology report, not borne out here, the mass measures {size_old}.",
         "A clip is found {mm} mm from the edge of the [cavity|mass].",
     ),
     "hist": (
@@ -90,17 +90,19 @@ _PATH: dict[str, tuple[str, ...]] = {
     ),
     "grade": (
         "The [tumor|carcinoma] is {grade}.", "[Tumor grade|Histologic grade]: {grade}.", "It is graded as {grade}.", "Overall it is {grade}, with {n} mitoses per field.",
+        "There is no disagreement on the grade: {grade}.", "Previous reports left the grade open; it is now settled as {grade}.", "With no area of higher or lower grade, this is {grade}.",
     ),
     "d_grade": (
         "The [earlier|core] biopsy had been called {grade_old}; the resection is definitive.", "On the needle core the tumor was {grade_old}.", "A minor area would by itself be {grade_old}, which does not change the result.",
+        "In the small core sample that came first, the tumor was graded as {grade_old}.", "According to the outside biopsy report, not confirmed here, overall it is {grade_old}.",
         "{need_breast}Ductal carcinoma in situ of nuclear grade {g} is adjacent.", "{need_breast}Associated in situ component, [high|intermediate] nuclear grade.",
         "Background [dysplasia|atypia], [low|high] grade, is seen away from the tumor.",
         "Treatment effect is scored as tumor regression grade {g}.",
     ),
-    "stage": ("[Pathologic stage|Stage]: {stage}.", "The findings correspond to {stage}.", "Staging summary: {stage}."),
-    "d_stage": ("Imaging before surgery had suggested {tnm_old}.", "[Clinical stage before surgery|Stage assigned before resection] had been {stage_old}.", "Request form states clinical stage {stage_old}; superseded by this report."),
-    "d_rec": ("{need_breast}Receptors on the earlier core biopsy had been read as {rec_old}; they were repeated here.", "{need_breast}The cancer of {year} was {rec_old}."),
-    "rec": ("[Receptor studies|Immunohistochemistry|Biomarkers]: {rec}.", "[By immunostain|On immunohistochemistry] the tumor cells are {rec}.", "Prognostic markers show {rec}."),
+    "stage": ("[Pathologic stage|Stage]: {stage}.", "The findings correspond to {stage}.", "Staging summary: {stage}.", "No further revision is expected: {stage}.", "Prior staging is replaced; the final one is {stage}."),
+    "d_stage": ("Imaging before surgery had suggested {tnm_old}.", "On the request form, filled in before surgery, the findings correspond to stage {stage_old}.", "In the radiology report, not confirmed here, staging summary: stage {stage_old}.", "[Clinical stage before surgery|Stage assigned before resection] had been {stage_old}.", "Request form states clinical stage {stage_old}; superseded by this report."),
+    "d_rec": ("{need_breast}Receptors on the earlier core biopsy had been read as {rec_old}; they were repeated here.", "{need_breast}The cancer of {year} had other receptors: {rec_old}."),
+    "rec": ("[Receptor studies|Immunohistochemistry|Biomarkers]: {rec}.", "[By immunostain|On immunohistochemistry] the tumor cells are {rec}.", "Prognostic markers show {rec}.", "No repeat of the markers is needed: {rec}."),
     "no_size": ("Tumor size cannot be [determined|assessed] because the specimen is fragmented.", "Extent of tumor is not measurable."),
     "no_grade": ("Grade cannot be assessed.", "Grading is [deferred|not applied] after treatment."),
     "no_stage": ("Stage is deferred to the treating team.",),
@@ -114,6 +116,7 @@ _PATH: dict[str, tuple[str, ...]] = {
     "prior": (
         "Past history of {rival}.", "In {year} this department reported {rival}.", "On file from {year}: {rival}; not related to the present tumor.",
         "The same patient was treated for {rival} {n} years before the present specimen.", "{rival} was excised in {year}.", "A tumor of {year}, {rival}, was compared and is of different origin.",
+        "Diagnosis of {year}: {rival}.", "Sections of {year} showed {rival}.", "Microscopy in {year} confirmed {rival}.", "One more cancer is on file. That one was {rival}.", "An old block was pulled for comparison. It shows {rival}, a cancer of {year}.", "The patient has two cancers. The other one, not examined here, is {rival}.",
     ),
     "d_site": (
         "[Random|Mapping] sections of the {other_site} show no tumor.", "The {other_site} is [normal|uninvolved|unremarkable].", "The core biopsy had suggested {other_type}; this is not [borne out|confirmed] here.",
@@ -132,7 +135,7 @@ _PATH: dict[str, tuple[str, ...]] = {
     "l_rec": ("[Receptors|Biomarkers|Hormone receptors and HER2]: {rec}",),
     "l_margin": ("Margins: [negative|uninvolved], closest {mm} mm", "Distance to closest margin: 0.{n} cm", "Margin status: clear by {mm} mm"),
     "l_nodes": ("{need_clean}Lymph nodes: 0 of {nodes} involved", "{need_nodes}Nodes examined: {nodes}; largest deposit {mm} mm", "{need_nodes}Nodal status: {n} of {nodes} positive"),
-    "l_other": ("Lymphovascular invasion: not identified", "Perineural invasion: absent", "Additional findings: {benign}, {size_any}", "Treatment effect: regression grade {g}", "Prior imaging size: {size_old}", "Clinical stage before surgery: {stage_old}", "Biopsy grade (earlier specimen): {grade_old}", "Other sites sampled: {other_site}, no tumor", "Biopsy diagnosis (superseded): {other_type}", "Previous malignancy: {rival}", "Clinical TNM on request: {tnm_old}"),
+    "l_other": ("Lymphovascular invasion: not identified", "Perineural invasion: absent", "Additional findings: {benign}, {size_any}", "Treatment effect: regression grade {g}", "Prior imaging size: {size_old}", "Clinical stage before surgery: {stage_old}", "Biopsy grade (earlier specimen): {grade_old}", "Other sites sampled: {other_site}, no tumor", "Biopsy diagnosis (superseded): {other_type}", "Previous malignancy: {rival}", "Histologic diagnosis of {year}: {rival}", "Second primary, not in this specimen: {rival}", "Clinical TNM on request: {tnm_old}"),
 }  # fmt: skip
 
 _CLINIC: dict[str, tuple[str, ...]] = {
@@ -151,20 +154,20 @@ _CLINIC: dict[str, tuple[str, ...]] = {
         "The [tumor|primary|mass] [measured|was] {size}[ at surgery| on pathology|].", "[Pathologic|Measured] size was {size}.",
         "[CT|MRI|Ultrasound] of the primary shows {size}.", "The [primary|index] lesion is {size}[ on the current scan|].",
         "There were two tumors in the specimen, {size} and {size_less}.", "The smaller focus was {size_less}; the dominant one {size}.",
-        "The primary, {size_old} on the scan in {date}, now measures {size}.", "On pathology {size}, although imaging had predicted {size_old}.",
+        "The primary, {size_old} on the scan in {date}, now measures {size}.", "The family saw the pictures; the tumor is {size}.", "No change since {date}: the tumor still measures {size}.", "On pathology {size}, although imaging had predicted {size_old}.",
     ),
     "d_size": (
         "[CT|Staging CT] also notes a {benign} of {size_any}, unchanged.", "A {size_any} {benign} needs no follow-up.", "{need_clean}The largest node is {mm} mm and not suspicious.",
-        "Surgical margin was {mm} mm.", "There is a healed scar of {size_any}.", "The mass was {size_old} on the scan before surgery.", "Ultrasound before treatment showed {size_old}.", "The tumor removed in {year} had measured {size_any}.", "Spleen measures 1{n}.0 cm.", "{need_knife}{need_tumor}Closest margin {mm} mm.",
+        "Surgical margin was {mm} mm.", "There is a healed scar of {size_any}.", "The mass was {size_old} on the scan before surgery.", "On the scan that was done before any treatment the primary is {size_old}.", "Per the outside report, since superseded, the tumor measured {size_old}.", "Ultrasound before treatment showed {size_old}.", "The tumor removed in {year} had measured {size_any}.", "Spleen measures 1{n}.0 cm.", "{need_knife}{need_tumor}Closest margin {mm} mm.",
     ),
-    "grade": ("It is {grade}.", "Grade: {grade}.", "The pathologist graded it as {grade}.", "Histology was reported as {grade}."),
+    "grade": ("It is {grade}.", "Grade: {grade}.", "The pathologist graded it as {grade}.", "Histology was reported as {grade}.", "No second opinion was needed on the grade: {grade}.", "The family asked about the grade; it is {grade}.", "There is no doubt about the grade: {grade}."),
     "d_grade": (
         "[He or she|The patient] has grade {g} neuropathy from earlier treatment.", "Grade 2 fatigue and grade 1 nausea persist.", "[Mucositis|Diarrhea] reached grade 3 but has resolved.",
-        "An outside biopsy had been read as {grade_old}, corrected on resection.", "The needle core was {grade_old}; the surgical specimen decides.", "Another hospital called it {grade_old}, which our review overturned.", "Echocardiogram: grade 1 diastolic dysfunction.",
+        "An outside biopsy had been read as {grade_old}, corrected on resection.", "On the outside needle core, which was too small to be reliable, it is {grade_old}.", "In the first report, since withdrawn, histology was reported as {grade_old}.", "The needle core was {grade_old}; the surgical specimen decides.", "Another hospital called it {grade_old}, which our review overturned.", "Echocardiogram: grade 1 diastolic dysfunction.",
     ),
-    "stage": ("[Stage|Staging]: {stage}.", "This is {stage} disease.", "[He or she is|The disease is] staged as {stage}.", "After complete work-up: {stage}."),
-    "d_stage": ("The first scan suggested {tnm_old}, surgery showed otherwise.", "The referring hospital staged it as {stage_old}, since revised.", "Before surgery it had been thought to be stage {stage_old}.", "[Chronic kidney disease stage 3|Stage 2 pressure injury of the heel|Stage 1 hypertension] is also noted.", "Clinical stage at presentation was {stage_old}; pathology revised this."),
-    "rec": ("Receptors: {rec}.", "The tumor is {rec}.", "[Biomarkers|Marker studies] came back {rec}."),
+    "stage": ("[Stage|Staging]: {stage}.", "This is {stage} disease.", "[He or she is|The disease is] staged as {stage}.", "After complete work-up: {stage}.", "The family asked how far it has gone: {stage}.", "No doubt remains about the stage: {stage}.", "With the earlier questions settled, this is {stage}."),
+    "d_stage": ("The first scan suggested {tnm_old}, surgery showed otherwise.", "In the referral letter, written before surgery, this is stage {stage_old} disease.", "At first presentation, long before the operation, the disease is staged as stage {stage_old}.", "The referring hospital staged it as {stage_old}, since revised.", "Before surgery it had been thought to be stage {stage_old}.", "[Chronic kidney disease stage 3|Stage 2 pressure injury of the heel|Stage 1 hypertension] is also noted.", "Clinical stage at presentation was {stage_old}; pathology revised this."),
+    "rec": ("Receptors: {rec}.", "The tumor is {rec}.", "[Biomarkers|Marker studies] came back {rec}.", "No change in the markers: {rec}."),
     "no_size": ("Exact tumor size is not in the outside records.",),
     "no_grade": ("Grade was not reported.",),
     "no_stage": ("Staging is incomplete; scans are scheduled.", "Stage to be assigned after imaging."),
@@ -177,12 +180,13 @@ _CLINIC: dict[str, tuple[str, ...]] = {
     "prior": (
         "Past medical history includes {rival}.", "In {year} the patient was treated for {rival}.", "{rival} was [resected|cured] in {year}.", "This is a second cancer; the first, {n} years ago, was {rival}.",
         "A separate cancer, {rival}, is under the care of another hospital.", "Long-term survivor of {rival}.", "{year}: {rival}, treated and quiet since.",
+        "Pathology in {year} showed {rival}.", "Diagnosis in {year}: {rival}.", "Work-up in {year} established {rival}.", "There has been one other cancer. That one was {rival}.", "Another hospital looks after a second cancer. Over there it is {rival}.", "{rival} was dealt with in {year}.", "The other cancer is stable. It is {rival}.",
     ),
     "d_site": (
         "The {other_site} was [biopsied as well and is benign|clear on imaging].", "The outside report spoke of {other_type}; our pathologists disagree.", "{need_paired}The referral letter says {other_side}, which is a mistake.",
         "{other_type} was ruled out.", "Symptoms first pointed to the {other_site}, wrongly.", "The {other_site} had a scar from an old injury.",
     ),
-    "d_rec": ("{need_breast}The needle biopsy elsewhere had been {rec_old}, superseded by the surgical specimen.", "{need_breast}Her first cancer of {year} was {rec_old}."),
+    "d_rec": ("{need_breast}The needle biopsy elsewhere gave {rec_old}, superseded by the surgical specimen.", "{need_breast}Her first cancer of {year} had other receptors: {rec_old}."),
     "neg": (
         "{need_local}No [evidence of metastasis|distant spread] on [PET|CT].", "{need_local}Bone scan and brain MRI are negative for metastases.", "There is no {other_hist}.", "{need_clean}No palpable adenopathy.", "{need_local}Liver and lungs are clear.",
     ),
@@ -204,16 +208,16 @@ _TERSE: dict[str, tuple[str, ...]] = {
     "open": ("{age}{S} w/ {complaint}.", "{age} yo {S}, {complaint} x{n} mo.", "{S} {age}, f/u. c/o {complaint}."),
     "dx": ("Dx: {dx}.", "Path: {dx}, {grade}.", "s/p {op}: {dx}.", "Bx -> {dx}.", "{dx} s/p {op}.", "Imp: {dx}, {stage}."),
     "size": ("{size} on path.", "T {size}.", "Mass {size}.", "1' tumor {size}, was {size_old} on CT.", "2 foci: {size_less} + {size}.", "Path {size} (MRI {size_old})."),
-    "d_size": ("Incid {benign} {size_any}, stable.", "Margin {mm} mm.", "{need_clean}LN {mm}mm, benign.", "Scar {size_any}.", "Pre-op US {size_old}.", "{year} tumor {size_any}.", "Spleen 1{n} cm."),
-    "grade": ("{grade}.", "Gr: {grade}.", "Histo {grade}."),
-    "d_grade": ("Gr {g} neuropathy.", "Fatigue gr 2, nausea gr 1.", "Core bx was {grade_old}.", "Outside path {grade_old}, re-read.", "Gr 3 mucositis, resolved."),
-    "stage": ("{stage}.", "Stg: {stage}.", "Final {stage}."),
-    "d_stage": ("CKD st 3.", "Clin stg {stage_old} pre-op.", "Outside stg {stage_old}, revised.", "CT {tnm_old}, not confirmed at surgery.", "Pressure ulcer stg 2."),
+    "d_size": ("Incid {benign} {size_any}, stable.", "Margin {mm} mm.", "{need_clean}LN {mm}mm, benign.", "Scar {size_any}.", "Pre-op US {size_old}.", "Per outside CT, pre-op: mass {size_old}.", "{year} tumor {size_any}.", "Spleen 1{n} cm."),
+    "grade": ("{grade}.", "Gr: {grade}.", "Histo {grade}.", "No change, {grade}.", "D/w family: {grade}."),
+    "d_grade": ("Gr {g} neuropathy.", "Fatigue gr 2, nausea gr 1.", "Core bx was {grade_old}.", "Outside core, later re-read: histo {grade_old}.", "Outside path {grade_old}, re-read.", "Gr 3 mucositis, resolved."),
+    "stage": ("{stage}.", "Stg: {stage}.", "Final {stage}.", "No change, {stage}.", "D/w family: {stage}."),
+    "d_stage": ("CKD st 3.", "Per referral, pre-op: stg {stage_old}.", "Clin stg {stage_old} pre-op.", "Outside stg {stage_old}, revised.", "CT {tnm_old}, not confirmed at surgery.", "Pressure ulcer stg 2."),
     "rec": ("{rec}.", "Recs: {rec}.", "IHC {rec}."),
     "no_size": ("Size n/a.",), "no_grade": ("Gr not given.",), "no_stage": ("Staging w/u pending.",), "no_rec": ("{need_breast}Recs pend.",),
     "d_side": ("{any_side} port ok.", "{any_side} TKA {year}.", "{need_paired}{other_side} side neg.", "{any_side} shoulder pain, chr."),
     "family": ("FHx: {family}.", "Fam: {family}."),
-    "prior": ("PMH: {rival}.", "h/o {rival}, NED.", "{year}: {rival}.", "2nd ca; 1st {rival} {n} y ago.", "{rival} {year}, cured."),
+    "prior": ("PMH: {rival}.", "h/o {rival}, NED.", "{year}: {rival}.", "2nd ca; 1st {rival} {n} y ago.", "Dx {year}: {rival}.", "Path {year}: {rival}.", "Bx {year} -> {rival}.", "Other ca: {rival}.", "1st ca {year}: {rival}.", "Other team tx {rival}.", "{rival} {year}, cured."),
     "d_site": ("{other_site} bx neg.", "Outside read {other_type}, revised.", "{need_paired}Ref says {other_side} - wrong.", "{other_type} r/o.", "{other_site} clear."),
     "d_rec": ("{need_breast}Core bx was {rec_old}, repeated on excision.", "{need_breast}{year} tumor {rec_old}."),
     "neg": ("{need_local}No mets on CT.", "{need_local}PET neg.", "No {other_hist}.", "{need_clean}No LAD."),
@@ -225,7 +229,7 @@ _TERSE: dict[str, tuple[str, ...]] = {
 
 _NURSING = _CLINIC | {
     "open": ("{complaint}, follow-up visit.", "Treatment visit, cycle {n}; history of {complaint}.", "Toxicity check; first seen for {complaint}."),
-    "where_treated": ("{dx}", "{dx}, {grade}", "{dx}; {stage}"),
+    "where_treated": ("{dx}.", "{dx}, {grade}.", "{dx}; {stage}."),
     "ros": (
         "Fatigue: [none|grade 1|grade 2]. Nausea: [none|grade 1].", "Pain: {n}/10, {any_side} [hip|shoulder|flank].", "Skin: [intact|grade 1 erythema|dry]. Nutrition: [good|fair] intake.",
         "Neuropathy: [absent|grade 1|grade 2 in feet]. Sleep: [restless|adequate].", "Respiratory: no cough. Bowel: [regular|loose stools, grade 1].", "Psychosocial: lives with [spouse|family], coping [well|poorly].", "Fall risk: [low|moderate]. Mobility: independent.",
@@ -247,13 +251,13 @@ _DICTATED = _CLINIC | {
         "I had the pleasure of seeing this {age}-year-old {person} who came in with {complaint}.", "As you know this is a {age}-year-old {person} with {complaint} going back {n} months.",
         "Thank you for asking us to see this pleasant {person} of {age} with {complaint}.",
     ),
-    "dx": ("What was found was {dx}.", "[He|She] was found to have {dx} and this was {grade}.", "[Turned out|It proved] to be {dx}.", "So in summary we are dealing with {dx}.", "There was talk of {other_hist} but the final word is {dx}."),
+    "dx": ("What was found was {dx}.", "[He|She] was found to have {dx} and this was {grade}.", "[Turned out|It proved] to be {dx}.", "So in summary we are dealing with {dx}.", "I told the family that this is {dx}.", "There was talk of {other_hist} but the final word is {dx}."),
     "size": ("It measured {size}.", "The thing measures {size} now and it was {size_old} before.", "There were two spots, one {size_less} and one {size}.", "Size by pathology {size}, by the scan {size_old}.", "The tumor itself came to {size}."),
-    "grade": ("They called it {grade}.", "In terms of grade it is {grade}."),
-    "stage": ("That makes it {stage}.", "We would stage this as {stage}."),
+    "grade": ("On grading it is {grade}.", "In terms of grade it is {grade}.", "I told the family that on grading it is {grade}.", "There was no argument about grade, it is {grade}."),
+    "stage": ("That makes it {stage}.", "We would stage this as {stage}.", "I told the family this is {stage}.", "There was no argument about staging, it is {stage}."),
     "rec": ("As for the receptors, {rec}.", "On the markers, {rec}."),
     "family": ("Asked about relatives, {family}.", "In the family {family}."),
-    "prior": ("Of note back in {year} there was {rival}.", "The other thing we know of is {rival} from {year}.", "You will recall {rival} some {n} years back.", "Not to be mixed up with {rival} that was dealt with in {year}."),
+    "prior": ("Of note back in {year} there was {rival}.", "The other thing we know of is {rival} from {year}.", "You will recall {rival} some {n} years back.", "Not to be mixed up with {rival} that was dealt with in {year}.", "In {year} what was found was {rival}.", "There is one other cancer. That one is {rival} and another team looks after it."),
     "plan": ("My recommendation is {n} cycles of treatment and then we will rescan.", "I have asked for a repeat scan in {n} months period.", "We will see {him} back in {n} weeks period new paragraph."),
 }  # fmt: skip
 _DICTATED["dx"] = tuple(t.replace("[He|She] was", "The patient was") for t in _DICTATED["dx"])
@@ -262,15 +266,15 @@ _BOARD = _CLINIC | {
     "open": ("{age} y {sex}, {complaint}.", "Presented by surgery: {age}-year-old {sex} with {complaint}."),
     "dx": ("- Pathology: {dx}", "- Tumor: {dx}, {grade}", "- Diagnosis under discussion: {dx}"),
     "size": ("- Size: {size}", "- Primary measures {size} on pathology (imaging {size_old})", "- Two lesions, {size} and {size_less}"),
-    "d_size": ("- Margin {mm} mm", "- MRI before treatment {size_old}", "- Incidental: {benign} {size_any}", "{need_clean}- Largest node {mm} mm, reactive"),
-    "grade": ("- Grade: {grade}", "- Reviewed and graded {grade}"),
-    "d_grade": ("- Toxicity so far: grade {g} neutropenia", "- Outside biopsy grade: {grade_old}, revised at review", "- Core biopsy {grade_old}, resection decides"),
-    "stage": ("- Staging: {stage}", "- Consensus {stage}"),
-    "d_stage": ("- Initial clinical stage {stage_old}, changed after surgery", "- Comorbidity: CKD stage 3"),
+    "d_size": ("- Margin {mm} mm", "- MRI before treatment {size_old}", "- Imaging before treatment: primary measures {size_old}", "- Incidental: {benign} {size_any}", "{need_clean}- Largest node {mm} mm, reactive"),
+    "grade": ("- Grade: {grade}", "- Reviewed and graded {grade}", "- No dissent on grade: {grade}"),
+    "d_grade": ("- Toxicity so far: grade {g} neutropenia", "- Outside biopsy grade: {grade_old}, revised at review", "- Superseded outside report: reviewed and graded {grade_old}", "- Core biopsy {grade_old}, resection decides"),
+    "stage": ("- Staging: {stage}", "- Consensus {stage}", "- No dissent on stage: {stage}", "- Earlier questions settled: {stage}"),
+    "d_stage": ("- Initial clinical stage {stage_old}, changed after surgery", "- On referral, before surgery, staging: stage {stage_old}", "- Comorbidity: CKD stage 3"),
     "rec": ("- Markers: {rec}", "- Receptor profile: {rec}"),
     "no_stage": ("- Staging: to be completed",), "no_size": ("- Size: not recorded",), "no_grade": ("- Grade: not reported",), "no_rec": ("{need_breast}- Markers: awaited",),
     "d_side": ("- {any_side} hip replacement {year}", "{need_paired}- {other_side} side: benign findings only"),
-    "family": ("- Family: {family}",), "prior": ("- Other malignancy: {rival}", "- {year}: {rival}", "- Treated {n} years ago: {rival}"),
+    "family": ("- Family: {family}",), "prior": ("- Other malignancy: {rival}", "- {year}: {rival}", "- Treated {n} years ago: {rival}", "- Pathology of {year}: {rival}", "- Diagnosis in {year}: {rival}", "- Not for discussion today: {rival}", "- Second primary, other team: {rival}"),
     "d_site": ("- {other_site}: biopsied, benign", "- Referring report of {other_type}: not upheld", "{need_paired}- Referral sheet lists {other_side}: wrong side", "- {other_type}: excluded"),
     "d_rec": ("{need_breast}- Core biopsy markers (superseded): {rec_old}", "{need_breast}- Markers of the {year} cancer: {rec_old}"),
     "neg": ("{need_local}- PET: no metastases", "- No {other_hist} on review", "{need_clean}- Nodes clinically negative"),
@@ -285,29 +289,29 @@ STYLES: tuple[Style, ...] = (
         "PATHOLOGY, CANCER CHECKLIST\nSpecimen: {op}\n<|l_hist l_site l_side>\n<~|l_size l_margin l_grade l_other>\n<~|l_nodes l_stage l_rec l_other l_other>\nHistory provided: <open> <~prior family?>\nNote: <~neg other d_size?>",
     ), _PATH, _WORDS, pathology=True),
     Style("surgical", (
-        "CLINICAL INFORMATION: <open> <~prior family?>\nGROSS DESCRIPTION: <gross> <~size d_size d_size?>\nMICROSCOPIC DESCRIPTION: <~hist grade d_grade d_site> <~stage d_stage rec d_rec?>\nFINAL DIAGNOSIS: {op}, {where}: malignant. <other>",
-        "FINAL DIAGNOSIS\n{op}: <dx>\n<~size d_size d_site grade d_grade neg>\n<~rec d_rec? stage d_stage>\nGROSS: <gross> <other>\nHISTORY: <open> <~family prior>",
-        "Diagnosis: <dx> <~stage rec d_rec?>\nComment: <~size d_size d_site grade d_grade neg neg?> <d_stage>\nHistory: <open> <~family? prior>\nMacroscopic: <gross> <other>",
+        "CLINICAL INFORMATION: <open> <~prior family?>\nGROSS DESCRIPTION: <gross> <~size d_size d_size?>\nMICROSCOPIC DESCRIPTION: <~hist grade d_grade d_site> <~stage d_stage rec d_rec>\nFINAL DIAGNOSIS: {op}, {where}: malignant. <other>",
+        "FINAL DIAGNOSIS\n{op}: <dx>\n<~size d_size d_site grade d_grade neg>\n<~rec d_rec stage d_stage>\nGROSS: <gross> <other>\nHISTORY: <open> <~family prior>",
+        "Diagnosis: <dx> <~stage rec d_rec>\nComment: <~size d_size d_site grade d_grade neg neg?> <d_stage>\nHistory: <open> <~family? prior>\nMacroscopic: <gross> <other>",
     ), _PATH, _WORDS, pathology=True),
     Style("clinic", (
-        f"HISTORY OF PRESENT ILLNESS: <open> <dx> {_FACTS} <~stage d_stage rec d_rec?>\nPAST HISTORY: <~prior d_side?> <family>\nREVIEW OF SYSTEMS: <ros>\nEXAM: <exam> <labs?>\nASSESSMENT AND PLAN: <neg> <plan>",
-        f"Oncology follow-up. <open> <~prior family> <dx> <~rec d_rec? stage> {_FACTS} <d_stage> <ros> <exam> <neg> <plan>",
-        f"CONSULTATION\n<open> <~prior family?>\n<~neg dx ros?>\n{_FACTS} <~rec d_rec? stage d_stage>\n<exam> <labs>\n<plan>",
+        f"HISTORY OF PRESENT ILLNESS: <open> <dx> {_FACTS} <~stage d_stage rec d_rec>\nPAST HISTORY: <~prior d_side?> <family>\nREVIEW OF SYSTEMS: <ros>\nEXAM: <exam> <labs?>\nASSESSMENT AND PLAN: <neg> <plan>",
+        f"Oncology follow-up. <open> <~prior family> <dx> <~rec d_rec stage> {_FACTS} <d_stage> <ros> <exam> <neg> <plan>",
+        f"CONSULTATION\n<open> <~prior family?>\n<~neg dx ros?>\n{_FACTS} <~rec d_rec stage d_stage>\n<exam> <labs>\n<plan>",
     ), _CLINIC, _WORDS),
     Style("terse", (
-        "<open> <dx> <~size d_size d_site grade d_grade stage d_stage rec d_rec?>\n<~prior family d_side>\n<ros> <exam> <labs>\n<neg> <plan>",
-        "HPI: <open> <~prior family?>\nOnc: <dx> <~size d_site grade rec d_rec? stage d_size d_grade?>\nROS: <ros> PE: <exam> <d_side>\nLabs: <labs>\nA/P: <neg> <d_stage> <plan>",
+        "<open> <dx> <~size d_size d_site grade d_grade stage d_stage rec d_rec>\n<~prior family d_side>\n<ros> <exam> <labs>\n<neg> <plan>",
+        "HPI: <open> <~prior family?>\nOnc: <dx> <~size d_site grade rec d_rec stage d_size d_grade?>\nROS: <ros> PE: <exam> <d_side>\nLabs: <labs>\nA/P: <neg> <d_stage> <plan>",
     ), _TERSE, _TERSE_WORDS, terse=True),
     Style("nursing", (
-        f"REASON FOR VISIT: <open>\nTREATMENT SITE: <dx>\nSUBJECTIVE: {{age}}-year-old {{person}}. <~family prior d_side>\nNURSING REVIEW OF SYSTEMS: <ros> <ros> <ros?>\nOBJECTIVE: <exam> <~size d_size d_site> <~grade d_grade rec d_rec? stage d_stage>\nLABORATORY RESULTS: <labs>\nPLAN: <plan>",
-        "REASON FOR VISIT: <open>\nSUBJECTIVE: {age}-year-old {person}. <~dx prior> <~stage d_stage rec d_rec?>\nNURSING REVIEW OF SYSTEMS: <ros> <ros>\nOBJECTIVE: <exam> <d_side> <~size d_size d_site grade d_grade> <neg>\nLABORATORY RESULTS: <labs> <family?>",
+        "REASON FOR VISIT: <open>\nTREATMENT SITE: <dx>\nSUBJECTIVE: {age}-year-old {person}. <~family prior d_side>\nNURSING REVIEW OF SYSTEMS: <ros> <ros> <ros?>\nOBJECTIVE: <exam> <~size d_size d_site> <~grade d_grade rec d_rec stage d_stage>\nLABORATORY RESULTS: <labs>\nPLAN: <plan>",
+        "REASON FOR VISIT: <open>\nSUBJECTIVE: {age}-year-old {person}. <~dx prior> <~stage d_stage rec d_rec>\nNURSING REVIEW OF SYSTEMS: <ros> <ros>\nOBJECTIVE: <exam> <d_side> <~size d_size d_site grade d_grade> <neg>\nLABORATORY RESULTS: <labs> <family?>",
     ), _NURSING, _WORDS),
     Style("dictated", (
-        f"<open> <dx> {_FACTS} <~rec d_rec? stage d_stage> <~prior family> <ros> On examination <exam> <neg> <plan>",
-        f"Dictated letter. <open> <~prior family?> <~ros neg> <dx> <~rec d_rec? stage> {_FACTS} <exam> <plan>",
+        f"<open> <dx> {_FACTS} <~rec d_rec stage d_stage> <~prior family> <ros> On examination <exam> <neg> <plan>",
+        f"Dictated letter. <open> <~prior family?> <~ros neg> <dx> <~rec d_rec stage> {_FACTS} <exam> <plan>",
     ), _DICTATED, _DICTATED_WORDS),
     Style("board", (
-        "TUMOR BOARD SUMMARY\n<open>\n<|dx>\n<~|size d_size d_site grade d_grade? rec d_rec? stage d_stage prior family? neg>\n<|d_side? plan>",
+        "TUMOR BOARD SUMMARY\n<open>\n<|dx>\n<~|size d_size d_site grade d_grade? rec d_rec stage d_stage prior family? neg>\n<|d_side? plan>",
         "MULTIDISCIPLINARY CONFERENCE {date}\n<open>\n<~|dx prior family>\n<~|size d_size d_site stage d_grade rec grade d_side?>\n<|neg plan>",
     ), _BOARD, _WORDS),
 )  # fmt: skip

@@ -6,7 +6,7 @@ Sizes, sides, grades, stages and receptors are written otherwise too; all of it 
 
 from __future__ import annotations
 
-from train.data.clinic_notes import Style
+from train.data.clinic_terms import Style
 
 WORLD: dict[str, tuple[str, ...]] = {
     "family": (
@@ -137,19 +137,19 @@ _CARE: dict[str, tuple[str, ...]] = {
 
 STYLES: tuple[Style, ...] = (
     Style("letter", (
-        "Dear colleague,\n<open> <~prior family> <dx> <~size d_size d_site d_side grade d_grade>\n<~rec d_rec? stage d_stage> <ros> <exam> <neg>\n<plan>\nWith kind regards",
-        "Dear doctor,\n<open> <dx> <~rec d_rec? stage grade d_grade>\n<~prior family d_side> <~size d_size d_site> <d_stage> <exam> <ros> <plan>\nYours sincerely",
+        "Dear colleague,\n<open> <~prior family?> <dx> <~size d_size d_site d_side grade d_grade>\n<~rec d_rec stage d_stage> <ros> <exam> <neg>\n<plan>\nWith kind regards",
+        "Dear doctor,\n<open> <dx> <~rec d_rec stage grade d_grade>\n<~prior family? d_side> <~size d_size d_site> <d_stage> <exam> <ros> <plan>\nYours sincerely",
     ), _LETTER, _WORDS, unseen=True),
     Style("parts", (
-        "<open> <~prior family?>\n(A) TISSUE FROM {op}:\n<dx>\n<~size d_size d_site grade d_grade neg neg>\n<~stage rec d_rec? d_stage>\n<gross>\n<other>",
-        "<gross> <d_size?>\nOPINION\n<dx> <~size grade d_grade rec d_rec? stage d_stage>\nREMARKS: <~neg d_size neg> <other>\nBACKGROUND: <open> <~prior family?>",
+        "<open> <~prior family?>\n(A) TISSUE FROM {op}:\n<dx>\n<~size d_size d_site grade d_grade neg neg>\n<~stage rec d_rec d_stage>\n<gross>\n<other>",
+        "<gross> <d_size?>\nOPINION\n<dx> <~size grade d_grade rec d_rec stage d_stage>\nREMARKS: <~neg d_size neg> <other>\nBACKGROUND: <open> <~prior family?>",
     ), _PARTS, _WORDS, pathology=True, unseen=True, capitals=True),
     Style("phone", (
-        "<open> <dx> <~size d_size d_site grade d_grade stage rec d_rec? d_side>\n<~prior family ros> <neg> <d_stage> <plan>",
-        "TELEPHONE LOG\n<open> <~prior family ros>\n<dx> <~rec d_rec? stage d_stage grade d_grade size d_size d_site> <d_side?>\n<plan>",
+        "<open> <dx> <~size d_size d_site grade d_grade stage rec d_rec d_side>\n<~prior family? ros> <neg> <d_stage> <plan>",
+        "TELEPHONE LOG\n<open> <~prior family? ros>\n<dx> <~rec d_rec stage d_stage grade d_grade size d_size d_site> <d_side?>\n<plan>",
     ), _PHONE, _SHORT_WORDS, terse=True, unseen=True),
     Style("careplan", (
-        "YOUR CARE SUMMARY\n<|open dx>\n<~|size d_size d_site grade d_grade stage d_stage rec d_rec? prior family d_side>\n<|treatment neg ros plan>",
-        "SUMMARY AFTER TREATMENT\n<|open treatment>\n<~|dx prior family>\n<~|size d_size d_site rec grade d_grade stage d_side? neg>\n<|ros plan>",
+        "YOUR CARE SUMMARY\n<|open dx>\n<~|size d_size d_site grade d_grade stage d_stage rec d_rec prior family? d_side>\n<|treatment neg ros plan>",
+        "SUMMARY AFTER TREATMENT\n<|open treatment>\n<~|dx prior family?>\n<~|size d_size d_site rec grade d_grade stage d_side? neg>\n<|ros plan>",
     ), _CARE, _WORDS, unseen=True),
 )  # fmt: skip
