@@ -14,8 +14,9 @@ zero bits mark where the length grows, so a step is five operations on whole wor
 from __future__ import annotations
 
 import math
-from collections import Counter
-from collections.abc import Hashable, Sequence
+from collections import _count_elements  # type: ignore[attr-defined]
+from collections.abc import Hashable, Iterable, Sequence
+from itertools import pairwise
 
 Words = Sequence[str]
 
@@ -50,14 +51,15 @@ def lcs_length_table(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
 
 def matches(p: Words, g: Words) -> tuple[int, int]:
     """Clipped matches of single words and of pairs of words (BLEU's numerators for orders 1 and 2)."""
-    return _clipped(p, g), _clipped(list(zip(p, p[1:], strict=False)), list(zip(g, g[1:], strict=False)))
+    return _clipped(p, g), _clipped(pairwise(p), pairwise(g))
 
 
-def _clipped(p: Sequence[Hashable], g: Sequence[Hashable]) -> int:
-    left = Counter(g)
-    found = 0
+def _clipped(p: Iterable[Hashable], g: Iterable[Hashable]) -> int:
+    left: dict[Hashable, int] = {}
+    _count_elements(left, g)  # Counter's own counting in C, into a plain dict: half of BLEU's time otherwise
+    unspent, found = left.get, 0
     for item in p:
-        count = left.get(item)
+        count = unspent(item)
         if count:
             left[item] = count - 1
             found += 1

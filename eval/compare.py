@@ -1,0 +1,110 @@
+"""What changed between two runs: `python -m eval.compare RUN_A RUN_B` (folders with run.json, see eval.report).
+
+Systems are matched by name, notes by id; each line is a system's exact-match F1 in A and in B on the questions that both were
+asked, the difference with its interval, and the p-value of the paired test. `--system-a X --system-b Y` compares two systems,
+of one run or of two.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Annotated, Any
+
+import tyro
+
+from eval.failures import is_right
+from eval.questions import Question, judged, pair, read_predictions, read_references
+from eval.report import read_run
+from eval.score import groups
+from eval.statistics import paired
+from model import command
+from model.command import UserError, nearest
+
+
+@dataclass(frozen=True)
+class Options:
+    """Compare two runs question by question."""
+
+    a: Annotated[Path, tyro.conf.Positional]
+    """The first run's folder."""
+    b: Annotated[Path, tyro.conf.Positional]
+    """The second run's folder (it may be the same)."""
+    system_a: str = ""
+    """A system of the first run (empty: every system that both runs name)."""
+    system_b: str = ""
+    """The system of the second run to hold against it (empty: the same name)."""
+    changed: int = 5
+    """How many changed answers to show for each comparison."""
+    json: bool = False
+    """Print one JSON list."""
+
+
+def system_questions(run: Path, name: str, test_set: str) -> list[Question]:
+    """Every question that a system of a run was asked in a test set."""
+    given = read_run(run)
+    names = [system["name"] for system in given["systems"]]
+    if name not in names:
+        raise UserError(f"{run}: no system {name!r}{nearest(name, names)}; there are {', '.join(names)}")
+    system = given["systems"][names.index(name)]
+    if test_set not in system["predictions"]:
+        return []
+    references = read_references(run / given["references"][test_set])
+    return pair(references, read_predictions(run / system["predictions"][test_set]), system.get("notes"))[0]
+
+
+def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
+    """For each group of questions that both answered: figures of both, the paired test, the answers that changed.
+
+    Raises UserError where the same question has different right answers: the runs were scored on different data.
+    """
+    theirs, found = {(one.record, one.name): one for one in b}, []
+    for task, mine in groups(a).items():
+        both = [(one, theirs[one.record, one.name]) for one in mine if (one.record, one.name) in theirs]
+        if other := next((one.record for one, two in both if one.gold != two.gold), None):
+            raise UserError(f"{other}: the two runs hold different right answers for it; were they made from the same data?")
+        if not both:
+            continue
+        f1 = [[judged(one, "clinical")["exact_match"].f1 for one in side] for side in zip(*both, strict=True)]
+        rights = [(one, two, is_right(one), is_right(two)) for one, two in both]
+        found.append({
+            "task": task, "a": sum(f1[0]) / len(both), "b": sum(f1[1]) / len(both), **{
+                key: value for key, value in paired(*f1, [one.patient for one, _ in both]).items() if key not in ("a", "b")},
+            "changed": [{"record": one.record, "question": one.name, "gold": list(one.gold), "a": list(one.predicted),
+                         "b": list(two.predicted), "now": "right" if after else "wrong"}
+                        for one, two, before, after in rights if before != after]})  # fmt: skip
+    return found
+
+
+def main(options: Options) -> None:
+    runs = read_run(options.a), read_run(options.b)
+    names = [[system["name"] for system in run["systems"]] for run in runs]
+    if options.system_b and not options.system_a:
+        raise UserError("--system-b needs --system-a")
+    pairs = [(name, name) for name in names[0] if name in names[1]]
+    if options.system_a:
+        pairs = [(options.system_a, options.system_b or options.system_a)]
+    if not pairs:
+        raise UserError(f"no system's name stands in both runs ({', '.join(names[0])}; {', '.join(names[1])}); "
+                        "name two with --system-a and --system-b")  # fmt: skip
+    rows = []
+    for test_set in runs[0]["references"]:
+        for first, second in pairs if test_set in runs[1]["references"] else ():
+            for row in changes(system_questions(options.a, first, test_set), system_questions(options.b, second, test_set)):
+                rows.append({"set": test_set, "system_a": first, "system_b": second, **row})
+    if options.json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    for row in rows:
+        name = row["system_a"] if row["system_a"] == row["system_b"] else f"{row['system_a']} -> {row['system_b']}"
+        print(f"{row['set']}, {row['task']}, {name}: {row['a']:.1f} -> {row['b']:.1f} ({row['difference']:+.1f} "
+              f"[{row['low']:.1f}, {row['high']:.1f}], p = {row['p']:.4f}, n = {row['n']}; {row['better']} better, "
+              f"{row['worse']} worse)")  # fmt: skip
+        for one in row["changed"][: options.changed]:
+            print(f"    {one['record']} {one['question']}: {', '.join(one['a']) or 'not relevant'} -> "
+                  f"{', '.join(one['b']) or 'not relevant'} (now {one['now']})")  # fmt: skip
+
+
+if __name__ == "__main__":
+    command.run(main, Options)
