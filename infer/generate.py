@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import tyro
 from torch import Tensor
 
 from infer.engine import Engine
@@ -291,8 +292,8 @@ class Options:
     """A model's folder or GGUF file."""
     prompt: str
     """The text to continue, or with --chat the user's message."""
-    adapter: tuple[str, ...] = ()
-    """LoRA adapters (PEFT folders), merged in this order."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
     chat: bool = False
     """Ask in the model's own chat form."""
     max_new_tokens: int = 50

@@ -1,0 +1,181 @@
+"""A note's questions as prompts, and the answers to all notes of a batch: what `infer.extract` does between its files."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from typing import Any
+
+from infer import tasks
+from infer.answers import diagnosis_record, phenotype_record
+from infer.generate import Generation, Generator, Settings
+from infer.notes import Note
+from model.command import UserError
+from model.tokenizer import to_characters
+
+FORMS = ("template", "chat")
+LONG = ("error", "truncate", "windows")
+# How an untuned model is asked, after the note, in its own chat form.
+CHAT_PHENOTYPE = (
+    "{question} Answer with the value only, several separated by commas{values}. "
+    'If the note does not say, answer "not relevant".'
+)
+CHAT_DIAGNOSIS = "{question} Answer with the ICD-10-CM description and its code in brackets only."
+CHAT_OTHER = '{question} Answer with the values only, separated by commas. If the note does not say, answer "not relevant".'
+
+
+@dataclass(frozen=True)
+class Limits:
+    """The paper's limits: tokens of a prompt (note and question), new tokens of an answer."""
+
+    input: int = 1500
+    phenotype: int = 50
+    diagnosis: int = 500
+
+
+@dataclass(frozen=True)
+class Part:
+    """A stretch of a note that is asked by itself; `done` says how it came from a note beyond the limit."""
+
+    note: Note
+    text: str
+    done: dict[str, Any] | None = None
+
+
+class Asker:
+    """Puts a task's questions about notes to a Generator, in one form."""
+
+    def __init__(
+        self, generator: Generator, task: str, form: str, limits: Limits, long: str = "error", grounded: bool = False
+    ) -> None:
+        self.generator, self.tokenizer = generator, generator.tokenizer
+        self.task, self.form, self.limits, self.long, self.grounded = task, form, limits, long, grounded
+        if form == "chat" and self.tokenizer.form is None:
+            raise UserError("the tokenizer does not say its chat form; ask with --form template")
+        stop = ("\n",) if form == "template" else ()
+        self.short = Settings(max_new_tokens=limits.phenotype, stop=stop, stop_cycles=True)
+        self.wide = replace(self.short, max_new_tokens=limits.diagnosis)
+
+    def questions(self, note: Note) -> list[tuple[str, str]]:
+        """(name, question) for everything that is asked about a note; its own questions have no name."""
+        if note.questions:
+            return [("", question) for question in note.questions]
+        asked = []
+        if self.task != "diagnosis":
+            asked += [(name, phenotype.question) for name, phenotype in tasks.PHENOTYPES.items()]
+        if self.task != "phenotype":
+            asked.append(("diagnosis", tasks.DIAGNOSIS_QUESTION))
+        return asked
+
+    def prompt(self, text: str, name: str, question: str) -> list[int]:
+        if self.form == "template":
+            return [*self.tokenizer.encode(tasks.prefix(text), bos=True), *self.tokenizer.encode(tasks.branch(question))]
+        if name == "diagnosis":
+            asked = CHAT_DIAGNOSIS.format(question=question)
+        elif name:
+            values = tasks.PHENOTYPES[name].values
+            among = f" (of: {', '.join(values)})" if values else ""
+            asked = CHAT_PHENOTYPE.format(question=question, values=among)
+        else:
+            asked = CHAT_OTHER.format(question=question)
+        return self.tokenizer.encode_chat([{"role": "user", "content": f"{tasks.prefix(text)}{asked}"}])
+
+    def parts(self, note: Note) -> list[Part]:
+        """The note, or what `long` makes of one beyond the limit. Raises UserError where that is "error"."""
+        over = max(len(self.prompt(note.text, *asked)) for asked in self.questions(note)) - self.limits.input
+        if over <= 0:
+            return [Part(note, note.text)]
+        tokens = len(self.tokenizer.encode(note.text))
+        if self.long == "error":
+            raise UserError(
+                f"the note is too long by {over} tokens (limit {self.limits.input}); --long truncate or windows reads it"
+            )
+        size = tokens - over - 8  # a cut text may take a few tokens more than it had
+        if size < 16:
+            raise UserError(f"the limit of {self.limits.input} tokens leaves no room for the note")
+        _, spans = self.tokenizer.encode(note.text, offsets=True)
+        letters = to_characters(note.text, spans)
+        if self.long == "truncate":
+            end = letters[size - 1][1]
+            return [Part(note, note.text[:end], {"did": "truncate", "tokens": tokens, "read": size})]
+        step = max(1, size * 3 // 4)  # a quarter of each window overlaps the one before
+        starts = [*range(0, max(1, tokens - size), step), max(0, tokens - size)]
+        done = {"did": "windows", "tokens": tokens, "windows": len(starts), "size": size}
+        return [
+            Part(note, note.text[letters[s][0] : letters[min(s + size, tokens) - 1][1]], done)
+            for s in dict.fromkeys(starts)
+        ]
+
+    def constraint(self, name: str, text: str) -> Any:
+        if not self.grounded or not name:
+            return None
+        from infer.grounded import for_question
+
+        return for_question(self.tokenizer, name, text, self.generator.stop_ids)
+
+    def records(self, notes: Sequence[Note]) -> list[dict[str, Any]]:
+        """One record a note, in order; what is wrong with a note becomes its record's `error`."""
+        records: list[dict[str, Any]] = []
+        prompts: list[list[int]] = []
+        settings: list[Settings] = []
+        places: list[tuple[int, list[Part]]] = []
+        for note in notes:
+            records.append({"id": note.id})
+            try:
+                if note.error is not None:
+                    raise UserError(note.error)
+                parts = self.parts(note)
+            except UserError as error:
+                records[-1]["error"] = str(error)
+                continue
+            places.append((len(records) - 1, parts))
+            for part in parts:
+                for name, question in self.questions(note):
+                    prompts.append(self.prompt(part.text, name, question))
+                    chosen = self.wide if name == "diagnosis" else self.short
+                    settings.append(replace(chosen, constraint=self.constraint(name, part.text)))
+        outs = iter(self.generator.generate(prompts, settings) if prompts else [])
+        for index, parts in places:
+            asked = self.questions(parts[0].note)
+            answers = [[next(outs) for _ in asked] for _ in parts]
+            records[index] |= self.record(parts, asked, answers)
+        return records
+
+    def record(self, parts: list[Part], asked: list[tuple[str, str]], answers: list[list[Generation]]) -> dict[str, Any]:
+        """The answers to one note's questions, merged over its parts."""
+        note, record = parts[0].note, {}
+        for place, (name, question) in enumerate(asked):
+            outs = [of_part[place] for of_part in answers]
+            if name == "diagnosis":
+                best = max(outs, key=lambda out: sum(out.logprobs) / max(1, len(out.logprobs)))
+                record["diagnosis"] = diagnosis_record(best)
+                continue
+            merged = merge([phenotype_record(out, note.text, self.generator.decode) for out in outs])
+            if name:
+                record.setdefault("phenotypes", {})[name] = merged
+            else:
+                record.setdefault("answers", []).append({"question": question, **merged})
+        flat = [out for of_part in answers for out in of_part]
+        record["tokens"] = {
+            "note": len(self.tokenizer.encode(note.text)),
+            "prompt": sum(out.prompt_tokens for out in flat),
+            "new": sum(len(out.tokens) for out in flat),
+        }
+        if parts[0].done:
+            record["long"] = parts[0].done
+        return record
+
+
+def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """One answer out of several windows': values in order of appearance, each once, with its best log-probability."""
+    if len(records) == 1:
+        return records[0]
+    best: dict[str, dict[str, Any]] = {}
+    for record in records:
+        for answer in record["answers"]:
+            held = best.setdefault(answer["text"], answer)
+            if answer["logprob"] > held["logprob"]:
+                best[answer["text"]] = answer
+    whole = {"answers": list(best.values()), "not_relevant": False, "finish_reason": records[-1]["finish_reason"]}
+    whole["not_relevant"] = not best and all(record["not_relevant"] for record in records)
+    return whole

@@ -1,0 +1,174 @@
+"""Answers for a file of notes: phenotypes with their places in the note, diagnoses with their ICD-10-CM codes.
+
+    python -m infer.extract --weights DIR [--adapter DIR] --task both --notes notes.jsonl --out answers.jsonl
+    torchrun --nproc-per-node 2 -m infer.extract …            the same job, its batches split over the ranks
+
+Notes are JSON lines with `id` and `text`, or a folder of .txt files. A record may bring `questions` of its own
+([{"question": "…"}, …]), which take the place of the task's. The output holds one JSON object a note in the input's
+order; its schema is written beside it (OUT.schema.json). The same command continues a job that was interrupted.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import islice
+from pathlib import Path
+from typing import Literal
+
+import tyro
+from tqdm import tqdm
+
+from infer.answers import SCHEMA
+from infer.job import Job, batches
+from infer.notes import Note, fingerprint, read_notes
+from model.command import UserError, run
+from model.files import write_json
+
+LETTERS = 24_000  # characters of a batch's notes: some 6,000 tokens of prefix
+
+
+@dataclass(frozen=True)
+class Options:
+    """Extract phenotypes and diagnoses from notes."""
+
+    weights: str
+    """A model's folder or GGUF file."""
+    notes: Path
+    """JSON lines with `id` and `text`, or a folder of .txt files."""
+    out: Path
+    """JSON lines, one object a note, in the notes' order."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
+    task: Literal["phenotype", "diagnosis", "both"] = "both"
+    """What is asked: the eight phenotypes, the diagnosis, or both."""
+    form: Literal["auto", "template", "chat"] = "auto"
+    """How it is asked: our template (tuned models) or the model's own chat form (untuned); auto: the template where
+    an adapter is given or the model has no chat form."""
+    grounded: bool = False
+    """Allow only "not relevant", closed values, spans of the note, and existing ICD-10-CM codes."""
+    long: Literal["error", "truncate", "windows"] = "error"
+    """A note beyond the limit: record an error, read its beginning, or read overlapping windows and merge."""
+    max_input_tokens: int = 1500
+    """Tokens of a prompt, note and question together (the paper's limit)."""
+    max_new_tokens: int = 50
+    """Tokens of a phenotype's answer (the paper's limit)."""
+    max_new_diagnosis: int = 500
+    """Tokens of a diagnosis (the paper's limit)."""
+    batch: int = 8
+    """Notes at once."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
+    """What the model computes in."""
+    limit: int | None = None
+    """Only the first notes."""
+    json: bool = False
+    """Print one JSON object (notes, errors, seconds) as the last line."""
+
+
+def main(options: Options) -> int:
+    for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; it must be at least 1")
+    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    next(source(options))  # refuses a missing or empty file before anything is made
+    job = Job(options.out, identity(options), rank, world)
+    finished = job.claim()
+    began = time.perf_counter()
+    if not finished:
+        barrier(world)
+        extract(options, job)
+        barrier(world)
+        if rank == 0:
+            job.finish(sizes(options))
+            write_json(options.out.with_name(options.out.name + ".schema.json"), SCHEMA)
+        barrier(world)
+    if rank != 0:
+        return 0
+    notes, errors = job.count()
+    seconds = time.perf_counter() - began
+    if options.json:
+        print(json.dumps({"notes": notes, "errors": errors, "seconds": round(seconds, 2), "out": str(options.out)}))
+    else:
+        done = "already finished" if finished else f"{seconds:.1f} s"
+        print(f"{options.out}: {notes} notes, {errors} with an error, {done}")
+    return 1 if errors else 0
+
+
+def source(options: Options) -> Iterator[Note]:
+    return islice(read_notes(options.notes), options.limit)
+
+
+def split(options: Options) -> Iterator[list[Note]]:
+    return batches(source(options), options.batch, LETTERS)
+
+
+def sizes(options: Options) -> Iterator[int]:
+    return (len(batch) for batch in split(options))
+
+
+def identity(options: Options) -> dict[str, object]:
+    """What decides the output's bytes."""
+    kept = ("task", "form", "grounded", "long", "max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch",
+            "dtype", "limit")  # fmt: skip
+    files = {"weights": stamp(options.weights), "adapter": [stamp(a) for a in options.adapter]}
+    return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
+
+
+def stamp(path: str) -> list[object]:
+    """A model's or adapter's place and its files' sizes: enough to see that it is another one."""
+    where = Path(path)
+    files = sorted(f for f in where.iterdir() if f.is_file()) if where.is_dir() else [where]
+    return [str(where), *([f.name, f.stat().st_size] for f in files if f.exists())]
+
+
+def extract(options: Options, job: Job) -> None:
+    """Answer what is not yet answered of this rank's batches."""
+    from infer.ask import Asker, Limits
+    from infer.generate import Generator
+    from infer.load import load
+
+    mine = islice(sizes(options), job.rank, None, job.world)
+    done = job.resume(mine)
+    total = sum(1 for _ in source(options))
+    model, tokenizer = load(options.weights, options.adapter, options.dtype)
+    form = options.form
+    if form == "auto":
+        form = "template" if options.adapter or tokenizer.form is None else "chat"
+    limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
+    asker = Asker(Generator(model, tokenizer), options.task, form, limits, options.long, options.grounded)
+    with tqdm(total=total, unit="note", disable=None if job.rank == 0 else True, desc="extracting") as bar:
+        for number, batch in enumerate(split(options)):
+            if number % job.world == job.rank and number // job.world >= done:
+                job.append(asker.records(batch))
+            bar.update(len(batch))
+
+
+def barrier(world: int) -> None:
+    """Wait for the other ranks."""
+    if world == 1:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("gloo")
+    dist.barrier()
+
+
+if __name__ == "__main__":
+    code: object = 0
+    try:
+        run(main, Options)
+    except SystemExit as exit_:
+        code = exit_.code
+    if "torch.distributed" in sys.modules:
+        import torch.distributed as dist
+
+        if dist.is_available() and dist.is_initialized():
+            dist.destroy_process_group()
+    sys.exit(code)  # type: ignore[arg-type]

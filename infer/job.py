@@ -1,0 +1,129 @@
+"""A job that may be killed at any moment: its output grows batch by batch and goes on where it stopped.
+
+While it runs, OUT.part holds what is done and OUT.job.json says which job that is (a hash of notes and options); both
+are this job's alone. A batch is a function of the notes' order and lengths, so the same batches come whether or not
+the job was interrupted; a batch is one write followed by a sync, and whatever a kill left behind it is cut off. At the
+end OUT.part is renamed to OUT. With several ranks, rank r takes the batches r, r + N, … and writes OUT.r.part; the
+first rank merges them in order.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+from typing import Any
+
+from infer.notes import Note
+from model.command import UserError
+from model.files import check_writable, read_json, sync_folder, write_json
+
+
+def batches(notes: Iterable[Note], most: int, letters: int) -> Iterator[list[Note]]:
+    """Notes in order, in batches of at most `most` notes and about `letters` characters."""
+    held: list[Note] = []
+    size = 0
+    for note in notes:
+        if held and (len(held) == most or size + len(note.text) > letters):
+            yield held
+            held, size = [], 0
+        held.append(note)
+        size += len(note.text)
+    if held:
+        yield held
+
+
+class Job:
+    """One job's files. `identity` is everything that decides the output's bytes."""
+
+    def __init__(self, out: Path, identity: dict[str, Any], rank: int = 0, world: int = 1) -> None:
+        self.out, self.rank, self.world = out, rank, world
+        self.mark = out.with_name(out.name + ".job.json")
+        self.part = self.part_of(rank)
+        text = json.dumps({**identity, "world": world}, sort_keys=True)
+        self.identity = {**identity, "world": world, "hash": hashlib.sha256(text.encode()).hexdigest()}
+
+    def part_of(self, rank: int) -> Path:
+        return self.out.with_name(self.out.name + (f".{rank}.part" if self.world > 1 else ".part"))
+
+    def claim(self) -> bool:
+        """Take the output's name for this job; True where the job is already finished.
+
+        Raises UserError, and writes nothing, where the name belongs to another job.
+        """
+        check_writable(self.out)
+        if self.out.is_dir():
+            raise UserError(f"{self.out}: a folder; name the output file")
+        known = read_json(self.mark) if self.mark.exists() else None
+        if known is None and (self.out.exists() or any(self.part_of(r).exists() for r in range(self.world))):
+            raise UserError(f"{self.out}: exists and is no job's of ours; choose another --out or remove it")
+        if known is not None and (not isinstance(known, dict) or known.get("hash") != self.identity["hash"]):
+            differs = [k for k, v in self.identity.items() if k != "hash" and isinstance(known, dict) and known.get(k) != v]
+            raise UserError(
+                f"{self.out}: belongs to another job (other {', '.join(differs) or 'options'}); choose another --out "
+                f"or remove it and {self.mark.name}"
+            )
+        if known is None and self.rank == 0:
+            write_json(self.mark, self.identity)
+        return self.out.exists()
+
+    def resume(self, sizes: Iterable[int]) -> int:
+        """Cut the part file after its last whole batch, given this rank's batch sizes in order; batches done."""
+        if not self.part.exists():
+            return 0
+        done, end, lines = 0, 0, 0
+        with open(self.part, "rb") as data:
+            for size in sizes:
+                at, whole = end, True
+                for _ in range(size):
+                    line = data.readline()
+                    at += len(line)
+                    whole = whole and line.endswith(b"\n")
+                if not whole:
+                    break
+                done, end, lines = done + 1, at, lines + size
+        with open(self.part, "r+b") as data:
+            data.truncate(end)
+            os.fsync(data.fileno())
+        return done
+
+    def append(self, records: list[dict[str, Any]]) -> None:
+        """One batch: one write, one sync."""
+        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
+        with open(self.part, "ab") as out:
+            out.write(data)
+            out.flush()
+            os.fsync(out.fileno())
+
+    def finish(self, sizes: Iterable[int]) -> tuple[int, int]:
+        """Give the output its name, merging the ranks' parts batch by batch; (notes, errors)."""
+        if self.world == 1:
+            self.part.touch()
+            whole = self.part
+        else:
+            whole = self.out.with_name(self.out.name + ".merged.part")
+            parts = [open(self.part_of(rank), "rb") for rank in range(self.world)]  # noqa: SIM115
+            with open(whole, "wb") as out:
+                for number, size in enumerate(sizes):
+                    for _ in range(size):
+                        out.write(parts[number % self.world].readline())
+                out.flush()
+                os.fsync(out.fileno())
+            for part in parts:
+                part.close()
+        os.replace(whole, self.out)
+        sync_folder(self.out.parent)
+        for rank in range(self.world):
+            self.part_of(rank).unlink(missing_ok=True)
+        return self.count()
+
+    def count(self) -> tuple[int, int]:
+        """(notes, errors) in the finished output."""
+        notes = errors = 0
+        with open(self.out, "rb") as lines:
+            for line in lines:
+                notes += 1
+                errors += "error" in json.loads(line)
+        return notes, errors
