@@ -31,7 +31,7 @@ from model.files import atomic_folder, read_json
 from model.native import from_native, native_config
 from model.safetensors_file import DTYPES, Stored, held, open_safetensors, unique, write_safetensors
 
-PIECE = 32 * 2**20  # bytes of the target dtype that are read and cast at a time
+PIECE = 8 * 2**20  # bytes of the target dtype that are read and cast at a time
 # Buffers that older files carry and that are computed, not learnt.
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 
