@@ -4,11 +4,11 @@ Both are fitted on training records only (see train.data.clinic) and answer a no
 
     {"phenotypes": {name: [answer, …] for the eight names}, "diagnosis": "description (code)"}
 
-`RegexBaseline` is what a careful person writes in an afternoon. Word lists come from the closed lists, the training answers
-and the words that show them; a dozen readings per phenotype (first or last or largest match, sentences about relatives
-and the past left out or not, only after a cue word or not) are tried, and the one that is right most often on the training
-notes is kept. It cannot read: that "the smaller focus" is not the answer, or that a grade is a side effect's, it does
-not see unless a word list says so.
+`RegexBaseline` is what a careful person writes in an afternoon. Word lists come from the closed lists, the training
+answers and the words that show them; sixteen readings per phenotype (first, last, largest or commonest match, sentences
+about relatives and the past left out or not, only after a cue word or not) are tried, and the one that is right most
+often on the training notes is kept. It cannot read: that "the smaller focus" is not the answer, or that a grade is a
+side effect's, it does not see unless a word list says so.
 """
 
 from __future__ import annotations
@@ -36,17 +36,20 @@ _GRADE = re.compile(
 )
 _SIDE = re.compile(r"\b(left|right|bilateral|lt|rt|l|r)\b", re.I)
 _RECEPTORS = {
-    "ER": r"\bER\b|o?estrogen receptors?", "PR": r"\bPR\b|progesterone receptors?", "HER2": r"\bHER-?2(?:/neu)?\b|\bH2N\b|erbB-?2",
-}  # fmt: skip
+    "ER": r"\bER\b|o?estrogen receptors?",
+    "PR": r"\bPR\b|progesterone receptors?",
+    "HER2": r"\bHER-?2(?:/neu)?\b|\bH2N\b|erbB-?2",
+}
 _RESULT = re.compile(
-    r"(?P<equivocal>equiv|2\+(?! (?:but|with amp))|indeterminate|borderline)|(?P<minus>neg|not |absent|\(-\)|-(?!\w)|[^\d]0\b|1\+)"
+    r"(?P<equivocal>equiv|2\+(?! (?:but|with amp))|indeterminate|borderline)"
+    r"|(?P<minus>neg|not |absent|\(-\)|-(?!\w)|[^\d]0\b|1\+)"
     r"|(?P<plus>pos|3\+|strong|amplif|\+|\d+ ?%)",
     re.I,
 )
 _PENDING = re.compile(r"pend|await|not yet|requested|ordered", re.I)
 _ASIDE = re.compile(
-    r"famil|mother|father|sister|brother|aunt|uncle|cousin|FHx|history of|prior|previous|earlier|remote|no evidence|\bno\b|negative for"
-    r"|denies|h/o|PMH|benign|incidental",
+    r"famil|mother|father|sister|brother|aunt|uncle|cousin|FHx|history of|prior|previous|earlier|remote|no evidence"
+    r"|\bno\b|negative for|denies|h/o|PMH|benign|incidental",
     re.I,
 )
 _NUMERALS = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "1": 1, "2": 2, "3": 3, "4": 4}
@@ -72,7 +75,9 @@ class Reading:
     cued: bool
 
 
-_READINGS = [Reading(p, a, c) for p in ("first", "last", "largest", "commonest") for a in (True, False) for c in (True, False)]
+_READINGS = [
+    Reading(p, a, c) for p in ("first", "last", "largest", "commonest") for a in (True, False) for c in (True, False)
+]
 
 
 def empty_answers() -> Answers:
@@ -100,7 +105,10 @@ class MajorityBaseline:
 
     def answers(self, text: str) -> Answers:
         """The same answers for every text."""
-        return {"phenotypes": {k: list(v) for k, v in self._answers["phenotypes"].items()}, "diagnosis": self._answers["diagnosis"]}
+        return {
+            "phenotypes": {k: list(v) for k, v in self._answers["phenotypes"].items()},
+            "diagnosis": self._answers["diagnosis"],
+        }
 
 
 def _millimetres(size: str) -> float:
@@ -120,8 +128,13 @@ class RegexBaseline:
 
     def fit(self, records: Sequence[Mapping[str, Any]]) -> RegexBaseline:
         """Learn word lists, cue words and readings from training records; nothing else is ever looked at."""
-        self._vocabulary = {name: _listed(self._answer_words(records, name)) for name in ("tumor_site", "histological_type")}
-        self._shown: dict[str, dict[str, Counter[str]]] = {"cancer_grade": defaultdict(Counter), "cancer_stage": defaultdict(Counter)}
+        self._vocabulary = {
+            name: _listed(self._answer_words(records, name)) for name in ("tumor_site", "histological_type")
+        }
+        self._shown: dict[str, dict[str, Counter[str]]] = {
+            "cancer_grade": defaultdict(Counter),
+            "cancer_stage": defaultdict(Counter),
+        }
         for record in records:
             for span in record["phenotypes"]["cancer_grade"]:
                 evidence = record["text"][span["start"] : span["end"]].lower()
@@ -252,7 +265,13 @@ class RegexBaseline:
         site, side, kind = (
             "/".join(found[name]).lower() for name in ("tumor_site", "tumor_laterality", "histological_type")
         )
-        return [("site, side, type", site, side, kind), ("site, side", site, side), ("type", kind), ("site", site), ("any",)]
+        return [
+            ("site, side, type", site, side, kind),
+            ("site, side", site, side),
+            ("type", kind),
+            ("site", site),
+            ("any",),
+        ]
 
     def _diagnosis(self, found: Mapping[str, Sequence[str]]) -> str:
         """The commonest training code of the most specific key that training met; failing both site and type, the code

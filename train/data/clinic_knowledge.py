@@ -72,7 +72,7 @@ CANCERS: tuple[Cancer, ...] = (
             - ~ 1 ~ 1 2 ~ [mucinous carcinoma|tubular carcinoma]; [mucinous ca|tubular ca]; [colloid carcinoma|mucinous breast carcinoma]; colloid ca"""),
         words("[the {site} of the {side} breast|{side} breast, {site}|the {side} breast in the {site}]; [{side} breast {site}|{site} of {side} breast]; [the {side}-hand breast at its {site}|breast ({side}), {site}]; {side} br. {site}"),
         words("[the {site} of the breast|breast, {site}]; breast {site}; the breast at its {site}; br. {site}"),
-        words("[lumpectomy|partial mastectomy|mastectomy|segmental excision]; [lumpx|BCS|mast]; [wide local excision|breast-conserving excision]; WLE"),
+        words("[lumpectomy|partial mastectomy|mastectomy|segmental excision]; [lumpx|BCS|mast]; [wide local excision|breast-conserving excision]; wide exc."),
         words("[a palpable lump|an abnormal screening mammogram|nipple discharge|a self-detected mass]; [lump|abnl mammo|mass on SBE]; [a change noticed in the shower|a recall from screening]; recall from screening"),
         stages("IA T1b N0 M0 6 10; IA T1c N0 M0 11 20; IIA T2 N0 M0 21 50; IIA T1c N1 M0 11 20; IIB T2 N1 M0 21 50; IIIA T3 N1 M0 51 75; IIIA T2 N2 M0 21 50; IV T2 N1 M1 22 50"),
         "nottingham", (6, 75), sided=True, undetermined="9", receptors=("ER", "PR", "HER2"),

@@ -21,6 +21,7 @@ SIDE_SHOWN = 0.8  # where the code does not hang on the side; else it is always 
 SAME_ORGAN = 0.4  # chance that the other cancers of a note may sit in the organ of its own
 RIVAL_SIDED = 0.6  # chance that another cancer is at least one with a side
 RIVAL_FACTS = (2, 2, 3)  # how many facts are told of another cancer
+KIN = (("small cell", "oat", "neuroendocrine"), ("squamous",), ("melanoma",), ("sarcoma",), ("lymphoma",), ("in situ",))
 _GROUP = re.compile(r"<(~?)(\|?)([^<>~|]+)>")
 _A = re.compile(rf"\b([Aa]) ((?:{TAG})*(?:[aeio](?!ne\b)|un(?!i)))")  # "a adenoma" is "an adenoma"
 
@@ -61,7 +62,7 @@ class Writer:
         text = _GROUP.sub(self.group, self.rng.choice(self.style.layouts))
         lines = [" ".join(line.split()) for line in fill(choose(text, self.rng), self.slot).splitlines()]
         kept = "\n".join(line for line in lines if line and not re.fullmatch(r"[^.:]{1,40}[:|]", line))
-        return _A.sub(r"\1n \2", kept)
+        return _A.sub(r"\1n \2", re.sub(r" (?=[.;,](?:\s|$))", "", kept, flags=re.M))
 
     def group(self, match: re.Match[str]) -> str:
         keys = match[3].split()
@@ -168,12 +169,6 @@ class Writer:
         if name.startswith("need_"):
             return ""
         return plain[name] if name in plain else getattr(self, "slot_" + name)()
-
-    def from_world(self, key: str) -> str:
-        """One of the world's sayings that can be said of a person of this sex."""
-        barred = ("uter", "ovar", "womb") if self.man else ("prostat", "Gleason")
-        about = [t for t in self.world[key] if key == "family" or not any(word in t for word in barred)]
-        return fill(choose(self.rng.choice(about), self.rng), self.slot)
 
     def slot_complaint(self) -> str:
         return choose(self.wording(self.case.cancer.complaint), self.rng)
@@ -343,7 +338,7 @@ class Writer:
         return mark("hormone_receptor_type", mark("hormone_receptor_status", said, receptor + status), receptor)
 
     def slot_family(self) -> str:
-        return self.from_world("family")
+        return fill(choose(self.rng.choice(self.world["family"]), self.rng), self.slot)
 
     def slot_rival(self) -> str:
         """Another cancer of the same patient, told in the style's own words with up to three of its facts."""
@@ -393,7 +388,12 @@ class Writer:
         return self.rng.choice(self.style.words["left" if self.case.side == "right" else "right"])
 
     def slot_other_hist(self) -> str:
-        return self.from_world("other_hist")
+        """A type that the index tumour is not: none that shares a telling word with its own."""
+        own = self.case.histology.names
+        said = f"{own.full} {own.new_full} {'in situ' * (self.case.cancer.name == 'breast cancer')}"
+        kin = [group for group in KIN if any(word in said for word in group)]
+        barred = [word for group in kin for word in group]
+        return self.rng.choice([t for t in self.world["other_hist"] if not any(word in t for word in barred)])
 
 
 def write_note(case: Case, style: Style, world: Mapping[str, tuple[str, ...]], rng: random.Random) -> tuple[str, dict]:

@@ -39,7 +39,8 @@ class Case:
         if self.histology.code:  # blood: type then site or remission; liver: the type alone
             return self.histology.code + code.strip("#-")
         code = code.replace("@", "2" if self.sex == "M" else "1")
-        code = code.replace("#", SIDE_DIGIT[self.side] if sided else self.cancer.undetermined)
+        if "#" in code:
+            code = code.replace("#", SIDE_DIGIT[self.side] if sided else self.cancer.undetermined)
         assert code in CODES, code
         return code
 
