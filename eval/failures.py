@@ -48,9 +48,9 @@ def kind(one: Question, note: str = "", others: int = 0) -> str:
     predicted = [clinical(answer) for answer in one.predicted]
     gold = [clinical(answer) for answer in one.gold]
     said, right = " ; ".join(predicted), " ; ".join(gold)
-    if one.said_nothing:
+    if one.said_nothing and one.finish_reason != "repetition":
         return "empty"
-    if _REPEATED.search(", ".join(one.predicted)):
+    if one.finish_reason == "repetition" or _REPEATED.search(", ".join(one.predicted)):
         return "repeated"
     if not gold:
         return "not asked for"

@@ -68,6 +68,7 @@ def read_references(path: str | Path) -> list[Json]:
     for number, record in read_jsonl(path, ("id", "text")):
         if "phenotypes" not in record and "diagnosis" not in record:
             raise UserError(f"{path}:{number}: no 'phenotypes' and no 'diagnosis': give annotated notes")
+        record["id"] = str(record["id"])
         if record["id"] in seen:
             raise UserError(f"{path}:{number}: the id {record['id']!r} stands twice")
         seen.add(record["id"])
@@ -76,7 +77,7 @@ def read_references(path: str | Path) -> list[Json]:
 
 
 def read_predictions(path: str | Path) -> list[Json]:
-    return [record for _, record in read_jsonl(path, ("id",))]
+    return [{**record, "id": str(record["id"])} for _, record in read_jsonl(path, ("id",))]
 
 
 def pair(references: Iterable[Json], predictions: Iterable[Json], asked: int | None = None) -> tuple[list[Question], Counts]:

@@ -1,0 +1,145 @@
+"""Any checkpoint on your own labelled notes, as a row of a report:
+
+    python -m eval.run --weights DIR [--adapter DIR] --data my.jsonl --out runs/mine
+    python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine       adds a row to the same report
+
+`--data` holds annotated notes (train.data.clinic's records; `train.data.from_table` and `from_brat` make them of yours). Only
+what is annotated is asked and scored. The folder holds a copy of the notes, each model's answers, run.json and the report with
+intervals that draw patients: they say how far so small a set can be trusted. `--model` takes the chat form and the name of a
+model from eval/baselines.toml; else our template is used where an adapter is given, and the model's own chat form where not.
+"""
+
+from __future__ import annotations
+
+import re
+import resource
+import time
+import tomllib
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+from tqdm import tqdm
+
+from eval.questions import read_references
+from eval.report import terminal_table, write
+from infer.ask import Asker, Limits
+from infer.generate import Generator
+from infer.load import load
+from infer.notes import Note
+from model import command
+from model.chat import FORMS
+from model.command import UserError, nearest
+from model.files import read_json, read_jsonl, write_json, write_jsonl
+
+BASELINES = Path(__file__).with_name("baselines.toml")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Ask a model about annotated notes and add its row to a report."""
+
+    weights: str
+    """A model's folder or GGUF file."""
+    data: Path
+    """Annotated notes, JSON lines."""
+    out: Path
+    """The run's folder; a second model's row is added to the first's."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
+    model: str = ""
+    """A model of eval/baselines.toml: mistral-7b, biomistral-7b, clinicalcamel-70b, mixtral-8x7b, llama-2-13b or qwen-7b."""
+    name: str = ""
+    """The row's name (empty: the model's title, or the last folder's name)."""
+    form: str = "auto"
+    """auto, template, or a chat form of model/chat.py."""
+    limit: int = 0
+    """Ask about only the first notes (0: all)."""
+    batch: int = 8
+    """Notes at once."""
+    max_input_tokens: int = 1500
+    """Tokens of a prompt (the paper's limit); a longer note is read in overlapping windows."""
+    max_new_tokens: int = 50
+    """Tokens of a phenotype's answer (the paper's limit)."""
+    max_new_diagnosis: int = 500
+    """Tokens of a diagnosis (the paper's limit)."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float64."""
+
+    def __post_init__(self) -> None:
+        known = ("auto", "template", *FORMS)
+        if self.form not in known:
+            raise UserError(f"--form {self.form}: not known{nearest(self.form, known)}; there are {', '.join(known)}")
+        for name in ("batch", "max_input_tokens", "max_new_tokens", "max_new_diagnosis"):
+            if getattr(self, name) < 1:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
+        if self.limit < 0:
+            raise UserError(f"--limit {self.limit}: 0 or more")
+
+
+def baseline(name: str) -> dict[str, Any]:
+    """An entry of eval/baselines.toml. Raises UserError for a name that it does not hold."""
+    entries = tomllib.loads(BASELINES.read_text(encoding="utf-8"))
+    if name not in entries:
+        raise UserError(f"--model {name}: not in eval/baselines.toml{nearest(name, list(entries))}; it has {', '.join(entries)}")
+    config = {key: None if value == "none" else value for key, value in entries[name]["config"].items()}  # TOML has no null
+    return {**entries[name], "config": config}
+
+
+def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) -> Iterator[dict[str, Any]]:
+    """The model's answers to what is annotated in the records, in order."""
+    model, tokenizer = load(options.weights, options.adapter, options.dtype)
+    if form == "auto":
+        form = "template" if options.adapter or tokenizer.form is None else tokenizer.form
+    if form != "template":
+        tokenizer.form = form
+    wanted = {kind for kind in ("phenotypes", "diagnosis") if any(record.get(kind) for record in records)}
+    task = "both" if len(wanted) == 2 else "diagnosis" if wanted == {"diagnosis"} else "phenotype"
+    limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
+    asker = Asker(Generator(model, tokenizer), task, "template" if form == "template" else "chat", limits, "windows")
+    with tqdm(total=len(records), unit="note", desc="asking", disable=None) as bar:
+        for start in range(0, len(records), options.batch):
+            part = records[start : start + options.batch]
+            yield from asker.records([Note(record["id"], record["text"]) for record in part])
+            bar.update(len(part))
+
+
+def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
+    """Put a system's row into the folder's run.json, in the place of an older one of its name."""
+    run = out / "run.json"
+    given = read_json(run) if run.exists() else {"title": f"{data.stem}: {out.name}", "scale": "", "host": None, "curves": {},
+                                                 "references": {"data": "data.jsonl"}, "systems": [], "seconds": 0.0}  # fmt: skip
+    given["systems"] = [system for system in given["systems"] if system["name"] != row["name"]] + [row]
+    given["seconds"] = given.get("seconds", 0.0) + seconds
+    given["peak_mb"] = max(row["peak_mb"], given.get("peak_mb") or 0)
+    write_json(run, given)
+
+
+def main(options: Options) -> None:
+    entry = baseline(options.model) if options.model else None
+    records = read_references(options.data)
+    held = options.out / "data.jsonl"
+    if held.exists() and [record for _, record in read_jsonl(held)] != records:
+        raise UserError(f"{options.out}: holds a run on other notes; give another --out")
+    if (options.out / "run.json").exists() and not held.exists():
+        raise UserError(f"{options.out}: holds another program's run; give another --out")
+    asked = records[: options.limit] if options.limit else records
+    name = options.name or (entry["title"] if entry else Path(options.adapter[-1] if options.adapter else options.weights).name)
+    form = options.form if options.form != "auto" or entry is None else entry["form"]
+    began = time.monotonic()
+    file = f"predictions/{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.jsonl"
+    write_jsonl(options.out / file, predictions(options, asked, form))
+    if not held.exists():
+        write_jsonl(held, records)
+    seconds = time.monotonic() - began
+    row = {"name": name, "kind": "model" if options.adapter else "base", "predictions": {"data": file}, "seconds": seconds,
+           "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "notes": len(asked), "form": form}  # fmt: skip
+    add_row(options.out, row, options.data, seconds)
+    print(terminal_table(write(options.out)))
+    print(f"report: {options.out / 'report.html'}")
+
+
+if __name__ == "__main__":
+    command.run(main, Options)

@@ -1,0 +1,87 @@
+"""Any checkpoint on a labelled set: small random models with each baseline's exact config fields, tokenizer kind and form."""
+
+import json
+import tomllib
+
+import pytest
+import torch
+
+from eval.run import BASELINES, Options, baseline, main
+from model import ModelConfig, Transformer
+from model.command import UserError
+from model.files import write_json, write_jsonl
+from train.data.from_table import records
+
+NAMES = list(tomllib.loads(BASELINES.read_text()))
+SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
+TABLE = "text,type,answer\n" + "".join(
+    f'"Note {i}: left breast mass, {i}.5 cm, grade 2.",{kind},{answer}\n'
+    for i in range(1, 4) for kind, answer in (("tumor_size", f"{i}.5 cm"), ("cancer_stage", "not relevant")))  # fmt: skip
+
+
+def sentencepiece(folder, tmp_path):
+    from train.data import tokenizer
+
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": "Left breast mass, 2.5 cm, grade 2. What is the tumor size? [INST] <<SYS>>"}] * 30)
+    made = tokenizer.train_tokenizer(tokenizer.Options(texts=(str(tmp_path / "texts.jsonl"),), out=str(tmp_path / "sp"), vocab=330))
+    (folder / "tokenizer.model").write_bytes((made / "tokenizer.model").read_bytes())
+    return 330
+
+
+def bpe(folder):
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    built = Tokenizer(models.BPE(vocab={letter: i for i, letter in enumerate(letters)}, merges=[]))
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    built.add_special_tokens(["<|endoftext|>", "<|im_start|>", "<|im_end|>"])
+    built.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "<|im_end|>", "bos_token": None})
+    return built.get_vocab_size()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_every_baseline_answers_and_gets_its_row(name, tmp_path):
+    entry = baseline(name)
+    folder = tmp_path / name
+    folder.mkdir()
+    size = sentencepiece(folder, tmp_path) if entry["tokenizer"] == "sentencepiece" else bpe(folder)
+    grouped = entry["config"]["num_key_value_heads"] != entry["config"]["num_attention_heads"]
+    raw = {**entry["config"], **SMALL, "num_key_value_heads": 2 if grouped else 4, "vocab_size": size}
+    torch.manual_seed(0)
+    Transformer(ModelConfig.from_dict(raw)).init_weights(1).save_pretrained(folder)
+    kept = json.loads((folder / "config.json").read_text())
+    for field in set(entry["config"]) - set(SMALL) - {"num_key_value_heads", "vocab_size", "rope_theta", "hidden_act"}:
+        assert kept.get(field) == entry["config"][field], field
+    (tmp_path / "t.csv").write_text(TABLE)
+    write_jsonl(tmp_path / "mine.jsonl", records(tmp_path / "t.csv"))
+    out = tmp_path / "run"
+    main(Options(weights=str(folder), data=tmp_path / "mine.jsonl", out=out, model=name, max_new_tokens=3, max_new_diagnosis=3,
+                 max_input_tokens=1200))  # fmt: skip
+    run = json.loads((out / "run.json").read_text())
+    assert [(system["name"], system["form"]) for system in run["systems"]] == [(entry["title"], entry["form"])]
+    (row,) = json.loads((out / "report.json").read_text())["sets"]["data"]["systems"]
+    assert row["clinical"]["phenotype"]["n"] == 3 and row["clinical"]["phenotype, unanswerable"]["n"] == 3
+    assert row["clinical"]["diagnosis"] is None and row["counts"]["missing"] == [] and row["counts"]["failed"] == []
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_memory_plans_follow_from_the_configs(name):
+    entry = baseline(name)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_dict(entry["config"]))
+    assert entry["weights_gb"] == pytest.approx(2e-9 * sum(p.numel() for p in model.parameters()), abs=0.06)
+    config = model.config
+    cache = 2 * 2 * config.num_hidden_layers * config.num_key_value_heads * config.head_dim * 1500 / 1e6
+    assert entry["cache_mb"] == round(cache)
+
+
+def test_mistakes_are_named(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'mistral-7b'"):
+        baseline("mistral7b")
+    with pytest.raises(UserError, match="did you mean 'chatml'"):
+        Options(weights="x", data=tmp_path, out=tmp_path, form="chatm")
+    write_json(tmp_path / "run.json", {})
+    write_jsonl(tmp_path / "mine.jsonl", [{"id": "1", "text": "a", "phenotypes": {"tumor_size": []}}])
+    with pytest.raises(UserError, match="another program's run"):
+        main(Options(weights="x", data=tmp_path / "mine.jsonl", out=tmp_path))
