@@ -46,9 +46,8 @@ class Writer:
         for fact, there in (("size", case.size), ("grade", case.grade), ("stage", case.stage), ("rec", case.receptors)):
             if there and rng.random() < SHOWN[fact]:
                 self.shown.add(fact)
-        if case.cancer.name == "lymphoma" and case.grade:
-            if case.histology.code == "C82.G":
-                self.shown.add("grade")  # its code depends on the grade
+        if case.histology.code == "C82.G":
+            self.shown.add("grade")  # its code depends on the grade
         self.form = rng.choice(self.style.words["size"])
         self.staging = rng.choices(("group", "tnm", "both"), (5, 3, 3))[0]
         if not case.stage or case.stage.t == "-":
@@ -106,11 +105,13 @@ class Writer:
         """Whether every slot of the template can be filled; `{need_…}` slots are conditions and fill with nothing."""
         case = self.case
         nodes = bool(case.stage and case.stage.n not in ("N0", "-"))
+        sized = "size" in self.shown and case.size >= 9
+        staged = "stage" in self.shown and case.stage is not None and case.stage.t != "-"
         conditions = {
-            "size_old": "size" in self.shown and case.size >= 9,
-            "size_less": "size" in self.shown and case.size >= 9,
-            "stage_old": "stage" in self.shown and case.stage is not None and case.stage.t != "-",
-            "tnm_old": "stage" in self.shown and case.stage is not None and case.stage.t != "-",
+            "size_old": sized,
+            "size_less": sized,
+            "stage_old": staged,
+            "tnm_old": staged,
             "grade_old": "grade" in self.shown and len(self.other_grades()) > 0,
             "rec_old": "rec" in self.shown,
             "other_site": len(self.other_sites()) > 0,
@@ -168,6 +169,8 @@ class Writer:
         }
         if name.startswith("need_"):
             return ""
+        if name.endswith("rival"):
+            return self.rival({"her_rival": "F", "his_rival": "M"}.get(name, self.case.sex))
         return plain[name] if name in plain else getattr(self, "slot_" + name)()
 
     def slot_complaint(self) -> str:
@@ -340,19 +343,8 @@ class Writer:
     def slot_family(self) -> str:
         return fill(choose(self.rng.choice(self.world["family"]), self.rng), self.slot)
 
-    def slot_rival(self) -> str:
-        """Another cancer of the same patient, told in the style's own words with up to three of its facts."""
-        return self.rival(self.case.sex)
-
-    def slot_her_rival(self) -> str:
-        """The cancer of a woman of the family."""
-        return self.rival("F")
-
-    def slot_his_rival(self) -> str:
-        """The cancer of a man of the family."""
-        return self.rival("M")
-
     def rival(self, sex: str) -> str:
+        """Another cancer, of the patient or a relative of this sex, in the style's own words; unmarked."""
         rng = self.rng
         sided = rng.random() < RIVAL_SIDED
         while True:

@@ -121,6 +121,7 @@ _PATH: dict[str, tuple[str, ...]] = {
     "d_site": (
         "[Random|Mapping] sections of the {other_site} show no tumor.", "The {other_site} is [normal|uninvolved|unremarkable].", "The core biopsy had suggested {other_type}; this is not [borne out|confirmed] here.",
         "{need_paired}The requisition reads {other_side} in error.", "{other_type} was considered and excluded by immunostains.", "The first report of {other_type}, {grade_old}, is amended by this one.",
+        "According to the outside report, not confirmed here, this is {other_type}.", "In the small core sample that came first, sections show {other_type}.", "In the operation note, which is mistaken, the tumor is of the {other_site}.",
     ),
     "other": (
         "Representative sections are submitted in cassettes A1 to A{n}.", "Controls reacted [appropriately|as expected].", "Findings were discussed with the surgeon by telephone.",
@@ -135,7 +136,7 @@ _PATH: dict[str, tuple[str, ...]] = {
     "l_rec": ("[Receptors|Biomarkers|Hormone receptors and HER2]: {rec}",),
     "l_margin": ("Margins: [negative|uninvolved], closest {mm} mm", "Distance to closest margin: 0.{n} cm", "Margin status: clear by {mm} mm"),
     "l_nodes": ("{need_clean}Lymph nodes: 0 of {nodes} involved", "{need_nodes}Nodes examined: {nodes}; largest deposit {mm} mm", "{need_nodes}Nodal status: {n} of {nodes} positive"),
-    "l_other": ("Lymphovascular invasion: not identified", "Perineural invasion: absent", "Additional findings: {benign}, {size_any}", "Treatment effect: regression grade {g}", "Prior imaging size: {size_old}", "Clinical stage before surgery: {stage_old}", "Biopsy grade (earlier specimen): {grade_old}", "Other sites sampled: {other_site}, no tumor", "Biopsy diagnosis (superseded): {other_type}", "Previous malignancy: {rival}", "Histologic diagnosis of {year}: {rival}", "Second primary, not in this specimen: {rival}", "Clinical TNM on request: {tnm_old}"),
+    "l_other": ("Lymphovascular invasion: not identified", "Perineural invasion: absent", "Additional findings: {benign}, {size_any}", "Treatment effect: regression grade {g}", "Prior imaging size: {size_old}", "Clinical stage before surgery: {stage_old}", "Biopsy grade (earlier specimen): {grade_old}", "Other sites sampled: {other_site}, no tumor", "Biopsy diagnosis (superseded): {other_type}", "Previous malignancy: {rival}", "Histologic diagnosis of {year}: {rival}", "Second primary, not in this specimen: {rival}", "Clinical TNM on request: {tnm_old}", "Request form (superseded), tumor site: {other_site}", "Request form (superseded), histologic type: {other_type}", "{need_paired}Request form (wrong), laterality: {other_side}", "Biopsy (superseded), histologic grade: {grade_old}", "Imaging (superseded), tumor size: {size_old}", "Imaging (superseded), stage: stage {stage_old}"),
 }  # fmt: skip
 
 _CLINIC: dict[str, tuple[str, ...]] = {
@@ -184,7 +185,7 @@ _CLINIC: dict[str, tuple[str, ...]] = {
     ),
     "d_site": (
         "The {other_site} was [biopsied as well and is benign|clear on imaging].", "The outside report spoke of {other_type}; our pathologists disagree.", "{need_paired}The referral letter says {other_side}, which is a mistake.",
-        "{other_type} was ruled out.", "Symptoms first pointed to the {other_site}, wrongly.", "The {other_site} had a scar from an old injury.",
+        "{other_type} was ruled out.", "In the first report, since withdrawn, diagnosis: {other_type}.", "Outside needle cores, too small to be reliable, showed {other_type}.", "According to the referral letter, which is mistaken, the tumor is of the {other_site}.", "{need_paired}On the first scan report, which was wrong, it is on the {other_side} side.", "Symptoms first pointed to the {other_site}, wrongly.", "The {other_site} had a scar from an old injury.",
     ),
     "d_rec": ("{need_breast}The needle biopsy elsewhere gave {rec_old}, superseded by the surgical specimen.", "{need_breast}Her first cancer of {year} had other receptors: {rec_old}."),
     "neg": (
@@ -218,7 +219,7 @@ _TERSE: dict[str, tuple[str, ...]] = {
     "d_side": ("{any_side} port ok.", "{any_side} TKA {year}.", "{need_paired}{other_side} side neg.", "{any_side} shoulder pain, chr."),
     "family": ("FHx: {family}.", "Fam: {family}."),
     "prior": ("PMH: {rival}.", "h/o {rival}, NED.", "{year}: {rival}.", "2nd ca; 1st {rival} {n} y ago.", "Dx {year}: {rival}.", "Path {year}: {rival}.", "Bx {year} -> {rival}.", "Other ca: {rival}.", "1st ca {year}: {rival}.", "Other team tx {rival}.", "{rival} {year}, cured."),
-    "d_site": ("{other_site} bx neg.", "Outside read {other_type}, revised.", "{need_paired}Ref says {other_side} - wrong.", "{other_type} r/o.", "{other_site} clear."),
+    "d_site": ("{other_site} bx neg.", "Outside read {other_type}, revised.", "Outside bx, later re-read: dx: {other_type}.", "Referral (wrong): {other_site}.", "{need_paired}Ref says {other_side} - wrong.", "{other_type} r/o.", "{other_site} clear."),
     "d_rec": ("{need_breast}Core bx was {rec_old}, repeated on excision.", "{need_breast}{year} tumor {rec_old}."),
     "neg": ("{need_local}No mets on CT.", "{need_local}PET neg.", "No {other_hist}.", "{need_clean}No LAD."),
     "ros": ("Denies F/C/NS.", "No CP/SOB.", "Appetite ok.", "Mild fatigue, no N/V."),
@@ -275,7 +276,7 @@ _BOARD = _CLINIC | {
     "no_stage": ("- Staging: to be completed",), "no_size": ("- Size: not recorded",), "no_grade": ("- Grade: not reported",), "no_rec": ("{need_breast}- Markers: awaited",),
     "d_side": ("- {any_side} hip replacement {year}", "{need_paired}- {other_side} side: benign findings only"),
     "family": ("- Family: {family}",), "prior": ("- Other malignancy: {rival}", "- {year}: {rival}", "- Treated {n} years ago: {rival}", "- Pathology of {year}: {rival}", "- Diagnosis in {year}: {rival}", "- Not for discussion today: {rival}", "- Second primary, other team: {rival}"),
-    "d_site": ("- {other_site}: biopsied, benign", "- Referring report of {other_type}: not upheld", "{need_paired}- Referral sheet lists {other_side}: wrong side", "- {other_type}: excluded"),
+    "d_site": ("- {other_site}: biopsied, benign", "- Referring report of {other_type}: not upheld", "- Superseded outside report, pathology: {other_type}", "- Referral sheet (wrong), tumor of the {other_site}", "{need_paired}- Referral sheet lists {other_side}: wrong side", "- {other_type}: excluded"),
     "d_rec": ("{need_breast}- Core biopsy markers (superseded): {rec_old}", "{need_breast}- Markers of the {year} cancer: {rec_old}"),
     "neg": ("{need_local}- PET: no metastases", "- No {other_hist} on review", "{need_clean}- Nodes clinically negative"),
     "plan": ("- Recommendation: surgery first, then systemic treatment", "- Recommendation: {n} cycles, restage", "- Recommendation: radiation, genetics referral", "- Recommendation: trial screening"),
