@@ -31,7 +31,7 @@ from model.files import atomic_folder, read_json
 from model.native import from_native, native_config
 from model.safetensors_file import DTYPES, Stored, held, open_safetensors, unique, write_safetensors
 
-PIECE = 8 * 2**20  # bytes of the target dtype that are read and cast at a time
+PIECE = 8 * 2**20  # numbers that are read and cast at a time
 # Buffers that older files carry and that are computed, not learnt.
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 
@@ -57,16 +57,16 @@ class Checkpoint:
             rows = slice(start, max(start, stop))
         return stored.read(rows)
 
-    def stream(self, name: str, dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their values in `dtype`), a few megabytes at a time, in order."""
+    def stream(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their values), a few megabytes at a time, in order."""
         shape = self.tensors[name].shape
         if not shape:
-            yield slice(0, 1), self.read(name).to(dtype).reshape(1)
+            yield slice(0, 1), self.read(name).reshape(1)
             return
-        step = max(1, PIECE // max(1, math.prod(shape[1:]) * dtype.itemsize))
+        step = max(1, PIECE // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
-            yield rows, self.read(name, rows).to(dtype)
+            yield rows, self.read(name, rows)
 
 
 def find_format(path: str | os.PathLike[str]) -> tuple[str, Path]:
@@ -207,7 +207,7 @@ def _read_into(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: to
         tensor = stored.read(None)
         return tensor, _finite(tensor)
     tensor, finite = torch.empty(stored.shape, dtype=dtype, device=device), True
-    for rows, piece in checkpoint.stream(name, dtype):
+    for rows, piece in checkpoint.stream(name):
         finite &= _finite(piece)
         (tensor if stored.shape else tensor.view(1))[rows].copy_(piece)
     return tensor, finite
@@ -244,8 +244,8 @@ def _check_tied(checkpoint: Checkpoint) -> None:
     """A tied checkpoint may repeat the embedding as lm_head.weight, but not hold another matrix there."""
     head, embedding = checkpoint.tensors["lm_head.weight"], checkpoint.tensors["model.embed_tokens.weight"]
     same = head.shape == embedding.shape and all(
-        torch.equal(piece, checkpoint.read("model.embed_tokens.weight", rows).float())
-        for rows, piece in checkpoint.stream("lm_head.weight", torch.float32)
+        torch.equal(piece, checkpoint.read("model.embed_tokens.weight", rows).to(piece.dtype))
+        for rows, piece in checkpoint.stream("lm_head.weight")
     )
     if not same:
         raise UserError(
@@ -279,7 +279,7 @@ def write_checkpoint(
     shards = split_shards(sizes, max_shard_bytes)
 
     def produce(name: str) -> Iterator[Tensor]:
-        return (piece for _, piece in checkpoint.stream(name, plan[name][1]))
+        return (piece for _, piece in checkpoint.stream(name))  # cast as it is written
 
     with atomic_folder(path) as folder:
         _keep_others(Path(path), folder)
