@@ -1,8 +1,8 @@
 """What changed between two runs: `python -m eval.compare RUN_A RUN_B` (folders with run.json, see eval.report).
 
-Systems are matched by name, notes by id; each line is a system's exact-match F1 in A and in B on the questions that both were
-asked, the difference with its interval, and the p-value of the paired test. `--system-a X --system-b Y` compares two systems,
-of one run or of two.
+Systems are matched by name, notes by id; each line is a system's exact-match F1 in A and in B on the questions that
+both were asked, the difference with its interval, and the p-value of the paired test. `--system-a X --system-b Y`
+compares two systems, of one run or of two.
 """
 
 from __future__ import annotations
@@ -63,17 +63,37 @@ def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
     for task, mine in groups(a).items():
         both = [(one, theirs[one.record, one.name]) for one in mine if (one.record, one.name) in theirs]
         if other := next((one.record for one, two in both if one.gold != two.gold), None):
-            raise UserError(f"{other}: the two runs hold different right answers for it; were they made from the same data?")
+            raise UserError(
+                f"{other}: the two runs hold different right answers for it; were they made from the same data?"
+            )
         if not both:
             continue
         f1 = [[judged(one, "clinical")["exact_match"].f1 for one in side] for side in zip(*both, strict=True)]
         rights = [(one, two, is_right(one), is_right(two)) for one, two in both]
-        found.append({
-            "task": task, "a": sum(f1[0]) / len(both), "b": sum(f1[1]) / len(both), **{
-                key: value for key, value in paired(*f1, [one.patient for one, _ in both]).items() if key not in ("a", "b")},
-            "changed": [{"record": one.record, "question": one.name, "gold": list(one.gold), "a": list(one.predicted),
-                         "b": list(two.predicted), "now": "right" if after else "wrong"}
-                        for one, two, before, after in rights if before != after]})  # fmt: skip
+        found.append(
+            {
+                "task": task,
+                "a": sum(f1[0]) / len(both),
+                "b": sum(f1[1]) / len(both),
+                **{
+                    key: value
+                    for key, value in paired(*f1, [one.patient for one, _ in both]).items()
+                    if key not in ("a", "b")
+                },
+                "changed": [
+                    {
+                        "record": one.record,
+                        "question": one.name,
+                        "gold": list(one.gold),
+                        "a": list(one.predicted),
+                        "b": list(two.predicted),
+                        "now": "right" if after else "wrong",
+                    }
+                    for one, two, before, after in rights
+                    if before != after
+                ],
+            }
+        )
     return found
 
 
@@ -86,24 +106,32 @@ def main(options: Options) -> None:
     if options.system_a:
         pairs = [(options.system_a, options.system_b or options.system_a)]
     if not pairs:
-        raise UserError(f"no system's name stands in both runs ({', '.join(names[0])}; {', '.join(names[1])}); "
-                        "name two with --system-a and --system-b")  # fmt: skip
+        raise UserError(
+            f"no system's name stands in both runs ({', '.join(names[0])}; {', '.join(names[1])}); "
+            "name two with --system-a and --system-b"
+        )
     rows = []
     for test_set in runs[0]["references"]:
         for first, second in pairs if test_set in runs[1]["references"] else ():
-            for row in changes(system_questions(options.a, first, test_set), system_questions(options.b, second, test_set)):
+            for row in changes(
+                system_questions(options.a, first, test_set), system_questions(options.b, second, test_set)
+            ):
                 rows.append({"set": test_set, "system_a": first, "system_b": second, **row})
     if options.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
     for row in rows:
         name = row["system_a"] if row["system_a"] == row["system_b"] else f"{row['system_a']} -> {row['system_b']}"
-        print(f"{row['set']}, {row['task']}, {name}: {row['a']:.1f} -> {row['b']:.1f} ({row['difference']:+.1f} "
-              f"[{row['low']:.1f}, {row['high']:.1f}], p = {row['p']:.4f}, n = {row['n']}; {row['better']} better, "
-              f"{row['worse']} worse)")  # fmt: skip
+        print(
+            f"{row['set']}, {row['task']}, {name}: {row['a']:.1f} -> {row['b']:.1f} ({row['difference']:+.1f} "
+            f"[{row['low']:.1f}, {row['high']:.1f}], p = {row['p']:.4f}, n = {row['n']}; {row['better']} better, "
+            f"{row['worse']} worse)"
+        )
         for one in row["changed"][: options.changed]:
-            print(f"    {one['record']} {one['question']}: {', '.join(one['a']) or 'not relevant'} -> "
-                  f"{', '.join(one['b']) or 'not relevant'} (now {one['now']})")  # fmt: skip
+            print(
+                f"    {one['record']} {one['question']}: {', '.join(one['a']) or 'not relevant'} -> "
+                f"{', '.join(one['b']) or 'not relevant'} (now {one['now']})"
+            )
 
 
 if __name__ == "__main__":

@@ -1,14 +1,16 @@
-"""What went wrong with an answer, in the paper's words: incomplete, irrelevant, repeated, misspelt, abbreviated, label noise.
+"""What went wrong with an answer, in the paper's words: incomplete, irrelevant, repeated, misspelt, abbreviated, label
+noise.
 
-Each wrong answer gets the first class whose rule fits, in the order of `CLASSES`; the rules look at the clinical form of the
-text. Apart from its class, an answer that stands nowhere in the note is counted as invented (open phenotypes only: a closed
-one's value need not stand there).
+Each wrong answer gets the first class whose rule fits, in the order of `CLASSES`; the rules look at the clinical form
+of the text. Apart from its class, an answer that stands nowhere in the note is counted as invented (open phenotypes
+only: a closed one's value need not stand there).
 
     >>> wrong = lambda p, g: kind(Question("n", "p", "histological_type", (g,), (p,) if p else ()))
-    >>> wrong("", "ductal carcinoma"), wrong("carcinoma", "ductal carcinoma"), wrong("ductal carcinoma in situ", "ductal carcinoma")
-    ('incomplete', 'incomplete', 'too much')
-    >>> wrong("ductal carcinmoa", "ductal carcinoma"), wrong("IDC", "invasive ductal carcinoma"), wrong("no no no", "glioma")
-    ('misspelling', 'abbreviation', 'repeated')
+    >>> right = "invasive ductal carcinoma"
+    >>> [wrong(said, right) for said in ("", "carcinoma", f"{right} in situ", "invasive ductal carcinmoa")]
+    ['incomplete', 'incomplete', 'too much', 'misspelling']
+    >>> [wrong(said, right) for said in ("IDC", "no no no", "glioma")]
+    ['abbreviation', 'repeated', 'irrelevant']
 """
 
 from __future__ import annotations
@@ -81,8 +83,12 @@ def invented(one: Question, note: str) -> int:
     return sum(f" {clinical(answer)} " not in held for answer in one.predicted)
 
 
-def analyse(questions: list[Question], notes: Mapping[str, str], others: Mapping[tuple[str, str], list[tuple[str, ...]]],
-            examples: int = 3) -> dict[str, Any]:  # fmt: skip
+def analyse(
+    questions: list[Question],
+    notes: Mapping[str, str],
+    others: Mapping[tuple[str, str], list[tuple[str, ...]]],
+    examples: int = 3,
+) -> dict[str, Any]:
     """Counts of each class with the first few examples, and the invented answers. `others`: the answers that other
     systems gave, by (record, question)."""
     counts: dict[str, int] = dict.fromkeys(CLASSES, 0)
@@ -98,11 +104,25 @@ def analyse(questions: list[Question], notes: Mapping[str, str], others: Mapping
         name = kind(one, note, same)
         counts[name] += 1
         if len(shown[name]) < examples:
-            shown[name].append({"record": one.record, "question": one.name, "right": ", ".join(one.gold) or "not relevant",
-                                "answered": ", ".join(one.predicted)[:200] or ("" if one.said_nothing else "not relevant")})  # fmt: skip
-    return {"n": len(questions), "wrong": wrong, "invented": made_up, "answers": sum(len(one.predicted) for one in questions),
-            "classes": [{"name": name, "what": CLASSES[name], "count": counts[name], "examples": shown[name]}
-                        for name in CLASSES if counts[name]]}  # fmt: skip
+            shown[name].append(
+                {
+                    "record": one.record,
+                    "question": one.name,
+                    "right": ", ".join(one.gold) or "not relevant",
+                    "answered": ", ".join(one.predicted)[:200] or ("" if one.said_nothing else "not relevant"),
+                }
+            )
+    return {
+        "n": len(questions),
+        "wrong": wrong,
+        "invented": made_up,
+        "answers": sum(len(one.predicted) for one in questions),
+        "classes": [
+            {"name": name, "what": CLASSES[name], "count": counts[name], "examples": shown[name]}
+            for name in CLASSES
+            if counts[name]
+        ],
+    }
 
 
 def _part(short: str, long: str) -> bool:

@@ -1,12 +1,14 @@
-"""Perplexity and bits per byte of a text: `python -m eval.perplexity --weights DIR [--adapter DIR] --text F.jsonl|F.txt`.
+"""Perplexity and bits per byte of a text: `python -m eval.perplexity --weights DIR [--adapter DIR] --text
+F.jsonl|F.txt`.
 
-Perplexity is a token's, so two tokenizers' cannot be compared; bits per byte can: the same −log2 p, divided by the text's
-UTF-8 bytes. With an adapter both figures are given without and with it (before and after continued pre-training).
+Perplexity is a token's, so two tokenizers' cannot be compared; bits per byte can: the same −log2 p, divided by the
+text's UTF-8 bytes. With an adapter both figures are given without and with it (before and after continued
+pre-training).
 
     100 tokens of mean loss 2.0 nats over 420 bytes: perplexity e^2 = 7.39, bits per byte 100 · 2.0 / ln 2 / 420 = 0.687
 
-Every document starts with the begin token and is cut into windows of `block` tokens that overlap by half, so that each token but the
-first few is predicted from at least half a window.
+Every document starts with the begin token and is cut into windows of `block` tokens that overlap by half, so that each
+token but the first few is predicted from at least half a window.
 """
 
 from __future__ import annotations
@@ -134,8 +136,10 @@ def main(options: Options) -> None:
         print(json.dumps({name: asdict(result) for name, result in results.items()}, indent=2))
         return
     for name, one in results.items():
-        print(f"{name:<8} perplexity {one.perplexity:.3f}  bits per byte {one.bits_per_byte:.4f}  "
-              f"({one.documents} documents, {one.tokens} tokens, {one.bytes} bytes)")  # fmt: skip
+        print(
+            f"{name:<8} perplexity {one.perplexity:.3f}  bits per byte {one.bits_per_byte:.4f}  "
+            f"({one.documents} documents, {one.tokens} tokens, {one.bytes} bytes)"
+        )
 
 
 if __name__ == "__main__":

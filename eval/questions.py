@@ -2,7 +2,8 @@
 
 A reference record is train.data.clinic's, a prediction record infer.extract's:
 
-    {"id": "p1-n1", "phenotypes": {"tumor_size": {"answers": [{"text": "2.5 cm"}], "not_relevant": false}}, "diagnosis": {"text": "…"}}
+    {"id": "p1-n1", "phenotypes": {"tumor_size": {"answers": [{"text": "2.5 cm"}], "not_relevant": false}}, "diagnosis":
+    {"text": "…"}}
 
 Shorter forms are taken too, so that any system's output can be scored: an answer may be a string, a phenotype a list of
 strings or one string ("not relevant" or "ER+, PR-"), a diagnosis a string.
@@ -58,8 +59,13 @@ class Counts:
     empty: int = 0
 
     def named(self) -> dict[str, Any]:
-        return {"missing": self.missing, "duplicate": self.duplicate, "extra": self.extra, "failed": self.failed,
-                "empty_answers": self.empty}  # fmt: skip
+        return {
+            "missing": self.missing,
+            "duplicate": self.duplicate,
+            "extra": self.extra,
+            "failed": self.failed,
+            "empty_answers": self.empty,
+        }
 
 
 def read_references(path: str | Path) -> list[Json]:
@@ -80,10 +86,12 @@ def read_predictions(path: str | Path) -> list[Json]:
     return [{**record, "id": str(record["id"])} for _, record in read_jsonl(path, ("id",))]
 
 
-def pair(references: Iterable[Json], predictions: Iterable[Json], asked: int | None = None) -> tuple[list[Question], Counts]:
+def pair(
+    references: Iterable[Json], predictions: Iterable[Json], asked: int | None = None
+) -> tuple[list[Question], Counts]:
     """Questions of every reference, and what did not pair up. A missing prediction counts as an empty answer to each
-    question, the first of duplicates counts. `asked`: the system was given that many notes only; the references are then
-    those with a prediction, filled up from the top."""
+    question, the first of duplicates counts. `asked`: the system was given that many notes only; the references are
+    then those with a prediction, filled up from the top."""
     references, counts, by_id = list(references), Counts(), {}
     for prediction in predictions:
         if prediction["id"] in by_id:
@@ -118,13 +126,27 @@ def asked_about(record: Json, prediction: Json) -> list[Question]:
         found.append(Question(record["id"], patient, name, gold, answers, silent, reason))
     if record.get("diagnosis"):
         right = record["diagnosis"]
-        gold_text = right if isinstance(right, str) else diagnosis_answer(right["text"], right["code"]).strip() if right.get(
-            "code") else right["text"]  # fmt: skip
+        gold_text = (
+            right
+            if isinstance(right, str)
+            else diagnosis_answer(right["text"], right["code"]).strip()
+            if right.get("code")
+            else right["text"]
+        )
         given = prediction.get("diagnosis") or ""
         text = given if isinstance(given, str) else str(given.get("text") or "")
         reason = "" if isinstance(given, str) else str(given.get("finish_reason", ""))
-        found.append(Question(record["id"], patient, "diagnosis", (gold_text,), (text.strip(),) if text.strip() else (),
-                              not text.strip(), reason))  # fmt: skip
+        found.append(
+            Question(
+                record["id"],
+                patient,
+                "diagnosis",
+                (gold_text,),
+                (text.strip(),) if text.strip() else (),
+                not text.strip(),
+                reason,
+            )
+        )
     return found
 
 
@@ -160,7 +182,8 @@ def judged(one: Question, preset: str) -> dict[str, Figures]:
 
 
 def figures(questions: list[Question], preset: str = "clinical", seed: int = 0) -> Json | None:
-    """The metrics of these questions with their intervals, the counts they rest on and the gold-against-gold ceiling."""
+    """The metrics of these questions with their intervals, the counts they rest on and the gold-against-gold
+    ceiling."""
     if not questions:
         return None
     per_question = [judged(one, preset) for one in questions]
@@ -177,8 +200,14 @@ def figures(questions: list[Question], preset: str = "clinical", seed: int = 0) 
         f1s = [one[metric].f1 for one in per_question]
         means.append(f1s)
         low, high = interval(f1s, patients, seed=seed)
-        result[metric] = {"precision": mean.precision, "recall": mean.recall, "f1": mean.f1, "low": low, "high": high,
-                          "ceiling": best.f1}  # fmt: skip
+        result[metric] = {
+            "precision": mean.precision,
+            "recall": mean.recall,
+            "f1": mean.f1,
+            "low": low,
+            "high": high,
+            "ceiling": best.f1,
+        }
     average = [sum(values) / len(values) for values in zip(*means, strict=True)]
     low, high = interval(average, patients, seed=seed)
     result["average_f1"] = {"f1": scores.average_f1, "low": low, "high": high, "ceiling": ceiling.average_f1}

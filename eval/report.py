@@ -54,10 +54,24 @@ class Options:
 
 
 def build(run: Path, examples_shown: int = 10) -> Json:
-    """The report of a run folder as one JSON value. Raises UserError where run.json or a file that it names is wrong."""
+    """The report of a run folder as one JSON value. Raises UserError where run.json or a file that it names is
+    wrong."""
     given = read_run(run)
-    report: Json = {key: given.get(key) for key in ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte", "leaks",
-                                                    "counterfactual", "misspelling", "retrieval")}  # fmt: skip
+    report: Json = {
+        key: given.get(key)
+        for key in (
+            "title",
+            "scale",
+            "seconds",
+            "peak_mb",
+            "host",
+            "bits_per_byte",
+            "leaks",
+            "counterfactual",
+            "misspelling",
+            "retrieval",
+        )
+    }
     report |= {"preset": "clinical", "second_preset": SECOND, "paper": PAPER, "sets": {}}
     judged_pairs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     for name, path in tqdm(given["references"].items(), desc="test sets", disable=None):
@@ -91,8 +105,12 @@ def _set(run: Path, systems: list[Json], name: str, references: list[Json]) -> t
         if name in system["predictions"]:
             predictions = read_predictions(run / system["predictions"][name])
             asked[system["name"]] = (system, *pair(references, predictions, system.get("notes")))
-    result: Json = {"title": SETS.get(name, name), "notes": len(references), "systems": [],
-                    "patients": len({str(record.get("patient", record["id"])) for record in references})}  # fmt: skip
+    result: Json = {
+        "title": SETS.get(name, name),
+        "notes": len(references),
+        "systems": [],
+        "patients": len({str(record.get("patient", record["id"])) for record in references}),
+    }
     pairs = []
     for title, (system, questions, counts) in asked.items():
         others: dict[tuple[str, str], list[tuple[str, ...]]] = {}
@@ -117,15 +135,20 @@ def _row(system: Json, questions: list[Question]) -> Json:
         row[preset] = {name: figures(group, preset) for name, group in groups(questions).items()}
     phenotype = [one for one in questions if one.task == "phenotype"]
     row["per_phenotype"] = {
-        name: {"answerable": figures([one for one in phenotype if one.name == name and one.answerable]),
-               "unanswerable": figures([one for one in phenotype if one.name == name and not one.answerable])}
+        name: {
+            "answerable": figures([one for one in phenotype if one.name == name and one.answerable]),
+            "unanswerable": figures([one for one in phenotype if one.name == name and not one.answerable]),
+        }
         for name in PHENOTYPES
-    }  # fmt: skip
+    }
     codes = [one for one in questions if one.task == "diagnosis"]
     if codes:
         said = [(lookup(" ".join(one.predicted), 1), lookup(one.gold[0], 1)) for one in codes]
-        row["code"] = {"n": len(codes), "exact": 100 * sum(p[:1] == g[:1] for p, g in said) / len(codes),
-                       "category": 100 * sum(p != [] and g != [] and p[0][:3] == g[0][:3] for p, g in said) / len(codes)}  # fmt: skip
+        row["code"] = {
+            "n": len(codes),
+            "exact": 100 * sum(p[:1] == g[:1] for p, g in said) / len(codes),
+            "category": 100 * sum(p != [] and g != [] and p[0][:3] == g[0][:3] for p, g in said) / len(codes),
+        }
     return row
 
 
@@ -162,8 +185,11 @@ def _examples(run: Path, given: Json, count: int) -> list[Json]:
     found = []
     for turn, name in enumerate(names):
         share = count // len(names) + (turn < count % len(names))
-        rows = examples(read_references(run / given["references"][name]),
-                        read_predictions(run / models[-1]["predictions"][name]), share)  # fmt: skip
+        rows = examples(
+            read_references(run / given["references"][name]),
+            read_predictions(run / models[-1]["predictions"][name]),
+            share,
+        )
         found += [{"set": name, "system": models[-1]["name"], **row} for row in rows]
     return found
 
@@ -173,20 +199,30 @@ def _examples(run: Path, given: Json, count: int) -> list[Json]:
 
 def terminal_table(report: Json) -> str:
     """The report's main figures as text: exact-match F1 and average F1 with intervals and numbers of questions."""
-    width = max([len("gold against gold"), *(len(row["name"]) for s in report["sets"].values() for row in s["systems"])])
+    width = max(
+        [len("gold against gold"), *(len(row["name"]) for s in report["sets"].values() for row in s["systems"])]
+    )
     lines = []
     for name, part in report["sets"].items():
-        lines += [f"{part['title']} ({name}): {part['notes']} notes of {part['patients']} patients",
-                  f"  {'exact-match F1 [95 % interval] n':<{width}}  {'phenotypes':<26} {'diagnosis':<26} "
-                  f"{'not relevant':<26} average F1"]  # fmt: skip
+        lines += [
+            f"{part['title']} ({name}): {part['notes']} notes of {part['patients']} patients",
+            f"  {'exact-match F1 [95 % interval] n':<{width}}  {'phenotypes':<26} {'diagnosis':<26} "
+            f"{'not relevant':<26} average F1",
+        ]
         for row in part["systems"]:
             group = row["clinical"]
             cells = [_cell(group[task]) for task in ("phenotype", "diagnosis", "phenotype, unanswerable")]
-            average = " / ".join(f"{group[task]['average_f1']['f1']:.1f}" for task in ("phenotype", "diagnosis") if group[task])
-            lines.append(f"  {row['name']:<{max(width, 32)}}  " + " ".join(f"{cell:<26}" for cell in cells) + f" {average}")
+            average = " / ".join(
+                f"{group[task]['average_f1']['f1']:.1f}" for task in ("phenotype", "diagnosis") if group[task]
+            )
+            lines.append(
+                f"  {row['name']:<{max(width, 32)}}  " + " ".join(f"{cell:<26}" for cell in cells) + f" {average}"
+            )
         lines.append("")
-    lines.append("average F1: phenotypes / diagnosis, mean of exact match, BLEU-2 and ROUGE-L; gold against gold is 100 "
-                 "under the clinical scorer used here")  # fmt: skip
+    lines.append(
+        "average F1: phenotypes / diagnosis, mean of exact match, BLEU-2 and ROUGE-L; gold against gold is 100 "
+        "under the clinical scorer used here"
+    )
     return "\n".join(lines)
 
 
@@ -201,13 +237,18 @@ def render(report: Json) -> str:
     """The report as one HTML page that needs nothing else."""
     import jinja2
 
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True,
-                                     trim_blocks=True, lstrip_blocks=True)  # fmt: skip
-    environment.filters |= {"figure": lambda value: "–" if value is None or value != value else f"{value:.1f}",
-                            "words": lambda name: name.replace("_", " "), "clock": _clock}  # fmt: skip
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "figure": lambda value: "–" if value is None or value != value else f"{value:.1f}",
+        "words": lambda name: name.replace("_", " "),
+        "clock": _clock,
+    }
     template = environment.get_template("report.html")
-    return template.render(report=report, plots=plots(report), metrics=METRICS, names=NAMES,
-                           phenotypes=list(PHENOTYPES), presets=PRESETS)  # fmt: skip
+    return template.render(
+        report=report, plots=plots(report), metrics=METRICS, names=NAMES, phenotypes=list(PHENOTYPES), presets=PRESETS
+    )
 
 
 def _clock(seconds: float | None) -> str:
@@ -222,7 +263,8 @@ def plots(report: Json) -> dict[str, str]:
         found[f"f1 {name}"] = report_plots.bars(
             [row["name"] for row in rows],
             {task: [_spread(row["clinical"][task]) for row in rows] for task in ("phenotype", "diagnosis")},
-            f"exact-match F1, {part['title']}")  # fmt: skip
+            f"exact-match F1, {part['title']}",
+        )
     for name, curve in report["curves"].items():
         series = {"training": (curve["step"], curve["loss"])}
         if curve["valid_step"]:

@@ -23,9 +23,15 @@ def _example(record: Json, prediction: Json) -> Json:
     rows, marks = [], []
     for one in asked_about(record, prediction):
         right = is_right(one)
-        rows.append({"question": one.name, "right": right, "gold": ", ".join(one.gold) or "not relevant",
-                     "answered": ", ".join(one.predicted) or ("(empty)" if one.said_nothing else "not relevant"),
-                     "logprob": _logprob(prediction, one)})  # fmt: skip
+        rows.append(
+            {
+                "question": one.name,
+                "right": right,
+                "gold": ", ".join(one.gold) or "not relevant",
+                "answered": ", ".join(one.predicted) or ("(empty)" if one.said_nothing else "not relevant"),
+                "logprob": _logprob(prediction, one),
+            }
+        )
         if one.name != "diagnosis":
             marks += _marks(record, prediction, one, right)
     return {"id": record["id"], "style": record.get("style", ""), "rows": rows, "pieces": pieces(record["text"], marks)}
@@ -33,7 +39,11 @@ def _example(record: Json, prediction: Json) -> Json:
 
 def _logprob(prediction: Json, one: Question) -> float | None:
     found = prediction.get("phenotypes", {}).get(one.name)
-    values = [a["logprob"] for a in found.get("answers", []) if a.get("logprob") is not None] if isinstance(found, dict) else []
+    values = (
+        [a["logprob"] for a in found.get("answers", []) if a.get("logprob") is not None]
+        if isinstance(found, dict)
+        else []
+    )
     return min(values) if values else None
 
 
@@ -50,7 +60,8 @@ def _marks(record: Json, prediction: Json, one: Question, right: bool) -> list[t
 
 
 def pieces(text: str, marks: list[tuple[int, int, str, str]]) -> list[Json]:
-    """`text` cut at the marks' ends, each piece with the class that it is shown in and the questions that it answers."""
+    """`text` cut at the marks' ends, each piece with the class that it is shown in and the questions that it
+    answers."""
     size = len(text)
     marks = [(max(0, start), min(size, end), kind, name) for start, end, kind, name in marks if start < end]
     edges = sorted({0, size, *(edge for start, end, *_ in marks for edge in (start, end) if edge <= size)})

@@ -10,13 +10,16 @@ COLOURS = ("#2a78b8", "#c8641e", "#3b8f5a", "#9553a8", "#b03a48")
 _INK = "#010203"  # replaced by the page's colour
 
 
-def lines(series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False,
-          zero: bool = False) -> str:  # fmt: skip
+def lines(
+    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False, zero: bool = False
+) -> str:
     """A plot of named lines (xs, ys)."""
 
     def draw(axes):
         for (name, (xs, ys)), colour in zip(series.items(), COLOURS * 5, strict=False):
-            axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) < 15 else None, markersize=4)
+            axes.plot(
+                xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) < 15 else None, markersize=4
+            )
         axes.set(xlabel=x, ylabel=y)
         if log:
             axes.set_yscale("log")
@@ -37,8 +40,10 @@ def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float,
             points = [(place + offset, *value) for place, value in enumerate(values) if value is not None]
             if points:
                 at, mid, low, high = zip(*points, strict=True)
-                spread = [[max(0, m - lo) for m, lo in zip(mid, low, strict=True)],
-                          [max(0, hi - m) for m, hi in zip(mid, high, strict=True)]]  # fmt: skip
+                spread = [
+                    [max(0, m - lo) for m, lo in zip(mid, low, strict=True)],
+                    [max(0, hi - m) for m, hi in zip(mid, high, strict=True)],
+                ]
                 axes.errorbar(mid, at, xerr=spread, fmt="o", color=colour, label=group, capsize=3, markersize=5)
         axes.set_yticks(range(len(names)), names)
         axes.set(xlabel=x, xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
@@ -54,8 +59,12 @@ def _svg(draw, salt: str, height: float) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    ink = dict.fromkeys(("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK)
-    with matplotlib.rc_context({"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, **ink}):
+    ink = dict.fromkeys(
+        ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
+    )
+    with matplotlib.rc_context(
+        {"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, **ink}
+    ):
         figure, axes = pyplot.subplots(figsize=(6.4, height), layout="constrained")
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
@@ -65,5 +74,9 @@ def _svg(draw, salt: str, height: float) -> str:
     svg = out.getvalue()
     svg = svg[svg.index("<svg") :].replace(_INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.S)
-    svg = re.sub(r'font-family: [^;"]*|font: ([\d.]+px) [^;"]*', lambda m: f"font: {m[1]} sans-serif" if m[1] else "font-family: sans-serif", svg)
+    svg = re.sub(
+        r'font-family: [^;"]*|font: ([\d.]+px) [^;"]*',
+        lambda m: f"font: {m[1]} sans-serif" if m[1] else "font-family: sans-serif",
+        svg,
+    )
     return re.sub(r'(<svg[^>]*?) height="[^"]*"', r"\1", svg, count=1).replace(' width="', ' data-width="', 1)

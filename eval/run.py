@@ -1,12 +1,14 @@
 """Any checkpoint on your own labelled notes, as a row of a report:
 
     python -m eval.run --weights DIR [--adapter DIR] --data my.jsonl --out runs/mine
-    python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine       adds a row to the same report
+    python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine       adds a row to the same
+    report
 
-`--data` holds annotated notes (train.data.clinic's records; `train.data.from_table` and `from_brat` make them of yours). Only
-what is annotated is asked and scored. The folder holds a copy of the notes, each model's answers, run.json and the report with
-intervals that draw patients: they say how far so small a set can be trusted. `--model` takes the chat form and the name of a
-model from eval/baselines.toml; else our template is used where an adapter is given, and the model's own chat form where not.
+`--data` holds annotated notes (train.data.clinic's records; `train.data.from_table` and `from_brat` make them of
+yours). Only what is annotated is asked and scored. The folder holds a copy of the notes, each model's answers, run.json
+and the report with intervals that draw patients: they say how far so small a set can be trusted. `--model` takes the
+chat form and the name of a model from eval/baselines.toml; else our template is used where an adapter is given, and the
+model's own chat form where not.
 """
 
 from __future__ import annotations
@@ -50,7 +52,8 @@ class Options:
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
     model: str = ""
-    """A model of eval/baselines.toml: mistral-7b, biomistral-7b, clinicalcamel-70b, mixtral-8x7b, llama-2-13b or qwen-7b."""
+    """A model of eval/baselines.toml: mistral-7b, biomistral-7b, clinicalcamel-70b, mixtral-8x7b, llama-2-13b or
+    qwen-7b."""
     name: str = ""
     """The row's name (empty: the model's title, or the last folder's name)."""
     form: str = "auto"
@@ -83,8 +86,12 @@ def baseline(name: str) -> dict[str, Any]:
     """An entry of eval/baselines.toml. Raises UserError for a name that it does not hold."""
     entries = tomllib.loads(BASELINES.read_text(encoding="utf-8"))
     if name not in entries:
-        raise UserError(f"--model {name}: not in eval/baselines.toml{nearest(name, list(entries))}; it has {', '.join(entries)}")
-    config = {key: None if value == "none" else value for key, value in entries[name]["config"].items()}  # TOML has no null
+        raise UserError(
+            f"--model {name}: not in eval/baselines.toml{nearest(name, list(entries))}; it has {', '.join(entries)}"
+        )
+    config = {
+        key: None if value == "none" else value for key, value in entries[name]["config"].items()
+    }  # TOML has no null
     return {**entries[name], "config": config}
 
 
@@ -109,8 +116,19 @@ def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) 
 def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
     """Put a system's row into the folder's run.json, in the place of an older one of its name."""
     run = out / "run.json"
-    given = read_json(run) if run.exists() else {"title": f"{data.stem}: {out.name}", "scale": "", "host": None, "curves": {},
-                                                 "references": {"data": "data.jsonl"}, "systems": [], "seconds": 0.0}  # fmt: skip
+    given = (
+        read_json(run)
+        if run.exists()
+        else {
+            "title": f"{data.stem}: {out.name}",
+            "scale": "",
+            "host": None,
+            "curves": {},
+            "references": {"data": "data.jsonl"},
+            "systems": [],
+            "seconds": 0.0,
+        }
+    )
     given["systems"] = [system for system in given["systems"] if system["name"] != row["name"]] + [row]
     given["seconds"] = given.get("seconds", 0.0) + seconds
     given["peak_mb"] = max(row["peak_mb"], given.get("peak_mb") or 0)
@@ -126,7 +144,9 @@ def main(options: Options) -> None:
     if (options.out / "run.json").exists() and not held.exists():
         raise UserError(f"{options.out}: holds another program's run; give another --out")
     asked = records[: options.limit] if options.limit else records
-    name = options.name or (entry["title"] if entry else Path(options.adapter[-1] if options.adapter else options.weights).name)
+    name = options.name or (
+        entry["title"] if entry else Path(options.adapter[-1] if options.adapter else options.weights).name
+    )
     form = options.form if options.form != "auto" or entry is None else entry["form"]
     began = time.monotonic()
     file = f"predictions/{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.jsonl"
@@ -134,8 +154,15 @@ def main(options: Options) -> None:
     if not held.exists():
         write_jsonl(held, records)
     seconds = time.monotonic() - began
-    row = {"name": name, "kind": "model" if options.adapter else "base", "predictions": {"data": file}, "seconds": seconds,
-           "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024, "notes": len(asked), "form": form}  # fmt: skip
+    row = {
+        "name": name,
+        "kind": "model" if options.adapter else "base",
+        "predictions": {"data": file},
+        "seconds": seconds,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "notes": len(asked),
+        "form": form,
+    }
     add_row(options.out, row, options.data, seconds)
     print(terminal_table(write(options.out)))
     print(f"report: {options.out / 'report.html'}")

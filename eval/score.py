@@ -1,9 +1,10 @@
 """The metrics of a predictions file: `python -m eval.score --predictions F.jsonl --references G.jsonl`.
 
-    python -m eval.score --predictions runs/demo/predictions/tuned.heldout.jsonl --references runs/demo/data/heldout.jsonl
+    python -m eval.score --predictions runs/demo/predictions/tuned.heldout.jsonl --references
+    runs/demo/data/heldout.jsonl
 
-The forms of the two files stand in eval/questions.py. Answerable questions are scored apart from unanswerable ones, where
-the right answer is "not relevant": a system that always says so would look good in a mean over both.
+The forms of the two files stand in eval/questions.py. Answerable questions are scored apart from unanswerable ones,
+where the right answer is "not relevant": a system that always says so would look good in a mean over both.
 """
 
 from __future__ import annotations
@@ -40,8 +41,10 @@ class Options:
 
     def __post_init__(self) -> None:
         if self.preset not in PRESETS:
-            raise UserError(f"--preset {self.preset}: not known{nearest(self.preset, list(PRESETS))}; there are "
-                            f"{', '.join(PRESETS)}")  # fmt: skip
+            raise UserError(
+                f"--preset {self.preset}: not known{nearest(self.preset, list(PRESETS))}; there are "
+                f"{', '.join(PRESETS)}"
+            )
 
 
 def groups(questions: list[Question], task: str = "both") -> dict[str, list[Question]]:
@@ -80,15 +83,21 @@ def table(result: dict[str, Any]) -> str:
                 lines.append(f"  {NAMES[metric]:<12} not computed by this preset")
                 continue
             parts = f"P {value['precision']:5.1f}  R {value['recall']:5.1f}  " if "precision" in value else " " * 18
-            lines.append(f"  {NAMES[metric]:<12} {parts}F1 {value['f1']:5.1f}  [{value['low']:.1f}, {value['high']:.1f}]"
-                         f"  gold against gold {value['ceiling']:.1f}")  # fmt: skip
+            lines.append(
+                f"  {NAMES[metric]:<12} {parts}F1 {value['f1']:5.1f}  [{value['low']:.1f}, {value['high']:.1f}]"
+                f"  gold against gold {value['ceiling']:.1f}"
+            )
     return "\n".join([*lines, f"signature {signature}"])
 
 
 def warn(counts: dict[str, Any], where: str) -> None:
     """Say on stderr what did not pair up."""
-    for kind, what in (("missing", "notes without a prediction (scored as empty)"), ("extra", "predictions for unknown notes"),
-                       ("duplicate", "notes predicted twice (the first counts)"), ("failed", "notes that failed")):  # fmt: skip
+    for kind, what in (
+        ("missing", "notes without a prediction (scored as empty)"),
+        ("extra", "predictions for unknown notes"),
+        ("duplicate", "notes predicted twice (the first counts)"),
+        ("failed", "notes that failed"),
+    ):
         if ids := counts[kind]:
             shown = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
             print(f"{where}: {len(ids)} {what}: {shown}", file=sys.stderr)

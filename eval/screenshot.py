@@ -1,4 +1,5 @@
-"""Pictures of a report in light, dark and at a phone's width: `python -m eval.screenshot RUN_DIR/report.html --out DIR`.
+"""Pictures of a report in light, dark and at a phone's width: `python -m eval.screenshot RUN_DIR/report.html --out
+DIR`.
 
 Needs a Chromium on the PATH (Debian: apt-get install chromium). The page is opened from disk.
 """
@@ -43,10 +44,28 @@ def main(options: Options) -> None:
     for name, (width, height) in SHOTS.items():
         shot = options.out.resolve() / f"report-{name}.png"
         with tempfile.TemporaryDirectory() as profile:
-            dark = ["--blink-settings=preferredColorScheme=0"] if name == "dark" else ["--blink-settings=preferredColorScheme=1"]
-            done = subprocess.run([browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-                                   "--hide-scrollbars", f"--user-data-dir={profile}", *dark, f"--window-size={width},{height}",
-                                   f"--screenshot={shot}", address], capture_output=True, timeout=120)  # fmt: skip
+            dark = (
+                ["--blink-settings=preferredColorScheme=0"]
+                if name == "dark"
+                else ["--blink-settings=preferredColorScheme=1"]
+            )
+            done = subprocess.run(
+                [
+                    browser,
+                    "--headless",
+                    "--no-sandbox",
+                    "--disable-gpu",
+                    "--disable-background-networking",
+                    "--hide-scrollbars",
+                    f"--user-data-dir={profile}",
+                    *dark,
+                    f"--window-size={width},{height}",
+                    f"--screenshot={shot}",
+                    address,
+                ],
+                capture_output=True,
+                timeout=120,
+            )
         if done.returncode or not shot.is_file():
             raise UserError(f"{browser} made no picture of {options.page} (exit {done.returncode})")
         print(shot)

@@ -1,7 +1,8 @@
 """How far a mean can be trusted: intervals and tests that draw patients, because one patient's questions hang together.
 
-`interval` is the percentile bootstrap over patients. Where it would claim certainty (every patient alike at 0 or 100, or one
-patient alone) the exact binomial bound on patients takes its place: 10 patients all right say "at least 69 %", not "100 ± 0".
+`interval` is the percentile bootstrap over patients. Where it would claim certainty (every patient alike at 0 or 100,
+or one patient alone) the exact binomial bound on patients takes its place: 10 patients all right say "at least 69 %",
+not "100 ± 0".
 
     >>> low, high = interval([100.0] * 10, list("abcdefghij"))
     >>> round(low, 1), high
@@ -17,7 +18,9 @@ import numpy as np
 DRAWS = 2000
 
 
-def interval(values: Sequence[float], patients: Sequence[Hashable], level: float = 0.95, seed: int = 0) -> tuple[float, float]:
+def interval(
+    values: Sequence[float], patients: Sequence[Hashable], level: float = 0.95, seed: int = 0
+) -> tuple[float, float]:
     """The interval of the mean of `values` (percent), resampling whole patients. The same input gives the same bits."""
     sums, counts = _by_patient(values, patients)
     n, tail = len(sums), (1 - level) / 2
@@ -35,7 +38,8 @@ def interval(values: Sequence[float], patients: Sequence[Hashable], level: float
 
 def paired(a: Sequence[float], b: Sequence[float], patients: Sequence[Hashable], seed: int = 0) -> dict[str, float]:
     """What system B adds to system A on the same questions: the difference of means, its interval, and the p-value of a
-    test that flips the sign of whole patients' differences (all 2^n flips up to 12 patients, else 10,000 drawn ones)."""
+    test that flips the sign of whole patients' differences (all 2^n flips up to 12 patients, else 10,000 drawn
+    ones)."""
     difference, counts = _by_patient([y - x for x, y in zip(a, b, strict=True)], patients)
     n = len(difference)
     observed = float(difference.sum() / counts.sum())
@@ -50,9 +54,16 @@ def paired(a: Sequence[float], b: Sequence[float], patients: Sequence[Hashable],
     else:
         signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(10_000, n))
         extreme, total = _extreme(signs, difference) + 1, 10_001
-    return {"difference": observed, "low": float(low), "high": float(high), "p": extreme / total, "n": len(a),
-            "patients": n, "better": int((np.asarray(b) > np.asarray(a)).sum()),
-            "worse": int((np.asarray(b) < np.asarray(a)).sum())}  # fmt: skip
+    return {
+        "difference": observed,
+        "low": float(low),
+        "high": float(high),
+        "p": extreme / total,
+        "n": len(a),
+        "patients": n,
+        "better": int((np.asarray(b) > np.asarray(a)).sum()),
+        "worse": int((np.asarray(b) < np.asarray(a)).sum()),
+    }
 
 
 def _extreme(signs: np.ndarray, difference: np.ndarray) -> int:

@@ -1,4 +1,5 @@
-"""Our metrics against the public ones, end to end (texts in, figures out) at a given length. Same figures, see tests/eval.
+"""Our metrics against the public ones, end to end (texts in, figures out) at a given length. Same figures, see
+tests/eval.
 
 The texts are all different and each is scored once per pass, so no program's memory of whole lines helps it.
 """
@@ -10,9 +11,11 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-WORDS = ("left right upper lower lobe breast lung colon invasive ductal carcinoma adenocarcinoma grade 2 3 stage IIB IIIA 2.5 "
-         "1.8 cm mm x tumor, mass. biopsy shows; margins (negative) ER+ PR- HER2 positive the a of with and no patient was seen "
-         "in clinic today for follow-up.").split()  # fmt: skip
+WORDS = (
+    "left right upper lower lobe breast lung colon invasive ductal carcinoma adenocarcinoma grade 2 3 stage IIB IIIA "
+    "2.5 1.8 cm mm x tumor, mass. biopsy shows; margins (negative) ER+ PR- HER2 positive the a of with and no patient "
+    "was seen in clinic today for follow-up."
+).split()
 
 
 def texts(count: int, tokens: int, seed: int = 0) -> list[tuple[str, str]]:
@@ -43,19 +46,45 @@ def rows(tokens: int = 150, count: int = 100, repeats: int = 5) -> list[dict[str
 
     rouge, bleu = RougeScorer(["rougeL"]), BLEU(max_ngram_order=2, effective_order=True)
     contests: list[tuple[str, str, Callable[[str, str], float], Callable[[str, str], float]]] = [
-        ("ROUGE-L", "rouge-score", lambda p, g: likeness.rouge_l_google(words_rouge(p), words_rouge(g)),
-         lambda p, g: rouge.score(g, p)["rougeL"].fmeasure),
-        ("sentence BLEU-2", "sacrebleu", lambda p, g: likeness.bleu_sacrebleu(words_13a(p), words_13a(g)),
-         lambda p, g: bleu.sentence_score(p, [g]).score / 100),
-    ]  # fmt: skip
+        (
+            "ROUGE-L",
+            "rouge-score",
+            lambda p, g: likeness.rouge_l_google(words_rouge(p), words_rouge(g)),
+            lambda p, g: rouge.score(g, p)["rougeL"].fmeasure,
+        ),
+        (
+            "sentence BLEU-2",
+            "sacrebleu",
+            lambda p, g: likeness.bleu_sacrebleu(words_13a(p), words_13a(g)),
+            lambda p, g: bleu.sentence_score(p, [g]).score / 100,
+        ),
+    ]
     result = []
     for name, peer_name, ours, peers in contests:
         for p, g in texts(5, tokens, seed=-1):
             assert abs(ours(p, g) - peers(p, g)) < 1e-9
-        best = [min(values) for values in zip(*((seconds(ours, texts(count, tokens, turn)), seconds(peers, texts(
-            count, tokens, turn))) for turn in range(repeats)), strict=True)]  # fmt: skip
+        best = [
+            min(values)
+            for values in zip(
+                *(
+                    (seconds(ours, texts(count, tokens, turn)), seconds(peers, texts(count, tokens, turn)))
+                    for turn in range(repeats)
+                ),
+                strict=True,
+            )
+        ]
         mine, theirs = (1e3 * value / count for value in best)
-        result.append({"name": name, "ours": mine, "peer": theirs, "peer_name": peer_name, "ratio": theirs / mine,
-                       "limit": None, "share_of_limit": None, "unit": "ms a pair",
-                       "setting": f"{tokens} words, {count} pairs, best of {repeats}"})  # fmt: skip
+        result.append(
+            {
+                "name": name,
+                "ours": mine,
+                "peer": theirs,
+                "peer_name": peer_name,
+                "ratio": theirs / mine,
+                "limit": None,
+                "share_of_limit": None,
+                "unit": "ms a pair",
+                "setting": f"{tokens} words, {count} pairs, best of {repeats}",
+            }
+        )
     return result

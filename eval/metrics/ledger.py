@@ -1,7 +1,7 @@
 """The disagreement ledger: every answer that two presets judge differently, with why.
 
-An answer is judged by exact match: clinical form, released form, or the plain text. And a right answer is listed where a
-definition still gives it no more than 0.5: one word has no pair of words, so COCO's BLEU-2 of a perfect one is 0.001.
+An answer is judged by exact match: clinical form, released form, or the plain text. And a right answer is listed where
+a definition still gives it no more than 0.5: one word has no pair of words, so COCO's BLEU-2 of a perfect one is 0.001.
 """
 
 from __future__ import annotations
@@ -14,7 +14,11 @@ from eval.metrics.scoring import answers, question
 from eval.metrics.text import clinical, released, unstemmed
 
 JUDGES = ("clinical", "cancerllm", "coco")
-_NAMES = {"clinical": "clinical", "cancerllm": "cancerllm, cancerllm-released", "coco": "coco, sacrebleu, nltk, rouge_score"}
+_NAMES = {
+    "clinical": "clinical",
+    "cancerllm": "cancerllm, cancerllm-released",
+    "coco": "coco, sacrebleu, nltk, rouge_score",
+}
 
 
 def why(predicted: str, gold: str) -> str:
@@ -37,14 +41,18 @@ def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[st
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
 
     def note(predicted: str, gold: str, reason: str, verdicts: dict[str, str]) -> None:
-        entry = found.setdefault((predicted, gold, reason), {"predicted": predicted, "gold": gold, "why": reason,
-                                                              "verdicts": verdicts, "count": 0})  # fmt: skip
+        entry = found.setdefault(
+            (predicted, gold, reason),
+            {"predicted": predicted, "gold": gold, "why": reason, "verdicts": verdicts, "count": 0},
+        )
         entry["count"] += 1
 
     for given, gold in pairs:
         rights = answers(list(gold), PRESETS["clinical"])
         for one in answers(list(given), PRESETS["clinical"]):
-            verdict = {judge: any(PRESETS[judge].form(one) == PRESETS[judge].form(g) for g in rights) for judge in JUDGES}
+            verdict = {
+                judge: any(PRESETS[judge].form(one) == PRESETS[judge].form(g) for g in rights) for judge in JUDGES
+            }
             if len(set(verdict.values())) > 1:
                 near = next(g for g in rights if any(PRESETS[j].form(one) == PRESETS[j].form(g) for j in JUDGES))
                 note(one, near, why(one, near), {_NAMES[j]: "right" if v else "wrong" for j, v in verdict.items()})

@@ -1,7 +1,8 @@
 """How alike two texts are: BLEU-2 in three definitions, ROUGE-L in two, ROUGE-1 over sets. All return 0 to 1.
 
-The longest common subsequence is found bit-parallel (Hyyrö, 2004): one row of the table of lengths is one integer, whose
-zero bits mark where the length grows, so a step is five operations on whole words whatever the reference's length.
+The longest common subsequence is found bit-parallel (Hyyrö, 2004): one row of the table of lengths is one integer,
+whose zero bits mark where the length grows, so a step is five operations on whole words whatever the reference's
+length.
 
     >>> lcs_length("a b c d".split(), "b x d".split())
     2

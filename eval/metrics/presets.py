@@ -57,7 +57,8 @@ PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset("clinical", text.clinical, _clinical, pairs.bleu_sacrebleu, _clinical, pairs.rouge_l_coco,
-               f"em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|{_SETS}",
+               "em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|"
+               + _SETS,
                nothing="not relevant"),
         Preset("cancerllm", text.released, _stemmed, pairs.bleu_coco, _stemmed, pairs.rouge_l_coco,
                f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}"),

@@ -45,8 +45,9 @@ class Scores:
     signature: str
 
 
-def score(predictions: Sequence[str | Sequence[str]], references: Sequence[str | Sequence[str]],
-          preset: str = "clinical") -> Scores:  # fmt: skip
+def score(
+    predictions: Sequence[str | Sequence[str]], references: Sequence[str | Sequence[str]], preset: str = "clinical"
+) -> Scores:
     """Score answers: one item a question in both lists, each a list of answers or one text that is split on commas.
 
     A diagnosis whose commas belong to it is given as a list of one. Raises ValueError where the two lists differ in
@@ -63,12 +64,19 @@ def score(predictions: Sequence[str | Sequence[str]], references: Sequence[str |
 
 def gather(per_question: Sequence[dict[str, Figures]], preset: str) -> Scores:
     """Scores of many questions from each one's."""
-    means = {name: Figures(*(_mean(getattr(one[name], part) for one in per_question) for part in ("precision", "recall",
-                                                                                               "f1")))
-             for name in METRICS}  # fmt: skip
+    means = {
+        name: Figures(
+            *(_mean(getattr(one[name], part) for one in per_question) for part in ("precision", "recall", "f1"))
+        )
+        for name in METRICS
+    }
     average = _mean(means[name].f1 for name in METRICS if not math.isnan(means[name].f1))
-    return Scores(**means, average_f1=average, per_question=tuple(per_question),
-                  signature=f"preset:{preset}|{PRESETS[preset].signature}|v:1")  # fmt: skip
+    return Scores(
+        **means,
+        average_f1=average,
+        per_question=tuple(per_question),
+        signature=f"preset:{preset}|{PRESETS[preset].signature}|v:1",
+    )
 
 
 def question(predicted: str | Sequence[str], gold: str | Sequence[str], preset: Preset) -> dict[str, Figures]:

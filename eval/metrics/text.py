@@ -1,11 +1,11 @@
 """What a metric sees of an answer: each public scorer's own words, and ours, which keep what carries clinical meaning.
 
-    >>> released("HER2+, 2.5 cm (C50.911)"), released("HER2-, 25 cm (C50911)")
-    ('her2 25 cm c50911', 'her2 25 cm c50911')
-    >>> clinical("HER2 positive"), clinical("HER2 −"), clinical("2.50cm"), clinical("Twenty-five mm"), clinical("25 cm")
-    ('her2 +', 'her2 -', '25 mm', '25 mm', '250 mm')
-    >>> clinical("Adenocarcinoma, left (C50.911)."), clinical("adenocarcinoma left C50911")
-    ('adenocarcinoma left c50.911', 'adenocarcinoma left c50911')
+>>> released("HER2+, 2.5 cm (C50.911)"), released("HER2-, 25 cm (C50911)")
+('her2 25 cm c50911', 'her2 25 cm c50911')
+>>> clinical("HER2 positive"), clinical("HER2 −"), clinical("2.50cm"), clinical("Twenty-five mm"), clinical("25 cm")
+('her2 +', 'her2 -', '25 mm', '25 mm', '250 mm')
+>>> clinical("Adenocarcinoma, left (C50.911)."), clinical("adenocarcinoma left C50911")
+('adenocarcinoma left c50.911', 'adenocarcinoma left c50911')
 """
 
 from __future__ import annotations
@@ -78,16 +78,30 @@ def words_rouge(text: str) -> list[str]:
 
 # ---- ours -----------------------------------------------------------------------------------------------------
 
-_UNITS = ("zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
-          "seventeen eighteen nineteen").split()  # fmt: skip
+_UNITS = (
+    "zero one two three four five six seven eight nine ten eleven twelve thirteen fourteen fifteen sixteen "
+    "seventeen eighteen nineteen"
+).split()
 _TENS = {word: 10 * ten for ten, word in enumerate("twenty thirty forty fifty sixty seventy eighty ninety".split(), 2)}
 _NUMBERS = {word: number for number, word in enumerate(_UNITS)} | _TENS
-_NUMBER_WORD = re.compile(r"\b(?:(" + "|".join(_TENS) + r")[-\s](" + "|".join(_UNITS[1:10]) + r")|("
-                          + "|".join(sorted(_NUMBERS, key=len, reverse=True)) + r"))\b", re.I)  # fmt: skip
+_NUMBER_WORD = re.compile(
+    r"\b(?:("
+    + "|".join(_TENS)
+    + r")[-\s]("
+    + "|".join(_UNITS[1:10])
+    + r")|("
+    + "|".join(sorted(_NUMBERS, key=len, reverse=True))
+    + r"))\b",
+    re.I,
+)
 _LENGTH = re.compile(r"(\d+(?:\.\d+)?(?:\s*(?:mm|cm)?\s*x\s*\d+(?:\.\d+)?)*)\s*-?\s*(mm|cm)\b")
-_UNIT_WORDS = ((re.compile(r"\bcentimet(?:er|re)s?\b"), "cm"), (re.compile(r"\bmillimet(?:er|re)s?\b"), "mm"),
-               (re.compile(r"\bper ?cent\b"), "%"), (re.compile(r"(?<=\d)\s*(?:×|x|by)\s*(?=\d)"), " x "),
-               (re.compile(r"(mm|cm)\s*(?:×|x|by)\s*(?=\d)"), r"\1 x "))  # fmt: skip
+_UNIT_WORDS = (
+    (re.compile(r"\bcentimet(?:er|re)s?\b"), "cm"),
+    (re.compile(r"\bmillimet(?:er|re)s?\b"), "mm"),
+    (re.compile(r"\bper ?cent\b"), "%"),
+    (re.compile(r"(?<=\d)\s*(?:×|x|by)\s*(?=\d)"), " x "),
+    (re.compile(r"(mm|cm)\s*(?:×|x|by)\s*(?=\d)"), r"\1 x "),
+)
 _SIGNS = ((re.compile(r"\b(?:positive|pos)\b"), " + "), (re.compile(r"\b(?:negative|neg)\b"), " - "))
 _TOKEN = re.compile(r"\d+(?:\.\d+)+|[a-z]+\d\w*(?:\.\w+)?|\d+|[^\W\d_][^\W_]*|[+%<>=/]|-")
 _CASED = re.compile(r"\b(?:ALL|AIDS|US|MEN|CAT|WHO|IT|OR|NO)\b")

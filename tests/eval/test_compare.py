@@ -45,8 +45,19 @@ class Bytes:
 
 
 def tiny():
-    config = ModelConfig(vocab_size=257, hidden_size=16, intermediate_size=32, num_hidden_layers=1, num_attention_heads=2,
-                         num_key_value_heads=1, head_dim=8, max_position_embeddings=512, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None,))  # fmt: skip
+    config = ModelConfig(
+        vocab_size=257,
+        hidden_size=16,
+        intermediate_size=32,
+        num_hidden_layers=1,
+        num_attention_heads=2,
+        num_key_value_heads=1,
+        head_dim=8,
+        max_position_embeddings=512,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        windows=(None,),
+    )
     return Transformer(config).init_weights(0).eval()
 
 

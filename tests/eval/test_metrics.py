@@ -1,4 +1,5 @@
-"""Every preset against its public peer, to 1e-9 of a score of 1; the pathologies that the clinical preset must not have."""
+"""Every preset against its public peer, to 1e-9 of a score of 1; the pathologies that the clinical preset must not
+have."""
 
 import doctest
 import importlib
@@ -14,10 +15,39 @@ from eval.metrics.stemmer import stem
 from eval.metrics.text import clinical, released, words_13a
 from model.command import UserError
 
-CLINICAL = ["HER2+", "HER2-", "2.5", "25", "cm", "x", "C50.911", "left", "upper", "lobe", "carcinoma", "grade", "3",
-            "T1c.", "(ER)", "not", "30%", "a-b", "..", "3.", ".5", "1,000", "&amp;", "it's", "\u00e9t\u00e9", "7-8"]  # fmt: skip
-words = st.one_of(st.sampled_from(CLINICAL), st.text(alphabet="ab.,-'&;<>1 \t\u00c9", min_size=1, max_size=6),
-                  st.text(min_size=1, max_size=4))  # fmt: skip
+CLINICAL = [
+    "HER2+",
+    "HER2-",
+    "2.5",
+    "25",
+    "cm",
+    "x",
+    "C50.911",
+    "left",
+    "upper",
+    "lobe",
+    "carcinoma",
+    "grade",
+    "3",
+    "T1c.",
+    "(ER)",
+    "not",
+    "30%",
+    "a-b",
+    "..",
+    "3.",
+    ".5",
+    "1,000",
+    "&amp;",
+    "it's",
+    "\u00e9t\u00e9",
+    "7-8",
+]
+words = st.one_of(
+    st.sampled_from(CLINICAL),
+    st.text(alphabet="ab.,-'&;<>1 \t\u00c9", min_size=1, max_size=6),
+    st.text(min_size=1, max_size=4),
+)
 texts = st.lists(words, min_size=1, max_size=9).map(" ".join).filter(str.strip)
 likely = settings(deadline=None, max_examples=250)
 
@@ -34,11 +64,23 @@ def test_worked_examples(module):
 
 
 @likely
-@given(st.one_of(st.text(alphabet="abcdefghilmnostuyzeed", max_size=12), st.text(max_size=8),
-       st.tuples(st.text(alphabet="abcdeiotuylrs", max_size=6), st.sampled_from(
-           "ational tional enci izer bli alli entli eli ousli ization ation ator alism iveness fulness aliti iviti biliti fulli "
-           "logi icate ative alize iciti ical ful ness ance ement ment ent ion sion ism ate ous ive ize eed ed ing ies ied sses "
-           "ss s y e ll at bl iz".split())).map("".join)))  # fmt: skip
+@given(
+    st.one_of(
+        st.text(alphabet="abcdefghilmnostuyzeed", max_size=12),
+        st.text(max_size=8),
+        st.tuples(
+            st.text(alphabet="abcdeiotuylrs", max_size=6),
+            st.sampled_from(
+                (
+                    "ational tional enci izer bli alli entli eli ousli ization ation ator "
+                    "alism iveness fulness aliti iviti biliti fulli logi icate ative alize "
+                    "iciti ical ful ness ance ement ment ent ion sion ism ate ous ive ize "
+                    "eed ed ing ies ied sses ss s y e ll at bl iz "
+                ).split()
+            ),
+        ).map("".join),
+    )
+)
 def test_stemmer_is_nltks(word):
     from nltk.stem import PorterStemmer
 
@@ -111,17 +153,42 @@ def test_bit_parallel_lcs_is_the_table(a, b):
     assert pairs.lcs_length(a, b) == pairs.lcs_length_table(a, b)
 
 
-@pytest.mark.parametrize(("a", "b"), [("HER2+", "HER2-"), ("HER2+", "HER2"), ("2.5", "25"), ("2.5 cm", "25 cm"),
-                                      ("C50.911", "C50911"), ("ALL", "all"), ("grade 2", "grade 3"), ("5%", "5"),
-                                      ("< 1 cm", "> 1 cm"), ("1 mm", "1 cm")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("HER2+", "HER2-"),
+        ("HER2+", "HER2"),
+        ("2.5", "25"),
+        ("2.5 cm", "25 cm"),
+        ("C50.911", "C50911"),
+        ("ALL", "all"),
+        ("grade 2", "grade 3"),
+        ("5%", "5"),
+        ("< 1 cm", "> 1 cm"),
+        ("1 mm", "1 cm"),
+    ],
+)
 def test_clinical_tells_apart(a, b):
     assert one(a, b, "clinical")["exact_match"].f1 == 0
 
 
-@pytest.mark.parametrize(("a", "b"), [("2.5 cm", "25 mm"), ("2.50 cm", "2.5cm"), ("two", "2"), ("2 x 3 cm", "2 by 3 cm"),
-                                      ("0.8 cm x 6 mm", "8 mm \u00d7 0.6 cm"), (".5 cm", "5 mm"), ("ER positive", "ER+"),
-                                      ("HER2 \u2212", "her2 negative"), ("MUCIN-RICH", "mucin rich"), ("IIIC.", "iiic"),
-                                      ("thirty-five percent", "35%"), ("2.5-centimeter", "2.5 cm")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("a", "b"),
+    [
+        ("2.5 cm", "25 mm"),
+        ("2.50 cm", "2.5cm"),
+        ("two", "2"),
+        ("2 x 3 cm", "2 by 3 cm"),
+        ("0.8 cm x 6 mm", "8 mm \u00d7 0.6 cm"),
+        (".5 cm", "5 mm"),
+        ("ER positive", "ER+"),
+        ("HER2 \u2212", "her2 negative"),
+        ("MUCIN-RICH", "mucin rich"),
+        ("IIIC.", "iiic"),
+        ("thirty-five percent", "35%"),
+        ("2.5-centimeter", "2.5 cm"),
+    ],
+)
 def test_clinical_holds_equal(a, b):
     assert one(a, b, "clinical")["exact_match"].f1 == 100, (clinical(a), clinical(b))
 
@@ -142,9 +209,17 @@ def test_gold_against_gold_is_100_under_clinical(gold):
     assert 0 <= result.average_f1 <= 100 + 1e-9
 
 
-@pytest.mark.parametrize(("p", "g", "expected"), [([], [], (100, 100, 100)), (["x"], [], (0, 100, 0)), ([], ["x"], (100, 0, 0)),
-                                                  ("x, x", "x", (100, 100, 100)), ("not relevant", [], (100, 100, 100)),
-                                                  ("x, z", "x, y", (50, 50, 50))])  # fmt: skip
+@pytest.mark.parametrize(
+    ("p", "g", "expected"),
+    [
+        ([], [], (100, 100, 100)),
+        (["x"], [], (0, 100, 0)),
+        ([], ["x"], (100, 0, 0)),
+        ("x, x", "x", (100, 100, 100)),
+        ("not relevant", [], (100, 100, 100)),
+        ("x, z", "x, y", (50, 50, 50)),
+    ],
+)
 def test_set_scorers_edges(p, g, expected):
     result = score([p], [g]).exact_match
     assert (result.precision, result.recall, result.f1) == expected

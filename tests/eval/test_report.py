@@ -1,5 +1,7 @@
 """Score and report as a user calls them: on real files, with nothing dropped and nothing unescaped."""
 
+import doctest
+import importlib
 import json
 import subprocess
 import sys
@@ -19,21 +21,50 @@ TEXT = "Breast <b>left</b>: ductal carcinoma, 2.5 cm, ER positive & HER2 negativ
 
 def note(number, patient, size="2.5 cm"):
     start = TEXT.index("2.5 cm")
-    return {"id": f"n{number}", "patient": patient, "style": "prose", "text": TEXT,
-            "phenotypes": {"tumor_size": [{"text": size, "start": start, "end": start + 6}], "cancer_stage": [],
-                           "hormone_receptor_status": [{"text": "ER+", "start": 40, "end": 51}, {"text": "HER2-", "start": 54, "end": 67}]},
-            "diagnosis": {"text": "Malignant neoplasm of sigmoid colon", "code": "C18.7"}}  # fmt: skip
+    return {
+        "id": f"n{number}",
+        "patient": patient,
+        "style": "prose",
+        "text": TEXT,
+        "phenotypes": {
+            "tumor_size": [{"text": size, "start": start, "end": start + 6}],
+            "cancer_stage": [],
+            "hormone_receptor_status": [
+                {"text": "ER+", "start": 40, "end": 51},
+                {"text": "HER2-", "start": 54, "end": 67},
+            ],
+        },
+        "diagnosis": {"text": "Malignant neoplasm of sigmoid colon", "code": "C18.7"},
+    }
 
 
-def answer(number, size="2.5 cm", status=("ER+", "HER2-"), stage=(), diagnosis="Malignant neoplasm of sigmoid colon (C18.7)"):
+def answer(
+    number, size="2.5 cm", status=("ER+", "HER2-"), stage=(), diagnosis="Malignant neoplasm of sigmoid colon (C18.7)"
+):
     def made(texts):
-        return {"answers": [{"text": t, "start": TEXT.find(t) if t in TEXT else None,
-                             "end": TEXT.find(t) + len(t) if t in TEXT else None, "logprob": -0.1} for t in texts],
-                "not_relevant": not texts, "finish_reason": "eos"}  # fmt: skip
+        return {
+            "answers": [
+                {
+                    "text": t,
+                    "start": TEXT.find(t) if t in TEXT else None,
+                    "end": TEXT.find(t) + len(t) if t in TEXT else None,
+                    "logprob": -0.1,
+                }
+                for t in texts
+            ],
+            "not_relevant": not texts,
+            "finish_reason": "eos",
+        }
 
-    return {"id": f"n{number}", "phenotypes": {"tumor_size": made([size] if size else []), "cancer_stage": made(stage),
-                                               "hormone_receptor_status": made(status)},
-            "diagnosis": {"text": diagnosis, "codes": []}}  # fmt: skip
+    return {
+        "id": f"n{number}",
+        "phenotypes": {
+            "tumor_size": made([size] if size else []),
+            "cancer_stage": made(stage),
+            "hormone_receptor_status": made(status),
+        },
+        "diagnosis": {"text": diagnosis, "codes": []},
+    }
 
 
 @pytest.fixture
@@ -42,14 +73,38 @@ def run(tmp_path):
     for name in ("heldout", "unseen"):
         write_jsonl(tmp_path / f"{name}.jsonl", notes)
         write_jsonl(tmp_path / f"good.{name}.jsonl", [answer(i) for i in range(6)])
-        write_jsonl(tmp_path / f"bad.{name}.jsonl", [answer(i, size="25 cm", status=("HER2+",), stage=("II",)) for i in range(3)])
-    write_jsonl(tmp_path / "curve.jsonl", [{"step": s, "loss": 3 / s, "valid_loss": 4 / s if s % 2 else None} for s in range(1, 9)])
-    write_json(tmp_path / "run.json", {
-        "title": "T <script>", "scale": "tiny", "seconds": 5, "peak_mb": 100, "host": {"cpu": "x"},
-        "references": {"heldout": "heldout.jsonl", "unseen": "unseen.jsonl"}, "curves": {"tuning": "curve.jsonl"},
-        "bits_per_byte": [{"name": "notes", "before": 1.5, "after": 0.9}],
-        "systems": [{"name": n, "kind": k, "seconds": 1, "peak_mb": 9, "predictions": {s: f"{n}.{s}.jsonl" for s in (
-            "heldout", "unseen")}, **extra} for n, k, extra in (("bad", "base", {"notes": 3}), ("good", "model", {}))]})  # fmt: skip
+        write_jsonl(
+            tmp_path / f"bad.{name}.jsonl",
+            [answer(i, size="25 cm", status=("HER2+",), stage=("II",)) for i in range(3)],
+        )
+    write_jsonl(
+        tmp_path / "curve.jsonl",
+        [{"step": s, "loss": 3 / s, "valid_loss": 4 / s if s % 2 else None} for s in range(1, 9)],
+    )
+    write_json(
+        tmp_path / "run.json",
+        {
+            "title": "T <script>",
+            "scale": "tiny",
+            "seconds": 5,
+            "peak_mb": 100,
+            "host": {"cpu": "x"},
+            "references": {"heldout": "heldout.jsonl", "unseen": "unseen.jsonl"},
+            "curves": {"tuning": "curve.jsonl"},
+            "bits_per_byte": [{"name": "notes", "before": 1.5, "after": 0.9}],
+            "systems": [
+                {
+                    "name": n,
+                    "kind": k,
+                    "seconds": 1,
+                    "peak_mb": 9,
+                    "predictions": {s: f"{n}.{s}.jsonl" for s in ("heldout", "unseen")},
+                    **extra,
+                }
+                for n, k, extra in (("bad", "base", {"notes": 3}), ("good", "model", {}))
+            ],
+        },
+    )
     return tmp_path
 
 
@@ -90,19 +145,32 @@ def test_nothing_is_dropped_in_silence():
 
 
 def test_short_forms_of_predictions_are_taken():
-    mine = {"id": "n0", "phenotypes": {"tumor_size": "25 mm", "cancer_stage": "not relevant",
-                                       "hormone_receptor_status": ["ER+", "HER2-"]}, "diagnosis": "C18.7"}  # fmt: skip
+    mine = {
+        "id": "n0",
+        "phenotypes": {
+            "tumor_size": "25 mm",
+            "cancer_stage": "not relevant",
+            "hormone_receptor_status": ["ER+", "HER2-"],
+        },
+        "diagnosis": "C18.7",
+    }
     questions, _ = pair([note(0, "a")], [mine])
     assert figures([q for q in questions if q.task == "phenotype"])["exact_match"]["f1"] == 100
 
 
-@pytest.mark.parametrize(("name", "gold", "said", "expected"), [
-    ("tumor_size", ("2.5 cm",), ("2.5 cm thick",), "too much"), ("tumor_size", (), ("2.5 cm",), "not asked for"),
-    ("histological_type", ("ductal carcinoma",), ("ductal carcinom",), "misspelling"),
-    ("cancer_stage", ("IIIC",), ("III",), "another value"), ("cancer_grade", ("grade 2",), ("grade 3",), "another value"),
-    ("tumor_size", ("7.5 cm",), ("2.5 cm",), "label noise suspected"),
-    ("histological_type", ("ductal carcinoma",), ("the the the",), "repeated"),
-    ("hormone_receptor_status", ("ER+", "HER2-"), ("ER+",), "incomplete")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "gold", "said", "expected"),
+    [
+        ("tumor_size", ("2.5 cm",), ("2.5 cm thick",), "too much"),
+        ("tumor_size", (), ("2.5 cm",), "not asked for"),
+        ("histological_type", ("ductal carcinoma",), ("ductal carcinom",), "misspelling"),
+        ("cancer_stage", ("IIIC",), ("III",), "another value"),
+        ("cancer_grade", ("grade 2",), ("grade 3",), "another value"),
+        ("tumor_size", ("7.5 cm",), ("2.5 cm",), "label noise suspected"),
+        ("histological_type", ("ductal carcinoma",), ("the the the",), "repeated"),
+        ("hormone_receptor_status", ("ER+", "HER2-"), ("ER+",), "incomplete"),
+    ],
+)
 def test_failures_are_classed(name, gold, said, expected):
     assert kind(Question("n", "p", name, gold, said), TEXT) == expected and expected in CLASSES
 
@@ -128,11 +196,15 @@ def call(*arguments):
     return subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True)
 
 
-@pytest.mark.parametrize(("spoil", "said"), [
-    (lambda run: (run / "run.json").write_text("{"), "not JSON"),
-    (lambda run: write_json(run / "run.json", {"systems": []}), "lacks 'systems'"),
-    (lambda run: (run / "good.unseen.jsonl").unlink(), "good.unseen.jsonl: no such file"),
-    (lambda run: (run / "heldout.jsonl").write_text('{"id": 1}\n'), "heldout.jsonl:1: lacks the field 'text'")])
+@pytest.mark.parametrize(
+    ("spoil", "said"),
+    [
+        (lambda run: (run / "run.json").write_text("{"), "not JSON"),
+        (lambda run: write_json(run / "run.json", {"systems": []}), "lacks 'systems'"),
+        (lambda run: (run / "good.unseen.jsonl").unlink(), "good.unseen.jsonl: no such file"),
+        (lambda run: (run / "heldout.jsonl").write_text('{"id": 1}\n'), "heldout.jsonl:1: lacks the field 'text'"),
+    ],
+)
 def test_mistakes_are_one_line(run, spoil, said):
     spoil(run)
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
@@ -141,7 +213,15 @@ def test_mistakes_are_one_line(run, spoil, said):
 
 
 def test_score_as_a_program(run):
-    done = call("eval.score", "--predictions", run / "good.heldout.jsonl", "--references", run / "heldout.jsonl", "--json")
+    done = call(
+        "eval.score", "--predictions", run / "good.heldout.jsonl", "--references", run / "heldout.jsonl", "--json"
+    )
     assert done.returncode == 0 and json.loads(done.stdout)["groups"]["diagnosis"]["exact_match"]["f1"] == 100
     done = call("eval.score", "--predictions", run / "none.jsonl", "--references", run / "heldout.jsonl")
     assert done.returncode == 2 and done.stderr.count("\n") == 1 and "Traceback" not in done.stderr
+
+
+@pytest.mark.parametrize("module", ["eval.failures", "eval.statistics", "eval.perplexity"])
+def test_worked_examples(module):
+    result = doctest.testmod(importlib.import_module(module))
+    assert result.attempted and not result.failed

@@ -1,4 +1,5 @@
-"""Any checkpoint on a labelled set: small random models with each baseline's exact config fields, tokenizer kind and form."""
+"""Any checkpoint on a labelled set: small random models with each baseline's exact config fields, tokenizer kind and
+form."""
 
 import json
 import tomllib
@@ -16,14 +17,21 @@ NAMES = list(tomllib.loads(BASELINES.read_text()))
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}
 TABLE = "text,type,answer\n" + "".join(
     f'"Note {i}: left breast mass, {i}.5 cm, grade 2.",{kind},{answer}\n'
-    for i in range(1, 4) for kind, answer in (("tumor_size", f"{i}.5 cm"), ("cancer_stage", "not relevant")))  # fmt: skip
+    for i in range(1, 4)
+    for kind, answer in (("tumor_size", f"{i}.5 cm"), ("cancer_stage", "not relevant"))
+)
 
 
 def sentencepiece(folder, tmp_path):
     from train.data import tokenizer
 
-    write_jsonl(tmp_path / "texts.jsonl", [{"text": "Left breast mass, 2.5 cm, grade 2. What is the tumor size? [INST] <<SYS>>"}] * 30)
-    made = tokenizer.train_tokenizer(tokenizer.Options(texts=(str(tmp_path / "texts.jsonl"),), out=str(tmp_path / "sp"), vocab=330))
+    write_jsonl(
+        tmp_path / "texts.jsonl",
+        [{"text": "Left breast mass, 2.5 cm, grade 2. What is the tumor size? [INST] <<SYS>>"}] * 30,
+    )
+    made = tokenizer.train_tokenizer(
+        tokenizer.Options(texts=(str(tmp_path / "texts.jsonl"),), out=str(tmp_path / "sp"), vocab=330)
+    )
     (folder / "tokenizer.model").write_bytes((made / "tokenizer.model").read_bytes())
     return 330
 
@@ -56,8 +64,17 @@ def test_every_baseline_answers_and_gets_its_row(name, tmp_path):
     (tmp_path / "t.csv").write_text(TABLE)
     write_jsonl(tmp_path / "mine.jsonl", records(tmp_path / "t.csv"))
     out = tmp_path / "run"
-    main(Options(weights=str(folder), data=tmp_path / "mine.jsonl", out=out, model=name, max_new_tokens=3, max_new_diagnosis=3,
-                 max_input_tokens=1200))  # fmt: skip
+    main(
+        Options(
+            weights=str(folder),
+            data=tmp_path / "mine.jsonl",
+            out=out,
+            model=name,
+            max_new_tokens=3,
+            max_new_diagnosis=3,
+            max_input_tokens=1200,
+        )
+    )
     run = json.loads((out / "run.json").read_text())
     assert [(system["name"], system["form"]) for system in run["systems"]] == [(entry["title"], entry["form"])]
     (row,) = json.loads((out / "report.json").read_text())["sets"]["data"]["systems"]

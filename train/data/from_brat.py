@@ -1,9 +1,10 @@
 """Your own labelled set from brat's standoff files: `python -m train.data.from_brat --folder DIR --out my.jsonl`.
 
-Every NAME.txt with its NAME.ann makes one record. Entities ("T1<TAB>TumorSize 19 25<TAB>2.5 cm") are answers; their type is a
-phenotype's name in any spelling (tumor_size, TumorSize) or is mapped: `--types Size=tumor_size Dx=diagnosis`. Every phenotype that
-is annotated anywhere in the folder is asked of every text: where a text has none of it, the answer is "not relevant".
-A discontinuous entity gives its parts joined by spaces. Relations, events, attributes and notes are passed over.
+Every NAME.txt with its NAME.ann makes one record. Entities ("T1<TAB>TumorSize 19 25<TAB>2.5 cm") are answers; their
+type is a phenotype's name in any spelling (tumor_size, TumorSize) or is mapped: `--types Size=tumor_size Dx=diagnosis`.
+Every phenotype that is annotated anywhere in the folder is asked of every text: where a text has none of it, the answer
+is "not relevant". A discontinuous entity gives its parts joined by spaces. Relations, events, attributes and notes are
+passed over.
 """
 
 from __future__ import annotations
@@ -54,7 +55,9 @@ def entities(path: Path, text: str, types: dict[str, str]) -> list[tuple[str, di
             raise UserError(f"{where}: {match[1]} does not stand at its offsets; is this the .txt that was annotated?")
         kind = types.get(match[2])
         if kind is None:
-            kind = label(re.sub(r"(?<=[a-z])(?=[A-Z])", "_", match[2]), f"{where} (or say what it is: --types {match[2]}=…)")
+            kind = label(
+                re.sub(r"(?<=[a-z])(?=[A-Z])", "_", match[2]), f"{where} (or say what it is: --types {match[2]}=…)"
+            )
         if kind:
             found.append((kind, {"text": " ".join(said.split()), "start": spans[0][0], "end": spans[-1][1]}))
     return sorted(found, key=lambda item: item[1]["start"])
@@ -64,7 +67,9 @@ def records(folder: Path, types: dict[str, str]) -> list[dict[str, Any]]:
     """One record a text, in the order of their names."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    pairs = [(path, path.with_suffix(".ann")) for path in sorted(folder.glob("*.txt")) if path.with_suffix(".ann").exists()]
+    pairs = [
+        (path, path.with_suffix(".ann")) for path in sorted(folder.glob("*.txt")) if path.with_suffix(".ann").exists()
+    ]
     if not pairs:
         raise UserError(f"{folder}: holds no NAME.txt with a NAME.ann beside it")
     types = {name: label(kind, f"--types {name}={kind}") if kind else "" for name, kind in types.items()}
@@ -72,7 +77,13 @@ def records(folder: Path, types: dict[str, str]) -> list[dict[str, Any]]:
     for text_path, ann_path in pairs:
         with open(text_path, encoding="utf-8", newline="") as lines:  # offsets count every character, "\r" too
             text = lines.read()
-        record: dict[str, Any] = {"id": text_path.stem, "patient": text_path.stem, "style": "", "text": text, "phenotypes": {}}
+        record: dict[str, Any] = {
+            "id": text_path.stem,
+            "patient": text_path.stem,
+            "style": "",
+            "text": text,
+            "phenotypes": {},
+        }
         for kind, one in entities(ann_path, text, types):
             if kind == "diagnosis":
                 record.setdefault("diagnosis", diagnosis(one["text"], str(ann_path)))

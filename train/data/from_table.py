@@ -7,10 +7,11 @@ The table is CSV (comma, semicolon or tab) with a header; one row is one answer 
     "Left breast mass, 2.5 cm, grade 2",tumor_laterality,left
     "Left breast mass, 2.5 cm, grade 2",cancer_stage,not relevant
 
-Columns: `text`; `type` (a phenotype's name) or `question` (its question), or "diagnosis"; `answer` (empty or "not relevant": the
-text does not say). `id` and `patient` where there are any: rows of one id, else of one text, make one record; without `patient`
-every text counts as a patient of its own, which makes intervals too narrow where patients have several texts. A question that
-has no row is not asked. The records are train.data.clinic's and serve `eval.score`, `eval.run` and `train.instruct`.
+Columns: `text`; `type` (a phenotype's name) or `question` (its question), or "diagnosis"; `answer` (empty or "not
+relevant": the text does not say). `id` and `patient` where there are any: rows of one id, else of one text, make one
+record; without `patient` every text counts as a patient of its own, which makes intervals too narrow where patients
+have several texts. A question that has no row is not asked. The records are train.data.clinic's and serve `eval.score`,
+`eval.run` and `train.instruct`.
 """
 
 from __future__ import annotations
@@ -61,8 +62,11 @@ def span(text: str, answer: str) -> dict[str, Any]:
     if start < 0:
         found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.I)
         start = found.start() if found else -1
-    return {"text": answer, "start": start, "end": start + len(answer)} if start >= 0 else {
-        "text": answer, "start": None, "end": None}  # fmt: skip
+    return (
+        {"text": answer, "start": start, "end": start + len(answer)}
+        if start >= 0
+        else {"text": answer, "start": None, "end": None}
+    )
 
 
 def diagnosis(answer: str, where: str) -> dict[str, str]:
@@ -92,7 +96,9 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         for row in reader:
             if "" in row:
-                raise UserError(f"{path}:{reader.line_num}: more cells than columns; quote texts that hold a {delimiter!r}")
+                raise UserError(
+                    f"{path}:{reader.line_num}: more cells than columns; quote texts that hold a {delimiter!r}"
+                )
             yield reader.line_num, {key: value or "" for key, value in row.items()}
     except csv.Error as error:
         raise UserError(f"{path}:{reader.line_num}: {error}") from error
@@ -107,8 +113,9 @@ def records(path: Path) -> list[dict[str, Any]]:
             raise UserError(f"{where}: no text")
         key = row.get("id") or row["text"]
         name = row.get("id") or f"{path.stem}-{len(made) + 1}"
-        record = made.setdefault(key, {"id": name, "patient": row.get("patient") or name, "style": "", "text": row["text"],
-                                       "phenotypes": {}})  # fmt: skip
+        record = made.setdefault(
+            key, {"id": name, "patient": row.get("patient") or name, "style": "", "text": row["text"], "phenotypes": {}}
+        )
         if record["text"] != row["text"]:
             raise UserError(f"{where}: the id {name!r} has another text than before")
         kind, answer = label(row.get("type") or row.get("question", ""), where), " ".join(row["answer"].split())

@@ -17,10 +17,14 @@ def folder(tmp_path, annotation, text=TEXT):
 
 
 def test_entities_become_answers_and_absent_types_not_relevant(tmp_path):
-    made = records(folder(tmp_path, "T1\tTumorSize 20 26\t2.5 cm\nT2\tSide 0 4\tLeft\nR1\tOf Arg1:T1 Arg2:T2\n#1\tNote T1\tx\n"),
-                   {"Side": "tumor_laterality"})  # fmt: skip
-    assert made[0]["phenotypes"] == {"tumor_laterality": [{"text": "Left", "start": 0, "end": 4}],
-                                     "tumor_size": [{"text": "2.5 cm", "start": 20, "end": 26}]}  # fmt: skip
+    made = records(
+        folder(tmp_path, "T1\tTumorSize 20 26\t2.5 cm\nT2\tSide 0 4\tLeft\nR1\tOf Arg1:T1 Arg2:T2\n#1\tNote T1\tx\n"),
+        {"Side": "tumor_laterality"},
+    )
+    assert made[0]["phenotypes"] == {
+        "tumor_laterality": [{"text": "Left", "start": 0, "end": 4}],
+        "tumor_size": [{"text": "2.5 cm", "start": 20, "end": 26}],
+    }
     assert made[1]["phenotypes"] == {"tumor_laterality": [], "tumor_size": []}
 
 
@@ -35,9 +39,15 @@ def test_offsets_count_carriage_returns(tmp_path):
     assert made[0]["phenotypes"]["tumor_size"][0]["text"] == "3 cm"
 
 
-@pytest.mark.parametrize(("annotation", "said"), [
-    ("T1\ttumor_size 21 27\t2.5 cm\n", "a.ann:1: T1 does not stand"), ("T1\ttumor_size 20 999\t2.5 cm\n", "does not stand"),
-    ("T1 tumor_size 20 26 2.5 cm\n", "not an entity"), ("T1\tWeight 20 26\t2.5 cm\n", "--types Weight=")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("annotation", "said"),
+    [
+        ("T1\ttumor_size 21 27\t2.5 cm\n", "a.ann:1: T1 does not stand"),
+        ("T1\ttumor_size 20 999\t2.5 cm\n", "does not stand"),
+        ("T1 tumor_size 20 26 2.5 cm\n", "not an entity"),
+        ("T1\tWeight 20 26\t2.5 cm\n", "--types Weight="),
+    ],
+)
 def test_mistakes_are_named(tmp_path, annotation, said):
     with pytest.raises(UserError, match=said):
         records(folder(tmp_path, annotation), {})

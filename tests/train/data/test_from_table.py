@@ -1,4 +1,5 @@
-"""A hospital's own table becomes records that the scorer and the trainer take, or one line says what is wrong with it."""
+"""A hospital's own table becomes records that the scorer and the trainer take, or one line says what is wrong with
+it."""
 
 import pytest
 
@@ -18,14 +19,22 @@ def table(tmp_path, content, name="t.csv"):
 
 
 def test_rows_of_one_text_are_one_record_with_spans(tmp_path):
-    made = records(table(tmp_path, HEAD + f"{NOTE},tumor_size,2.5 cm\n{NOTE},Tumor Laterality,left\n{NOTE},cancer_stage,not relevant\n"
-                         f'{NOTE},diagnosis,"Malignant neoplasm of unspecified site of left female breast (C50.912)"\n'))  # fmt: skip
+    made = records(
+        table(
+            tmp_path,
+            HEAD + f"{NOTE},tumor_size,2.5 cm\n{NOTE},Tumor Laterality,left\n{NOTE},cancer_stage,not relevant\n"
+            f'{NOTE},diagnosis,"Malignant neoplasm of unspecified site of left female breast (C50.912)"\n',
+        )
+    )
     assert len(made) == 1
     record = made[0]
     size = record["phenotypes"]["tumor_size"][0]
     assert record["text"][size["start"] : size["end"]] == "2.5 cm"
     assert record["phenotypes"]["tumor_laterality"][0]["start"] == 0 and record["phenotypes"]["cancer_stage"] == []
-    assert record["diagnosis"] == {"text": "Malignant neoplasm of unspecified site of left female breast", "code": "C50.912"}
+    assert record["diagnosis"] == {
+        "text": "Malignant neoplasm of unspecified site of left female breast",
+        "code": "C50.912",
+    }
     assert ("What is the cancer stage?", " not relevant") in questions(record, "both")
 
 
@@ -38,7 +47,14 @@ def test_delimiters_and_excels_mark(tmp_path, delimiter, start):
 
 
 def test_several_answers_in_one_cell_or_in_rows(tmp_path):
-    made = records(table(tmp_path, HEAD + 'ER+ PR-,hormone_receptor_status,"ER+, PR-"\nER+ PR-,hormone_receptor_type,ER\nER+ PR-,hormone_receptor_type,PR\n'))
+    made = records(
+        table(
+            tmp_path,
+            HEAD
+            + 'ER+ PR-,hormone_receptor_status,"ER+, PR-"\n'
+            + "ER+ PR-,hormone_receptor_type,ER\nER+ PR-,hormone_receptor_type,PR\n",
+        )
+    )
     assert [[s["text"] for s in spans] for spans in made[0]["phenotypes"].values()] == [["ER+", "PR-"], ["ER", "PR"]]
     assert set(made[0]["phenotypes"]) <= set(PHENOTYPES)
 
@@ -48,11 +64,20 @@ def test_span_of_an_answer_that_stands_nowhere():
     assert span("LEFT breast", "left")["end"] == 4
 
 
-@pytest.mark.parametrize(("content", "said"), [
-    ("", "empty"), (HEAD, "no row"), ("text,answer\na,b\n", "needs text, answer, and type"), (HEAD + "a,tumour_sise,1 cm\n", "did you mean 'tumor_size'"),
-    (HEAD + "a,tumor_size,1,2,3\n", "t.csv:2: more cells"), (HEAD + " ,tumor_size,1 cm\n", "t.csv:2: no text"),
-    (HEAD + "a,diagnosis,a sort of lump\n", "names no ICD-10-CM code"), (b"text,type,answer\n\xff,a,b\n", "not UTF-8"),
-    ("id,text,type,answer\n1,a,tumor_size,x\n1,b,tumor_size,x\n", "another text")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        ("", "empty"),
+        (HEAD, "no row"),
+        ("text,answer\na,b\n", "needs text, answer, and type"),
+        (HEAD + "a,tumour_sise,1 cm\n", "did you mean 'tumor_size'"),
+        (HEAD + "a,tumor_size,1,2,3\n", "t.csv:2: more cells"),
+        (HEAD + " ,tumor_size,1 cm\n", "t.csv:2: no text"),
+        (HEAD + "a,diagnosis,a sort of lump\n", "names no ICD-10-CM code"),
+        (b"text,type,answer\n\xff,a,b\n", "not UTF-8"),
+        ("id,text,type,answer\n1,a,tumor_size,x\n1,b,tumor_size,x\n", "another text"),
+    ],
+)
 def test_mistakes_are_named(tmp_path, content, said):
     with pytest.raises(UserError, match=said):
         records(table(tmp_path, content))
