@@ -209,6 +209,8 @@ class ModelConfig:
 def _count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config: {name} is {value!r}; it must be a whole number of at least 1")
+    if value > (most := 1024 if name == "num_hidden_layers" else 2**31):  # a damaged file must not fill the memory
+        raise UserError(f"config: {name} is {value}, more than {most}; the file is damaged")
     return value
 
 

@@ -59,6 +59,7 @@ REFUSED = {
     "width does not divide": (raw_config("mistral", head_dim=None, hidden_size=26), "head_dim"),
     "odd head": (raw_config("mistral", head_dim=5), "even"),
     "zero layers": (raw_config("mistral", num_hidden_layers=0), "num_hidden_layers"),
+    "a million layers": (raw_config("mistral", num_hidden_layers=10**6), "num_hidden_layers"),
     "width is text": (raw_config("mistral", hidden_size="24"), "hidden_size"),
     "eps is text": (raw_config("mistral", rms_norm_eps="1e-5"), "rms_norm_eps"),
     "eps is nan": (raw_config("mistral", rms_norm_eps=float("nan")), "rms_norm_eps"),
