@@ -77,7 +77,7 @@ def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
                 "b": sum(f1[1]) / len(both),
                 **{
                     key: value
-                    for key, value in paired(*f1, [one.patient for one, _ in both]).items()
+                    for key, value in paired(f1[0], f1[1], [one.patient for one, _ in both]).items()
                     if key not in ("a", "b")
                 },
                 "changed": [

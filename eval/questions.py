@@ -92,7 +92,8 @@ def pair(
     """Questions of every reference, and what did not pair up. A missing prediction counts as an empty answer to each
     question, the first of duplicates counts. `asked`: the system was given that many notes only; the references are
     then those with a prediction, filled up from the top."""
-    references, counts, by_id = list(references), Counts(), {}
+    references, counts = list(references), Counts()
+    by_id: dict[str, Json] = {}
     for prediction in predictions:
         if prediction["id"] in by_id:
             counts.duplicate.append(prediction["id"])

@@ -161,7 +161,9 @@ def _paired(asked: list[tuple[str, list[Question]]]) -> list[Json]:
             both = [(one, theirs[one.record, one.name]) for one in mine if (one.record, one.name) in theirs]
             if both:
                 f1 = [[judged(one, "clinical")["exact_match"].f1 for one in side] for side in zip(*both, strict=True)]
-                rows.append({"a": first, "b": second, "task": task, **paired(*f1, [one.patient for one, _ in both])})
+                rows.append(
+                    {"a": first, "b": second, "task": task, **paired(f1[0], f1[1], [one.patient for one, _ in both])}
+                )
     return rows
 
 

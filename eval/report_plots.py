@@ -5,6 +5,7 @@ from __future__ import annotations
 import io
 import re
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 COLOURS = ("#2a78b8", "#c8641e", "#3b8f5a", "#9553a8", "#b03a48")
 _INK = "#010203"  # replaced by the page's colour
@@ -59,7 +60,7 @@ def _svg(draw, salt: str, height: float) -> str:
     matplotlib.use("svg")
     from matplotlib import pyplot
 
-    ink = dict.fromkeys(
+    ink: dict[Any, str] = dict.fromkeys(
         ("text.color", "axes.labelcolor", "axes.edgecolor", "xtick.color", "ytick.color", "grid.color"), _INK
     )
     with matplotlib.rc_context(

@@ -57,7 +57,7 @@ def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[st
                 near = next(g for g in rights if any(PRESETS[j].form(one) == PRESETS[j].form(g) for j in JUDGES))
                 note(one, near, why(one, near), {_NAMES[j]: "right" if v else "wrong" for j, v in verdict.items()})
             if one in rights:
-                low = {}
+                low: dict[str, str] = {}
                 for name, preset in PRESETS.items():
                     bleu = question([one], [one], preset)["bleu2"].f1
                     low |= {name: f"BLEU-2 {bleu:.1f}"} if bleu <= 50 else {}

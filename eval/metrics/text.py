@@ -103,7 +103,11 @@ _UNIT_WORDS = (
     (re.compile(r"(mm|cm)\s*(?:×|x|by)\s*(?=\d)"), r"\1 x "),
 )
 _SIGNS = ((re.compile(r"\b(?:positive|pos)\b"), " + "), (re.compile(r"\b(?:negative|neg)\b"), " - "))
-_TOKEN = re.compile(r"\d+(?:\.\d+)+|[a-z]+\d\w*(?:\.\w+)?|\d+|[^\W\d_][^\W_]*|[+%<>=/]|-")
+_KEPT = "\ue000"  # a private-use character: stands after a word whose capitals are kept
+_TOKEN = re.compile(rf"\d+(?:\.\d+)+|[a-z]+\d\w*(?:\.\w+)?|\d+|[^\W\d_][^\W_]*|[+%<>=/-]|{_KEPT}")
+_DECIMAL = re.compile(r"\d+\.\d+")
+_LEADING_POINT = re.compile(r"(?<![\w.])[.](?=\d)")
+_INNER_HYPHEN = re.compile(rf"(?<=[^\W\d_])-(?=\w)|(?<={_KEPT})-(?=\w)")  # inside words; a minus stands at a word's end
 _CASED = re.compile(r"\b(?:ALL|AIDS|US|MEN|CAT|WHO|IT|OR|NO)\b")
 
 
@@ -113,23 +117,20 @@ def clinical(text: str) -> str:
     decimal points in numbers and codes, capitals of abbreviations that are words in small letters (ALL, AIDS, US …;
     not in a text all in capitals). Folded: other case and punctuation, number words, "positive"/"negative" to signs,
     cm to mm, "by"/"×" to "x", trailing zeros, words' hyphens."""
-    text = text.translate({0x2212: "-", 0x2013: "-", 0x2010: "-", 0x2011: "-", 0xD7: "x"})
+    text = text.translate({0xE000: " ", 0x2212: "-", 0x2013: "-", 0x2010: "-", 0x2011: "-", 0xD7: "x"})
     if text != text.upper() or len(text.split()) == 1:
-        text = _CASED.sub(lambda match: match[0] + "\ue000", text)
-    text = text.lower()
-    text = _NUMBER_WORD.sub(_number, text)
+        text = _CASED.sub(rf"\g<0>{_KEPT}", text)
+    text = _NUMBER_WORD.sub(_number, text.lower())
     for pattern, replacement in (*_UNIT_WORDS, *_SIGNS):
         text = pattern.sub(replacement, text)
-    text = _LENGTH.sub(_millimetres, re.sub(r"(?<![\w.])[.](?=\d)", "0.", text))
-    text = re.sub(r"(?<=[^\W\d_])-(?=\w)", " ", text)  # a hyphen inside words; a minus stands at a word's end
-    text = re.sub(r"(?<=[^\W\d_]\ue000)-(?=\w)", " ", text)
-    text = text.replace("\ue000", "\u02c4") if "\ue000" in text else text
-    words = []
-    for word in re.findall(_TOKEN.pattern + r"|\u02c4", text):
-        if word == "\u02c4":
+    text = _LENGTH.sub(_millimetres, _LEADING_POINT.sub("0.", text))
+    text = _INNER_HYPHEN.sub(" ", text)
+    words: list[str] = []
+    for word in _TOKEN.findall(text):
+        if word == _KEPT:
             words[-1] = words[-1].upper()
         else:
-            words.append(_plain(word) if re.fullmatch(r"\d+\.\d+", word) else word)
+            words.append(_plain(word) if _DECIMAL.fullmatch(word) else word)
     return " ".join(words)
 
 
