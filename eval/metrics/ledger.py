@@ -13,6 +13,7 @@ from eval.metrics.presets import PRESETS
 from eval.metrics.scoring import answers, question
 from eval.metrics.text import clinical, released, unstemmed
 
+ONE_WORD = "a perfect answer of one word has no pair of words for BLEU-2"
 JUDGES = ("clinical", "cancerllm", "coco")
 _NAMES = {
     "clinical": "clinical",
@@ -37,7 +38,8 @@ def why(predicted: str, gold: str) -> str:
 
 
 def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, Any]]:
-    """For (predicted, gold) answers of each question: those judged differently, equal ones counted, commonest first."""
+    """For (predicted, gold) answers of each question: those judged differently, equal ones counted, commonest first
+    and the one-word answers last."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
 
     def note(predicted: str, gold: str, reason: str, verdicts: dict[str, str]) -> None:
@@ -62,5 +64,6 @@ def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[st
                     bleu = question([one], [one], preset)["bleu2"].f1
                     low |= {name: f"BLEU-2 {bleu:.1f}"} if bleu <= 50 else {}
                 if low:
-                    note(one, one, "a perfect answer of one word has no pair of words for BLEU-2", low)
-    return sorted(found.values(), key=lambda entry: (-entry["count"], entry["predicted"], entry["gold"]))
+                    note(one, one, ONE_WORD, low)
+    order = lambda entry: (entry["why"] == ONE_WORD, -entry["count"], entry["predicted"], entry["gold"])  # noqa: E731
+    return sorted(found.values(), key=order)
