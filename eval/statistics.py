@@ -33,6 +33,9 @@ def interval(
         return 0.0, 100.0
     drawn = _draws(n, seed)
     low, high = np.quantile((drawn @ sums) / (drawn @ counts), (tail, 1 - tail))
+    if low == high:  # patients alike, though not at a bound
+        room = 100 * (1 - tail ** (1 / n))
+        low, high = max(0.0, low - room), min(100.0, high + room)
     return float(low), float(high)
 
 

@@ -18,6 +18,8 @@ def test_all_right_is_not_certain():
         assert high == 100 and low == pytest.approx(100 * 0.025 ** (1 / n))
         assert interval([0.0] * n, range(n)) == (0.0, pytest.approx(100 - low))
     assert interval([50.0, 100.0], ["a", "a"]) == (0.0, 100.0)
+    low, high = interval([50.0] * 3, range(3))
+    assert low == 0 and high == 100
 
 
 def test_interval_covers_the_truth_about_as_often_as_it_says():
