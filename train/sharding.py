@@ -71,6 +71,7 @@ def shard(model: nn.Module, ranks: Ranks) -> nn.Module:
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
+            module.set_force_sum_reduction_for_comms(True)  # else fp32 asks for a scaled sum, which gloo has not
     return model
 
 
