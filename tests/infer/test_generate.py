@@ -1,0 +1,180 @@
+"""Generation equals the plain model one token at a time, whatever shares the batch, the tree or the window."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import plain_greedy, tiny_model
+
+from infer.generate import Generator, Settings, cycles
+from infer.prefix import plan
+from lora import LoRAConfig, add_lora
+from model.command import UserError
+
+MODELS = {
+    "full": tiny_model(),
+    "window": tiny_model(windows=(7, 7)),
+    "mixed": tiny_model(windows=(None, 5)),
+    "tied-bias": tiny_model(tie_word_embeddings=True, qkv_bias=True, model_type="qwen2"),
+    "experts": tiny_model(model_type="mixtral", num_local_experts=3, num_experts_per_tok=2),
+}
+token = st.integers(0, 250)
+
+
+@st.composite
+def trees(draw) -> list[list[int]]:
+    """Prompts that share beginnings of many lengths, some long, some the same."""
+    trunk = draw(st.lists(token, min_size=0, max_size=90))
+    prompts = []
+    for _ in range(draw(st.integers(1, 6))):
+        kept = trunk[: draw(st.integers(0, len(trunk)))]
+        prompts.append(kept + draw(st.lists(token, min_size=1, max_size=80)))
+    return prompts + prompts[: draw(st.integers(0, 1))]
+
+
+@pytest.mark.parametrize("kind", MODELS)
+@settings(deadline=None, max_examples=12)
+@given(prompts=trees(), new=st.integers(1, 14))
+def test_greedy_equals_the_plain_model(kind, prompts, new, tokenizer):
+    model = MODELS[kind]
+    outs = Generator(model, tokenizer).generate(prompts, max_new_tokens=new)
+    for prompt, out in zip(prompts, outs, strict=True):
+        tokens, logprobs = plain_greedy(model, prompt, new, tokenizer.stop_ids)
+        assert out.tokens == tokens
+        assert torch.allclose(torch.tensor(out.logprobs), torch.tensor(logprobs), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=100)
+@given(trees())
+def test_a_tree_spells_its_prompts(prompts):
+    nodes, leaves = plan(prompts)
+    assert sorted(leaf.prompt for leaf in leaves) == list(range(len(prompts)))
+    for row, leaf in enumerate(leaves):
+        path = leaf.parent.path() if leaf.parent else []
+        spelt = [t for node in path for t in node.tokens] + leaf.tokens
+        assert spelt == prompts[leaf.prompt] and len(leaf.tokens) >= 1
+        assert {id(n) for n in nodes if row in n.leaves} == {id(n) for n in path}
+
+
+def test_questions_share_their_note():
+    note = list(range(200))
+    nodes, leaves = plan([note + [7] * i + [9, i] for i in range(9)])
+    assert [len(node.tokens) for node in nodes][0] == 200
+    assert sum(len(node.tokens) for node in nodes) + sum(len(leaf.tokens) for leaf in leaves) < 300
+
+
+@pytest.mark.parametrize("kind", ["full", "window"])
+def test_text_far_beyond_the_window(kind, tokenizer):
+    model = MODELS[kind]
+    prompts = [[(3 * i) % 200 for i in range(150)], [(5 * i) % 200 for i in range(40)]]
+    outs = Generator(model, tokenizer).generate(prompts, max_new_tokens=120)
+    for prompt, out in zip(prompts, outs, strict=True):
+        assert out.tokens == plain_greedy(model, prompt, 120, tokenizer.stop_ids)[0]
+
+
+def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):
+    monkeypatch.setattr("infer.prefix.CHUNK", 16)
+    monkeypatch.setattr("infer.prefix.BLOCK", 5)
+    for kind in ("full", "window", "mixed"):
+        prompts = [[(7 * i + n) % 200 for i in range(100)] for n in range(3)]
+        outs = Generator(MODELS[kind], tokenizer).generate(prompts, max_new_tokens=6)
+        for prompt, out in zip(prompts, outs, strict=True):
+            assert out.tokens == plain_greedy(MODELS[kind], prompt, 6, tokenizer.stop_ids)[0]
+
+
+def test_adapters_beside_the_weights_count(tokenizer):
+    model = tiny_model()
+    before = Generator(model, tokenizer).generate([[1, 2, 3]], max_new_tokens=8)[0]
+    add_lora(model, LoRAConfig(r=4, alpha=64, target_modules="all-linear"), seed=1)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.normal_(generator=torch.Generator().manual_seed(2))
+    out = Generator(model, tokenizer).generate([[1, 2, 3]], max_new_tokens=8)[0]
+    assert out.tokens == plain_greedy(model, [1, 2, 3], 8, tokenizer.stop_ids)[0]
+    assert out.logprobs != before.logprobs
+
+
+def test_sampling_depends_on_the_seed_and_not_on_the_batch(tokenizer):
+    generator = Generator(MODELS["full"], tokenizer)
+    chosen = Settings(max_new_tokens=12, temperature=1.0, top_k=40, top_p=0.95, min_p=0.001)
+    prompts = [[1, 2, 3], [4, 5], [1, 2, 9, 9]]
+    together = generator.generate(prompts, [replace(chosen, seed=i) for i in range(3)])
+    alone = [generator.generate([p], replace(chosen, seed=i))[0] for i, p in enumerate(prompts)]
+    assert [out.tokens for out in together] == [out.tokens for out in alone]
+    assert generator.generate([prompts[0]], replace(chosen, seed=99))[0].tokens != alone[0].tokens
+
+
+def test_sampling_draws_from_the_distribution(tokenizer):
+    """Frequencies of the first token against softmax(logits / t), restricted to the three likeliest."""
+    model, n = MODELS["full"], 600
+    generator = Generator(model, tokenizer)
+    outs = generator.generate([[5, 6, 7]] * n, max_new_tokens=1, temperature=2.0, top_k=3)
+    values, tokens = (model(torch.tensor([[5, 6, 7]]))[0, -1] / 2).topk(3)
+    for share, token_id in zip(values.softmax(-1).tolist(), tokens.tolist(), strict=True):
+        seen = sum(out.tokens[0] == token_id for out in outs) / n
+        assert abs(seen - share) < 4 * (share * (1 - share) / n) ** 0.5 + 1e-9
+    assert {out.tokens[0] for out in outs} <= set(tokens.tolist())
+
+
+def test_narrow_top_p_min_p_and_top_k_are_greedy(tokenizer):
+    generator = Generator(MODELS["full"], tokenizer)
+    greedy = generator.generate([[1, 2]], max_new_tokens=6)[0].tokens
+    for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
+        assert generator.generate([[1, 2]], max_new_tokens=6, temperature=1.0, **narrow)[0].tokens == greedy
+
+
+def test_deterministic_is_the_same_to_the_bit(tokenizer):
+    model = tiny_model(dtype=torch.float32)
+    generator = Generator(model, tokenizer, deterministic=True)
+    prompts = [[i, 2, 3, *range(20)] for i in range(5)]
+    together = generator.generate(prompts, max_new_tokens=8)
+    for prompt, out in zip(prompts, together, strict=True):
+        assert generator.generate([prompt], max_new_tokens=8)[0].logprobs == out.logprobs
+
+
+def test_stop_strings_and_streaming(tokenizer):
+    generator = Generator(MODELS["full"], tokenizer)
+    whole = generator.generate(["tumor"], max_new_tokens=20)[0]
+    stop = whole.text[4:6]
+    cut = generator.generate(["tumor"], max_new_tokens=20, stop=(stop,))[0]
+    assert cut.finish_reason == "stop_string" and cut.text == whole.text[: whole.text.index(stop)]
+    assert "".join(generator.stream("tumor", max_new_tokens=20, stop=(stop,))) == cut.text
+    assert "".join(generator.stream("tumor", max_new_tokens=20)) == whole.text
+
+
+def test_the_end_token_ends(tokenizer):
+    model = MODELS["full"]
+    first = plain_greedy(model, [1, 2, 3], 5)[0]
+    generator = Generator(model, tokenizer)
+    generator.stop_ids = frozenset([first[2]])
+    out = generator.generate([[1, 2, 3]], max_new_tokens=20)[0]
+    assert out.finish_reason == "stop" and out.tokens == first[: first.index(first[2]) + 1]
+
+
+@given(st.lists(st.integers(0, 3), max_size=30))
+def test_cycles_are_four_whole_turns(tokens):
+    found = cycles(tokens)
+    turns = any(
+        len(tokens) >= max(4 * p, 12) and tokens[-max(4 * p, 12) :] == (tokens[-p:] * 12)[-max(4 * p, 12) :]
+        for p in range(1, 17)
+    )
+    assert found == turns
+
+
+@pytest.mark.parametrize(
+    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 2.0},
+            {"top_k": -1}, {"max_new_tokens": 0}, {"stop": ("",)}],
+)  # fmt: skip
+def test_settings_out_of_range(bad):
+    with pytest.raises(UserError):
+        Settings(**bad)
+
+
+def test_prompts_that_cannot_be(tokenizer):
+    generator = Generator(MODELS["full"], tokenizer)
+    for prompts in ([[]], [[999]], [[1] * 4090], "text"):
+        with pytest.raises(UserError):
+            generator.generate(prompts)

@@ -1,0 +1,67 @@
+"""A small random model and a byte-level tokenizer for the tests of infer."""
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+from tokenizers import AddedToken, decoders, models, pre_tokenizers
+from tokenizers import Tokenizer as Fast
+
+from model import KVCache, ModelConfig, Tokenizer, Transformer
+
+CONFIG = ModelConfig(
+    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None, None),
+    max_position_embeddings=4096, eos_token_id=(),
+)  # fmt: skip
+
+
+def tiny_model(seed: int = 0, windows=(None, None), dtype=torch.float64, **changes) -> Transformer:
+    """Random weights, large enough that logits differ and greedy text does not stand still."""
+    model = Transformer(replace(CONFIG, windows=windows, **changes)).init_weights(seed).to(dtype)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                parameter.mul_(8)
+    return model.requires_grad_(False).eval()
+
+
+def write_tokenizer(folder: Path) -> Path:
+    """Bytes, a few merges, an end token: tokenizer.json in a folder."""
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    merges = [("Ġ", "t"), ("c", "m"), ("Ġ", "c"), ("e", "r"), ("Ġc", "m"), ("Ġ", "not"[0]), ("i", "n")]
+    pieces = [*letters, *dict.fromkeys(a + b for a, b in merges)]
+    tokenizer = Fast(models.BPE({piece: i for i, piece in enumerate(pieces)}, merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken("</s>", special=True)])
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "tokenizer.json").write_text(tokenizer.to_str())
+    (folder / "tokenizer_config.json").write_text(json.dumps({"eos_token": "</s>"}))
+    return folder
+
+
+def tiny_tokenizer(folder: Path) -> Tokenizer:
+    return Tokenizer.from_pretrained(write_tokenizer(folder))
+
+
+def write_model(folder: Path, seed: int = 0, **changes) -> Path:
+    """A whole model's folder, as a user would give it."""
+    tiny_model(seed, dtype=torch.float32, **changes).save_pretrained(folder)
+    write_tokenizer(folder)
+    return folder
+
+
+def plain_greedy(model: Transformer, ids: list[int], count: int, stop=()) -> tuple[list[int], list[float]]:
+    """The specification: one token at a time through model.Transformer and its cache."""
+    cache, fed, tokens, logprobs = KVCache(model.config), list(ids), [], []
+    while len(tokens) < count:
+        logits_V = model(torch.tensor([fed]), cache=cache)[0, -1]
+        token = int(logits_V.argmax())
+        tokens.append(token)
+        logprobs.append(float(logits_V.detach().log_softmax(-1)[token]))
+        fed = [token]
+        if token in stop:
+            break
+    return tokens, logprobs
