@@ -108,8 +108,9 @@ class FastAttend(nn.Module):
         if T <= BLOCK:
             return self.fused(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
         blocks = []
-        for start in range(0, T, BLOCK):
-            rows = slice(start, min(start + BLOCK, T))
+        step = BLOCK if window is None else min(BLOCK, max(BLOCK // 4, window // 2))  # keys in reach: W + step − 1
+        for start in range(0, T, step):
+            rows = slice(start, min(start + step, T))
             columns = visible.columns(window, rows)
             mask_BTS = visible.block(window, rows, columns)
             blocks.append(self.fused(q_BHTK[:, :, rows], k_BGSK[:, :, columns], v_BGSK[:, :, columns], mask_BTS))

@@ -177,5 +177,5 @@ def test_the_fast_path_never_holds_a_mask_of_all_queries(monkeypatch):
         Visible, "block", lambda self, w, rows, columns: asked.append((rows, columns)) or block(self, w, rows, columns)
     )
     tiny("mistral", num_hidden_layers=1, max_position_embeddings=512).use_attention("fast")(some_tokens(400, 1))
-    assert len(asked) == 25
-    assert max(columns.stop - columns.start for _, columns in asked) <= 16 + 8 - 1
+    assert len(asked) == 100  # W = 8: blocks of 4 queries
+    assert max(columns.stop - columns.start for _, columns in asked) <= 4 + 8 - 1
