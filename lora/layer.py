@@ -69,6 +69,7 @@ class LoRALinear(nn.Linear):
         self.active: str | None = None
         self.plan: DropoutPlan | None = None
         self.original: Tensor | None = None  # the weight before a merge, kept so that unmerging is exact
+        self.narrow: nn.Module | None = None  # the weight's packed form, where the base is narrow (narrow.py)
 
     def add(self, name: str, r: int, scale: float, dropout: float, seed: int) -> None:
         """A new adapter of rank `r`, made active. Its start is a function of (seed, the module's name)."""
@@ -83,6 +84,11 @@ class LoRALinear(nn.Linear):
         self.scale[name], self.dropout[name], self.active = scale, dropout, name
 
     def base(self, x_ND: Tensor) -> Tensor:
+        if self.narrow is not None:
+            from lora.narrow import NarrowProduct
+
+            y_NO = NarrowProduct.apply(x_ND, self.narrow)
+            return y_NO if self.bias is None else y_NO + self.bias
         return F.linear(x_ND, self.weight, self.bias)
 
     def forward(self, x_BTD: Tensor) -> Tensor:

@@ -27,6 +27,8 @@ def merge_lora(model: nn.Module, keep: bool = True) -> nn.Module:
     layers = adapted(model)
     if not any(layer.active for layer in layers.values()):
         raise UserError("lora: no adapter is active, so there is nothing to merge")
+    if any(layer.narrow is not None for layer in layers.values()):
+        raise UserError("lora: the base is narrow; merge into its checkpoint instead: python -m lora.merge")
     for path, layer in layers.items():
         if layer.active is not None and layer.original is None:
             merged = merged_weight(layer.weight, layer.delta(layer.active))

@@ -15,6 +15,7 @@ from torch import nn
 
 from lora import LoRAConfig, add_lora, load_adapter, merge_lora
 from lora.adapter import write_adapter
+from lora.narrow import narrow_base
 from model.command import UserError, guard
 from model.config import ModelConfig
 from model.files import atomic_folder, read_json, write_json
@@ -61,6 +62,8 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
         raise UserError("recipe: template = 'faithful' belongs to train.instruct; here it is packing = 'concatenate'")
     if stage == "instruct" and recipe.packing == "concatenate":
         raise UserError("recipe: packing = 'concatenate' belongs to train.pretrain; use 'documents' or 'none'")
+    if ranks.world > 1 and recipe.optimizer in ("muon", "adamw8bit"):
+        raise UserError(f"recipe: optimizer {recipe.optimizer!r} runs on one process only; use 'adamw'")
     encoding = Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos)
     rows, valid = stores(recipe, stage, encoding, ranks)
     model, base = load_model(recipe, ranks)
@@ -101,6 +104,8 @@ def load_model(recipe: Recipe, ranks: Ranks) -> tuple[nn.Module, str]:
             if ranks.first:
                 save_model(model.state_dict(), model.config, Path(base), recipe.tokenizer or recipe.weights)
         add_lora(model, lora_config(recipe, model.config), seed=recipe.seed)
+    if recipe.base:
+        narrow_base(model, recipe.base)
     model.model.checkpoint_blocks = recipe.checkpoint_blocks
     model.use_attention("fast")
     return (shard(model, ranks) if ranks.world > 1 else model), base

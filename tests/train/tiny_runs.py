@@ -1,4 +1,4 @@
-"""Tiny models and runs for the tests. As a program, run under torchrun by test_ranks.py: some steps of several recipes, losses and gradients written by rank 0.
+"""Tiny models and runs for the tests. As a program under torchrun: some steps of several recipes, for test_ranks.py.
 
     torchrun --nproc-per-node N tests/train/tiny_runs.py CASES.json OUT.safetensors
 """

@@ -1,0 +1,88 @@
+"""Numbers in blocks of 8 or 4 bits with one scale a block, bit for bit as bitsandbytes keeps them.
+
+A block's values are divided by their largest magnitude and each becomes the index of the nearest entry of a table.
+`dynamic_table` has few entries near 1 and many near 0 (arXiv 2110.02861); `NF4` holds the normal distribution's
+quantiles (arXiv 2305.14314). Double quantisation keeps NF4's scales themselves in 8-bit blocks, less their mean.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+NF4 = (-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635, -0.18477343022823334,
+       -0.09105003625154495, 0.0, 0.07958029955625534, 0.16093020141124725, 0.24611230194568634, 0.33791524171829224,
+       0.44070982933044434, 0.5626170039176941, 0.7229568362236023, 1.0)  # fmt: skip
+# bitsandbytes' decision points, which are rounded midpoints of the table
+NF4_EDGES = (-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.33967943489551544, -0.23460740596055984,
+             -0.13791173696517944, -0.045525018125772475, 0.03979014977812767, 0.1202552504837513, 0.2035212516784668,
+             0.2920137718319893, 0.3893125355243683, 0.5016634166240692, 0.6427869200706482,
+             0.8614784181118011)  # fmt: skip
+
+
+def dynamic_table(signed: bool = True) -> Tensor:
+    """The 256 entries of 8-bit dynamic quantisation, ascending."""
+    entries = [0.0, 1.0]
+    for exponent in range(7):
+        count = 2**exponent + 1 if signed else 2 ** (exponent + 1) + 1
+        edges = torch.linspace(0.1, 1, count, dtype=torch.float32)
+        means = 10.0 ** (exponent - 6) * ((edges[:-1] + edges[1:]) / 2.0)
+        entries += means.tolist() + ((-means).tolist() if signed else [])
+    return torch.tensor(sorted(entries), dtype=torch.float32)
+
+
+def to_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
+    """(values over their block's largest magnitude, blocks as rows; those magnitudes): fp32."""
+    flat = x.detach().flatten().to(torch.float32)
+    padded = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
+    absmax = padded.abs().amax(dim=1)
+    return padded * (1.0 / absmax.clamp_min(1e-38))[:, None], absmax
+
+
+def quantise(x: Tensor, table: Tensor, block: int, grid: bool = False) -> tuple[Tensor, Tensor]:
+    """x as (uint8 indices into the ascending table, flat; the blocks' scales in fp32).
+
+    `grid` rounds to 1/32767 first, as bitsandbytes' look-up on a CPU does: to be bit-equal to it, not to be better.
+    """
+    shares, absmax = to_blocks(x, block)
+    if grid:
+        shares = torch.floor((shares + 1) * 0.5 * 65535 + 0.5) / 65535 * 2 - 1
+    edges = (table[1:] + table[:-1]) / 2
+    return torch.bucketize(shares.flatten()[: x.numel()], edges.to(x.device)).to(torch.uint8), absmax
+
+
+def dequantise(codes: Tensor, absmax: Tensor, table: Tensor, block: int) -> Tensor:
+    """The flat fp32 values of `quantise`'s result."""
+    padded = F.pad(table.to(codes.device)[codes.int()], (0, -len(codes) % block)).view(-1, block)
+    return (padded * absmax[:, None]).flatten()[: len(codes)]
+
+
+@dataclass(frozen=True)
+class DoubleNF4:
+    """A matrix in NF4: two values a byte (the first in the high half), and its blocks' scales in 8 bits."""
+
+    packed: Tensor
+    absmax_codes: Tensor
+    absmax_absmax: Tensor
+    offset: Tensor
+    shape: torch.Size
+
+
+def to_nf4(weight: Tensor, block: int = 64) -> DoubleNF4:
+    """Quantise twice, as bitsandbytes' quantize_4bit does with compress_statistics."""
+    shares, absmax = to_blocks(weight, block)
+    codes = torch.bucketize(shares.flatten()[: weight.numel()], torch.tensor(NF4_EDGES)).to(torch.uint8)
+    codes = F.pad(codes, (0, len(codes) % 2))
+    offset = absmax.mean()
+    absmax_codes, absmax_absmax = quantise(absmax - offset, dynamic_table(), 256, grid=True)
+    return DoubleNF4((codes[::2] << 4) | codes[1::2], absmax_codes, absmax_absmax, offset, weight.shape)
+
+
+def from_nf4(held: DoubleNF4, block: int = 64) -> Tensor:
+    """The fp32 matrix."""
+    codes = torch.stack([held.packed >> 4, held.packed & 15], dim=1).flatten()[: held.shape.numel()]
+    absmax = dequantise(held.absmax_codes, held.absmax_absmax, dynamic_table(), 256) + held.offset
+    return dequantise(codes, absmax, torch.tensor(NF4), block).view(held.shape)
