@@ -9,6 +9,7 @@ from typing import Any
 from infer import tasks
 from infer.answers import diagnosis_record, phenotype_record
 from infer.generate import Generation, Generator, Settings
+from infer.grounded import Grounded, Grounding
 from infer.notes import Note
 from model.command import UserError
 from model.tokenizer import to_characters
@@ -49,7 +50,8 @@ class Asker:
         self, generator: Generator, task: str, form: str, limits: Limits, long: str = "error", grounded: bool = False
     ) -> None:
         self.generator, self.tokenizer = generator, generator.tokenizer
-        self.task, self.form, self.limits, self.long, self.grounded = task, form, limits, long, grounded
+        self.task, self.form, self.limits, self.long = task, form, limits, long
+        self.grounding = Grounding(self.tokenizer, generator.stop_ids) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
             raise UserError("the tokenizer does not say its chat form; ask with --form template")
         stop = ("\n",) if form == "template" else ()
@@ -106,13 +108,6 @@ class Asker:
             for s in dict.fromkeys(starts)
         ]
 
-    def constraint(self, name: str, text: str) -> Any:
-        if not self.grounded or not name:
-            return None
-        from infer.grounded import for_question
-
-        return for_question(self.tokenizer, name, text, self.generator.stop_ids)
-
     def records(self, notes: Sequence[Note]) -> list[dict[str, Any]]:
         """One record a note, in order; what is wrong with a note becomes its record's `error`."""
         records: list[dict[str, Any]] = []
@@ -130,11 +125,13 @@ class Asker:
                 continue
             places.append((len(records) - 1, parts))
             for part in parts:
+                grammars = self.grounding.of_note(part.text) if self.grounding else {}
                 for name, question in self.questions(note):
                     prompts.append(self.prompt(part.text, name, question))
                     chosen = self.wide if name == "diagnosis" else self.short
-                    settings.append(replace(chosen, constraint=self.constraint(name, part.text)))
-        outs = iter(self.generator.generate(prompts, settings) if prompts else [])
+                    settings.append(replace(chosen, constraint=Grounded(grammars[name]) if grammars else None))
+        found = self.generator.generate(prompts, settings) if prompts else []
+        outs = iter([whole(out, chosen) for out, chosen in zip(found, settings, strict=True)])
         for index, parts in places:
             asked = self.questions(parts[0].note)
             answers = [[next(outs) for _ in asked] for _ in parts]
@@ -164,6 +161,13 @@ class Asker:
         if parts[0].done:
             record["long"] = parts[0].done
         return record
+
+
+def whole(out: Generation, settings: Settings) -> Generation:
+    """A grounded answer that was cut short keeps only what is whole of it."""
+    if settings.constraint is None:
+        return out
+    return replace(out, text=settings.constraint.grammar.complete(out.text))
 
 
 def merge(records: list[dict[str, Any]]) -> dict[str, Any]:

@@ -1,0 +1,92 @@
+"""A grounded answer is never invented: for random weights, any note, any temperature."""
+
+import re
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_models import tiny_model
+
+from infer import codes, tasks
+from infer.answers import place
+from infer.ask import Asker, Limits
+from infer.generate import Generator, Settings
+from infer.grounded import Grammar, Grounded, Grounding, Vocabulary
+from infer.notes import Note
+
+letters = st.text("abt er cm2.5-,\n+éß漢(", min_size=1, max_size=60).filter(str.strip)
+
+
+@settings(deadline=None, max_examples=25)
+@given(note=letters, seed=st.integers(0, 99), hot=st.sampled_from([0.0, 3.0]), new=st.integers(1, 12))
+def test_no_output_ever_breaks_it(note, seed, hot, new, tokenizer):
+    generator = Generator(tiny_model(seed % 5), tokenizer)
+    asker = Asker(generator, "both", "template", Limits(1500, new, new * 9), grounded=True)
+    asker.short, asker.wide = (replace(s, temperature=hot, seed=seed) for s in (asker.short, asker.wide))
+    (record,) = asker.records([Note("n", note)])
+    for name, phenotype in tasks.PHENOTYPES.items():
+        for answer in record["phenotypes"][name]["answers"]:
+            if phenotype.values:
+                assert answer["text"] in phenotype.values
+            else:
+                assert answer["text"] in " ".join(note.split())
+                assert place(answer["text"], note) != (None, None)
+    text = record["diagnosis"]["text"]
+    if text:
+        found = re.fullmatch(r"(.*) \(([^()]*)\)", text)
+        assert found and " ".join(codes.CODES[found[2]].split()) == found[1]
+
+
+@settings(deadline=None, max_examples=60)
+@given(note=letters, data=st.data())
+def test_every_spelling_of_a_span_is_allowed(note, data, tokenizer):
+    """Whatever tokens spell a span, each step allows the next of them, and the end after it."""
+    text = " ".join(note.split())
+    grammar = Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note=note)
+    edges = [i for i in range(len(text) + 1) if i in (0, len(text)) or not (text[i - 1].isalnum() and text[i].isalnum())]
+    start = data.draw(st.sampled_from(edges[:-1]))
+    end = data.draw(st.sampled_from([e for e in edges if e > start]))
+    span = text[start:end].strip()
+    if not span or "," in span or text[start] == " ":
+        return
+    follower, done = Grounded(grammar), []
+    for letter in (" " + span).encode():  # the finest spelling: one token a byte
+        (token,) = [i for i, spelt in grammar.vocabulary.bytes.items() if spelt == bytes([letter])]
+        assert token in follower.allowed(done)
+        done.append(token)
+    assert set(tokenizer.stop_ids) <= set(follower.allowed(done))
+    coarse, done = Grounded(grammar), []
+    for token in tokenizer.encode(" " + span):  # and the tokenizer's own
+        assert token in coarse.allowed(done)
+        done.append(token)
+
+
+def test_what_is_not_in_the_note_is_refused(tokenizer):
+    grammar = Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note="a tumor of 2.5 cm, grade 2")
+
+    def legal(text):
+        states = grammar.read(grammar.begin(), text.encode())
+        return any(grammar.whole(state) for state in states)
+
+    for text in (" 2.5 cm", " tumor, 2.5 cm", " not relevant", " tumor of 2.5", "grade 2"):
+        assert legal(text), text
+    for text in (" 3 cm", " umor", " 2.5 c", " tumor, not relevant", " cm, grade 3", " tumor,", " ", " Tumor"):
+        assert not legal(text), text
+    assert grammar.complete(" tumor, gra") == " tumor"
+    assert grammar.complete(" not relev") == ""
+
+
+@pytest.mark.parametrize("name", ["hormone_receptor_status", "tumor_laterality"])
+def test_closed_lists(name, tokenizer):
+    grammar = Grounding(tokenizer, tokenizer.stop_ids).of_note("left right ER+")[name]
+    values = tasks.PHENOTYPES[name].values
+    assert grammar.complete(f" {values[0]}, {values[1]}") == f" {values[0]}, {values[1]}"
+    assert grammar.complete(" lefty") in ("", " left")
+
+
+def test_ungrounded_answers_are_invented(tokenizer):
+    """The property above is not empty: without the automaton random weights do invent."""
+    generator = Generator(tiny_model(), tokenizer)
+    (out,) = generator.generate(["a tumor of 2.5 cm"], Settings(max_new_tokens=12))
+    assert out.text.strip() not in "a tumor of 2.5 cm"
