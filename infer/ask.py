@@ -22,7 +22,9 @@ CHAT_PHENOTYPE = (
     'If the note does not say, answer "not relevant".'
 )
 CHAT_DIAGNOSIS = "{question} Answer with the ICD-10-CM description and its code in brackets only."
-CHAT_OTHER = '{question} Answer with the values only, separated by commas. If the note does not say, answer "not relevant".'
+CHAT_OTHER = (
+    '{question} Answer with the values only, separated by commas. If the note does not say, answer "not relevant".'
+)
 
 
 @dataclass(frozen=True)
@@ -71,7 +73,10 @@ class Asker:
 
     def prompt(self, text: str, name: str, question: str) -> list[int]:
         if self.form == "template":
-            return [*self.tokenizer.encode(tasks.prefix(text), bos=True), *self.tokenizer.encode(tasks.branch(question))]
+            return [
+                *self.tokenizer.encode(tasks.prefix(text), bos=True),
+                *self.tokenizer.encode(tasks.branch(question)),
+            ]
         if name == "diagnosis":
             asked = CHAT_DIAGNOSIS.format(question=question)
         elif name:
@@ -138,7 +143,9 @@ class Asker:
             records[index] |= self.record(parts, asked, answers)
         return records
 
-    def record(self, parts: list[Part], asked: list[tuple[str, str]], answers: list[list[Generation]]) -> dict[str, Any]:
+    def record(
+        self, parts: list[Part], asked: list[tuple[str, str]], answers: list[list[Generation]]
+    ) -> dict[str, Any]:
         """The answers to one note's questions, merged over its parts."""
         note, record = parts[0].note, {}
         for place, (name, question) in enumerate(asked):

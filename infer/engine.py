@@ -48,7 +48,9 @@ class Fused:
                 module.weight.data = self.weight[rows]  # a view: nothing is held twice
             if isinstance(module, LoRALinear) and module.active is not None and module.original is None:
                 a_RD, b_OR = module.lora_A[module.active].detach(), module.lora_B[module.active].detach()
-                self.adapters.append((rows, a_RD.to(weight.dtype).t(), (b_OR * module.scale[module.active]).t().to(weight.dtype)))
+                self.adapters.append(
+                    (rows, a_RD.to(weight.dtype).t(), (b_OR * module.scale[module.active]).t().to(weight.dtype))
+                )
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         if self.weight is None:
@@ -124,7 +126,11 @@ class Engine:
         self.layers = [Layer(block) for block in model.model.layers]
         self.norm = Norm(model.model.norm)
         q_out = self.layers[0].qkv.modules[0]
-        share = local(q_out.weight).shape[0] / (model.config.num_attention_heads * self.head_dim) if hasattr(q_out, "weight") and is_sharded(q_out) else 1
+        share = (
+            local(q_out.weight).shape[0] / (model.config.num_attention_heads * self.head_dim)
+            if hasattr(q_out, "weight") and is_sharded(q_out)
+            else 1
+        )
         self.heads = round(model.config.num_attention_heads * share)
         self.groups = round(model.config.num_key_value_heads * share)
         self.scale = self.head_dim**-0.5

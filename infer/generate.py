@@ -171,7 +171,9 @@ class Generator:
     def read_leaves(self, cache: Cache, own: list[list[int]]) -> Tensor:
         """Enter the leaves' own tokens; the hidden states of each one's last, x_ND."""
         longest = max(len(tokens) for tokens in own)
-        tokens_NT = torch.tensor([[*tokens, *[0] * (longest - len(tokens))] for tokens in own], device=self.engine.device)
+        tokens_NT = torch.tensor(
+            [[*tokens, *[0] * (longest - len(tokens))] for tokens in own], device=self.engine.device
+        )
         count_N = torch.tensor([len(tokens) for tokens in own], device=self.engine.device)
         last_ND = None
         size = max(1, 4096 // len(own)) if len(own) > 1 else 2048

@@ -60,7 +60,9 @@ class Job:
         if known is None and (self.out.exists() or any(self.part_of(r).exists() for r in range(self.world))):
             raise UserError(f"{self.out}: exists and is no job's of ours; choose another --out or remove it")
         if known is not None and (not isinstance(known, dict) or known.get("hash") != self.identity["hash"]):
-            differs = [k for k, v in self.identity.items() if k != "hash" and isinstance(known, dict) and known.get(k) != v]
+            differs = [
+                k for k, v in self.identity.items() if k != "hash" and isinstance(known, dict) and known.get(k) != v
+            ]
             raise UserError(
                 f"{self.out}: belongs to another job (other {', '.join(differs) or 'options'}); choose another --out "
                 f"or remove it and {self.mark.name}"

@@ -32,7 +32,9 @@ def read_notes(path: Path) -> Iterator[Note]:
             yield text_file(file)
         return
     if not path.is_file():
-        raise UserError(f"{path}: no such file or folder; give JSON lines with 'id' and 'text', or a folder of .txt files")
+        raise UserError(
+            f"{path}: no such file or folder; give JSON lines with 'id' and 'text', or a folder of .txt files"
+        )
     if path.suffix == ".txt":
         yield text_file(path)
         return

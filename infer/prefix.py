@@ -113,7 +113,9 @@ class Cache:
     def __init__(self, engine: Engine, nodes: list[Node], leaves: list[Leaf], apart: bool = False) -> None:
         self.engine, self.nodes = engine, nodes
         self.windows = sorted(set(engine.config.windows), key=lambda w: (w is None, w))
-        self.start_N = torch.tensor([leaf.start for leaf in leaves], device=engine.device)  # position of a leaf's slot 0
+        self.start_N = torch.tensor(
+            [leaf.start for leaf in leaves], device=engine.device
+        )  # position of a leaf's slot 0
         self.length_N = torch.zeros_like(self.start_N)
         self.keys: list[Tensor] = []  # k_NGCK of each layer: the leaves' own slots
         self.values: list[Tensor] = []
@@ -236,7 +238,11 @@ class Cache:
             score_GMS = torch.matmul(q_GMK, k_GSK.transpose(1, 2))
             if mask_nTS is not None:
                 seen = mask_nTS[:, None, :, :]  # the heads of a group see alike
-                score_GMS = score_GMS.view(G, n, -1, T, score_GMS.shape[-1]).masked_fill(~seen, float("-inf")).view(score_GMS.shape)
+                score_GMS = (
+                    score_GMS.view(G, n, -1, T, score_GMS.shape[-1])
+                    .masked_fill(~seen, float("-inf"))
+                    .view(score_GMS.shape)
+                )
             part_GMK, sum_GM1 = weigh(score_GMS, v_GSK, wide)
             part_nGMK = part_GMK.view(G, n, -1, K).transpose(0, 1)
             sum_nGM1 = sum_GM1.view(G, n, -1, 1).transpose(0, 1)

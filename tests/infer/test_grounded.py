@@ -44,7 +44,9 @@ def test_every_spelling_of_a_span_is_allowed(note, data, tokenizer):
     """Whatever tokens spell a span, each step allows the next of them, and the end after it."""
     text = " ".join(note.split())
     grammar = Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note=note)
-    edges = [i for i in range(len(text) + 1) if i in (0, len(text)) or not (text[i - 1].isalnum() and text[i].isalnum())]
+    edges = [
+        i for i in range(len(text) + 1) if i in (0, len(text)) or not (text[i - 1].isalnum() and text[i].isalnum())
+    ]
     start = data.draw(st.sampled_from(edges[:-1]))
     end = data.draw(st.sampled_from([e for e in edges if e > start]))
     span = text[start:end].strip()

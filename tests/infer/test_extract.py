@@ -1,0 +1,199 @@
+"""The product: order, places, bad notes, resuming after a kill to the same bytes, ranks, windows, other people's files."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from infer import tasks
+from infer.answers import place
+from infer.extract import Options, main
+from infer.job import Job, batches
+from infer.notes import Note
+from model.command import UserError
+
+SMALL = {"max_new_tokens": 6, "max_new_diagnosis": 9, "batch": 3}
+
+
+def write_notes(path: Path, count: int = 8) -> Path:
+    lines = [
+        {"id": f"n{i}", "text": f"Tumor {i}.5 cm of the left breast" + " and more" * (i % 3)} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def extract(weights, notes, out, **options) -> int:
+    return main(Options(weights=str(weights), notes=notes, out=out, form="template", **{**SMALL, **options}))
+
+
+def test_one_record_a_note_in_order(weights, tmp_path):
+    assert extract(weights, write_notes(tmp_path / "n.jsonl"), tmp_path / "o.jsonl") == 0
+    found = records(tmp_path / "o.jsonl")
+    assert [r["id"] for r in found] == [f"n{i}" for i in range(8)]
+    for record in found:
+        assert list(record["phenotypes"]) == list(tasks.PHENOTYPES)
+        assert record["tokens"]["new"] > 0 and {"text", "codes", "logprob"} <= record["diagnosis"].keys()
+    schema = json.loads((tmp_path / "o.jsonl.schema.json").read_text())
+    assert set(found[0]) <= set(schema["properties"])
+
+
+def test_the_batch_does_not_change_answers(weights, tmp_path):
+    notes = write_notes(tmp_path / "n.jsonl")
+    extract(weights, notes, tmp_path / "a.jsonl", batch=1, dtype="float64")
+    extract(weights, notes, tmp_path / "b.jsonl", batch=8, dtype="float64")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_bad_notes_do_not_end_the_job(weights, tmp_path):
+    notes = tmp_path / "n.jsonl"
+    lines = [b'{"id": "good", "text": "a tumor"}', b'{"id": "empty", "text": "  "}', b'{"id": "number", "text": 5}',
+             b"not json", b"[1]", b'{"id": "none"}', b"\xff\xfe", b'{"id": "half", "text": "\\ud800"}',
+             json.dumps({"id": "long", "text": "word " * 400}).encode(), b'{"id": 7, "text": "last"}']  # fmt: skip
+    notes.write_bytes(b"\n".join(lines))
+    assert extract(weights, notes, tmp_path / "o.jsonl", max_input_tokens=300) == 1
+    found = records(tmp_path / "o.jsonl")
+    assert [("error" in r, r["id"]) for r in found] == [
+        (False, "good"), (True, "empty"), (True, "number"), (True, "line 4"), (True, "line 5"), (True, "none"),
+        (True, "line 7"), (True, "half"), (True, "long"), (False, "7"),
+    ]  # fmt: skip
+    assert "too long" in found[8]["error"] and "word word" not in found[8]["error"]
+
+
+def test_a_folder_of_texts(weights, tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in ("b", "a"):
+        (folder / f"{name}.txt").write_text(f"note {name}")
+    assert extract(weights, folder, tmp_path / "o.jsonl", task="diagnosis") == 0
+    assert [r["id"] for r in records(tmp_path / "o.jsonl")] == ["a", "b"]
+
+
+def test_own_questions(weights, tmp_path):
+    notes = tmp_path / "n.jsonl"
+    asked = [{"question": "Which disease?"}, {"question": "Which gene?"}]
+    notes.write_text(json.dumps({"id": "x", "text": "A text.", "questions": asked}) + "\n")
+    extract(weights, notes, tmp_path / "o.jsonl")
+    (record,) = records(tmp_path / "o.jsonl")
+    assert [a["question"] for a in record["answers"]] == ["Which disease?", "Which gene?"]
+
+
+@pytest.mark.parametrize("long", ["truncate", "windows"])
+def test_long_notes_say_what_was_done(weights, tmp_path, long):
+    notes = tmp_path / "n.jsonl"
+    notes.write_text(json.dumps({"id": "x", "text": "tumor of the breast " * 60}) + "\n")
+    assert extract(weights, notes, tmp_path / "o.jsonl", max_input_tokens=300, long=long) == 0
+    (record,) = records(tmp_path / "o.jsonl")
+    assert record["long"]["did"] == long and record["long"]["tokens"] > 300
+    if long == "windows":
+        assert record["long"]["windows"] >= 4
+
+
+def command(weights, notes, out) -> list[str]:
+    return [sys.executable, "-m", "infer.extract", "--weights", str(weights), "--notes", str(notes), "--out", str(out),
+            "--form", "template", "--max-new-tokens", "6", "--max-new-diagnosis", "9", "--batch", "2"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_and_continued_gives_the_same_bytes(weights, tmp_path):
+    notes = write_notes(tmp_path / "n.jsonl", 60)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(weights, notes, tmp_path / "whole.jsonl"), check=True, env=env, capture_output=True)
+    out, part = tmp_path / "cut.jsonl", tmp_path / "cut.jsonl.part"
+    kills = 0
+    for lines in (4, 20):
+        process = subprocess.Popen(command(weights, notes, out), env=env, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if part.exists() and part.read_bytes().count(b"\n") >= lines:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+            time.sleep(0)
+        if part.exists():
+            with open(part, "ab") as torn:
+                torn.write(b'{"id": "half a rec')
+    assert kills == 2 and not out.exists()
+    subprocess.run(command(weights, notes, out), check=True, env=env, capture_output=True)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
+@pytest.mark.slow
+def test_two_ranks_give_the_bytes_of_one(weights, tmp_path):
+    notes = write_notes(tmp_path / "n.jsonl", 11)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = command(weights, notes, tmp_path / "one.jsonl")
+    subprocess.run(one, check=True, env=env, capture_output=True)
+    two = command(weights, notes, tmp_path / "two.jsonl")
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, *two[1:]], env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_another_job_s_output_is_left_alone(weights, tmp_path):
+    notes, out = write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    out.write_text("mine\n")
+    with pytest.raises(UserError, match="no job's of ours"):
+        extract(weights, notes, out)
+    assert out.read_text() == "mine\n"
+    out.unlink()
+    extract(weights, notes, out)
+    before = out.read_bytes()
+    assert extract(weights, notes, out) == 0  # finished already
+    with pytest.raises(UserError, match="another job"):
+        extract(weights, notes, out, max_new_tokens=7)
+    write_notes(notes, 3)
+    with pytest.raises(UserError, match="another job"):
+        extract(weights, notes, out)
+    assert out.read_bytes() == before
+
+
+def test_nothing_to_read(weights, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "folder").mkdir()
+    for notes in (tmp_path / "missing.jsonl", tmp_path / "empty.jsonl", tmp_path / "folder"):
+        with pytest.raises(UserError):
+            extract(weights, notes, tmp_path / "o.jsonl")
+    assert not list(tmp_path.glob("o.jsonl*"))
+
+
+def test_places():
+    note = "A 2.5\ncm tumor; Grade 2. Breasts and breast"
+    assert place("2.5 cm", note) == (2, 8)
+    assert place("grade 2", note) == (16, 23)
+    assert note[slice(*place("breast", note))] == "breast" and place("breast", note)[0] == note.rindex("breast")
+    assert place("absent", note) == (None, None)
+
+
+@given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 5), st.integers(1, 80))
+def test_batches_hold_every_note_once(lengths, most, letters):
+    notes = [Note(str(i), "x" * n) for i, n in enumerate(lengths)]
+    found = list(batches(notes, most, letters))
+    assert [n for batch in found for n in batch] == notes
+    assert all(len(b) <= most and (len(b) == 1 or sum(len(n.text) for n in b) <= letters) for b in found)
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=6), st.integers(0, 200))
+def test_resuming_cuts_to_a_batch_wherever_the_kill_fell(tmp_path_factory, sizes, cut):
+    job = Job(tmp_path_factory.mktemp("job") / "o.jsonl", {})
+    ends = [0]
+    for number, size in enumerate(sizes):
+        job.append([{"id": f"{number}-{i}"} for i in range(size)])
+        ends.append(job.part.stat().st_size)
+    with open(job.part, "r+b") as data:
+        data.truncate(min(cut, ends[-1]))
+    done = job.resume(sizes)
+    assert job.part.stat().st_size == ends[done] and done == sum(end <= cut for end in ends) - 1
