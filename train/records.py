@@ -1,7 +1,8 @@
 """From a JSON record to pieces of token ids: what is read, what is asked and what is to be answered.
 
 A record's pieces are [trunk, prompt 1, answer 1, prompt 2, answer 2, …]. For pre-training there is only the trunk (the
-text between begin and end tokens). For tuning the trunk is the note, and each question is a prompt with its answer.
+text between begin and end tokens). For tuning the trunk is the note, and each question is a prompt with its answer; the
+questions are those of the two tasks, or the record's own (`questions`, which take their place).
 Pieces are encoded apart and their ids joined, so where an answer starts is known and never searched for.
 """
 
@@ -23,7 +24,7 @@ def document_pieces(tokenizer: Any) -> Encode:
     """Pre-training: the text alone. Raises ValueError for a record of the other stage or without text."""
 
     def encode(record: dict[str, Any]) -> Pieces:
-        if "phenotypes" in record:
+        if "phenotypes" in record or "questions" in record:
             raise ValueError("an annotated note: train.instruct trains on these, train.pretrain on plain documents")
         return [as_ids(tokenizer.encode(text_of(record), bos=True, eos=True))]
 
@@ -57,6 +58,8 @@ def instruction_first(question: str, note: str) -> str:
 def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
     """(question, answer) for what the record holds. Raises ValueError where it lacks what `which` needs."""
     asked = []
+    if "questions" in record:
+        return own_questions(record["questions"])
     if which != "diagnosis":
         found = record.get("phenotypes")
         if not isinstance(found, dict):
@@ -72,6 +75,20 @@ def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
         asked.append((tasks.DIAGNOSIS_QUESTION, tasks.diagnosis_answer(given["text"], given["code"])))
     if not asked:
         raise ValueError("holds no question to train on")
+    return asked
+
+
+def own_questions(given: Any) -> list[tuple[str, str]]:
+    """(question, answer) of a record that brings its own: [{"question", "answers": [{"text"}, …]}, …]."""
+    try:
+        asked = [
+            (one["question"], tasks.answer(list(dict.fromkeys(answer["text"] for answer in one["answers"]))))
+            for one in given
+        ]
+    except (TypeError, KeyError) as error:
+        raise ValueError("'questions' is not a list of {question, answers: [{text}, …]}") from error
+    if not asked or not all(isinstance(question, str) for question, _ in asked):
+        raise ValueError("'questions' holds no question to train on")
     return asked
 
 
