@@ -55,7 +55,10 @@ def test_a_type_without_a_mention_is_not_relevant(tmp_path):
     ]
 
 
-@pytest.mark.parametrize("content, named", [("a O\nb\n", "tsv:2"), ("a b\n", "tsv:1"), ("a O\n", "no entity"), ("", "no")])
+NOT_IOB = [("a O\nb\n", "tsv:2"), ("a b\n", "tsv:1"), ("a O\n", "no entity"), ("", "no")]
+
+
+@pytest.mark.parametrize("content, named", NOT_IOB)
 def test_what_is_not_iob_is_named(content, named, tmp_path):
     (tmp_path / "f.tsv").write_text(content)
     with pytest.raises(UserError, match=named):

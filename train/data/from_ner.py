@@ -1,8 +1,8 @@
 """Questions from any named-entity corpus: `python -m train.data.from_ner --iob F.tsv --out F.jsonl`.
 
 The file is IOB (CoNLL): one token and its tag a line (first and last column), a blank line between sentences; IOB1,
-IOB2 and files of several entity types are read. Three consecutive sentences make a record, and every entity type of the file
-one question about it; the answer is all mentions of that type, or "not relevant" where there is none:
+IOB2 and files of several entity types are read. Three consecutive sentences make a record, and every entity type of
+the file one question about it; the answer is all mentions of that type, or "not relevant" where there is none:
 
     {"id": "test-7", "text": "…", "questions": [{"question": "Which disease names are mentioned?",
      "answers": [{"text": "colorectal cancer", "start": 52, "end": 69}, …]}]}
