@@ -8,8 +8,8 @@ from lora.adapter import (
     save_adapter,
     set_adapter,
 )
+from lora.fold import merge_lora, unmerge_lora
 from lora.layer import DropoutPlan, LoRALinear
-from lora.merge import merge_lora, unmerge_lora
 
 __all__ = [
     "DropoutPlan", "LoRAConfig", "LoRALinear", "add_lora", "load_adapter", "merge_lora", "no_adapter", "save_adapter",

@@ -144,8 +144,6 @@ def as_lora(model: nn.Module, path: str) -> LoRALinear:
 
 
 def check_targets(config: LoRAConfig, linears: list[str], chosen: list[str]) -> None:
-    if not chosen:
-        raise UserError(f"lora: no linear layer of this model fits target_modules {config.target_modules!r}")
     if isinstance(config.target_modules, tuple):
         leaves = sorted({path.rpartition(".")[2] for path in linears})
         for target in config.target_modules:
@@ -154,6 +152,8 @@ def check_targets(config: LoRAConfig, linears: list[str], chosen: list[str]) -> 
                     f"lora: target module {target!r} is not in this model{nearest(target, leaves)}; "
                     f"it has {', '.join(leaves)}"
                 )
+    if not chosen:
+        raise UserError(f"lora: no linear layer of this model fits target_modules {config.target_modules!r}")
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
@@ -192,9 +192,11 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     return state
 
 
-def peft_config(config: LoRAConfig, base: str | None) -> dict[str, Any]:
-    """adapter_config.json's content."""
+def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dict[str, Any]:
+    """adapter_config.json's content, for an adapter on these modules."""
     targets = config.target_modules
+    if isinstance(targets, str) and config.layers is not None:  # PEFT takes layers only beside a list of names
+        targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
     return {
         "peft_type": "LORA",
         "task_type": "CAUSAL_LM",
@@ -234,7 +236,8 @@ def write_adapter(
     """PEFT's two files in a folder that is there."""
     tensors = {key: tensor.cpu().contiguous() for key, tensor in sorted(state.items())}
     save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
-    write_json(folder / "adapter_config.json", peft_config(config, None if base is None else str(base)))
+    modules = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
+    write_json(folder / "adapter_config.json", peft_config(config, None if base is None else str(base), modules))
 
 
 def read_config(path: str | os.PathLike[str]) -> LoRAConfig:

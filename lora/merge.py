@@ -1,60 +1,75 @@
-"""Folding an adapter into the weights it sits on, W + s·BA, and taking it out again.
+"""Fold an adapter into a checkpoint on disk: `python -m lora.merge --weights DIR --adapter DIR --out DIR`.
 
-The sum is made in at least fp32. In bf16 a merge distorts the update and taking it out again leaves other weights
-than before, so the originals are kept and unmerging puts them back bit for bit.
+The checkpoint is streamed a few megabytes of rows at a time: rows of W + s·B A are summed in fp32, rounded to the
+file's dtype and written, so a 7B model needs little more memory than its adapter. The base's files are not touched:
+they are the originals that an in-memory merge keeps (fold.py).
 """
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
+from pathlib import Path
+
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from lora.adapter import adapted
-from lora.layer import LoRALinear
-from model.command import UserError
-
-
-def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
-    """weight + delta in at least fp32, in the weight's dtype."""
-    return (weight.detach().to(delta.dtype) + delta).to(weight.dtype)
-
-
-def merge_lora(model: nn.Module, keep: bool = True) -> nn.Module:
-    """Fold the active adapter into the weights, in place; returns the model.
-
-    `keep=False` forgets adapters and originals: the layers become plain nn.Linear again, ready for a new adapter.
-    """
-    layers = adapted(model)
-    if not any(layer.active for layer in layers.values()):
-        raise UserError("lora: no adapter is active, so there is nothing to merge")
-    if any(layer.narrow is not None for layer in layers.values()):
-        raise UserError("lora: the base is narrow; merge into its checkpoint instead: python -m lora.merge")
-    for path, layer in layers.items():
-        if layer.active is not None and layer.original is None:
-            merged = merged_weight(layer.weight, layer.delta(layer.active))
-            layer.original, layer.weight = layer.weight.detach(), nn.Parameter(merged, requires_grad=False)
-        if not keep:
-            replace(model, path, plain(layer))
-    if not keep:
-        model.__dict__.pop("lora_configs", None)
-    return model
+from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
+from model.command import UserError, run
+from model.config import ModelConfig
+from model.safetensors_file import Stored
+from model.tokenizer import copy_tokenizer
+from model.transformer import Transformer
+from model.weights import Checkpoint, config_dict, open_checkpoint, write_checkpoint
 
 
-def unmerge_lora(model: nn.Module) -> nn.Module:
-    """Put the original weights back, bit for bit; the adapter stays active beside them."""
-    for layer in adapted(model).values():
-        if layer.original is not None:
-            layer.weight, layer.original = nn.Parameter(layer.original, requires_grad=False), None
-    return model
+@dataclass(frozen=True)
+class Options:
+    """Fold an adapter into a checkpoint on disk, streaming."""
+
+    weights: str
+    """The base model's folder or GGUF file."""
+    adapter: str
+    """The adapter's folder (PEFT's two files)."""
+    out: str
+    """The merged model's folder."""
 
 
-def plain(layer: LoRALinear) -> nn.Linear:
+def merged_rows(stored: Stored, a_RD: Tensor, b_OR: Tensor, scale: float) -> Stored:
+    """A tensor on disk plus an adapter's update, made row by row as it is read."""
+
+    def read(rows: slice | None) -> Tensor:
+        base = stored.read(rows)
+        b_PR = b_OR if rows is None else b_OR[rows]
+        return (base.float() + (b_PR.float() @ a_RD.float()) * scale).to(base.dtype)
+
+    return replace(stored, read=read)
+
+
+def merge_checkpoint(checkpoint: Checkpoint, config: LoRAConfig, adapter: dict[str, Tensor]) -> Checkpoint:
+    """The checkpoint with every adapted tensor replaced by its merged rows; nothing is read yet."""
+    tensors = dict(checkpoint.tensors)
+    for key in adapter:
+        if key.endswith(".lora_A.weight"):
+            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+            a_RD, b_OR = adapter[key], adapter[f"{PREFIX}{module}.lora_B.weight"]
+            tensors[f"{module}.weight"] = merged_rows(tensors[f"{module}.weight"], a_RD, b_OR, config.scale(module))
+    return replace(checkpoint, tensors=tensors)
+
+
+def main(options: Options) -> int:
+    if Path(options.out).resolve() == Path(options.weights).resolve():
+        raise UserError(f"--out {options.out}: the base itself; choose another folder")
+    raw = config_dict(options.weights)
     with torch.device("meta"):
-        linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
-    linear.weight, linear.bias = layer.weight, layer.bias
-    return linear
+        model = Transformer(ModelConfig.from_dict(raw))
+    config, adapter = read_config(options.adapter), read_adapter(options.adapter)
+    check_tensors(model, adapter, config, options.adapter)
+    merged = merge_checkpoint(open_checkpoint(options.weights), config, adapter)
+    write_checkpoint(merged, raw, options.out, 5 * 2**30, None)
+    copy_tokenizer(options.weights, options.out)
+    print(options.out)
+    return 0
 
 
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)
+if __name__ == "__main__":
+    run(main, Options)

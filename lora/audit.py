@@ -1,0 +1,124 @@
+"""What an adapter does to each layer: `python -m lora.audit --adapter DIR [--weights DIR]`.
+
+Of ΔW = s·B A, from QR of both factors (nothing of W's size is decomposed): its norm, its largest singular values, and
+its effective rank exp(−Σ p ln p) with p = σ/Σσ (Roy & Vetterli 2007). With the base's weights also ‖ΔW‖/‖W‖, and the
+distortion of merging in bf16: ‖bf16(W + ΔW) − (bf16(W) + ΔW)‖/‖ΔW‖.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from tqdm import tqdm
+
+from lora.adapter import PREFIX, read_adapter, read_config
+from model.command import UserError, run
+from model.files import atomic_file
+from model.weights import open_checkpoint
+
+
+@dataclass(frozen=True)
+class Options:
+    """Per-module audit of an adapter."""
+
+    adapter: str
+    """The adapter's folder."""
+    weights: str = ""
+    """The base it was trained on (empty: only what the adapter alone tells)."""
+    heat_map: str = ""
+    """Write the norms (relative ones, where weights are given) over layers × modules as a PNG."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def singular_values(a_RD: Tensor, b_OR: Tensor, scale: float) -> Tensor:
+    """Of s·B A, R of them, in fp64: those of the small matrix R_B R_Aᵀ."""
+    r_b = torch.linalg.qr(b_OR.double()).R
+    r_a = torch.linalg.qr(a_RD.double().T).R
+    return torch.linalg.svdvals(r_b @ r_a.T) * scale
+
+
+def effective_rank(sigma_R: Tensor) -> float:
+    share = sigma_R[sigma_R > 0] / sigma_R.sum()
+    return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
+
+
+def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
+    """One row a module. Raises UserError where files are missing, damaged, or do not belong together."""
+    config, tensors = read_config(adapter), read_adapter(adapter)
+    base = open_checkpoint(weights) if weights else None
+    rows = []
+    for key in tqdm([key for key in tensors if key.endswith(".lora_A.weight")], disable=None, leave=False):
+        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
+        a_RD, b_OR = tensors[key], tensors.get(f"{PREFIX}{module}.lora_B.weight")
+        if b_OR is None:
+            raise UserError(f"{adapter}: lacks the lora_B of {module}; the adapter is damaged")
+        sigma_R = singular_values(a_RD, b_OR, config.scale(module))
+        row = {"module": module, "rank": len(a_RD), "norm": float(sigma_R.norm()),
+               "effective_rank": effective_rank(sigma_R), "top": [float(value) for value in sigma_R[:4]]}  # fmt: skip
+        if base is not None:
+            if base.tensors.get(f"{module}.weight") is None:
+                raise UserError(f"{weights}: lacks {module}; the adapter was made for another model")
+            weight_OD = base.read(f"{module}.weight").float()
+            delta_OD = (b_OR.float() @ a_RD.float()) * config.scale(module)
+            if delta_OD.shape != weight_OD.shape:
+                raise UserError(f"{weights}: {module} has another shape; the adapter was made for another model")
+            narrow_OD = weight_OD.bfloat16().float()
+            lost = float(((narrow_OD + delta_OD).bfloat16().float() - (narrow_OD + delta_OD)).norm())
+            row["relative_norm"] = row["norm"] / float(weight_OD.norm())
+            row["bf16_distortion"] = lost / float(delta_OD.norm()) if row["norm"] else 0.0
+        rows.append(row)
+    place = re.compile(r"\.(\d+)\.")
+    return sorted(rows, key=lambda row: (int((place.search(row["module"]) or [0, -1])[1]), row["module"]))
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    lines = [f"{'module':44} {'rank':>4} {'‖ΔW‖':>9} {'‖ΔW‖/‖W‖':>10} {'eff. rank':>9} {'bf16 loss':>9}  top singular"]
+    for row in rows:
+        relative, lost = (f"{row[k]:.4f}" if k in row else "–" for k in ("relative_norm", "bf16_distortion"))
+        top = " ".join(f"{value:.3g}" for value in row["top"])
+        lines.append(f"{row['module']:44} {row['rank']:4} {row['norm']:9.4f} {relative:>10} "
+                     f"{row['effective_rank']:9.2f} {lost:>9}  {top}")  # fmt: skip
+    return "\n".join(lines)
+
+
+def draw(rows: list[dict[str, Any]], path: str) -> None:
+    """The heat map: layers down, modules across."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    from matplotlib import pyplot as plt
+
+    found = [(int(m[1]), m[2], row) for row in rows if (m := re.search(r"\.layers\.(\d+)\.(.+)", row["module"]))]
+    layers, kinds = sorted({layer for layer, _, _ in found}), sorted({kind for _, kind, _ in found})
+    values = torch.full((len(layers), len(kinds)), float("nan"))
+    for layer, kind, row in found:
+        values[layers.index(layer), kinds.index(kind)] = row.get("relative_norm", row["norm"])
+    figure, axes = plt.subplots(figsize=(1.2 * len(kinds) + 2, 0.25 * len(layers) + 2))
+    image = axes.imshow(values, aspect="auto", cmap="viridis")
+    axes.set_xticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds], rotation=45, ha="right")
+    axes.set_yticks(range(len(layers)), layers)
+    axes.set_ylabel("layer")
+    figure.colorbar(image, label="‖ΔW‖/‖W‖" if "relative_norm" in rows[0] else "‖ΔW‖")
+    figure.tight_layout()
+    with atomic_file(Path(path)) as beside:
+        figure.savefig(beside, format="png", dpi=120)
+    plt.close(figure)
+
+
+def main(options: Options) -> int:
+    rows = audit(options.adapter, options.weights)
+    print(json.dumps(rows, indent=2) if options.json else table(rows))
+    if options.heat_map:
+        draw(rows, options.heat_map)
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, Options)

@@ -1,0 +1,60 @@
+"""Folding an adapter into the weights it sits on, W + s·BA, and taking it out again.
+
+The sum is made in at least fp32. In bf16 a merge distorts the update and taking it out again leaves other weights
+than before, so the originals are kept and unmerging puts them back bit for bit.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+
+from lora.adapter import adapted
+from lora.layer import LoRALinear
+from model.command import UserError
+
+
+def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
+    """weight + delta in at least fp32, in the weight's dtype."""
+    return (weight.detach().to(delta.dtype) + delta).to(weight.dtype)
+
+
+def merge_lora(model: nn.Module, keep: bool = True) -> nn.Module:
+    """Fold the active adapter into the weights, in place; returns the model.
+
+    `keep=False` forgets adapters and originals: the layers become plain nn.Linear again, ready for a new adapter.
+    """
+    layers = adapted(model)
+    if not any(layer.active for layer in layers.values()):
+        raise UserError("lora: no adapter is active, so there is nothing to merge")
+    if any(layer.narrow is not None for layer in layers.values()):
+        raise UserError("lora: the base is narrow; merge into its checkpoint instead: python -m lora.merge")
+    for path, layer in layers.items():
+        if layer.active is not None and layer.original is None:
+            merged = merged_weight(layer.weight, layer.delta(layer.active))
+            layer.original, layer.weight = layer.weight.detach(), nn.Parameter(merged, requires_grad=False)
+        if not keep:
+            replace(model, path, plain(layer))
+    if not keep:
+        model.__dict__.pop("lora_configs", None)
+    return model
+
+
+def unmerge_lora(model: nn.Module) -> nn.Module:
+    """Put the original weights back, bit for bit; the adapter stays active beside them."""
+    for layer in adapted(model).values():
+        if layer.original is not None:
+            layer.weight, layer.original = nn.Parameter(layer.original, requires_grad=False), None
+    return model
+
+
+def plain(layer: LoRALinear) -> nn.Linear:
+    with torch.device("meta"):
+        linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
+    linear.weight, linear.bias = layer.weight, layer.bias
+    return linear
+
+
+def replace(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,209 @@
+"""Adapters against their definition, against peft in both directions, merged, unmerged and audited."""
+
+import json
+import shutil
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from lora import LoRAConfig, add_lora, load_adapter, merge_lora, no_adapter, save_adapter, set_adapter, unmerge_lora
+from lora.adapter import adapted
+from lora.audit import audit, draw
+from lora.merge import Options, main
+from model import ModelConfig, Transformer
+from model.command import UserError
+
+CONFIG = ModelConfig(
+    vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-5, rope_theta=1e4, windows=(8, 8), max_position_embeddings=64,
+)  # fmt: skip
+TOKENS = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(1))
+
+
+def base(dtype=torch.float32) -> Transformer:
+    model = Transformer(CONFIG).init_weights(3)
+    with torch.no_grad():
+        for param in model.parameters():
+            if param.dim() == 2:
+                param.mul_(5)
+    return model.to(dtype)
+
+
+def trained(config: LoRAConfig, dtype=torch.float32) -> Transformer:
+    """A model with an adapter that does something."""
+    model = add_lora(base(dtype), config)
+    generator = torch.Generator().manual_seed(4)
+    with torch.no_grad():
+        for layer in adapted(model).values():
+            for b_OR in layer.lora_B.values():
+                b_OR.copy_(torch.randn(b_OR.shape, generator=generator) * 0.1)
+    return model
+
+
+@pytest.fixture()
+def weights(tmp_path):
+    base().save_pretrained(tmp_path / "base")
+    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps({
+        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
+        "pre_tokenizer": None, "post_processor": None, "decoder": None,
+        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))  # fmt: skip
+    return tmp_path / "base"
+
+
+CONFIGS = [
+    LoRAConfig(r=4, alpha=8.0),
+    LoRAConfig(r=3, alpha=5.0, rslora=True, target_modules=("q_proj", "down_proj")),
+    LoRAConfig(r=4, layers=(1,), rank_pattern={"v_proj": 2}, alpha_pattern={"o_proj": 3.0}),
+]
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_scaled_product(config):
+    assert torch.equal(add_lora(base(), config)(TOKENS), base()(TOKENS))
+    model = trained(config, torch.float64)
+    folded = base(torch.float64)
+    for path, layer in adapted(model).items():
+        name, rank = path.rpartition(".")[2], config.rank_pattern.get(path.rpartition(".")[2], config.r)
+        alpha = config.alpha_pattern.get(name, config.alpha)
+        scale = alpha / (rank**0.5 if config.rslora else rank)
+        with torch.no_grad():
+            folded.get_submodule(path).weight += scale * layer.lora_B["default"] @ layer.lora_A["default"]
+    ours, theirs = model(TOKENS), folded(TOKENS)
+    assert (ours - base(torch.float64)(TOKENS)).abs().max() > 1e-2
+    assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
+
+
+@pytest.mark.parametrize("config", CONFIGS)
+def test_peft_loads_ours_and_we_load_pefts(config, weights, tmp_path):
+    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    model = trained(config)
+    save_adapter(model, tmp_path / "ours", base=weights)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(weights, attn_implementation="eager")
+    theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours", is_trainable=True)
+    theirs.save_pretrained(tmp_path / "theirs")
+    ours, back = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours", "theirs"))
+    assert ours.keys() == back.keys() and all(torch.equal(ours[key], back[key]) for key in ours)
+    again = load_adapter(base(), tmp_path / "theirs")
+    assert torch.equal(again(TOKENS), model(TOKENS))
+    judge = trained(config, torch.float64)(TOKENS)
+    wrong = (theirs(TOKENS).logits.double() - judge).abs().max()
+    assert (model(TOKENS).double() - judge).abs().max() <= 2 * wrong
+    # one AdamW step on the same loss: the trained tensors agree as the gradients do
+    for each in (theirs, again):
+        optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
+        out = each(TOKENS)
+        logits = out.logits if hasattr(out, "logits") else out
+        torch.nn.functional.cross_entropy(logits[:, :-1].flatten(0, 1), TOKENS[:, 1:].flatten()).backward()
+        optimizer.step()
+    save_adapter(again, tmp_path / "ours2")
+    theirs.save_pretrained(tmp_path / "theirs2")
+    ours, back = (load_file(tmp_path / who / "adapter_model.safetensors") for who in ("ours2", "theirs2"))
+    for key in ours:
+        torch.testing.assert_close(ours[key], back[key], rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_unmerging_gives_the_base_back_bit_for_bit(dtype):
+    model = trained(CONFIGS[0], dtype)
+    before = {key: value.clone() for key, value in model.state_dict().items()}
+    with_adapter = model(TOKENS)
+    merge_lora(model)
+    merged = model(TOKENS)
+    assert any(not torch.equal(before[key], value) for key, value in model.state_dict().items())
+    if dtype == torch.float32:
+        assert (merged - with_adapter).abs().max() < 1e-4
+    unmerge_lora(model)
+    assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
+    assert torch.equal(model(TOKENS), with_adapter)
+
+
+def test_several_adapters_one_active_and_off_in_a_context():
+    model = trained(CONFIGS[0])
+    first = model(TOKENS)
+    add_lora(model, CONFIGS[0], name="second", seed=5)
+    assert torch.equal(model(TOKENS), base()(TOKENS)), "a new adapter is active and changes nothing"
+    assert all("second" in name for name, p in model.named_parameters() if p.requires_grad)
+    set_adapter(model, "default")
+    assert torch.equal(model(TOKENS), first)
+    with no_adapter(model):
+        assert torch.equal(model(TOKENS), base()(TOKENS))
+    assert torch.equal(model(TOKENS), first)
+    with pytest.raises(UserError, match="did you mean 'second'"):
+        set_adapter(model, "secnd")
+
+
+def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path):
+    model = trained(CONFIGS[2])
+    save_adapter(model, tmp_path / "adapter")
+    main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "merged")))
+    merge_lora(model, keep=False)
+    loaded = Transformer.from_pretrained(tmp_path / "merged").state_dict()
+    ours = model.state_dict()
+    assert loaded.keys() == ours.keys()
+    for key in ours:
+        torch.testing.assert_close(loaded[key], ours[key], rtol=1e-6, atol=1e-7)  # the order of a sum over r
+    with pytest.raises(UserError, match="the base itself"):
+        main(Options(str(weights), str(tmp_path / "adapter"), str(weights)))
+
+
+def test_audit_agrees_with_the_whole_matrices(weights, tmp_path):
+    model = trained(CONFIGS[0])
+    save_adapter(model, tmp_path / "adapter")
+    rows = {row["module"]: row for row in audit(str(tmp_path / "adapter"), str(weights))}
+    assert rows.keys() == adapted(model).keys()
+    for path, layer in adapted(model).items():
+        delta = layer.delta("default").double()
+        sigma = torch.linalg.svdvals(delta)
+        assert rows[path]["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
+        assert rows[path]["top"] == pytest.approx(sigma[:4].tolist(), rel=1e-4)
+        assert rows[path]["relative_norm"] == pytest.approx(float(delta.norm() / layer.weight.norm()), rel=1e-5)
+        assert 1 <= rows[path]["effective_rank"] <= 4 and 0 < rows[path]["bf16_distortion"] < 0.1
+    draw(list(rows.values()), str(tmp_path / "map.png"))
+    assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def damaged(folder, how):
+    config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
+    raw, held = json.loads(config.read_text()), load_file(tensors)
+    key = sorted(held)[0]
+    if how == "dora":
+        raw["use_dora"] = True
+    elif how == "unknown":
+        raw["use_magic"] = 3
+    elif how == "rank":
+        raw["r"] = 0
+    elif how == "missing":
+        del held[key]
+    elif how == "surplus":
+        held["base_model.model.other.lora_A.weight"] = torch.zeros(4, 4)
+    elif how == "shape":
+        held[key] = torch.zeros(5, 7)
+    elif how == "nan":
+        held[key] = held[key] * float("nan")
+    save_file(held, tensors)
+    config.write_text(json.dumps(raw))
+    if how == "truncated":
+        tensors.write_bytes(tensors.read_bytes()[:-10])
+
+
+@pytest.mark.parametrize(("how", "said"), [
+    ("dora", "use_dora is not covered"), ("unknown", "unknown field 'use_magic'"), ("rank", "at least 1"),
+    ("missing", "lacks"), ("surplus", "no place for"), ("shape", "made for another model"), ("nan", "not finite"),
+    ("truncated", "damaged")])  # fmt: skip
+def test_a_wrong_adapter_is_refused_by_name(tmp_path, how, said):
+    save_adapter(trained(CONFIGS[0]), tmp_path / "a")
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    damaged(tmp_path / "b", how)
+    with pytest.raises(UserError, match=said):
+        load_adapter(base(), tmp_path / "b")
+    load_adapter(base(), tmp_path / "a")
+
+
+def test_wrong_settings_are_refused():
+    for wrong, said in (({"r": 0}, "rank"), ({"dropout": 1.0}, "dropout"), ({"target_modules": ()}, "empty")):
+        with pytest.raises(UserError, match=said):
+            replace(LoRAConfig(), **wrong)
+    with pytest.raises(UserError, match="did you mean 'q_proj'"):
+        add_lora(base(), LoRAConfig(target_modules=("q_prj",)))
