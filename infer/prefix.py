@@ -117,8 +117,10 @@ class Cache:
             [leaf.start for leaf in leaves], device=engine.device
         )  # position of a leaf's slot 0
         self.length_N = torch.zeros_like(self.start_N)
-        self.keys: list[Tensor] = []  # k_NGCK of each layer: the leaves' own slots
-        self.values: list[Tensor] = []
+        self.keys: list[
+            Tensor
+        ] = []  # k_NGKC of each layer: the leaves' own slots, so laid out that scores read along rows
+        self.values: list[Tensor] = []  # v_NGCK
         self.capacity = 0
         self.apart = apart
         self._read_nodes()
@@ -202,10 +204,10 @@ class Cache:
             G, K = k_NGK.shape[1:]
             k_NTGK, v_NTGK = k_NGK.view(N, T, G, K), v_NGK.unflatten(0, (N, T))
             if even:
-                keys[:, :, at : at + T].copy_(k_NTGK.transpose(1, 2))
+                keys[:, :, :, at : at + T].copy_(k_NTGK.permute(0, 2, 3, 1))
                 values[:, :, at : at + T].copy_(v_NTGK.transpose(1, 2))
             else:
-                keys[rows_N1, :, slots_NT] = k_NTGK
+                keys[rows_N1, :, :, slots_NT] = k_NTGK
                 values[rows_N1, :, slots_NT] = v_NTGK
             window = self.engine.layers[layer].window
             q_NHTK = q_NHK.unflatten(0, (N, T)).transpose(1, 2)
@@ -217,14 +219,16 @@ class Cache:
 
     def _attend(self, layer: int, q_NHTK: Tensor, S: int, mask_NTS: Tensor | None, pieces: list) -> Tensor:
         N, H, T, K = q_NHTK.shape
-        k_NGSK, v_NGSK = self.keys[layer][:, :, :S], self.values[layer][:, :, :S]
+        k_NGKS, v_NGSK = self.keys[layer][:, :, :, :S], self.values[layer][:, :, :S]
         if not pieces and T > 16:
             mask = None if mask_NTS is None else mask_NTS[:, None]
-            return F.scaled_dot_product_attention(q_NHTK, share(k_NGSK, H), share(v_NGSK, H), attn_mask=mask)
-        G = k_NGSK.shape[1]
+            return F.scaled_dot_product_attention(
+                q_NHTK, share(k_NGKS.transpose(2, 3), H), share(v_NGSK, H), attn_mask=mask
+            )
+        G = k_NGKS.shape[1]
         q_NGMK = (q_NHTK * self.engine.scale).reshape(N, G, H // G * T, K)
         wide = torch.promote_types(q_NHTK.dtype, torch.float32)
-        score_NGMS = torch.matmul(q_NGMK, k_NGSK.transpose(2, 3))
+        score_NGMS = torch.matmul(q_NGMK, k_NGKS)
         if mask_NTS is not None:
             score_NGMS = score_NGMS.view(N, G, -1, T, S).masked_fill(~mask_NTS[:, None, None], float("-inf"))
             score_NGMS = score_NGMS.view(N, G, -1, S)
@@ -286,7 +290,7 @@ class Cache:
         if window is not None and need > self.capacity and self.capacity:
             drop = int((self.length_N - window + 1).min())  # slots that no later query of any leaf sees
             if drop > 0:
-                self.keys = [k[:, :, drop:].clone() for k in self.keys]
+                self.keys = [k[..., drop:].clone() for k in self.keys]
                 self.values = [v[:, :, drop:].clone() for v in self.values]
                 self.start_N, self.length_N = self.start_N + drop, self.length_N - drop
                 self.capacity, need = self.capacity - drop, need - drop
@@ -294,21 +298,20 @@ class Cache:
             return
         room = need + max(ROOM, need // 4)
         N, G, K = len(self.length_N), self.engine.groups, self.engine.head_dim
-        for store in (self.keys, self.values):
-            for layer in range(len(self.engine.layers)):
-                grown = torch.zeros(N, G, room, K, dtype=self.engine.dtype, device=self.engine.device)
-                if self.capacity:
-                    grown[:, :, : self.capacity] = store[layer]
-                    store[layer] = grown
-                else:
-                    store.append(grown)
+        like = {"dtype": self.engine.dtype, "device": self.engine.device}
+        keys = [torch.zeros(N, G, K, room, **like) for _ in self.engine.layers]
+        values = [torch.zeros(N, G, room, K, **like) for _ in self.engine.layers]
+        for layer in range(len(self.keys)):
+            keys[layer][..., : self.capacity] = self.keys[layer]
+            values[layer][:, :, : self.capacity] = self.values[layer]
+        self.keys, self.values = keys, values
         self.capacity = room
 
     def keep(self, rows: list[int]) -> None:
         """Go on with these leaves only (in rising order)."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.engine.device)
         S = int(self.length_N.max())
-        self.keys = [k[index, :, : S + ROOM] for k in self.keys]
+        self.keys = [k[index, :, :, : S + ROOM] for k in self.keys]
         self.values = [v[index, :, : S + ROOM] for v in self.values]
         self.capacity = min(self.capacity, S + ROOM)
         self.start_N, self.length_N = self.start_N[index], self.length_N[index]
