@@ -52,6 +52,7 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
+asked: set[tuple[str, str]] = set()  # (kernel, shape class) pairs looked up so far: what a run has covered
 
 
 @contextlib.contextmanager
@@ -78,6 +79,7 @@ def runs_here(*tensors: Tensor | None) -> bool:
 
 def config(kernel: str, shape_class: str) -> dict[str, int]:
     """The pinned tile sizes, warps and stages of a kernel for a class of shapes."""
+    asked.add((kernel, shape_class))
     return CONFIGS[kernel][shape_class]
 
 

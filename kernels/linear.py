@@ -54,7 +54,7 @@ def lora_linear_definition(
     lora_a_RD: Tensor | None,
     lora_b_OR: Tensor | None,
     scale: float,
-    bias_O: Tensor | None,
+    bias_O: Tensor | None = None,
 ) -> Tensor:
     y = F.linear(x, weight_OD, bias_O)
     if lora_a_RD is None or lora_b_OR is None:
@@ -300,14 +300,14 @@ def run_linear(
     rank_tile = min(rank_tile, tiles["MOST_RANK"]) if lora == "given" else rank_tile
     tiles.pop("MOST_RANK")
     w, (w_row, w_col) = _same_strides(weights, x_ND)
-    a, (a_row, _) = _same_strides(lora_a or [None] * count, x_ND)
+    a, (a_row, _) = _same_strides(lora_a if lora == "here" else [None] * count, x_ND)
     b, (b_row, b_col) = _same_strides(lora_b or [None] * count, x_ND)
     c = _three([t.contiguous() for t in biases], None) if biases else [x_ND] * MOST_OUTPUTS
     c = [c[0] if t is None else t for t in c]
     O, R, s = (
         _three([t.shape[0] for t in weights], 0), _three(ranks, 0), _three(scales or [0.0] * count, 0.0)
     )  # fmt: skip
-    u = u_NCR if u_NCR is not None else x_ND
+    u = x_ND if u_NCR is None or lora == "no" else u_NCR
     arguments = dict(
         x=x_ND, gain=x_ND if gain_D is None else gain_D, rstd=x_ND if rstd_N is None else rstd_N, u=u, y=y_NO,
         w0=w[0], w1=w[1], w2=w[2], a0=a[0], a1=a[1], a2=a[2], b0=b[0], b1=b[1], b2=b[2], c0=c[0], c1=c[1], c2=c[2],

@@ -30,7 +30,8 @@ from torch import Tensor
 
 from kernels.launch import config, jit, launch, power_of_2, rows, runs_here, tl
 
-WIDEST = 65_536  # values of a row that one program can hold
+WIDEST = 65_536  # values of a row that one program can hold going forward
+HELD = 8192  # and backward, where three rows and a sum are alive at once
 
 
 def rms_norm_definition(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -70,13 +71,13 @@ def _backward(
     p = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     inside = d < D
-    g = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)
     sum_g = tl.zeros([BLOCK], tl.float32)
     for step in range(0, tl.cdiv(N - p, P)):
         row = (p + step * P).to(tl.int64)
         r = tl.load(rstd + row)
         n = tl.load(x + row * x_row + d, mask=inside, other=0.0).to(tl.float32) * r
         dy_row_d = tl.load(dy + row * dy_row + d, mask=inside, other=0.0).to(tl.float32)
+        g = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)  # from L1 each time: registers are dearer
         w = dy_row_d * g
         grad = r * (w - n * (tl.sum(w * n, axis=0) / D))
         if ADD:
@@ -86,6 +87,37 @@ def _backward(
             sum_g += dy_row_d * n.to(x.dtype.element_ty).to(tl.float32)
     if GAIN:
         tl.store(dg + p * D + d, sum_g, mask=inside)
+
+
+@jit
+def _backward_wide(
+    dy, dtotal, x, weight, rstd, dx, dg, dy_row, x_row, N, D, P, ADD: tl.constexpr, GAIN: tl.constexpr,
+    BLOCK: tl.constexpr,
+):  # fmt: skip
+    """The same for rows that the registers do not hold: two walks over each, and dg's sum in this program's own row."""
+    p = tl.program_id(0)
+    for step in range(0, tl.cdiv(N - p, P)):
+        row = (p + step * P).to(tl.int64)
+        r = tl.load(rstd + row)
+        dot = tl.zeros([BLOCK], tl.float32)
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            n = tl.load(x + row * x_row + d, mask=d < D, other=0.0).to(tl.float32) * r
+            w = tl.load(dy + row * dy_row + d, mask=d < D, other=0.0).to(tl.float32)
+            dot += n * w * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
+        mean = tl.sum(dot, axis=0) / D
+        for start in range(0, D, BLOCK):
+            d = start + tl.arange(0, BLOCK)
+            n = tl.load(x + row * x_row + d, mask=d < D, other=0.0).to(tl.float32) * r
+            w = tl.load(dy + row * dy_row + d, mask=d < D, other=0.0).to(tl.float32)
+            grad = r * (w * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32) - n * mean)
+            if ADD:
+                grad += tl.load(dtotal + row * D + d, mask=d < D, other=0.0).to(tl.float32)
+            tl.store(dx + row * D + d, grad, mask=d < D)
+            if GAIN:
+                at = dg + p * D + d
+                share = w * n.to(x.dtype.element_ty).to(tl.float32)
+                tl.store(at, tl.load(at, mask=d < D, other=0.0) + share, mask=d < D)
 
 
 def _config(D: int) -> dict[str, int]:
@@ -121,9 +153,10 @@ def rms_norm_backward(
         dy=dy_ND, dtotal=dtotal_ND if dtotal_ND is not None else dy_ND, x=x_ND, weight=weight_D, rstd=rstd_N, dx=dx_ND,
         dg=dg_PD, dy_row=dy_ND.stride(0), x_row=x_ND.stride(0), N=N, D=D, P=programs,
     )  # fmt: skip
-    warps = _config(D)["num_warps"]
-    meta = dict(ADD=dtotal_ND is not None, GAIN=gain, BLOCK=power_of_2(D), num_warps=warps)
-    launch(_backward, (programs if N else 0,), arguments, **meta)
+    wide = D > HELD
+    meta = dict(ADD=dtotal_ND is not None, GAIN=gain, BLOCK=4096 if wide else power_of_2(D))
+    warps = 8 if wide else _config(D)["num_warps"]
+    launch(_backward_wide if wide else _backward, (programs if N else 0,), arguments, **meta, num_warps=warps)
     return dx_ND, dg_PD.sum(0).to(weight_D.dtype) if gain else None
 
 

@@ -143,7 +143,7 @@ MISTAKES = [
     (norm, "eps left out", "/ D + eps)", "/ D)"),
     (norm, "mean over the tile instead of the row", "axis=0) / D + eps", "axis=0) / BLOCK + eps"),
     (norm, "the residual is not added", "value.to(tl.float32) + other.to(tl.float32)", "value.to(tl.float32)"),
-    (norm, "the residual's gradient is lost", "grad += tl.load(dtotal", "grad += 0 * tl.load(dtotal"),
+    (norm, "the residual's gradient is lost", "            grad += tl.load(dtotal", "            grad += 0 * tl.load(dtotal"),
     (norm, "no cast before the gain", "n = (wide * r).to(y.dtype.element_ty)", "n = wide * r"),
     (norm, "the statistic's gradient is lost", "(w - n * (tl.sum", "(w - 0 * n * (tl.sum"),
     (norm, "a program skips a row", "tl.cdiv(N - p, P)", "tl.cdiv(N - p, P) - (p == 1)"),

@@ -51,6 +51,20 @@ def test_outputs_and_gradients_are_as_good_as_pytorchs(device, as_good_as, N, D,
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
+def test_a_row_too_wide_for_registers_is_walked_twice(device, as_good_as, dtype):
+    x, r, g = tensors(4, 3, 9001, dtype, device)
+    ours, plain = (
+        (lambda x, r, g: add_rms_norm(x, r, g, 1e-5)),
+        (lambda x, r, g: add_rms_norm_definition(x, r, g, 1e-5)),
+    )
+    truth = outputs_and_gradients(plain, [t.double() for t in (x, r, g)], 1)
+    for a, b, c in zip(
+        outputs_and_gradients(ours, [x, r, g], 1), outputs_and_gradients(plain, [x, r, g], 1), truth, strict=True
+    ):
+        as_good_as(a, b, c)
+
+
+@pytest.mark.parametrize("dtype", DTYPES)
 def test_the_residual_sum_is_rounded_once_and_used_rounded(device, dtype):
     x, r, g = tensors(3, 4, 96, dtype, device)
     y, total = add_rms_norm(x, r, g, 1e-5)
