@@ -21,6 +21,7 @@ import tyro
 from torch import Tensor
 
 from infer.engine import Engine
+from infer.lookup import Lookup, share
 from infer.prefix import Cache, plan
 from model import Tokenizer, Transformer
 from model.command import UserError
@@ -83,14 +84,19 @@ class State:
     text: str = ""
     finish: str | None = None
     random: torch.Generator | None = None
+    lookup: Lookup | None = None
 
 
 class Generator:
     """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
-    others are, so its result is the same to the bit; it costs what sharing would have saved."""
+    others are, so its result is the same to the bit; it costs what sharing would have saved. `lookup` lets requests guess
+    ahead (infer/lookup.py)."""
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False) -> None:
-        self.engine, self.tokenizer, self.deterministic = Engine(model), tokenizer, deterministic
+    def __init__(
+        self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True
+    ) -> None:
+        self.engine, self.tokenizer = Engine(model), tokenizer
+        self.deterministic, self.lookup = deterministic, lookup
         self.stop_ids = frozenset(tokenizer.stop_ids) | frozenset(model.config.eos_token_id)
 
     def generate(
@@ -155,18 +161,55 @@ class Generator:
         nodes, leaves = plan([state.prompt for state in states])
         cache = Cache(self.engine, nodes, leaves)
         active = [states[leaf.prompt] for leaf in leaves]
-        x_ND = self.read_leaves(cache, [leaf.tokens for leaf in leaves])
+        x_NTD = self.read_leaves(cache, [leaf.tokens for leaf in leaves])[:, None]
+        guesses: list[list[int]] = [[] for _ in active]
         while True:
-            chosen = self.choose(self.engine.logits(x_ND), active)
+            self.take(x_NTD, active, guesses, cache)
             yield
             alive = [row for row, state in enumerate(active) if state.finish is None]
             if not alive:
                 return
             if len(alive) < len(active):
                 cache.keep(alive)
-                active, chosen = [active[row] for row in alive], [chosen[row] for row in alive]
-            tokens_N1 = torch.tensor(chosen, device=self.engine.device)[:, None]
-            x_ND = cache.step(tokens_N1, torch.ones_like(tokens_N1[:, 0]))[:, 0]
+                active = [active[row] for row in alive]
+            guesses = self.guess(active)
+            T = 1 + max(map(len, guesses))
+            fed = [[state.tokens[-1], *guess] for state, guess in zip(active, guesses, strict=True)]
+            tokens_NT = torch.tensor([[*row, *[0] * (T - len(row))] for row in fed], device=self.engine.device)
+            x_NTD = cache.step(tokens_NT, torch.full_like(tokens_NT[:, 0], 1))
+
+    def guess(self, active: list[State]) -> list[list[int]]:
+        """Each request's guesses of what comes after its newest token."""
+        room = share(len(active)) if self.lookup and not self.deterministic else 0
+        if not room:
+            return [[] for _ in active]
+        found = []
+        for state in active:
+            if state.lookup is None:
+                state.lookup = Lookup(state.prompt)
+            state.lookup.add(state.tokens[len(state.lookup.ids) - len(state.prompt) :])
+            left = state.settings.max_new_tokens - len(state.tokens) - 1
+            found.append(state.lookup.guess(min(room, left)))
+        return found
+
+    def take(self, x_NTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache) -> None:
+        """Choose every request's next token, and the tokens after it as long as its guesses come true."""
+        if x_NTD.shape[1] == 1:
+            self.choose(self.engine.logits(x_NTD[:, 0]), active)
+            return
+        logits_NTV = self.engine.logits(x_NTD.flatten(0, 1)).unflatten(0, x_NTD.shape[:2])
+        kept = []
+        for row, (state, guess) in enumerate(zip(active, guesses, strict=True)):
+            right = 0
+            for place in range(len(guess) + 1):
+                (token,) = self.choose(logits_NTV[row, place : place + 1], [state])
+                if state.finish is not None or place == len(guess) or token != guess[place]:
+                    break
+                right += 1
+            kept.append(right)
+            if guess and state.lookup is not None:
+                state.lookup.learn(len(guess), right)
+        cache.length_N = cache.length_N + torch.tensor(kept, device=self.engine.device)
 
     def read_leaves(self, cache: Cache, own: list[list[int]]) -> Tensor:
         """Enter the leaves' own tokens; the hidden states of each one's last, x_ND."""

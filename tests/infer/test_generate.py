@@ -9,6 +9,7 @@ from hypothesis import strategies as st
 from tiny_models import plain_greedy, tiny_model
 
 from infer.generate import Generator, Settings, cycles
+from infer.lookup import Lookup
 from infer.prefix import plan
 from lora import LoRAConfig, add_lora
 from model.command import UserError
@@ -72,6 +73,36 @@ def test_text_far_beyond_the_window(kind, tokenizer):
     outs = Generator(model, tokenizer).generate(prompts, max_new_tokens=120)
     for prompt, out in zip(prompts, outs, strict=True):
         assert out.tokens == plain_greedy(model, prompt, 120, tokenizer.stop_ids)[0]
+
+
+@settings(deadline=None, max_examples=20)
+@given(period=st.integers(2, 30), prompts=st.integers(1, 4), hot=st.booleans())
+def test_prompt_lookup_loses_nothing(period, prompts, hot, tokenizer):
+    """Repeating prompts, where guesses abound: the same tokens with and without, greedy and sampled."""
+    for kind in ("full", "window"):
+        asked = [[(11 * i + n) % period for i in range(60)] for n in range(prompts)]
+        chosen = Settings(max_new_tokens=25, temperature=0.2 if hot else 0.0)
+        model = MODELS[kind]
+        with_guesses = Generator(model, tokenizer).generate(asked, chosen)
+        without = Generator(model, tokenizer, lookup=False).generate(asked, chosen)
+        assert [out.tokens for out in with_guesses] == [out.tokens for out in without]
+
+
+def test_guesses_come_true_on_repeated_text(tokenizer):
+    model = tiny_model()
+    tokens = Generator(model, tokenizer, lookup=False).generate([[1, 2, 3]], max_new_tokens=40)[0].tokens
+    generator = Generator(model, tokenizer)
+    (state,) = generator.states([[1, 2, 3, *tokens, 1, 2, 3]], None, {"max_new_tokens": 30})
+    steps = sum(1 for _ in generator.run([state]))
+    assert len(state.tokens) == 30 and state.lookup is not None
+    assert steps == 30 - state.lookup.taken
+
+
+def test_guessing_stops_where_it_does_not_pay():
+    lookup = Lookup([1, 2, 3, 1, 2])
+    assert lookup.guess(4) == [3, 1, 2]
+    lookup.learn(16, 1)
+    assert lookup.guess(4) == []
 
 
 def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):
