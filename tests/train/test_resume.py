@@ -1,0 +1,209 @@
+"""A run that is killed and resumed ends with the same bytes; a damaged checkpoint is named and passed over."""
+
+import os
+import shutil
+import signal
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import CONFIG
+
+from model.transformer import Transformer
+from train.checkpoint import damage, newest_whole, steps_saved
+from train.recipe import Recipe
+from train.session import train
+
+
+def die_at_write(stop: int):
+    """An audit hook that kills this process by SIGKILL just before the stop-th write under checkpoints/; 0 never."""
+    writes = {"count": 0}
+
+    def watch(event, args):
+        if event == "open":
+            hit = isinstance(args[0], (str, bytes, os.PathLike)) and args[2] & (os.O_WRONLY | os.O_RDWR | os.O_CREAT)
+        else:
+            hit = event in ("os.rename", "os.remove", "os.rmdir", "os.mkdir")
+        if hit and "/checkpoints" in str(args[0]):
+            writes["count"] += 1
+            if writes["count"] == stop:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sys.addaudithook(watch)
+    return writes
+
+
+@pytest.fixture(scope="module")
+def options(data, tmp_path_factory) -> dict:
+    folder = tmp_path_factory.mktemp("weights")
+    Transformer(CONFIG).init_weights(1).save_pretrained(folder)
+    for file in (data / "tok").iterdir():
+        shutil.copy(file, folder)
+    return {"data": [str(data / "notes.jsonl")], "valid_data": [str(data / "notes.jsonl")], "weights": str(folder),
+            "valid_rows": 2, "valid_every": 2, "steps": 6, "batch_rows": 3, "save_every": 2, "r": 3, "dropout": 0.1,
+            "learning_rate": 1e-2, "block": 400, "threads": 1}  # fmt: skip
+
+
+def as_recipe(options: dict, **more) -> Recipe:
+    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in {**options, **more}.items()})
+
+
+def ends(out: Path) -> dict[str, bytes]:
+    """What must be the same to the byte: the last checkpoint, the adapter, the metrics. The manifest holds hashes."""
+    last = steps_saved(out / "checkpoints")[-1]
+    files = [*sorted(p for p in last.rglob("*") if p.is_file()), *sorted((out / "adapter").iterdir()),
+             out / "metrics.jsonl"]  # fmt: skip
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+@pytest.fixture(scope="module")
+def whole(options, tmp_path_factory) -> dict[str, bytes]:
+    out = tmp_path_factory.mktemp("whole") / "run"
+    train(as_recipe(options, out=str(out)), "instruct")
+    return ends(out)
+
+
+def killed(options: dict, out: Path, stop: int) -> int:
+    """Train in a child process that dies before the stop-th write. Returns the writes counted, or -9."""
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            writes = die_at_write(stop)
+            train(as_recipe(options, out=str(out)), "instruct")
+            code = min(writes["count"], 255)
+        finally:
+            os._exit(code)
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+
+@pytest.mark.slow
+def test_killed_before_any_write_of_a_checkpoint_and_resumed_ends_with_the_same_bytes(options, tmp_path):
+    options = {**options, "steps": 4}
+    train(as_recipe(options, out=str(tmp_path / "whole")), "instruct")
+    whole = ends(tmp_path / "whole")
+    writes = killed(options, tmp_path / "all", 0)
+    assert ends(tmp_path / "all") == whole and writes > 10
+    # every write of the second checkpoint, which has a first one beside it and removes nothing yet
+    for stop in range(writes // 2, writes + 1):
+        out = tmp_path / str(stop)
+        assert killed(options, out, stop) == -signal.SIGKILL
+        found = newest_whole(out / "checkpoints")
+        assert found is not None, f"killed before write {stop}: the first checkpoint is lost"
+        train(as_recipe(options, out=str(out)), "instruct")
+        assert ends(out) == whole, f"killed before write {stop}"
+        assert not list((out / "checkpoints").glob(".step-*")), "an interrupted write was left behind"
+
+
+def test_a_stop_by_signal_saves_and_goes_on(options, whole, tmp_path, capsys):
+    from train.loop import Trainer
+
+    out, update = tmp_path / "run", Trainer.update
+
+    class Stopped(Trainer):
+        def update(self, step, norm):
+            if step == 2:
+                os.kill(os.getpid(), signal.SIGTERM)
+            return update(self, step, norm)
+
+    import train.session as session
+
+    before = signal.getsignal(signal.SIGTERM)
+    session.Trainer, kept = Stopped, session.Trainer
+    try:
+        with pytest.raises(SystemExit) as stop:
+            train(as_recipe(options, out=str(out)), "instruct")
+    finally:
+        session.Trainer = kept
+        signal.signal(signal.SIGTERM, before)
+    assert stop.value.code == 0 and "stopped at step 3 of 6" in capsys.readouterr().out
+    train(as_recipe(options, out=str(out)), "instruct")
+    assert ends(out) == whole
+
+
+@pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "no manifest"])
+def test_a_damaged_checkpoint_is_named_and_passed_over(options, whole, tmp_path, capsys, how):
+    out = tmp_path / "run"
+    train(as_recipe(options, out=str(out)), "instruct")
+    last = steps_saved(out / "checkpoints")[-1]
+    file = last / ("manifest.json" if how == "no manifest" else "optimizer.safetensors")
+    content = file.read_bytes()
+    if how == "truncated":
+        file.write_bytes(content[:-1])
+    elif how == "flipped":
+        file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
+    else:
+        file.unlink()
+    assert damage(last)
+    shutil.rmtree(out / "adapter")
+    train(as_recipe(options, out=str(out)), "instruct")
+    said = capsys.readouterr().err
+    assert f"{last} passed over" in said
+    assert ends(out) == whole
+
+
+def test_disk_full_leaves_the_last_checkpoint_whole(options, whole, tmp_path, monkeypatch):
+    import train.checkpoint as checkpoint
+
+    out, calls = tmp_path / "run", []
+
+    def full(tensors, file):
+        calls.append(file)
+        if len(calls) == 4:
+            Path(file).write_bytes(b"half")
+            raise OSError(28, "No space left on device")
+        return save(tensors, file)
+
+    save = checkpoint.save_file
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr(checkpoint, "save_file", full)
+        train(as_recipe(options, out=str(out)), "instruct")
+    assert [path.name for path in steps_saved(out / "checkpoints")] == ["step-000002"]
+    train(as_recipe(options, out=str(out)), "instruct")
+    assert ends(out) == whole
+
+
+@pytest.mark.parametrize("optimizer", ["adamw8bit", "sgd", "muon"])
+def test_other_optimizers_resume_to_the_same_bytes(options, tmp_path, optimizer):
+    more = {"optimizer": optimizer, "dropout": 0.0, "valid_data": [], "full": optimizer == "muon"}
+    one, two = tmp_path / "one", tmp_path / "two"
+    trained = train(as_recipe(options, out=str(one), **more), "instruct")
+    train(as_recipe(options, out=str(two), **more), "instruct")
+    for path in steps_saved(two / "checkpoints")[1:]:
+        shutil.rmtree(path)
+    resumed = train(as_recipe(options, out=str(two), **more), "instruct")
+    for file in trained.iterdir():
+        assert file.read_bytes() == (resumed / file.name).read_bytes(), file.name
+
+
+def test_a_resume_with_another_recipe_lists_what_changed(options, tmp_path):
+    from model.command import UserError
+
+    out = str(tmp_path / "run")
+    train(as_recipe(options, out=out, steps=2), "instruct")
+    with pytest.raises(UserError, match=r"recipe.learning_rate was 0.01, is 0.02.*allow-changed"):
+        train(as_recipe(options, out=out, steps=2, learning_rate=0.02), "instruct")
+    train(as_recipe(options, out=out, steps=2, learning_rate=0.02, allow_changed=True), "instruct")
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_records(options, tmp_path):
+    from model.command import UserError
+    from train.loop import Trainer
+    from train.session import prepare
+    from train.sharding import Ranks
+
+    made: Trainer = prepare(as_recipe(options, out=str(tmp_path / "a")), "instruct", Ranks())
+    poisoned = next(layer for layer in made.model.modules() if hasattr(layer, "lora_B") and layer.scale)
+    with torch.no_grad():
+        poisoned.lora_B["default"].fill_(float("nan"))
+    before = {name: p.clone() for name, p in made.model.named_parameters() if p.requires_grad}
+    with pytest.raises(UserError, match=r"step 1: .* not finite; its records are note-\d+, note-\d+, note-\d+;"):
+        made.run()
+    for name, param in made.model.named_parameters():
+        assert name not in before or torch.equal(param.nan_to_num(7.0), before[name].nan_to_num(7.0))
+    skipping = prepare(as_recipe(options, out=str(tmp_path / "b"), on_bad_step="skip", steps=2), "instruct", Ranks())
+    with torch.no_grad():
+        next(p for name, p in skipping.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
+    skipping.run()
+    assert skipping.progress.skipped == 2

@@ -1,0 +1,69 @@
+"""Which records made an update: `python -m train.provenance RUN --step N`.
+
+A step's rows are a function of (seed, step) and of the token store, so nothing has to be logged to know them again.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from dataclasses import dataclass, fields
+from pathlib import Path
+from typing import Any
+
+from tyro.conf import Positional
+
+from model.command import UserError, run
+from model.files import read_json
+from train.dataset import Rows
+from train.recipe import Recipe
+from train.rows import ANSWER, order
+from train.store import TokenStore
+
+
+@dataclass(frozen=True)
+class Options:
+    """The records behind one optimizer step of a finished run."""
+
+    run: Positional[str]
+    """The run's folder."""
+    step: int
+    """The step, from 1, as metrics.jsonl counts them."""
+    json: bool = False
+    """Print JSON instead of a table."""
+
+
+def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
+    """{"record", "tokens", "targets"} of a step, in order. Raises UserError for a step that the run did not make."""
+    card = read_json(Path(folder) / "run.json")
+    if not 1 <= step <= card["steps"]:
+        raise UserError(f"--step {step}: the run {folder} has steps 1 to {card['steps']}")
+    names = {field.name for field in fields(Recipe)}
+    held = {key: tuple(value) if isinstance(value, list) else value for key, value in card["recipe"].items()}
+    recipe = Recipe(**{key: value for key, value in held.items() if key in names}, out=str(folder))
+    store = TokenStore(Path(folder) / "tokens" / "train")
+    if store.manifest["identity"] != card["data"]:
+        raise UserError(f"{store.path}: made from other data than the run; tokenise the run's own data again")
+    rows = Rows(store, recipe, card["stage"])
+    tokens: Counter[str] = Counter()
+    targets: Counter[str] = Counter()
+    for index in order(recipe.seed, step - 1, len(rows), recipe.batch_rows):
+        for unit in rows[index].units:
+            for name, _, length in unit.stretches:
+                tokens[name] += length
+            targets[unit.record] += int((unit.kind == ANSWER).sum())
+    return [{"record": name, "tokens": count, "targets": targets[name]} for name, count in tokens.items()]
+
+
+def main(options: Options) -> int:
+    found = records_of(options.run, options.step)
+    if options.json:
+        print(json.dumps(found, indent=2))
+        return 0
+    for row in found:
+        print(f"{row['record']:30} {row['tokens']:7} tokens {row['targets']:6} targets")
+    return 0
+
+
+if __name__ == "__main__":
+    run(main, Options)
