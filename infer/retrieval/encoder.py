@@ -1,0 +1,283 @@
+"""The four public dense encoders behind one call: `Encoder.from_pretrained(path, kind).encode(texts)`.
+
+contriever: one BERT; mean over the real tokens; dot product; 512 tokens of "title text".
+medcpt: two BERTs in `query/` and `document/`; first token; dot product; 64 tokens of a query, 512 of a document, which
+    is a pair [CLS] title [SEP] text [SEP].
+specter2: a BERT in `base/` with adapters in `proximity/` (documents) and `adhoc_query/`; first token; Euclidean
+    distance; 512 tokens of title [SEP] text.
+sgpt: GPT-Neo; mean weighted by position; cosine; 300 tokens, then "[" … "]" around a query, "{" … "}" around a
+    document.
+
+A folder holds config.json, model.safetensors and tokenizer.json (or vocab.txt; GPT-Neo: vocab.json and merges.txt).
+Contriever: Izacard et al. 2021; MedCPT: Jin et al. 2023; SPECTER2: Singh et al. 2022; SGPT: Muennighoff 2022.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers.implementations import BertWordPieceTokenizer
+from torch import Tensor, nn
+
+from infer.retrieval.bert import Bert, Bottleneck
+from infer.retrieval.gpt_neo import GPTNeo
+from model.command import UserError
+from model.files import read_json
+from model.safetensors_file import open_safetensors
+
+Text = str | tuple[str, str]
+"""A text, or (title, text)."""
+
+
+@dataclass(frozen=True)
+class Kind:
+    """What sets one public encoder apart. `limit` and `query_limit` are in tokens, special ones included (SGPT's
+    brackets come on top)."""
+
+    family: str
+    pooling: str
+    similarity: str
+    limit: int
+    query_limit: int
+    folders: tuple[str, str] = (".", ".")
+
+
+KINDS = {
+    "contriever": Kind("bert", "mean", "dot", 512, 512),
+    "medcpt": Kind("bert", "first", "dot", 512, 64, ("document", "query")),
+    "specter2": Kind("bert", "first", "euclidean", 512, 512, ("proximity", "adhoc_query")),
+    "sgpt": Kind("gpt_neo", "weighted", "cosine", 300, 300),
+}
+BRACKETS = {False: ("{", "}"), True: ("[", "]")}
+
+
+class Encoder:
+    """One retriever: its document and its query model (often the same one), tokenizer and rules.
+
+    `cut` counts the texts that were longer than the encoder reads and were cut at its limit.
+    """
+
+    def __init__(self, kind: str, document: nn.Module, query: nn.Module, tokenizers: tuple[Tokenizer, Tokenizer]):
+        self.name, self.kind = kind, KINDS[kind]
+        self.models = {False: document.eval(), True: query.eval()}
+        self.tokenizers = {False: tokenizers[0], True: tokenizers[1]}
+        self.similarity = self.kind.similarity
+        self.cut = 0
+
+    @classmethod
+    def from_pretrained(cls, path: str | Path, kind: str) -> Encoder:
+        """Load a public encoder's folder. Raises UserError for an unknown kind, another family, or missing files."""
+        if kind not in KINDS:
+            raise UserError(f"{kind!r} is no encoder; there are {', '.join(KINDS)}")
+        path, rule = Path(path), KINDS[kind]
+        bases = ("base", "base") if kind == "specter2" else rule.folders
+        for name in {*bases, *rule.folders}:
+            if not (path / name).is_dir():
+                raise UserError(f"{path}: lacks the folder {name}/, a part of {kind} (see infer/retrieval/README.md)")
+        models = []
+        for base, part in zip(bases, rule.folders, strict=True):
+            if models and (base, part) == (bases[0], rule.folders[0]):
+                models.append(models[0])
+                continue
+            model = load_model(path / base, rule.family)
+            if kind == "specter2":
+                add_adapters(model, path / part)
+            models.append(model)
+        return cls(kind, models[0], models[1], (load_tokenizer(path / bases[0]), load_tokenizer(path / bases[1])))
+
+    @torch.inference_mode()
+    def encode(self, texts: Sequence[Text], query: bool = False, batch: int = 32) -> np.ndarray:
+        """A float32 array (len(texts), width). Texts of similar length share a batch, so little is padding.
+
+        Raises UserError for an empty query.
+        """
+        if query and any(not "".join(text).strip() for text in texts):
+            raise UserError("the query is empty; give it a word to search for")
+        rows = [self.tokens(text, query) for text in texts]
+        order = sorted(range(len(rows)), key=lambda i: len(rows[i][0]))
+        model = self.models[query]
+        width = next(model.parameters()).shape[1]
+        out_ND = np.empty((len(rows), width), dtype=np.float32)
+        for start in range(0, len(order), batch):
+            part = order[start : start + batch]
+            tokens_BT, mask_BT, types_BT = pad([rows[i] for i in part])
+            out_ND[part] = pool(model(tokens_BT, mask_BT, types_BT), mask_BT, self.kind.pooling).numpy()
+        return out_ND
+
+    def tokens(self, text: Text, query: bool) -> tuple[list[int], list[int]]:
+        """The token ids and segment ids that the encoder reads of a text."""
+        tokenizer = self.tokenizers[query]
+        most = self.kind.query_limit if query else self.kind.limit
+        title, body = text if isinstance(text, tuple) else ("", text)
+
+        def ids(piece: str) -> list[int]:
+            return tokenizer.encode(piece, add_special_tokens=False).ids
+
+        if self.kind.family == "gpt_neo":
+            opening, closing = (ids(mark) for mark in BRACKETS[query])
+            inner = self.clip(ids(joined(title, body)), most)
+            return [*opening, *inner, *closing], [0] * (len(inner) + 2)
+        first, last = special(tokenizer, "[CLS]"), special(tokenizer, "[SEP]")
+        if self.name == "medcpt" and not query:
+            a, b = longest_first(ids(title), ids(body), most - 3)
+            self.cut += len(a) + len(b) < len(ids(title)) + len(ids(body))
+            return [first, *a, last, *b, last], [0] * (len(a) + 2) + [1] * (len(b) + 1)
+        inner = ids(joined(title, body))
+        if self.name == "specter2" and title:
+            inner = [*ids(title), last, *ids(body)]
+        inner = self.clip(inner, most - 2)
+        return [first, *inner, last], [0] * (len(inner) + 2)
+
+    def clip(self, ids: list[int], most: int) -> list[int]:
+        self.cut += len(ids) > most
+        return ids[:most]
+
+
+def joined(title: str, body: str) -> str:
+    return f"{title} {body}" if title else body
+
+
+def longest_first(a: list[int], b: list[int], most: int) -> tuple[list[int], list[int]]:
+    """A pair cut to `most` ids by shortening the longer one, as tokenizers' `longest_first` does."""
+    short = min(len(a), len(b))
+    if len(a) + len(b) <= most:
+        return a, b
+    keep = min(short, most // 2)
+    return (a[:keep], b[: most - keep]) if len(a) <= len(b) else (a[: most - keep], b[:keep])
+
+
+def special(tokenizer: Tokenizer, token: str) -> int:
+    found = tokenizer.token_to_id(token)
+    if found is None:
+        raise UserError(f"the tokenizer has no {token}: not a BERT tokenizer; give the encoder's own folder")
+    return found
+
+
+def pad(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
+    """tokens_BT, mask_BT, types_BT, padded on the right with id 0."""
+    longest = max(len(ids) for ids, _ in rows)
+    tokens_BT, types_BT = torch.zeros(2, len(rows), longest, dtype=torch.long)
+    mask_BT = torch.zeros(len(rows), longest, dtype=torch.bool)
+    for row, (ids, types) in enumerate(rows):
+        tokens_BT[row, : len(ids)] = torch.tensor(ids)
+        types_BT[row, : len(ids)] = torch.tensor(types)
+        mask_BT[row, : len(ids)] = True
+    return tokens_BT, mask_BT, types_BT
+
+
+def pool(x_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
+    """Hidden states as one vector a text: the first token, the mean, or the mean weighted by position 1 … n."""
+    if pooling == "first":
+        return x_BTD[:, 0]
+    mask_BT1 = mask_BT.unsqueeze(-1)
+    if pooling == "mean":
+        return x_BTD.masked_fill(~mask_BT1, 0.0).sum(1) / mask_BT.sum(1)[:, None]
+    weights_T1 = torch.arange(1, x_BTD.shape[1] + 1, dtype=x_BTD.dtype)[:, None]
+    weights_BT1 = mask_BT1 * weights_T1
+    return (x_BTD * mask_BT1 * weights_T1).sum(1) / weights_BT1.sum(1)
+
+
+def load_model(folder: Path, family: str) -> nn.Module:
+    """An encoder from config.json and model.safetensors. Heads that it does not use (pooler, lm_head) are left out."""
+    config = read_json(folder / "config.json")
+    found = config.get("model_type") if isinstance(config, dict) else None
+    if found != family:
+        raise UserError(f"{folder / 'config.json'}: model_type {found!r}, but this encoder is a {family!r}")
+    activation = config.get("hidden_act" if family == "bert" else "activation_function")
+    if activation != ("gelu" if family == "bert" else "gelu_new"):
+        raise UserError(f"{folder / 'config.json'}: activation {activation!r} is not covered")
+    try:
+        model: nn.Module = Bert(config) if family == "bert" else GPTNeo(config)
+    except KeyError as error:
+        raise UserError(f"{folder / 'config.json'}: lacks {error}") from error
+    fill(model, tensors(folder, "model.safetensors", "bert." if family == "bert" else "transformer."), folder)
+    return model
+
+
+def tensors(folder: Path, name: str, prefix: str) -> dict[str, Tensor]:
+    """The tensors of a file by name, less a prefix that some public files have."""
+    if not (folder / name).exists():
+        raise UserError(f"{folder}: no {name}; turn a .bin into one with `python -m infer.retrieval.convert {folder}`")
+    stored = open_safetensors(folder / name)
+    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names of BERT's first files
+    found = {}
+    for key, value in stored.items():
+        key = key.removeprefix(prefix)
+        for was, now in old.items():
+            key = key.replace(was, now)
+        found[key] = value.read(None).float()
+    return found
+
+
+def fill(model: nn.Module, found: dict[str, Tensor], where: Path) -> None:
+    """Copy tensors into the model's parameters; every one of them must be there with its shape."""
+    for name, parameter in model.named_parameters():
+        if name not in found:
+            raise UserError(f"{where}: lacks the tensor {name}")
+        if found[name].shape != parameter.shape:
+            raise UserError(f"{where}: {name} has shape {tuple(found[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.data.copy_(found[name])
+
+
+def add_adapters(model: Bert, folder: Path) -> None:
+    """Put a folder's bottleneck adapters (the adapters library's files) behind the feed-forward blocks.
+
+    Raises UserError where they are of another form than SPECTER2's.
+    """
+    given: Any = read_json(folder / "adapter_config.json")
+    config = given.get("config", {}) if isinstance(given, dict) else {}
+    wanted = {"non_linearity": "relu", "mh_adapter": False, "output_adapter": True, "original_ln_before": True,
+              "original_ln_after": True, "residual_before_ln": True, "ln_before": False, "ln_after": False}  # fmt: skip
+    for key, value in wanted.items():
+        if config.get(key, value) != value:
+            raise UserError(f"{folder / 'adapter_config.json'}: {key} is {config[key]!r}; covered is {value!r}")
+    found = tensors(folder, "adapter.safetensors", "bert.")
+    for number, layer in enumerate(model.encoder.layer):
+        start = f"encoder.layer.{number}.output.adapters."
+        own = {key[len(start) :].split(".", 1)[1]: value for key, value in found.items() if key.startswith(start)}
+        if "adapter_up.weight" not in own:
+            raise UserError(f"{folder}: holds no adapter for layer {number}")
+        width, inner = own["adapter_up.weight"].shape
+        layer.output.adapter = Bottleneck(width, inner)
+        fill(layer.output.adapter, own, folder)
+
+
+def load_tokenizer(folder: Path) -> Tokenizer:
+    """tokenizer.json, else vocab.txt (WordPiece), else vocab.json and merges.txt (byte-level BPE).
+
+    A special token's name in a note's text is text.
+    """
+    try:
+        if (folder / "tokenizer.json").exists():
+            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
+        elif (folder / "vocab.txt").exists():
+            lower = True
+            if (folder / "tokenizer_config.json").exists():
+                lower = bool(read_json(folder / "tokenizer_config.json").get("do_lower_case", True))
+            tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)._tokenizer
+        elif (folder / "merges.txt").exists():
+            tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))._tokenizer
+        else:
+            raise UserError(f"{folder}: no tokenizer.json or vocab.txt; copy the encoder's own")
+    except UserError:
+        raise
+    except Exception as error:  # the library raises bare Exception
+        raise UserError(f"{folder}: the tokenizer's file is damaged; download it again") from error
+    tokenizer.no_padding()
+    tokenizer.no_truncation()
+    tokenizer.encode_special_tokens = True
+    return tokenizer
+
+
+def files(path: Path) -> Iterator[Path]:
+    """The files that decide an encoder's vectors, in order."""
+    names = ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "merges.txt", "adapter.safetensors")
+    for file in sorted(path.rglob("*")):
+        if file.name in names:
+            yield file
