@@ -1,0 +1,73 @@
+"""Exact nearest vectors by blocked products, and the guard that keeps a note's own answer out of its neighbours.
+
+At a million vectors of 768 numbers a query costs one pass over 3 GB; beyond some ten millions, or where many queries a
+second are wanted, use an approximate index such as FAISS on the same matrix (`vectors.npy` is a plain array).
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+BLOCK = 65_536  # rows a product takes at a time
+
+
+def top_k(query_QD: np.ndarray, matrix_ND: np.ndarray, k: int, similarity: str = "dot") -> tuple[np.ndarray, np.ndarray]:
+    """(rows_QK, scores_QK) of the k most similar rows, best first, ties to the lower row; exact.
+
+    `similarity` is dot, cosine (rows and queries are taken at length 1) or euclidean (the score is minus the squared
+    distance, and the squared length of the query is left out as it orders nothing). `matrix_ND` may be memory-mapped
+    float32 or float16; products are float32.
+    """
+    query_QD = np.asarray(query_QD, dtype=np.float32)
+    if not np.isfinite(query_QD).all():
+        raise ValueError("a query vector holds NaN or infinity")
+    if similarity == "cosine":
+        query_QD = query_QD / np.maximum(np.linalg.norm(query_QD, axis=1, keepdims=True), 1e-12)
+    k = min(k, len(matrix_ND))
+    rows = [np.empty(0, np.int64)] * len(query_QD)
+    best = [np.empty(0, np.float32)] * len(query_QD)
+    for start in range(0, len(matrix_ND), BLOCK):
+        block_ND = np.asarray(matrix_ND[start : start + BLOCK], dtype=np.float32)
+        scores_QN = similarities(query_QD, block_ND, similarity)
+        for q, scores_N in enumerate(scores_QN):
+            # Later rows lose ties, so only what beats the k-th best so far matters: few rows after the first block.
+            hits = np.flatnonzero(scores_N > best[q][-1]) if len(best[q]) == k else np.arange(len(scores_N))
+            if not len(hits):
+                continue
+            if len(hits) > 4 * k:
+                floor = np.partition(scores_N[hits], -k)[-k]
+                hits = hits[scores_N[hits] >= floor]
+            row, score = np.concatenate([rows[q], hits + start]), np.concatenate([best[q], scores_N[hits]])
+            order = np.lexsort((row, -score))[:k]
+            rows[q], best[q] = row[order], score[order]
+    return np.array(rows, dtype=np.int64).reshape(-1, k), np.array(best, dtype=np.float32).reshape(-1, k)
+
+
+def similarities(query_QD: np.ndarray, block_ND: np.ndarray, similarity: str) -> np.ndarray:
+    scores_QN = query_QD @ block_ND.T
+    if similarity == "cosine":
+        scores_QN /= np.maximum(np.linalg.norm(block_ND, axis=1), 1e-12)
+    elif similarity == "euclidean":
+        scores_QN = 2 * scores_QN - (block_ND**2).sum(1)
+    return scores_QN
+
+
+def shingles(text: str, size: int = 5) -> frozenset[tuple[str, ...]]:
+    """The runs of `size` words of a text (all of its words as one run where it is shorter)."""
+    words = re.findall(r"\w+", text.lower())
+    return frozenset(tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1)))
+
+
+def allowed(note: Mapping[str, Any], other: Mapping[str, Any], near: float = 0.6) -> bool:
+    """Whether `other` may be shown beside `note`: not the note itself, no note of the same patient, and no
+    near-duplicate (`near` or more of the shorter text's five-word runs stand in the other one)."""
+    if note["id"] == other["id"] or note["text"] == other["text"]:
+        return False
+    if note.get("patient") is not None and note.get("patient") == other.get("patient"):
+        return False
+    a, b = shingles(note["text"]), shingles(other["text"])
+    return len(a & b) < near * min(len(a), len(b))
