@@ -1,0 +1,97 @@
+"""Notes per second: infer's shared prefix against transformers' generate on the same weights, greedy, in one run.
+
+Peers: generate() on the eight full prompts of a note, left-padded in a batch; and generate()'s own cache reused by
+hand, the note read once and copied for its eight questions. All give the same number of new tokens.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from infer import tasks
+from infer.generate import Generator
+from infer.load import load
+
+
+def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16) -> list[dict[str, Any]]:
+    """Measure on `notes` notes of `note_tokens` tokens, `new_tokens` for each of the eight questions."""
+    from transformers import AutoModelForCausalLM
+
+    model, tokenizer = load(weights)
+    words = tokenizer.encode("Invasive ductal carcinoma of the left breast, 2.5 cm, grade 2, ER positive. " * 60)
+    trunks = [words[7 * n : 7 * n + note_tokens] for n in range(notes)]
+    questions = [tokenizer.encode(tasks.branch(p.question)) for p in tasks.PHENOTYPES.values()]
+    with tempfile.TemporaryDirectory() as folder:
+        model.save_pretrained(Path(folder) / "peer")
+        peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=torch.float32).eval()
+    setting = (
+        f"{notes} notes of {note_tokens} tokens, 8 questions, {new_tokens} new each, fp32, "
+        f"{torch.get_num_threads()} threads"
+    )
+
+    ours: dict[str, tuple[float, list[list[int]]]] = {}
+    for name, lookup in (("shared prefix", False), ("shared prefix + prompt lookup", True)):
+        generator = Generator(model, tokenizer, lookup=lookup)
+        generator.stop_ids = frozenset()  # every request runs to its last token, as the peers' do
+        began = time.perf_counter()
+        outs = generator.generate([t + q for t in trunks for q in questions], max_new_tokens=new_tokens)
+        ours[name] = (notes / (time.perf_counter() - began), [out.tokens for out in outs])
+    found = []
+    for peer_name, body in (("transformers generate", padded), ("transformers, note's cache reused", reused)):
+        began = time.perf_counter()
+        theirs = [answer for trunk in trunks for answer in body(peer, trunk, questions, new_tokens)]
+        rate = notes / (time.perf_counter() - began)
+        for name, (mine, tokens) in ours.items():
+            same = sum(a == b for a, b in zip(tokens, theirs, strict=True))
+            found.append(row(name, mine, rate, peer_name, f"{setting}; {same} of {len(theirs)} answers equal"))
+    return found
+
+
+def row(name: str, ours: float, peer: float, peer_name: str, setting: str) -> dict[str, Any]:
+    return {
+        "name": f"extract: {name}", "ours": ours, "peer": peer, "peer_name": peer_name, "ratio": ours / peer,
+        "limit": None, "share_of_limit": None, "unit": "notes/s", "setting": setting,
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def padded(peer: Any, trunk: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
+    prompts = [trunk + question for question in questions]
+    longest = max(map(len, prompts))
+    ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
+    mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
+    return generate(peer, ids, mask, new)
+
+
+@torch.inference_mode()
+def reused(peer: Any, trunk: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
+    """The note's cache once, repeated for the questions; each question length by itself (a cache has no padding)."""
+    from copy import deepcopy
+
+    from transformers import DynamicCache
+
+    note = DynamicCache()
+    peer(torch.tensor([trunk]), past_key_values=note, use_cache=True, logits_to_keep=1)
+    found: dict[int, list[int]] = {}
+    for size in sorted({len(question) for question in questions}):
+        chosen = [n for n, question in enumerate(questions) if len(question) == size]
+        cache = deepcopy(note)
+        cache.batch_repeat_interleave(len(chosen))
+        ids = torch.tensor([trunk + questions[n] for n in chosen])
+        for n, tokens in zip(chosen, generate(peer, ids, torch.ones_like(ids), new, cache), strict=True):
+            found[n] = tokens
+    return [found[n] for n in range(len(questions))]
+
+
+def generate(peer: Any, ids: torch.Tensor, mask: torch.Tensor, new: int, cache: Any = None) -> list[list[int]]:
+    options = {} if cache is None else {"past_key_values": cache}
+    out = peer.generate(
+        ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
+        eos_token_id=None, **options,
+    )  # fmt: skip
+    return out[:, ids.shape[1] :].tolist()
