@@ -5,7 +5,7 @@
     python -m infer.index --out DIR --ask "left breast mass, HER2 positive" [--weights DIR]      asks a finished index
 
 DIR holds vectors.npy (memory-mapped; none for BM25), notes.jsonl (a copy of the records, readable by you alone) and
-manifest.json, which names the encoder and hashes its files and the notes: an index is never read beside another encoder.
+manifest.json, which names the encoder and hashes its files and the notes; no index is read beside another encoder.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""An index gives the exact nearest vectors, goes on where it stopped, and refuses another encoder's or a changed one."""
+"""An index gives the exact nearest vectors, goes on where it stopped, refuses another encoder's or a changed one."""
 
 from __future__ import annotations
 
