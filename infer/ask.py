@@ -1,4 +1,4 @@
-"""A note's questions as prompts, and the answers to all notes of a batch: what `infer.extract` does between its files."""
+"""A note's questions as prompts, and the answers to all notes of a batch: infer.extract between its files."""
 
 from __future__ import annotations
 
@@ -95,7 +95,8 @@ class Asker:
         tokens = len(self.tokenizer.encode(note.text))
         if self.long == "error":
             raise UserError(
-                f"the note is too long by {over} tokens (limit {self.limits.input}); --long truncate or windows reads it"
+                f"the note is too long by {over} tokens (limit {self.limits.input}); "
+                "--long truncate or --long windows reads it"
             )
         size = tokens - over - 8  # a cut text may take a few tokens more than it had
         if size < 16:

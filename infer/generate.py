@@ -89,8 +89,8 @@ class State:
 
 class Generator:
     """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
-    others are, so its result is the same to the bit; it costs what sharing would have saved. `lookup` lets requests guess
-    ahead (infer/lookup.py)."""
+    others are, so its result is the same to the bit; it costs what sharing would have saved. `lookup` lets requests
+    guess ahead (infer/lookup.py)."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True

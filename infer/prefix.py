@@ -6,8 +6,8 @@ Nine questions about a note share the note (and "### Question: "), all notes of 
                  │          └─ question 2 → answer          a *leaf* is a prompt's own end and what it generates
                  └─ note 2 ─── …
 
-Each leaf's queries look at their ancestors' keys and at their own. A node's keys are stored once and meet the queries of
-all leaves below as rows of one product; the partial results o_i over disjoint keys with L_i = log Σ exp(score) merge
+Each leaf's queries look at their ancestors' keys and at their own. A node's keys are stored once and meet the queries
+of all leaves below as rows of one product; the partial results o_i over disjoint keys with L_i = log Σ exp(score) merge
 exactly (arXiv 2402.05099):   L = log Σ exp(L_i),   o = Σ exp(L_i − L) o_i.
 """
 

@@ -1,4 +1,4 @@
-"""The product: order, places, bad notes, resuming after a kill to the same bytes, ranks, windows, other people's files."""
+"""The product: order, places, bad notes, resuming after a kill to the same bytes, ranks, windows, others' files."""
 
 import json
 import os
