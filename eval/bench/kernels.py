@@ -131,10 +131,27 @@ def measure(case: Case, reached: dict[str, float], notes: list[str]) -> list[dic
 
 
 def whole_model(notes: list[str]) -> list[dict[str, Any]]:
-    """Decoded tokens a second of Mistral-7B's shape in bf16, batch 1 after 512 tokens, with and without fusing."""
+    """Tokens a second of Mistral-7B's shape, batch 1 after 512 tokens: plain, fused in bf16, fused in int4."""
     from infer.fuse import fuse
 
-    from model import KVCache, ModelConfig, Transformer
+    model = random_7b()
+    speeds = {"plain bf16": decode_speed(model)}
+    speeds["fused bf16"] = decode_speed(fuse(model))
+    speeds["fused int4"] = decode_speed(fuse(model, four_bit=True))
+    notes.append("whole model: every launch goes through Python; no CUDA graph is captured")
+    rows = []
+    for ours, peer in (("fused bf16", "plain bf16"), ("fused int4", "plain bf16"), ("fused int4", "fused bf16")):
+        rows.append({
+            "name": f"kernels: Mistral-7B decode, {ours}", "ours": speeds[ours], "peer": speeds[peer],
+            "peer_name": peer, "ratio": speeds[ours] / speeds[peer], "limit": None, "share_of_limit": None,
+            "unit": "tok/s", "setting": "batch 1, 512 tokens of context, random weights",
+        })  # fmt: skip
+    return rows
+
+
+def random_7b() -> Any:
+    """A model of Mistral-7B's shape in bf16 with random weights, made on the device."""
+    from model import ModelConfig, Transformer
 
     config = ModelConfig.from_dict({
         "model_type": "mistral", "hidden_size": 4096, "intermediate_size": 14336, "num_hidden_layers": 32,
@@ -142,36 +159,30 @@ def whole_model(notes: list[str]) -> list[dict[str, Any]]:
         "rope_theta": 10000.0, "sliding_window": 4096, "max_position_embeddings": 32768,
     })  # fmt: skip
     with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to_empty(device="cuda").to(torch.bfloat16).eval()
+        model = Transformer(config).to(torch.bfloat16)
+    model = model.to_empty(device=DEVICE).requires_grad_(False).eval()
     for weight in model.parameters():
-        weight.data.normal_(0, 0.02) if weight.dim() > 1 else weight.data.fill_(1)
-    times = {}
-    for kind in ("plain", "fused"):
-        model = fuse(model) if kind == "fused" else model
-        cache = KVCache(config)
-        with torch.inference_mode():
-            model(torch.zeros(1, 512, dtype=torch.int64, device="cuda"), cache=cache)
-            token = torch.zeros(1, 1, dtype=torch.int64, device="cuda")
+        weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
+    return model
 
-            def step(model: Any = model, cache: Any = cache, token: Any = token) -> None:
-                model(token, cache=cache)
-                cache.truncate(512)
 
-            for _ in range(5):
-                step()
+@torch.inference_mode()
+def decode_speed(model: Any, held: int = 512, steps: int = 50) -> float:
+    """Tokens a second, one row, each token after the same `held` ones."""
+    from model import KVCache
+
+    cache = KVCache(model.config)
+    model(torch.zeros(1, held, dtype=torch.int64, device=DEVICE), cache=cache)
+    token = torch.zeros(1, 1, dtype=torch.int64, device=DEVICE)
+    start = 0.0
+    for step in range(steps + 5):
+        if step == 5:  # the first ones compile
             torch.cuda.synchronize()
             start = time.perf_counter()
-            for _ in range(50):
-                step()
-            torch.cuda.synchronize()
-            times[kind] = 50 / (time.perf_counter() - start)
-    notes.append("whole model: every launch goes through Python; no CUDA graph is captured")
-    return [{
-        "name": "kernels: Mistral-7B decode", "ours": times["fused"], "peer": times["plain"], "peer_name": "not fused",
-        "ratio": times["fused"] / times["plain"], "limit": None, "share_of_limit": None, "unit": "tok/s",
-        "setting": "bf16, batch 1, 512 tokens of context, random weights",
-    }]  # fmt: skip
+        model(token, cache=cache)
+        cache.truncate(held)
+    torch.cuda.synchronize()
+    return steps / (time.perf_counter() - start)
 
 
 def run(options: argparse.Namespace) -> int:
