@@ -3,9 +3,9 @@ from pathlib import Path
 
 import pytest
 
-sys.path.insert(0, str(Path(__file__).parent))  # for tiny_models
+sys.path.insert(0, str(Path(__file__).parent))  # for answering_models
 
-from tiny_models import tiny_tokenizer, write_model  # noqa: E402
+from answering_models import tiny_tokenizer, write_model  # noqa: E402
 
 
 @pytest.fixture(scope="session")

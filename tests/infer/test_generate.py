@@ -6,7 +6,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import plain_greedy, tiny_model
+from answering_models import plain_greedy, tiny_model
 
 from infer.generate import Generator, Settings, cycles
 from infer.lookup import Lookup

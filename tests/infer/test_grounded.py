@@ -6,7 +6,7 @@ from dataclasses import replace
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import tiny_model
+from answering_models import tiny_model
 
 from infer import codes, tasks
 from infer.answers import place
