@@ -83,10 +83,9 @@ def test_killed_before_any_write_of_a_checkpoint_and_resumed_ends_with_the_same_
     options = {**options, "steps": 4}
     train(as_recipe(options, out=str(tmp_path / "whole")), "instruct")
     whole = ends(tmp_path / "whole")
-    writes = killed(options, tmp_path / "all", 0)
-    assert ends(tmp_path / "all") == whole and writes > 10
-    # every write of the second checkpoint, which has a first one beside it and removes nothing yet
-    for stop in range(writes // 2, writes + 1):
+    first, writes = (killed({**options, "steps": steps}, tmp_path / f"to-{steps}", 0) for steps in (2, 4))
+    assert ends(tmp_path / "to-4") == whole and writes >= first + 10
+    for stop in range(first + 1, writes + 1):  # every write of the second checkpoint; the first one is whole by then
         out = tmp_path / str(stop)
         assert killed(options, out, stop) == -signal.SIGKILL
         found = newest_whole(out / "checkpoints")

@@ -1,0 +1,75 @@
+"""A user's mistakes in recipes and data are one clear line before any work."""
+
+import json
+
+import pytest
+
+from model.command import UserError
+from train.optimizer import rate
+from train.recipe import Recipe, parse, read_toml
+from train.store import Encoding, build_store
+
+GOOD = {"data": ("x",), "out": "x", "weights": "x"}
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"r": 0}, "r is 0; it must be at least 1"),
+    ({"steps": 5, "warmup": 6}, "warmup of 6 steps is longer than the run of 5"),
+    ({"batch_rows": 5, "micro_rows": 2}, "batch_rows 5 is not a multiple of micro_rows 2"),
+    ({"learning_rate": -1.0}, "learning_rate"), ({"dropout": 1.0}, "dropout is 1.0"), ({"epochs": 0.0}, "epochs"),
+    ({"init": "y"}, "either weights"), ({"full": True, "base": "nf4"}, "full trains all weights"),
+    ({"optimizer": "muon"}, "muon is for full training"), ({"merge_adapter": True}, "merge_adapter needs adapter"),
+    ({"template": "faithful"}, "set share_prefix = false"), ({"data": ()}, "data is missing")])  # fmt: skip
+def test_impossible_recipes_are_refused(wrong, said):
+    Recipe(**GOOD)
+    with pytest.raises(UserError, match=said):
+        Recipe(**{**GOOD, **wrong})
+
+
+@pytest.mark.parametrize(("text", "said"), [
+    ("learning_rat = 1.0", "unknown key 'learning_rat' .did you mean 'learning_rate'"),
+    ("r = 'eight'", "r is 'eight'; it must be a whole number"), ("r = true", "whole number"),
+    ("r = = 2", "not a TOML")])  # fmt: skip
+def test_recipe_files_are_checked_key_by_key(tmp_path, text, said):
+    (tmp_path / "r.toml").write_text(text)
+    with pytest.raises(UserError, match=said):
+        read_toml(tmp_path / "r.toml")
+
+
+def test_the_command_line_overrides_the_file(tmp_path):
+    (tmp_path / "r.toml").write_text('data = ["a"]\nout = "o"\nweights = "w"\nr = 4\nlearning_rate = 1\n')
+    recipe = parse([str(tmp_path / "r.toml"), "--r", "16", "--base", "nf4"], "instruct")
+    assert (recipe.r, recipe.base, recipe.learning_rate, recipe.out) == (16, "nf4", 1.0, "o")
+    with pytest.raises(UserError, match="no such file"):
+        parse([str(tmp_path / "none.toml")], "instruct")
+
+
+def test_the_schedule_warms_up_and_falls_to_its_share():
+    recipe = Recipe(**GOOD, steps=10, warmup=2, final_rate=0.1)
+    rates = [rate(recipe, step, 10) for step in range(11)]
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[10] == pytest.approx(0.1)
+    assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+
+
+def test_data_of_the_other_stage_and_broken_lines_are_named(data, tmp_path):
+    notes, tok = data / "notes.jsonl", str(data / "tok")
+    with pytest.raises(UserError, match="notes.jsonl:1: an annotated note: train.instruct"):
+        build_store([str(notes)], Encoding("pretrain", tok), tmp_path / "a")
+    with pytest.raises(UserError, match="documents.jsonl:1: lacks 'phenotypes'"):
+        build_store([str(data / "documents.jsonl")], Encoding("instruct", tok), tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+
+
+def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(tmp_path, data):
+    file, encoding = tmp_path / "d.jsonl", Encoding("pretrain", str(data / "tok"))
+    lines = [json.dumps({"id": str(i), "text": "some words"}) for i in range(200)]
+    file.write_text("\n".join([*lines[:7], '{"id": "bad"}', *lines[7:]]) + "\n")
+    store = build_store([str(file)], encoding, tmp_path / "s")
+    rejects = [json.loads(line) for line in (tmp_path / "s" / "rejects.jsonl").read_text().splitlines()]
+    assert len(store) == 200 and [(r["line"], r["file"]) for r in rejects] == [(8, str(file))]
+    assert store[5][0] == "5" and bytes(store[5][1][0][1:-1].astype("uint8")) != b""
+    made = (tmp_path / "s" / "manifest.json").stat().st_mtime_ns
+    build_store([str(file)], encoding, tmp_path / "s")
+    assert (tmp_path / "s" / "manifest.json").stat().st_mtime_ns == made, "nothing changed, nothing is made again"
+    file.write_text("\n".join([*lines, json.dumps({"id": "new", "text": "more"})]) + "\n")
+    assert len(build_store([str(file)], encoding, tmp_path / "s")) == 201
