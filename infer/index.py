@@ -108,7 +108,8 @@ def build(options: Options) -> dict[str, Any]:
         manifest |= embed(options, manifest, found, part)
     else:
         BM25([record["text"] for record in found])  # raises where there is nothing to index
-        part.mkdir(exist_ok=True)
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
     with open(part / "notes.jsonl", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
         file.write(lines)
         file.flush()
@@ -137,19 +138,21 @@ def embed(options: Options, manifest: dict[str, Any], found: list[dict[str, Any]
     encoder.cut = 0
     row_bytes = width * dtype.itemsize
     done = raw.stat().st_size // row_bytes // BATCH * BATCH if raw.exists() else 0
+    texts = [(record["title"], record["text"]) if record.get("title") else record["text"] for record in found]
+    for text in texts[:done]:
+        encoder.tokens(text, query=False)  # counts those that an interrupted run cut
     with (
         open(raw, "ab") as data,
         tqdm(total=len(found), initial=done, unit="note", desc="indexing", disable=None) as bar,
     ):
         data.truncate(done * row_bytes)
         for start in range(done, len(found), BATCH):
-            texts = [(r["title"], r["text"]) if r.get("title") else r["text"] for r in found[start : start + BATCH]]
-            data.write(encoder.encode(texts).astype(dtype).tobytes())
+            vectors_ND = encoder.encode(texts[start : start + BATCH])
+            data.write(vectors_ND.astype(dtype).tobytes())
             data.flush()
-            bar.update(len(texts))
+            bar.update(len(vectors_ND))
         os.fsync(data.fileno())
-    vectors_ND = np.memmap(raw, dtype=dtype, mode="r", shape=(len(found), width))
-    np.save(part / "vectors.npy", vectors_ND)
+    np.save(part / "vectors.npy", np.memmap(raw, dtype=dtype, mode="r", shape=(len(found), width)))
     raw.unlink()
     state.unlink()
     if encoder.cut:

@@ -1,0 +1,96 @@
+"""Repair mends words and never what carries clinical meaning: numbers, units, doses, TNM, genes, receptors, codes."""
+
+from __future__ import annotations
+
+import json
+import re
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infer.codes import CODES
+from infer.repair import ABBREVIATIONS, Options, Repair, main, one_edit
+
+TEXTS = ["The patient has invasive carcinoma of the breast with axillary metastasis on mammography today."] * 3
+REPAIR = Repair(TEXTS)
+KEPT = st.one_of(
+    st.decimals(0, 999, places=1).map(str),
+    st.builds("{} {}".format, st.integers(1, 500), st.sampled_from(["mg", "cm", "mm", "mg/m2", "Gy", "mCi", "mL"])),
+    st.from_regex(r"[cpy]?T[0-4][abc]?N[0-3]M[01X]", fullmatch=True),
+    st.sampled_from(["BRCA1", "EGFR", "KRAS", "ALK", "TP53", "HER2", "HER2+", "ER+", "PR-", "ER/PR", "Ki-67", "PD-L1",
+                     "ROS1", "BRAF", "MSI-H", "stage IIIB", "FOLFOX", "R-CHOP"]),
+    st.sampled_from(sorted(CODES)),
+)  # fmt: skip
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(KEPT, min_size=1, max_size=8), st.sampled_from([" ", ", ", "; ", ". ", "\n"]))
+def test_numbers_units_doses_tnm_genes_receptors_and_codes_are_never_touched(pieces, between):
+    text = between.join(pieces)
+    assert REPAIR(text) == text
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text(max_size=80))
+def test_any_text_keeps_its_digits_and_signs_and_changes_add_up(text):
+    changes = REPAIR.changes(text)
+    assert all(text[c.start : c.end] == c.before for c in changes)
+    assert all(a.end <= b.start for a, b in zip(changes, changes[1:], strict=False))
+    assert re.findall(r"[\d+%<>=]", REPAIR(text)) == re.findall(r"[\d+%<>=]", text)
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("invasvie carcinoma", "invasive carcinoma"),
+        ("Carcinma of the brreast", "Carcinoma of the breast"),
+        ("axilary metastasis", "axillary metastasis"),
+        ("carcinomas", "carcinomas"),  # a plural
+        ("Smithe came", "Smithe came"),  # a name is near nothing
+    ],
+)
+def test_a_letter_wrong_is_mended(wrong, right):
+    assert REPAIR(wrong) == right
+
+
+def test_known_words_stay_whatever_they_resemble():
+    assert REPAIR(TEXTS[0]) == TEXTS[0]
+    for description in list(CODES.values())[::40]:
+        assert REPAIR(description) == description
+
+
+def test_a_word_that_is_another_word_is_no_misspelling():
+    repair = Repair(["A change of the desmoid seen by microscopy, the testis and the nodes."] * 3)
+    for text in ("chance", "dermoid", "microscope", "tests", "nodes node", "A noded"):
+        assert repair(text) == text
+
+
+def test_abbreviations_are_expanded_and_ambiguous_ones_need_their_context():
+    assert len(ABBREVIATIONS) >= 150
+    assert REPAIR("Pt s/p bx, h/o DCIS.") == "Patient status post biopsy, history of ductal carcinoma in situ."
+    assert REPAIR("sob story") == "sob story"
+    assert REPAIR("PE unremarkable") == "PE unremarkable"
+    assert "pulmonary embolism" in REPAIR("PE, on anticoagulation")
+    assert REPAIR("lesion in UOQ") == "lesion in UOQ"
+    assert "upper outer quadrant" in REPAIR("left breast UOQ")
+
+
+@settings(deadline=None, max_examples=200)
+@given(st.text("abc", max_size=5), st.text("abc", max_size=5))
+def test_one_edit_is_what_a_list_of_all_edits_says(a, b):
+    every = {a[:i] + a[i + 1 :] for i in range(len(a))} | {a[:i] + c + a[i:] for i in range(len(a) + 1) for c in "abc"}
+    every |= {a[:i] + c + a[i + 1 :] for i in range(len(a)) for c in "abc"}
+    every |= {a[:i] + a[i + 1] + a[i] + a[i + 2 :] for i in range(len(a) - 1)}
+    assert one_edit(a, b) == (b in every or a == b)
+
+
+def test_the_command_keeps_the_original_beside_the_repaired(tmp_path):
+    notes, lexicon = tmp_path / "n.jsonl", tmp_path / "l.jsonl"
+    notes.write_text(json.dumps({"id": "a", "text": "invasvie carcinoma, 2.5 cm"}) + "\n")
+    lexicon.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
+    main(Options(notes=notes, lexicon=lexicon, out=tmp_path / "o.jsonl"))
+    record = json.loads((tmp_path / "o.jsonl").read_text())
+    assert record["text"] == "invasive carcinoma, 2.5 cm"
+    assert record["original"] == "invasvie carcinoma, 2.5 cm"
+    assert record["repairs"] == [[0, 8, "invasive"]]
