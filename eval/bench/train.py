@@ -1,8 +1,8 @@
 """LoRA training against transformers + peft: tokens a second and peak memory, same weights, same rows, same order.
 
 `python -m eval.bench train --json F`. Each side runs in a process of its own, so that peaks are its own; eager
-fp32 on a CPU, bf16 on a GPU. "plain": rows of full length, every token a target. "records": notes of 400 tokens with eight
-questions of 40; peft trains eight rows a note, ours one row with branches, and what is compared is records a second.
+fp32 on a CPU, bf16 on a GPU. "plain": rows of full length, every token a target. "records": notes of 400 tokens with
+eight questions of 40; peft trains eight rows a note, ours one row with branches; compared in records a second.
 """
 
 from __future__ import annotations

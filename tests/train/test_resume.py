@@ -1,8 +1,10 @@
 """A run that is killed and resumed ends with the same bytes; a damaged checkpoint is named and passed over."""
 
+import json
 import os
 import shutil
 import signal
+import subprocess
 import sys
 from pathlib import Path
 
@@ -206,3 +208,24 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_records
         next(p for name, p in skipping.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
     skipping.run()
     assert skipping.progress.skipped == 2
+
+
+@pytest.mark.slow
+def test_the_program_on_two_ranks_trains_what_one_does_and_goes_on_from_its_checkpoint(options, tmp_path):
+    """`torchrun -m train.instruct` in fp32: four steps on one rank, resumed to six on two."""
+    text = "".join(f"{key} = {json.dumps(value)}\n" for key, value in options.items())
+    (tmp_path / "recipe.toml").write_text(text)
+    out = tmp_path / "two"
+    train(as_recipe(options, out=str(tmp_path / "one")), "instruct")
+    train(as_recipe(options, out=str(out)), "instruct")
+    shutil.rmtree(steps_saved(out / "checkpoints")[-1])  # step 4 is the newest now
+    command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.instruct"]
+    done = subprocess.run([sys.executable, *command, str(tmp_path / "recipe.toml"), "--out", str(out)],
+                          capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    one, two = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+                for run in ("one", "two"))  # fmt: skip
+    assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
+    assert all(abs(a["loss"] - b["loss"]) < 1e-6 * a["loss"] for a, b in zip(one, two, strict=True))
+    assert json.loads((out / "run.json").read_text())["ranks"] == 2
