@@ -63,8 +63,19 @@ def packed(model, tokens_BT):
     return model(tokens_BT, positions=row(0, 1, 2, 3, 0, 1, 2, 3, 2), layout=layout)
 
 
+@torch.inference_mode()
+def branched(model, tokens_BT):
+    """A trunk of five tokens in the cache, then two branches side by side."""
+    row = lambda *values: torch.tensor([values] * len(tokens_BT), device=tokens_BT.device)  # noqa: E731
+    cache = KVCache(model.config, slack=16)
+    none = row(0, 0, 0, 0, 0)
+    trunk = model(tokens_BT[:, :5], positions=row(0, 1, 2, 3, 4), layout=Layout(none, none), cache=cache)
+    layout = Layout(row(0, 0, 0, 0), row(1, 1, 2, 2))
+    return torch.cat([trunk, model(tokens_BT[:, 5:], positions=row(5, 6, 5, 6), layout=layout, cache=cache)], dim=1)
+
+
 @pytest.mark.parametrize("family", FAMILIES)
-@pytest.mark.parametrize("way", [whole, step_by_step, packed])
+@pytest.mark.parametrize("way", [whole, step_by_step, packed, branched])
 def test_fp64_logits_are_the_plain_models(device, family, way):
     plain = tiny(torch.float64, device, **FAMILIES[family])
     fused = fuse(copy.deepcopy(plain))
