@@ -2,11 +2,11 @@
 
     python -m infer.repair --notes F.jsonl --lexicon train.jsonl --out repaired.jsonl
 
-A word is corrected only where it is unknown, seven letters or longer (a swap or an omission: five), and one edit,
-not of its first or last letter, away from a word that stands three times or more in the lexicon's notes; among several
-the commonest wins if it is clearly the commoner, else the word stays. Words of the notes and of the ICD-10-CM
-descriptions are known. Candidates come from symmetric deletion (Garbe's SymSpell): two words one edit apart share a
-form with at most one letter deleted.
+A word is corrected only where it is unknown, long enough (two letters swapped: 5, one missing: 6, one too many: 7, one
+wrong: 8), and one edit, not of its first or last letter, away from a word that stands three times or more in the
+lexicon's notes; among several the commonest wins if it is clearly the commoner, else the word stays. Words of the notes
+and of the ICD-10-CM descriptions are known. Candidates come from symmetric deletion (Garbe's SymSpell): two words one
+edit apart share a form with at most one letter deleted.
 
 Nothing with a digit or a sign in it, no word with two capitals, and no word beside such a sign is ever corrected:
 numbers, units, doses, TNM, genes, receptors and codes stay as they are. The original note stands beside the
@@ -58,7 +58,7 @@ class Change:
 
 class Repair:
     """A corrector towards the words of `texts`, which leaves alone what stands in them at least twice, and every word
-    of the ICD-10-CM descriptions: "dermoid" is no misspelled "desmoid"."""
+    of the ICD-10-CM descriptions."""
 
     def __init__(self, texts: Iterable[str]) -> None:
         seen = Counter(word.lower() for text in texts for word in _WORD.findall(text))
@@ -81,8 +81,7 @@ class Repair:
         found = [known for known in near if known[0] == small[0] and one_edit(small, known)]
         # An edit of the last letter is more often another inflection (node, nodes) than a mistake.
         found = [known for known in found if known[:-1] not in (small, small[:-1]) and known != small[:-1]]
-        if len(small) < 7:  # short words have neighbours that are words: "chance" is no "change"
-            found = [known for known in found if len(known) > len(small) or sorted(known) == sorted(small)]
+        found = [known for known in found if len(small) >= shortest(small, known)]
         found.sort(key=lambda known: (-self.counts[known], known))
         if not found or (len(found) > 1 and self.counts[found[0]] < CLEARLY * self.counts[found[1]]):
             return word
@@ -131,6 +130,14 @@ def expand(match: re.Match[str], words: set[str]) -> Change | None:
 def deletions(word: str) -> set[str]:
     """The word and its forms with one letter deleted."""
     return {word, *(word[:i] + word[i + 1 :] for i in range(len(word)))}
+
+
+def shortest(word: str, known: str) -> int:
+    """The letters that a word must have to be mended so. Short words have neighbours that are words: a "chance" is no
+    "change", "tests" no "testis", a "dermoid" no "desmoid"."""
+    if len(word) != len(known):
+        return 6 if len(word) < len(known) else 7
+    return 5 if sorted(word) == sorted(known) else 8
 
 
 def one_edit(a: str, b: str) -> bool:
