@@ -3,6 +3,10 @@
 The interpreter keeps bf16 as uint16. Up to Triton 3.9 it cuts instead of rounding when it narrows fp32 to bf16, and its
 `dot` multiplies the raw bits. Both would make a correct kernel fail (or a wrong one pass), so both are replaced:
 narrowing rounds to nearest even, and a bf16 product widens its operands, which is exact.
+
+An fp32 product is NumPy's there, so its rounding would be that of the host's BLAS and differ between processors; it says
+nothing about a GPU's. Products are therefore summed in fp64 and rounded to fp32 once: what the tests then judge is the
+kernel's own arithmetic, the same on every host.
 """
 
 from __future__ import annotations
@@ -15,7 +19,7 @@ from triton.runtime.interpreter import InterpreterBuilder, TensorHandle
 
 
 def repair_bf16() -> None:
-    """Replace the two operations on the interpreter's class; doing so twice changes nothing."""
+    """Replace the two operations (casts and products) on the interpreter's class; doing so twice changes nothing."""
     if getattr(InterpreterBuilder, "_exact_bf16", False):
         return
     plain_cast, plain_dot = InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot
@@ -28,9 +32,12 @@ def repair_bf16() -> None:
             return TensorHandle(widen(source.data), tl.float32)
         return plain_cast(self, source, target)
 
-    def create_dot(self: Any, a: Any, b: Any, *rest: Any) -> Any:
+    def create_dot(self: Any, a: Any, b: Any, d: Any, *rest: Any) -> Any:
         a, b = (TensorHandle(widen(t.data), tl.float32) if t.dtype.scalar == tl.bfloat16 else t for t in (a, b))
-        return plain_dot(self, a, b, *rest)
+        if a.dtype.scalar == tl.float32 and b.dtype.scalar == tl.float32 and d.dtype.scalar == tl.float32:
+            exact = np.matmul(a.data, b.data, dtype=np.float64) + d.data
+            return TensorHandle(exact.astype(np.float32), tl.float32)
+        return plain_dot(self, a, b, d, *rest)
 
     InterpreterBuilder.cast_impl, InterpreterBuilder.create_dot = cast_impl, create_dot
     InterpreterBuilder._exact_bf16 = True
