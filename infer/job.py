@@ -9,6 +9,7 @@ first rank merges them in order.
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -57,7 +58,10 @@ class Job:
         if self.out.is_dir():
             raise UserError(f"{self.out}: a folder; name the output file")
         known = read_json(self.mark) if self.mark.exists() else None
-        if known is None and (self.out.exists() or any(self.part_of(r).exists() for r in range(self.world))):
+        begun = self.out.exists() or any(self.out.parent.glob(f"{glob.escape(self.out.name)}*.part"))
+        if not begun:  # a mark without output: a job that never started
+            known = None
+        if known is None and begun:
             raise UserError(f"{self.out}: exists and is no job's of ours; choose another --out or remove it")
         if known is not None and (not isinstance(known, dict) or known.get("hash") != self.identity["hash"]):
             differs = [

@@ -161,6 +161,13 @@ def test_another_job_s_output_is_left_alone(weights, tmp_path):
     assert out.read_bytes() == before
 
 
+def test_a_job_that_never_started_is_in_nobody_s_way(weights, tmp_path):
+    notes, out = write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    with pytest.raises(UserError):
+        extract(weights, notes, out, adapter=(str(tmp_path),))  # a folder without an adapter
+    assert extract(weights, notes, out) == 0
+
+
 def test_nothing_to_read(weights, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder").mkdir()

@@ -4,9 +4,9 @@ from dataclasses import replace
 
 import pytest
 import torch
+from answering_models import plain_greedy, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from answering_models import plain_greedy, tiny_model
 
 from infer.generate import Generator, Settings, cycles
 from infer.lookup import Lookup

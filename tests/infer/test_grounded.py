@@ -4,9 +4,9 @@ import re
 from dataclasses import replace
 
 import pytest
+from answering_models import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from answering_models import tiny_model
 
 from infer import codes, tasks
 from infer.answers import place
