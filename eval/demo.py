@@ -12,19 +12,17 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
-import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from eval.baselines import MajorityBaseline, RegexBaseline
 from eval.bench.__main__ import host
 from eval.report import terminal_table, write
+from eval.steps import Run, begin
 from model import command
 from model.command import UserError
 from model.files import read_json, read_jsonl, write_json, write_jsonl
@@ -69,59 +67,13 @@ SCALES = {
 }  # fmt: skip
 
 
-@dataclass
-class Run:
-    """A run's folder and what its steps took."""
-
-    scale: str
-    out: Path
-    steps: dict[str, dict[str, float]] = field(default_factory=dict)
-
-    def step(self, name: str, work: Callable[[], None] | list[str]) -> None:
-        """Do a step that is not yet done: a function, or a program as `-m` takes it (its output goes to stderr)."""
-        if name in self.steps:
-            return
-        print(f"· {name}", file=sys.stderr, flush=True)
-        began = time.monotonic()
-        if callable(work):
-            work()
-            peak = 0.0
-        else:
-            peak = program(name, work)
-        self.steps[name] = {"seconds": round(time.monotonic() - began, 1), "peak_mb": round(peak)}
-        write_json(self.out / "steps.json", self.steps)
-
-    def took(self, *names: str) -> float:
-        return round(sum(self.steps[name]["seconds"] for name in names), 1)
-
-    def peak(self, *names: str) -> float:
-        return max(self.steps[name]["peak_mb"] for name in names)
-
-
-def program(name: str, arguments: list[str]) -> float:
-    """Run `python -m …`. Returns its peak resident memory in MB. Raises UserError where it fails."""
-    child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr)
-    try:
-        _, status, usage = os.wait4(child.pid, 0)
-    except BaseException:
-        child.terminate()
-        child.wait()
-        raise
-    child.returncode = os.waitstatus_to_exitcode(status)
-    if child.returncode:
-        raise UserError(
-            f"the step '{name}' failed (exit {child.returncode}); its reason stands above, and the same command goes on"
-        )
-    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-
-
 def main(options: Options) -> int:
     if not RECIPES.is_dir():
         raise UserError("run this from the repository's root, where train/recipes lies")
     out = options.out or Path("runs") / ("demo" if options.scale == "full" else f"demo-{options.scale}")
     began = time.monotonic()
-    run = begin(options.scale, out)
     scale = SCALES[options.scale]
+    run = begin(out, {"scale": options.scale, **vars(scale)}, last="report.html")
     data(run, scale)
     base(run, scale)
     adapters(run)
@@ -129,8 +81,7 @@ def main(options: Options) -> int:
     bits = bits_per_byte(run, scale)
     write_json(out / "run.json", {
         "title": TITLES[options.scale], "scale": options.scale, "host": host(), "steps": run.steps,
-        "seconds": sum(step["seconds"] for step in run.steps.values()),
-        "peak_mb": max(step["peak_mb"] for step in run.steps.values()),
+        "seconds": run.took(), "peak_mb": run.peak(),
         "systems": systems, "references": {name: f"{name}.jsonl" for name in TESTS},
         "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
         "bits_per_byte": [bits],
@@ -140,22 +91,6 @@ def main(options: Options) -> int:
     print(f"{sum(step['seconds'] for step in run.steps.values()) / 60:.1f} minutes of work "
           f"({(time.monotonic() - began) / 60:.1f} in this call)\nreport: {out / 'report.html'}")  # fmt: skip
     return 0
-
-
-def begin(scale: str, out: Path) -> Run:
-    """An interrupted run of this scale goes on; anything else that a demo left in the folder makes way."""
-    mark = out / "steps.json"
-    if out.exists() and not mark.is_file() and any(out.iterdir()):
-        raise UserError(f"{out} holds something that is not a demo's run; give another folder with --out, or empty it")
-    held = read_json(out / "demo.json") if (out / "demo.json").is_file() else {}
-    now = {"scale": scale, **vars(SCALES[scale])}
-    if held != now or (out / "report.html").is_file():
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    steps = read_json(mark) if mark.is_file() else {}
-    write_json(mark, steps)
-    write_json(out / "demo.json", now)
-    return Run(scale, out, steps)
 
 
 def data(run: Run, scale: Scale) -> None:

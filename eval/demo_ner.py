@@ -15,7 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.demo import program, smollm2
+from eval.demo import smollm2
+from eval.steps import program
 from model.command import UserError, run
 from model.files import read_jsonl, write_json
 
