@@ -33,7 +33,8 @@ PROMPT = (
 )
 LINES = (
     "The patient is a 54-year-old woman.", "  two spaces, then a\ttab", "2.5 cm × 1.25 cm; Ki-67 ≈ 30 %",
-    "naïve façade", "Österreich, Ελλάδα, Москва, 東京, 한국어, עברית", "🩺👩‍⚕️ e\u0301 ﬁ", "a\r\nb\n\n\nc", "[INST] x [/INST]",
+    "naïve façade", "Österreich, Ελλάδα, Москва, 東京, 한국어, עברית", "🩺👩‍⚕️ e\u0301 ﬁ",
+    "a\r\nb\n\n\nc", "[INST] x [/INST]",
 )  # fmt: skip
 
 

@@ -4,9 +4,9 @@ The interpreter keeps bf16 as uint16. Up to Triton 3.9 it cuts instead of roundi
 `dot` multiplies the raw bits. Both would make a correct kernel fail (or a wrong one pass), so both are replaced:
 narrowing rounds to nearest even, and a bf16 product widens its operands, which is exact.
 
-An fp32 product is NumPy's there, so its rounding would be that of the host's BLAS and differ between processors; it says
-nothing about a GPU's. Products are therefore summed in fp64 and rounded to fp32 once: what the tests then judge is the
-kernel's own arithmetic, the same on every host.
+An fp32 product is NumPy's there, so its rounding would be that of the host's BLAS and differ between processors; it
+says nothing about a GPU's. Products are therefore summed in fp64 and rounded to fp32 once: what the tests then judge
+is the kernel's own arithmetic, the same on every host.
 """
 
 from __future__ import annotations

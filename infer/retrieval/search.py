@@ -15,7 +15,9 @@ import numpy as np
 BLOCK = 65_536  # rows a product takes at a time
 
 
-def top_k(query_QD: np.ndarray, matrix_ND: np.ndarray, k: int, similarity: str = "dot") -> tuple[np.ndarray, np.ndarray]:
+def top_k(
+    query_QD: np.ndarray, matrix_ND: np.ndarray, k: int, similarity: str = "dot"
+) -> tuple[np.ndarray, np.ndarray]:
     """(rows_QK, scores_QK) of the k most similar rows, best first, ties to the lower row; exact.
 
     `similarity` is dot, cosine (rows and queries are taken at length 1) or euclidean (the score is minus the squared
