@@ -28,18 +28,20 @@ PREFIX = "base_model.model."
 # What PEFT 0.21 may write and what each field must be for the arithmetic here to be the adapter's.
 READ = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "layers_pattern",
+    "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
 )  # fmt: skip
 HARMLESS = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "init_lora_weights", "megatron_core", "qalora_group_size", "runtime_config", "loftq_config", "eva_config",
-    "corda_config", "lora_ga_config", "ensure_weight_tying",
+    "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying",
 )  # fmt: skip  # how the start was chosen, or a default that nothing reads: the tensors hold the result
 REFUSED = (
     "fan_in_fan_out", "modules_to_save", "megatron_config", "trainable_token_indices", "use_dora", "velora_config",
     "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
-    "target_parameters", "use_bdlora", "arrow_config", "kasa_config",
+    "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "loftq_config", "corda_config", "lora_ga_config",
 )  # fmt: skip
+# Starts that leave the base's weights as they are. The others (pissa, olora, corda, loftq, lora_ga, mica) train beside
+# a changed base, so that their A and B mean nothing beside the original one.
+STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -62,23 +64,37 @@ class LoRAConfig:
     """Other ranks: regular expression for the end of a module's name → rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
     """Other alphas, likewise."""
-    exclude_modules: tuple[str, ...] = ()
-    """Names that modules end in which get none."""
+    exclude_modules: str | tuple[str, ...] = ()
+    """Names that modules end in which get none, or a regular expression for whole names."""
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
             if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
                 raise UserError(f"lora: rank {rank!r} for {name!r}; a rank is a whole number of at least 1")
+        for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
+            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
+                raise UserError(f"lora: alpha {alpha!r} for {name!r}; it is a number above 0")
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.expressions()):
+            try:
+                re.compile(pattern)
+            except re.error as error:
+                raise UserError(f"lora: {pattern!r} is not a regular expression: {error}") from error
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora: dropout is {self.dropout}; it must lie in [0, 1)")
         if not self.target_modules:
             raise UserError('lora: target_modules is empty; name modules, or say "all-linear"')
 
+    def expressions(self) -> list[str]:
+        return [value for value in (self.target_modules, self.exclude_modules) if isinstance(value, str)]
+
     def wants(self, path: str) -> bool:
         """Whether the linear layer with this name gets an adapter."""
         if path == "lm_head" and self.target_modules == "all-linear":
             return False
-        if any(ends_in(path, name) for name in self.exclude_modules):
+        if isinstance(self.exclude_modules, str):
+            if re.fullmatch(self.exclude_modules, path):
+                return False
+        elif any(ends_in(path, name) for name in self.exclude_modules):
             return False
         if self.layers is not None:
             layer = re.search(r"\.layers\.(\d+)\.", path)
@@ -121,6 +137,9 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default", seed: 
     linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
     chosen = [path for path in linears if config.wants(path)]
     check_targets(config, list(linears), chosen)
+    if not name or "." in name:
+        raise UserError(f"lora: {name!r} cannot be an adapter's name: it is part of its parameters' names, so no dots")
+    refuse_merged(model)
     if any(name in layer.scale for layer in adapted(model).values()):
         raise UserError(f"lora: the model already has an adapter called {name!r}; choose another name")
     model.requires_grad_(False)
@@ -162,6 +181,7 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
     known = sorted({key for layer in layers for key in layer.scale})
     if name is not None and name not in known:
         raise UserError(f"lora: no adapter is called {name!r}{nearest(name, known)}; there are {known}")
+    refuse_merged(model)
     for layer in layers:
         layer.active = name if name in layer.scale else None
         for matrices in (layer.lora_A, layer.lora_B):
@@ -169,9 +189,16 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
                 matrix.requires_grad_(key == name)
 
 
+def refuse_merged(model: nn.Module) -> None:
+    """Merged weights hold the adapter that was active then: choosing another one would not take it out."""
+    if any(layer.original is not None for layer in adapted(model).values()):
+        raise UserError("lora: an adapter is merged into the weights; call unmerge_lora first")
+
+
 @contextlib.contextmanager
 def no_adapter(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is its base."""
+    """Within this context the model is its base. Raises UserError while an adapter is merged."""
+    refuse_merged(model)
     before = {layer: layer.active for layer in adapted(model).values()}
     for layer in before:
         layer.active = None
@@ -206,7 +233,8 @@ def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dic
         "lora_alpha": config.alpha if config.alpha != int(config.alpha) else int(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        "exclude_modules": list(config.exclude_modules) or None,
+        "exclude_modules": config.exclude_modules if isinstance(config.exclude_modules, str)
+                           else list(config.exclude_modules) or None,
         "use_rslora": config.rslora,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
@@ -253,12 +281,24 @@ def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
         elif key in REFUSED:
             if value:
                 raise UserError(f"{where}: {key} is not covered; it changes what the adapter computes")
+        elif key == "init_lora_weights":
+            if value not in STARTS:
+                raise UserError(f"{where}: init_lora_weights {value!r} changes the base's weights too, which is not "
+                                "covered; save the adapter converted to plain LoRA")  # fmt: skip
+        elif key == "layers_pattern":
+            if value not in (None, "", "layers", [], ["layers"]):
+                raise UserError(f"{where}: layers_pattern {value!r} is not covered; these models' layers are 'layers'")
         elif key not in READ and key not in HARMLESS and value not in (None, False, {}, []):
             raise UserError(f"{where}: unknown field {key!r}; what it asks for is not covered")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]
     if missing:
         raise UserError(f"{where}: lacks {', '.join(missing)}")
-    return config_from(raw)
+    try:
+        return config_from(raw)
+    except UserError as error:
+        raise UserError(f"{where}: {error}") from error
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{where}: a field holds another kind of value than PEFT writes ({error})") from error
 
 
 def config_from(raw: dict[str, Any]) -> LoRAConfig:
@@ -269,11 +309,11 @@ def config_from(raw: dict[str, Any]) -> LoRAConfig:
         alpha=float(raw["lora_alpha"]),
         dropout=float(raw.get("lora_dropout") or 0.0),
         target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        layers=None if layers is None else (layers,) if isinstance(layers, int) else tuple(layers),
+        layers=(layers,) if isinstance(layers, int) else tuple(layers) if layers else None,  # an empty list: all
         rslora=bool(raw.get("use_rslora")),
         rank_pattern=dict(raw.get("rank_pattern") or {}),
         alpha_pattern=dict(raw.get("alpha_pattern") or {}),
-        exclude_modules=(exclude,) if isinstance(exclude, str) else tuple(exclude),
+        exclude_modules=exclude if isinstance(exclude, str) else tuple(exclude),
     )
 
 

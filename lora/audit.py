@@ -59,6 +59,8 @@ def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
         a_RD, b_OR = tensors[key], tensors.get(f"{PREFIX}{module}.lora_B.weight")
         if b_OR is None:
             raise UserError(f"{adapter}: lacks the lora_B of {module}; the adapter is damaged")
+        if not (a_RD.isfinite().all() and b_OR.isfinite().all()) or a_RD.shape[:1] != b_OR.shape[1:]:
+            raise UserError(f"{adapter}: {module} holds values that are not finite, or A and B of different ranks")
         sigma_R = singular_values(a_RD, b_OR, config.scale(module))
         row = {"module": module, "rank": len(a_RD), "norm": float(sigma_R.norm()),
                "effective_rank": effective_rank(sigma_R), "top": [float(value) for value in sigma_R[:4]]}  # fmt: skip

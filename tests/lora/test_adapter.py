@@ -7,39 +7,14 @@ from dataclasses import replace
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from tiny_adapters import TOKENS, base, trained
 
 from lora import LoRAConfig, add_lora, load_adapter, merge_lora, no_adapter, save_adapter, set_adapter, unmerge_lora
 from lora.adapter import adapted
 from lora.audit import audit, draw
 from lora.merge import Options, main
-from model import ModelConfig, Transformer
+from model import Transformer
 from model.command import UserError
-
-CONFIG = ModelConfig(
-    vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-5, rope_theta=1e4, windows=(8, 8), max_position_embeddings=64,
-)  # fmt: skip
-TOKENS = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(1))
-
-
-def base(dtype=torch.float32) -> Transformer:
-    model = Transformer(CONFIG).init_weights(3)
-    with torch.no_grad():
-        for param in model.parameters():
-            if param.dim() == 2:
-                param.mul_(5)
-    return model.to(dtype)
-
-
-def trained(config: LoRAConfig, dtype=torch.float32) -> Transformer:
-    """A model with an adapter that does something."""
-    model = add_lora(base(dtype), config)
-    generator = torch.Generator().manual_seed(4)
-    with torch.no_grad():
-        for layer in adapted(model).values():
-            for b_OR in layer.lora_B.values():
-                b_OR.copy_(torch.randn(b_OR.shape, generator=generator) * 0.1)
-    return model
 
 
 @pytest.fixture()
@@ -130,6 +105,14 @@ def test_several_adapters_one_active_and_off_in_a_context():
     with no_adapter(model):
         assert torch.equal(model(TOKENS), base()(TOKENS))
     assert torch.equal(model(TOKENS), first)
+    merge_lora(model)
+    for change in (lambda: set_adapter(model, "second"), lambda: add_lora(model, CONFIGS[0], name="third"),
+                   lambda: no_adapter(model).__enter__()):  # fmt: skip
+        with pytest.raises(UserError, match="call unmerge_lora first"):
+            change()
+    unmerge_lora(model)
+    with pytest.raises(UserError, match="no dots"):
+        add_lora(model, CONFIGS[0], name="a.b")
     with pytest.raises(UserError, match="did you mean 'second'"):
         set_adapter(model, "secnd")
 
