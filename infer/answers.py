@@ -63,6 +63,11 @@ SCHEMA: dict[str, Any] = {
             "properties": {"note": {"type": "integer"}, "prompt": {"type": "integer"}, "new": {"type": "integer"}},
         },
         "long": {"type": "object", "description": "what was done with a note beyond the limit"},
+        "repairs": {
+            "type": "array",
+            "description": "with --repair: [start, end, new words] of each change, places in the original note",
+            "items": {"type": "array"},
+        },
         "error": {"type": "string", "description": "why this note has no answers"},
     },
 }

@@ -25,7 +25,9 @@ from tqdm import tqdm
 
 from infer.answers import SCHEMA
 from infer.job import Job, batches
+from infer.mended import mend
 from infer.notes import Note, fingerprint, read_notes
+from infer.repair import read_repair
 from model.command import UserError, run
 from model.files import write_json
 
@@ -63,6 +65,9 @@ class Options:
     """Notes at once."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What the model computes in."""
+    repair: Path | None = None
+    """A lexicon (JSON lines whose `text` is spelled well: training notes): mend the notes' spelling and expand their
+    abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
     int8: bool = False
     """Hold the blocks' weights in 8 bits; quickest with --dtype bfloat16."""
     limit: int | None = None
@@ -121,6 +126,8 @@ def identity(options: Options) -> dict[str, object]:
     files = {"weights": stamp(options.weights), "adapter": [stamp(a) for a in options.adapter]}
     if options.int8:  # named only where it is on
         kept = (*kept, "int8")
+    if options.repair is not None:
+        files["repair"] = fingerprint(options.repair)
     return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
 
 
@@ -140,6 +147,7 @@ def extract(options: Options, job: Job) -> None:
     mine = islice(sizes(options), job.rank, None, job.world)
     done = job.resume(mine)
     total = sum(1 for _ in source(options))
+    repair = None if options.repair is None else read_repair(options.repair)
     model, tokenizer = load(options.weights, options.adapter, options.dtype, int8=options.int8)
     form = options.form
     if form == "auto":
@@ -149,7 +157,11 @@ def extract(options: Options, job: Job) -> None:
     with tqdm(total=total, unit="note", disable=None if job.rank == 0 else True, desc="extracting") as bar:
         for number, batch in enumerate(split(options)):
             if number % job.world == job.rank and number // job.world >= done:
-                job.append(asker.records(batch))
+                if repair is None:
+                    job.append(asker.records(batch))
+                else:
+                    notes, ways = zip(*(mend(note, repair) for note in batch), strict=True)
+                    job.append([way.restore(record) for way, record in zip(ways, asker.records(notes), strict=True)])
             bar.update(len(batch))
 
 

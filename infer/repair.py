@@ -1,16 +1,25 @@
 """Spelling normalisation and abbreviation expansion before inference, as the paper suggests (section on failures).
 
     python -m infer.repair --notes F.jsonl --lexicon train.jsonl --out repaired.jsonl
+    python -m infer.extract … --repair train.jsonl                the same inside a job
 
-A word is corrected only where it is unknown, long enough (two letters swapped: 5, one missing: 6, one too many: 7, one
-wrong: 8), and one edit, not of its first or last letter, away from a word that stands three times or more in the
-lexicon's notes; among several the commonest wins if it is clearly the commoner, else the word stays. Words of the notes
-and of the ICD-10-CM descriptions are known. Candidates come from symmetric deletion (Garbe's SymSpell): two words one
-edit apart share a form with at most one letter deleted.
+The lexicon is text that is spelled well: training notes. A word is corrected only where the lexicon (and the ICD-10-CM
+descriptions) do not know it and it is one edit, not of its first letter, away from words that do stand there:
 
-Nothing with a digit or a sign in it, no word with two capitals, and no word beside such a sign is ever corrected:
-numbers, units, doses, TNM, genes, receptors and codes stay as they are. The original note stands beside the
-repaired one.
+* by its neighbours: one of these stands three times or more between such neighbours as the word has ("lft breast":
+  "left"), and clearly more often than the others;
+* else by itself, where it is long enough to be mistaken for nothing else (two letters swapped: 5, one missing: 6, one
+  too many: 7, one wrong: 8), the edit is not of its last letter, and one candidate is clearly the commonest.
+
+Candidates come from symmetric deletion (Garbe's SymSpell): two words one edit apart share a form with at most one
+letter deleted. There is no list of mistakes and no map of keys or sounds here.
+
+Abbreviations are expanded by abbreviations.tsv, ambiguous ones only in their context. One that the lexicon itself
+uses three times or more stays: a model tuned on those notes has learnt to read it, and answers with it as written.
+
+Nothing with a digit or a sign in it, and no word beside such a sign, is ever corrected, and a word with two capitals
+only in a line of capitals, towards a word that the lexicon writes so: numbers, units, doses, TNM, genes, receptors
+and codes stay as they are. The original note stands beside the repaired one.
 """
 
 from __future__ import annotations
@@ -19,6 +28,7 @@ import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import pairwise
 from pathlib import Path
 
 from infer.codes import CODES
@@ -26,6 +36,9 @@ from model.command import UserError, run
 from model.files import read_jsonl, write_jsonl
 
 _WORD = re.compile(r"(?<![\w.+/-])[A-Za-z]+(?![\w+/]|[-.]\w)")  # letters only, not part of a code, unit or dose
+_TOKEN = re.compile(r"[A-Za-z]+|\d[\d.,]*|[^\w\s]")
+_LINE = re.compile(r"[^\n]+")
+ENOUGH = 3  # times that the lexicon must hold a word, a pair or an abbreviation
 CLEARLY = 5  # times as common as the next candidate
 
 
@@ -40,6 +53,7 @@ def read_abbreviations(path: Path) -> dict[str, tuple[str, frozenset[str]]]:
 
 
 ABBREVIATIONS = read_abbreviations(Path(__file__).with_name("abbreviations.tsv"))
+SHORT_FORMS = frozenset(key.lower() for key in ABBREVIATIONS)
 _SHORT = re.compile(
     r"(?<![\w/'.+-])(?:" + "|".join(re.escape(key) for key in sorted(ABBREVIATIONS, key=len, reverse=True))
     + r")(?![\w/'+-])", re.IGNORECASE,
@@ -57,58 +71,96 @@ class Change:
 
 
 class Repair:
-    """A corrector towards the words of `texts`, which leaves alone what stands in them at least twice, and every word
-    of the ICD-10-CM descriptions."""
+    """A corrector towards the words of `texts` (the lexicon)."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        seen = Counter(word.lower() for text in texts for word in _WORD.findall(text))
+        seen: Counter[str] = Counter()
+        self.pairs: Counter[tuple[str, str]] = Counter()
+        capitals: Counter[str] = Counter()
+        short: Counter[str] = Counter()
+        for text in texts:
+            tokens = _TOKEN.findall(text)
+            seen.update(token.lower() for token in tokens if token.isalpha())
+            capitals.update(token.lower() for token in tokens if token.isupper() and len(token) > 1)
+            self.pairs.update(pairwise(map(context, tokens)))
+            short.update(match[0] for match in _SHORT.finditer(text))
+        self.pairs = Counter({pair: count for pair, count in self.pairs.items() if "" not in pair})
+        self.counts = {word: count for word, count in seen.items() if count >= ENOUGH and len(word) >= 4}
         self.known = {word for word, count in seen.items() if count > 1}
         for description in CODES.values():
             self.known.update(word.lower() for word in _WORD.findall(description))
-        self.counts = {word: count for word, count in seen.items() if count >= 3}
+        self.known |= SHORT_FORMS
+        self.capitals = {word for word, count in capitals.items() if count >= ENOUGH}
+        self.kept = {key for key, count in short.items() if count >= ENOUGH}
         self.by_deletion: dict[str, list[str]] = defaultdict(list)
         for word in self.counts:
-            if len(word) >= 5:
-                for form in deletions(word):
-                    self.by_deletion[form].append(word)
+            for form in deletions(word):
+                self.by_deletion[form].append(word)
 
-    def correct(self, word: str) -> str:
-        """The word, or the known word that it most likely was meant to be, in the word's own capitals."""
+    def correct(self, word: str, before: str = "", after: str = "", shouted: bool = False) -> str:
+        """The word, or the known word that it most likely was meant to be, in the word's own capitals. `before` and
+        `after` are the tokens beside it, `shouted` says that its whole line is in capitals."""
         small = word.lower()
-        if len(small) < 5 or small in self.known or sum(letter.isupper() for letter in word) > 1:
+        upper = len(word) > 1 and word.isupper()
+        if len(small) < 3 or small in self.known or (sum(map(str.isupper, word)) > 1 and not (upper and shouted)):
             return word
         near = {known for form in deletions(small) for known in self.by_deletion.get(form, ())}
-        found = [known for known in near if known[0] == small[0] and one_edit(small, known)]
-        # An edit of the last letter is more often another inflection (node, nodes) than a mistake.
-        found = [known for known in found if known[:-1] not in (small, small[:-1]) and known != small[:-1]]
-        found = [known for known in found if len(small) >= shortest(small, known)]
-        found.sort(key=lambda known: (-self.counts[known], known))
-        if not found or (len(found) > 1 and self.counts[found[0]] < CLEARLY * self.counts[found[1]]):
+        near = {known for known in near if known[0] == small[0] and one_edit(small, known)}
+        if upper:
+            near = {known for known in near if known in self.capitals and min(len(known), len(small)) >= 5}
+        if len(small) == 3:  # an abbreviation, more often than a word's beginning
+            near = {known for known in near if known[:-1] != small}
+        beside = {known: self.pairs[context(before), known] + self.pairs[known, context(after)] for known in near}
+        chosen = clearly(beside) or clearly({known: self.counts[known] for known in near if plain(small, known)})
+        if not chosen:
             return word
-        return found[0].capitalize() if word[0].isupper() else found[0]
+        return chosen.upper() if upper else chosen.capitalize() if word[0].isupper() else chosen
 
     def changes(self, text: str) -> list[Change]:
         """The repairs of a text, in order, none overlapping another."""
         words = {word.lower() for word in re.findall(r"[A-Za-z]+", text)}
         found = []
         for match in _SHORT.finditer(text):
-            change = expand(match, words)
+            change = expand(match, words) if match[0] not in self.kept else None
             if change is not None:
                 found.append(change)
         taken = {place for change in found for place in range(change.start, change.end)}
+        tokens = list(_TOKEN.finditer(text))
+        beside = {token.start(): place for place, token in enumerate(tokens)}
+        shouted = {place for line in _LINE.finditer(text) if line[0].isupper() for place in range(*line.span())}
         for match in _WORD.finditer(text):
-            after = self.correct(match[0])
-            if after != match[0] and match.start() not in taken:
-                found.append(Change(match.start(), match.end(), match[0], after))
+            place = beside.get(match.start(), 0)
+            before, after = (tokens[i][0] if 0 <= i < len(tokens) else "" for i in (place - 1, place + 1))
+            mended = self.correct(match[0], before, after, match.start() in shouted)
+            if mended != match[0] and match.start() not in taken:
+                found.append(Change(match.start(), match.end(), match[0], mended))
         return sorted(found, key=lambda change: change.start)
 
     def __call__(self, text: str) -> str:
         """The repaired text."""
-        parts, at = [], 0
-        for change in self.changes(text):
-            parts += [text[at : change.start], change.after]
-            at = change.end
-        return "".join([*parts, text[at:]])
+        return apply(text, self.changes(text))
+
+
+def apply(text: str, changes: Iterable[Change]) -> str:
+    """`text` with its changes made."""
+    parts, at = [], 0
+    for change in changes:
+        parts += [text[at : change.start], change.after]
+        at = change.end
+    return "".join([*parts, text[at:]])
+
+
+def context(token: str) -> str:
+    """A token as a neighbour: its letters' case and a number's value do not matter; a sign says nothing ("")."""
+    return "0" if token[:1].isdigit() else token.lower() if token.isalpha() else ""
+
+
+def clearly(counts: dict[str, int]) -> str:
+    """The key that is counted often enough and clearly more often than the next; "" where there is none."""
+    ranked = sorted(counts, key=lambda key: (-counts[key], key))
+    if not ranked or counts[ranked[0]] < ENOUGH:
+        return ""
+    return ranked[0] if len(ranked) == 1 or counts[ranked[0]] >= CLEARLY * counts[ranked[1]] else ""
 
 
 def expand(match: re.Match[str], words: set[str]) -> Change | None:
@@ -132,12 +184,15 @@ def deletions(word: str) -> set[str]:
     return {word, *(word[:i] + word[i + 1 :] for i in range(len(word)))}
 
 
-def shortest(word: str, known: str) -> int:
-    """The letters that a word must have to be mended so. Short words have neighbours that are words: a "chance" is no
-    "change", "tests" no "testis", a "dermoid" no "desmoid"."""
+def plain(word: str, known: str) -> bool:
+    """Whether a word is mended without asking its neighbours. Short words have neighbours that are words: a "chance"
+    is no "change", "tests" no "testis", a "dermoid" no "desmoid"; and an edit of the last letter is more often another
+    inflection (node, nodes) than a mistake."""
+    if known[:-1] in (word, word[:-1]) or known == word[:-1]:
+        return False
     if len(word) != len(known):
-        return 6 if len(word) < len(known) else 7
-    return 5 if sorted(word) == sorted(known) else 8
+        return len(word) >= (6 if len(word) < len(known) else 7)
+    return len(word) >= (5 if sorted(word) == sorted(known) else 8)
 
 
 def one_edit(a: str, b: str) -> bool:
@@ -147,6 +202,16 @@ def one_edit(a: str, b: str) -> bool:
         i += 1
     x, y = a[i:], b[i:]
     return x[1:] == y or x == y[1:] or x[1:] == y[1:] or (x[:2] == y[:2][::-1] and x[2:] == y[2:])
+
+
+def read_repair(lexicon: Path) -> Repair:
+    """A corrector whose lexicon are the texts of a JSON-lines file."""
+    texts = []
+    for number, record in read_jsonl(lexicon, ("text",)):
+        if not isinstance(record["text"], str):
+            raise UserError(f"{lexicon}:{number}: 'text' is not text")
+        texts.append(record["text"])
+    return Repair(texts)
 
 
 @dataclass(frozen=True)
@@ -167,12 +232,11 @@ def repaired(options: Options, repair: Repair) -> Iterator[dict[str, object]]:
             raise UserError(f"{options.notes}:{number}: 'text' is not text")
         changes = repair.changes(record["text"])
         listed = [[change.start, change.end, change.after] for change in changes]
-        yield {**record, "text": repair(record["text"]), "original": record["text"], "repairs": listed}
+        yield {**record, "text": apply(record["text"], changes), "original": record["text"], "repairs": listed}
 
 
 def main(options: Options) -> None:
-    repair = Repair(str(record["text"]) for _, record in read_jsonl(options.lexicon, ("text",)))
-    count = write_jsonl(options.out, repaired(options, repair))
+    count = write_jsonl(options.out, repaired(options, read_repair(options.lexicon)))
     print(f"{options.out}: {count} notes")
 
 

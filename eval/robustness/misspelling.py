@@ -2,8 +2,8 @@
 
 Every word has one fixed draw u in [0, 1) from (seed, record's id, the word's place), and is misspelled where u < rate:
 what is wrong at 5 % is wrong in the same way at 10 %. Words are runs of four letters or more that touch no digit or
-sign, so sizes, codes, stages and receptors stay what they were: the question is spelling. Only a note's text changes;
-the answers stay in their right spelling, and their places are moved along.
+sign and are no Roman numeral, so sizes, codes, stages and receptors stay what they were: the question is spelling. Only
+a note's text changes; the answers stay in their right spelling, and their places are moved along.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import re
 from collections.abc import Callable
 from typing import Any
 
-_WORD = re.compile(r"(?<![\w.+/-])[A-Za-z]{4,}(?![\w+/]|[-.]\w)")
+_WORD = re.compile(r"(?<![\w.+/-])(?![IVX]+[A-C]?\b)[A-Za-z]{4,}(?![\w+/]|[-.]\w)")
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _SOUNDS = (("ph", "f"), ("y", "i"), ("ea", "ee"), ("ou", "u"), ("ck", "k"), ("c", "k"), ("s", "z"), ("oe", "e"))
 

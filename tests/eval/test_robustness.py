@@ -4,15 +4,22 @@ from __future__ import annotations
 
 import random
 import re
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.robustness.labels import corrupt, derangement
-from eval.robustness.misspelling import RULES, misspell
+from eval.robustness.misspelling import _ROWS, _SOUNDS, RULES, misspell
+from infer import mended, repair
+from infer.repair import Repair
+from train.data.clinic import patient_notes
 
-TEXT = "Biopsy shows invasive carcinoma of the left breast, 2.5 cm, pT2N1M0, ER+ HER2-, code C50.912, BRCA1 tested."
+TEXT = (
+    "Biopsy shows invasive carcinoma of the left breast, 2.5 cm, pT2N1M0, ER+ HER2-, code C50.912, BRCA1 tested, "
+    "stage IIIC."
+)
 
 
 def record(i):
@@ -62,7 +69,7 @@ def test_misspelling_is_nested_seeded_and_spares_numbers_codes_and_receptors():
         low, high = (misspell(one, rate)["text"].split() for rate in (0.2, 0.6))
         for clean, a, b in zip(one["text"].split(), low, high, strict=True):
             assert a in (clean, b)
-        for kept in ("2.5 cm", "pT2N1M0", "ER+", "HER2-", "C50.912", "BRCA1"):
+        for kept in ("2.5 cm", "pT2N1M0", "ER+", "HER2-", "C50.912", "BRCA1", "IIIC"):
             assert kept in misspell(one, 1.0)["text"]
 
 
@@ -81,6 +88,35 @@ def test_answers_keep_their_words_and_their_places_move_along():
         span = new["phenotypes"]["tumor_laterality"][0]
         assert span["text"] == one["phenotypes"]["tumor_laterality"][0]["text"]
         assert re.search(r"of the (\S+) ", new["text"]).span(1) == (span["start"], span["end"])
+
+
+def test_what_corrupts_and_what_repairs_share_no_rule_and_no_list():
+    """Repair holds no map of keys or sounds and no list of mistakes, and none of the short forms that the unseen
+    styles write with: what it recovers there is not its own doing undone."""
+    source = "".join(Path(module.__file__).read_text() for module in (repair, mended))
+    assert "eval" not in re.findall(r"(?:from|import) (\w+)", source)
+    for row in _ROWS:
+        assert row not in source
+    for was, now in _SOUNDS:
+        assert not re.search(rf"[\"']{was}[\"'],\s*[\"']{now}[\"']", source)
+    lexicon = Repair(["nothing"])
+    for number in range(150):
+        for note in patient_notes("p", number, 3, unseen=True):
+            changes = lexicon.changes(note["text"])
+            assert not changes, [change.before for change in changes]
+
+
+@pytest.mark.parametrize("rule", RULES)
+def test_repair_mends_some_and_never_makes_a_wrong_word_of_a_known_one(rule):
+    texts = [note["text"] for number in range(60) for note in patient_notes("p", number, 3)]
+    corrector, dice, mended_, wrong, all_ = Repair(texts), random.Random(0), 0, 0, 0
+    for match in re.finditer(r"(\w+) ([a-z]{5,}) (\w+)", " ".join(texts[:40])):
+        typo = rule(match[2], dice)
+        if typo != match[2]:
+            said = corrector.correct(typo, match[1], match[3])
+            mended_, wrong, all_ = mended_ + (said == match[2]), wrong + (said not in (match[2], typo)), all_ + 1
+        assert corrector.correct(match[2], match[1], match[3]) == match[2]
+    assert mended_ > 0.5 * all_ and wrong < 0.02 * all_
 
 
 @settings(deadline=None, max_examples=200)

@@ -31,6 +31,38 @@ def test_numbers_units_doses_tnm_genes_receptors_and_codes_are_never_touched(pie
     assert REPAIR(text) == text
 
 
+NOTE = "Mass in the left breast, grade 2. The left lung and the right lobe are clear.\nSTAGE OF DISEASE"
+BESIDE = Repair([NOTE, NOTE, NOTE])
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.lists(st.one_of(KEPT, st.sampled_from(NOTE.split())), min_size=1, max_size=12), st.booleans())
+def test_what_carries_meaning_stays_among_words_and_in_a_line_of_capitals(pieces, capitals):
+    text = " ".join(pieces)
+    text = text.upper() if capitals else text
+    assert BESIDE(text) == text
+
+
+@pytest.mark.parametrize(
+    "wrong, right",
+    [
+        ("mass in the lft breast", "mass in the left breast"),  # too short to be mended by itself
+        ("the rihgt lobe", "the right lobe"),
+        ("lft arm", "lft arm"),  # between other neighbours it may be anything
+        ("the EGFS lobe", "the EGFS lobe"),
+        ("STGAE OF DISEASE", "STAGE OF DISEASE"),  # a heading, all of it in capitals
+        ("the STGAE OF disease", "the STGAE OF disease"),
+    ],
+)
+def test_neighbours_mend_a_short_word(wrong, right):
+    assert BESIDE(wrong) == right
+
+
+def test_an_abbreviation_that_the_lexicon_uses_stays():
+    known = Repair(["Pt with f/u after bx."] * 3)
+    assert known("f/u of the bx, h/o DCIS") == "f/u of the bx, history of ductal carcinoma in situ"
+
+
 @settings(deadline=None, max_examples=200)
 @given(st.text(max_size=80))
 def test_any_text_keeps_its_digits_and_signs_and_changes_add_up(text):
