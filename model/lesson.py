@@ -161,7 +161,7 @@ body { margin:0 auto; max-width:52rem; padding:1rem; background:var(--page); col
 h1 { font-size:1.5rem; line-height:1.2 } h2 { font-size:1.1rem; margin:2rem 0 .3rem; border-top:1px solid var(--line);
   padding-top:1rem } p { margin:.4rem 0; overflow-wrap:anywhere }
 pre { background:var(--band); border:1px solid var(--line); border-radius:6px; padding:.6rem; font-size:.85rem;
-  margin:.5rem 0; white-space:pre-wrap; overflow-wrap:anywhere } .where { color:var(--link) } .soft { color:var(--soft) }
+  margin:.5rem 0; white-space:pre-wrap; overflow-wrap:anywhere } .where { color:var(--link) }
 dl { display:grid; grid-template-columns:minmax(6rem, max-content) 1fr; gap:.15rem .9rem; margin:.5rem 0 }
 dt { color:var(--soft) }
 dd { margin:0; overflow-wrap:anywhere; white-space:pre-wrap; font-variant-numeric:tabular-nums }
