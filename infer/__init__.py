@@ -1,13 +1,14 @@
-"""The clinical tasks, generation and extraction. `Generator` is imported when asked for: it needs torch."""
+"""The clinical tasks, generation, extraction, recording. These names are imported when asked for: they need torch."""
 
+from importlib import import_module
 from typing import Any
 
-__all__ = ["Generation", "Generator", "Settings"]  # noqa: F822
+PLACES = {"Generation": "generate", "Generator": "generate", "Settings": "generate", "patch": "recording",
+          "record": "recording"}  # fmt: skip
+__all__ = ["Generation", "Generator", "Settings", "patch", "record"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:
-    if name not in __all__:
+    if name not in PLACES:
         raise AttributeError(f"module 'infer' has no attribute {name!r}")
-    from infer import generate
-
-    return getattr(generate, name)
+    return getattr(import_module(f"infer.{PLACES[name]}"), name)

@@ -79,21 +79,35 @@ class Visible:
         return slice(max(0, self.offset + rows.start - window + 1), last)
 
 
+class Scores(nn.Module):
+    """q·k/√K of every query and key, the lowest number where a query does not see the key."""
+
+    def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
+        score_BHTS = torch.matmul(q_BHTK, share(k_BGSK, q_BHTK.shape[1]).transpose(2, 3)) * q_BHTK.shape[-1] ** -0.5
+        unseen_B1TS = ~visible.mask(window)[:, None]
+        return score_BHTS.masked_fill(unseen_B1TS, torch.finfo(score_BHTS.dtype).min)
+
+
+class Pattern(nn.Module):
+    """Each query's weights over the keys: a softmax of its scores in at least fp32, in the scores' dtype."""
+
+    def forward(self, score_BHTS: Tensor) -> Tensor:
+        wide = torch.promote_types(score_BHTS.dtype, torch.float32)
+        return F.softmax(score_BHTS, dim=-1, dtype=wide).to(score_BHTS.dtype)
+
+
 class PlainAttend(nn.Module):
-    """Softmax attention as the definition has it: all scores in memory, softmax in at least fp32."""
+    """Softmax attention as the definition has it: all scores in memory. `scores` and `pattern` are modules of their own
+    so that what they give can be observed and overwritten (infer/recording.py)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.scores, self.pattern = Scores(), Pattern()
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
         k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)  # a cache may keep them narrower
-        pattern_BHTS = self.pattern(q_BHTK, k_BGSK, visible, window)
+        pattern_BHTS = self.pattern(self.scores(q_BHTK, k_BGSK, visible, window))
         return torch.matmul(pattern_BHTS, share(v_BGSK, q_BHTK.shape[1]))
-
-    def pattern(self, q_BHTK: Tensor, k_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        """Each query's weights over the keys, pattern_BHTS, in q's dtype."""
-        score_BHTS = torch.matmul(q_BHTK, share(k_BGSK, q_BHTK.shape[1]).transpose(2, 3)) * q_BHTK.shape[-1] ** -0.5
-        unseen_B1TS = ~visible.mask(window)[:, None]
-        score_BHTS = score_BHTS.masked_fill(unseen_B1TS, torch.finfo(score_BHTS.dtype).min)
-        wide = torch.promote_types(score_BHTS.dtype, torch.float32)
-        return F.softmax(score_BHTS, dim=-1, dtype=wide).to(q_BHTK.dtype)
 
 
 class FastAttend(nn.Module):

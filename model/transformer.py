@@ -33,9 +33,13 @@ class RMSNorm(nn.Module):
         self.weight = nn.Parameter(torch.ones(size))
         self.eps = eps
 
+    def scale(self, wide_BTD: Tensor) -> Tensor:
+        """What each token's vector is multiplied by, scale_BT1."""
+        return torch.rsqrt(wide_BTD.pow(2).mean(-1, keepdim=True) + self.eps)
+
     def forward(self, x_BTD: Tensor) -> Tensor:
         wide_BTD = x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32))
-        scaled_BTD = wide_BTD * torch.rsqrt(wide_BTD.pow(2).mean(-1, keepdim=True) + self.eps)
+        scaled_BTD = wide_BTD * self.scale(wide_BTD)
         return self.weight * scaled_BTD.to(x_BTD.dtype)
 
 
@@ -78,7 +82,7 @@ class Experts(nn.Module):
 
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
-        logits_NE = self.gate(x_ND)
+        logits_NE = self.gate(x_BTD).flatten(0, 1)
         # the softmax runs over all experts, in at least fp32, before the best are taken and made to sum to 1
         share_NE = F.softmax(logits_NE, dim=-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
         weight_Nk, chosen_Nk = torch.topk(share_NE, self.top_k, dim=-1)
@@ -103,6 +107,7 @@ class Block(nn.Module):
             self.block_sparse_moe = Experts(config)
         else:
             self.mlp = MLP(config)
+        self.resid_mid = nn.Identity()  # the residual stream between the two, where it can be observed and overwritten
 
     @property
     def feed_forward(self) -> nn.Module:
@@ -111,7 +116,7 @@ class Block(nn.Module):
     def forward(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None = None
     ) -> Tensor:
-        x_BTD = x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, visible, cache)
+        x_BTD = self.resid_mid(x_BTD + self.self_attn(self.input_layernorm(x_BTD), rotary, visible, cache))
         return x_BTD + self.feed_forward(self.post_attention_layernorm(x_BTD))
 
 
