@@ -88,10 +88,11 @@ def test_positions_dtype_and_device_are_those_asked_for():
 
 def test_the_model_is_as_before_after_a_recording():
     model, ids = fuse(tiny_model()), tokens()
-    before = model(ids)
+    before, attends = model(ids), [block.self_attn.attend for block in model.model.layers]
     with record(model, "*"), patch(model, {"layers.0.attn.pattern": 0.0}):
         changed = model(ids)
     assert not torch.equal(changed, before) and torch.equal(model(ids), before)
+    assert [block.self_attn.attend for block in model.model.layers] == attends
     assert not any(m._forward_hooks or m._forward_pre_hooks or "forward" in vars(m) for m in model.modules())
 
 

@@ -14,7 +14,7 @@ def test_hidden_states_and_attentions(family, published):
     resid_post of the last layer, which transformers does not give."""
     from transformers import AutoModelForCausalLM
 
-    ours, tokens = Transformer.from_pretrained(published(family)), some_tokens(20)
+    ours, tokens = Transformer.from_pretrained(published(family)), some_tokens(40, 1)
     options = {"experts_implementation": "eager"} if "mixtral" in family else {}
     theirs = AutoModelForCausalLM.from_pretrained(published(family), attn_implementation="eager", **options).eval()
     with torch.no_grad():
