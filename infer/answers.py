@@ -68,6 +68,11 @@ SCHEMA: dict[str, Any] = {
             "description": "with --repair: [start, end, new words] of each change, places in the original note",
             "items": {"type": "array"},
         },
+        "neighbours": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "ids of the notes that were shown with the diagnosis question, best first (--retriever)",
+        },
         "error": {"type": "string", "description": "why this note has no answers"},
     },
 }

@@ -10,6 +10,7 @@ from infer import tasks
 from infer.answers import diagnosis_record, phenotype_record
 from infer.generate import Generation, Generator, Settings
 from infer.grounded import Grounded, Grounding
+from infer.neighbours import Neighbours
 from infer.notes import Note
 from model.command import UserError
 from model.tokenizer import to_characters
@@ -49,10 +50,11 @@ class Asker:
     """Puts a task's questions about notes to a Generator, in one form."""
 
     def __init__(
-        self, generator: Generator, task: str, form: str, limits: Limits, long: str = "error", grounded: bool = False
-    ) -> None:
+        self, generator: Generator, task: str, form: str, limits: Limits, long: str = "error", grounded: bool = False,
+        neighbours: Neighbours | None = None,
+    ) -> None:  # fmt: skip
         self.generator, self.tokenizer = generator, generator.tokenizer
-        self.task, self.form, self.limits, self.long = task, form, limits, long
+        self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
         self.grounding = Grounding(self.tokenizer, generator.stop_ids) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
             raise UserError("the tokenizer does not say its chat form; ask with --form template")
@@ -71,12 +73,11 @@ class Asker:
             asked.append(("diagnosis", tasks.DIAGNOSIS_QUESTION))
         return asked
 
-    def prompt(self, text: str, name: str, question: str) -> list[int]:
+    def prompt(self, text: str, name: str, question: str, shown: Sequence[str] = ()) -> list[int]:
+        """`shown`: other notes with their diagnoses, between the note and the question."""
         if self.form == "template":
-            return [
-                *self.tokenizer.encode(tasks.prefix(text), bos=True),
-                *self.tokenizer.encode(tasks.branch(question)),
-            ]
+            pieces = [self.tokenizer.encode(piece) for piece in (*shown, tasks.branch(question))]
+            return [*self.tokenizer.encode(tasks.prefix(text), bos=True), *(i for piece in pieces for i in piece)]
         if name == "diagnosis":
             asked = CHAT_DIAGNOSIS.format(question=question)
         elif name:
@@ -85,7 +86,19 @@ class Asker:
             asked = CHAT_PHENOTYPE.format(question=question, values=among)
         else:
             asked = CHAT_OTHER.format(question=question)
-        return self.tokenizer.encode_chat([{"role": "user", "content": f"{tasks.prefix(text)}{asked}"}])
+        content = "".join((tasks.prefix(text), *shown, asked))
+        return self.tokenizer.encode_chat([{"role": "user", "content": content}])
+
+    def beside(self, note: Note, text: str, question: str) -> list[tuple[str, str]]:
+        """(id, text) of the neighbours shown with a note's diagnosis question, as many as the limit leaves room for."""
+        if self.neighbours is None:
+            return []
+        found = self.neighbours.of({"id": note.id, "text": note.text, "patient": note.patient})
+        room = self.limits.input - len(self.prompt(text, "diagnosis", question))
+        parts = self.neighbours.shown(self.tokenizer, found, room)
+        while parts and len(self.prompt(text, "diagnosis", question, [t for _, t in parts])) > self.limits.input:
+            parts.pop()  # a chat's pieces are encoded together and may take a token more than apart
+        return parts
 
     def parts(self, note: Note) -> list[Part]:
         """The note, or what `long` makes of one beyond the limit. Raises UserError where that is "error"."""
@@ -133,7 +146,11 @@ class Asker:
             for part in parts:
                 grammars = self.grounding.of_note(part.text) if self.grounding else {}
                 for name, question in self.questions(note):
-                    prompts.append(self.prompt(part.text, name, question))
+                    shown = self.beside(note, part.text, question) if name == "diagnosis" else []
+                    if name == "diagnosis" and self.neighbours is not None:
+                        held = records[-1].setdefault("neighbours", [])
+                        held += [one for one, _ in shown if one not in held]
+                    prompts.append(self.prompt(part.text, name, question, [text for _, text in shown]))
                     chosen = self.wide if name == "diagnosis" else self.short
                     settings.append(replace(chosen, constraint=Grounded(grammars[name]) if grammars else None))
         found = self.generator.generate(prompts, settings) if prompts else []

@@ -6,6 +6,9 @@
 Notes are JSON lines with `id` and `text`, or a folder of .txt files. A record may bring `questions` of its own
 ([{"question": "…"}, …]), which take the place of the task's. The output holds one JSON object a note in the input's
 order; its schema is written beside it (OUT.schema.json). The same command continues a job that was interrupted.
+
+With `--retriever NAME --index DIR` (python -m infer.index) the diagnosis question is asked with the nearest notes of
+other patients and their diagnoses beside it; the record's `neighbours` are their ids.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
-from typing import Literal
+from typing import TYPE_CHECKING, Literal
 
 import tyro
 from tqdm import tqdm
@@ -29,7 +32,10 @@ from infer.mended import mend
 from infer.notes import Note, fingerprint, read_notes
 from infer.repair import read_repair
 from model.command import UserError, run
-from model.files import write_json
+from model.files import sha256_file, write_json
+
+if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
+    from infer.neighbours import Neighbours
 
 LETTERS = 24_000  # characters of a batch's notes: some 6,000 tokens of prefix
 
@@ -63,6 +69,16 @@ class Options:
     """Tokens of a diagnosis (the paper's limit)."""
     batch: int = 8
     """Notes at once."""
+    retriever: Literal["none", "bm25", "contriever", "medcpt", "specter2", "sgpt"] = "none"
+    """Show neighbours of the note with its diagnosis question, found by this retriever."""
+    index: Path | None = None
+    """The retriever's index of training notes (python -m infer.index)."""
+    encoder_weights: Path | None = None
+    """The retriever's encoder folder (none for bm25)."""
+    neighbours: int = 3
+    """How many neighbours to show, as far as --max-input-tokens leaves room."""
+    neighbour_tokens: int = 64
+    """Tokens of each neighbour's text, from its beginning."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """What the model computes in."""
     repair: Path | None = None
@@ -82,6 +98,7 @@ def main(options: Options) -> int:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; it must be at least 1")
+    neighbours = open_neighbours(options)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     next(source(options))  # refuses a missing or empty file before anything is made
     job = Job(options.out, identity(options), rank, world)
@@ -89,7 +106,7 @@ def main(options: Options) -> int:
     began = time.perf_counter()
     if not finished:
         barrier(world)
-        extract(options, job)
+        extract(options, job, neighbours)
         barrier(world)
         if rank == 0:
             job.finish(sizes(options))
@@ -128,7 +145,29 @@ def identity(options: Options) -> dict[str, object]:
         kept = (*kept, "int8")
     if options.repair is not None:
         files["repair"] = fingerprint(options.repair)
+    if options.index is not None:
+        kept = (*kept, "retriever", "neighbours", "neighbour_tokens")
+        files["index"] = [str(options.index), sha256_file(options.index / "manifest.json")]
     return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
+
+
+def open_neighbours(options: Options) -> Neighbours | None:
+    """The index of `--retriever`. Raises UserError where the options or the index do not fit together."""
+    if options.retriever == "none":
+        if options.index is not None or options.encoder_weights is not None:
+            raise UserError("--index and --encoder-weights belong to a --retriever; name it (none is chosen)")
+        return None
+    if options.index is None:
+        raise UserError(f"--retriever {options.retriever} needs --index DIR; build one with python -m infer.index")
+    if options.task == "phenotype":
+        raise UserError("neighbours are shown with the diagnosis question; ask with --task diagnosis or both")
+    if options.retriever == "bm25" and options.encoder_weights is not None:
+        raise UserError("--retriever bm25 has no weights; leave --encoder-weights out")
+    from infer.index import Index
+    from infer.neighbours import Neighbours
+
+    index = Index(options.index, options.retriever, options.encoder_weights)
+    return Neighbours(index, options.neighbours, options.neighbour_tokens)
 
 
 def stamp(path: str) -> list[object]:
@@ -138,7 +177,7 @@ def stamp(path: str) -> list[object]:
     return [str(where), *([f.name, f.stat().st_size] for f in files if f.exists())]
 
 
-def extract(options: Options, job: Job) -> None:
+def extract(options: Options, job: Job, neighbours: Neighbours | None) -> None:
     """Answer what is not yet answered of this rank's batches."""
     from infer.ask import Asker, Limits
     from infer.generate import Generator
@@ -153,7 +192,7 @@ def extract(options: Options, job: Job) -> None:
     if form == "auto":
         form = "template" if options.adapter or tokenizer.form is None else "chat"
     limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
-    asker = Asker(Generator(model, tokenizer), options.task, form, limits, options.long, options.grounded)
+    asker = Asker(Generator(model, tokenizer), options.task, form, limits, options.long, options.grounded, neighbours)
     with tqdm(total=total, unit="note", disable=None if job.rank == 0 else True, desc="extracting") as bar:
         for number, batch in enumerate(split(options)):
             if number % job.world == job.rank and number // job.world >= done:
@@ -163,6 +202,9 @@ def extract(options: Options, job: Job) -> None:
                     notes, ways = zip(*(mend(note, repair) for note in batch), strict=True)
                     job.append([way.restore(record) for way, record in zip(ways, asker.records(notes), strict=True)])
             bar.update(len(batch))
+    if neighbours is not None and neighbours.index.cut:
+        print(f"{neighbours.index.cut} notes are longer than {options.retriever} reads; their beginnings were searched",
+              file=sys.stderr)  # fmt: skip
 
 
 def barrier(world: int) -> None:

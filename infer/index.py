@@ -15,7 +15,7 @@ import json
 import os
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -23,7 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from infer.retrieval.bm25 import BM25
+from infer.retrieval.bm25 import BM25, words
 from infer.retrieval.encoder import Encoder, files
 from infer.retrieval.search import allowed, top_k
 from model.command import UserError, run
@@ -191,6 +191,11 @@ class Index:
         self.encoder = Encoder.from_pretrained(weights, manifest["encoder"])
         self.vectors_ND = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
 
+    @property
+    def cut(self) -> int:
+        """Queries so far that were longer than the encoder reads."""
+        return 0 if self.manifest["encoder"] == "bm25" else self.encoder.cut
+
     def search(self, text: str, k: int) -> list[tuple[dict[str, Any], float]]:
         """The k nearest records with their scores, best first. Raises UserError for an empty query."""
         if self.manifest["encoder"] == "bm25":
@@ -199,11 +204,17 @@ class Index:
         rows, scores = top_k(query_1D, self.vectors_ND, k, self.manifest["similarity"])
         return [(self.records[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
 
-    def neighbours(self, note: dict[str, Any], k: int) -> list[dict[str, Any]]:
-        """The k nearest records that may be shown beside `note` (see `retrieval.search.allowed`), best first."""
+    def neighbours(
+        self, note: Mapping[str, Any], k: int, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
+    ) -> list[dict[str, Any]]:
+        """The k nearest `wanted` records that may be shown beside `note` (see `retrieval.search.allowed`), best first;
+        none for a note without a word."""
+        if not words(note["text"]):
+            return []
         depth = 4 * k + 16
         while True:
-            kept = [record for record, _ in self.search(note["text"], depth) if allowed(note, record)]
+            found = [record for record, _ in self.search(note["text"], depth) if wanted(record)]
+            kept = [record for record in found if allowed(note, record)]
             if len(kept) >= k or depth >= len(self.records):
                 return kept[:k]
             depth *= 4

@@ -20,6 +20,7 @@ class Note:
     text: str = ""
     error: str | None = None
     questions: tuple[str, ...] = field(default=())
+    patient: str | None = None
 
 
 def read_notes(path: Path) -> Iterator[Note]:
@@ -71,10 +72,11 @@ def json_line(line: bytes, number: int) -> Note:
     texts = [q.get("question") if isinstance(q, dict) else q for q in asked] if isinstance(asked, list) else [None]
     if not all(isinstance(text, str) and text.strip() for text in texts):
         return Note(name, error="'questions' is not a list of questions ({\"question\": text})")
-    return checked(name, record.get("text"), tuple(texts))
+    patient = record.get("patient")
+    return checked(name, record.get("text"), tuple(texts), None if patient is None else str(patient))
 
 
-def checked(name: str, text: Any, questions: tuple[str, ...]) -> Note:
+def checked(name: str, text: Any, questions: tuple[str, ...], patient: str | None = None) -> Note:
     if not isinstance(text, str):
         return Note(name, error="'text' is missing or is not text")
     if not text.strip():
@@ -83,7 +85,7 @@ def checked(name: str, text: Any, questions: tuple[str, ...]) -> Note:
         text.encode("utf-8")
     except UnicodeEncodeError as error:
         return Note(name, error=f"half a surrogate pair at character {error.start}: the text is not Unicode")
-    return Note(name, text, None, questions)
+    return Note(name, text, None, questions, patient)
 
 
 def fingerprint(path: Path) -> str:

@@ -8,7 +8,9 @@ The tuned form puts the note first, so that one note serves all of its questions
     {note}\n\n### Question: What is the tumor size?\n### Answer: 2.5 cm<eos>
 
 `prefix(note)`, `branch(question)` and `answer(texts)` are the three pieces. They are encoded apart and their ids
-joined, so the boundary between prompt and answer is known without searching in token ids.
+joined, so the boundary between prompt and answer is known without searching in token ids. With retrieval, other notes
+with their diagnoses (`example`) stand between prefix and branch of the diagnosis question alone: the prefix stays what
+all questions share, and the other eight never see another patient's findings.
 """
 
 from __future__ import annotations
@@ -58,6 +60,11 @@ def prefix(note: str) -> str:
 def branch(question: str) -> str:
     """The part of the prompt that asks one question; the answer follows it at once."""
     return f"### Question: {question}\n### Answer:"
+
+
+def example(text: str, diagnosis: str) -> str:
+    """Another patient's note (or its beginning) with its diagnosis, on two lines; a piece of its own."""
+    return f"### Another note: {' '.join(text.split())}\n### Its diagnosis:{diagnosis}\n\n"
 
 
 def answer(texts: Sequence[str]) -> str:

@@ -40,10 +40,14 @@ def note_pieces(tokenizer: Any, template: str, which: str, append_eos: bool) -> 
     def encode(record: dict[str, Any]) -> Pieces:
         text, asked = text_of(record), questions(record, which)
         first = template == "note-first"
+        if record.get("neighbours") and not first:
+            raise ValueError("'neighbours' are shown by the template note-first only; train on records without them")
         pieces = [as_ids(tokenizer.encode(tasks.prefix(text), bos=True) if first else [])]
         for question, answer in asked:
             prompt = tasks.branch(question) if first else instruction_first(question, text)
-            pieces.append(as_ids(tokenizer.encode(prompt, bos=not first)))
+            shown = neighbours(record) if question == tasks.DIAGNOSIS_QUESTION else []
+            ids = [i for piece in shown for i in tokenizer.encode(piece)]
+            pieces.append(as_ids(ids + tokenizer.encode(prompt, bos=not first)))
             pieces.append(as_ids(tokenizer.encode(answer) + end))
         return pieces
 
@@ -76,6 +80,17 @@ def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
     if not asked:
         raise ValueError("holds no question to train on")
     return asked
+
+
+def neighbours(record: dict[str, Any]) -> list[str]:
+    """The pieces of other notes that stand before the diagnosis question (train.data.neighbours), as infer.ask's."""
+    try:
+        pieces = [one["text"] for one in record.get("neighbours", [])]
+    except (TypeError, KeyError) as error:
+        raise ValueError("'neighbours' is not a list of {id, text}; make it with train.data.neighbours") from error
+    if not all(isinstance(piece, str) for piece in pieces):
+        raise ValueError("'neighbours' holds a text that is not text; make it with train.data.neighbours")
+    return pieces
 
 
 def own_questions(given: Any) -> list[tuple[str, str]]:
