@@ -33,6 +33,7 @@ class Fused:
 
     def __init__(self, modules: list[nn.Module]) -> None:
         self.modules, self.weight, self.bias = modules, None, None
+        self.mesh = getattr(modules[0].weight, "device_mesh", None) if hasattr(modules[0], "weight") else None
         self.adapters: list[tuple[slice, Tensor, Tensor]] = []
         if not all(type(module) in (nn.Linear, LoRALinear) for module in modules):
             return
@@ -44,8 +45,11 @@ class Fused:
         for module, weight in zip(modules, weights, strict=True):
             rows = slice(start, start + weight.shape[0])
             start = rows.stop
-            if isinstance(module.weight, nn.Parameter) and type(module.weight.data) is Tensor and len(weights) > 1:
-                module.weight.data = self.weight[rows]  # a view: nothing is held twice
+            if isinstance(module.weight, nn.Parameter) and len(weights) > 1:  # a view: nothing is held twice
+                if self.mesh is None:
+                    module.weight.data = self.weight[rows]
+                else:
+                    module.weight = nn.Parameter(like(module.weight, self.weight[rows]), requires_grad=False)
             if isinstance(module, LoRALinear) and module.active is not None and module.original is None:
                 a_RD, b_OR = module.lora_A[module.active].detach(), module.lora_B[module.active].detach()
                 self.adapters.append(
@@ -59,12 +63,13 @@ class Fused:
         return self.adapt(x_ND, F.linear(x_ND, self.weight, self.bias))
 
     def add_to(self, residual_ND: Tensor, x_ND: Tensor) -> Tensor:
-        """residual + y. Tensor-parallel ranks hold parts of the sum, which are added up."""
-        if self.weight is None or self.bias is not None or is_sharded(self.modules[0]):
-            y_ND = self(x_ND)
-            if self.weight is not None and is_sharded(self.modules[0]):
-                dist.all_reduce(y_ND)
-            return residual_ND + y_ND
+        """residual + y. Tensor-parallel ranks hold parts of the sum, which are added up; the bias counts once."""
+        if self.weight is not None and self.mesh is not None:
+            y_ND = F.linear(x_ND, self.weight)
+            dist.all_reduce(y_ND, group=self.mesh.get_group())
+            return residual_ND + (y_ND if self.bias is None else y_ND + self.bias)
+        if self.weight is None or self.bias is not None:
+            return residual_ND + self(x_ND)
         if x_ND.shape[0] == 1:  # one row: a matrix-vector product reads the weights faster
             return self.adapt(x_ND, torch.addmv(residual_ND[0], self.weight, x_ND[0])[None])
         return self.adapt(x_ND, torch.addmm(residual_ND, x_ND, self.weight.t()))
@@ -80,8 +85,11 @@ def local(weight: Tensor) -> Tensor:
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
-def is_sharded(module: nn.Module) -> bool:
-    return hasattr(getattr(module, "weight", None), "to_local")
+def like(weight: Tensor, part: Tensor) -> Tensor:
+    """A rank's part, sharded as `weight` is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False)  # type: ignore
 
 
 class Norm:
@@ -131,14 +139,9 @@ class Engine:
         self.head_dim = model.config.head_dim
         self.layers = [Layer(block) for block in model.model.layers]
         self.norm = Norm(model.model.norm)
-        q_out = self.layers[0].qkv.modules[0]
-        share = (
-            local(q_out.weight).shape[0] / (model.config.num_attention_heads * self.head_dim)
-            if hasattr(q_out, "weight") and is_sharded(q_out)
-            else 1
-        )
-        self.heads = round(model.config.num_attention_heads * share)
-        self.groups = round(model.config.num_key_value_heads * share)
+        self.mesh = self.layers[0].qkv.mesh  # the ranks that hold the model together (infer/parallel.py)
+        ranks = 1 if self.mesh is None else self.mesh.size()
+        self.heads, self.groups = model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
         self.scale = self.head_dim**-0.5
         self.dtype, self.device = model.dtype, model.device
 

@@ -86,6 +86,8 @@ class Options:
     abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
     int8: bool = False
     """Hold the blocks' weights in 8 bits; quickest with --dtype bfloat16."""
+    tensor_parallel: int = 1
+    """Under torchrun: so many processes hold one model together (for models too large for one device)."""
     limit: int | None = None
     """Only the first notes."""
     json: bool = False
@@ -93,15 +95,23 @@ class Options:
 
 
 def main(options: Options) -> int:
-    for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch"):
+    for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "tensor_parallel"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; it must be at least 1")
     neighbours = open_neighbours(options)
     rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
+    together = options.tensor_parallel
+    if world % together:
+        raise UserError(
+            f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
+            f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
+        )
+    if together > 1 and options.int8:
+        raise UserError("--int8 and --tensor-parallel do not go together; leave one out")
     next(source(options))  # refuses a missing or empty file before anything is made
-    job = Job(options.out, identity(options), rank, world)
+    job = Job(options.out, identity(options), rank // together, world // together, rank % together == 0)
     finished = job.claim()
     began = time.perf_counter()
     if not finished:
@@ -148,6 +158,8 @@ def identity(options: Options) -> dict[str, object]:
     if options.index is not None:
         kept = (*kept, "retriever", "neighbours", "neighbour_tokens")
         files["index"] = [str(options.index), sha256_file(options.index / "manifest.json")]
+    if options.tensor_parallel > 1:
+        kept = (*kept, "tensor_parallel")
     return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
 
 
@@ -185,9 +197,15 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None) -> None:
 
     mine = islice(sizes(options), job.rank, None, job.world)
     done = job.resume(mine)
+    barrier(options.tensor_parallel)  # a model's processes have all read it before the first of them goes on writing
     total = sum(1 for _ in source(options))
     repair = None if options.repair is None else read_repair(options.repair)
-    model, tokenizer = load(options.weights, options.adapter, options.dtype, int8=options.int8)
+    if options.tensor_parallel > 1:
+        from infer.parallel import load_parallel
+
+        model, tokenizer = load_parallel(options.weights, options.adapter, options.dtype, options.tensor_parallel)
+    else:
+        model, tokenizer = load(options.weights, options.adapter, options.dtype, int8=options.int8)
     form = options.form
     if form == "auto":
         form = "template" if options.adapter or tokenizer.form is None else "chat"
@@ -208,14 +226,11 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None) -> None:
 
 
 def barrier(world: int) -> None:
-    """Wait for the other ranks."""
-    if world == 1:
-        return
-    import torch.distributed as dist
+    """Wait for the other processes."""
+    if world > 1:
+        from infer.parallel import wait
 
-    if not dist.is_initialized():
-        dist.init_process_group("gloo")
-    dist.barrier()
+        wait()
 
 
 if __name__ == "__main__":

@@ -17,6 +17,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
+import torch.distributed as dist
 import tyro
 from torch import Tensor
 
@@ -248,6 +249,9 @@ class Generator:
             if state.settings.temperature > 0:
                 best[row] = draw(masked_NV[row], state)
         index_N = torch.tensor(best, device=logits_NV.device)
+        if self.engine.mesh is not None:  # the ranks of one model go on with one choice
+            dist.broadcast(index_N, group=self.engine.mesh.get_group(), group_src=0)
+            best = index_N.tolist()
         logprob_N = (logits_NV.gather(1, index_N[:, None])[:, 0] - normal_N).tolist()
         for state, token, logprob in zip(active, best, logprob_N, strict=True):
             self.enter(state, token, logprob)

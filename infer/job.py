@@ -37,10 +37,13 @@ def batches(notes: Iterable[Note], most: int, letters: int) -> Iterator[list[Not
 
 
 class Job:
-    """One job's files. `identity` is everything that decides the output's bytes."""
+    """One job's files. `identity` is everything that decides the output's bytes. Of processes that hold one model
+    together, and so answer the same notes, one `writes`."""
 
-    def __init__(self, out: Path, identity: dict[str, Any], rank: int = 0, world: int = 1) -> None:
-        self.out, self.rank, self.world = out, rank, world
+    def __init__(
+        self, out: Path, identity: dict[str, Any], rank: int = 0, world: int = 1, writes: bool = True
+    ) -> None:
+        self.out, self.rank, self.world, self.writes = out, rank, world, writes
         self.mark = out.with_name(out.name + ".job.json")
         self.part = self.part_of(rank)
         text = json.dumps({**identity, "world": world}, sort_keys=True)
@@ -71,7 +74,7 @@ class Job:
                 f"{self.out}: belongs to another job (other {', '.join(differs) or 'options'}); choose another --out "
                 f"or remove it and {self.mark.name}"
             )
-        if known is None and self.rank == 0:
+        if known is None and self.rank == 0 and self.writes:
             write_json(self.mark, self.identity)
         return self.out.exists()
 
@@ -90,13 +93,16 @@ class Job:
                 if not whole:
                     break
                 done, end, lines = done + 1, at, lines + size
-        with open(self.part, "r+b") as data:
-            data.truncate(end)
-            os.fsync(data.fileno())
+        if self.writes:
+            with open(self.part, "r+b") as data:
+                data.truncate(end)
+                os.fsync(data.fileno())
         return done
 
     def append(self, records: list[dict[str, Any]]) -> None:
         """One batch: one write, one sync."""
+        if not self.writes:
+            return
         data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
         with open(self.part, "ab") as out:
             out.write(data)

@@ -40,7 +40,8 @@ def merged_rows(stored: Stored, a_RD: Tensor, b_OR: Tensor, scale: float) -> Sto
     def read(rows: slice | None) -> Tensor:
         base = stored.read(rows)
         b_PR = b_OR if rows is None else b_OR[rows]
-        return (base.float() + (b_PR.float() @ a_RD.float()) * scale).to(base.dtype)
+        wide = torch.promote_types(base.dtype, torch.float32)
+        return (base.to(wide) + (b_PR.to(wide) @ a_RD.to(wide)) * scale).to(base.dtype)
 
     return replace(stored, read=read)
 

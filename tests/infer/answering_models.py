@@ -21,9 +21,11 @@ def tiny_model(seed: int = 0, windows=(None, None), dtype=torch.float64, **chang
     """Random weights, large enough that logits differ and greedy text does not stand still."""
     model = Transformer(replace(CONFIG, windows=windows, **changes)).init_weights(seed).to(dtype)
     with torch.no_grad():
-        for parameter in model.parameters():
+        for name, parameter in model.named_parameters():
             if parameter.dim() > 1:
                 parameter.mul_(8)
+            elif name.endswith("bias"):
+                parameter.copy_(torch.arange(len(parameter)).cos() / 2)
     return model.requires_grad_(False).eval()
 
 

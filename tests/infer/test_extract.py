@@ -1,5 +1,6 @@
 """The product: order, places, bad notes, resuming after a kill to the same bytes, ranks, windows, others' files."""
 
+import contextlib
 import json
 import os
 import signal
@@ -129,17 +130,40 @@ def test_killed_and_continued_gives_the_same_bytes(weights, tmp_path):
     assert not part.exists()
 
 
+def kill_all(word: str) -> int:
+    """SIGKILL every process that has `word` on its command line: torchrun and its ranks."""
+    found = [
+        int(file.parent.name) for file in Path("/proc").glob("[0-9]*/cmdline")
+        if file.exists() and word.encode() in file.read_bytes()
+    ]  # fmt: skip
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(found)
+
+
 @pytest.mark.slow
-def test_two_ranks_give_the_bytes_of_one(weights, tmp_path):
-    notes = write_notes(tmp_path / "n.jsonl", 11)
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds torchrun's ranks in /proc")
+def test_two_ranks_killed_and_continued_give_the_bytes_of_one(weights, tmp_path):
+    notes = write_notes(tmp_path / "n.jsonl", 101)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = command(weights, notes, tmp_path / "one.jsonl")
     subprocess.run(one, check=True, env=env, capture_output=True)
-    two = command(weights, notes, tmp_path / "two.jsonl")
+    out = tmp_path / "two.jsonl"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, *two[1:]], env=env, capture_output=True, text=True)
+    launch += command(weights, notes, out)[1:]
+    process, killed = subprocess.Popen(launch, env=env, stderr=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        if sum(part.read_bytes().count(b"\n") for part in tmp_path.glob("two.jsonl.*.part")) >= 4:
+            killed += kill_all(str(out))
+        time.sleep(0)
+    parts = list(tmp_path.glob("two.jsonl.*.part"))
+    assert killed >= 3 and parts and not out.exists()
+    with open(parts[0], "ab") as torn:
+        torn.write(b'{"id": "half a rec')
+    done = subprocess.run(launch, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
     assert not list(tmp_path.glob("*.part"))
 
 
