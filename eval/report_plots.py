@@ -12,24 +12,27 @@ _INK = "#010203"  # replaced by the page's colour
 
 
 def lines(
-    series: Mapping[str, tuple[Sequence[float], Sequence[float]]], x: str, y: str, log: bool = False, zero: bool = False
+    series: Mapping[str, tuple[Sequence[Any], ...]], x: str, y: str, log: bool = False, zero: bool = False
 ) -> str:
-    """A plot of named lines (xs, ys)."""
+    """A plot of named lines (xs, ys) or (xs, ys, lows, highs), these with their intervals."""
 
     def draw(axes):
-        for (name, (xs, ys)), colour in zip(series.items(), COLOURS * 5, strict=False):
-            axes.plot(
-                xs, ys, label=name, color=colour, linewidth=1.6, marker="o" if len(xs) < 15 else None, markersize=4
-            )
+        for (name, (xs, ys, *spread)), colour in zip(series.items(), COLOURS * 5, strict=False):
+            few = {"marker": "o", "markersize": 4} if len(xs) < 15 else {}
+            axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, **few)
+            if spread and len(xs) > 1:
+                axes.fill_between(xs, *spread, color=colour, alpha=0.13, linewidth=0)
+            elif spread:
+                axes.vlines(xs, *spread, color=colour, linewidth=1.2)
         axes.set(xlabel=x, ylabel=y)
         if log:
             axes.set_yscale("log")
         if zero:
             axes.set_ylim(0, None)
         axes.grid(alpha=0.2)
-        axes.legend(frameon=False, fontsize=9)
+        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
 
-    return _svg(draw, f"{x}|{y}|{list(series)}", height=2.7)
+    return _svg(draw, f"{x}|{y}|{list(series)}", height=2.8 + 0.2 * ((len(series) + 1) // 2))
 
 
 def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]], x: str) -> str:

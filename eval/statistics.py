@@ -69,6 +69,26 @@ def paired(a: Sequence[float], b: Sequence[float], patients: Sequence[Hashable],
     }
 
 
+def slope(
+    x: Sequence[float], values: Sequence[Sequence[float]], patients: Sequence[Hashable], seed: int = 0
+) -> dict[str, float]:
+    """The least-squares slope of the mean against x, where the same questions were answered at every x (`values[i]` at
+    x[i]), with the interval from resampling whole patients.
+
+    >>> falling = slope([0, 1, 2], [[100, 100], [50, 60], [0, 20]], ["a", "b"])
+    >>> falling["slope"], falling["low"], falling["high"]
+    (-45.0, -50.0, -40.0)
+    """
+    sums_XP, counts = zip(*(_by_patient(row, patients) for row in values), strict=True)
+    centred = np.asarray(x, dtype=float) - np.mean(x)
+    weights_X = centred / (centred**2).sum()
+    means = np.asarray([sums.sum() for sums in sums_XP]) / counts[0].sum()
+    drawn = _draws(len(counts[0]), seed)
+    means_DX = (drawn @ np.asarray(sums_XP).T) / (drawn @ counts[0])[:, None]
+    low, high = np.quantile(means_DX @ weights_X, (0.025, 0.975))
+    return {"slope": float(means @ weights_X), "low": float(low), "high": float(high)}
+
+
 def _extreme(signs: np.ndarray, difference: np.ndarray) -> int:
     return int((np.abs(signs @ difference) >= abs(difference.sum()) - 1e-9).sum())
 

@@ -35,7 +35,7 @@ def run(main: Callable[[Options], int | None], options_type: type[Options], argv
     import tyro
 
     program = sys.modules["__main__"].__spec__
-    name = program.name if program is not None else os.path.basename(sys.argv[0])
+    name = program.name.removesuffix(".__main__") if program is not None else os.path.basename(sys.argv[0])
     prog = f"python -m {name}"
     options = tyro.cli(options_type, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,))
     raise SystemExit(guard(lambda: main(options), name))

@@ -1,58 +1,30 @@
-"""Corrupted copies of annotated notes, one file a rate:
+"""What damage does to a model, each from one command that goes on after an interruption:
 
-    python -m eval.robustness misspelling --data heldout.jsonl --out DIR      test notes, answers clean
-    python -m eval.robustness labels --data train.jsonl --out DIR             training answers, notes clean
+    python -m eval.robustness labels --weights W --recipe R.toml --data train.jsonl --notes heldout.jsonl --out DIR
+    python -m eval.robustness misspelling --weights W --adapter A --notes heldout.jsonl --lexicon train.jsonl --out DIR
+    python -m eval.robustness canaries --weights W --recipe R.toml --data pretrain.jsonl --out DIR
 
-DIR holds rate-00.jsonl, rate-10.jsonl, … Train on them with train.instruct, answer them with infer.extract and score
-with eval.score like any other file.
+DIR/result.json holds the figures, which eval.report shows (run.json's "counterfactual", "misspelling", "canaries").
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from pathlib import Path
-from typing import Annotated, Literal
-
-import tyro
-
-from eval.robustness.labels import corrupt
-from eval.robustness.misspelling import misspell
-from model.command import UserError, run
-from model.files import read_jsonl, write_jsonl
+from eval.robustness import run_canaries, run_labels, run_misspelling
+from eval.robustness.run_canaries import Canaries
+from eval.robustness.run_labels import Labels
+from eval.robustness.run_misspelling import Misspelling
+from model.command import run
 
 
-@dataclass(frozen=True)
-class Options:
-    """Corrupt annotated notes at nested rates."""
-
-    what: Annotated[Literal["labels", "misspelling"], tyro.conf.Positional]
-    """Wrong training answers, or misspelled words."""
-    data: Path
-    """JSON lines of annotated notes."""
-    out: Path
-    """The folder to write."""
-    rates: tuple[float, ...] = (0.0, 0.1, 0.2, 0.3, 0.5, 0.7, 0.9)
-    """The shares of records (labels) or of words (misspelling)."""
-    seed: int = 0
-    """Which records or words, and which mistakes."""
-
-
-def main(options: Options) -> None:
-    for rate in options.rates:
-        if not 0 <= rate <= 1:
-            raise UserError(f"--rates {rate}: a rate is between 0 and 1")
-    fields = ("id", "text", "phenotypes") if options.what == "labels" else ("id", "text")
-    records = [record for _, record in read_jsonl(options.data, fields)]
-    for rate in options.rates:
-        if options.what == "labels":
-            changed = corrupt(records, rate, options.seed)
-        else:
-            changed = [misspell(record, rate, options.seed) for record in records]
-        touched = sum(new != old for new, old in zip(changed, records, strict=True))
-        path = options.out / f"rate-{round(100 * rate):02d}.jsonl"
-        write_jsonl(path, changed)
-        print(f"{path}: {touched} of {len(records)} notes changed")
+def main(options: Labels | Misspelling | Canaries) -> None:
+    if isinstance(options, Labels):
+        text = run_labels.said(run_labels.run_labels(options))
+    elif isinstance(options, Misspelling):
+        text = run_misspelling.said(run_misspelling.run_misspelling(options))
+    else:
+        text = run_canaries.said(run_canaries.run_canaries(options))
+    print(f"{text}\nfigures: {options.out / 'result.json'}")
 
 
 if __name__ == "__main__":
-    run(main, Options)
+    run(main, Labels | Misspelling | Canaries)  # type: ignore[arg-type]

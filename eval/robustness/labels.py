@@ -1,8 +1,9 @@
 """Counterfactual labels: training answers replaced by another record's answer of the same type (BioRAB's test).
 
 Within a type the wrong values come from a derangement: the values are shuffled once and each is replaced by the next
-one in that circle, so none stays and none is invented. Which records are wrong is fixed by a record's id (its draw u is
-below the rate), so the records wrong at 10 % are among those wrong at 20 %. The notes' texts are untouched.
+one in that circle, so none stays and none is invented. Which records are wrong is fixed by a draw from each record's
+id (the lowest draws are wrong), so the records wrong at 10 % are among those wrong at 20 %. The notes' texts are
+untouched.
 """
 
 from __future__ import annotations
@@ -21,6 +22,12 @@ def draw(record: Mapping[str, Any], seed: int = 0) -> float:
     return int.from_bytes(digest[:8], "big") / 2**64
 
 
+def wrong_ids(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) -> set[str]:
+    """The ids of the records that are wrong at a rate: the nearest whole number of them."""
+    ranked = sorted(records, key=lambda record: draw(record, seed))
+    return {record["id"] for record in ranked[: round(rate * len(ranked))]}
+
+
 def derangement(values: Sequence[str], seed: int = 0) -> dict[str, str]:
     """{value: another value} over the distinct values; {} where there are fewer than two."""
     circle = sorted(set(values))
@@ -31,7 +38,7 @@ def derangement(values: Sequence[str], seed: int = 0) -> dict[str, str]:
 
 
 def corrupt(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) -> list[dict[str, Any]]:
-    """The records, about `rate` of them with every answer (the diagnosis too) replaced by a wrong one of its type.
+    """The records, `rate` of them with every answer (the diagnosis too) replaced by a wrong one of its type.
 
     A wrong phenotype's span is null: it stands nowhere in the note. "Not relevant" stays, having no type's value.
     Raises ValueError where the rate is outside 0 … 1.
@@ -45,10 +52,11 @@ def corrupt(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) ->
         if record.get("diagnosis"):
             seen.setdefault("diagnosis", []).append(json.dumps(record["diagnosis"], sort_keys=True))
     wrong = {name: derangement(values, seed) for name, values in seen.items()}
+    chosen = wrong_ids(records, rate, seed)
     changed = []
     for record in records:
         new = copy.deepcopy(dict(record))
-        if draw(record, seed) < rate:
+        if record["id"] in chosen:
             for name, spans in (new.get("phenotypes") or {}).items():
                 for span in spans:
                     if span["text"] in wrong[name]:

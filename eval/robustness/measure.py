@@ -1,0 +1,86 @@
+"""F1 against the rate of damage: the same questions answered at every rate, by one system or by several."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from eval.metrics.scoring import METRICS
+from eval.questions import Question, figures, judged, pair, read_predictions, read_references
+from eval.score import groups
+from eval.statistics import paired, slope
+
+Json = dict[str, Any]
+TASKS = ("phenotype", "diagnosis")
+
+
+def questions(references: Path, predictions: Path, limit: int = 0) -> list[Question]:
+    """What was asked about the references (the first `limit`), with these predictions."""
+    return pair(read_references(references)[: limit or None], read_predictions(predictions))[0]
+
+
+def average_f1(one: Question) -> float:
+    """A question's mean F1 over exact match, BLEU-2 and ROUGE-L: the paper's figure."""
+    return sum(judged(one, "clinical")[metric].f1 for metric in METRICS) / len(METRICS)
+
+
+def curve(series: Mapping[str, Mapping[float, list[Question]]]) -> Json:
+    """Each series' figures at each rate, and the slope of its average F1 for ten points of rate.
+
+    {"rates", "patients", "series": {name: {"rates", "phenotype": [figures, …], "phenotype, unanswerable": …,
+    "diagnosis": …, "slope": {task: {"slope", "low", "high"}}}}}
+    """
+    found: Json = {"rates": sorted({rate for asked in series.values() for rate in asked}), "series": {}}
+    for name, asked in series.items():
+        rates = sorted(asked)
+        split = {rate: groups(asked[rate]) for rate in rates}
+        entry: Json = {"rates": rates, "slope": {}}
+        for task in split[rates[0]]:
+            entry[task] = [figures(split[rate][task]) for rate in rates]
+        for task in TASKS:
+            rows = [[average_f1(one) for one in split[rate][task]] for rate in rates]
+            if len(rates) > 1 and rows[0]:
+                patients = [one.patient for one in split[rates[0]][task]]
+                entry["slope"][task] = slope([10 * rate for rate in rates], rows, patients)
+        found["series"][name] = entry
+        found["patients"] = len({one.patient for one in asked[rates[0]]})
+    return found
+
+
+def recovery(clean: Sequence[Question], damaged: Sequence[Question], mended: Sequence[Question]) -> Json:
+    """For each task: the average F1 that damage lost, what mending regains of it (with its interval and the paired
+    test), and the share. The share is null where less than one point was lost: it would be noise over noise."""
+    found: Json = {}
+    for task in TASKS:
+        f1 = [[average_f1(one) for one in groups(list(asked))[task]] for asked in (clean, damaged, mended)]
+        if not f1[0]:
+            continue
+        patients = [one.patient for one in groups(list(damaged))[task]]
+        mean = [sum(values) / len(values) for values in f1]
+        test = paired(f1[1], f1[2], patients)
+        lost = mean[0] - mean[1]
+        found[task] = {"lost": lost, "regained": test["difference"], **{k: test[k] for k in ("low", "high", "p", "n")},
+                       "share": test["difference"] / lost if lost >= 1 else None}  # fmt: skip
+    return found
+
+
+def text_table(part: Json) -> str:
+    """The curve as text: average F1 with its interval at every rate, one column a series and task."""
+    columns = [(name, task) for name in part["series"] for task in TASKS if part["series"][name].get(task, [None])[0]]
+    width = max(24, *(len(f"{name}, {task}") for name, task in columns))
+    lines = [f"{'rate':>5}  " + "  ".join(f"{f'{name}, {task}':<{width}}" for name, task in columns)]
+    for rate in part["rates"]:
+        cells = []
+        for name, task in columns:
+            entry = part["series"][name]
+            figure = entry[task][entry["rates"].index(rate)]["average_f1"] if rate in entry["rates"] else None
+            cells.append(f"{figure['f1']:5.1f} [{figure['low']:.1f}, {figure['high']:.1f}]" if figure else "–")
+        lines.append(f"{100 * rate:>4.0f}%  " + "  ".join(f"{cell:<{width}}" for cell in cells))
+    for name, task in columns:
+        if one := part["series"][name]["slope"].get(task):
+            lines.append(
+                f"{name}, {task}: {one['slope']:+.2f} [{one['low']:.2f}, {one['high']:.2f}] points of average F1 for "
+                "ten points of rate"
+            )
+    return "\n".join(lines)

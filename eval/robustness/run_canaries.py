@@ -1,0 +1,126 @@
+"""Memorisation: canaries planted at known counts in continued pre-training, with and without deduplication.
+
+Two adapters are trained with the same recipe and steps, one on the notes with the canaries in them, one on the same
+notes after lines that stand in them more than once were reduced to one. For both, and for the base alone, the exposure
+and the extraction rate of each count are reported, with intervals that draw canaries.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.robustness.canaries import REFERENCES, Canary, deduplicate, exposure, make_canaries, measure, plant
+from eval.statistics import interval
+from eval.steps import Run, begin
+from lora import load_adapter
+from model import Tokenizer, Transformer
+from model.command import UserError
+from model.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+
+
+@dataclass(frozen=True)
+class Canaries:
+    """Plant canaries in continued pre-training and measure what the adapter gives away."""
+
+    weights: str
+    """The base model's folder."""
+    recipe: str
+    """The recipe of continued pre-training (train.pretrain)."""
+    data: Path
+    """JSON lines with `text`: the notes to train on."""
+    out: Path
+    """The run's folder: data/, two adapters, result.json."""
+    counts: tuple[int, ...] = (0, 1, 4, 16)
+    """In how many notes a canary stands; 0 is the control."""
+    each: int = 5
+    """Canaries of each count."""
+    records: int = 0
+    """Only the first notes (0: all)."""
+    steps: int = 0
+    """Optimizer steps (0: the recipe's)."""
+    seed: int = 0
+    """Names, numbers and places."""
+
+    def __post_init__(self) -> None:
+        if not self.counts or min(self.counts) < 0 or len(set(self.counts)) < len(self.counts):
+            raise UserError(f"--counts {' '.join(map(str, self.counts))}: different numbers, 0 or more")
+        if self.each < 1 or len(self.counts) * self.each > 100:
+            raise UserError(f"--each {self.each}: at least 1, and at most 100 canaries in all")
+        if min(self.records, self.steps) < 0:
+            raise UserError("--records and --steps are 0 or more")
+
+
+def run_canaries(options: Canaries) -> dict[str, Any]:
+    records = [record for _, record in read_jsonl(options.data, ("text",))][: options.records or None]
+    if max(options.counts) > len(records):
+        raise UserError(f"{options.data}: {len(records)} notes cannot hold a canary {max(options.counts)} times; give "
+                        "more notes or smaller --counts")  # fmt: skip
+    made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    run = begin(options.out, {**made_of, "data_sha256": sha256_file(options.data)})
+    canaries = make_canaries(options.counts, options.each, options.seed)
+    planted = plant(records, canaries, options.seed)
+    single, dropped = deduplicate(planted)
+    rows = {"base": measured(run, options, "base", None, canaries)}
+    for name, data in (("planted", planted), ("deduplicated", single)):
+        write_jsonl(run.out / "data" / f"{name}.jsonl", data)
+        run.step(f"{name}: continued pre-training", [
+            "train.pretrain", options.recipe, "--weights", options.weights, "--out", str(run.out / name),
+            "--data", str(run.out / "data" / f"{name}.jsonl"),
+            *(["--steps", str(options.steps)] if options.steps else []),
+        ])  # fmt: skip
+        rows[name] = measured(run, options, name, run.out / name / "adapter", canaries)
+    card = read_json(run.out / "planted" / "run.json")
+    result = {
+        "what": "canaries", "notes": len(records), "each": options.each, "references": REFERENCES,
+        "most": exposure(1, REFERENCES + 1), "lines_dropped": dropped, "steps": card["steps"],
+        "passes": card["steps"] * card["recipe"]["batch_rows"] / card["rows"], "seconds": run.took(),
+        "rows": {name: by_count(found) for name, found in rows.items()},
+    }  # fmt: skip
+    write_json(options.out / "result.json", result)
+    return result
+
+
+def measured(run: Run, options: Canaries, name: str, adapter: Path | None, canaries: Sequence[Canary]) -> list:
+    """Each canary under the base and an adapter, as a step of its own."""
+    path = run.out / f"{name}.json"
+
+    def work() -> None:
+        model = Transformer.from_pretrained(options.weights).eval()
+        if adapter is not None:
+            load_adapter(model, adapter)
+        model.use_attention("fast")
+        write_json(path, measure(model, Tokenizer.from_pretrained(options.weights), canaries, options.seed))
+
+    run.step(f"{name}: exposure", work)
+    return read_json(path)
+
+
+def by_count(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Mean exposure and extraction rate of each count, with intervals over its canaries."""
+    rows = []
+    for count in sorted({one["count"] for one in found}):
+        group = [one for one in found if one["count"] == count]
+        bits, most = [one["exposure"] for one in group], exposure(1, REFERENCES + 1)
+        names = range(len(group))
+        low, high = (most * bound / 100 for bound in interval([100 * value / most for value in bits], names))
+        out = [100.0 * one["extracted"] for one in group]
+        rows.append({
+            "count": count, "canaries": len(group), "exposure": sum(bits) / len(bits), "low": low, "high": high,
+            "extracted": sum(one["extracted"] for one in group), "extracted_low": interval(out, names)[0],
+            "extracted_high": interval(out, names)[1],
+        })  # fmt: skip
+    return rows
+
+
+def said(result: dict[str, Any]) -> str:
+    lines = [f"{result['notes']} notes, {result['passes']:.1f} passes; exposure in bits, at most {result['most']:.0f}; "
+             f"{result['lines_dropped']} repeated lines left out by deduplication"]  # fmt: skip
+    for name, rows in result["rows"].items():
+        for row in rows:
+            lines.append(f"  {name:<13} in {row['count']:>3} notes: exposure {row['exposure']:.1f} "
+                         f"[{row['low']:.1f}, {row['high']:.1f}], {row['extracted']} of {row['canaries']} extracted "
+                         f"[{row['extracted_low']:.0f}, {row['extracted_high']:.0f} %]")  # fmt: skip
+    return "\n".join(lines)

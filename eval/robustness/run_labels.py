@@ -1,0 +1,144 @@
+"""Counterfactual labels: an adapter for each rate of wrong training answers, all scored on the same clean notes.
+
+The corruption is labels.py's. At `filter_rate` one more adapter is trained without the records whose answers the
+adapter of that rate finds least likely (filtering.py), for as many steps: what that regains is what filtering by loss
+is worth. The share of records to drop is the rate, taken as known.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.robustness.filtering import answer_losses, ranking
+from eval.robustness.labels import corrupt, wrong_ids
+from eval.robustness.measure import curve, questions, recovery, text_table
+from eval.steps import Run, begin
+from model.command import UserError
+from model.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+
+FIELDS = ("id", "text", "phenotypes")
+
+
+@dataclass(frozen=True)
+class Labels:
+    """Train an adapter for each rate of wrong labels and score all of them on clean notes."""
+
+    weights: str
+    """The base model's folder."""
+    recipe: str
+    """The tuning recipe (train.instruct)."""
+    data: Path
+    """JSON lines of annotated training notes."""
+    notes: Path
+    """JSON lines of annotated test notes; they stay clean."""
+    out: Path
+    """The run's folder: data/, an adapter for each rate, answers/, result.json."""
+    rates: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
+    """The shares of training records whose answers are wrong; the records of a rate are among those of a higher one."""
+    filter_rate: float = 0.3
+    """The rate at which training is repeated without the records of highest loss (0: not at all)."""
+    adapter: str = ""
+    """An adapter to go on from, such as that of continued pre-training (empty: a new one)."""
+    steps: int = 0
+    """Optimizer steps of each training (0: the recipe's)."""
+    records: int = 0
+    """Only the first training notes (0: all)."""
+    limit: int = 0
+    """Only the first test notes (0: all)."""
+    max_new_diagnosis: int = 60
+    """Tokens of a diagnosis."""
+    seed: int = 0
+    """Which records are wrong, and how."""
+
+    def __post_init__(self) -> None:
+        if wrong := [rate for rate in (*self.rates, self.filter_rate) if not 0 <= rate <= 1]:
+            raise UserError(f"a rate of {wrong[0]}; a rate is between 0 and 1")
+        if self.filter_rate and not {0.0, self.filter_rate} <= set(self.rates):
+            raise UserError(f"--filter-rate {self.filter_rate} and 0 must be among --rates, to be compared with")
+        if min(self.steps, self.records, self.limit) < 0 or self.max_new_diagnosis < 1:
+            raise UserError("--steps, --records and --limit are 0 or more, --max-new-diagnosis at least 1")
+
+
+def run_labels(options: Labels) -> dict[str, Any]:
+    records = [record for _, record in read_jsonl(options.data, FIELDS)][: options.records or None]
+    if options.filter_rate and not 0 < round(options.filter_rate * len(records)) < len(records):
+        raise UserError(f"{options.data}: {len(records)} notes are too few to filter at {options.filter_rate}")
+    made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    made_of |= {"data_sha256": sha256_file(options.data), "notes_sha256": sha256_file(options.notes)}
+    run = begin(options.out, made_of)
+    asked, changed = {}, {}
+    for rate in sorted(options.rates):
+        noisy = corrupt(records, rate, options.seed)
+        changed[rate] = sum(new != old for new, old in zip(noisy, records, strict=True))
+        asked[rate] = trained(run, options, f"rate-{round(100 * rate):02d}", noisy)
+    result: dict[str, Any] = {"what": "labels", "damaged": "training records with wrong answers"}
+    series = {"trained on wrong labels": asked}
+    if options.filter_rate:
+        result["filter"], without = filtered(run, options, corrupt(records, options.filter_rate, options.seed))
+        series["highest losses left out"] = {options.filter_rate: without}
+        result["filter"]["recovery"] = recovery(asked[0.0], asked[options.filter_rate], without)
+    result |= curve(series)
+    result |= {"changed": [changed[rate] for rate in result["rates"]], "of": len(records), "seconds": run.took()}
+    write_json(options.out / "result.json", result)
+    return result
+
+
+def trained(run: Run, options: Labels, name: str, records: list[dict[str, Any]]) -> list:
+    """The test questions as a model answers them that was tuned on these records."""
+    data, adapter = run.out / "data" / f"{name}.jsonl", run.out / name / "adapter"
+    answers = run.out / "answers" / f"{name}.jsonl"
+    write_jsonl(data, records)
+    run.step(f"{name}: tuning", [
+        "train.instruct", options.recipe, "--weights", options.weights, "--data", str(data),
+        "--out", str(adapter.parent),
+        *(["--adapter", options.adapter] if options.adapter else []),
+        *(["--steps", str(options.steps)] if options.steps else []),
+    ])  # fmt: skip
+    answers.parent.mkdir(exist_ok=True)
+    run.step(f"{name}: answers", [
+        "infer.extract", "--weights", options.weights, "--adapter", str(adapter), "--notes", str(options.notes),
+        "--out", str(answers), "--form", "template", "--long", "windows",
+        "--max-new-diagnosis", str(options.max_new_diagnosis),
+        *(["--limit", str(options.limit)] if options.limit else []),
+    ])  # fmt: skip
+    return questions(options.notes, answers, options.limit)
+
+
+def filtered(run: Run, options: Labels, noisy: list[dict[str, Any]]) -> tuple[dict[str, Any], list]:
+    """How well the loss finds the wrong records, and the questions as answered after training without them."""
+    name, path = f"rate-{round(100 * options.filter_rate):02d}", run.out / "losses.json"
+    run.step("losses of the training records", lambda: write_json(path, answer_losses(
+        options.weights, str(run.out / name / "adapter"), run.out / "data" / f"{name}.jsonl", run.out / "loss-tokens"
+    )))  # fmt: skip
+    losses = read_json(path)
+    wrong = wrong_ids(noisy, options.filter_rate, options.seed)
+    highest = ranking(losses)[: round(options.filter_rate * len(noisy))]
+    kept = [record for record in noisy if record["id"] not in set(highest)]
+    found = {"rate": options.filter_rate, "dropped": len(highest), "wrong": len(wrong), "records": len(noisy),
+             "dropped_wrong": len(wrong & set(highest)), "auc": auc(losses, wrong)}  # fmt: skip
+    return found, trained(run, options, f"{name}-filtered", kept)
+
+
+def auc(losses: dict[str, float], wrong: set[str]) -> float | None:
+    """The chance that a wrong record's loss is above a right one's (ties half)."""
+    bad = [loss for name, loss in losses.items() if name in wrong]
+    good = [loss for name, loss in losses.items() if name not in wrong]
+    if not bad or not good:
+        return None
+    return sum((b > g) + 0.5 * (b == g) for b in bad for g in good) / len(bad) / len(good)
+
+
+def said(result: dict[str, Any]) -> str:
+    lines = [text_table(result)]
+    if found := result.get("filter"):
+        lines.append(
+            f"filtering at {100 * found['rate']:.0f} %: {found['dropped_wrong']} of {found['dropped']} dropped records "
+            f"were wrong ({found['wrong']} of {found['records']} are; AUC of the loss {found['auc']:.2f})"
+        )
+        for task, one in found["recovery"].items():
+            share = "" if one["share"] is None else f", {100 * one['share']:.0f} % of what was lost"
+            lines.append(f"  {task}: lost {one['lost']:.1f}, regained {one['regained']:+.1f} "
+                         f"[{one['low']:.1f}, {one['high']:.1f}]{share}")  # fmt: skip
+    return "\n".join(lines)

@@ -1,0 +1,109 @@
+"""Misspelled notes: a trained adapter answers the same notes at nested rates of misspelling, as they are and repaired.
+
+The corruption is misspelling.py's, the repair infer.extract's. All rates are asked in one job each way.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import tyro
+
+from eval.questions import Question, pair, read_predictions, read_references
+from eval.robustness.measure import curve, recovery, text_table
+from eval.robustness.misspelling import misspell
+from eval.steps import begin
+from model.command import UserError
+from model.files import sha256_file, write_json, write_jsonl
+
+PLAIN, REPAIRED = "as misspelled", "repaired"
+
+
+@dataclass(frozen=True)
+class Misspelling:
+    """Answer notes at nested rates of misspelling, plain and repaired."""
+
+    weights: str
+    """The base model's folder."""
+    notes: Path
+    """JSON lines of annotated test notes; their words are misspelled, their answers are not."""
+    lexicon: Path
+    """JSON lines whose `text` is spelled well (training notes): what repair corrects towards."""
+    out: Path
+    """The run's folder: the misspelled notes, answers, result.json."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """The tuned adapter; one --adapter each, merged in this order."""
+    rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)
+    """The shares of words that are misspelled; a word wrong at one rate is wrong in the same way at a higher one."""
+    limit: int = 0
+    """Only the first notes (0: all)."""
+    max_new_diagnosis: int = 60
+    """Tokens of a diagnosis."""
+    seed: int = 0
+    """Which words, and which mistakes."""
+
+    def __post_init__(self) -> None:
+        if not self.rates or 0.0 not in self.rates or any(not 0 <= rate <= 1 for rate in self.rates):
+            raise UserError(f"--rates {' '.join(map(str, self.rates))}: rates between 0 and 1, and 0 among them")
+        if self.limit < 0 or self.max_new_diagnosis < 1:
+            raise UserError("--limit is 0 or more, --max-new-diagnosis at least 1")
+
+
+def run_misspelling(options: Misspelling) -> dict[str, Any]:
+    references = read_references(options.notes)[: options.limit or None]
+    made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    made_of |= {"notes_sha256": sha256_file(options.notes), "lexicon_sha256": sha256_file(options.lexicon)}
+    run = begin(options.out, made_of)
+    rates, changed = sorted(options.rates), []
+    asked = []
+    for rate in rates:
+        misspelled = [misspell(record, rate, options.seed) for record in references]
+        differing = sum(a != b for new, old in zip(misspelled, references, strict=True)
+                        for a, b in zip(new["text"].split(), old["text"].split(), strict=True))  # fmt: skip
+        changed.append(differing)
+        asked += [{"id": at(record["id"], rate), "text": record["text"]} for record in misspelled]
+    words = sum(len(record["text"].split()) for record in references)
+    write_jsonl(options.out / "notes.jsonl", asked)
+    series = {}
+    for name, file, more in ((PLAIN, "plain", []), (REPAIRED, "repaired", ["--repair", str(options.lexicon)])):
+        answers = options.out / f"{file}.jsonl"
+        adapters = [word for adapter in options.adapter for word in ("--adapter", adapter)]
+        run.step(f"answers: {name}", [
+            "infer.extract", "--weights", options.weights, *adapters, "--notes", str(options.out / "notes.jsonl"),
+            "--out", str(answers), "--form", "template", "--long", "windows",
+            "--max-new-diagnosis", str(options.max_new_diagnosis), *more,
+        ])  # fmt: skip
+        series[name] = by_rate(references, read_predictions(answers), rates)
+    result: dict[str, Any] = {"what": "misspelling", "damaged": "words misspelled", **curve(series)}
+    result |= {"changed": changed, "of": words, "seconds": run.took()}
+    clean = series[PLAIN][0.0]
+    result["recovery"] = [{"rate": rate, **recovery(clean, series[PLAIN][rate], series[REPAIRED][rate])}
+                          for rate in rates]  # fmt: skip
+    write_json(options.out / "result.json", result)
+    return result
+
+
+def at(name: str, rate: float) -> str:
+    return f"{name}@{round(1000 * rate):03d}"
+
+
+def by_rate(references: list[dict], predictions: list[dict], rates: list[float]) -> dict[float, list[Question]]:
+    found = {}
+    given = {prediction["id"]: prediction for prediction in predictions}
+    for rate in rates:
+        own = [{**given[at(record["id"], rate)], "id": record["id"]} for record in references]
+        found[rate] = pair(references, own)[0]
+    return found
+
+
+def said(result: dict[str, Any]) -> str:
+    lines = [text_table(result), "what repair regains of the average F1 lost:"]
+    for row in result["recovery"]:
+        for task in [key for key in row if key != "rate"]:
+            one = row[task]
+            share = "" if one["share"] is None else f", {100 * one['share']:.0f} % of it"
+            lines.append(f"  {100 * row['rate']:.0f} %, {task}: lost {one['lost']:.1f}, regained "
+                         f"{one['regained']:+.1f} [{one['low']:.1f}, {one['high']:.1f}]{share}")  # fmt: skip
+    return "\n".join(lines)
