@@ -129,7 +129,8 @@ def experiments(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str
             "eval.robustness", "labels", *on, *heldout, "--recipe", demo.recipe("instruct"),
             "--data", demo.data("train"), "--adapter", demo.adapter("pretrained"),
             "--rates", *several(sizes.label_rates), "--filter-rate", str(sizes.filter_rate),
-            "--records", str(sizes.label_records), "--steps", str(sizes.label_steps), "--limit", str(sizes.label_notes), "--out", str(out / "labels"),
+            "--records", str(sizes.label_records), "--steps", str(sizes.label_steps),
+            "--limit", str(sizes.label_notes), "--out", str(out / "labels"),
         ]),
         ("table 4: misspelled notes, plain and repaired", [
             "eval.robustness", "misspelling", *on, "--adapter", demo.adapter("tuned"), *heldout,

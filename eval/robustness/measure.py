@@ -84,3 +84,15 @@ def text_table(part: Json) -> str:
                 "ten points of rate"
             )
     return "\n".join(lines)
+
+
+def recovery_lines(rows: Sequence[Json]) -> list[str]:
+    """What mending regains of the average F1 lost, as text."""
+    lines = []
+    for row in rows:
+        for task in (task for task in TASKS if task in row):
+            one = row[task]
+            share = "" if one["share"] is None else f", {100 * one['share']:.0f} % of it"
+            lines.append(f"at {100 * row['rate']:.0f} %, {task}: lost {one['lost']:.1f}, regained "
+                         f"{one['regained']:+.1f} [{one['low']:.1f}, {one['high']:.1f}]{share}")  # fmt: skip
+    return lines

@@ -13,7 +13,7 @@ from typing import Any
 
 from eval.robustness.filtering import answer_losses, ranking
 from eval.robustness.labels import corrupt, wrong_ids
-from eval.robustness.measure import curve, questions, recovery, text_table
+from eval.robustness.measure import curve, questions, recovery, recovery_lines, text_table
 from eval.steps import Run, begin
 from model.command import UserError
 from model.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
@@ -78,7 +78,8 @@ def run_labels(options: Labels) -> dict[str, Any]:
     if options.filter_rate:
         result["filter"], without = filtered(run, options, corrupt(records, options.filter_rate, options.seed))
         series["highest losses left out"] = {options.filter_rate: without}
-        result["filter"]["recovery"] = recovery(asked[0.0], asked[options.filter_rate], without)
+        regained = recovery(asked[0.0], asked[options.filter_rate], without)
+        result["recovery"] = [{"rate": options.filter_rate, **regained}]
     result |= curve(series)
     result |= {"changed": [changed[rate] for rate in result["rates"]], "of": len(records), "seconds": run.took()}
     write_json(options.out / "result.json", result)
@@ -137,8 +138,4 @@ def said(result: dict[str, Any]) -> str:
             f"filtering at {100 * found['rate']:.0f} %: {found['dropped_wrong']} of {found['dropped']} dropped records "
             f"were wrong ({found['wrong']} of {found['records']} are; AUC of the loss {found['auc']:.2f})"
         )
-        for task, one in found["recovery"].items():
-            share = "" if one["share"] is None else f", {100 * one['share']:.0f} % of what was lost"
-            lines.append(f"  {task}: lost {one['lost']:.1f}, regained {one['regained']:+.1f} "
-                         f"[{one['low']:.1f}, {one['high']:.1f}]{share}")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([*lines, *recovery_lines(result.get("recovery", []))])

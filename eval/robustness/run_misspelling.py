@@ -12,7 +12,7 @@ from typing import Any
 import tyro
 
 from eval.questions import Question, pair, read_predictions, read_references
-from eval.robustness.measure import curve, recovery, text_table
+from eval.robustness.measure import curve, recovery, recovery_lines, text_table
 from eval.robustness.misspelling import misspell
 from eval.steps import begin
 from model.command import UserError
@@ -99,11 +99,4 @@ def by_rate(references: list[dict], predictions: list[dict], rates: list[float])
 
 
 def said(result: dict[str, Any]) -> str:
-    lines = [text_table(result), "what repair regains of the average F1 lost:"]
-    for row in result["recovery"]:
-        for task in [key for key in row if key != "rate"]:
-            one = row[task]
-            share = "" if one["share"] is None else f", {100 * one['share']:.0f} % of it"
-            lines.append(f"  {100 * row['rate']:.0f} %, {task}: lost {one['lost']:.1f}, regained "
-                         f"{one['regained']:+.1f} [{one['low']:.1f}, {one['high']:.1f}]{share}")  # fmt: skip
-    return "\n".join(lines)
+    return "\n".join([text_table(result), *recovery_lines(result["recovery"])])
