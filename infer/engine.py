@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
+from model.narrow import NarrowWeight
 from model.transformer import RMSNorm, Transformer
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -31,21 +32,25 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class Fused:
     """Linear layers over the same input, as one product: y = x · [W1; W2; …]ᵀ. Reads the modules once."""
 
-    def __init__(self, modules: list[nn.Module]) -> None:
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
         self.modules, self.weight, self.bias = modules, None, None
         self.mesh = getattr(modules[0].weight, "device_mesh", None) if hasattr(modules[0], "weight") else None
+        self.narrow: NarrowWeight | None = None
         self.adapters: list[tuple[slice, Tensor, Tensor]] = []
-        if not all(type(module) in (nn.Linear, LoRALinear) for module in modules):
+        if all(isinstance(getattr(module, "narrow", None), NarrowWeight) for module in modules):
+            self.narrow = joined([module.narrow for module in modules])
+        elif all(type(module) in (nn.Linear, LoRALinear) and module.weight is not None for module in modules):
+            weights = [local(module.weight).detach() for module in modules]
+            self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        if self.weight is None and self.narrow is None:
             return
-        weights = [local(module.weight) for module in modules]
-        self.weight = torch.cat([w.detach() for w in weights]) if len(weights) > 1 else weights[0].detach()
         if any(module.bias is not None for module in modules):
             self.bias = torch.cat([local(m.bias).detach() for m in modules])  # the families bias all of them or none
         start = 0
-        for module, weight in zip(modules, weights, strict=True):
-            rows = slice(start, start + weight.shape[0])
+        for module in modules:
+            rows = slice(start, start + (local(module.weight).shape[0] if self.narrow is None else module.out_features))
             start = rows.stop
-            if isinstance(module.weight, nn.Parameter) and len(weights) > 1:  # a view: nothing is held twice
+            if isinstance(module.weight, nn.Parameter) and len(modules) > 1:  # a view: nothing is held twice
                 if self.mesh is None:
                     module.weight.data = self.weight[rows]
                 else:
@@ -53,10 +58,13 @@ class Fused:
             if isinstance(module, LoRALinear) and module.active is not None and module.original is None:
                 a_RD, b_OR = module.lora_A[module.active].detach(), module.lora_B[module.active].detach()
                 self.adapters.append(
-                    (rows, a_RD.to(weight.dtype).t(), (b_OR * module.scale[module.active]).t().to(weight.dtype))
+                    (rows, a_RD.to(dtype).t(), (b_OR * module.scale[module.active]).t().to(dtype))
                 )
 
     def __call__(self, x_ND: Tensor) -> Tensor:
+        if self.narrow is not None:
+            y_NO = self.narrow.product(x_ND)
+            return self.adapt(x_ND, y_NO if self.bias is None else y_NO.add_(self.bias))
         if self.weight is None:
             parts = [module(x_ND) for module in self.modules]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
@@ -78,6 +86,14 @@ class Fused:
         for rows, a_DR, b_RO in self.adapters:
             y_NO[:, rows].addmm_(x_ND @ a_DR, b_RO)
         return y_NO
+
+
+def joined(weights: list[NarrowWeight]) -> NarrowWeight | None:
+    """Narrow weights as one; None where they cannot be: nf4's are rounded twice, each by itself."""
+    if len(weights) == 1:
+        return weights[0]
+    same = len({(weight.kind, weight.group, weight.packed) for weight in weights}) == 1
+    return NarrowWeight.join(weights) if same and weights[0].kind != "nf4" else None
 
 
 def local(weight: Tensor) -> Tensor:
@@ -113,15 +129,15 @@ class Layer:
     """One block's products and norms."""
 
     def __init__(self, block: nn.Module) -> None:
-        attention = block.self_attn
+        attention, dtype = block.self_attn, block.input_layernorm.weight.dtype
         self.norm, self.ffn_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
-        self.qkv = Fused([attention.q_proj, attention.k_proj, attention.v_proj])
-        self.out = Fused([attention.o_proj])
+        self.qkv = Fused([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.out = Fused([attention.o_proj], dtype)
         self.window = attention.window
         self.experts = getattr(block, "block_sparse_moe", None)
         if self.experts is None:
-            self.gate_up = Fused([block.mlp.gate_proj, block.mlp.up_proj])
-            self.down = Fused([block.mlp.down_proj])
+            self.gate_up = Fused([block.mlp.gate_proj, block.mlp.up_proj], dtype)
+            self.down = Fused([block.mlp.down_proj], dtype)
 
     def feed_forward(self, x_ND: Tensor) -> Tensor:
         n_ND = self.ffn_norm(x_ND)

@@ -84,8 +84,8 @@ class Options:
     repair: Path | None = None
     """A lexicon (JSON lines whose `text` is spelled well: training notes): mend the notes' spelling and expand their
     abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
-    int8: bool = False
-    """Hold the blocks' weights in 8 bits; quickest with --dtype bfloat16."""
+    format: Literal["wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "wide"
+    """How linear layers' weights are kept: in dtype (wide), 8 or 4 bits (the number: columns that share a scale)."""
     tensor_parallel: int = 1
     """Under torchrun: so many processes hold one model together (for models too large for one device)."""
     limit: int | None = None
@@ -108,8 +108,8 @@ def main(options: Options) -> int:
             f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
             f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
         )
-    if together > 1 and options.int8:
-        raise UserError("--int8 and --tensor-parallel do not go together; leave one out")
+    if together > 1 and options.format != "wide":
+        raise UserError("--format and --tensor-parallel do not go together; leave one out")
     next(source(options))  # refuses a missing or empty file before anything is made
     job = Job(options.out, identity(options), rank // together, world // together, rank % together == 0)
     finished = job.claim()
@@ -151,13 +151,13 @@ def identity(options: Options) -> dict[str, object]:
     kept = ("task", "form", "grounded", "long", "max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch",
             "dtype", "limit")  # fmt: skip
     files = {"weights": stamp(options.weights), "adapter": [stamp(a) for a in options.adapter]}
-    if options.int8:  # named only where it is on
-        kept = (*kept, "int8")
     if options.repair is not None:
         files["repair"] = fingerprint(options.repair)
     if options.index is not None:
         kept = (*kept, "retriever", "neighbours", "neighbour_tokens")
         files["index"] = [str(options.index), sha256_file(options.index / "manifest.json")]
+    if options.format != "wide":  # named only where it is on
+        kept = (*kept, "format")
     if options.tensor_parallel > 1:
         kept = (*kept, "tensor_parallel")
     return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
@@ -205,7 +205,7 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None) -> None:
 
         model, tokenizer = load_parallel(options.weights, options.adapter, options.dtype, options.tensor_parallel)
     else:
-        model, tokenizer = load(options.weights, options.adapter, options.dtype, int8=options.int8)
+        model, tokenizer = load(options.weights, options.adapter, options.dtype, form=options.format)
     form = options.form
     if form == "auto":
         form = "template" if options.adapter or tokenizer.form is None else "chat"

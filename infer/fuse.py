@@ -27,21 +27,34 @@ INT4_GROUP = 128
 
 
 class Int4Linear(nn.Module):
-    """A linear layer kept in 4 bits (layout: kernels/four_bit.py), with the adapter that was active on it."""
+    """A linear layer kept in 4 bits (layout: kernels/four_bit.py), with the adapter that was active on it.
 
-    def __init__(self, linear: nn.Linear, group: int = INT4_GROUP) -> None:
+    A layer that is int4 or nf4 already (model/narrow.py) keeps its codes.
+    """
+
+    def __init__(self, linear: nn.Linear, group: int = INT4_GROUP, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        packed, scales_OG = to_int4(linear.weight.detach(), group)
+        narrow, zeros_OG = getattr(linear, "narrow", None), None
+        self.nf4 = narrow is not None and narrow.kind == "nf4"
+        if narrow is None:
+            packed, scales_OG = to_int4(linear.weight.detach(), group)
+        elif self.nf4:
+            packed, scales_OG = narrow.codes, narrow.absmax()
+        else:
+            packed = narrow.codes
+            scales_OG, zeros_OG = (steps_GO.t().contiguous() for steps_GO in narrow.scales.unbind(-1))
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales_OG", scales_OG, persistent=False)
+        self.register_buffer("zeros_OG", zeros_OG, persistent=False)
         self.bias = linear.bias
-        self.lora_a, self.lora_b, self.lora_scale = adapter(linear, linear.weight.dtype)
+        self.lora_a, self.lora_b, self.lora_scale = adapter(linear, dtype or linear.weight.dtype)
 
     def forward(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
         """x (…, D) → (…, O); with `norm` = (weight_D, eps), of x's RMSNorm."""
-        return kernels.int4_lora_linear(
-            x, self.packed, self.scales_OG, self.lora_a, self.lora_b, self.lora_scale, self.bias, norm=norm
-        )
+        held = (x, self.packed, self.scales_OG, self.lora_a, self.lora_b, self.lora_scale, self.bias)
+        if self.nf4:
+            return kernels.nf4_lora_linear(*held, norm=norm)
+        return kernels.int4_lora_linear(*held, self.zeros_OG, norm)
 
 
 def to_int4(weight_OD: Tensor, group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
@@ -145,8 +158,9 @@ class FusedBlock(Block):
 def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
     """Replace every block by a fused one, in place; returns the model.
 
-    `four_bit` also rounds each block's linear layers to int4 (widths that are no multiple of 128 stay as they are);
-    adapters stay exact beside them, and such a model neither trains nor saves.
+    `four_bit` also rounds each block's linear layers to int4 (widths that are no multiple of 128 stay as they are, and
+    layers that are int4 or nf4 already keep their codes); adapters stay exact beside them, and such a model neither
+    trains nor saves.
     """
     layers = model.model.layers
     for number, block in enumerate(layers):
@@ -155,6 +169,9 @@ def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
             parts = [fused.self_attn] + ([fused.mlp] if hasattr(fused, "mlp") else [])
             for part in parts:
                 for name, linear in list(part.named_children()):
+                    narrow = getattr(linear, "narrow", None)
+                    if narrow is not None and narrow.kind != "int8" and not narrow.packed:
+                        setattr(part, name, Int4Linear(linear, dtype=model.dtype))
                     wide = type(linear) in (nn.Linear, LoRALinear) and linear.weight is not None
                     if wide and linear.in_features % INT4_GROUP == 0:
                         setattr(part, name, Int4Linear(linear))

@@ -14,7 +14,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any
+from typing import Any, Literal
 
 import torch
 import torch.distributed as dist
@@ -314,7 +314,7 @@ def main(options: Options) -> int:
 
     from infer.load import load
 
-    model, tokenizer = load(options.weights, options.adapter, options.dtype, int8=options.int8)
+    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=options.format)
     settings = Settings(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.min_p, options.seed,
         tuple(options.stop),
@@ -361,8 +361,8 @@ class Options:
     """Texts that end the generation."""
     dtype: str = "float32"
     """float32, bfloat16 or float64."""
-    int8: bool = False
-    """Hold the blocks' weights in 8 bits; quickest with --dtype bfloat16."""
+    format: Literal["wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "wide"
+    """How linear layers' weights are kept: in dtype (wide), 8 or 4 bits (the number: columns that share a scale)."""
     json: bool = False
     """Print one JSON object: text, tokens, logprobs, finish_reason."""
 

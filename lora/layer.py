@@ -61,7 +61,7 @@ class LoRALinear(nn.Linear):
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, bias=False)
         self.path = path
-        self.weight = linear.weight.requires_grad_(False)
+        self.weight = None if linear.weight is None else linear.weight.requires_grad_(False)
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
@@ -69,18 +69,20 @@ class LoRALinear(nn.Linear):
         self.active: str | None = None
         self.plan: DropoutPlan | None = None
         self.original: Tensor | None = None  # the weight before a merge, kept so that unmerging is exact
-        self.narrow: nn.Module | None = None  # the weight's packed form, where the base is narrow (narrow.py)
+        # the weight's packed form, where the base is narrow (model/narrow.py)
+        self.narrow: nn.Module | None = getattr(linear, "narrow", None)
 
     def add(self, name: str, r: int, scale: float, dropout: float, seed: int) -> None:
         """A new adapter of rank `r`, made active. Its start is a function of (seed, the module's name)."""
-        dtype = torch.promote_types(self.weight.dtype, torch.float32)  # narrow weights get fp32 adapters
-        a_RD = torch.empty(r, self.in_features, dtype=dtype, device=self.weight.device)
+        held = self.weight if self.weight is not None else self.narrow.codes  # type: ignore[union-attr]
+        dtype = torch.promote_types(held.dtype, torch.float32)  # narrow weights get fp32 adapters
+        a_RD = torch.empty(r, self.in_features, dtype=dtype, device=held.device)
         if a_RD.device.type != "meta":
             generator = torch.Generator().manual_seed(seed_of(seed, self.path))
             bound = 1 / math.sqrt(self.in_features)
             a_RD.copy_(torch.empty(a_RD.shape, dtype=dtype).uniform_(-bound, bound, generator=generator))
         self.lora_A[name] = nn.Parameter(a_RD)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=self.weight.device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=held.device))
         self.scale[name], self.dropout[name], self.active = scale, dropout, name
 
     def base(self, x_ND: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import os
 import re
 import shutil
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -33,6 +33,7 @@ from model.safetensors_file import DTYPES, Stored, held, open_safetensors, uniqu
 
 PIECE = 8 * 2**20  # numbers that are read and cast at a time
 # Buffers that older files carry and that are computed, not learnt.
+Keep = Callable[[str, Iterator[tuple[slice, Tensor]]], "nn.Module | None"]
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 
 
@@ -176,8 +177,12 @@ def load_weights(
     path: str | os.PathLike[str],
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
+    keep: Keep | None = None,
 ) -> None:
     """Give a model (built on meta or not) the checkpoint's weights, one tensor in flight, cast to `dtype` on the way.
+
+    `keep(name, pieces)` may hold a linear layer's weight in a way of its own: it gets the layer's name and its rows in
+    order, a few megabytes at a time, and returns the module that takes the layer's place, or None without reading.
 
     Resident memory grows by the model in `dtype` and at most the largest tensor besides. Raises UserError listing every
     missing and unexpected name and every shape that disagrees; warns of tensors that hold NaN or infinity.
@@ -193,11 +198,30 @@ def load_weights(
         _check_tied(checkpoint)
     for name in tqdm(tensors, desc="loading", unit="tensor", disable=None, leave=False):
         place, _, leaf = name.rpartition(".")
+        if keep is not None and leaf == "weight" and isinstance(model.get_submodule(place), nn.Linear):
+            module = keep(place, _pieces(checkpoint, name))
+            if module is not None:
+                parent, _, own = place.rpartition(".")
+                module.bias = model.get_submodule(place).bias
+                setattr(model.get_submodule(parent), own, module)
+                continue
         tensor, finite = _read_into(checkpoint, name, dtype, torch.device(device))
         if not finite:
-            warnings.warn(f"{checkpoint.path}: {name} holds NaN or infinite numbers", stacklevel=2)
+            _warn_of(checkpoint, name)
         parameter = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
         setattr(model.get_submodule(place), leaf, parameter)
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """A tensor's rows in order, a few megabytes at a time; a piece that is not finite is warned of."""
+    for rows, piece in checkpoint.stream(name):
+        if not _finite(piece):
+            _warn_of(checkpoint, name)
+        yield rows, piece
+
+
+def _warn_of(checkpoint: Checkpoint, name: str) -> None:
+    warnings.warn(f"{checkpoint.path}: {name} holds NaN or infinite numbers", stacklevel=3)
 
 
 def _read_into(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lora.blockwise import dequantise, dynamic_table, quantise
+from model.blockwise import dequantise, dynamic_table, quantise
 
 BLOCK = 256
 SMALL = 4096

@@ -1,13 +1,108 @@
-"""Generation with quantised weights equals the plain model with the same weights."""
+"""Generation from narrow weights is the plain model with the weights that the codes stand for, adapters on top."""
 
-from answering_models import plain_greedy, tiny_model
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+from answering_models import plain_greedy, tiny_model, write_model, write_tokenizer
 
 from infer.generate import Generator
-from model.narrow import narrow
+from infer.load import load
+from lora import LoRAConfig, add_lora, load_adapter, save_adapter
+from model.command import UserError
+from model.narrow import NarrowLinear, NarrowWeight, narrow
+
+WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+PROMPTS = [[1, 2, 3], [1, 2, 3, *range(40)], [9]]
 
 
-def test_narrow_weights_generate(tokenizer):
-    model = narrow(tiny_model())
-    prompts = [[1, 2, 3], [1, 2, 3, *range(40)], [9]]
-    for prompt, out in zip(prompts, Generator(model, tokenizer).generate(prompts, max_new_tokens=10), strict=True):
-        assert out.tokens == plain_greedy(model, prompt, 10, tokenizer.stop_ids)[0]
+def widened(model):
+    """The same model with ordinary layers that hold the dequantised weights."""
+    for path, module in list(model.named_modules()):
+        if type(module) is NarrowLinear:
+            linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
+            linear.weight = torch.nn.Parameter(module.narrow.wide(torch.float64), requires_grad=False)
+            linear.bias = module.bias
+            parent, _, leaf = path.rpartition(".")
+            setattr(model.get_submodule(parent), leaf, linear)
+    return model
+
+
+@pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
+@pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True}, {"windows": (5, None)}])
+def test_narrow_weights_generate(tokenizer, form, changes):
+    model = narrow(tiny_model(**WIDTHS, **changes), form)
+    outs = Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=8)
+    plain = widened(narrow(tiny_model(**WIDTHS, **changes), form))
+    for prompt, out in zip(PROMPTS, outs, strict=True):
+        tokens, logprobs = plain_greedy(plain, prompt, 8, tokenizer.stop_ids)
+        assert out.tokens == tokens
+        assert torch.allclose(torch.tensor(out.logprobs), torch.tensor(logprobs), rtol=0, atol=1e-9)
+
+
+def adapters(folder: Path, weights: Path) -> list[Path]:
+    """Two adapters, the second to be used on top of the first."""
+    made = []
+    for number in (1, 2):
+        model, _ = load(weights, dtype="float64")
+        add_lora(model, LoRAConfig(r=number + 1, alpha=4), seed=number)
+        with torch.no_grad():
+            for name, parameter in model.named_parameters():
+                if "lora_B" in name:
+                    parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(number)))
+        save_adapter(model, folder / f"adapter{number}")
+        made.append(folder / f"adapter{number}")
+    return made
+
+
+@pytest.mark.parametrize("form", ["int8", "int4-32", "nf4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_the_last_adapter_stays_exact_on_top_and_the_others_are_added_before_rounding(tmp_path, form, tied):
+    weights = write_model(tmp_path / "model", **WIDTHS, tie_word_embeddings=tied)
+    made = adapters(tmp_path, weights)
+    model, tokenizer = load(weights, made, "float64", form=form)
+    wide, _ = load(weights, made[:1], "float32")  # the first adapter merged in fp32
+    names = [name for name, module in wide.named_modules() if type(module) is torch.nn.Linear]
+    for name in names:
+        weight = wide.get_submodule(name).weight
+        expected = NarrowWeight.quantise([weight], tuple(weight.shape), form).wide(torch.float64)
+        assert torch.equal(model.get_submodule(name).narrow.wide(torch.float64), expected), name
+    plain = narrow(wide, form).double()
+    plain = widened(plain)
+    load_adapter(plain, made[1])
+    for prompt, out in zip(PROMPTS, Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=8), strict=True):
+        assert out.tokens == plain_greedy(plain, prompt, 8, tokenizer.stop_ids)[0]
+
+
+def test_an_unknown_format_is_refused_before_anything_is_read(tmp_path):
+    with pytest.raises(UserError, match="did you mean 'int4"):
+        load(tmp_path / "nothing", form="int-4")
+
+
+PEAK = """
+import resource, sys, torch
+from infer.load import load
+load(sys.argv[2], form="int8")  # what is imported and measured once is not the loader's
+before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+model, _ = load(sys.argv[1], dtype="bfloat16", form="int4")
+peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
+kept = sum(t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers()))
+print(peak * 1024 - kept)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux reports it")
+def test_loading_holds_one_tensor_at_a_time(tmp_path, weights):
+    """A checkpoint of 200 MB in bf16 (its largest tensor 17 MB) is read with 100 MB beside the narrow model."""
+    model = tiny_model(dtype=torch.bfloat16, windows=(None,) * 4, num_hidden_layers=4, hidden_size=1024,
+                       intermediate_size=8192, head_dim=128)  # fmt: skip
+    model.save_pretrained(tmp_path / "large")
+    write_tokenizer(tmp_path / "large")
+    assert sum(p.numel() * 2 for p in model.parameters()) > 200e6
+    del model
+    said = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "large"), str(weights)], capture_output=True,
+                          text=True, check=True)  # fmt: skip
+    assert int(said.stdout.split()[-1]) < 100e6

@@ -5,8 +5,8 @@ import torch
 from torch import nn
 
 from lora import LoRAConfig, add_lora, merge_lora
-from lora.blockwise import dequantise, dynamic_table, from_nf4, quantise, to_nf4
 from lora.narrow import narrow_base
+from model.blockwise import dequantise, dynamic_table, from_nf4, quantise, to_nf4
 from model.command import UserError
 
 bnb = pytest.importorskip("bitsandbytes.functional")

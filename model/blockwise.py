@@ -73,16 +73,32 @@ class DoubleNF4:
 
 def to_nf4(weight: Tensor, block: int = 64) -> DoubleNF4:
     """Quantise twice, as bitsandbytes' quantize_4bit does with compress_statistics."""
+    packed, absmax = nf4_codes(weight, block)
+    return DoubleNF4(packed, *narrow_scales(absmax), weight.shape)
+
+
+def nf4_codes(weight: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
+    """(two codes a byte, the blocks' scales in fp32): the first quantisation."""
     shares, absmax = to_blocks(weight, block)
-    codes = torch.bucketize(shares.flatten()[: weight.numel()], torch.tensor(NF4_EDGES)).to(torch.uint8)
+    edges = torch.tensor(NF4_EDGES, device=weight.device)
+    codes = torch.bucketize(shares.flatten()[: weight.numel()], edges).to(torch.uint8)
     codes = F.pad(codes, (0, len(codes) % 2))
+    return (codes[::2] << 4) | codes[1::2], absmax
+
+
+def narrow_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(8-bit codes of scales less their mean, those codes' own scales, the mean): the second quantisation."""
     offset = absmax.mean()
-    absmax_codes, absmax_absmax = quantise(absmax - offset, dynamic_table(), 256, grid=True)
-    return DoubleNF4((codes[::2] << 4) | codes[1::2], absmax_codes, absmax_absmax, offset, weight.shape)
+    return *quantise(absmax - offset, dynamic_table(), 256, grid=True), offset
+
+
+def wide_scales(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
+    """The fp32 scales of `narrow_scales`' result."""
+    return dequantise(codes, absmax, dynamic_table(), 256) + offset
 
 
 def from_nf4(held: DoubleNF4, block: int = 64) -> Tensor:
     """The fp32 matrix."""
     codes = torch.stack([held.packed >> 4, held.packed & 15], dim=1).flatten()[: held.shape.numel()]
-    absmax = dequantise(held.absmax_codes, held.absmax_absmax, dynamic_table(), 256) + held.offset
+    absmax = wide_scales(held.absmax_codes, held.absmax_absmax, held.offset)
     return dequantise(codes, absmax, torch.tensor(NF4), block).view(held.shape)
