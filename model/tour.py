@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, PlainAttend, Visible, share
+from model.attention import Attention, PlainAttend, Scores, Visible, share
 from model.cache import KVCache
 from model.command import UserError, run
 from model.config import ModelConfig
@@ -177,8 +177,7 @@ def rotary(seen: Seen) -> Step:
 def attended(seen: Seen) -> tuple[Tensor, Tensor, Tensor, Tensor, Visible, int | None]:
     """(q_K, k_SK, v_SK, pattern_S) of layer 0's first head and the last token; who sees whom; the window."""
     q, k, v, visible, window = seen.into[f"{OWN}.attend"]
-    pattern_BHTS = PlainAttend().pattern(q, k, visible, window)
-    heads = q.shape[1]
+    pattern_BHTS, heads = seen.out[f"{OWN}.attend.pattern"], q.shape[1]
     return q[0, 0, -1], share(k, heads)[0, 0], share(v, heads)[0, 0], pattern_BHTS[0, 0, -1], visible, window
 
 
@@ -212,7 +211,7 @@ def scores(seen: Seen) -> Step:
     says = ("The query's product with each key, over √K, says how much the key is wanted; softmax makes that a share "
             "of one. Random weights look everywhere alike; a trained head does not.")  # fmt: skip
     c, S = seen.config, int(row_S.sum())
-    return Step("Scores and pattern", says, source(PlainAttend.pattern, "torch.matmul(q_BHTK"), facts, [hand],
+    return Step("Scores and pattern", says, source(Scores.forward, "torch.matmul(q_BHTK"), facts, [hand],
                 (2 * c.num_attention_heads * c.head_dim * S, c.num_key_value_heads * c.head_dim * S * 4))  # fmt: skip
 
 
