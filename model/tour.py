@@ -135,7 +135,7 @@ def norm(seen: Seen) -> Step:
     hand = near(how, value, seen.last(f"{FIRST}.input_layernorm")[0])
     says = "Layer 0 begins. RMSNorm brings the vector to length √D, so that what follows does not depend on its size."
     size = module.weight.numel()
-    return Step("Norm", says, source(RMSNorm.forward, "rsqrt"), facts, [hand], (4 * size, 4 * size))
+    return Step("Norm", says, source(RMSNorm.scale, "rsqrt"), facts, [hand], (4 * size, 4 * size))
 
 
 def projections(seen: Seen) -> Step:
