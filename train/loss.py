@@ -18,7 +18,13 @@ from torch import Tensor
 from model.transformer import Transformer
 from train.rows import ANSWER, IGNORE, NOTE, Batch
 
-CHUNK = 512  # tokens whose logits exist at once
+CHUNK = 512  # tokens whose logits exist at once, at most
+LOGITS = 2**23  # and so many logits: 34 MB
+
+
+def chunk(words: int) -> int:
+    """Tokens whose logits over so many words exist at once."""
+    return max(64, min(CHUNK, LOGITS // words))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
@@ -31,8 +37,8 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         loss_N = torch.empty(len(x_ND), dtype=wide, device=x_ND.device)
         dx_ND = torch.empty_like(x_ND) if needs_x else None
         dw_VD = torch.zeros_like(weight_VD) if needs_w else None
-        for start in range(0, len(x_ND), CHUNK):
-            part = slice(start, start + CHUNK)
+        for start in range(0, len(x_ND), size := chunk(len(weight_VD))):
+            part = slice(start, start + size)
             rows = torch.arange(len(target_N[part]), device=x_ND.device)
             logits_NV = (x_ND[part] @ weight_VD.t()).to(wide)
             log_sum_N = logits_NV.logsumexp(dim=-1)

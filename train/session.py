@@ -24,6 +24,7 @@ from model.transformer import Transformer
 from model.weights import save_weights
 from train.checkpoint import snapshot
 from train.dataset import Rows
+from train.fast import fast_blocks
 from train.loop import Trainer
 from train.recipe import Recipe, parse
 from train.sharding import Ranks, shard
@@ -108,6 +109,8 @@ def load_model(recipe: Recipe, ranks: Ranks) -> tuple[nn.Module, str]:
         narrow_base(model, recipe.base)
     model.model.checkpoint_blocks = recipe.checkpoint_blocks
     model.use_attention("fast")
+    if not recipe.compile:  # torch.compile fuses the plain block by itself
+        fast_blocks(model)
     return (shard(model, ranks) if ranks.world > 1 else model), base
 
 

@@ -117,6 +117,7 @@ def resident(peak: bool = False) -> float:
 def our_step(kind: str, size: str, r: int, folder: str, device: str, dtype: torch.dtype) -> Any:
     from lora import LoRAConfig, add_lora
     from model import Transformer
+    from train.fast import fast_blocks
     from train.loss import batch_loss
     from train.rows import collate, count
 
@@ -124,7 +125,7 @@ def our_step(kind: str, size: str, r: int, folder: str, device: str, dtype: torc
 
     def prepared() -> Any:
         model = Transformer.from_pretrained(folder, dtype=dtype, device=device).use_attention("fast").train()
-        add_lora(model, LoRAConfig(r=r, alpha=2.0 * r))
+        fast_blocks(add_lora(model, LoRAConfig(r=r, alpha=2.0 * r)))
         return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
 
     def advance(made: Any) -> None:

@@ -16,6 +16,7 @@ from model.config import ModelConfig
 from model.transformer import Transformer
 from train.checkpoint import whole
 from train.dataset import Rows
+from train.fast import fast_blocks
 from train.loop import Trainer
 from train.optimizer import named_trainable
 from train.recipe import Recipe
@@ -46,7 +47,7 @@ def tiny(recipe: Recipe, config: ModelConfig = CONFIG, dtype: torch.dtype = torc
 
 def trainer(case: dict, store: str, stage: str, ranks: Ranks) -> Trainer:
     recipe = replace(RECIPE, **case)
-    model = tiny(recipe)
+    model = fast_blocks(tiny(recipe))
     if ranks.world > 1:
         shard(model, ranks)
     return Trainer(recipe, model, Rows(TokenStore(store), recipe, stage), None, ranks, {})
