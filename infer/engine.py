@@ -148,9 +148,12 @@ class Layer:
 
 
 class Engine:
-    """A Transformer made ready for generation; its weights are read here, so make a new one after changing them."""
+    """A Transformer made ready for generation; its weights are read here, so make a new one after changing them.
 
-    def __init__(self, model: Transformer) -> None:
+    Keys and values are kept in `cache_dtype` (None: the model's own); prompts are read `chunk` tokens at a time.
+    """
+
+    def __init__(self, model: Transformer, cache_dtype: torch.dtype | None = None, chunk: int = 2048) -> None:
         self.model, self.config = model, model.config
         self.head_dim = model.config.head_dim
         self.layers = [Layer(block) for block in model.model.layers]
@@ -160,6 +163,7 @@ class Engine:
         self.heads, self.groups = model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
         self.scale = self.head_dim**-0.5
         self.dtype, self.device = model.dtype, model.device
+        self.cache_dtype, self.chunk = cache_dtype or model.dtype, chunk
 
     def forward(self, tokens_N: Tensor, position_N: Tensor, attend: Attend) -> Tensor:
         """Normed hidden states x_ND of tokens at given positions (int64). `attend(layer, q_NHK, k_NGK, v_NGK)` stores

@@ -18,7 +18,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
@@ -35,6 +35,7 @@ from model.command import UserError, run
 from model.files import sha256_file, write_json
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
+    from infer.memory import Plan
     from infer.neighbours import Neighbours
 
 LETTERS = 24_000  # characters of a batch's notes: some 6,000 tokens of prefix
@@ -84,8 +85,12 @@ class Options:
     repair: Path | None = None
     """A lexicon (JSON lines whose `text` is spelled well: training notes): mend the notes' spelling and expand their
     abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
-    format: Literal["wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "wide"
-    """How linear layers' weights are kept: in dtype (wide), 8 or 4 bits (the number: columns that share a scale)."""
+    format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "auto"
+    """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
+    auto: wide, or what fits --memory."""
+    memory: str = ""
+    """Run within so much memory, for example 6GB: choose format, batch, cache and chunk, say so, and refuse before
+    loading what cannot fit. A retriever's encoder and index are not counted."""
     tensor_parallel: int = 1
     """Under torchrun: so many processes hold one model together (for models too large for one device)."""
     limit: int | None = None
@@ -108,15 +113,16 @@ def main(options: Options) -> int:
             f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
             f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
         )
-    if together > 1 and options.format != "wide":
-        raise UserError("--format and --tensor-parallel do not go together; leave one out")
+    options, plan = planned(options)
+    if together > 1 and (options.format != "wide" or options.memory):
+        raise UserError("--format, --memory and --tensor-parallel do not go together; leave one out")
     next(source(options))  # refuses a missing or empty file before anything is made
     job = Job(options.out, identity(options), rank // together, world // together, rank % together == 0)
     finished = job.claim()
     began = time.perf_counter()
     if not finished:
         barrier(world)
-        extract(options, job, neighbours)
+        extract(options, job, neighbours, plan)
         barrier(world)
         if rank == 0:
             job.finish(sizes(options))
@@ -132,6 +138,22 @@ def main(options: Options) -> int:
         done = "already finished" if finished else f"{seconds:.1f} s"
         print(f"{options.out}: {notes} notes, {errors} with an error, {done}")
     return 1 if errors else 0
+
+
+def planned(options: Options) -> tuple[Options, Plan | None]:
+    """The options with the format and batch that the memory allows, and the plan; None without --memory."""
+    if not options.memory:
+        return replace(options, format="wide" if options.format == "auto" else options.format), None
+    if options.long == "windows":
+        raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
+    from infer.load import plan_for
+    from infer.memory import Load
+
+    asked = {"phenotype": 8, "diagnosis": 1, "both": 9}[options.task]
+    new = (asked - (options.task != "phenotype")) * options.max_new_tokens
+    new += 64 * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
+    plan = plan_for(options, Load(options.max_input_tokens, new, asked, options.batch))
+    return replace(options, format=plan.form, batch=plan.batch), plan
 
 
 def source(options: Options) -> Iterator[Note]:
@@ -158,6 +180,8 @@ def identity(options: Options) -> dict[str, object]:
         files["index"] = [str(options.index), sha256_file(options.index / "manifest.json")]
     if options.format != "wide":  # named only where it is on
         kept = (*kept, "format")
+    if options.memory:
+        kept = (*kept, "memory")
     if options.tensor_parallel > 1:
         kept = (*kept, "tensor_parallel")
     return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
@@ -189,7 +213,7 @@ def stamp(path: str) -> list[object]:
     return [str(where), *([f.name, f.stat().st_size] for f in files if f.exists())]
 
 
-def extract(options: Options, job: Job, neighbours: Neighbours | None) -> None:
+def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Plan | None) -> None:
     """Answer what is not yet answered of this rank's batches."""
     from infer.ask import Asker, Limits
     from infer.generate import Generator
@@ -210,7 +234,9 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None) -> None:
     if form == "auto":
         form = "template" if options.adapter or tokenizer.form is None else "chat"
     limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
-    asker = Asker(Generator(model, tokenizer), options.task, form, limits, options.long, options.grounded, neighbours)
+    kept = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
+    generator = Generator(model, tokenizer, **kept)
+    asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours)
     with tqdm(total=total, unit="note", disable=None if job.rank == 0 else True, desc="extracting") as bar:
         for number, batch in enumerate(split(options)):
             if number % job.world == job.rank and number // job.world >= done:

@@ -91,12 +91,13 @@ class State:
 class Generator:
     """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
     others are, so its result is the same to the bit; it costs what sharing would have saved. `lookup` lets requests
-    guess ahead (infer/lookup.py)."""
+    guess ahead (infer/lookup.py). `cache_dtype` and `chunk` are Engine's."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True
-    ) -> None:
-        self.engine, self.tokenizer = Engine(model), tokenizer
+        self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True,
+        cache_dtype: torch.dtype | None = None, chunk: int = 2048,
+    ) -> None:  # fmt: skip
+        self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
         self.deterministic, self.lookup = deterministic, lookup
         self.stop_ids = frozenset(tokenizer.stop_ids) | frozenset(model.config.eos_token_id)
 
@@ -220,7 +221,7 @@ class Generator:
         )
         count_N = torch.tensor([len(tokens) for tokens in own], device=self.engine.device)
         last_ND = None
-        size = max(1, 4096 // len(own)) if len(own) > 1 else 2048
+        size = max(1, 2 * self.engine.chunk // len(own)) if len(own) > 1 else self.engine.chunk
         for start in range(0, longest, size):
             part_NT = tokens_NT[:, start : start + size]
             here_N = (count_N - start).clamp(0, part_NT.shape[1])
@@ -312,9 +313,12 @@ def cycles(tokens: Sequence[int]) -> bool:
 def main(options: Options) -> int:
     import json
 
-    from infer.load import load
+    from infer.load import load, plan_for
+    from infer.memory import Load
 
-    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=options.format)
+    asked = Load(len(options.prompt.encode()) + 64, options.max_new_tokens)  # no token is shorter than a byte
+    how = plan_for(options, asked)
+    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=how.form)
     settings = Settings(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.min_p, options.seed,
         tuple(options.stop),
@@ -322,7 +326,7 @@ def main(options: Options) -> int:
     prompt: str | list[int] = options.prompt
     if options.chat:
         prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
-    generator = Generator(model, tokenizer)
+    generator = Generator(model, tokenizer, cache_dtype=how.cache, chunk=how.chunk)
     if options.json:
         (out,) = generator.generate([prompt], settings)
         print(json.dumps(out.__dict__, ensure_ascii=False))
@@ -361,8 +365,12 @@ class Options:
     """Texts that end the generation."""
     dtype: str = "float32"
     """float32, bfloat16 or float64."""
-    format: Literal["wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "wide"
-    """How linear layers' weights are kept: in dtype (wide), 8 or 4 bits (the number: columns that share a scale)."""
+    format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "auto"
+    """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
+    auto: wide, or what fits --memory."""
+    memory: str = ""
+    """Run within so much memory, for example 6GB: choose format, cache and chunk, say so, and refuse before
+    loading what cannot fit."""
     json: bool = False
     """Print one JSON object: text, tokens, logprobs, finish_reason."""
 

@@ -2,17 +2,21 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from infer.memory import Load, Plan, fit, read_size
 from lora import load_adapter, merge_lora
 from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
 from model import ModelConfig, Tokenizer, Transformer
 from model.command import UserError, nearest
-from model.narrow import FORMATS, NarrowLinear, NarrowWeight, narrow_head, narrows
+from model.narrow import FORMATS, NarrowEmbedding, NarrowLinear, NarrowWeight, narrows
 from model.weights import load_weights
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -69,12 +73,32 @@ def load_narrow(
     updates = [Update(model, adapter) for adapter in merged]
 
     def keep(path: str, pieces: Iterator[tuple[slice, Tensor]]) -> nn.Module | None:
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Embedding):
+            return embedding(module, (piece for _, piece in pieces))
         if not narrows(path):
             return None
-        linear = model.get_submodule(path)
-        shape = (linear.out_features, linear.in_features)
         changed = (added(path, rows, piece) for rows, piece in pieces)
-        return NarrowLinear(NarrowWeight.quantise(changed, shape, form).to(device).ready())
+        return narrowed(changed, (module.out_features, module.in_features))
+
+    def narrowed(pieces: Iterable[Tensor], shape: tuple[int, int]) -> NarrowLinear:
+        return NarrowLinear(NarrowWeight.quantise(pieces, shape, form).to(device).ready())
+
+    def embedding(module: nn.Embedding, pieces: Iterator[Tensor]) -> nn.Module:
+        """Its rows are looked up one by one, so bf16 costs no time; a tied model's head is quantised on the way."""
+        rows: list[Tensor] = []
+
+        def kept() -> Iterator[Tensor]:
+            for piece in pieces:
+                rows.append(piece.to(dtype if dtype == torch.float64 else torch.bfloat16))
+                yield piece
+
+        if model.lm_head is None:
+            model.lm_head = narrowed(kept(), (module.num_embeddings, module.embedding_dim))
+        else:
+            for _ in kept():
+                pass
+        return NarrowEmbedding(torch.cat(rows).to(device), dtype)
 
     def added(path: str, rows: slice, piece_MD: Tensor) -> Tensor:
         for update in updates:
@@ -82,7 +106,21 @@ def load_narrow(
         return piece_MD
 
     load_weights(model, weights, dtype, device, keep)
-    return narrow_head(model, form)
+    return model
+
+
+def plan_for(options: Any, asked: Load) -> Plan:
+    """How to run with a program's options (weights, adapter, dtype, format, memory, batch), said on stderr where a
+    memory is given. Raises UserError for a memory that cannot be read or is not enough."""
+    dtype = DTYPES.get(options.dtype, torch.float32)
+    if not options.memory:
+        return Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
+    budget = read_size(options.memory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    plan = fit(options.weights, options.adapter, budget, asked, options.format, dtype, device)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(plan.describe(budget), file=sys.stderr)
+    return plan
 
 
 class Update:

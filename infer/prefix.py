@@ -26,7 +26,6 @@ from model.attention import share
 SHARED = 8  # tokens: a shorter common stretch is cheaper to compute again than to attend to apart
 OWN = 64  # tokens: a longer private stretch gets a node, so that leaves of a batch stay of similar length
 BLOCK = 512  # queries of one attention call while prompts are read
-CHUNK = 2048  # tokens of one pass while prompts are read: bounds the activations
 ROOM = 32  # slots by which leaves grow
 
 
@@ -130,13 +129,14 @@ class Cache:
     def _read_nodes(self) -> None:
         """Compute every node's keys and values: level by level, ragged, in passes of bounded size."""
         level = [node for node in self.nodes if node.parent is None]
+        chunk = self.engine.chunk  # tokens of one pass: bounds the activations
         while level:
             pieces: list[tuple[Node, int, int]] = []
             size = 0
             for node in level:
-                for begin in range(0, len(node.tokens), CHUNK):
-                    end = min(begin + CHUNK, len(node.tokens))
-                    if pieces and (size + end - begin > CHUNK or pieces[-1][0] is node or self.apart):
+                for begin in range(0, len(node.tokens), chunk):
+                    end = min(begin + chunk, len(node.tokens))
+                    if pieces and (size + end - begin > chunk or pieces[-1][0] is node or self.apart):
                         self._read(pieces)
                         pieces, size = [], 0
                     pieces.append((node, begin, end))
@@ -167,7 +167,7 @@ class Cache:
                 node.values = [v[:, drop:].clone() for v in node.values]
 
     def _read_attend(self, layer: int, node: Node, begin: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
-        k_GTK, v_GTK = k_TGK.transpose(0, 1), v_TGK.transpose(0, 1)
+        k_GTK, v_GTK = (kept_TGK.transpose(0, 1).to(self.engine.cache_dtype) for kept_TGK in (k_TGK, v_TGK))
         if begin == 0:
             if layer == 0:
                 node.first = node.start
@@ -207,8 +207,8 @@ class Cache:
                 keys[:, :, :, at : at + T].copy_(k_NTGK.permute(0, 2, 3, 1))
                 values[:, :, at : at + T].copy_(v_NTGK.transpose(1, 2))
             else:
-                keys[rows_N1, :, :, slots_NT] = k_NTGK
-                values[rows_N1, :, slots_NT] = v_NTGK
+                keys[rows_N1, :, :, slots_NT] = k_NTGK.to(keys.dtype)
+                values[rows_N1, :, slots_NT] = v_NTGK.to(keys.dtype)
             window = self.engine.layers[layer].window
             q_NHTK = q_NHK.unflatten(0, (N, T)).transpose(1, 2)
             return self._attend(layer, q_NHTK, S, masks[window], pieces[window]).transpose(1, 2).flatten(0, 1)
@@ -219,7 +219,8 @@ class Cache:
 
     def _attend(self, layer: int, q_NHTK: Tensor, S: int, mask_NTS: Tensor | None, pieces: list) -> Tensor:
         N, H, T, K = q_NHTK.shape
-        k_NGKS, v_NGSK = self.keys[layer][:, :, :, :S], self.values[layer][:, :, :S]
+        k_NGKS = self.keys[layer][:, :, :, :S].to(q_NHTK.dtype)  # the cache may be narrower
+        v_NGSK = self.values[layer][:, :, :S].to(q_NHTK.dtype)
         if not pieces and T > 16:
             mask = None if mask_NTS is None else mask_NTS[:, None]
             return F.scaled_dot_product_attention(
@@ -237,7 +238,7 @@ class Cache:
         out_NGMK, logsum_NGM1 = weigh(score_NGMS, v_NGSK, wide)
         for node, rows, keys, mask_nTS in pieces:
             n = rows.stop - rows.start
-            k_GSK, v_GSK = node.keys[layer][:, keys], node.values[layer][:, keys]
+            k_GSK, v_GSK = (held[layer][:, keys].to(q_NHTK.dtype) for held in (node.keys, node.values))
             q_GMK = q_NGMK[rows].transpose(0, 1).reshape(G, -1, K)
             score_GMS = torch.matmul(q_GMK, k_GSK.transpose(1, 2))
             if mask_nTS is not None:
@@ -298,7 +299,7 @@ class Cache:
             return
         room = need + max(ROOM, need // 4)
         N, G, K = len(self.length_N), self.engine.groups, self.engine.head_dim
-        like = {"dtype": self.engine.dtype, "device": self.engine.device}
+        like = {"dtype": self.engine.cache_dtype, "device": self.engine.device}
         keys = [torch.zeros(N, G, K, room, **like) for _ in self.engine.layers]
         values = [torch.zeros(N, G, room, K, **like) for _ in self.engine.layers]
         for layer in range(len(self.keys)):
@@ -348,6 +349,6 @@ def causal(
         seen_TS = key_position_S[held] <= query_T1
         if window is not None:
             seen_TS &= key_position_S[held] > query_T1 - window
-        k_1HSK, v_1HSK = share(k_GSK[None, :, held], H), share(v_GSK[None, :, held], H)
+        k_1HSK, v_1HSK = (share(kept_GSK[None, :, held].to(q_HTK.dtype), H) for kept_GSK in (k_GSK, v_GSK))
         outs.append(F.scaled_dot_product_attention(q_HTK[None, :, start:stop], k_1HSK, v_1HSK, attn_mask=seen_TS)[0])
     return torch.cat(outs, dim=1).transpose(0, 1)

@@ -181,6 +181,18 @@ class NarrowLinear(nn.Linear):
         return y_BTO if self.bias is None else y_BTO + self.bias
 
 
+class NarrowEmbedding(nn.Embedding):
+    """nn.Embedding whose rows are kept in bf16 and given out in `dtype`."""
+
+    def __init__(self, rows_VD: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(*rows_VD.shape, _weight=rows_VD)
+        self.weight.requires_grad_(False)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).to(self.dtype)
+
+
 def up_to_bf16(x: Tensor) -> Tensor:
     """Positive fp32 numbers as bf16, rounded up."""
     near = x.to(torch.bfloat16)

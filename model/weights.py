@@ -181,8 +181,8 @@ def load_weights(
 ) -> None:
     """Give a model (built on meta or not) the checkpoint's weights, one tensor in flight, cast to `dtype` on the way.
 
-    `keep(name, pieces)` may hold a linear layer's weight in a way of its own: it gets the layer's name and its rows in
-    order, a few megabytes at a time, and returns the module that takes the layer's place, or None without reading.
+    `keep(name, pieces)` may hold a matrix in a way of its own: it gets its layer's name and its rows in order, a few
+    megabytes at a time, and returns the module that takes the layer's place, or None without reading.
 
     Resident memory grows by the model in `dtype` and at most the largest tensor besides. Raises UserError listing every
     missing and unexpected name and every shape that disagrees; warns of tensors that hold NaN or infinity.
@@ -198,11 +198,12 @@ def load_weights(
         _check_tied(checkpoint)
     for name in tqdm(tensors, desc="loading", unit="tensor", disable=None, leave=False):
         place, _, leaf = name.rpartition(".")
-        if keep is not None and leaf == "weight" and isinstance(model.get_submodule(place), nn.Linear):
+        if keep is not None and leaf == "weight" and wanted[name].dim() == 2:
             module = keep(place, _pieces(checkpoint, name))
             if module is not None:
                 parent, _, own = place.rpartition(".")
-                module.bias = model.get_submodule(place).bias
+                if isinstance(module, nn.Linear):
+                    module.bias = model.get_submodule(place).bias
                 setattr(model.get_submodule(parent), own, module)
                 continue
         tensor, finite = _read_into(checkpoint, name, dtype, torch.device(device))

@@ -106,11 +106,10 @@ def test_guessing_stops_where_it_does_not_pay():
 
 
 def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):
-    monkeypatch.setattr("infer.prefix.CHUNK", 16)
     monkeypatch.setattr("infer.prefix.BLOCK", 5)
     for kind in ("full", "window", "mixed"):
         prompts = [[(7 * i + n) % 200 for i in range(100)] for n in range(3)]
-        outs = Generator(MODELS[kind], tokenizer).generate(prompts, max_new_tokens=6)
+        outs = Generator(MODELS[kind], tokenizer, chunk=16).generate(prompts, max_new_tokens=6)
         for prompt, out in zip(prompts, outs, strict=True):
             assert out.tokens == plain_greedy(MODELS[kind], prompt, 6, tokenizer.stop_ids)[0]
 

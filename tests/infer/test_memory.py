@@ -1,0 +1,109 @@
+"""A memory budget: what is planned fits it, more memory never gives a worse way, too little is refused unread."""
+
+import json
+
+import pytest
+import torch
+from answering_models import plain_greedy, tiny_model, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infer.extract import Options, main
+from infer.generate import Generator
+from infer.load import load
+from infer.memory import FORMATS, Load, adapter_bytes, fit, read_size, weight_bytes
+from model import ModelConfig
+from model.command import UserError
+
+SEVEN_B = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
+    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
+    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": 4096, "max_position_embeddings": 32768,
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def seven_b(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("seven-b")  # a plan reads the config alone
+    (folder / "config.json").write_text(json.dumps(SEVEN_B))
+    return folder
+
+
+@settings(deadline=None, max_examples=12)
+@given(gigabytes=st.floats(4.6, 60), batch=st.integers(1, 32))
+def test_a_plan_fits_and_more_memory_is_never_worse(seven_b, gigabytes, batch):
+    asked = Load(1500, 900, 9, batch)
+    try:
+        plan = fit(seven_b, (), gigabytes * 1e9, asked, "auto", torch.float32)
+    except UserError as error:
+        assert "is not enough" in str(error)
+        return
+    assert plan.total <= gigabytes * 1e9 and 1 <= plan.batch <= batch
+    more = fit(seven_b, (), gigabytes * 2e9, asked, "auto", torch.float32)
+    assert FORMATS.index(more.form) <= FORMATS.index(plan.form)
+    if more.form == plan.form:
+        assert (more.batch, more.cache.itemsize) >= (plan.batch, plan.cache.itemsize) or more.cache != plan.cache
+
+
+def test_seven_billion_weights_run_in_five_gigabytes(seven_b):
+    plan = fit(seven_b, (), 5e9, Load(1500, 50), "auto", torch.float32)
+    assert plan.form.startswith("int4") and plan.cache == torch.float16
+    assert 3.7e9 < plan.parts["weights"] < 4.6e9
+
+
+@pytest.mark.parametrize("form", ["wide", "int8", "int4", "int4-32", "nf4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_weights_take_the_bytes_that_are_planned(tmp_path, form, tied):
+    folder = write_model(tmp_path / "m", hidden_size=64, intermediate_size=128, head_dim=16, tie_word_embeddings=tied)
+    model, _ = load(folder, form=form)
+    held = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    planned = weight_bytes(ModelConfig.from_pretrained(folder), form, torch.float32)
+    assert planned * 0.97 <= sum(held.values()) <= planned
+    assert adapter_bytes(model.config, (), form) == 0
+
+
+@pytest.mark.parametrize(("text", "size"), [("6GB", 6e9), ("5000 MB", 5e9), ("4.5GiB", 4.5 * 2**30), ("7e9", None),
+                                            ("much", None), ("0GB", None), ("6 TB", None), ("-1GB", None)])  # fmt: skip
+def test_sizes(text, size):
+    if size is None:
+        with pytest.raises(UserError, match="for example 6GB"):
+            read_size(text)
+    else:
+        assert read_size(text) == size
+
+
+def test_too_little_memory_is_refused_before_anything_is_read_or_written(weights, tmp_path):
+    notes = tmp_path / "n.jsonl"
+    notes.write_text('{"id": "a", "text": "Tumor 2.5 cm"}\n')
+    before = sorted(tmp_path.iterdir())
+    (weights / "model.safetensors").rename(weights / "away")
+    try:
+        with pytest.raises(UserError, match=r"the least is 0\.\d+ GB"):
+            main(Options(weights=str(weights), notes=notes, out=tmp_path / "o.jsonl", memory="100MB"))
+    finally:
+        (weights / "away").rename(weights / "model.safetensors")
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_a_job_within_its_memory(weights, tmp_path, capsys):
+    notes = tmp_path / "n.jsonl"
+    notes.write_text('{"id": "a", "text": "Tumor 2.5 cm"}\n')
+    options = {"weights": str(weights), "notes": notes, "form": "template", "max_new_tokens": 4, "max_new_diagnosis": 4}
+    assert main(Options(out=tmp_path / "o.jsonl", memory="2GB", **options)) == 0
+    assert "plan for 2.0 GB: wide, batch 8, cache float32" in capsys.readouterr().err
+    with pytest.raises(UserError, match="windows"):
+        main(Options(out=tmp_path / "p.jsonl", memory="2GB", long="windows", **options))
+
+
+@pytest.mark.parametrize("windows", [(None, None), (7, 7)])
+def test_a_narrower_cache_and_short_chunks_are_near(tokenizer, windows):
+    """fp16 keys and values change log-probabilities by their rounding; a chunk's length by nothing."""
+    model = tiny_model(windows=windows)
+    prompts = [[(7 * i + n) % 200 for i in range(60)] for n in range(3)] + [[5]]
+    exact = Generator(model, tokenizer).generate(prompts, max_new_tokens=6)
+    chunked = Generator(model, tokenizer, chunk=8).generate(prompts, max_new_tokens=6)
+    rounded = Generator(model, tokenizer, cache_dtype=torch.float16, chunk=16).generate(prompts, max_new_tokens=1)
+    for prompt, one, two, three in zip(prompts, exact, chunked, rounded, strict=True):
+        assert one.tokens == two.tokens == plain_greedy(model, prompt, 6, tokenizer.stop_ids)[0]
+        assert 0 <= abs(one.logprobs[0] - three.logprobs[0]) < 2e-2 * abs(one.logprobs[0]) + 2e-2
+    assert any(one.logprobs[0] != three.logprobs[0] for one, three in zip(exact, rounded, strict=True))
