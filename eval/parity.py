@@ -25,7 +25,7 @@ from lora import load_adapter
 from model import Tokenizer, Transformer
 from model.command import UserError, one_line, run
 from model.files import write_json
-from model.weights import find_format
+from model.weights import find_format, fingerprint
 
 PROMPT = (
     "PATHOLOGY REPORT. Left breast, core biopsy: invasive ductal carcinoma, grade 2, 2.5 cm. ER+ (95 %), PR-, HER2 "
@@ -107,7 +107,8 @@ def main(options: Options) -> int:
     print(f"\n{report.summary()}")
     if options.json:
         rows = [dataclasses.asdict(row) for row in report.rows]
-        write_json(options.json, {"summary": report.summary(), "holds": not report.failed, "rows": rows})
+        write_json(options.json, {"summary": report.summary(), "holds": not report.failed, "rows": rows,
+                                  "fingerprint": fingerprint(options.weights)})  # fmt: skip
     return 1 if report.failed else 0
 
 

@@ -194,7 +194,7 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         names: dict[str, Any] = {}
         for key, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("pad_token", self.pad_id)):
-            names[key] = None if i is None else self._piece(i)
+            names[key] = None if i is None else self.piece(i)
         if self.template:
             names["chat_template"] = self.template
         if self.form:
@@ -204,7 +204,8 @@ class Tokenizer:
             (folder / name).write_bytes(data)
         write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind, "add_bos_token": False, **names})
 
-    def _piece(self, i: int) -> str:
+    def piece(self, i: int) -> str:
+        """A token as its file spells it: with "Ġ" or "▁" for a space, a special token by its name."""
         engine = self.engine
         return engine.model.id_to_token(i) if isinstance(engine, Fast) else engine.model.id_to_piece(i)  # type: ignore
 

@@ -11,6 +11,7 @@ config.json. No pickle is ever opened: `python -m model.convert` turns .bin file
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
 import os
@@ -134,6 +135,17 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         tensors = _open_files(where, "consolidated", sorted(where.glob("consolidated*.safetensors")))
         return Checkpoint(where, kind, from_native(tensors, native_config(_object(where / "params.json"))))
     return Checkpoint(where, kind, _open_files(where, "model", [where / "model.safetensors"]))
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """A name for the weights at `path`, whatever their format: a hash of every tensor's name, shape and first row in
+    fp32. Cheap (no tensor is read whole), and another as soon as training has moved any first row."""
+    checkpoint, digest = open_checkpoint(path), hashlib.sha256()
+    for name, stored in sorted(checkpoint.tensors.items()):
+        if not COMPUTED.fullmatch(name):
+            first = checkpoint.read(name, slice(0, 1)) if stored.shape else checkpoint.read(name)
+            digest.update(f"{name}{tuple(stored.shape)}".encode() + first.float().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def _open_files(folder: Path, stem: str, without_index: list[Path]) -> dict[str, Stored]:

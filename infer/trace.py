@@ -1,0 +1,246 @@
+"""See inside one forward pass: a self-contained page about a prompt, a model, and what the model answered.
+
+    python -m infer.trace --weights DIR [--adapter DIR] --prompt TEXT --out trace.html
+    python -m infer.trace --weights DIR --adapter DIR --note note.txt --ask tumor_size --out trace.html
+
+The answer is generated greedily; then one plain pass over prompt and answer is recorded (infer/recording.py) and
+written as one HTML file. With an adapter, the base reads the same tokens beside it; `--compare` puts another model or
+adapter there. The file holds the prompt's text, so only its owner may read it.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import tyro
+
+from infer import tasks, trace_html
+from infer.ask import Asker, Limits
+from infer.generate import Generator, Settings
+from infer.load import load
+from infer.notes import read_notes
+from lora import load_adapter, no_adapter, set_adapter
+from model import Tokenizer, Transformer
+from model.command import UserError, nearest, run
+from model.files import check_writable, read_json, write_text
+from model.weights import fingerprint
+
+ROWS = 640  # tokens up to which every position's attention is kept
+LIMIT = 8_000_000  # bytes of a page
+
+
+@dataclass(frozen=True)
+class Options:
+    """Trace one prompt through a model and write a page about it."""
+
+    weights: str
+    """A model's folder or GGUF file."""
+    out: Path
+    """The page (HTML); it holds the prompt's text and is readable by its owner only."""
+    prompt: str | None = None
+    """The text to read."""
+    note: Path | None = None
+    """A note instead (a .txt file, or JSON lines with `id` and `text`), asked as infer.extract asks."""
+    id: str | None = None
+    """Which record of the notes (default: the first)."""
+    ask: str = "tumor_size"
+    """What to ask about the note: a phenotype's name, "diagnosis", or a question in words."""
+    form: Literal["template", "chat"] = "template"
+    """The tuned template, or the model's own chat form (for --prompt: the text as it stands, or as a user's turn)."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """LoRA adapters (PEFT folders), one --adapter each: the last one is compared with the model without it, those
+    before it are merged."""
+    compare: str | None = None
+    """Another model, or another adapter on the same weights, to put beside it."""
+    parity: Path | None = None
+    """A file that `python -m eval.parity --json` wrote about these weights: its first divergent stage is shown."""
+    max_new_tokens: int = 50
+    """At most so many tokens of answer; 0: the prompt only."""
+    dtype: str = "float32"
+    """float32, bfloat16 or float64."""
+    device: str | None = None
+    """cpu or cuda (default: cuda where there is one)."""
+
+
+@dataclass(frozen=True)
+class Side:
+    """A model to look into: its name, tokenizer, and a context in which the model is that one."""
+
+    name: str
+    model: Transformer
+    tokenizer: Tokenizer
+    chosen: Callable[[], Any]
+
+
+def main(options: Options) -> int:
+    check(options)
+    mark = parity(options) if options.parity else None
+    data: dict[str, Any] = {"title": f"Trace: {Path(options.weights).name}", "runs": [], "said": [],
+                            "parity": mark, "code": trace_html.code()}  # fmt: skip
+    ids: list[int] = []
+    start, first = 0, None
+    for side in sides(options):
+        with side.chosen(), torch.no_grad():
+            generator = Generator(side.model, side.tokenizer, lookup=False)
+            prompt = prompt_ids(options, generator)
+            answer = answer_ids(options, generator, prompt)
+            same = first is None or (prompt == ids[:start] and same_pieces(first.tokenizer, side.tokenizer, ids))
+            if first is None or not same:  # a comparison reads the first one's tokens wherever it has the same ones
+                ids, start = [*prompt, *answer], len(prompt)
+            if not same:
+                data["said"].append("The two models cut the text into other tokens, so each is shown on its own.")
+            data["runs"].append(one_run(side, ids, start, answer, data["said"]))
+        first = first or side
+    finish(options, data)
+    return 0
+
+
+def check(options: Options) -> None:
+    """The mistakes that can be seen before a model is loaded."""
+    if (options.prompt is None) == (options.note is None):
+        raise UserError("give either --prompt TEXT or --note FILE")
+    if options.max_new_tokens < 0:
+        raise UserError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 0")
+    check_writable(options.out)
+    if options.out.is_dir():
+        raise UserError(f"{options.out} is a folder; give --out a file, for example trace.html")
+    for adapter in options.adapter:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
+    if options.compare is not None and not Path(options.compare).exists():
+        raise UserError(f"{options.compare}: no such file or folder; --compare takes a model or an adapter")
+
+
+def sides(options: Options) -> Iterator[Side]:
+    """The models of the page, each ready when it is its turn: what was asked for, then what it is compared with."""
+    model, tokenizer = load(options.weights, options.adapter[:-1], options.dtype, options.device)
+    base, other = Path(options.weights).name, options.compare
+    if options.adapter:
+        load_adapter(model, options.adapter[-1])
+        named = f"{base} + {path_name(options.adapter[-1])}"
+        yield Side(named, model, tokenizer, lambda: adapter_on(model, "default"))
+    else:
+        yield Side(base, model, tokenizer, contextlib.nullcontext)
+    if other is None and options.adapter:
+        yield Side(f"{base} without it", model, tokenizer, lambda: no_adapter(model))
+    elif other is not None and (Path(other) / "adapter_config.json").is_file():
+        load_adapter(model, other, "compared")
+        yield Side(f"{base} + {path_name(other)}", model, tokenizer, lambda: adapter_on(model, "compared"))
+    elif other is not None:
+        second, their = load(other, (), options.dtype, options.device)
+        yield Side(Path(other).name, second, their, contextlib.nullcontext)
+
+
+def path_name(adapter: str) -> str:
+    """An adapter's folder by the words that tell it from others: runs/demo/tuned/adapter is tuned/adapter."""
+    return "/".join(Path(adapter).resolve().parts[-2:])
+
+
+@contextlib.contextmanager
+def adapter_on(model: Transformer, name: str) -> Iterator[None]:
+    set_adapter(model, name)
+    yield
+
+
+def same_pieces(one: Tokenizer, other: Tokenizer, ids: list[int]) -> bool:
+    """Whether these ids are the same pieces of text for both tokenizers."""
+    if one is other:
+        return True
+    there = all(i < min(one.vocab_size, other.vocab_size) for i in ids)
+    return there and trace_html.vocabulary(one, set(ids)) == trace_html.vocabulary(other, set(ids))
+
+
+def prompt_ids(options: Options, generator: Generator) -> list[int]:
+    tokenizer = generator.tokenizer
+    if options.prompt is not None:
+        if options.form == "chat":
+            return tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
+        return tokenizer.encode(options.prompt, bos=True)
+    assert options.note is not None
+    note = next((n for n in read_notes(options.note) if options.id is None or n.id == options.id), None)
+    if note is None:
+        raise UserError(f"{options.note}: holds no record whose id is {options.id!r}")
+    if note.error:
+        raise UserError(f"{options.note}, {note.id}: {note.error}")
+    names = [*tasks.PHENOTYPES, "diagnosis"]
+    if options.ask not in names and " " not in options.ask:
+        raise UserError(f"--ask {options.ask}: not a question{nearest(options.ask, names)}; known: {', '.join(names)}")
+    known = tasks.PHENOTYPES.get(options.ask)
+    question = known.question if known else tasks.DIAGNOSIS_QUESTION if options.ask == "diagnosis" else options.ask
+    asker = Asker(generator, "both", options.form, Limits())
+    return asker.prompt(note.text, options.ask if options.ask in names else "", question)
+
+
+def answer_ids(options: Options, generator: Generator, prompt: list[int]) -> list[int]:
+    """The greedy answer's tokens, the one that ended it included."""
+    limit = generator.engine.config.max_position_embeddings
+    if not prompt:
+        raise UserError("the prompt holds no token; give a text")
+    if len(prompt) + options.max_new_tokens > limit:
+        raise UserError(f"the prompt has {len(prompt)} tokens; with {options.max_new_tokens} new ones that exceeds the "
+                        f"model's {limit}: give a shorter one")  # fmt: skip
+    if not options.max_new_tokens:
+        return []
+    stop = ("\n",) if options.note is not None and options.form == "template" else ()
+    (out,) = generator.generate([prompt], Settings(options.max_new_tokens, stop=stop, stop_cycles=True))
+    return out.tokens
+
+
+def one_run(side: Side, ids: list[int], start: int, own: list[int], said: list[str]) -> dict[str, Any]:
+    """A side's values; of a long text only the positions that wrote the answer keep their attention, and it is said."""
+    rows = list(range(len(ids)))
+    if len(ids) > ROWS:
+        rows = rows[start - 1 : -1] if start < len(ids) else rows[-1:]
+        line = (
+            f"The text has {len(ids)} tokens. Attention, norms and experts are kept for the {len(rows)} positions "
+            f"that wrote the answer; those of the others are left out (a page keeps all up to {ROWS} tokens)."
+        )
+        said += [line] if line not in said else []
+    return trace_html.run_values(side.name, side.model, side.tokenizer, ids, start, own, rows)
+
+
+def finish(options: Options, data: dict[str, Any]) -> None:
+    """Write the page, at most LIMIT bytes of it: what does not fit is left out, the last run's attention first."""
+    text = trace_html.page(data)
+    for one in reversed(data["runs"]):
+        if len(text) > LIMIT:
+            one["attention"] = None
+            data["said"].append(f"The attention maps of {one['name']} are left out: the page would exceed 8 MB.")
+            text = trace_html.page(data)
+    if len(text) > LIMIT:
+        raise UserError(
+            f"the page would take {len(text) / 1e6:.1f} MB (at most {LIMIT / 1e6:.0f}): give a shorter text, or fewer "
+            "--max-new-tokens"
+        )
+    write_text(options.out, text, mode=0o600)
+    for line in data["said"]:
+        print(line)
+    for one in data["runs"]:
+        error = one["attribution"]["logit"]["sum_error"]
+        print(f"{one['name']}: contributions sum to the logit within {error:.1e}")
+    print(f"{options.out}: {len(text) / 1e6:.1f} MB; it holds the text that was read: readable by its owner only (0600)")
+
+
+def parity(options: Options) -> dict[str, Any]:
+    """What the page says of a parity file, or a UserError where it is about other weights."""
+    held = read_json(options.parity)
+    if not isinstance(held, dict) or not isinstance(held.get("rows"), list) or "summary" not in held:
+        raise UserError(f"{options.parity}: not a file that python -m eval.parity --json wrote")
+    if held.get("fingerprint") != fingerprint(options.weights):
+        raise UserError(
+            f"{options.parity}: about other weights than {options.weights}; make it with "
+            f"python -m eval.parity --weights {options.weights} --json FILE"
+        )
+    stages = [row for row in held["rows"] if row.get("section") in ("stage", "adapter")]
+    wrong = next((row for row in stages if not row.get("ok")), None)
+    return {"summary": str(held["summary"]), "stages": len(stages),
+            "first": None if wrong is None else {"name": str(wrong["name"]), "error": wrong.get("error")}}  # fmt: skip
+
+
+if __name__ == "__main__":
+    run(main, Options)

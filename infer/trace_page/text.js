@@ -1,0 +1,91 @@
+"use strict";
+// Elements, tokens and the tooltip. Text from the data reaches the page as text nodes only, never as markup.
+
+const $ = (id) => document.getElementById(id);
+
+function el(tag, attributes, ...children) {
+  const svg = ["svg", "path", "rect", "line", "text", "polyline", "g"].includes(tag);
+  const node = svg ? document.createElementNS("http://www.w3.org/2000/svg", tag) : document.createElement(tag);
+  for (const [name, value] of Object.entries(attributes || {})) {
+    if (name.startsWith("on")) node.addEventListener(name.slice(2), value);
+    else if (value === true) node.setAttribute(name, "");
+    else if (value !== false && value != null) node.setAttribute(name, value);
+  }
+  for (const child of children.flat()) if (child != null) node.append(child);
+  return node;
+}
+
+const show = (id, ...children) => document.querySelector(`#${id} .body`).replaceChildren(...children.flat());
+const number = (x) => (x == null ? "–" : Math.abs(x) >= 1e4 || (x !== 0 && Math.abs(x) < 1e-3) ? x.toExponential(1) : String(+x.toPrecision(3)));
+const signed = (x) => (x < 0 ? "−" : "+") + number(Math.abs(x));
+
+function bytesOf(run, id) {
+  const hex = run.vocabulary[id][0];
+  return hex == null ? null : Uint8Array.from(hex.match(/../g) || [], (pair) => parseInt(pair, 16));
+}
+
+// A character that would act instead of being seen is written as what it is.
+function visible(text) {
+  const parts = [];
+  for (const letter of text) {
+    const code = letter.codePointAt(0);
+    if (letter === "\n") parts.push(el("span", { class: "odd" }, "⏎"), "\n");
+    else if (letter === "\t") parts.push(el("span", { class: "odd" }, "⇥"), "\t");
+    else if (code < 32 || code === 127) parts.push(el("span", { class: "odd" }, String.fromCodePoint(code === 127 ? 0x2421 : 0x2400 + code)));
+    else if (/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cn}]/u.test(letter)) parts.push(el("span", { class: "odd" }, "U+" + code.toString(16).toUpperCase().padStart(4, "0")));
+    else if (typeof parts.at(-1) === "string") parts.push(parts.pop() + letter);
+    else parts.push(letter);
+  }
+  return parts;
+}
+
+// The nodes that spell a token: its text, its bytes where they are a part of a letter, a special token's name.
+function spelling(run, id) {
+  const bytes = bytesOf(run, id);
+  if (bytes == null) return [el("span", { class: "odd" }, ...visible(run.vocabulary[id][1]))];
+  try {
+    return visible(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes));
+  } catch {
+    return [el("span", { class: "odd" }, "‹" + [...bytes].map((b) => b.toString(16).toUpperCase().padStart(2, "0")).join(" ") + "›")];
+  }
+}
+
+function chip(run, id, attributes) {
+  const special = run.vocabulary[id][0] == null;
+  return el("span", { ...attributes, class: `token ${special ? "special" : ""} ${(attributes || {}).class || ""}` }, spelling(run, id));
+}
+
+// What the model said of token i before it came: the prediction of the position before it.
+const predicted = (run, i) => (i > 0 ? run.predictions[i - 1] : null);
+
+function tokenTip(data, run, i) {
+  const id = run.ids[i], bytes = bytesOf(run, id), said = predicted(run, i);
+  const rows = [
+    ["position", String(i) + (i >= run.start ? `, answer token ${i - run.start + 1}` : "")],
+    ["id", String(id)],
+    ["bytes", bytes == null ? "none: a special token" : [...bytes].map((b) => b.toString(16).toUpperCase().padStart(2, "0")).join(" ")],
+  ];
+  for (const one of data.runs.filter((other) => other === run || sameText(run, other))) {
+    const its = predicted(one, i), where = data.runs.length > 1 ? ` (${one.name})` : "";
+    rows.push(["probability" + where, its == null ? "none: nothing stands before it" : `${number(its.p)}, rank ${its.rank}`]);
+  }
+  const table = el("table", {}, rows.map(([name, value]) => el("tr", {}, el("th", {}, name), el("td", {}, value))));
+  const best = said == null ? [] : said.best.map(([other, p]) => el("tr", {}, el("td", {}, chip(run, other)), el("td", { class: "n" }, number(p)), el("td", {}, el("span", { class: "bar", style: `width:${Math.round(p * 80)}px` }))));
+  return [el("div", {}, chip(run, id)), table, best.length ? el("div", { class: "hint" }, "likeliest here") : null, el("table", {}, best)];
+}
+
+const sameText = (a, b) => a.start === b.start && a.ids.length === b.ids.length && a.ids.every((id, i) => id === b.ids[i]);
+
+function showTip(anchor, children) {
+  const tip = $("tip"), box = anchor.getBoundingClientRect ? anchor.getBoundingClientRect() : anchor;
+  tip.replaceChildren(...children.filter(Boolean));
+  tip.hidden = false;
+  const low = box.bottom + 8 + tip.offsetHeight > innerHeight && box.top - 8 - tip.offsetHeight > 0;
+  tip.style.left = Math.max(4, Math.min(box.left, innerWidth - tip.offsetWidth - 8)) + "px";
+  tip.style.top = (low ? box.top - tip.offsetHeight - 8 : Math.min(box.bottom + 8, innerHeight - tip.offsetHeight - 4)) + "px";
+}
+const hideTip = () => { $("tip").hidden = true; };
+const tipped = (children) => ({
+  onmouseenter: (event) => showTip(event.currentTarget, children()),
+  onmouseleave: hideTip,
+});
