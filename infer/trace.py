@@ -24,7 +24,8 @@ from infer.ask import Asker, Limits
 from infer.generate import Generator, Settings
 from infer.load import load
 from infer.notes import read_notes
-from lora import load_adapter, no_adapter, set_adapter
+from lora import load_adapter, merge_lora, no_adapter, set_adapter
+from lora.adapter import adapted
 from model import Tokenizer, Transformer
 from model.command import UserError, nearest, run
 from model.files import check_writable, read_json, write_text
@@ -89,7 +90,7 @@ def main(options: Options) -> int:
             generator = Generator(side.model, side.tokenizer, lookup=False)
             prompt = prompt_ids(options, generator)
             answer = answer_ids(options, generator, prompt)
-            same = first is None or (prompt == ids[:start] and same_pieces(first.tokenizer, side.tokenizer, ids))
+            same = first is None or (prompt == ids[:start] and same_pieces(first, side, ids))
             if first is None or not same:  # a comparison reads the first one's tokens wherever it has the same ones
                 ids, start = [*prompt, *answer], len(prompt)
             if not same:
@@ -119,6 +120,8 @@ def check(options: Options) -> None:
 def sides(options: Options) -> Iterator[Side]:
     """The models of the page, each ready when it is its turn: what was asked for, then what it is compared with."""
     model, tokenizer = load(options.weights, options.adapter[:-1], options.dtype, options.device)
+    if adapted(model):  # in a narrow dtype the last one was left beside the weights
+        merge_lora(model, keep=False)
     base, other = Path(options.weights).name, options.compare
     if options.adapter:
         load_adapter(model, options.adapter[-1])
@@ -147,12 +150,12 @@ def adapter_on(model: Transformer, name: str) -> Iterator[None]:
     yield
 
 
-def same_pieces(one: Tokenizer, other: Tokenizer, ids: list[int]) -> bool:
-    """Whether these ids are the same pieces of text for both tokenizers."""
-    if one is other:
-        return True
-    there = all(i < min(one.vocab_size, other.vocab_size) for i in ids)
-    return there and trace_html.vocabulary(one, set(ids)) == trace_html.vocabulary(other, set(ids))
+def same_pieces(one: Side, other: Side, ids: list[int]) -> bool:
+    """Whether these ids are the same pieces of text for both, and the other model knows them all."""
+    if max(ids) >= other.model.config.vocab_size:
+        return False
+    wanted = set(ids)
+    return trace_html.vocabulary(one.tokenizer, wanted) == trace_html.vocabulary(other.tokenizer, wanted)
 
 
 def prompt_ids(options: Options, generator: Generator) -> list[int]:
@@ -223,7 +226,8 @@ def finish(options: Options, data: dict[str, Any]) -> None:
     for one in data["runs"]:
         error = one["attribution"]["logit"]["sum_error"]
         print(f"{one['name']}: contributions sum to the logit within {error:.1e}")
-    print(f"{options.out}: {len(text) / 1e6:.1f} MB; it holds the text that was read: readable by its owner only (0600)")
+    size = len(text) / 1e6
+    print(f"{options.out}: {size:.1f} MB; it holds the text that was read, readable by its owner only (0600)")
 
 
 def parity(options: Options) -> dict[str, Any]:

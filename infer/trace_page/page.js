@@ -88,10 +88,11 @@ function drawTokens() {
   const run = active();
   if ($("tokens").dataset.run === String(state.run)) return;
   $("tokens").dataset.run = state.run;
+  const spelt = spellings(run);
   $("tokens").replaceChildren(el("svg", { "aria-hidden": "true" }), ...run.ids.map((id, i) => chip(run, id, {
     "data-token": i, role: "button", tabindex: -1, class: i >= run.start ? "answer" : "", onclick: () => choose({ token: i }), onkeydown: pressed, ...tipped(() => tokenTip(data, run, i)),
     onfocus: (event) => showTip(event.currentTarget, tokenTip(data, run, i)), onblur: hideTip,
-  })));
+  }, spelt[i])));
 }
 
 async function markTokens() {
@@ -170,8 +171,8 @@ function lensCard() {
     const levels = run.lens[step], settled = levels.findLastIndex((level) => level[3] !== 1) + 1;
     const row = ([best, p, its, rank], n) => el("tr", { class: n === settled ? "first" : n - 1 === state.layer ? "chosen" : "", tabindex: 0, onkeydown: pressed, onclick: () => choose({ layer: Math.max(0, n - 1) }) },
       el("td", {}, n ? `layer ${n - 1}` : "embedding"), el("td", {}, chip(run, best)), el("td", { class: "n" }, number(p)), el("td", { class: "n" }, number(its)), el("td", { class: "n" }, String(rank)));
-    return [el("div", { class: "scroll", tabindex: 0 }, el("table", {}, el("tr", {}, el("th", {}, "after"), el("th", {}, "says"), el("th", { class: "n" }, "with"), el("th", { class: "n" }, "gives the token"), el("th", { class: "n" }, "rank")), levels.map(row))),
-      el("p", { class: "hint" }, "The stream after each layer through the last norm, with that layer's own scale, and the output matrix. Bold: from there on the token that came is first.")];
+    return [el("div", { class: "scroll", tabindex: 0 }, el("table", {}, el("tr", {}, el("th", {}, "after"), el("th", {}, "says"), el("th", { class: "n" }, "p"), el("th", { class: "n" }, "p(token)"), el("th", { class: "n" }, "rank")), levels.map(row))),
+      el("p", { class: "hint" }, "The stream after each layer through the last norm, with that layer's own scale, and the output matrix. p: of what it says; p(token), rank: of the token that came, which from the bold row on is first.")];
   }));
 }
 
@@ -243,5 +244,8 @@ addEventListener("resize", () => markTokens());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
 
 head();
+// Begin at the first answer token that can be seen, and at the head that did most for it.
+const seen = first.own.findIndex((id) => /[^\s]/.test(new TextDecoder().decode(bytesOf(first, id) || new Uint8Array())));
+if (seen > 0) state.token += seen;
 const strongest = first.attribution.margin.heads[Math.max(0, first.steps.indexOf(queryOf(first, state.token)))].flatMap((row, l) => row.map((v, h) => [v, l, h])).sort((a, b) => b[0] - a[0])[0];
 choose({ layer: strongest[1], head: strongest[2] });

@@ -11,11 +11,11 @@ function el(tag, attributes, ...children) {
     else if (value === true) node.setAttribute(name, "");
     else if (value !== false && value != null) node.setAttribute(name, value);
   }
-  for (const child of children.flat()) if (child != null) node.append(child);
+  for (const child of children.flat(Infinity)) if (child != null) node.append(child);
   return node;
 }
 
-const show = (id, ...children) => document.querySelector(`#${id} .body`).replaceChildren(...children.flat());
+const show = (id, ...children) => document.querySelector(`#${id} .body`).replaceChildren(...children.flat(Infinity));
 const number = (x) => (x == null ? "–" : Math.abs(x) >= 1e4 || (x !== 0 && Math.abs(x) < 1e-3) ? x.toExponential(1) : String(+x.toPrecision(3)));
 const signed = (x) => (x < 0 ? "−" : "+") + number(Math.abs(x));
 
@@ -39,20 +39,42 @@ function visible(text) {
   return parts;
 }
 
-// The nodes that spell a token: its text, its bytes where they are a part of a letter, a special token's name.
-function spelling(run, id) {
-  const bytes = bytesOf(run, id);
-  if (bytes == null) return [el("span", { class: "odd" }, ...visible(run.vocabulary[id][1]))];
+function decoded(bytes) {
   try {
-    return visible(new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes));
+    return new TextDecoder("utf-8", { fatal: true, ignoreBOM: true }).decode(bytes);
   } catch {
-    return [el("span", { class: "odd" }, "‹" + [...bytes].map((b) => b.toString(16).toUpperCase().padStart(2, "0")).join(" ") + "›")];
+    return null;
   }
 }
 
-function chip(run, id, attributes) {
+// The nodes that spell a token: its text, its bytes where they are a part of a letter, a special token's name.
+function spelling(run, id) {
+  const bytes = bytesOf(run, id), text = bytes && decoded(bytes);
+  if (bytes == null) return [el("span", { class: "odd" }, ...visible(run.vocabulary[id][1]))];
+  if (text == null) return [el("span", { class: "odd" }, "‹" + hexadecimal(bytes) + "›")];
+  return /^ +$/.test(text) ? [el("span", { class: "odd" }, "␣".repeat(text.length))] : visible(text);
+}
+const hexadecimal = (bytes) => [...bytes].map((b) => b.toString(16).toUpperCase().padStart(2, "0")).join(" ");
+
+// The spelling of a whole text: a letter whose bytes lie in several tokens stands in the first, dots in the others.
+function spellings(run) {
+  const found = [];
+  while (found.length < run.ids.length) {
+    const at = found.length, bytes = [];
+    let text = null, next = at;
+    while (text == null && next < at + 6 && next < run.ids.length && bytesOf(run, run.ids[next])) {
+      bytes.push(...bytesOf(run, run.ids[next++]));
+      text = decoded(Uint8Array.from(bytes));
+    }
+    if (text == null) found.push(spelling(run, run.ids[at]));
+    else found.push(visible(text), ...Array.from({ length: next - at - 1 }, () => [el("span", { class: "odd" }, "·")]));
+  }
+  return found;
+}
+
+function chip(run, id, attributes, spelt) {
   const special = run.vocabulary[id][0] == null;
-  return el("span", { ...attributes, class: `token ${special ? "special" : ""} ${(attributes || {}).class || ""}` }, spelling(run, id));
+  return el("span", { ...attributes, class: `token ${special ? "special" : ""} ${(attributes || {}).class || ""}` }, spelt || spelling(run, id));
 }
 
 // What the model said of token i before it came: the prediction of the position before it.
@@ -63,7 +85,7 @@ function tokenTip(data, run, i) {
   const rows = [
     ["position", String(i) + (i >= run.start ? `, answer token ${i - run.start + 1}` : "")],
     ["id", String(id)],
-    ["bytes", bytes == null ? "none: a special token" : [...bytes].map((b) => b.toString(16).toUpperCase().padStart(2, "0")).join(" ")],
+    ["bytes", bytes == null ? "none: a special token" : hexadecimal(bytes)],
   ];
   for (const one of data.runs.filter((other) => other === run || sameText(run, other))) {
     const its = predicted(one, i), where = data.runs.length > 1 ? ` (${one.name})` : "";
