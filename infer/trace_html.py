@@ -65,7 +65,6 @@ def used_ids(run: dict[str, Any]) -> set[int]:
 def code() -> dict[str, dict[str, Any]]:
     """Where each thing on the page is computed: file, line and the line itself."""
     return {
-        "scores": place(attention.Scores.forward, "score_BHTS = torch.matmul"),
         "attention": place(attention.Pattern.forward, "F.softmax"),
         "z": place(attention.PlainAttend.forward, "return torch.matmul(pattern_BHTS"),
         "window": place(attention.Visible.block, "distance_BTS < window"),

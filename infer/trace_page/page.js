@@ -163,7 +163,7 @@ async function mapCard() {
   }
   if (layer !== state.layer || head !== state.head || token !== state.token || run !== state.run) return;
   document.querySelector("#map h2").textContent = `Attention map of head ${layer}.${head}`;
-  show("map", el("div", { class: "runs" }, drawn), el("p", { class: "hint" }, "Down: who reads (a row each); across: what is read. Weight 0 ", el("span", { class: "scale", style: "background:linear-gradient(90deg, transparent, rgb(var(--seen)))" }), " 1, in 16 shades of √weight, so weights come to within about 0.03 at most; grey is not seen", first.windows.some((w) => w != null) ? ", the solid line is the window's edge" : "", ", below the dashed line are the positions that wrote the answer. Click a row to choose its position."));
+  show("map", el("div", { class: "runs" }, drawn), el("p", { class: "hint" }, "Down: who reads (a row each); across: what is read. Weight 0 ", el("span", { class: "scale", style: "background:linear-gradient(90deg, transparent, rgb(var(--seen)))" }), " 1, in 16 shades of √weight, so a weight is right to within 0.07 at most; grey is not seen", first.windows.some((w) => w != null) ? ", the solid line is the window's edge" : "", ", below the dashed line are the positions that wrote the answer. Click a row to choose its position."));
 }
 
 function lensCard() {
