@@ -15,6 +15,7 @@ pytestmark = pytest.mark.skipif(
     reason="needs chromium and chromedriver on the PATH: make browser, as root on Debian, installs them",
 )
 HOSTILE = '<script>document.title="run"</script><img src=x onerror="document.title=1"> \u202e\u2028\x00 שלום 2.5 cm'
+NAME = "<img src=x onerror=document.title=1>"  # of a model's folder, whole where a note's text comes in pieces
 
 
 @pytest.fixture(scope="module")
@@ -38,10 +39,10 @@ def pages(tmp_path_factory):
     """Two models beside each other on a hostile note, windows of 6; and a model with experts."""
     at = tmp_path_factory.mktemp("pages")
     write_model(at / "model", windows=(6, 6))
-    write_model(at / "other", seed=3, windows=(6, 6))
+    write_model(at / NAME, seed=3, windows=(6, 6))
     write_model(at / "experts", model_type="mixtral", num_local_experts=3, num_experts_per_tok=2)
     (at / "note.txt").write_text(HOSTILE, encoding="utf-8")
-    trace.main(trace.Options(str(at / "model"), at / "two.html", note=at / "note.txt", compare=str(at / "other"),
+    trace.main(trace.Options(str(at / "model"), at / "two.html", note=at / "note.txt", compare=str(at / NAME),
                              max_new_tokens=5))  # fmt: skip
     trace.main(trace.Options(str(at / "experts"), at / "experts.html", prompt="size 2.5 cm", max_new_tokens=0))
     return at
@@ -85,6 +86,7 @@ def test_a_hostile_note_is_shown_and_never_run(driver, pages):
     shown = one(driver, "#tokens").get_attribute("textContent")
     shown = shown.replace("·", "")  # what stands for the other bytes of a letter
     assert all(text in shown for text in ("onerror=", "U+202E", "U+2028", "␀", "שלום"))
+    assert NAME in one(driver, "#about").text and NAME in one(driver, "#map").text
     assert "\u202e" not in shown and "\u2028" not in shown
 
 
