@@ -18,8 +18,9 @@ from torch import Tensor, nn
 
 import kernels
 from lora.layer import LoRALinear
-from model.attention import Attention, FastAttend, Visible, split_heads
+from model.attention import Attention, Visible, split_heads
 from model.cache import KVCache
+from model.fast_attention import FastAttend
 from model.transformer import Block, RMSNorm, Transformer
 
 FEW = 64  # queries a row up to which attention is split over the cache (kernels/decode.py)

@@ -13,13 +13,14 @@ Worked example: a note "a b c" with two questions "p q" and "r" in one row:
     branch    0  0  0  1  1  2        q sees a b c p q;  r sees a b c r
     position  0  1  2  3  4  3
 
-`PlainAttend` is the specification (bit-identical to transformers' eager path). `FastAttend` computes the same from
-blocks of queries, so that its cost is O(T·W) and its memory O(T).
+`PlainAttend` is the specification (bit-identical to transformers' eager path); fast_attention.py computes the same in
+O(T·W) time and O(T) memory.
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -28,8 +29,6 @@ from torch import Tensor, nn
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.rotary import Rotate
-
-BLOCK = 512  # queries at once on the fast path: large enough for the matrix product, small enough for the mask
 
 
 @dataclass(frozen=True)
@@ -46,7 +45,7 @@ class Visible:
     def __init__(self, query: tuple[Tensor, Layout | None], key: tuple[Tensor, Layout | None], offset: int) -> None:
         (self.position_BT, self.layout), (self.key_position_BS, self.key_layout) = query, key
         self.offset = offset  # index of the first query among the keys
-        self.memo: dict[int | None, Tensor] = {}
+        self.memo: dict[Any, Any] = {}  # masks by window; what the fast path finds out once a pass
 
     def mask(self, window: int | None) -> Tensor:
         """The whole mask_BTS (bool, True: seen), kept for the layers that share the window."""
@@ -67,16 +66,6 @@ class Visible:
             seen_BTS &= self.layout.document_BT[:, rows, None] == document_B1S
             seen_BTS &= (branch_B1S == 0) | (branch_B1S == self.layout.branch_BT[:, rows, None])
         return seen_BTS
-
-    def columns(self, window: int | None, rows: slice) -> slice:
-        """A range of keys that holds every key seen by these queries.
-
-        Without a layout, positions run on with the index, so the window bounds the index too.
-        """
-        last = self.offset + rows.stop
-        if self.layout is not None or window is None:
-            return slice(0, last)
-        return slice(max(0, self.offset + rows.start - window + 1), last)
 
 
 class Scores(nn.Module):
@@ -110,44 +99,6 @@ class PlainAttend(nn.Module):
         return torch.matmul(pattern_BHTS, share(v_BGSK, q_BHTK.shape[1]))
 
 
-class FastAttend(nn.Module):
-    """The same numbers sooner: blocks of queries against the keys in reach, and a grouped product for few queries."""
-
-    few = 16  # up to so many queries a row, one grouped product beats the fused kernel on a CPU
-
-    def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        T = q_BHTK.shape[2]
-        if T <= self.few:
-            return self.grouped(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
-        if T <= BLOCK:
-            return self.fused(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
-        blocks = []
-        step = BLOCK if window is None else min(BLOCK, max(BLOCK // 4, window // 2))  # keys in reach: W + step − 1
-        for start in range(0, T, step):
-            rows = slice(start, min(start + step, T))
-            columns = visible.columns(window, rows)
-            mask_BTS = visible.block(window, rows, columns)
-            blocks.append(self.fused(q_BHTK[:, :, rows], k_BGSK[:, :, columns], v_BGSK[:, :, columns], mask_BTS))
-        return torch.cat(blocks, dim=2)
-
-    def grouped(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BTS: Tensor) -> Tensor:
-        """All query heads of a key/value head as rows of one product: no copy of keys or values."""
-        B, H, T, K = q_BHTK.shape
-        G = k_BGSK.shape[1]
-        q_BGMK = q_BHTK.reshape(B, G, H // G * T, K) * K**-0.5
-        score_BGMS = torch.matmul(q_BGMK, k_BGSK.transpose(2, 3).to(q_BHTK.dtype))
-        score_BGRTS = score_BGMS.view(B, G, H // G, T, -1).masked_fill(~mask_BTS[:, None, None], float("-inf"))
-        wide = torch.promote_types(q_BHTK.dtype, torch.float32)
-        pattern_BGRTS = F.softmax(score_BGRTS, dim=-1, dtype=wide).to(q_BHTK.dtype)
-        out_BGMK = torch.matmul(pattern_BGRTS.view(score_BGMS.shape), v_BGSK.to(q_BHTK.dtype))
-        return out_BGMK.view(B, H, T, K)
-
-    def fused(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BTS: Tensor) -> Tensor:
-        H = q_BHTK.shape[1]
-        k_BHSK, v_BHSK = share(k_BGSK, H).to(q_BHTK.dtype), share(v_BGSK, H).to(q_BHTK.dtype)
-        return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, attn_mask=mask_BTS[:, None])
-
-
 def share(x_BGSK: Tensor, heads: int) -> Tensor:
     """Give each of `heads` query heads its group's keys or values: (B, G, S, K) → (B, H, S, K)."""
     B, G, S, K = x_BGSK.shape
@@ -172,7 +123,7 @@ class Attention(nn.Module):
         self.v_proj = nn.Linear(D, config.num_key_value_heads * K, bias=config.qkv_bias)
         self.o_proj = nn.Linear(config.num_attention_heads * K, D, bias=config.o_bias)
         self.rotate_q, self.rotate_k = Rotate(), Rotate()
-        self.attend: PlainAttend | FastAttend = PlainAttend()
+        self.attend: nn.Module = PlainAttend()
 
     def forward(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None = None

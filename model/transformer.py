@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention, FastAttend, Layout, PlainAttend, Visible
+from model.attention import Attention, Layout, PlainAttend, Visible
 from model.cache import KVCache
 from model.config import ModelConfig
 from model.rotary import Rotary
@@ -206,6 +206,8 @@ class Transformer(nn.Module):
 
     def use_attention(self, kind: str) -> Transformer:
         """Choose "plain" (the specification) or "fast" attention in every block; returns the model."""
+        from model.fast_attention import FastAttend
+
         attend = {"plain": PlainAttend, "fast": FastAttend}[kind]
         for module in self.modules():
             if isinstance(module, Attention):

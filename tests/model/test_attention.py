@@ -10,8 +10,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_models import FAMILIES, some_tokens, tiny
 
-from model import Layout
-from model.attention import FastAttend, PlainAttend, Visible
+from model import KVCache, Layout
+from model.attention import PlainAttend, Visible
+from model.fast_attention import FastAttend, reach
 from model.transformer import RMSNorm
 
 
@@ -88,7 +89,7 @@ def case(data) -> tuple[Visible, int | None, list[torch.Tensor], int]:
     B, H, G, K = data.draw(st.sampled_from([(1, 4, 2, 6), (2, 3, 3, 4), (2, 6, 1, 8)]), "shape")
     S = before + T
     generator = torch.Generator().manual_seed(data.draw(st.integers(0, 99), "seed"))
-    kind = data.draw(st.sampled_from(["plain", "padded", "packed", "branches"]), "kind")
+    kind = data.draw(st.sampled_from(["plain", "padded", "packed", "branches", "strange"]), "kind")
     position = torch.arange(S).expand(B, S).clone()
     document, branch = torch.zeros_like(position), torch.zeros_like(position)
     if kind == "padded":  # each row with its own left padding
@@ -97,17 +98,21 @@ def case(data) -> tuple[Visible, int | None, list[torch.Tensor], int]:
             position[row] = (torch.arange(S) - pad).clamp(min=0)
             document[row, :pad] = -1
     if kind == "packed":
+        restart = data.draw(st.booleans(), "positions restart")
         for row in range(B):
             starts = sorted(data.draw(st.sets(st.integers(1, S), max_size=3), "starts"))
             for number, start in enumerate(starts, 1):
                 document[row, start:] = number
-                position[row, start:] = torch.arange(max(0, S - start))
+                if restart:
+                    position[row, start:] = torch.arange(max(0, S - start))
     if kind == "branches":
         trunk = data.draw(st.integers(1, S), "trunk")
         branch[:, trunk:] = 1 + torch.arange(S - trunk) // 3
         position[:, trunk:] = trunk + torch.arange(S - trunk) % 3
+    if kind == "strange":  # positions in no order at all, and no layout: what is seen is a matter of positions alone
+        position = torch.randint(0, S, (B, S), generator=generator)
     layouts = (None, None)
-    if kind != "plain":
+    if kind not in ("plain", "strange"):
         layouts = (Layout(document[:, before:], branch[:, before:]), Layout(document, branch))
     visible = Visible((position[:, before:], layouts[0]), (position, layouts[1]), before)
     shapes = ((B, H, T, K), (B, G, S, K), (B, G, S, K))
@@ -127,7 +132,8 @@ def results(attend, inputs, visible, window, dtype) -> list[torch.Tensor]:
 
 @pytest.fixture
 def small_blocks(monkeypatch):
-    monkeypatch.setattr("model.attention.BLOCK", 16)
+    monkeypatch.setattr("model.fast_attention.BLOCK", 16)
+    monkeypatch.setattr("model.fast_attention.LEAST", 4)
     monkeypatch.setattr(FastAttend, "few", 4)
 
 
@@ -135,13 +141,16 @@ def small_blocks(monkeypatch):
 @given(data=st.data())
 def test_fast_equals_plain(data):
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.attention.BLOCK", data.draw(st.sampled_from([5, 16, 512]), "block"))
+        patch.setattr("model.fast_attention.BLOCK", data.draw(st.sampled_from([5, 16, 512]), "block"))
+        patch.setattr("model.fast_attention.LEAST", data.draw(st.sampled_from([3, 128]), "least"))
+        patch.setattr("model.fast_attention.KEPT", data.draw(st.sampled_from([0, 2**24]), "kept"))
         patch.setattr(FastAttend, "few", data.draw(st.sampled_from([0, 4, 16]), "few"))
         visible, window, inputs, _ = case(data)
         exact = results(PlainAttend(), inputs, visible, window, torch.float64)
-        fast = results(FastAttend(), inputs, visible, window, torch.float64)
-        for got, wanted in zip(fast, exact, strict=True):
-            assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max().clamp(min=1)
+        for _ in range(2):  # the second layer finds what the first one kept
+            fast = results(FastAttend(), inputs, visible, window, torch.float64)
+            for got, wanted in zip(fast, exact, strict=True):
+                assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -168,14 +177,45 @@ def test_a_whole_model_on_the_fast_path(family, small_blocks):
     assert (model.use_attention("fast")(tokens) - plain).abs().max() <= 1e-12 * plain.abs().max()
 
 
-def test_the_fast_path_never_holds_a_mask_of_all_queries(monkeypatch):
-    """O(T·W): with a window, no block asks for more than W + block keys, however long the text."""
+def blocks_asked(monkeypatch, model, tokens, **options) -> list[tuple[slice, slice]]:
+    """The (queries, keys) of every mask that a pass on the fast path makes."""
     asked = []
     block = Visible.block
-    monkeypatch.setattr("model.attention.BLOCK", 16)
     monkeypatch.setattr(
         Visible, "block", lambda self, w, rows, columns: asked.append((rows, columns)) or block(self, w, rows, columns)
     )
-    tiny("mistral", num_hidden_layers=1, max_position_embeddings=512).use_attention("fast")(some_tokens(400, 1))
-    assert len(asked) == 100  # W = 8: blocks of 4 queries
-    assert max(columns.stop - columns.start for _, columns in asked) <= 4 + 8 - 1
+    model.use_attention("fast")(tokens, **options)
+    return asked
+
+
+def test_the_fast_path_never_holds_a_mask_of_all_queries(monkeypatch, small_blocks):
+    """O(T·W): with a window, no block asks for more than W + block keys; two masks serve all blocks of all layers."""
+    asked = blocks_asked(monkeypatch, tiny("mistral"), some_tokens(400, 1))
+    assert max(columns.stop - columns.start for _, columns in asked) <= 4 + 8 - 1  # W = 8: blocks of 4 queries
+    assert len(asked) == 3  # the text's first two blocks, whose window reaches over its beginning, and all others
+
+
+def test_a_text_that_sees_all_that_came_before_needs_no_mask(monkeypatch, small_blocks):
+    assert blocks_asked(monkeypatch, tiny("llama"), some_tokens(100, 1)) == []
+    assert blocks_asked(monkeypatch, tiny("mistral", sliding_window=50), some_tokens(50, 1)) == []
+    assert blocks_asked(monkeypatch, tiny("mistral", sliding_window=49), some_tokens(50, 1)) != []
+
+
+def test_packed_documents_cost_their_own_squares(monkeypatch, small_blocks):
+    """Ten documents of 40 tokens in a row: a block of 16 queries meets the keys of one or two of them."""
+    document, position = torch.arange(400)[None] // 40, torch.arange(400)[None] % 40
+    layout = Layout(document, torch.zeros_like(document))
+    asked = blocks_asked(monkeypatch, tiny("llama"), some_tokens(400, 1), positions=position, layout=layout)
+    assert len(asked) == 25  # once a block, whatever the number of layers
+    assert max(columns.stop - columns.start for _, columns in asked) <= 80
+    visible = Visible((position, layout), (position, layout), 0)
+    assert reach(visible, None, slice(48, 64)) == slice(40, 64)
+    assert reach(visible, 5, slice(48, 64)) == slice(44, 64)
+
+
+def test_chunks_through_the_cache_equal_one_pass(small_blocks):
+    """A long prompt read in pieces, as generation reads it."""
+    model, tokens = tiny("mistral", sliding_window=9).use_attention("fast"), some_tokens(70, 2)
+    whole, cache = model(tokens), KVCache(model.config, slack=16)
+    parts = torch.cat([model(part, cache=cache) for part in tokens.split(16, dim=1)], dim=1)
+    assert (parts - whole).abs().max() <= 1e-12 * whole.abs().max()
