@@ -26,6 +26,7 @@ from eval.steps import Run, begin
 from model import command
 from model.command import UserError
 from model.files import read_json, read_jsonl, write_json, write_jsonl
+from model.machine import compute_dtype
 
 RECIPES = Path("train/recipes")
 TESTS = ("heldout", "unseen")
@@ -138,7 +139,20 @@ def recipe(run: Run, stage: str, name: str, file: str, more: list[str]) -> list[
     file_name = f"{'demo' if run.scale == 'full' else run.scale}-{kind}.toml"
     valid = {"base": "pretrain_valid", "pretrain": "pretrain_valid", "instruct": "valid"}[kind]
     return [f"train.{stage}", str(RECIPES / file_name), "--data", str(run.out / "data" / file),
-            "--valid-data", str(run.out / "data" / f"{valid}.jsonl"), "--out", str(run.out / name), *more]  # fmt: skip
+            "--valid-data", str(run.out / "data" / f"{valid}.jsonl"), "--out", str(run.out / name),
+            "--dtype", dtype(run), *more]  # fmt: skip
+
+
+def dtype(run: Run) -> str:
+    """What the real base trains in: the faster of fp32 and bf16 on this machine, found once a run. Adapters and their
+    optimizer are fp32 either way; the small models from nothing are fp32, and so is extraction (a decoded row is too
+    small for bf16 products to pay)."""
+    if SCALES[run.scale].vocab:
+        return "float32"
+    path = run.out / "dtype.json"
+    if not path.is_file():
+        write_json(path, str(compute_dtype()).removeprefix("torch."))
+    return str(read_json(path))
 
 
 def adapters(run: Run) -> None:
@@ -166,8 +180,10 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
         out, step = run.out / "predictions" / f"{short}.jsonl", f"extraction: {name}"
         run.step(step, [
             "infer.extract", "--weights", weights(run), "--task", "both", "--notes", str(run.out / f"tests{few}.jsonl"),
-            "--out", str(out), *(["--adapter", str(run.out / adapter / "adapter")] if adapter else []),
-            *(["--form", "chat" if not scale.vocab else "template", "--max-new-diagnosis", "50"] if untuned else []),
+            "--out", str(out),
+            *(["--adapter", str(run.out / adapter / "adapter")] if adapter else []),
+            *(["--form", "chat" if not scale.vocab else "template", "--max-new-diagnosis", "50"] if untuned else
+              ["--grounded"]),
         ])  # fmt: skip
         systems.append({"name": name, "kind": kind, "predictions": split(run, short), "seconds": run.took(step),
                         "peak_mb": run.peak(step), **({"notes": scale.base_notes} if untuned else {})})  # fmt: skip
