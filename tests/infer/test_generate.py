@@ -208,3 +208,25 @@ def test_prompts_that_cannot_be(tokenizer):
     for prompts in ([[]], [[999]], [[1] * 4090], "text"):
         with pytest.raises(UserError):
             generator.generate(prompts)
+
+
+def test_in_bf16_shared_prompts_are_as_near_to_fp64_as_the_plain_bf16_path(tokenizer):
+    narrow, exact = (add_lora(tiny_model(dtype=torch.bfloat16), LoRAConfig(r=4, alpha=8), seed=3) for _ in range(2))
+    for model in (narrow, exact):
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.data = torch.randn(parameter.shape, generator=torch.Generator().manual_seed(1)) * 0.1
+    exact = exact.double()
+    note = [(7 * n) % 240 for n in range(90)]
+    prompts = [[*note, *range(start, start + 5)] for start in (1, 40, 80)]
+    outs = Generator(narrow, tokenizer).generate(prompts, max_new_tokens=24)
+    errors = torch.zeros(2, dtype=torch.float64)
+    for prompt, out in zip(prompts, outs, strict=True):
+        ids, place = torch.tensor([prompt + out.tokens]), slice(len(prompt) - 1, -1)
+        truth, plain = (
+            model(ids)[0, place].detach().double().log_softmax(-1).gather(-1, ids[0, len(prompt) :, None])[:, 0]
+            for model in (exact, narrow)
+        )
+        ours = torch.tensor(out.logprobs, dtype=torch.float64)
+        errors += torch.stack([(ours - truth).square().sum(), (plain - truth).square().sum()])
+    assert errors[0] > 0 and errors[0].sqrt() <= 2 * errors[1].sqrt()

@@ -38,8 +38,9 @@ The annotation rules, by which every note can be decided from its text alone:
   unless in-situ hybridisation decides it.
 - diagnosis: the most specific ICD-10-CM code that the note supports; what it does not say is "unspecified".
 
-Only in pretrain.jsonl some notes end in their encounter diagnosis with its code, as clinic notes do: that is what
-continued pre-training can teach. The annotated notes never show a code.
+Only in pretrain.jsonl notes (those of further patients) end in their encounter diagnosis with its code, as clinic notes
+do: that is what continued pre-training can teach. The annotated notes never show a code. Three in ten of the notes to
+train on are printed in capitals; no note of the test sets is changed.
 """
 
 from __future__ import annotations
@@ -113,12 +114,14 @@ def printed(notes: Iterable[dict], seed: int) -> Iterator[dict]:
         if random.Random(f"{seed}/capitals/{note['id']}").random() < CAPITALS:
             text = note["text"].upper()
             assert len(text) == len(note["text"]), note["id"]
-            found = {
-                name: [answer if PHENOTYPES[name].values else answer | {"text": answer["text"].upper()} for answer in answers]
-                for name, answers in note["phenotypes"].items()
-            }
+            found = {name: capitals(name, answers) for name, answers in note["phenotypes"].items()}
             note = note | {"text": text, "phenotypes": found}
         yield note
+
+
+def capitals(name: str, answers: list[dict]) -> list[dict]:
+    """A phenotype's answers about a note in capitals; a value of a closed list stays as it is."""
+    return answers if PHENOTYPES[name].values else [answer | {"text": answer["text"].upper()} for answer in answers]
 
 
 def annotated(options: Options) -> dict[str, list[dict]]:

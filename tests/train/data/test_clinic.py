@@ -139,3 +139,23 @@ def test_too_few_patients_are_refused(tmp_path):
         Options(out=tmp_path, patients=3)
     with pytest.raises(UserError, match="negative"):
         Options(out=tmp_path, healthy=-1)
+
+
+def test_a_third_of_the_training_notes_are_in_capitals_and_no_tested_note_is_made_so(files):
+    def share(notes):
+        return sum(note["text"].isupper() for note in notes) / len(notes)
+
+    assert 0.2 < share(files["train"]) < 0.4
+    assert share(files["valid"]) == share(files["heldout"]) == 0.0
+    for note in files["train"]:
+        if note["text"].isupper():
+            for answer in note["phenotypes"]["tumor_size"] + note["phenotypes"]["histological_type"]:
+                assert answer["text"].upper() == answer["text"]
+
+
+def test_every_further_note_ends_in_a_diagnosis_of_the_classification(files):
+    further = [row["text"] for row in files["pretrain"] if row["patient"].startswith("x")]
+    assert further
+    for text in further:
+        found = re.search(r"\n[^\n:]+: ([^\n]+) \(([^()\s]+)\)$", text)
+        assert found and CODES[found[2]] == found[1]
