@@ -23,6 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
+from model.machine import one_row, one_row_pays
 from model.narrow import NarrowWeight
 from model.transformer import RMSNorm, Transformer
 
@@ -68,7 +69,7 @@ class Fused:
         if self.weight is None:
             parts = [module(x_ND) for module in self.modules]
             return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
-        return self.adapt(x_ND, F.linear(x_ND, self.weight, self.bias))
+        return self.adapt(x_ND, product(x_ND, self.weight, self.bias))
 
     def add_to(self, residual_ND: Tensor, x_ND: Tensor) -> Tensor:
         """residual + y. Tensor-parallel ranks hold parts of the sum, which are added up; the bias counts once."""
@@ -79,6 +80,8 @@ class Fused:
         if self.weight is None or self.bias is not None:
             return residual_ND + self(x_ND)
         if x_ND.shape[0] == 1:  # one row: a matrix-vector product reads the weights faster
+            if suits_one_row(x_ND, self.weight):
+                return self.adapt(x_ND, one_row(x_ND, self.weight, None).add_(residual_ND))
             return self.adapt(x_ND, torch.addmv(residual_ND[0], self.weight, x_ND[0])[None])
         return self.adapt(x_ND, torch.addmm(residual_ND, x_ND, self.weight.t()))
 
@@ -86,6 +89,20 @@ class Fused:
         for rows, a_DR, b_RO in self.adapters:
             y_NO[:, rows].addmm_(x_ND @ a_DR, b_RO)
         return y_NO
+
+
+def suits_one_row(x_ND: Tensor, weight_OD: Tensor | None) -> bool:
+    if weight_OD is None:
+        return False
+    on_cpu = weight_OD.device.type == "cpu" and weight_OD.dtype == torch.float32 == x_ND.dtype
+    return on_cpu and x_ND.shape[0] == 1 and one_row_pays()
+
+
+def product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
+    """x · Wᵀ + b by the library that is sooner for one row."""
+    if suits_one_row(x_ND, weight_OD):
+        return one_row(x_ND, weight_OD, bias_O)
+    return F.linear(x_ND, weight_OD, bias_O)
 
 
 def joined(weights: list[NarrowWeight]) -> NarrowWeight | None:
@@ -164,6 +181,9 @@ class Engine:
         self.scale = self.head_dim**-0.5
         self.dtype, self.device = model.dtype, model.device
         self.cache_dtype, self.chunk = cache_dtype or model.dtype, chunk
+        head = model.lm_head if model.lm_head is not None else model.model.embed_tokens
+        plain = type(head) in (nn.Linear, nn.Embedding) and type(head.weight.data) is Tensor
+        self.head_weight = head.weight.detach() if plain else None  # None: the head's own module computes
 
     def forward(self, tokens_N: Tensor, position_N: Tensor, attend: Attend) -> Tensor:
         """Normed hidden states x_ND of tokens at given positions (int64). `attend(layer, q_NHK, k_NGK, v_NGK)` stores
@@ -184,4 +204,6 @@ class Engine:
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """logits_NV in at least fp32."""
+        if suits_one_row(x_ND, self.head_weight):
+            return one_row(x_ND, self.head_weight, None)
         return self.model.head(x_ND)

@@ -125,6 +125,8 @@ class Generator:
         shown = 0
         longest = max((len(text) for text in state.settings.stop), default=0)
         for _ in self.run([state]):
+            if state.finish is None:
+                state.text = self.decode(state.tokens)
             text = state.text
             # what may still turn into a stop string, or into another letter, is held back
             safe = len(text) if state.finish else max(shown, len(text.rstrip("\ufffd")) - longest)
@@ -266,13 +268,15 @@ class Generator:
             state.finish = "stop"
             state.text = self.decode(state.tokens[:-1])
             return
-        state.text = self.decode(state.tokens)
+        last = len(state.tokens) >= settings.max_new_tokens
+        if settings.stop or last:  # a text is decoded where somebody reads it: each step, it would cost ever more
+            state.text = self.decode(state.tokens)
         for stop in settings.stop:
             if stop in state.text:
                 state.text, state.finish = state.text[: state.text.index(stop)], "stop_string"
         if state.finish is None and settings.stop_cycles and cycles(state.tokens):
-            state.finish = "repetition"
-        if state.finish is None and len(state.tokens) >= settings.max_new_tokens:
+            state.text, state.finish = self.decode(state.tokens), "repetition"
+        if state.finish is None and last:
             state.finish = "length"
 
     def decode(self, ids: list[int]) -> str:

@@ -1,49 +1,104 @@
-"""Decoding one request, tokens per second: against transformers' generate and against the rate of reading memory."""
+"""Decoding one request, tokens per second: wide and narrow weights against transformers, llama.cpp and memory's rate.
+
+Everything in a table was measured in turns in one run. A limit is the measured read rate over the bytes that a token
+reads: every weight once, in its format. Shapes: the weights given (SmolLM2-135M), a random model of 500M parameters,
+and a random one with a short window, whose cost per token must not grow as the text does.
+"""
 
 from __future__ import annotations
 
+import statistics
 import tempfile
 import time
+from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eval.bench.long import CONFIG as SHORT
 from infer.generate import Generator
 from infer.load import load
+from model import ModelConfig, Transformer
 from model.machine import read_rate
+from model.narrow import bytes_of, narrow
+
+HALF_BILLION = {
+    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 1280, "intermediate_size": 3584,
+    "num_hidden_layers": 24, "num_attention_heads": 20, "num_key_value_heads": 5, "head_dim": 64, "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4, "sliding_window": None, "max_position_embeddings": 4096,
+}  # fmt: skip
 
 
-def rows(weights: str, prompt_tokens: int = 64, new_tokens: int = 64, repeats: int = 3) -> list[dict[str, Any]]:
-    """Measure greedy decoding in fp32; the limit is the measured read rate over the bytes of all weights."""
+def rows(
+    weights: str, prompt_tokens: int = 64, new_tokens: int = 64, repeats: int = 3, large: bool = True,
+    forms: tuple[str, ...] = ("int8", "int4", "int4-32", "int4-128", "nf4"),
+) -> list[dict[str, Any]]:  # fmt: skip
+    """Greedy decoding, batch 1. `large`: the 500M model too (2 GB in fp32, twice)."""
+    setting = f"prompt {prompt_tokens}, {new_tokens} new, best of {repeats}, {torch.get_num_threads()} threads"
+    prompt = [100 + n % 150 for n in range(prompt_tokens)]
+    peers = {}
+    if Path(weights).suffix == ".gguf":
+        peers = llama_cpp(weights, prompt, new_tokens)
+    model, tokenizer = load(weights)
+    narrows = {form: load(weights, form=form)[0] for form in forms}
+    found = compare("SmolLM2-135M" if peers else Path(weights).name, model, tokenizer, narrows, peers, prompt,
+                    new_tokens, repeats, setting)  # fmt: skip
+    if large:
+        del model, narrows
+        with torch.device("meta"):
+            model = Transformer(ModelConfig.from_dict(HALF_BILLION))
+        model = model.to_empty(device="cpu").init_weights(0).requires_grad_(False).eval()
+        narrows = {}
+        for form in ("int8", "int4"):
+            narrows[form] = narrow(Transformer(model.config).init_weights(0).requires_grad_(False).eval(), form)
+        found += compare("500M random", model, tokenizer, narrows, {}, prompt, new_tokens, repeats, setting)
+    return [*found, past_the_window(tokenizer)]
+
+
+def compare(
+    name: str, model: Transformer, tokenizer: Any, narrows: dict[str, Transformer],
+    peers: dict[str, Callable[[], float]], prompt: list[int], new: int, repeats: int, setting: str,
+) -> list[dict[str, Any]]:  # fmt: skip
+    """fp32 and the narrow models against transformers in fp32, and the narrow ones against other peers."""
     from transformers import AutoModelForCausalLM
 
-    model, tokenizer = load(weights)
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "peer")
-        peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=torch.float32).eval()
-    prompt = [100 + n % 150 for n in range(prompt_tokens)]
+        theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=torch.float32).eval()
+    runs = {"transformers generate, fp32": partial(theirs_once, theirs, torch.tensor([prompt]), new), **peers}
+    sizes = {}
+    for form, own in {"fp32": model, **narrows}.items():
+        sizes[form] = read_bytes(own.config, form)
+        runs[form] = partial(ours_once, generator_of(own, tokenizer), prompt, new)
+    best: dict[str, float] = {}
+    for _ in range(repeats):  # in turns, so that all meet the same machine
+        for which, once in runs.items():
+            best[which] = max(best.get(which, 0.0), once())
+    rate, found = read_rate() * 1e9, []
+    for form, size in sizes.items():
+        for peer in ("transformers generate, fp32", *(peers if form != "fp32" else ())):
+            found.append({
+                "name": f"decode {name}: {form}", "ours": best[form], "peer": best[peer], "peer_name": peer,
+                "ratio": best[form] / best[peer], "limit": rate / size, "share_of_limit": best[form] / (rate / size),
+                "unit": "tokens/s", "setting": f"{size / 1e6:.0f} MB a token, {setting}",
+            })  # fmt: skip
+    return found
+
+
+def read_bytes(config: ModelConfig, form: str) -> int:
+    """Bytes that a decoded token reads: the blocks' matrices and the head's, in a format or in fp32."""
+    with torch.device("meta"):
+        shapes = [tuple(p.shape) for n, p in Transformer(config).named_parameters() if ".layers." in n and p.dim() == 2]
+    shapes.append((config.vocab_size, config.hidden_size))
+    return sum(4 * a * b if form == "fp32" else bytes_of(form, a, b) for a, b in shapes)
+
+
+def generator_of(model: Transformer, tokenizer: Any) -> Generator:
     generator = Generator(model, tokenizer, lookup=False)
     generator.stop_ids = frozenset()
-    ids = torch.tensor([prompt])
-    ours, theirs = [], []
-    for _ in range(repeats):  # in turns, so that both meet the same machine
-        ours.append(ours_once(generator, prompt, new_tokens))
-        long, short = (theirs_once(peer, ids, n) for n in (new_tokens + 1, 1))
-        theirs.append(new_tokens / (long - short))
-    size = sum(p.numel() * p.element_size() for p in model.parameters())
-    if not model.config.tie_word_embeddings:  # one row of the embedding is read
-        size -= model.model.embed_tokens.weight.numel() * model.dtype.itemsize
-    limit = read_rate() * 1e9 / size
-    best, peer_best = max(ours), max(theirs)
-    return [
-        {
-            "name": "decode: batch 1, fp32", "ours": best, "peer": peer_best, "peer_name": "transformers generate",
-            "ratio": best / peer_best, "limit": limit, "share_of_limit": best / limit, "unit": "tokens/s",
-            "setting": f"{size / 1e6:.0f} MB of weights, prompt {prompt_tokens}, {new_tokens} new, best of {repeats}, "
-            f"{torch.get_num_threads()} threads",
-        }
-    ]  # fmt: skip
+    return generator
 
 
 def ours_once(generator: Generator, prompt: list[int], new: int) -> float:
@@ -57,10 +112,55 @@ def ours_once(generator: Generator, prompt: list[int], new: int) -> float:
 
 @torch.inference_mode()
 def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
-    """Seconds of reading the prompt and `new` tokens."""
+    """Tokens per second after the first."""
+    seconds = []
+    for count in (new + 1, 1):
+        began = time.perf_counter()
+        peer.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
+            pad_token_id=0, eos_token_id=None,
+        )  # fmt: skip
+        seconds.append(time.perf_counter() - began)
+    return new / (seconds[0] - seconds[1])
+
+
+def llama_cpp(weights: str, prompt: list[int], new: int) -> dict[str, Callable[[], float]]:
+    """{its name with its build's features: tokens per second after the first}; {} where it is not installed."""
+    try:
+        import llama_cpp as peer
+    except ImportError:
+        return {}
+    threads = torch.get_num_threads()
+    model = peer.Llama(weights, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
+    features = peer.llama_print_system_info().decode()
+    on = [part.split("=")[0].strip() for part in features.split("|") if part.strip().endswith("= 1")]
+
+    def once() -> float:
+        model.reset()
+        model.eval(prompt)
+        token = model.sample(temp=0.0)
+        began = time.perf_counter()
+        for _ in range(new):
+            model.eval([token])
+            token = model.sample(temp=0.0)
+        return new / (time.perf_counter() - began)
+
+    return {f"llama.cpp ({peer.__version__}: {' '.join(on)}) on the same file": once}
+
+
+def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> dict[str, Any]:
+    """Time of a token between six and eight windows over that between two and four: 1 where the cost is flat."""
+    config = ModelConfig.from_dict({**SHORT, "sliding_window": window})
+    generator = generator_of(Transformer(config).init_weights(0).requires_grad_(False).eval(), tokenizer)
+    steps, taken = generator.run(generator.states([[100] * 16], None, {"max_new_tokens": new})), []
     began = time.perf_counter()
-    peer.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new, min_new_tokens=new, do_sample=False,
-        pad_token_id=0, eos_token_id=None,
-    )  # fmt: skip
-    return time.perf_counter() - began
+    for _ in steps:
+        now = time.perf_counter()
+        taken.append(now - began)
+        began = now
+    early, late = (statistics.median(taken[a * window : b * window]) for a, b in ((2, 4), (6, 8)))
+    return {
+        "name": "decode past the window", "ours": late * 1e3, "peer": early * 1e3, "peer_name": "ours, 2 to 4 windows",
+        "ratio": early / late, "limit": 1.0, "share_of_limit": early / late, "unit": "ms/token",
+        "setting": f"6 to 8 windows of {window} into the text, median",
+    }  # fmt: skip

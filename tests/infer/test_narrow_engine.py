@@ -8,10 +8,12 @@ import pytest
 import torch
 from answering_models import plain_greedy, tiny_model, write_model, write_tokenizer
 
+from infer.engine import suits_one_row
 from infer.generate import Generator
 from infer.load import load
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
 from model.command import UserError
+from model.machine import one_row
 from model.narrow import NarrowLinear, NarrowWeight, narrow
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -106,3 +108,17 @@ def test_loading_holds_one_tensor_at_a_time(tmp_path, weights):
     said = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "large"), str(weights)], capture_output=True,
                           text=True, check=True)  # fmt: skip
     assert int(said.stdout.split()[-1]) < 100e6
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_one_rows_product_is_as_exact_as_the_plain_one(bias):
+    """oneDNN's product of one fp32 row, judged in fp64 over many rows: at most twice the default product's error."""
+    generator = torch.Generator().manual_seed(0)
+    weight, x = torch.randn(96, 576, generator=generator), torch.randn(200, 576, generator=generator)
+    bias_O = torch.randn(96, generator=generator) if bias else None
+    truth = torch.nn.functional.linear(x.double(), weight.double(), None if bias_O is None else bias_O.double())
+    rows = [row[None] for row in x]
+    ours = torch.cat([one_row(row, weight, bias_O) for row in rows])
+    plain = torch.cat([torch.nn.functional.linear(row, weight, bias_O) for row in rows])
+    assert (ours.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max()
+    assert not suits_one_row(x, weight) and not suits_one_row(x[:1].double(), weight.double())
