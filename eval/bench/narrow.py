@@ -1,0 +1,68 @@
+"""What narrow weights cost: bytes, error of the logits, and answers, on a model that was trained in fp32.
+
+The model is a demo's (`make demo SCALE=nano`: base, continued pre-training and tuning all from nothing, in fp32).
+SmolLM2's public file would prove nothing: it is in 4 bits already. Its speed in each format: `eval.bench decode`.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from eval.questions import figures, pair, read_references
+from infer.ask import Asker, Limits
+from infer.generate import Generator
+from infer.load import load
+from infer.memory import weight_bytes
+from infer.notes import Note
+from infer.tasks import prefix
+from model.command import UserError
+
+FORMS = ("wide", "int8", "int4-32", "int4-64", "int4-128", "nf4")
+
+
+def rows(run: str = "runs/demo-nano", notes: int = 40, batch: int = 8) -> list[dict[str, Any]]:
+    """Two rows a format: the logits' error over the held-out notes' tokens against fp32's own spread, and average F1.
+
+    `run`: a demo's folder; `notes`: how many of its held-out notes.
+    """
+    folder = Path(run)
+    if not (folder / "tuned" / "adapter").is_dir():
+        raise UserError(f"{run}: no demo's run; make one: make demo SCALE=nano")
+    weights = folder / "base" / "model" if (folder / "base" / "model").is_dir() else folder / "base"
+    adapters = [folder / "pretrained" / "adapter", folder / "tuned" / "adapter"]
+    records = read_references(folder / "heldout.jsonl")[:notes]
+    found: list[dict[str, Any]] = []
+    exact: list[torch.Tensor] = []
+    for form in FORMS:
+        model, tokenizer = load(weights, adapters, form=form)
+        texts = [tokenizer.encode(prefix(record["text"]), bos=True) for record in records]
+        with torch.inference_mode():
+            logits = [model(torch.tensor([ids]))[0] for ids in texts]
+        exact = exact or logits
+        own, true = torch.cat(logits).double(), torch.cat(exact).double()
+        agree = (own.argmax(-1) == true.argmax(-1)).double().mean().item()
+        asker = Asker(Generator(model, tokenizer), "both", "template", Limits())
+        answers: list[dict[str, Any]] = []
+        for start in range(0, len(records), batch):
+            part = [Note(record["id"], record["text"]) for record in records[start : start + batch]]
+            answers += asker.records(part)
+        average = figures(pair(records, answers)[0])["average_f1"]  # type: ignore[index]
+        size = weight_bytes(model.config, form, torch.float32) / 1e6
+        wide = weight_bytes(model.config, "wide", torch.float32) / 1e6
+        setting = f"{folder.name}, {len(records)} held-out notes, {len(true)} tokens, the last adapter unmerged"
+        error = (own - true).square().mean().sqrt().item() / true.std().item()
+        found += [
+            {"name": f"bytes: {form}", "ours": size, "peer": wide, "peer_name": "fp32", "ratio": wide / size,
+             "limit": None, "share_of_limit": None, "unit": "MB", "setting": setting},
+            {"name": f"logits: {form}", "ours": 100 * error, "peer": None, "peer_name": None, "ratio": None,
+             "limit": None, "share_of_limit": None, "unit": "% of the logits' spread (rms)",
+             "setting": f"the likeliest token is fp32's in {100 * agree:.1f} %; {setting}"},
+            {"name": f"answers: {form}", "ours": average["f1"], "peer": found[2]["ours"] if found else average["f1"],
+             "peer_name": "fp32", "ratio": average["f1"] / (found[2]["ours"] if found else average["f1"] or 1) or None,
+             "limit": average["ceiling"], "share_of_limit": average["f1"] / average["ceiling"], "unit": "average F1",
+             "setting": f"95 % interval {average['low']:.1f} to {average['high']:.1f}; {setting}"},
+        ]  # fmt: skip
+    return found
