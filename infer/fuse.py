@@ -159,22 +159,19 @@ class FusedBlock(Block):
 def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
     """Replace every block by a fused one, in place; returns the model.
 
-    `four_bit` also rounds each block's linear layers to int4 (widths that are no multiple of 128 stay as they are, and
-    layers that are int4 or nf4 already keep their codes); adapters stay exact beside them, and such a model neither
-    trains nor saves.
+    `four_bit` also rounds each block's linear layers to int4 (widths that are no multiple of 128 stay as they are);
+    layers that are int4 or nf4 already (model/narrow.py) keep their codes and are computed by the kernels in any case.
+    Adapters stay exact beside them, and such a model neither trains nor saves.
     """
     layers = model.model.layers
     for number, block in enumerate(layers):
         fused = block if isinstance(block, FusedBlock) else FusedBlock(block)
-        if four_bit:
-            parts = [fused.self_attn] + ([fused.mlp] if hasattr(fused, "mlp") else [])
-            for part in parts:
-                for name, linear in list(part.named_children()):
-                    narrow = getattr(linear, "narrow", None)
-                    if narrow is not None and narrow.kind != "int8" and not narrow.packed:
-                        setattr(part, name, Int4Linear(linear, dtype=model.dtype))
-                    wide = type(linear) in (nn.Linear, LoRALinear) and linear.weight is not None
-                    if wide and linear.in_features % INT4_GROUP == 0:
-                        setattr(part, name, Int4Linear(linear))
+        for part in [fused.self_attn] + ([fused.mlp] if hasattr(fused, "mlp") else []):
+            for name, linear in list(part.named_children()):
+                narrow = getattr(linear, "narrow", None)
+                held = narrow is not None and narrow.kind != "int8" and not narrow.packed
+                wide = type(linear) in (nn.Linear, LoRALinear) and linear.weight is not None
+                if held or (four_bit and wide and linear.in_features % INT4_GROUP == 0):
+                    setattr(part, name, Int4Linear(linear, dtype=model.dtype if held else None))
         layers[number] = fused
     return model

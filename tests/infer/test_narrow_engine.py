@@ -9,12 +9,13 @@ import torch
 from answering_models import plain_greedy, tiny_model, write_model, write_tokenizer
 
 from infer.engine import suits_one_row
+from infer.fuse import Int4Linear, fuse
 from infer.generate import Generator
 from infer.load import load
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
 from model.command import UserError
 from model.machine import one_row
-from model.narrow import NarrowLinear, NarrowWeight, narrow
+from model.narrow import NarrowLinear, NarrowWeight, narrow, put
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 PROMPTS = [[1, 2, 3], [1, 2, 3, *range(40)], [9]]
@@ -122,3 +123,18 @@ def test_one_rows_product_is_as_exact_as_the_plain_one(bias):
     plain = torch.cat([torch.nn.functional.linear(row, weight, bias_O) for row in rows])
     assert (ours.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max()
     assert not suits_one_row(x, weight) and not suits_one_row(x[:1].double(), weight.double())
+
+
+@pytest.mark.parametrize("form", ["int4", "nf4"])
+def test_the_kernels_take_narrow_layers_as_they_are(form):
+    """fuse() hands a layer's own codes to kernels/four_bit.py; here their definitions run."""
+    model = tiny_model(**WIDTHS)
+    for path, module in list(model.named_modules()):
+        if type(module) is torch.nn.Linear:
+            weight = module.weight.detach()
+            put(model, path, NarrowLinear(NarrowWeight.quantise([weight], tuple(weight.shape), form), module.bias))
+    tokens = torch.arange(30)[None]
+    plain = model(tokens)
+    fused = fuse(model)
+    assert isinstance(fused.model.layers[0].mlp.down_proj, Int4Linear)
+    assert (fused(tokens) - plain).abs().max() <= 1e-12 * plain.abs().max()
