@@ -53,18 +53,23 @@ class Sizes:
     canaries_each: int
     canary_records: int
     canary_steps: int
+    retrieval_notes: int
+    encoder_steps: int
+    tune_steps: int
 
 
 SIZES = {
     "full": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.9), filter_rate=0.3, label_records=64, label_steps=32,
                   label_notes=24, misspelling_rates=(0.0, 0.05, 0.1, 0.2), misspelling_notes=40,
-                  canary_counts=(0, 1, 4, 16), canaries_each=5, canary_records=80, canary_steps=16),
+                  canary_counts=(0, 1, 4, 16), canaries_each=5, canary_records=80, canary_steps=16,
+                  retrieval_notes=40, encoder_steps=300, tune_steps=60),
     "nano": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=400, label_steps=120,
                   label_notes=40, misspelling_rates=(0.0, 0.05, 0.1, 0.2, 0.4), misspelling_notes=40,
-                  canary_counts=(0, 1, 4, 16), canaries_each=10, canary_records=400, canary_steps=150),
+                  canary_counts=(0, 1, 4, 16), canaries_each=10, canary_records=400, canary_steps=150,
+                  retrieval_notes=40, encoder_steps=300, tune_steps=100),
     "tiny": Sizes(label_rates=(0.0, 0.5), filter_rate=0.5, label_records=8, label_steps=2, label_notes=2,
                   misspelling_rates=(0.0, 0.1), misspelling_notes=2, canary_counts=(0, 4), canaries_each=2,
-                  canary_records=8, canary_steps=2),
+                  canary_records=8, canary_steps=2, retrieval_notes=3, encoder_steps=2, tune_steps=2),
 }  # fmt: skip
 
 
@@ -141,6 +146,12 @@ def experiments(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str
             "eval.robustness", "canaries", *on, "--recipe", demo.recipe("pretrain"), "--data", demo.data("pretrain"),
             "--counts", *several(sizes.canary_counts), "--each", str(sizes.canaries_each),
             "--records", str(sizes.canary_records), "--steps", str(sizes.canary_steps), "--out", str(out / "canaries"),
+        ]),
+        ("table 6: retrieval", [
+            "eval.retrieval_table", *on, "--adapter", demo.adapter("tuned"), *heldout, "--data", demo.data("train"),
+            "--texts", demo.data("pretrain"), "--recipe", demo.recipe("instruct"),
+            "--encoder-steps", str(sizes.encoder_steps), "--tune-steps", str(sizes.tune_steps),
+            "--limit", str(sizes.retrieval_notes), "--out", str(out / "retrieval"),
         ]),
     ]  # fmt: skip
 

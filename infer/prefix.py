@@ -254,7 +254,7 @@ class Cache:
             total = torch.logaddexp(logsum_NGM1[rows], sum_nGM1)
             merged = out_NGMK[rows] * (logsum_NGM1[rows] - total).exp() + part_nGMK * (sum_nGM1 - total).exp()
             out_NGMK[rows], logsum_NGM1[rows] = merged.to(out_NGMK.dtype), total
-        return out_NGMK.view(N, H, T, K)
+        return out_NGMK.view(N, H, T, K).to(q_NHTK.dtype)  # the merge is in fp32 where that is wider
 
     def _own_mask(self, window: int | None, slots_NT: Tensor, S: int) -> Tensor | None:
         """Which of its own slots each query sees; None where all see all."""

@@ -124,3 +124,8 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_made(weights, 
         with pytest.raises(UserError, match=message):
             main(Options(weights=str(weights), notes=tmp_path / "notes.jsonl", out=tmp_path / "o.jsonl", **options))
     assert not list(tmp_path.glob("o.jsonl*"))
+
+
+def test_narrow_activations_answer_too(weights, index, tmp_path):
+    shown = extracted(weights, tmp_path, "narrow", dtype="bfloat16", retriever="bm25", index=index)
+    assert shown["diagnosis"]["finish_reason"] and len(shown["neighbours"]) == 3
