@@ -23,6 +23,7 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
+from infer.retrieval.approximate import build_cells, library, search_cells
 from infer.retrieval.bm25 import BM25, words
 from infer.retrieval.encoder import Encoder, files
 from infer.retrieval.search import allowed, top_k
@@ -46,6 +47,10 @@ class Options:
     """JSON lines with `id` and `text` (and `title`, `patient`, `diagnosis` where known), or a folder of .txt files."""
     dtype: Literal["float32", "float16"] = "float32"
     """How vectors are kept; float16 takes half the disk and changes a score in its fourth digit."""
+    similarity: Literal["own", "dot", "euclidean"] = "own"
+    """How SPECTER2's vectors are compared: its own is Euclidean, and its authors report dot products too."""
+    faiss: bool = False
+    """Also keep an approximate index, and search in it: for many millions of notes (needs the package faiss-cpu)."""
     ask: str | None = None
     """Instead of building, print the notes nearest to this text."""
     k: int = 5
@@ -97,12 +102,19 @@ def build(options: Options) -> dict[str, Any]:
     dense = options.encoder != "bm25"
     if dense and options.weights is None:
         raise UserError(f"--encoder {options.encoder}: weights not given; give its folder with --weights")
+    if options.similarity != "own" and options.encoder != "specter2":
+        raise UserError(f"--similarity {options.similarity}: {options.encoder} has one of its own; leave it out")
+    if options.faiss and not dense:
+        raise UserError("--faiss is for vectors, and bm25 has none; leave it out")
+    if options.faiss:
+        library()
     found = list(records(options.notes))
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found).encode()
     manifest: dict[str, Any] = {
         "version": 1, "encoder": options.encoder, "count": len(found), "dtype": options.dtype if dense else None,
         "notes_sha256": hashlib.sha256(lines).hexdigest(),
         "encoder_sha256": hash_files(options.weights) if dense and options.weights else None,
+        **({"similarity": options.similarity} if options.similarity != "own" else {}),
     }  # fmt: skip
     if dense:
         manifest |= embed(options, manifest, found, part)
@@ -157,8 +169,12 @@ def embed(options: Options, manifest: dict[str, Any], found: list[dict[str, Any]
     state.unlink()
     if encoder.cut:
         print(f"{encoder.cut} notes are longer than {options.encoder} reads and were cut at its limit", file=sys.stderr)
-    return {"width": width, "similarity": encoder.similarity, "cut": encoder.cut,
+    made = {"width": width, "similarity": manifest.get("similarity", encoder.similarity), "cut": encoder.cut,
             "vectors_sha256": sha256_file(part / "vectors.npy")}  # fmt: skip
+    if options.faiss:
+        build_cells(np.load(part / "vectors.npy", mmap_mode="r"), made["similarity"], part / "vectors.faiss")
+        made["faiss_sha256"] = sha256_file(part / "vectors.faiss")
+    return made
 
 
 class Index:
@@ -177,7 +193,7 @@ class Index:
             )
         if sha256_file(path / "notes.jsonl") != manifest["notes_sha256"]:
             raise UserError(f"{path}: its notes.jsonl was changed since; build the index again")
-        self.manifest = manifest
+        self.manifest, self.path = manifest, path
         self.records = [record for _, record in read_jsonl(path / "notes.jsonl")]
         if manifest["encoder"] == "bm25":
             self.words = BM25([record["text"] for record in self.records])
@@ -188,6 +204,8 @@ class Index:
             raise UserError(f"{path}: was built by another encoder or tokenizer than {weights}; build the index again")
         if sha256_file(path / "vectors.npy") != manifest["vectors_sha256"]:
             raise UserError(f"{path}: its vectors.npy is damaged; build the index again")
+        if "faiss_sha256" in manifest and sha256_file(path / "vectors.faiss") != manifest["faiss_sha256"]:
+            raise UserError(f"{path}: its vectors.faiss is damaged; build the index again")
         self.encoder = Encoder.from_pretrained(weights, manifest["encoder"])
         self.vectors_ND = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
 
@@ -201,8 +219,11 @@ class Index:
         if self.manifest["encoder"] == "bm25":
             return [(self.records[row], score) for row, score in self.words.search(text, k)]
         query_1D = self.encoder.encode([text], query=True)
-        rows, scores = top_k(query_1D, self.vectors_ND, k, self.manifest["similarity"])
-        return [(self.records[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
+        if "faiss_sha256" in self.manifest:
+            rows, scores = search_cells(self.path / "vectors.faiss", query_1D, k, self.manifest["similarity"])
+        else:
+            rows, scores = top_k(query_1D, self.vectors_ND, k, self.manifest["similarity"])
+        return [(self.records[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
 
     def neighbours(
         self, note: Mapping[str, Any], k: int, wanted: Callable[[dict[str, Any]], bool] = lambda record: True

@@ -1,7 +1,7 @@
 """Exact nearest vectors by blocked products, and the guard that keeps a note's own answer out of its neighbours.
 
-At a million vectors of 768 numbers a query costs one pass over 3 GB; beyond some ten millions, or where many queries a
-second are wanted, use an approximate index such as FAISS on the same matrix (`vectors.npy` is a plain array).
+Exact search is one pass over the vectors (3 GB for a million of 768 numbers) whatever is asked; for many millions of
+them, or many single queries a second, approximate.py reads a part.
 """
 
 from __future__ import annotations

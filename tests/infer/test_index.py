@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 
 from infer import index
 from infer.index import Index, Options, build
-from infer.retrieval import search
+from infer.retrieval import approximate, search
 from infer.retrieval.bert import Bert
 from infer.retrieval.search import allowed, top_k
 from model.command import UserError
@@ -159,3 +159,62 @@ def test_a_note_longer_than_the_encoder_reads_is_counted(tmp_path, capsys):
     made = build(Options(out=tmp_path / "i", encoder="contriever", weights=weights, notes=tmp_path / "n.jsonl"))
     assert made["cut"] == 1
     assert "cut at its limit" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("similarity", ["dot", "cosine", "euclidean"])
+def test_cells_that_are_all_read_give_the_exact_search(tmp_path, similarity, monkeypatch):
+    pytest.importorskip("faiss")
+    rng = np.random.default_rng(0)
+    matrix, query = (rng.standard_normal((n, 8)).astype(np.float32) for n in (500, 5))
+    approximate.build_cells(matrix, similarity, tmp_path / "v.faiss")
+    rows, scores = approximate.search_cells(tmp_path / "v.faiss", query, 10, similarity)
+    exact_rows, exact_scores = top_k(query, matrix, 10, similarity)
+    assert (rows == exact_rows).all() and np.abs(scores - exact_scores).max() < 1e-5  # 12 cells, 32 are read
+    monkeypatch.setattr(approximate, "PROBES", 1)
+    few, _ = approximate.search_cells(tmp_path / "v.faiss", query, 10, similarity)
+    assert 0 < (few == exact_rows).mean() < 1
+
+
+def test_an_approximate_index_is_asked_like_an_exact_one_and_checked(tmp_path):
+    pytest.importorskip("faiss")
+    weights, notes = encoder_folder(tmp_path / "enc"), notes_file(tmp_path / "notes.jsonl")
+    for name in ("exact", "cells"):
+        build(Options(out=tmp_path / name, encoder="contriever", weights=weights, notes=notes, faiss=name == "cells"))
+    exact, cells = (Index(tmp_path / name, weights=weights) for name in ("exact", "cells"))
+    note = {"id": "q", "text": "Mass of the left breast."}
+    wanted = [record["id"] for record in exact.neighbours(note, 5)]
+    assert [record["id"] for record in cells.neighbours(note, 5)] == wanted
+    (tmp_path / "cells" / "vectors.faiss").write_bytes(b"torn")
+    with pytest.raises(UserError, match="vectors.faiss is damaged"):
+        Index(tmp_path / "cells", weights=weights)
+
+
+def test_only_specter2_has_two_similarities(tmp_path):
+    weights, notes = encoder_folder(tmp_path / "enc"), notes_file(tmp_path / "notes.jsonl", 9)
+    with pytest.raises(UserError, match="has one of its own"):
+        build(Options(out=tmp_path / "i", encoder="contriever", weights=weights, notes=notes, similarity="euclidean"))
+    with pytest.raises(UserError, match="bm25 has none"):
+        build(Options(out=tmp_path / "i", notes=notes, faiss=True))
+    assert not (tmp_path / "i").exists()
+    specter = tmp_path / "specter2"
+    specter.mkdir()
+    shutil.copytree(weights, specter / "base")
+    for part in ("proximity", "adhoc_query"):
+        (specter / part).mkdir()
+        (specter / part / "adapter_config.json").write_text("{}")
+        shapes = {"adapter_down.0.weight": (4, 16), "adapter_down.0.bias": (4,), "adapter_up.weight": (16, 4),
+                  "adapter_up.bias": (16,)}  # fmt: skip
+        state = {f"encoder.layer.0.output.adapters.{part}.{key}": torch.randn(shape) for key, shape in shapes.items()}
+        described = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
+        write_safetensors(specter / part / "adapter.safetensors", described, lambda key, held=state: iter([held[key]]))
+    query, documents = "Mass of the colon.", {}
+    for similarity in ("own", "dot"):
+        out = tmp_path / similarity
+        build(Options(out=out, encoder="specter2", weights=specter, notes=notes, similarity=similarity))
+        found = Index(out, "specter2", specter)
+        documents[similarity] = dict((record["id"], score) for record, score in found.search(query, 9))
+        query_D, vectors_ND = found.encoder.encode([query], query=True)[0], found.vectors_ND
+    dot = vectors_ND @ query_D
+    for i in range(9):
+        assert documents["dot"][f"n{i}"] == pytest.approx(dot[i], rel=1e-5)
+        assert documents["own"][f"n{i}"] == pytest.approx(2 * dot[i] - (vectors_ND[i] ** 2).sum(), rel=1e-4)

@@ -160,6 +160,16 @@ def test_the_weighted_mean_in_numbers():
     assert pool(x, mask, "first").item() == 1.0
 
 
+def test_pooling_has_the_bits_of_sentence_transformers_formulas():
+    torch.manual_seed(0)
+    x, mask = torch.randn(3, 9, 8), torch.arange(9)[None, :] < torch.tensor([9, 4, 1])[:, None]
+    wide = mask[..., None].expand(x.size()).float()
+    assert torch.equal(pool(x, mask, "mean"), (x * wide).sum(1) / wide.sum(1).clamp(min=1e-9))
+    weights = torch.arange(1, 10)[None, :, None].expand(x.size()).float()
+    weighted = (x * wide * weights).sum(1) / (wide * weights).sum(1).clamp(min=1e-9)
+    assert torch.equal(pool(x, mask, "weighted"), weighted)
+
+
 @settings(deadline=None, max_examples=100)
 @given(st.integers(0, 30), st.integers(0, 30), st.integers(2, 40))
 def test_a_pair_is_cut_at_its_longer_side(a, b, most):
