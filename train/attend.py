@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.attention import FastAttend, Visible
+from model.attention import Visible
+from model.fast_attention import FastAttend
 
 QUERIES = 64  # queries of a run at once: small enough that few pairs beyond the diagonal are computed
 

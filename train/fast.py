@@ -224,3 +224,12 @@ def fast_blocks(model: Transformer) -> Transformer:
         if type(block) is Block and frozen and hasattr(block, "mlp"):
             model.model.layers[number] = FastBlock(block)
     return model
+
+
+def training_blocks(model: Transformer, fuse: bool = False) -> Transformer:
+    """The blocks that train, in the plain ones' place: the GPU's kernels (infer/fuse.py), or the ones of this file."""
+    if not fuse:
+        return fast_blocks(model)
+    from infer.fuse import fuse as with_kernels
+
+    return with_kernels(model)

@@ -125,6 +125,8 @@ class Recipe:
     """Recompute each block in the backward pass: less memory, a third more time."""
     compile: bool = False
     """Run the model through torch.compile."""
+    fuse: bool = False
+    """On a CUDA device: the Triton kernels' blocks (infer/fuse.py), adapters on a frozen base only."""
     threads: int = 0
     """CPU threads (0: torch's choice)."""
 
@@ -159,6 +161,8 @@ class Recipe:
             raise UserError("recipe: init trains from nothing, so it needs full = true and a tokenizer")
         if self.full and (self.adapter or self.base):
             raise UserError("recipe: full trains all weights; leave out adapter and base, or set full = false")
+        if self.fuse and (self.full or self.compile):
+            raise UserError("recipe: fuse is for adapters, and not with compile; leave full and compile out")
         if self.merge_adapter and not self.adapter:
             raise UserError("recipe: merge_adapter needs adapter, the folder of the adapter to fold in")
         if self.optimizer == "muon" and not self.full:

@@ -24,14 +24,14 @@ from model.transformer import Transformer
 from model.weights import save_weights
 from train.checkpoint import snapshot
 from train.dataset import Rows
-from train.fast import fast_blocks
+from train.fast import training_blocks
 from train.loop import Trainer
 from train.recipe import Recipe, parse
 from train.sharding import Ranks, shard
 from train.store import Encoding, build_store
 
 UNIMPORTANT = ("out", "resume", "allow_changed", "save_every", "keep_last", "device", "threads", "on_bad_step",
-               "micro_rows", "checkpoint_blocks", "compile")  # fmt: skip  # may differ between a run and its resumption
+               "micro_rows", "checkpoint_blocks", "compile", "fuse")  # may differ between a run and its resumption
 
 
 def program(stage: str) -> None:
@@ -110,7 +110,7 @@ def load_model(recipe: Recipe, ranks: Ranks) -> tuple[nn.Module, str]:
     model.model.checkpoint_blocks = recipe.checkpoint_blocks
     model.use_attention("fast")
     if not recipe.compile:  # torch.compile fuses the plain block by itself
-        fast_blocks(model)
+        training_blocks(model, recipe.fuse)
     return (shard(model, ranks) if ranks.world > 1 else model), base
 
 

@@ -9,12 +9,13 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import CONFIG, RECIPE, tiny
 
+from infer.fuse import FusedBlock
 from lora.narrow import narrow_base
 from model.attention import PlainAttend, Visible
 from model.config import ModelConfig
 from train.attend import SegmentAttend, segments
 from train.dataset import Rows
-from train.fast import FastBlock, fast_blocks
+from train.fast import FastBlock, fast_blocks, training_blocks
 from train.loss import batch_loss
 from train.rows import Row, collate, count, note_unit, text_units
 
@@ -130,3 +131,11 @@ def test_running_rows_are_one_document(documents):
     found = segments(visible, None)
     assert found is not None and [s.trunk for s in found] == [slice(0, 120)]
     assert text_units("a", np.arange(5), 9)
+
+
+def test_a_run_with_the_gpus_kernels_takes_the_plain_steps(notes):
+    """`fuse = true`: on a CPU the kernels' definitions are computed, so the gradients must be the plain block's."""
+    batch, counts = batches(notes)
+    plain, fused = (step(model, batch, counts) for model in (tiny(RECIPE), training_blocks(tiny(RECIPE), fuse=True)))
+    assert isinstance(training_blocks(tiny(RECIPE), fuse=True).model.layers[0], FusedBlock)
+    assert worst(fused, plain) < 1e-12
