@@ -4,7 +4,7 @@
 
 Tables 1, 2 and 5 are the demo's own figures. Table 3 trains an adapter for each rate of wrong labels with the demo's
 recipe shortened; Table 4 and Table 6 ask the demo's tuned adapter; the canaries repeat its continued pre-training. Work
-is budgeted in notes and steps, never in seconds. An interrupted run goes on where it stopped, inside a step too; one
+is budgeted in notes and passes, never in seconds. An interrupted run goes on where it stopped, inside a step too; one
 that ended only writes its report anew.
 """
 
@@ -45,31 +45,31 @@ class Sizes:
     label_rates: tuple[float, ...]
     filter_rate: float
     label_records: int
-    label_steps: int
+    label_epochs: float
     label_notes: int
     misspelling_rates: tuple[float, ...]
     misspelling_notes: int
     canary_counts: tuple[int, ...]
     canaries_each: int
     canary_records: int
-    canary_steps: int
+    canary_epochs: float
     retrieval_notes: int
     encoder_steps: int
     tune_steps: int
 
 
 SIZES = {
-    "full": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.9), filter_rate=0.3, label_records=64, label_steps=32,
+    "full": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.9), filter_rate=0.3, label_records=48, label_epochs=1.0,
                   label_notes=24, misspelling_rates=(0.0, 0.05, 0.1, 0.2), misspelling_notes=40,
-                  canary_counts=(0, 1, 4, 16), canaries_each=5, canary_records=80, canary_steps=16,
+                  canary_counts=(0, 1, 4, 16), canaries_each=5, canary_records=80, canary_epochs=1.0,
                   retrieval_notes=40, encoder_steps=300, tune_steps=60),
-    "nano": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=400, label_steps=120,
+    "nano": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=400, label_epochs=2.0,
                   label_notes=40, misspelling_rates=(0.0, 0.05, 0.1, 0.2, 0.4), misspelling_notes=40,
-                  canary_counts=(0, 1, 4, 16), canaries_each=10, canary_records=400, canary_steps=150,
+                  canary_counts=(0, 1, 4, 16), canaries_each=10, canary_records=400, canary_epochs=3.0,
                   retrieval_notes=40, encoder_steps=300, tune_steps=100),
-    "tiny": Sizes(label_rates=(0.0, 0.5), filter_rate=0.5, label_records=8, label_steps=2, label_notes=2,
+    "tiny": Sizes(label_rates=(0.0, 0.5), filter_rate=0.5, label_records=8, label_epochs=1.0, label_notes=2,
                   misspelling_rates=(0.0, 0.1), misspelling_notes=2, canary_counts=(0, 4), canaries_each=2,
-                  canary_records=8, canary_steps=2, retrieval_notes=3, encoder_steps=2, tune_steps=2),
+                  canary_records=8, canary_epochs=1.0, retrieval_notes=3, encoder_steps=2, tune_steps=2),
 }  # fmt: skip
 
 
@@ -134,7 +134,7 @@ def experiments(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str
             "eval.robustness", "labels", *on, *heldout, "--recipe", demo.recipe("instruct"),
             "--data", demo.data("train"), "--adapter", demo.adapter("pretrained"),
             "--rates", *several(sizes.label_rates), "--filter-rate", str(sizes.filter_rate),
-            "--records", str(sizes.label_records), "--steps", str(sizes.label_steps),
+            "--records", str(sizes.label_records), "--epochs", str(sizes.label_epochs),
             "--limit", str(sizes.label_notes), "--out", str(out / "labels"),
         ]),
         ("table 4: misspelled notes, plain and repaired", [
@@ -145,7 +145,8 @@ def experiments(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str
         ("canaries", [
             "eval.robustness", "canaries", *on, "--recipe", demo.recipe("pretrain"), "--data", demo.data("pretrain"),
             "--counts", *several(sizes.canary_counts), "--each", str(sizes.canaries_each),
-            "--records", str(sizes.canary_records), "--steps", str(sizes.canary_steps), "--out", str(out / "canaries"),
+            "--records", str(sizes.canary_records), "--epochs", str(sizes.canary_epochs),
+            "--out", str(out / "canaries"),
         ]),
         ("table 6: retrieval", [
             "eval.retrieval_table", *on, "--adapter", demo.adapter("tuned"), *heldout, "--data", demo.data("train"),

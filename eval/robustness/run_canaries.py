@@ -1,6 +1,6 @@
 """Memorisation: canaries planted at known counts in continued pre-training, with and without deduplication.
 
-Two adapters are trained with the same recipe and steps, one on the notes with the canaries in them, one on the same
+Two adapters are trained with the same recipe and passes, one on the notes with the canaries in them, one on the same
 notes after lines that stand in them more than once were reduced to one. For both, and for the base alone, the exposure
 and the extraction rate of each count are reported, with intervals that draw canaries.
 """
@@ -39,8 +39,8 @@ class Canaries:
     """Canaries of each count."""
     records: int = 0
     """Only the first notes (0: all)."""
-    steps: int = 0
-    """Optimizer steps (0: the recipe's)."""
+    epochs: float = 0.0
+    """Passes over the notes (0: the recipe's steps)."""
     seed: int = 0
     """Names, numbers and places."""
 
@@ -49,8 +49,8 @@ class Canaries:
             raise UserError(f"--counts {' '.join(map(str, self.counts))}: different numbers, 0 or more")
         if self.each < 1 or len(self.counts) * self.each > 100:
             raise UserError(f"--each {self.each}: at least 1, and at most 100 canaries in all")
-        if min(self.records, self.steps) < 0:
-            raise UserError("--records and --steps are 0 or more")
+        if min(self.records, self.epochs) < 0:
+            raise UserError("--records and --epochs are 0 or more")
 
 
 def run_canaries(options: Canaries) -> dict[str, Any]:
@@ -69,7 +69,7 @@ def run_canaries(options: Canaries) -> dict[str, Any]:
         run.step(f"{name}: continued pre-training", [
             "train.pretrain", options.recipe, "--weights", options.weights, "--out", str(run.out / name),
             "--data", str(run.out / "data" / f"{name}.jsonl"),
-            *(["--steps", str(options.steps)] if options.steps else []),
+            *(["--steps", "0", "--epochs", str(options.epochs)] if options.epochs else []),
         ])  # fmt: skip
         rows[name] = measured(run, options, name, run.out / name / "adapter", canaries)
     card = read_json(run.out / "planted" / "run.json")

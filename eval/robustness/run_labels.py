@@ -41,8 +41,8 @@ class Labels:
     """The rate at which training is repeated without the records of highest loss (0: not at all)."""
     adapter: str = ""
     """An adapter to go on from, such as that of continued pre-training (empty: a new one)."""
-    steps: int = 0
-    """Optimizer steps of each training (0: the recipe's)."""
+    epochs: float = 0.0
+    """Passes of each training over its notes (0: the recipe's steps)."""
     records: int = 0
     """Only the first training notes (0: all)."""
     limit: int = 0
@@ -57,8 +57,8 @@ class Labels:
             raise UserError(f"a rate of {wrong[0]}; a rate is between 0 and 1")
         if self.filter_rate and not {0.0, self.filter_rate} <= set(self.rates):
             raise UserError(f"--filter-rate {self.filter_rate} and 0 must be among --rates, to be compared with")
-        if min(self.steps, self.records, self.limit) < 0 or self.max_new_diagnosis < 1:
-            raise UserError("--steps, --records and --limit are 0 or more, --max-new-diagnosis at least 1")
+        if min(self.epochs, self.records, self.limit) < 0 or self.max_new_diagnosis < 1:
+            raise UserError("--epochs, --records and --limit are 0 or more, --max-new-diagnosis at least 1")
 
 
 def run_labels(options: Labels) -> dict[str, Any]:
@@ -86,8 +86,9 @@ def run_labels(options: Labels) -> dict[str, Any]:
     return result
 
 
-def trained(run: Run, options: Labels, name: str, records: list[dict[str, Any]]) -> list:
-    """The test questions as a model answers them that was tuned on these records."""
+def trained(run: Run, options: Labels, name: str, records: list[dict[str, Any]], share: float = 1.0) -> list:
+    """The test questions as a model answers them that was tuned on these records, a `share` of all: for as many steps,
+    so for more passes."""
     data, adapter = run.out / "data" / f"{name}.jsonl", run.out / name / "adapter"
     answers = run.out / "answers" / f"{name}.jsonl"
     write_jsonl(data, records)
@@ -95,7 +96,7 @@ def trained(run: Run, options: Labels, name: str, records: list[dict[str, Any]])
         "train.instruct", options.recipe, "--weights", options.weights, "--data", str(data),
         "--out", str(adapter.parent),
         *(["--adapter", options.adapter] if options.adapter else []),
-        *(["--steps", str(options.steps)] if options.steps else []),
+        *(["--steps", "0", "--epochs", str(options.epochs / share)] if options.epochs else []),
     ])  # fmt: skip
     answers.parent.mkdir(exist_ok=True)
     run.step(f"{name}: answers", [
@@ -119,7 +120,7 @@ def filtered(run: Run, options: Labels, noisy: list[dict[str, Any]]) -> tuple[di
     kept = [record for record in noisy if record["id"] not in set(highest)]
     found = {"rate": options.filter_rate, "dropped": len(highest), "wrong": len(wrong), "records": len(noisy),
              "dropped_wrong": len(wrong & set(highest)), "auc": auc(losses, wrong)}  # fmt: skip
-    return found, trained(run, options, f"{name}-filtered", kept)
+    return found, trained(run, options, f"{name}-filtered", kept, len(kept) / len(noisy))
 
 
 def auc(losses: dict[str, float], wrong: set[str]) -> float | None:
