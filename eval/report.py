@@ -61,7 +61,7 @@ def build(run: Path, examples_shown: int = 10) -> Json:
     given = read_run(run)
     report: Json = {key: given.get(key) for key in ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte",
                                                     "leaks")}  # fmt: skip
-    report |= {key: read_json(run / given[key]) if given.get(key) else None for key in PARTS}
+    report |= read_parts(run, given)
     report |= {"preset": "clinical", "second_preset": SECOND, "paper": PAPER, "sets": {}}
     judged_pairs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     for name, path in tqdm(given["references"].items(), desc="test sets", disable=None):
@@ -72,6 +72,11 @@ def build(run: Path, examples_shown: int = 10) -> Json:
     report["curves"] = {name: _curve(run / path) for name, path in (given.get("curves") or {}).items()}
     report["examples"] = _examples(run, given, examples_shown)
     return report
+
+
+def read_parts(run: Path, given: Json) -> Json:
+    """The results of the experiments that run.json names; None for the others."""
+    return {key: read_json(run / given[key]) if given.get(key) else None for key in PARTS}
 
 
 def read_run(run: Path) -> Json:

@@ -1,6 +1,6 @@
 """The metrics of a predictions file: `python -m eval.score --predictions F.jsonl --references G.jsonl`.
 
-    python -m eval.score --predictions runs/demo/predictions/tuned.heldout.jsonl --references
+    python -m eval.score --predictions runs/demo/predictions/tuned-heldout.jsonl --references
     runs/demo/data/heldout.jsonl
 
 The forms of the two files stand in eval/questions.py. Answerable questions are scored apart from unanswerable ones,

@@ -1,11 +1,13 @@
-"""Pictures of a report in light, dark and at a phone's width: `python -m eval.screenshot RUN_DIR/report.html --out
-DIR`.
+"""Pictures of a report in light, dark, at a phone's width and on paper:
+
+    python -m eval.screenshot RUN_DIR/report.html --out DIR [--at t3]
 
 Needs a Chromium on the PATH (Debian: apt-get install chromium). The page is opened from disk.
 """
 
 from __future__ import annotations
 
+import re
 import shutil
 import subprocess
 import tempfile
@@ -16,9 +18,9 @@ from typing import Annotated
 import tyro
 
 from model import command
-from model.command import UserError
+from model.command import UserError, nearest
 
-SHOTS = {"light": (1200, 1500), "dark": (1200, 1500), "phone": (500, 1500)}
+WIDTHS = {"light": 1200, "dark": 1200, "phone": 500}
 
 
 @dataclass(frozen=True)
@@ -28,9 +30,11 @@ class Options:
     page: Annotated[Path, tyro.conf.Positional]
     """The report's HTML file."""
     out: Path
-    """Folder for report-light.png, report-dark.png and report-phone.png."""
+    """Folder for report-light.png, report-dark.png, report-phone.png and report-print.pdf."""
     at: str = ""
-    """A place in the page to show first, for example t2 or ex."""
+    """The table to begin with, by its id in the page: t1 to t6, canaries, ex, … (empty: the whole page's top)."""
+    height: int = 1500
+    """Of the pictures, in pixels."""
 
 
 def main(options: Options) -> None:
@@ -40,35 +44,37 @@ def main(options: Options) -> None:
     if not options.page.is_file():
         raise UserError(f"{options.page}: no such file; make it with python -m eval.report RUN_DIR")
     options.out.mkdir(parents=True, exist_ok=True)
-    address = options.page.resolve().as_uri() + (f"#{options.at}" if options.at else "")
-    for name, (width, height) in SHOTS.items():
-        shot = options.out.resolve() / f"report-{name}.png"
-        with tempfile.TemporaryDirectory() as profile:
-            dark = (
-                ["--blink-settings=preferredColorScheme=0"]
-                if name == "dark"
-                else ["--blink-settings=preferredColorScheme=1"]
-            )
-            done = subprocess.run(
-                [
-                    browser,
-                    "--headless",
-                    "--no-sandbox",
-                    "--disable-gpu",
-                    "--disable-background-networking",
-                    "--hide-scrollbars",
-                    f"--user-data-dir={profile}",
-                    *dark,
-                    f"--window-size={width},{height}",
-                    f"--screenshot={shot}",
-                    address,
-                ],
-                capture_output=True,
-                timeout=120,
-            )
-        if done.returncode or not shot.is_file():
-            raise UserError(f"{browser} made no picture of {options.page} (exit {done.returncode})")
-        print(shot)
+    with tempfile.TemporaryDirectory() as scratch:
+        page = Path(scratch) / "report.html"
+        page.write_text(from_place(options.page.read_text(encoding="utf-8"), options.at), encoding="utf-8")
+        for name, width in WIDTHS.items():
+            shot = options.out.resolve() / f"report-{name}.png"
+            scheme = f"--blink-settings=preferredColorScheme={0 if name == 'dark' else 1}"
+            take(browser, page, shot, scheme, "--hide-scrollbars", f"--window-size={width},{options.height}",
+                 f"--screenshot={shot}")  # fmt: skip
+        paper = options.out.resolve() / "report-print.pdf"
+        take(browser, page, paper, "--no-pdf-header-footer", f"--print-to-pdf={paper}")
+
+
+def from_place(html: str, at: str) -> str:
+    """The page from the heading of that id on. Raises UserError where it has none."""
+    if not at:
+        return html
+    found = re.search(rf'<h2 id="{re.escape(at)}"', html)
+    if found is None:
+        places = re.findall(r'<h2 id="([^"]+)"', html)
+        raise UserError(f"--at {at}: the page has no such place{nearest(at, places)}; it has {', '.join(places)}")
+    return html[: html.index("<body>") + len("<body>")] + html[found.start() :]
+
+
+def take(browser: str, page: Path, out: Path, *how: str) -> None:
+    out.unlink(missing_ok=True)
+    command_line = [browser, "--headless", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+                    f"--user-data-dir={page.parent / 'profile'}", *how, page.as_uri()]  # fmt: skip
+    done = subprocess.run(command_line, capture_output=True, timeout=120)
+    if done.returncode or not out.is_file():
+        raise UserError(f"{browser} made no picture {out.name} (exit {done.returncode})")
+    print(out)
 
 
 if __name__ == "__main__":

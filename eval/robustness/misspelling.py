@@ -62,6 +62,11 @@ def phonetic(word: str, dice: random.Random) -> str:
 RULES: tuple[Callable[[str, random.Random], str], ...] = (keyboard, transposition, omission, doubling, phonetic)
 
 
+def eligible(text: str) -> int:
+    """How many words of a text can be misspelled."""
+    return sum(1 for _ in _WORD.finditer(text))
+
+
 def misspell(record: dict[str, Any], rate: float, seed: int = 0) -> dict[str, Any]:
     """A copy of an annotated note with about `rate` of its words misspelled. Raises ValueError outside 0 … 1."""
     if not 0 <= rate <= 1:

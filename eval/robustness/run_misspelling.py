@@ -13,7 +13,7 @@ import tyro
 
 from eval.questions import Question, pair, read_predictions, read_references
 from eval.robustness.measure import curve, recovery, recovery_lines, text_table
-from eval.robustness.misspelling import misspell
+from eval.robustness.misspelling import eligible, misspell
 from eval.steps import begin
 from model.command import UserError
 from model.files import sha256_file, write_json, write_jsonl
@@ -36,7 +36,8 @@ class Misspelling:
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """The tuned adapter; one --adapter each, merged in this order."""
     rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)
-    """The shares of words that are misspelled; a word wrong at one rate is wrong in the same way at a higher one."""
+    """The shares of words (of four letters or more) that are misspelled; a word wrong at one rate is wrong in the same
+    way at a higher one."""
     limit: int = 0
     """Only the first notes (0: all)."""
     max_new_diagnosis: int = 60
@@ -64,7 +65,6 @@ def run_misspelling(options: Misspelling) -> dict[str, Any]:
                         for a, b in zip(new["text"].split(), old["text"].split(), strict=True))  # fmt: skip
         changed.append(differing)
         asked += [{"id": at(record["id"], rate), "text": record["text"]} for record in misspelled]
-    words = sum(len(record["text"].split()) for record in references)
     write_jsonl(options.out / "notes.jsonl", asked)
     series = {}
     for name, file, more in ((PLAIN, "plain", []), (REPAIRED, "repaired", ["--repair", str(options.lexicon)])):
@@ -77,7 +77,7 @@ def run_misspelling(options: Misspelling) -> dict[str, Any]:
         ])  # fmt: skip
         series[name] = by_rate(references, read_predictions(answers), rates)
     result: dict[str, Any] = {"what": "misspelling", "damaged": "words misspelled", **curve(series)}
-    result |= {"changed": changed, "of": words, "seconds": run.took()}
+    result |= {"changed": changed, "of": sum(eligible(record["text"]) for record in references), "seconds": run.took()}
     clean = series[PLAIN][0.0]
     result["recovery"] = [{"rate": rate, **recovery(clean, series[PLAIN][rate], series[REPAIRED][rate])}
                           for rate in rates]  # fmt: skip

@@ -1,0 +1,110 @@
+"""make tables: from a finished demo only, its programs understand what they are given, and its results are shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tyro
+
+from eval.questions import Question
+from eval.report import read_parts, render
+from eval.report_paper import PAPER
+from eval.robustness.measure import curve, recovery
+from eval.robustness.run_canaries import Canaries, by_count
+from eval.robustness.run_labels import Labels
+from eval.robustness.run_misspelling import Misspelling
+from eval.screenshot import from_place
+from eval.steps import Run
+from eval.tables import SIZES, Demo, Options, described, experiments, finished_demo, main
+from model.command import UserError
+from model.files import write_json
+
+KINDS = {"labels": Labels, "misspelling": Misspelling, "canaries": Canaries}
+
+
+@pytest.mark.parametrize("scale", SIZES)
+def test_every_experiment_is_one_that_its_program_takes(scale, tmp_path):
+    demo = Demo(tmp_path / "demo", scale)
+    seen = set()
+    for _, (program, *arguments) in experiments(demo, SIZES[scale], tmp_path / "tables"):
+        if program == "eval.robustness":
+            kind = KINDS[arguments[0]]
+            options = tyro.cli(kind, args=arguments[1:], config=(tyro.conf.OmitArgPrefixes,))
+            assert Path(options.out).parent == tmp_path / "tables" and options.weights == demo.weights
+            seen.add(kind)
+    assert seen == set(KINDS.values())
+    assert all(Path(demo.recipe(stage)).is_file() for stage in ("instruct", "pretrain"))
+
+
+def test_only_a_finished_demo_of_the_scale_will_do(tmp_path):
+    with pytest.raises(UserError, match="no finished demo; run make demo SCALE=tiny first"):
+        main(Options(scale="tiny", run=tmp_path, out=tmp_path / "out"))
+    (tmp_path / "report.html").touch()
+    write_json(tmp_path / "made-of.json", {"scale": "nano"})
+    with pytest.raises(UserError, match="a demo of scale 'nano', not 'tiny'"):
+        finished_demo(tmp_path, "tiny")
+    write_json(tmp_path / "made-of.json", {"scale": "tiny"})
+    with pytest.raises(UserError, match="base/model: missing"):
+        finished_demo(tmp_path, "tiny")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demos_files_are_named_as_seen_from_the_tables(tmp_path):
+    demo = tmp_path / "demo"
+    write_json(demo / "run.json", {"systems": [{"name": "a", "kind": "model", "predictions": {"heldout": "p/a.jsonl"}}],
+                                   "references": {"heldout": "heldout.jsonl"}, "curves": {"tuned": "t/m.jsonl"},
+                                   "steps": {}, "seconds": 1.0, "peak_mb": 2.0})  # fmt: skip
+    out = tmp_path / "tables"
+    write_json(out / "labels" / "result.json", {})
+    given = described(Run(out, "tiny", {"s": {"seconds": 2.0, "peak_mb": 9.0}}), Demo(demo, "tiny"))
+    assert (out / given["systems"][0]["predictions"]["heldout"]).resolve() == (demo / "p/a.jsonl").resolve()
+    assert given["counterfactual"] == "labels/result.json" and "misspelling" not in given
+    assert given["seconds"] == 3 and given["peak_mb"] == 9
+
+
+def asked(right):
+    return [Question(f"n{i}", f"p{i}", name, (gold,), (gold if i < right else "nowhere",))
+            for i in range(12) for name, gold in (("tumor_size", "2 cm"), ("diagnosis", "lung cancer"))]  # fmt: skip
+
+
+def test_the_report_shows_and_plots_every_result(tmp_path):
+    spelled = curve({"as misspelled": {0.0: asked(12), 0.1: asked(6)}, "repaired": {0.0: asked(12), 0.1: asked(10)}})
+    spelled |= {"damaged": "words misspelled", "changed": [0, 40], "of": 400,
+                "recovery": [{"rate": 0.1, **recovery(asked(12), asked(6), asked(10))}]}  # fmt: skip
+    wrong = curve({"trained on wrong labels": {0.0: asked(12), 0.3: asked(4)}, "left out": {0.3: asked(9)}})
+    wrong |= {"damaged": "records", "changed": [0, 3], "of": 10, "recovery": [],
+              "filter": {"rate": 0.3, "dropped": 3, "dropped_wrong": 2, "wrong": 3, "records": 10,
+                         "auc": 0.9}}  # fmt: skip
+    one = {"name": "c", "count": 4, "rank": 1, "exposure": 8.0, "extracted": True}
+    leaks = {"notes": 20, "steps": 3, "passes": 1.0, "references": 255, "most": 8.0, "lines_dropped": 5,
+             "rows": {"planted": by_count([one, {**one, "count": 0, "exposure": 1.0, "extracted": False}])},
+             }  # fmt: skip
+    near = {"notes": 12, "rows": [{"name": "BM25", "note": "", "recall_at": {"1": 0.5}, "ndcg": 0.4,
+                                   "diagnosis": spelled["series"]["repaired"]["diagnosis"][0]},
+                                  {"name": "MedCPT", "note": "weights not given", "diagnosis": None}]}  # fmt: skip
+    parts = {"counterfactual": wrong, "misspelling": spelled, "canaries": leaks, "retrieval": near}
+    for key, part in parts.items():
+        write_json(tmp_path / f"{key}.json", part)
+    read = read_parts(tmp_path, {key: f"{key}.json" for key in parts})
+    assert read == json.loads(json.dumps(parts))
+    assert read_parts(tmp_path, {}) == dict.fromkeys(parts)
+    empty = {"title": "held out", "notes": 0, "patients": 0, "systems": [], "paired": []}
+    bare = {"sets": {"heldout": empty}, "curves": {}, "examples": [], "ledger": [], "paper": PAPER, "title": "T",
+            "seconds": None, "bits_per_byte": None}  # fmt: skip
+    page = render({**bare, **read})
+    assert page.count("<svg") == 4 and "Not part of this run" not in page
+    for said in ("40 of 400", "regained by repair", "2 of them were wrong", "1 of 1"):
+        assert said in page
+    assert "weights not given" in page and "0 (never planted)" in page
+    assert render({**bare, **dict.fromkeys(parts)}).count("Not part of this run") == 4
+    assert '<h2 id="t4"' in from_place(page, "t4") and '<h2 id="t3"' not in from_place(page, "t4")
+    with pytest.raises(UserError, match="did you mean 't4'"):
+        from_place(page, "t44")
+
+
+def test_sizes_hold_the_clean_rate_that_the_others_are_compared_with():
+    for sizes in SIZES.values():
+        assert 0.0 in sizes.label_rates and sizes.filter_rate in sizes.label_rates and 0.0 in sizes.misspelling_rates
+        assert 0 in sizes.canary_counts and max(sizes.canary_counts) <= sizes.canary_records
