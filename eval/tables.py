@@ -87,6 +87,12 @@ class Demo:
     def recipe(self, stage: str) -> str:
         return str(RECIPES / f"{'demo' if self.scale == 'full' else self.scale}-{stage}.toml")
 
+    @property
+    def dtype(self) -> str:
+        """What the demo trained in; the small models from nothing are fp32 and leave no note of it."""
+        found = self.folder / "dtype.json"
+        return str(read_json(found)) if found.is_file() else "float32"
+
     def data(self, name: str) -> str:
         return str(self.folder / "data" / f"{name}.jsonl")
 
@@ -129,23 +135,24 @@ def main(options: Options) -> int:
 def experiments(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str]]]:
     """(step, program) in order; each leaves result.json in its folder, and takes up its own work where it stopped."""
     on, heldout = ["--weights", demo.weights], ["--notes", str(demo.folder / "heldout.jsonl")]
+    dtype = ["--dtype", demo.dtype]
     return [
         ("table 3: wrong labels", [
-            "eval.robustness", "labels", *on, *heldout, "--recipe", demo.recipe("instruct"),
+            "eval.robustness", "labels", *on, *heldout, *dtype, "--grounded", "--recipe", demo.recipe("instruct"),
             "--data", demo.data("train"), "--adapter", demo.adapter("pretrained"),
             "--rates", *several(sizes.label_rates), "--filter-rate", str(sizes.filter_rate),
             "--records", str(sizes.label_records), "--epochs", str(sizes.label_epochs),
             "--limit", str(sizes.label_notes), "--out", str(out / "labels"),
         ]),
         ("table 4: misspelled notes, plain and repaired", [
-            "eval.robustness", "misspelling", *on, "--adapter", demo.adapter("tuned"), *heldout,
+            "eval.robustness", "misspelling", *on, "--adapter", demo.adapter("tuned"), *heldout, "--grounded",
             "--lexicon", demo.data("train"), "--rates", *several(sizes.misspelling_rates),
             "--limit", str(sizes.misspelling_notes), "--out", str(out / "misspelling"),
         ]),
         ("canaries", [
             "eval.robustness", "canaries", *on, "--recipe", demo.recipe("pretrain"), "--data", demo.data("pretrain"),
             "--counts", *several(sizes.canary_counts), "--each", str(sizes.canaries_each),
-            "--records", str(sizes.canary_records), "--epochs", str(sizes.canary_epochs),
+            "--records", str(sizes.canary_records), "--epochs", str(sizes.canary_epochs), *dtype,
             "--out", str(out / "canaries"),
         ]),
         ("table 6: retrieval", [

@@ -10,7 +10,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval.robustness.canaries import REFERENCES, Canary, deduplicate, exposure, make_canaries, measure, plant
 from eval.statistics import interval
@@ -41,6 +41,8 @@ class Canaries:
     """Only the first notes (0: all)."""
     epochs: float = 0.0
     """Passes over the notes (0: the recipe's steps)."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the base computes in while it is trained; exposure is measured in float32."""
     seed: int = 0
     """Names, numbers and places."""
 
@@ -68,7 +70,7 @@ def run_canaries(options: Canaries) -> dict[str, Any]:
         write_jsonl(run.out / "data" / f"{name}.jsonl", data)
         run.step(f"{name}: continued pre-training", [
             "train.pretrain", options.recipe, "--weights", options.weights, "--out", str(run.out / name),
-            "--data", str(run.out / "data" / f"{name}.jsonl"),
+            "--dtype", options.dtype, "--data", str(run.out / "data" / f"{name}.jsonl"),
             *(["--steps", "0", "--epochs", str(options.epochs)] if options.epochs else []),
         ])  # fmt: skip
         rows[name] = measured(run, options, name, run.out / name / "adapter", canaries)

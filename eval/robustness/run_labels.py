@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval.robustness.filtering import answer_losses, ranking
 from eval.robustness.labels import corrupt, wrong_ids
@@ -49,6 +49,10 @@ class Labels:
     """Only the first test notes (0: all)."""
     max_new_diagnosis: int = 60
     """Tokens of a diagnosis."""
+    grounded: bool = False
+    """Ask as infer.extract --grounded does."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What the base computes in while it is tuned."""
     seed: int = 0
     """Which records are wrong, and how."""
 
@@ -94,7 +98,7 @@ def trained(run: Run, options: Labels, name: str, records: list[dict[str, Any]],
     write_jsonl(data, records)
     run.step(f"{name}: tuning", [
         "train.instruct", options.recipe, "--weights", options.weights, "--data", str(data),
-        "--out", str(adapter.parent),
+        "--out", str(adapter.parent), "--dtype", options.dtype,
         *(["--adapter", options.adapter] if options.adapter else []),
         *(["--steps", "0", "--epochs", str(options.epochs / share)] if options.epochs else []),
     ])  # fmt: skip
@@ -103,7 +107,7 @@ def trained(run: Run, options: Labels, name: str, records: list[dict[str, Any]],
         "infer.extract", "--weights", options.weights, "--adapter", str(adapter), "--notes", str(options.notes),
         "--out", str(answers), "--form", "template", "--long", "windows",
         "--max-new-diagnosis", str(options.max_new_diagnosis),
-        *(["--limit", str(options.limit)] if options.limit else []),
+        *(["--limit", str(options.limit)] if options.limit else []), *(["--grounded"] if options.grounded else []),
     ])  # fmt: skip
     return questions(options.notes, answers, options.limit)
 

@@ -42,6 +42,8 @@ class Misspelling:
     """Only the first notes (0: all)."""
     max_new_diagnosis: int = 60
     """Tokens of a diagnosis."""
+    grounded: bool = False
+    """Ask as infer.extract --grounded does."""
     seed: int = 0
     """Which words, and which mistakes."""
 
@@ -74,6 +76,7 @@ def run_misspelling(options: Misspelling) -> dict[str, Any]:
             "infer.extract", "--weights", options.weights, *adapters, "--notes", str(options.out / "notes.jsonl"),
             "--out", str(answers), "--form", "template", "--long", "windows",
             "--max-new-diagnosis", str(options.max_new_diagnosis), *more,
+            *(["--grounded"] if options.grounded else []),
         ])  # fmt: skip
         series[name] = by_rate(references, read_predictions(answers), rates)
     result: dict[str, Any] = {"what": "misspelling", "damaged": "words misspelled", **curve(series)}

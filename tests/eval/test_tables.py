@@ -27,14 +27,16 @@ KINDS = {"labels": Labels, "misspelling": Misspelling, "canaries": Canaries}
 @pytest.mark.parametrize("scale", SIZES)
 def test_every_experiment_is_one_that_its_program_takes(scale, tmp_path):
     demo = Demo(tmp_path / "demo", scale)
+    write_json(demo.folder / "dtype.json", "bfloat16")
     seen = set()
     for _, (program, *arguments) in experiments(demo, SIZES[scale], tmp_path / "tables"):
         if program == "eval.robustness":
             kind = KINDS[arguments[0]]
             options = tyro.cli(kind, args=arguments[1:], config=(tyro.conf.OmitArgPrefixes,))
             assert Path(options.out).parent == tmp_path / "tables" and options.weights == demo.weights
+            assert getattr(options, "dtype", "bfloat16") == "bfloat16" and getattr(options, "grounded", True)
             seen.add(kind)
-    assert seen == set(KINDS.values())
+    assert seen == set(KINDS.values()) and Demo(tmp_path / "other", scale).dtype == "float32"
     assert all(Path(demo.recipe(stage)).is_file() for stage in ("instruct", "pretrain"))
 
 
