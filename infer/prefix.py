@@ -26,6 +26,7 @@ from model.attention import share
 SHARED = 8  # tokens: a shorter common stretch is cheaper to compute again than to attend to apart
 OWN = 64  # tokens: a longer private stretch gets a node, so that leaves of a batch stay of similar length
 BLOCK = 512  # queries of one attention call while prompts are read
+FEW = 128  # the same where scores are products of their own
 ROOM = 32  # slots by which leaves grow
 
 
@@ -221,6 +222,10 @@ class Cache:
         N, H, T, K = q_NHTK.shape
         k_NGKS = self.keys[layer][:, :, :, :S].to(q_NHTK.dtype)  # the cache may be narrower
         v_NGSK = self.values[layer][:, :, :S].to(q_NHTK.dtype)
+        if not pieces and N == 1 and T > 16:  # one prompt being read: it has no padding
+            slot_S = torch.arange(S, device=q_NHTK.device)
+            window = self.engine.layers[layer].window
+            return causal(q_NHTK[0], k_NGKS[0].mT, v_NGSK[0], S - T, slot_S, window).transpose(0, 1)[None]
         if not pieces and T > 16:
             mask = None if mask_NTS is None else mask_NTS[:, None]
             return F.scaled_dot_product_attention(
@@ -336,19 +341,43 @@ def weigh(score: Tensor, values: Tensor, wide: torch.dtype) -> tuple[Tensor, Ten
 def causal(
     q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, position: int, key_position_S: Tensor, window: int | None
 ) -> Tensor:
-    """Attention of T queries at positions position, position + 1, … → out_THK; blocks of queries see what they can."""
-    H, T, _ = q_HTK.shape
-    S = len(key_position_S)
+    """Attention of T queries at positions position, position + 1, … → out_THK; blocks of queries see what they can.
+
+    Keys are in rising order and end with the queries' own. On a CPU, bf16 scores are products of their own (the
+    processor's bf16 instructions: half the time of torch's fused kernel, which multiplies in fp32).
+    """
+    T, S = q_HTK.shape[1], len(key_position_S)
+    if S == T and (window is None or window >= T) and not grouped(q_HTK):
+        k_1HSK, v_1HSK = (share(kept_GSK[None].to(q_HTK.dtype), len(q_HTK)) for kept_GSK in (k_GSK, v_GSK))
+        out_1HTK = F.scaled_dot_product_attention(q_HTK[None].contiguous(), k_1HSK, v_1HSK, is_causal=True)
+        return out_1HTK[0].transpose(0, 1)
     outs = []
-    for start in range(0, T, BLOCK):
-        stop = min(start + BLOCK, T)
-        last = S - T + stop  # keys are in rising order and end with the queries' own
+    size = FEW if grouped(q_HTK) else BLOCK
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        last = S - T + stop
         query_T1 = torch.arange(position + start, position + stop, device=q_HTK.device)[:, None]
         begin = 0 if window is None else int((key_position_S <= position + start - window).sum())
         held = slice(begin, last)
         seen_TS = key_position_S[held] <= query_T1
         if window is not None:
             seen_TS &= key_position_S[held] > query_T1 - window
-        k_1HSK, v_1HSK = (share(kept_GSK[None, :, held].to(q_HTK.dtype), H) for kept_GSK in (k_GSK, v_GSK))
-        outs.append(F.scaled_dot_product_attention(q_HTK[None, :, start:stop], k_1HSK, v_1HSK, attn_mask=seen_TS)[0])
+        outs.append(block(q_HTK[:, start:stop], k_GSK[:, held], v_GSK[:, held], seen_TS))
     return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def grouped(q_HTK: Tensor) -> bool:
+    return q_HTK.dtype == torch.bfloat16 and q_HTK.device.type == "cpu"
+
+
+def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tensor:
+    """Attention of one block of queries → out_HTK."""
+    (H, T, K), (G, S, _) = q_HTK.shape, k_GSK.shape
+    k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a node may keep them narrower
+    if not grouped(q_HTK):
+        k_1HSK, v_1HSK = share(k_GSK[None], H), share(v_GSK[None], H)
+        return F.scaled_dot_product_attention(q_HTK[None].contiguous(), k_1HSK, v_1HSK, attn_mask=seen_TS)[0]
+    q_GMK = (q_HTK * K**-0.5).reshape(G, H // G * T, K)
+    score_HTS = torch.matmul(q_GMK, k_GSK.transpose(1, 2)).view(H, T, S).masked_fill_(~seen_TS, float("-inf"))
+    weight_HTS = score_HTS.softmax(-1, dtype=torch.float32).to(q_HTK.dtype)
+    return torch.matmul(weight_HTS.view(G, H // G * T, S), v_GSK).view(H, T, K)

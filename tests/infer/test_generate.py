@@ -10,8 +10,9 @@ from hypothesis import strategies as st
 
 from infer.generate import Generator, Settings, cycles
 from infer.lookup import Lookup
-from infer.prefix import plan
+from infer.prefix import causal, plan
 from lora import LoRAConfig, add_lora
+from model.attention import PlainAttend, Visible
 from model.command import UserError
 
 MODELS = {
@@ -112,6 +113,26 @@ def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):
         outs = Generator(MODELS[kind], tokenizer, chunk=16).generate(prompts, max_new_tokens=6)
         for prompt, out in zip(prompts, outs, strict=True):
             assert out.tokens == plain_greedy(MODELS[kind], prompt, 6, tokenizer.stop_ids)[0]
+
+
+@settings(deadline=None, max_examples=40)
+@given(before=st.integers(0, 150), new=st.integers(1, 300), window=st.sampled_from([None, 1, 9, 130, 1000]))
+def test_reading_in_blocks_is_attention(before, new, window):
+    """causal() against the definition: to 1e-12 in fp64, in bf16 within twice the definition's own error there."""
+    S, draw = before + new, torch.Generator().manual_seed(before * 1000 + new)
+    q_HTK, k_GSK, v_GSK = (torch.randn(n, t, 8, generator=draw).bfloat16() for n, t in ((4, new), (2, S), (2, S)))
+    position_1S = torch.arange(7, 7 + S)[None]
+    visible = Visible((position_1S[:, before:], None), (position_1S, None), before)
+
+    def both(dtype):
+        q, k, v = (x.to(dtype) for x in (q_HTK, k_GSK, v_GSK))
+        plain_HTK = PlainAttend()(q[None], k[None], v[None], visible, window)[0]
+        return plain_HTK.double(), causal(q, k, v, 7 + before, position_1S[0], window).transpose(0, 1).double()
+
+    plain_HTK, ours_HTK = both(torch.float64)
+    assert torch.allclose(ours_HTK, plain_HTK, rtol=0, atol=1e-12 * float(plain_HTK.abs().max()))
+    off, ours_off = (float((out_HTK - plain_HTK).abs().mean()) for out_HTK in both(torch.bfloat16))
+    assert ours_off <= 2 * off
 
 
 def test_adapters_beside_the_weights_count(tokenizer):
