@@ -25,7 +25,7 @@ from model.narrow import bytes_of, narrows
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FORMATS = ("wide", "int8", "int4-32", "int4-64", "int4-128")  # from the best answers to the least memory
-PROGRAM = {"cpu": 450_000_000, "cuda": 600_000_000}  # torch and tokenizer resident; a CUDA context on the device
+PROGRAM = {"cpu": 350_000_000, "cuda": 600_000_000}  # torch and tokenizer resident; a CUDA context on the device
 LOADING = 100_000_000  # what a loader holds beside the model: a tensor's pieces in flight
 
 
@@ -150,14 +150,13 @@ def work(
     return {"cache": kept, "activations": max(computed, LOADING), "logits": logits, "program": PROGRAM[device]}
 
 
-def describe_device(config: ModelConfig, form: str, tokens: int, read: float, products: float) -> dict[str, float]:
-    """The rooflines of batch 1: {"decode_tokens_per_s", "prefill_s", "bytes_per_token"} at `read` bytes and `products`
-    operations a second."""
+def rooflines(config: ModelConfig, form: str, tokens: int, read: float, products: float) -> tuple[float, float]:
+    """(tokens a second that reading allows at batch 1 after `tokens`, seconds that their prefill's products take), at
+    `read` bytes and `products` operations a second, with an fp16 cache and, where weights are wide, bf16."""
     with torch.device("meta"):
         model = Transformer(config)
-    blocks = [(p, m) for p, m in model.named_parameters() if m.dim() == 2 and ".layers." in p]
-    head = bytes_of(form, config.vocab_size, config.hidden_size)
-    size = head + sum(bytes_of(form, *m.shape) for _, m in blocks)
+    blocks = [tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    matrices = [*blocks, (config.vocab_size, config.hidden_size)]
+    size = sum(2 * prod(shape) if form == "wide" else bytes_of(form, *shape) for shape in matrices)
     size += tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
-    operations = 2 * tokens * sum(prod(m.shape) for _, m in blocks)
-    return {"decode_tokens_per_s": read / size, "prefill_s": operations / products, "bytes_per_token": float(size)}
+    return read / size, 2 * tokens * sum(map(prod, blocks)) / products

@@ -76,12 +76,12 @@ def timed(call, device: str, seconds: float) -> list[float]:
     return taken[1:]
 
 
+@cache
 def compute_dtype(device: str = "cpu") -> torch.dtype:
     """The dtype in which products are fastest here: bf16 on GPUs and on processors that have it, else fp32."""
     if device != "cpu":
         return torch.bfloat16
-    rates = probe()
-    return torch.bfloat16 if rates["bf16_gflops"] > 1.2 * rates["fp32_gflops"] else torch.float32
+    return torch.bfloat16 if product_rate(torch.bfloat16) > 1.2 * product_rate(torch.float32) else torch.float32
 
 
 @cache

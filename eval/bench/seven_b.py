@@ -38,12 +38,11 @@ def rows(
         drop_cache(path)
         (Path(scratch) / "asked").write_text(f"{tokens} {new} {memory} {form}")
         found = alone(measure, Path(scratch))
-    print(found["plan"], found["a100"], sep="\n", file=sys.stderr)
+    print(found["a100"], file=sys.stderr)
     setting = (
         f"{layers} layers of {width}, {size / 1e9:.1f} GB in bf16 streamed into {found['form']} in "
-        f"{found['load']:.0f} s, "
-        f"LoRA r 8 on all linear layers, {tokens} tokens in, {new} out, fp16 cache, chunks of {found['chunk']}, "
-        f"{found['threads']} threads"
+        f"{found['load']:.0f} s, LoRA r 8 on all linear layers, {tokens} tokens in, {new} out, {found['cache']} cache, "
+        f"chunks of {found['chunk']}, {found['threads']} threads"
     )
     common = {"setting": setting}
     return [
@@ -92,7 +91,7 @@ def measure(scratch: Path) -> dict[str, Any]:
 
     from infer.generate import Generator
     from infer.load import DTYPES, load, plan_for
-    from infer.memory import Load, describe_device, fit
+    from infer.memory import Load, fit, rooflines
     from model.machine import product_rate, read_rate
 
     tokens, new, memory, form = (scratch / "asked").read_text().split()
@@ -113,13 +112,15 @@ def measure(scratch: Path) -> dict[str, Any]:
     decoded = time.perf_counter() - first
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
     rates = {"read": read_rate() * 1e9, "products": product_rate(torch.bfloat16) * 1e9}
-    here, there = (describe_device(model.config, plan.form, asked.tokens, **device) for device in (rates, A100))
-    on_gpu = fit(path, adapter, 5e9, asked, plan.form, DTYPES["bfloat16"], "cuda")
+    on_gpu = fit(path, adapter, PAPER * 1e6, asked, "auto", DTYPES["bfloat16"], "cuda")
+    here, there = (rooflines(model.config, form, asked.tokens, **rate)
+                   for form, rate in ((plan.form, rates), (on_gpu.form, A100)))  # fmt: skip
     held = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return {
-        "plan": plan.describe(5e9), "form": plan.form, "chunk": plan.chunk, "load": loaded, "peak": peak,
-        "prefill": first - began, "prefill_limit": here["prefill_s"], "threads": torch.get_num_threads(),
-        "decode": count / decoded, "decode_limit": here["decode_tokens_per_s"], "kept": sum(held.values()) / 1e6,
-        "a100": f"on an A100 (not run): {on_gpu.describe(5e9)}; limits {there['decode_tokens_per_s']:.0f} tokens/s, "
-        f"{there['prefill_s'] * 1e3:.0f} ms to the first token",
+        "cache": str(plan.cache).removeprefix("torch."), "form": plan.form, "chunk": plan.chunk, "load": loaded,
+        "peak": peak,
+        "prefill": first - began, "prefill_limit": here[1], "threads": torch.get_num_threads(),
+        "decode": count / decoded, "decode_limit": here[0], "kept": sum(held.values()) / 1e6,
+        "a100": f"on an A100 (not run): {on_gpu.describe(PAPER * 1e6)}; limits {there[0]:.0f} tokens/s, "
+        f"{there[1] * 1e3:.0f} ms to the first token",
     }  # fmt: skip
