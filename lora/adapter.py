@@ -17,12 +17,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from model.command import UserError, nearest
 from model.files import atomic_folder, read_json, write_json
+from model.safetensors_file import save_tensors
 
 PREFIX = "base_model.model."
 # What PEFT 0.21 may write and what each field must be for the arithmetic here to be the adapter's.
@@ -263,7 +263,7 @@ def write_adapter(
 ) -> None:
     """PEFT's two files in a folder that is there."""
     tensors = {key: tensor.cpu().contiguous() for key, tensor in sorted(state.items())}
-    save_file(tensors, folder / "adapter_model.safetensors", metadata={"format": "pt"})
+    save_tensors(folder / "adapter_model.safetensors", tensors)
     modules = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
     write_json(folder / "adapter_config.json", peft_config(config, None if base is None else str(base), modules))
 

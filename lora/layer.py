@@ -54,6 +54,13 @@ class DropoutPlan:
         return keep_BTD
 
 
+def first_a(shape: torch.Size, dtype: torch.dtype, seed: int, path: str) -> Tensor:
+    """A new adapter's A_RD: uniform in ±1/√in, a function of (seed, the module's name)."""
+    bound = 1 / math.sqrt(shape[1])
+    generator = torch.Generator().manual_seed(seed_of(seed, path))
+    return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
+
+
 class LoRALinear(nn.Linear):
     """nn.Linear with adapters. `path` is the module's name in the model; weight and bias are frozen."""
 
@@ -78,9 +85,7 @@ class LoRALinear(nn.Linear):
         dtype = torch.promote_types(held.dtype, torch.float32)  # narrow weights get fp32 adapters
         a_RD = torch.empty(r, self.in_features, dtype=dtype, device=held.device)
         if a_RD.device.type != "meta":
-            generator = torch.Generator().manual_seed(seed_of(seed, self.path))
-            bound = 1 / math.sqrt(self.in_features)
-            a_RD.copy_(torch.empty(a_RD.shape, dtype=dtype).uniform_(-bound, bound, generator=generator))
+            a_RD.copy_(first_a(a_RD.shape, dtype, seed, self.path))
         self.lora_A[name] = nn.Parameter(a_RD)
         self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=held.device))
         self.scale[name], self.dropout[name], self.active = scale, dropout, name

@@ -34,39 +34,47 @@ class Options:
     """The merged model's folder."""
 
 
-def merged_rows(stored: Stored, a_RD: Tensor, b_OR: Tensor, scale: float) -> Stored:
-    """A tensor on disk plus an adapter's update, made row by row as it is read."""
+def merged_rows(stored: Stored, a_RD: Tensor, b_OR: Tensor, scale: float, dtype: torch.dtype | None) -> Stored:
+    """A tensor on disk plus an adapter's update in at least fp32, made row by row as it is read; in `dtype`."""
 
     def read(rows: slice | None) -> Tensor:
         base = stored.read(rows)
-        b_PR = b_OR if rows is None else b_OR[rows]
         wide = torch.promote_types(base.dtype, torch.float32)
-        return (base.to(wide) + (b_PR.to(wide) @ a_RD.to(wide)) * scale).to(base.dtype)
+        b_PR = b_OR if rows is None else b_OR[rows]
+        return (base.to(wide) + (b_PR.to(wide) @ a_RD.to(wide)) * scale).to(dtype or base.dtype)
 
     return replace(stored, read=read)
 
 
-def merge_checkpoint(checkpoint: Checkpoint, config: LoRAConfig, adapter: dict[str, Tensor]) -> Checkpoint:
+def merge_checkpoint(
+    checkpoint: Checkpoint, config: LoRAConfig, adapter: dict[str, Tensor], dtype: torch.dtype | None = None
+) -> Checkpoint:
     """The checkpoint with every adapted tensor replaced by its merged rows; nothing is read yet."""
     tensors = dict(checkpoint.tensors)
     for key in adapter:
         if key.endswith(".lora_A.weight"):
             module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
             a_RD, b_OR = adapter[key], adapter[f"{PREFIX}{module}.lora_B.weight"]
-            tensors[f"{module}.weight"] = merged_rows(tensors[f"{module}.weight"], a_RD, b_OR, config.scale(module))
+            base = tensors[f"{module}.weight"]
+            tensors[f"{module}.weight"] = merged_rows(base, a_RD, b_OR, config.scale(module), dtype)
     return replace(checkpoint, tensors=tensors)
 
 
-def main(options: Options) -> int:
-    if Path(options.out).resolve() == Path(options.weights).resolve():
-        raise UserError(f"--out {options.out}: the base itself; choose another folder")
-    raw = config_dict(options.weights)
+def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | None = None) -> None:
+    """Write the base at `weights` with the adapter folded in to `out`, in `dtype` (None: as the base's files are)."""
+    if Path(out).resolve() == Path(weights).resolve():
+        raise UserError(f"--out {out}: the base itself; choose another folder")
+    raw = config_dict(weights)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
-    config, adapter = read_config(options.adapter), read_adapter(options.adapter)
-    check_tensors(model, adapter, config, options.adapter)
-    merged = merge_checkpoint(open_checkpoint(options.weights), config, adapter)
-    write_checkpoint(merged, raw, options.out, 5 * 2**30, None)
+    config, tensors = read_config(adapter), read_adapter(adapter)
+    check_tensors(model, tensors, config, adapter)
+    merged = merge_checkpoint(open_checkpoint(weights), config, tensors, dtype)
+    write_checkpoint(merged, raw, out, 5 * 2**30, dtype)
+
+
+def main(options: Options) -> int:
+    merge_folders(options.weights, options.adapter, options.out)
     copy_tokenizer(options.weights, options.out)
     print(options.out)
     return 0

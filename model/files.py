@@ -43,13 +43,19 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on a clean exit it takes `path`'s place (an older folder there is removed)."""
+    """Yield a new folder beside `path`; on a clean exit it takes `path`'s place (an older folder there is removed).
+
+    Everything in it is synced before it is renamed, so that a name never stands for files that a power cut emptied.
+    """
     path = Path(path)
     check_writable(path)
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield beside
         os.chmod(beside, 0o777 & ~_umask())
+        for entry in beside.rglob("*"):
+            if not entry.is_symlink():
+                sync_folder(entry)
         sync_folder(beside)
         if path.exists():
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
@@ -74,7 +80,7 @@ def check_writable(path: Path) -> None:
 
 
 def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable."""
+    """Make the names in `folder` durable, or a file's content."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)

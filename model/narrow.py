@@ -83,15 +83,16 @@ class NarrowWeight(nn.Module):
         parts = []
         for piece_MD in pieces:
             for rows_MD in piece_MD.detach().split(max(1, PIECE // shape[1])):
-                parts.append(
-                    to_int8(rows_MD) if kind == "int8" else to_int4(rows_MD, group) if kind == "int4"
-                    else nf4_codes(rows_MD, group)
-                )  # fmt: skip
+                parts.append(rows_codes(rows_MD, kind, group))
         codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         if kind == "nf4":
             scales, *second = narrow_scales(scales)
             return cls(form, shape, codes.view(shape[0], -1), scales, (second[0], second[1]))
         return cls(form, shape, codes, scales.transpose(0, 1).contiguous() if kind == "int4" else scales)
+
+    def codes_of(self, rows_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, first scales) of some rows of the wide weight, for a rank that reads no others."""
+        return rows_codes(rows_MD, self.kind, self.group)
 
     @classmethod
     def join(cls, weights: list[NarrowWeight]) -> NarrowWeight:
@@ -191,6 +192,12 @@ class NarrowEmbedding(nn.Embedding):
 
     def forward(self, tokens: Tensor) -> Tensor:
         return super().forward(tokens).to(self.dtype)
+
+
+def rows_codes(rows_MD: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    if kind == "nf4":
+        return nf4_codes(rows_MD, group)
+    return to_int8(rows_MD) if kind == "int8" else to_int4(rows_MD, group)
 
 
 def up_to_bf16(x: Tensor) -> Tensor:

@@ -173,6 +173,17 @@ def see(positions_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> V
     return Visible((positions_BT, queries), (cache.position_BS[:, held], keys), cache.length - T)
 
 
+def first_weight(name: str, shape: torch.Size, seed: int, layers: int) -> Tensor:
+    """A fresh weight, fp32: a function of (seed, name), so that it does not depend on what is drawn beside it."""
+    import zlib
+
+    if len(shape) < 2:
+        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
+    generator = torch.Generator().manual_seed((seed * 2654435761 + zlib.crc32(name.encode())) % 2**63)
+    out = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
+    return torch.randn(shape, generator=generator) * 0.02 * ((2 * layers) ** -0.5 if out else 1.0)
+
+
 class Transformer(nn.Module):
     """A language model of the Llama, Mistral, Mixtral or Qwen2 family.
 
@@ -225,17 +236,9 @@ class Transformer(nn.Module):
 
     def init_weights(self, seed: int) -> Transformer:
         """Normal(0, 0.02) matrices, residual outputs scaled by 1/√(2L), norms at one: a function of (seed, name)."""
-        import zlib
-
-        scale = (2 * self.config.num_hidden_layers) ** -0.5
-        for name, weight in self.named_parameters():
-            generator = torch.Generator().manual_seed((seed * 2654435761 + zlib.crc32(name.encode())) % 2**63)
-            with torch.no_grad():
-                if weight.dim() < 2:
-                    weight.copy_(torch.full(weight.shape, 0.0 if name.endswith("bias") else 1.0))
-                    continue
-                out = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
-                weight.copy_(torch.randn(weight.shape, generator=generator) * 0.02 * (scale if out else 1.0))
+        with torch.no_grad():
+            for name, weight in self.named_parameters():
+                weight.copy_(first_weight(name, weight.shape, seed, self.config.num_hidden_layers))
         return self
 
     @classmethod

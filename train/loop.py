@@ -30,6 +30,8 @@ from train.checkpoint import (
     restore,
     save_checkpoint,
     snapshot,
+    step_of,
+    steps_saved,
 )
 from train.dataset import Rows
 from train.loss import batch_loss
@@ -57,15 +59,15 @@ class Trainer:
     def __post_init__(self) -> None:
         self.out = Path(self.recipe.out)
         self.device = self.ranks.device
-        self.steps = self.recipe.steps or max(1, round(self.recipe.epochs * len(self.rows) / self.recipe.batch_rows))
-        if self.recipe.warmup > self.steps:
-            raise UserError(f"recipe: warmup of {self.recipe.warmup} steps is longer than the run of {self.steps}")
+        self.steps = self.recipe.steps_of(len(self.rows))
         self.optimizers = make_optimizers(self.model, self.recipe)
         self.plan = DropoutPlan(seed=self.recipe.seed)
         for layer in adapted(self.model).values():
             layer.plan = self.plan
         self.forward = torch.compile(self.model) if self.recipe.compile else self.model
         self.stopping = False
+        self.saved: int | None = None  # the step whose checkpoint is on disk
+        self.stale: list[Path] = []
 
     # one step
 
@@ -172,7 +174,8 @@ class Trainer:
                     bar.close()
                     print(f"stopped at step {self.progress.step} of {self.steps}; the same command goes on from there")
                 raise SystemExit(0)
-            if self.due(self.recipe.save_every):
+            found_best = self.recipe.save_every > 0 and self.progress.best_step == self.progress.step
+            if self.due(self.recipe.save_every) or found_best:  # the best is kept, so it has to be saved
                 self.save()
         bar.close()
         self.save()
@@ -186,7 +189,8 @@ class Trainer:
                 "grad_norm": norm}  # fmt: skip
         if self.valid is not None and (self.due(self.recipe.valid_every) or self.progress.step == self.steps):
             line["valid_loss"] = self.valid_loss()
-            if self.progress.best is None or line["valid_loss"] < self.progress.best:
+            best = math.inf if self.progress.best is None else self.progress.best
+            if line["valid_loss"] < best:
                 self.progress.best, self.progress.best_step = line["valid_loss"], self.progress.step
         if self.ranks.first:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as out:
@@ -197,14 +201,22 @@ class Trainer:
 
     # checkpoints
 
-    def save(self) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-        params, state = snapshot(self.model, self.optimizers)
-        if self.ranks.first:
-            folder = self.out / "checkpoints"
-            save_checkpoint(folder, self.progress, params, state, self.adapter(params), self.identity)
-            keep(folder, self.recipe.keep_last, self.progress.best_step)
-        self.ranks.wait()
-        return params, state
+    def save(self) -> None:
+        """A checkpoint of this step, unless there is one already: a whole one is never written again."""
+        if self.saved == self.progress.step:
+            return
+        params, state = snapshot(self.model, self.optimizers, keep=self.ranks.first)
+        self.ranks.together(lambda: self.write(params, state) if self.ranks.first else None)
+        self.saved, self.stale = self.progress.step, []
+
+    def write(self, params: dict[str, Tensor], state: dict[str, Tensor]) -> None:
+        folder = self.out / "checkpoints"
+        try:
+            path = save_checkpoint(folder, self.progress, params, state, self.adapter(params), self.identity)
+        except OSError as error:
+            raise UserError(f"{folder}: step {self.progress.step} could not be saved ({error}); the checkpoints before "
+                            "it are whole. Make room, and the same command goes on from there") from error  # fmt: skip
+        keep(folder, self.recipe.keep_last, self.progress.best_step, [old for old in self.stale if old != path])
 
     def adapter(self, params: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], str] | None:
         """What write_adapter needs, or None in full training."""
@@ -213,20 +225,19 @@ class Trainer:
         return self.model.__dict__["lora_configs"]["default"], adapter_tensors(self.model, params), self.base
 
     def resume(self) -> None:
-        if not self.recipe.resume:
-            return
-        found = newest_whole(self.out / "checkpoints")
-        if found is None:
-            return
-        self.progress, identity = restore(found, self.model, self.optimizers)
-        changed = differences(identity, self.identity)
-        if changed and not self.recipe.allow_changed:
-            raise UserError(
-                f"{found} was made by another run: {'; '.join(changed)}. Go on with --allow-changed True, start anew "
-                "with --resume False, or give another out folder"
-            )
-        if self.ranks.first:
-            tqdm.write(f"going on from {found}, step {self.progress.step}")
+        """Go on from the newest whole checkpoint, which the first rank chooses for all."""
+        folder, found = self.out / "checkpoints", None
+        if self.recipe.resume:
+            found = self.ranks.gather(newest_whole(folder) if self.ranks.first else None)[0]
+        if found is not None:
+            allowed = self.recipe.allow_changed
+            read = lambda: restore(found, self.model, self.optimizers, self.identity, allowed)  # noqa: E731
+            self.progress = self.ranks.together(read)
+            self.saved = self.progress.step
+            if self.ranks.first:
+                tqdm.write(f"going on from {found}, step {self.progress.step}")
+        # what lies beyond is damaged or of a run given up: it goes when this run has a checkpoint to show for it
+        self.stale = [path for path in steps_saved(folder) if found is None or step_of(path) > step_of(found)]
 
     def begin_metrics(self) -> None:
         """Keep the lines of the steps that are in the checkpoint; a killed run may have written more."""
@@ -240,16 +251,4 @@ class Trainer:
             write_text(path, "".join(line + "\n" for line in kept))
 
 
-def differences(old: dict[str, Any], new: dict[str, Any], at: str = "") -> list[str]:
-    """What changed between two runs' identities, as "key was a, is b"."""
-    found = []
-    for key in sorted(old.keys() | new.keys()):
-        a, b = old.get(key), new.get(key)
-        if isinstance(a, dict) and isinstance(b, dict):
-            found += differences(a, b, f"{at}{key}.")
-        elif a != b:
-            found.append(f"{at}{key} was {a!r}, is {b!r}")
-    return found
-
-
-__all__ = ["NOTE", "Trainer", "differences"]
+__all__ = ["NOTE", "Trainer"]

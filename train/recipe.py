@@ -21,7 +21,7 @@ class Recipe:
     """Options of `train.pretrain` and `train.instruct`."""
 
     data: tuple[str, ...] = ()
-    """JSON-lines files (or token stores) to train on."""
+    """JSON-lines files to train on."""
     out: str = ""
     """The run's folder: run.json, metrics.jsonl, adapter/ or model/, checkpoints/."""
     weights: str = ""
@@ -132,10 +132,17 @@ class Recipe:
 
     def __post_init__(self) -> None:
         at_least = {"batch_rows": 1, "micro_rows": 1, "r": 1, "block": 2, "steps": 0, "warmup": 0, "valid_every": 0,
-                    "save_every": 0, "keep_last": 1, "first_layer": 0, "records": 0, "threads": 0}  # fmt: skip
+                    "save_every": 0, "keep_last": 1, "first_layer": 0, "records": 0, "threads": 0, "seed": 0,
+                    "valid_rows": 1}  # fmt: skip
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; it must be at least {least}")
+        if self.final_rate > 1:
+            raise UserError(f"recipe: final_rate is {self.final_rate}; it is a share of the peak, at most 1")
+        if not 0 < self.alpha < float("inf"):
+            raise UserError(f"recipe: alpha is {self.alpha}; it must be above 0")
+        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
+            raise UserError(f"recipe: betas are {self.betas}; they are two numbers in [0, 1)")
         for name in ("learning_rate", "muon_rate"):
             if not 0 < getattr(self, name) < 100:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; it must lie between 0 and 100")
@@ -144,15 +151,22 @@ class Recipe:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; it must not be negative")
         if not 0 <= self.dropout < 1:
             raise UserError(f"recipe: dropout is {self.dropout}; it must lie in [0, 1)")
-        if self.steps == 0 and not self.epochs > 0:
+        if self.steps == 0 and not 0 < self.epochs < float("inf"):
             raise UserError(f"recipe: steps is 0 and epochs is {self.epochs}; give one of them")
-        if self.steps and self.warmup > self.steps:
-            raise UserError(f"recipe: warmup of {self.warmup} steps is longer than the run of {self.steps}")
+        if self.steps:
+            self.steps_of(0)
         if self.batch_rows % self.micro_rows:
             raise UserError(
                 f"recipe: batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}; change either"
             )
         self.check_together()
+
+    def steps_of(self, rows: int) -> int:
+        """Optimizer steps of a run over so many rows. Raises UserError where the warm-up is longer."""
+        steps = self.steps or max(1, round(self.epochs * rows / self.batch_rows))
+        if self.warmup > steps:
+            raise UserError(f"recipe: warmup of {self.warmup} steps is longer than the run of {steps}")
+        return steps
 
     def check_together(self) -> None:
         if bool(self.weights) == bool(self.init):

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import hashlib
+import os
 import platform
 import sys
 import time
@@ -11,24 +13,26 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from lora import LoRAConfig, add_lora, load_adapter, merge_lora
-from lora.adapter import write_adapter
+from lora import LoRAConfig, add_lora
+from lora.adapter import adapted, check_tensors, read_adapter, read_config, write_adapter
+from lora.merge import merge_folders
 from lora.narrow import narrow_base
 from model.command import UserError, guard
 from model.config import ModelConfig
-from model.files import atomic_folder, read_json, write_json
+from model.files import atomic_folder, read_json, sha256_file, write_json
 from model.tokenizer import copy_tokenizer
 from model.transformer import Transformer
-from model.weights import save_weights
-from train.checkpoint import snapshot
+from model.weights import config_dict, open_checkpoint, save_weights
+from train.checkpoint import check_unchanged, snapshot, steps_saved
 from train.dataset import Rows
 from train.fast import training_blocks
 from train.loop import Trainer
+from train.placing import base_shapes, fresh, from_checkpoint, place
 from train.recipe import Recipe, parse
 from train.sharding import Ranks, shard
-from train.store import Encoding, build_store
+from train.store import Encoding, TokenStore, build_store
 
 UNIMPORTANT = ("out", "resume", "allow_changed", "save_every", "keep_last", "device", "threads", "on_bad_step",
                "micro_rows", "checkpoint_blocks", "compile", "fuse")  # may differ between a run and its resumption
@@ -38,8 +42,14 @@ def program(stage: str) -> None:
     """The command line of train.pretrain and train.instruct."""
 
     def main() -> int:
-        recipe = parse(None, stage)
-        print(train(recipe, stage))
+        try:
+            made = train(parse(None, stage), stage)
+        except UserError:  # it is raised on every rank, so one of each machine says it
+            if os.environ.get("LOCAL_RANK", "0") == "0":
+                raise
+            return 2
+        if os.environ.get("RANK", "0") == "0":
+            print(made)
         return 0
 
     raise SystemExit(guard(main, f"train.{stage}"))
@@ -53,65 +63,103 @@ def train(recipe: Recipe, stage: str) -> Path:
         torch.set_num_threads(recipe.threads)
     trainer = prepare(recipe, stage, ranks)
     trainer.run()
-    params, _ = trainer.save() if ranks.world > 1 else ({}, {})
-    return finish(trainer, stage, params, began)
+    return finish(trainer, stage, began)
 
 
 def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     """Everything up to the first step, in the order that finds mistakes soonest."""
+    ranks.agree({"stage": stage, "recipe": asdict(recipe), "code": code_hash(), "torch": torch.__version__})
     if stage == "pretrain" and recipe.template == "faithful":
         raise UserError("recipe: template = 'faithful' belongs to train.instruct; here it is packing = 'concatenate'")
     if stage == "instruct" and recipe.packing == "concatenate":
         raise UserError("recipe: packing = 'concatenate' belongs to train.pretrain; use 'documents' or 'none'")
-    if ranks.world > 1 and recipe.optimizer in ("muon", "adamw8bit"):
-        raise UserError(f"recipe: optimizer {recipe.optimizer!r} runs on one process only; use 'adamw'")
     encoding = Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos)
-    rows, valid = stores(recipe, stage, encoding, ranks)
-    model, base = load_model(recipe, ranks)
-    largest = model.config.max_position_embeddings
+    config = ModelConfig.from_dict(read_json(recipe.init) if recipe.init else config_dict(recipe.weights))
+    largest = config.max_position_embeddings
     if recipe.block > largest:
         raise UserError(f"recipe: block {recipe.block} is more than the model's {largest} positions")
-    return Trainer(recipe, model, rows, valid, ranks, identity(recipe, stage, rows), base)
+    rows, valid = stores(recipe, stage, encoding, ranks)
+    recipe.steps_of(len(rows))
+    run = identity(recipe, stage, rows)
+    if recipe.resume:
+        check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed)
+    model, base = load_model(recipe, config, ranks)
+    return Trainer(recipe, model, rows, valid, ranks, run, base)
 
 
 def stores(recipe: Recipe, stage: str, encoding: Encoding, ranks: Ranks) -> tuple[Rows, Rows | None]:
+    """The rows to train on and the held-out ones. The first rank tokenises; the others open what it has made."""
     folder = Path(recipe.out) / "tokens"
-    if ranks.first:  # the others find what the first has made
-        build_store(recipe.data, encoding, folder / "train", recipe.records)
-        if recipe.valid_data:
-            build_store(recipe.valid_data, encoding, folder / "valid")
-    ranks.wait()
-    made = build_store(recipe.data, encoding, folder / "train", recipe.records)
-    held_out = build_store(recipe.valid_data, encoding, folder / "valid") if recipe.valid_data else None
-    return Rows(made, recipe, stage), None if held_out is None else Rows(held_out, recipe, stage)
+
+    def build() -> list[TokenStore]:
+        made = [build_store(recipe.data, encoding, folder / "train", recipe.records)]
+        return made + ([build_store(recipe.valid_data, encoding, folder / "valid")] if recipe.valid_data else [])
+
+    made = ranks.together(lambda: build() if ranks.first else [])
+    manifests = ranks.gather([store.manifest for store in made])[0]
+
+    def see() -> list[Rows]:
+        seen = made or [TokenStore(folder / name) for name in ("train", "valid")[: len(manifests)]]
+        if [store.manifest for store in seen] != manifests:
+            raise UserError(f"{folder}: not what the first rank has made; out must be a folder that all ranks share")
+        return [Rows(store, recipe, stage) for store in seen]
+
+    rows = ranks.together(see)
+    return rows[0], rows[1] if len(rows) > 1 else None
 
 
-def load_model(recipe: Recipe, ranks: Ranks) -> tuple[nn.Module, str]:
-    """The model with its adapter (or all of it trainable), and the place of its base weights."""
-    dtype, base = getattr(torch, recipe.dtype), recipe.weights
-    if recipe.init:
-        config = ModelConfig.from_dict(read_json(recipe.init))
-        model = Transformer(config).init_weights(recipe.seed).to(ranks.device, dtype)
-    else:
-        model = Transformer.from_pretrained(recipe.weights, dtype=dtype, device=ranks.device)
+def load_model(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> tuple[nn.Module, str]:
+    """The model with its adapter (or all of it trainable), and the place of its base weights.
+
+    It is built on the meta device and sharded there; then each rank reads its rows (placing.py).
+    """
+    base = merged_base(recipe, ranks) if recipe.merge_adapter else recipe.weights
+    model, adapter = ranks.together(lambda: empty_model(recipe, config))
+    shapes = base_shapes(model)
+    read = ranks.together(lambda: from_checkpoint(open_checkpoint(base), shapes, ranks) if base
+                          else fresh(recipe.seed, shapes, config.num_hidden_layers))  # fmt: skip
+    if ranks.world > 1:
+        shard(model, ranks)
+    model.to_empty(device=ranks.device)
+    place(model, ranks, read, adapter, recipe.seed)
+    return model, base
+
+
+def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[nn.Module, dict[str, Tensor] | None]:
+    """(the model on the meta device, with adapters, base packed; the tensors of an adapter to go on from)."""
+    with torch.device("meta"):
+        model = Transformer(config).to(getattr(torch, recipe.dtype))
+    tensors = None
     if recipe.full:
         model.requires_grad_(True)
     elif recipe.adapter and not recipe.merge_adapter:
-        load_adapter(model, recipe.adapter)
+        chosen, tensors = read_config(recipe.adapter), read_adapter(recipe.adapter)
+        check_tensors(model, tensors, chosen, recipe.adapter)
+        add_lora(model, chosen)
     else:
-        if recipe.adapter:
-            merge_lora(load_adapter(model, recipe.adapter), keep=False)
-            base = str(Path(recipe.out) / "base")
-            if ranks.first:
-                save_model(model.state_dict(), model.config, Path(base), recipe.tokenizer or recipe.weights)
-        add_lora(model, lora_config(recipe, model.config), seed=recipe.seed)
+        add_lora(model, lora_config(recipe, config))
     if recipe.base:
-        narrow_base(model, recipe.base)
+        for layer in adapted(narrow_base(model, recipe.base)).values():
+            codes = layer.narrow._buffers.pop("codes")  # parameters are what is sharded
+            layer.narrow.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
     model.model.checkpoint_blocks = recipe.checkpoint_blocks
     model.use_attention("fast")
     if not recipe.compile:  # torch.compile fuses the plain block by itself
         training_blocks(model, recipe.fuse)
-    return (shard(model, ranks) if ranks.world > 1 else model), base
+    return model, tensors
+
+
+def merged_base(recipe: Recipe, ranks: Ranks) -> str:
+    """out/base: the weights with `adapter` folded in. A run that goes on finds it there."""
+    folder = Path(recipe.out) / "base"
+
+    def merge() -> None:
+        merge_folders(recipe.weights, recipe.adapter, str(folder), getattr(torch, recipe.dtype))
+        copy_tokenizer(recipe.tokenizer or recipe.weights, folder)
+
+    going_on = recipe.resume and steps_saved(Path(recipe.out) / "checkpoints") and (folder / "config.json").is_file()
+    ranks.together(lambda: merge() if ranks.first and not going_on else None)
+    return str(folder)
 
 
 def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
@@ -124,6 +172,13 @@ def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
         raise UserError(f"recipe: first_layer {recipe.first_layer}; the model has {config.num_hidden_layers} layers")
     layers = tuple(range(recipe.first_layer, config.num_hidden_layers)) if recipe.first_layer else None
     return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, layers, recipe.rslora)
+
+
+def code_hash() -> str:
+    """Of the programs that train: ranks on several machines may have been started from different checkouts."""
+    root = Path(__file__).parents[1]
+    files = sorted(file for room in ("model", "lora", "infer", "train") for file in (root / room).rglob("*.py"))
+    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()[:16]
 
 
 def identity(recipe: Recipe, stage: str, rows: Rows) -> dict[str, Any]:
@@ -139,12 +194,12 @@ def save_model(state: dict[str, torch.Tensor], config: ModelConfig, path: Path, 
     copy_tokenizer(tokenizer, path)
 
 
-def finish(trainer: Trainer, stage: str, params: dict[str, torch.Tensor], began: float) -> Path:
+def finish(trainer: Trainer, stage: str, began: float) -> Path:
     """Write the final adapter or model, and the run card."""
     recipe, out = trainer.recipe, trainer.out
     final = out / ("model" if recipe.full else "adapter")
+    held, _ = snapshot(trainer.model, [], keep=trainer.ranks.first)
     if trainer.ranks.first:
-        held = params or snapshot(trainer.model, [])[0]
         if recipe.full:
             save_model(held, trainer.model.config, final, recipe.tokenizer or recipe.weights)
         else:

@@ -1,5 +1,6 @@
 """A run that is killed and resumed ends with the same bytes; a damaged checkpoint is named and passed over."""
 
+import contextlib
 import json
 import os
 import shutil
@@ -12,6 +13,7 @@ import pytest
 import torch
 from tiny_runs import CONFIG
 
+from model.command import guard
 from model.transformer import Transformer
 from train.checkpoint import damage, newest_whole, steps_saved
 from train.recipe import Recipe
@@ -144,25 +146,45 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(options, whole, tmp_path,
     assert ends(out) == whole
 
 
-def test_disk_full_leaves_the_last_checkpoint_whole(options, whole, tmp_path, monkeypatch):
-    import train.checkpoint as checkpoint
+@pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors", "manifest.json"])
+def test_disk_full_leaves_the_last_checkpoint_whole(options, whole, tmp_path, file):
+    """The system refuses bytes of that file (RLIMIT_FSIZE): one line, exit 2, and the same command goes on."""
+    import resource
 
-    out, calls = tmp_path / "run", []
+    out, limit = tmp_path / "run", len(whole[f"checkpoints/step-000006/{file}"]) - 1
+    train(as_recipe(options, out=str(out), steps=2, schedule="constant"), "instruct")
+    step = out / "checkpoints" / "step-000002"
+    child = os.fork()
+    if child == 0:
+        code = 1
+        try:
+            recipe = as_recipe(options, out=str(out), steps=4, schedule="constant", allow_changed=True)
+            with open(tmp_path / "said", "w") as said, contextlib.redirect_stderr(said):
+                code = guard(lambda: limited(recipe, limit, resource), "train.instruct")
+        finally:
+            os._exit(code)
+    assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
+    lines = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("train.instruct: ")]
+    assert len(lines) == 1 and "step 4 could not be saved" in lines[0] and "File too large" in lines[0]
+    assert steps_saved(out / "checkpoints") == [step] and damage(step) is None
+    train(as_recipe(options, out=str(out), steps=4, schedule="constant", allow_changed=True), "instruct")
+    assert damage(steps_saved(out / "checkpoints")[-1]) is None
 
-    def full(tensors, file):
-        calls.append(file)
-        if len(calls) == 4:
-            Path(file).write_bytes(b"half")
-            raise OSError(28, "No space left on device")
-        return save(tensors, file)
 
-    save = checkpoint.save_file
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
-        patch.setattr(checkpoint, "save_file", full)
-        train(as_recipe(options, out=str(out)), "instruct")
-    assert [path.name for path in steps_saved(out / "checkpoints")] == ["step-000002"]
-    train(as_recipe(options, out=str(out)), "instruct")
-    assert ends(out) == whole
+def limited(recipe: Recipe, limit: int, resource) -> int:
+    """Train with files of at most `limit` bytes from the first save on."""
+    from train.loop import Trainer
+
+    class Full(Trainer):
+        def save(self):
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
+            super().save()
+
+    import train.session as session
+
+    session.Trainer = Full
+    train(recipe, "instruct")
+    return 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "sgd", "muon"])
@@ -183,7 +205,7 @@ def test_a_resume_with_another_recipe_lists_what_changed(options, tmp_path):
 
     out = str(tmp_path / "run")
     train(as_recipe(options, out=out, steps=2), "instruct")
-    with pytest.raises(UserError, match=r"recipe.learning_rate was 0.01, is 0.02.*allow-changed"):
+    with pytest.raises(UserError, match=r"recipe.learning_rate was 0.01, is 0.02.*--allow-changed,"):
         train(as_recipe(options, out=out, steps=2, learning_rate=0.02), "instruct")
     train(as_recipe(options, out=out, steps=2, learning_rate=0.02, allow_changed=True), "instruct")
 
