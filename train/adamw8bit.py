@@ -1,7 +1,9 @@
 """AdamW whose two averages are kept in blocks of 8 bits (arXiv 2110.02861), in plain PyTorch.
 
-Each step widens a parameter's state, takes AdamW's step, and narrows it again; tensors of fewer than 4,096 values keep
-fp32 state, as bitsandbytes has it. Paging the state to the host's memory is not done here. One process only.
+Each step widens a parameter's state, takes AdamW's step, and narrows it again. A block is 256 values of one row of a
+matrix, or what is left of the row: where rows are multiples of 256 wide these are bitsandbytes' blocks, and a block
+never lies on two ranks, so that sharding by rows changes no bit. Vectors, and matrices of fewer than 4,096 values, keep
+fp32 state. Paging the state to the host's memory is not done here.
 """
 
 from __future__ import annotations
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor
 
 from model.blockwise import dequantise, dynamic_table, quantise
+from train.sharding import local, sharded_like
 
 BLOCK = 256
 SMALL = 4096
@@ -32,29 +35,44 @@ class AdamW8bit(torch.optim.Optimizer):
                     self.update(param, group)
 
     def update(self, param: Tensor, group: dict[str, Any]) -> None:
-        state = self.state[param]
-        mean, square = self.read(state, "mean", param), self.read(state, "square", param)
+        """One parameter's step, on this rank's rows of it."""
+        state, mine = self.state[param], local(param)
+        mean, square = self.read(state, "mean", mine), self.read(state, "square", mine)
         state["step"] = state.get("step", torch.zeros(())) + 1
         beta1, beta2 = group["betas"]
-        grad, t = param.grad.to(mean.dtype), float(state["step"])
+        grad, t = local(param.grad).to(mean.dtype), float(state["step"])
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
         root = (square / (1 - beta2**t)).sqrt_().add_(group["eps"])
-        param.mul_(1 - group["lr"] * group["weight_decay"])
-        param.addcdiv_(mean.to(param.dtype), root.to(param.dtype), value=-group["lr"] / (1 - beta1**t))
-        self.write(state, "mean", mean)
-        self.write(state, "square", square)
+        mine.mul_(1 - group["lr"] * group["weight_decay"])
+        mine.addcdiv_(mean.to(mine.dtype), root.to(mine.dtype), value=-group["lr"] / (1 - beta1**t))
+        self.write(state, "mean", mean, param)
+        self.write(state, "square", square, param)
 
-    def read(self, state: dict[str, Any], name: str, param: Tensor) -> Tensor:
+    def read(self, state: dict[str, Any], name: str, mine: Tensor) -> Tensor:
+        """The wide average of this rank's rows."""
         if name in state:
-            return state[name]
+            return local(state[name])
         if f"{name}_codes" in state:
-            flat = dequantise(state[f"{name}_codes"], state[f"{name}_absmax"], self.tables[name], BLOCK)
-            return flat.view(param.shape)
-        return torch.zeros_like(param, dtype=torch.float32)
+            codes, absmax = local(state[f"{name}_codes"]), local(state[f"{name}_absmax"])
+            rows, width = len(codes), codes.shape[1]  # whole blocks: the last one of a row is filled up with zeros
+            flat = dequantise(codes.flatten(), absmax.flatten(), self.tables[name], block_of(mine.shape[1]))
+            return flat.view(rows, width)[:, : mine.shape[1]].contiguous()
+        return torch.zeros_like(mine, dtype=torch.float32)
 
-    def write(self, state: dict[str, Any], name: str, value: Tensor) -> None:
-        if value.numel() < SMALL:
-            state[name] = value
-        else:
-            state[f"{name}_codes"], state[f"{name}_absmax"] = quantise(value, self.tables[name], BLOCK)
+    def write(self, state: dict[str, Any], name: str, value: Tensor, param: Tensor) -> None:
+        if param.dim() != 2 or param.numel() < SMALL:
+            state[name] = sharded_like(value, param, param.shape)
+            return
+        block = block_of(value.shape[1])
+        filled = torch.nn.functional.pad(value, (0, -value.shape[1] % block))
+        codes, absmax = quantise(filled, self.tables[name], block)
+        blocks = filled.shape[1] // block
+        for kind, held, width in (("codes", codes, filled.shape[1]), ("absmax", absmax, blocks)):
+            rows = held.view(len(value), width)
+            state[f"{name}_{kind}"] = sharded_like(rows, param, (param.shape[0], width))
+
+
+def block_of(columns: int) -> int:
+    """Values a block: 256, or as many as a narrower row has."""
+    return min(BLOCK, columns)

@@ -27,7 +27,7 @@ from model.command import UserError
 from model.files import atomic_folder, read_json, sha256_file, write_json
 from model.safetensors_file import Stored, open_safetensors, save_tensors
 from train.optimizer import named_trainable, state_tensors
-from train.sharding import Ranks, differences, local, sharded_like
+from train.sharding import differences, local, rows_of, sharded_like
 
 
 @dataclass
@@ -189,10 +189,7 @@ def restore(
 
 def rows_like(stored: Stored, param: Tensor) -> Tensor:
     """The rows of a stored tensor that this rank holds of `param`."""
-    if not hasattr(param, "device_mesh"):
-        return stored.read(None)
-    ranks = Ranks(param.device_mesh.get_local_rank(), param.device_mesh.size())
-    return stored.read(ranks.rows(stored.shape[0]))
+    return stored.read(rows_of(param, stored.shape[0]) if stored.shape else None)
 
 
 def as_state(stored: Stored, param: Tensor) -> Tensor:

@@ -12,6 +12,7 @@ from collections.abc import Iterator
 import torch
 from torch import Tensor, nn
 
+from train.muon import ShardedMuon
 from train.recipe import Recipe
 
 
@@ -26,7 +27,8 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     if recipe.optimizer == "muon":
         matrices = [p for name, p in params.items() if p.dim() == 2 and ".layers." in name]
         rest = {name: p for name, p in params.items() if not (p.dim() == 2 and ".layers." in name)}
-        muon = torch.optim.Muon(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
+        kind = ShardedMuon if any(hasattr(p, "device_mesh") for p in matrices) else torch.optim.Muon
+        muon = kind(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
         made: list[torch.optim.Optimizer] = [muon, adamw(rest, recipe)]
     elif recipe.optimizer == "sgd":
         made = [torch.optim.SGD(groups(params, recipe), lr=recipe.learning_rate)]

@@ -136,6 +136,13 @@ def local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
+def rows_of(param: Tensor, count: int) -> slice:
+    """This rank's rows of a tensor of `count` rows that is sharded as `param` is."""
+    if not hasattr(param, "device_mesh"):
+        return slice(0, count)
+    return Ranks(param.device_mesh.get_local_rank(), param.device_mesh.size()).rows(count)
+
+
 def sharded_like(rows: Tensor, param: Tensor, shape: Sequence[int]) -> Tensor:
     """A tensor of `shape` whose first dimension is sharded as `param`'s is, from this rank's rows."""
     if not hasattr(param, "device_mesh"):
