@@ -2,6 +2,7 @@
 
 import json
 import random
+import shutil
 import sys
 from pathlib import Path
 
@@ -9,9 +10,10 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
+from model.transformer import Transformer
 from train.store import Encoding, TokenStore, build_store
 
-sys.path.insert(0, str(Path(__file__).parent))  # for tiny_runs
+sys.path.insert(0, str(Path(__file__).parent))  # for tiny_runs and its like
 
 WORDS = ("patient tumor breast left right grade stage cm margin positive negative biopsy showed invasive ductal "
          "carcinoma lesion measured").split()  # fmt: skip
@@ -65,3 +67,16 @@ def notes(data, tmp_path_factory) -> TokenStore:
 def documents(data, tmp_path_factory) -> TokenStore:
     encoding = Encoding("pretrain", str(data / "tok"))
     return build_store([str(data / "documents.jsonl")], encoding, tmp_path_factory.mktemp("stores") / "documents")
+
+
+@pytest.fixture(scope="session")
+def options(data, tmp_path_factory) -> dict:
+    from tiny_runs import CONFIG
+
+    folder = tmp_path_factory.mktemp("weights")
+    Transformer(CONFIG).init_weights(1).save_pretrained(folder)
+    for file in (data / "tok").iterdir():
+        shutil.copy(file, folder)
+    return {"data": [str(data / "notes.jsonl")], "valid_data": [str(data / "notes.jsonl")], "weights": str(folder),
+            "valid_rows": 2, "valid_every": 2, "steps": 6, "batch_rows": 3, "save_every": 2, "r": 3, "dropout": 0.1,
+            "learning_rate": 1e-2, "block": 400, "threads": 1}  # fmt: skip

@@ -11,10 +11,9 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import CONFIG
+from tiny_runs import as_recipe, ends
 
 from model.command import guard
-from model.transformer import Transformer
 from train.checkpoint import damage, newest_whole, steps_saved
 from train.recipe import Recipe
 from train.session import train
@@ -36,29 +35,6 @@ def die_at_write(stop: int):
 
     sys.addaudithook(watch)
     return writes
-
-
-@pytest.fixture(scope="module")
-def options(data, tmp_path_factory) -> dict:
-    folder = tmp_path_factory.mktemp("weights")
-    Transformer(CONFIG).init_weights(1).save_pretrained(folder)
-    for file in (data / "tok").iterdir():
-        shutil.copy(file, folder)
-    return {"data": [str(data / "notes.jsonl")], "valid_data": [str(data / "notes.jsonl")], "weights": str(folder),
-            "valid_rows": 2, "valid_every": 2, "steps": 6, "batch_rows": 3, "save_every": 2, "r": 3, "dropout": 0.1,
-            "learning_rate": 1e-2, "block": 400, "threads": 1}  # fmt: skip
-
-
-def as_recipe(options: dict, **more) -> Recipe:
-    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in {**options, **more}.items()})
-
-
-def ends(out: Path) -> dict[str, bytes]:
-    """What must be the same to the byte: the last checkpoint, the adapter, the metrics. The manifest holds hashes."""
-    last = steps_saved(out / "checkpoints")[-1]
-    files = [*sorted(p for p in last.rglob("*") if p.is_file()), *sorted((out / "adapter").iterdir()),
-             out / "metrics.jsonl"]  # fmt: skip
-    return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 
 @pytest.fixture(scope="module")

@@ -1,10 +1,16 @@
 """Tiny models and runs for the tests. As a program under torchrun: some steps of several recipes, for test_ranks.py.
 
     torchrun --nproc-per-node N tests/train/tiny_runs.py CASES.json OUT.safetensors
+
+CASES.json holds {name: [recipe's changes, store, stage]}, and under "" a mistake to make first (see `mutate`).
 """
 
+import importlib
+import inspect
 import json
 import sys
+import textwrap
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,7 +20,7 @@ from safetensors.torch import save_file
 from lora import LoRAConfig, add_lora
 from model.config import ModelConfig
 from model.transformer import Transformer
-from train.checkpoint import whole
+from train.checkpoint import steps_saved, whole
 from train.dataset import Rows
 from train.fast import fast_blocks
 from train.loop import Trainer
@@ -68,10 +74,42 @@ def run_case(case: dict, store: str, stage: str, ranks: Ranks) -> dict[str, torc
     return found | {"loss": torch.tensor(losses, dtype=torch.float64), "norm": torch.tensor(norms, dtype=torch.float64)}
 
 
+def as_recipe(options: dict, **more) -> Recipe:
+    return Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in {**options, **more}.items()})
+
+
+def ends(out: Path) -> dict[str, bytes]:
+    """What must be the same to the byte: the last checkpoint, the adapter, the metrics. The manifest holds hashes."""
+    last = steps_saved(out / "checkpoints")[-1]
+    files = [*sorted(p for p in last.rglob("*") if p.is_file()), *sorted((out / "adapter").iterdir()),
+             out / "metrics.jsonl"]  # fmt: skip
+    return {str(file.relative_to(out)): file.read_bytes() for file in files}
+
+
+def mutate(module: str, name: str, right: str, wrong: str) -> Callable[[], None]:
+    """Put a mistake into a function or method of ours, everywhere it is known by name. Returns what takes it out."""
+    home, (*owner, leaf) = importlib.import_module(module), name.split(".")
+    holder = getattr(home, owner[0]) if owner else home
+    original = getattr(holder, leaf)
+    source = textwrap.dedent(inspect.getsource(original))
+    assert source.count(right) == 1, f"{module}.{name} no longer says {right!r}: bring the list of mistakes up to date"
+    scope = dict(vars(home))
+    exec(compile(source.replace(right, wrong), f"{module} with a mistake", "exec"), scope)
+    places = [holder] if owner else [m for m in list(sys.modules.values()) if getattr(m, leaf, None) is original]
+
+    def put(function: Callable) -> None:
+        for place in places:
+            setattr(place, leaf, function)
+
+    put(scope[leaf])
+    return lambda: put(original)
+
+
 def main() -> None:
     torch.set_num_threads(1)
     cases = json.loads(Path(sys.argv[1]).read_text())
     ranks = Ranks.join("cpu")
+    mutate(*cases.pop("")) if "" in cases else None
     out = {}
     for name, (case, store, stage) in cases.items():
         out |= {f"{name}/{key}": value for key, value in run_case(case, store, stage, ranks).items()}

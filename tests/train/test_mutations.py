@@ -1,0 +1,95 @@
+"""The tests would notice: each mistake, put into the code on purpose, fails the test that guards it.
+
+Every one is a mistake that public trainers have made. The guards are the tests of the other files, called as they are.
+"""
+
+# ruff: noqa: E501 - the list of mistakes is a table
+
+import shutil
+
+import pytest
+import test_ranks
+import test_rows
+import torch
+from tiny_runs import RECIPE, as_recipe, ends, mutate, tiny
+
+from lora import merge_lora
+from train.checkpoint import steps_saved
+from train.session import train
+
+
+@pytest.fixture()
+def mistake():
+    """Makes one, and takes it out at the end."""
+    undo = []
+    yield lambda *place: undo.append(mutate(*place))
+    for take_out in undo:
+        take_out()
+
+
+MISTAKES = {
+    "the document mask dropped": (
+        ("train.rows", "collate", "document[r, part] = number", "document[r, part] = 0"),
+        lambda notes, documents: test_rows.test_the_leak_meter_reads_zero_for_packed_documents_and_not_for_the_faithful_rows(documents),
+    ),
+    "labels shifted by one, in answers": (
+        ("train.rows", "branch_columns", "target = whole[1:].copy()", "target = whole[:-1].copy()"),
+        lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(notes),
+    ),
+    "labels shifted by one, in texts": (
+        ("train.rows", "text_units", "zeros, part[1:], ones", "zeros, part[:-1], ones"),
+        lambda notes, documents: test_rows.test_every_token_but_the_first_is_a_target_once.hypothesis.inner_test(30, 7),
+    ),
+    "a padding token in the loss": (
+        ("train.rows", "collate", "torch.full(shape, IGNORE)", "torch.zeros(shape, dtype=torch.int64)"),
+        lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(notes),
+    ),
+    "the adapter's scale ignored": (
+        ("lora.layer", "LoRALinear.forward", " * self.scale[self.active]", ""),
+        lambda notes, documents: an_adapter_does_what_it_adds_to_the_weights(),
+    ),
+}  # fmt: skip
+
+
+def an_adapter_does_what_it_adds_to_the_weights():
+    model, tokens = tiny(RECIPE).eval(), torch.arange(40)[None]
+    with torch.no_grad():
+        beside = model(tokens)
+        assert (beside - merge_lora(model)(tokens)).abs().max() < 1e-12 * beside.abs().max()
+
+
+@pytest.mark.parametrize("name", MISTAKES)
+def test_a_mistake_in_rows_or_layers_is_noticed(name, mistake, notes, documents):
+    place, guard = MISTAKES[name]
+    guard(notes, documents)
+    mistake(*place)
+    with pytest.raises(AssertionError):
+        guard(notes, documents)
+
+
+@pytest.mark.parametrize(("name", "place"), [
+    ("the optimizer's state not restored", ("train.checkpoint", "restore", "if held:", "if False:")),
+    ("one record skipped at resume", ("train.rows", "order", "range(step * batch, (step + 1) * batch)", "range(step * batch + 1, (step + 1) * batch + 1)")),
+    ("dropout's masks begin again at resume", ("train.loop", "Trainer.gradients", "self.plan.step, self.plan.rows = step,", "self.plan.step, self.plan.rows = step % 2,")),
+])  # fmt: skip
+def test_a_mistake_at_resume_is_noticed(name, place, mistake, options, tmp_path):
+    """A run of four steps loses its last checkpoint and goes on from the second step, with the mistake."""
+    recipe = as_recipe(options, out=str(tmp_path / "run"), steps=4)
+    train(recipe, "instruct")
+    straight = ends(tmp_path / "run")
+    shutil.rmtree(steps_saved(tmp_path / "run" / "checkpoints")[-1])
+    mistake(*place)
+    train(recipe, "instruct")
+    assert ends(tmp_path / "run") != straight
+
+
+@pytest.mark.slow
+def test_a_gradient_divided_by_the_ranks_twice_is_noticed(notes, tmp_path):
+    """AdamW's losses hide it; the gradients before clipping do not."""
+    case = {**test_ranks.SHARED, "steps": 3, "optimizer": "adamw", "learning_rate": 1e-2, "clip": 0.0}
+    cases = {"run": (case, str(notes.path), "instruct")}
+    wrong = ("train.sharding", "shard", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(float(ranks.world))")
+    alone = test_ranks.launch(1, cases, tmp_path / "1")
+    twice = test_ranks.launch(2, {**cases, "": wrong}, tmp_path / "2")
+    assert test_ranks.largest_difference({"": twice["run/loss"]}, {"": alone["run/loss"]}) < 1e-4, "AdamW hides it"
+    assert test_ranks.largest_difference(twice, alone) > 0.1
