@@ -9,7 +9,7 @@ from __future__ import annotations
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, fields
+from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal
 
@@ -82,6 +82,10 @@ class Recipe:
     """Scale by alpha / sqrt(r)."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Which linear layers get an adapter."""
+    rank_pattern: dict[str, int] = field(default_factory=dict)
+    """Other ranks: a table of regular expressions for the end of a layer's name → rank, for example v_proj = 16."""
+    alpha_pattern: dict[str, float] = field(default_factory=dict)
+    """Other alphas, likewise."""
     first_layer: int = 0
     """Adapters only from this decoder layer on: no gradient flows below it."""
     base: Literal["", "nf4", "int8"] = ""
@@ -198,11 +202,11 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raise UserError(f"{path}: no such file; give a recipe, for example train/recipes/cancerllm.toml") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a TOML file: {error}") from error
-    known = {field.name: field for field in fields(Recipe)}
+    known = {field.name: {} if field.default is MISSING else field.default for field in fields(Recipe)}
     for key, value in raw.items():
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, list(known))}")
-        raw[key] = checked(value, known[key].default, f"{path}: {key}")
+        raw[key] = checked(value, known[key], f"{path}: {key}")
     return raw
 
 
@@ -212,6 +216,9 @@ def checked(value: Any, default: Any, where: str) -> Any:
         items = value if isinstance(value, list) else [value]
         kind: type = type(default[0]) if default else str
         return tuple(checked(item, kind(), where) for item in items)
+    if isinstance(default, dict) and isinstance(value, dict):
+        like = 0 if "rank" in where else 0.0
+        return {key: checked(item, like, f"{where}.{key}") for key, item in value.items()}
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
@@ -220,7 +227,8 @@ def checked(value: Any, default: Any, where: str) -> Any:
 
 
 def a_kind(default: Any) -> str:
-    return {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}[type(default)]
+    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a table"}
+    return kinds[type(default)]
 
 
 def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
@@ -235,6 +243,7 @@ def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
         overrides = argv
     if file is None and not any(flag in ("-h", "--help") for flag in argv):
         raise UserError(f"usage: python -m train.{stage} RECIPE.toml [--key value …]; --help explains every key")
+    overrides = with_values(overrides)
     raw = read_toml(file) if file else {}
     # the file's values stand as defaults; they are checked together with the command line's, once
     loose = tyro.cli(loosened(), default=loosened()(**raw), args=overrides, prog=f"python -m train.{stage} RECIPE.toml",
@@ -242,6 +251,20 @@ def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
     recipe = Recipe(**asdict(loose))
     choices(recipe)
     return recipe
+
+
+def with_values(arguments: list[str]) -> list[str]:
+    """`--allow-changed` alone as `--allow-changed True`, for every option that is true or false."""
+    flags = {f"--{field.name}" for field in fields(Recipe) if isinstance(field.default, bool)}
+    said = []
+    for place, argument in enumerate(arguments):
+        said.append(argument)
+        following = arguments[place + 1 : place + 2]
+        if argument.replace("_", "-") in {flag.replace("_", "-") for flag in flags} and (
+            not following or following[0].startswith("--")
+        ):
+            said.append("True")
+    return said
 
 
 def loosened() -> type[Recipe]:

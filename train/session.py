@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from lora import LoRAConfig, add_lora
-from lora.adapter import adapted, check_tensors, read_adapter, read_config, write_adapter
+from lora.adapter import adapted, check_tensors, pattern_value, read_adapter, read_config, write_adapter
 from lora.merge import merge_folders
 from lora.narrow import narrow_base
 from model.command import UserError, guard
@@ -137,7 +137,11 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[nn.Module, dict[st
         check_tensors(model, tensors, chosen, recipe.adapter)
         add_lora(model, chosen)
     else:
-        add_lora(model, lora_config(recipe, config))
+        chosen = lora_config(recipe, config)
+        add_lora(model, chosen)
+        for pattern in (*chosen.rank_pattern, *chosen.alpha_pattern):
+            if not any(pattern_value({pattern: True}, path, False) for path in adapted(model)):
+                raise UserError(f"recipe: rank_pattern or alpha_pattern {pattern!r} fits no layer that has an adapter")
     if recipe.base:
         for layer in adapted(narrow_base(model, recipe.base)).values():
             codes = layer.narrow._buffers.pop("codes")  # parameters are what is sharded
@@ -171,7 +175,8 @@ def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
     if recipe.first_layer >= config.num_hidden_layers:
         raise UserError(f"recipe: first_layer {recipe.first_layer}; the model has {config.num_hidden_layers} layers")
     layers = tuple(range(recipe.first_layer, config.num_hidden_layers)) if recipe.first_layer else None
-    return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, layers, recipe.rslora)
+    return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, layers, recipe.rslora, recipe.rank_pattern,
+                      recipe.alpha_pattern)  # fmt: skip
 
 
 def code_hash() -> str:

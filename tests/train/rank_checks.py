@@ -25,9 +25,9 @@ from train.optimizer import make_optimizers, named_trainable, state_tensors
 from train.recipe import Recipe
 from train.sharding import Ranks, rows_of, shard, sharded_like
 
-# five layers' worth of odd numbers: no dimension divides by 3, few by 2; rows of 300 hold a block of 256 and a rest
+# no dimension divides by 3; rows of 320 hold a block of 256 and a rest, and five blocks of NF4; keys have four rows
 WIDE = ModelConfig(
-    vocab_size=301, hidden_size=68, intermediate_size=300, num_hidden_layers=2, num_attention_heads=17,
+    vocab_size=301, hidden_size=64, intermediate_size=320, num_hidden_layers=2, num_attention_heads=16,
     num_key_value_heads=1, head_dim=4, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None, None),
     max_position_embeddings=2048,
 )  # fmt: skip

@@ -19,7 +19,11 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
     ({"learning_rate": -1.0}, "learning_rate"), ({"dropout": 1.0}, "dropout is 1.0"), ({"epochs": 0.0}, "epochs"),
     ({"init": "y"}, "either weights"), ({"full": True, "base": "nf4"}, "full trains all weights"),
     ({"optimizer": "muon"}, "muon is for full training"), ({"merge_adapter": True}, "merge_adapter needs adapter"),
-    ({"template": "faithful"}, "set share_prefix = false"), ({"data": ()}, "data is missing")])  # fmt: skip
+    ({"template": "faithful"}, "set share_prefix = false"), ({"data": ()}, "data is missing"),
+    ({"seed": -1}, "seed is -1"), ({"alpha": 0.0}, "alpha is 0.0"), ({"alpha": float("nan")}, "alpha is nan"),
+    ({"betas": (0.9, 1.0)}, "betas are"), ({"betas": (0.9,)}, "betas are"), ({"epochs": float("inf")}, "epochs is inf"),
+    ({"final_rate": 2.0}, "at most 1"), ({"learning_rate": float("nan")}, "learning_rate is nan"),
+    ({"valid_rows": 0}, "valid_rows is 0"), ({"keep_last": 0}, "keep_last is 0")])  # fmt: skip
 def test_impossible_recipes_are_refused(wrong, said):
     Recipe(**GOOD)
     with pytest.raises(UserError, match=said):
@@ -29,7 +33,8 @@ def test_impossible_recipes_are_refused(wrong, said):
 @pytest.mark.parametrize(("text", "said"), [
     ("learning_rat = 1.0", "unknown key 'learning_rat' .did you mean 'learning_rate'"),
     ("r = 'eight'", "r is 'eight'; it must be a whole number"), ("r = true", "whole number"),
-    ("r = = 2", "not a TOML")])  # fmt: skip
+    ("r = = 2", "not a TOML"), ("rank_pattern = 3", "must be a table"),
+    ("[rank_pattern]\nv_proj = 2.5", "rank_pattern.v_proj is 2.5; it must be a whole number")])  # fmt: skip
 def test_recipe_files_are_checked_key_by_key(tmp_path, text, said):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=said):
@@ -42,6 +47,27 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert (recipe.r, recipe.base, recipe.learning_rate, recipe.out) == (16, "nf4", 1.0, "o")
     with pytest.raises(UserError, match="no such file"):
         parse([str(tmp_path / "none.toml")], "instruct")
+    for flags in (["--allow-changed"], ["--allow-changed", "--r", "2"], ["--r", "2", "--allow_changed", "True"]):
+        assert parse([str(tmp_path / "r.toml"), *flags], "instruct").allow_changed
+    assert not parse([str(tmp_path / "r.toml"), "--resume", "False"], "instruct").resume
+
+
+def test_ranks_and_alphas_by_pattern_reach_the_layers(tmp_path):
+    from tiny_runs import CONFIG
+
+    from lora.adapter import adapted
+    from train.session import empty_model
+
+    text = 'data = ["a"]\nout = "o"\nweights = "w"\nr = 4\n[rank_pattern]\nv_proj = 2\n[alpha_pattern]\n'
+    (tmp_path / "r.toml").write_text(text + '"layers.1.*" = 6\n')
+    model, _ = empty_model(parse([str(tmp_path / "r.toml")], "instruct"), CONFIG)
+    found = {path.split("layers.")[1]: (len(layer.lora_A["default"]), layer.scale["default"])
+             for path, layer in adapted(model).items()}  # fmt: skip
+    assert found["0.self_attn.v_proj"] == (2, 8.0) and found["0.mlp.up_proj"] == (4, 4.0)
+    assert found["1.self_attn.v_proj"] == (2, 3.0) and found["1.mlp.up_proj"] == (4, 1.5)
+    (tmp_path / "r.toml").write_text(text + "k_prj = 2\n")
+    with pytest.raises(UserError, match="'k_prj' fits no layer"):
+        empty_model(parse([str(tmp_path / "r.toml")], "instruct"), CONFIG)
 
 
 def test_the_schedule_warms_up_and_falls_to_its_share():
