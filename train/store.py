@@ -26,6 +26,7 @@ from train.records import Pieces, document_pieces, note_pieces
 
 SHARD = 20_000  # records a shard
 REJECTS = 0.01  # more bad records than this share stop the run
+OPEN = 250  # shards held open at once: each keeps three files open, and systems allow 1,024
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,7 @@ def build_store(
     with atomic_folder(out) as folder:
         shards, rejects = encode_shards(files, encoding, folder, limit, workers)
         records = sum(shard["records"] for shard in shards)
-        check_rejects(rejects, records)
+        check_rejects(rejects, records, out)
         write_jsonl(folder / "rejects.jsonl", rejects)
         tokens = sum(shard["tokens"] for shard in shards)
         manifest = {"identity": identity, "shards": shards, "records": records, "tokens": tokens,
@@ -137,7 +138,7 @@ def encode_shard(
         try:
             record = parse_json_line(file, line_number, line, ("id",))
             pieces = encode(record)
-        except (ValueError, KeyError, TypeError) as error:  # UserError is a ValueError
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # UserError is a ValueError
             reason = f"{type(error).__name__}: lacks {error}" if isinstance(error, KeyError) else str(error)
             rejects.append({"file": file, "line": line_number, "reason": reason})
             continue
@@ -155,13 +156,15 @@ def encode_shard(
     return {"records": len(names), "tokens": len(flat)}, rejects
 
 
-def check_rejects(rejects: list[dict[str, Any]], good: int) -> None:
+def check_rejects(rejects: list[dict[str, Any]], good: int, out: Path) -> None:
     if len(rejects) > REJECTS * (good + len(rejects)):
+        listed = out.with_name(f"{out.name}-rejects.jsonl")
+        write_jsonl(listed, rejects)
         worst = rejects[0]
         where = "" if worst["reason"].startswith(worst["file"]) else f"{worst['file']}:{worst['line']}: "
         raise UserError(
             f"{where}{worst['reason']}; {len(rejects)} of {good + len(rejects)} records "
-            "cannot be used, more than 1 %: mend the file"
+            f"cannot be used, more than 1 %: mend the file ({listed} lists them)"
         )
 
 
@@ -180,6 +183,8 @@ class TokenStore:
 
     def shard(self, number: int) -> tuple:
         if number not in self.shards:
+            while len(self.shards) >= OPEN:
+                self.shards.pop(next(iter(self.shards)))
             arrays = [
                 np.load(self.path / f"{number}.{kind}.npy", mmap_mode="r") for kind in ("tokens", "pieces", "records")
             ]

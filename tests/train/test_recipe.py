@@ -1,13 +1,10 @@
-"""A user's mistakes in recipes and data are one clear line before any work."""
-
-import json
+"""A user's mistakes in recipes are one clear line before any work."""
 
 import pytest
 
 from model.command import UserError
 from train.optimizer import rate
 from train.recipe import Recipe, parse, read_toml
-from train.store import Encoding, build_store
 
 GOOD = {"data": ("x",), "out": "x", "weights": "x"}
 
@@ -75,27 +72,3 @@ def test_the_schedule_warms_up_and_falls_to_its_share():
     rates = [rate(recipe, step, 10) for step in range(11)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[10] == pytest.approx(0.1)
     assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
-
-
-def test_data_of_the_other_stage_and_broken_lines_are_named(data, tmp_path):
-    notes, tok = data / "notes.jsonl", str(data / "tok")
-    with pytest.raises(UserError, match="notes.jsonl:1: an annotated note: train.instruct"):
-        build_store([str(notes)], Encoding("pretrain", tok), tmp_path / "a")
-    with pytest.raises(UserError, match="documents.jsonl:1: lacks 'phenotypes'"):
-        build_store([str(data / "documents.jsonl")], Encoding("instruct", tok), tmp_path / "b")
-    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
-
-
-def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(tmp_path, data):
-    file, encoding = tmp_path / "d.jsonl", Encoding("pretrain", str(data / "tok"))
-    lines = [json.dumps({"id": str(i), "text": "some words"}) for i in range(200)]
-    file.write_text("\n".join([*lines[:7], '{"id": "bad"}', *lines[7:]]) + "\n")
-    store = build_store([str(file)], encoding, tmp_path / "s")
-    rejects = [json.loads(line) for line in (tmp_path / "s" / "rejects.jsonl").read_text().splitlines()]
-    assert len(store) == 200 and [(r["line"], r["file"]) for r in rejects] == [(8, str(file))]
-    assert store[5][0] == "5" and bytes(store[5][1][0][1:-1].astype("uint8")) != b""
-    made = (tmp_path / "s" / "manifest.json").stat().st_mtime_ns
-    build_store([str(file)], encoding, tmp_path / "s")
-    assert (tmp_path / "s" / "manifest.json").stat().st_mtime_ns == made, "nothing changed, nothing is made again"
-    file.write_text("\n".join([*lines, json.dumps({"id": "new", "text": "more"})]) + "\n")
-    assert len(build_store([str(file)], encoding, tmp_path / "s")) == 201

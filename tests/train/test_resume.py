@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_runs import as_recipe, ends
 
-from model.command import guard
+from model.command import UserError, guard
 from train.checkpoint import damage, newest_whole, steps_saved
 from train.recipe import Recipe
 from train.session import train
@@ -119,7 +119,7 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(options, whole, tmp_path,
     train(as_recipe(options, out=str(out)), "instruct")
     said = capsys.readouterr().err
     assert f"{last} passed over" in said
-    assert ends(out) == whole
+    assert ends(out) == whole and damage(last) is None, "the damaged one is written again"
 
 
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors", "manifest.json"])
@@ -176,18 +176,43 @@ def test_other_optimizers_resume_to_the_same_bytes(options, tmp_path, optimizer)
         assert file.read_bytes() == (resumed / file.name).read_bytes(), file.name
 
 
-def test_a_resume_with_another_recipe_lists_what_changed(options, tmp_path):
-    from model.command import UserError
-
+def test_a_resume_with_another_recipe_or_other_data_lists_what_changed(options, tmp_path):
+    """Before the model is read: the weights' folder is gone, and the answer is still what changed."""
     out = str(tmp_path / "run")
     train(as_recipe(options, out=out, steps=2), "instruct")
-    with pytest.raises(UserError, match=r"recipe.learning_rate was 0.01, is 0.02.*--allow-changed,"):
-        train(as_recipe(options, out=out, steps=2, learning_rate=0.02), "instruct")
+    said = r"recipe.learning_rate was 0.01, is 0.02; recipe.r was 3, is 4.*--allow-changed,"
+    with pytest.raises(UserError, match=said):
+        train(as_recipe(options, out=out, steps=2, learning_rate=0.02, r=4), "instruct")
+    with pytest.raises(UserError, match="holds other parameters than this run trains"):
+        train(as_recipe(options, out=out, steps=2, r=4, allow_changed=True), "instruct")
     train(as_recipe(options, out=out, steps=2, learning_rate=0.02, allow_changed=True), "instruct")
+    other = tmp_path / "notes.jsonl"
+    other.write_bytes(Path(options["data"][0]).read_bytes() * 2)
+    with pytest.raises(UserError, match=r"data.sources.\S+notes.jsonl was '\w+', is None.* recipe.data was"):
+        train(as_recipe(options, out=out, steps=2, data=[str(other)]), "instruct")
+
+
+def test_the_last_ones_and_the_best_are_kept_and_a_run_given_up_is_not_gone_on_with(options, tmp_path):
+    """At this rate the held-out loss is least early on, in a step that save_every does not name."""
+    out = tmp_path / "run"
+    more = {"steps": 9, "save_every": 4, "valid_every": 1, "keep_last": 1, "learning_rate": 0.3, "schedule": "constant"}
+    train(as_recipe(options, out=str(out), **more), "instruct")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    best = min(lines, key=lambda line: line["valid_loss"])["step"]
+    assert best % 4 and best < 9, "the case shows nothing"
+    assert [path.name for path in steps_saved(out / "checkpoints")] == [f"step-{step:06d}" for step in (best, 9)]
+    train(as_recipe(options, out=str(out), steps=2, save_every=1, resume=False), "instruct")
+    assert [path.name for path in steps_saved(out / "checkpoints")] == ["step-000001", "step-000002"]
+
+
+def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
+    for step in (999_999, 1_000_000, 20):
+        (tmp_path / f"step-{step:06d}").mkdir()
+    (tmp_path / "step-old").mkdir()
+    assert [path.name for path in steps_saved(tmp_path)] == ["step-000020", "step-999999", "step-1000000"]
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_records(options, tmp_path):
-    from model.command import UserError
     from train.loop import Trainer
     from train.session import prepare
     from train.sharding import Ranks

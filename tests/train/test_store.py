@@ -1,0 +1,67 @@
+"""Token stores: bad records are set aside and named, other sources are noticed, workers and shards change nothing."""
+
+import json
+
+import numpy as np
+import pytest
+
+import train.store as stores
+from model.command import UserError
+from train.store import Encoding, build_store
+
+
+def test_data_of_the_other_stage_and_broken_lines_are_named(data, tmp_path):
+    notes, tok = data / "notes.jsonl", str(data / "tok")
+    with pytest.raises(UserError, match="notes.jsonl:1: an annotated note: train.instruct"):
+        build_store([str(notes)], Encoding("pretrain", tok), tmp_path / "a")
+    with pytest.raises(UserError, match="documents.jsonl:1: lacks 'phenotypes'"):
+        build_store([str(data / "documents.jsonl")], Encoding("instruct", tok), tmp_path / "b")
+    assert not (tmp_path / "a").exists() and not (tmp_path / "b").exists()
+    rejects = [json.loads(line) for line in (tmp_path / "b-rejects.jsonl").read_text().splitlines()]
+    assert [row["line"] for row in rejects] == list(range(1, 24)) and "phenotypes" in rejects[0]["reason"]
+
+
+def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(tmp_path, data):
+    file, encoding = tmp_path / "d.jsonl", Encoding("pretrain", str(data / "tok"))
+    lines = [json.dumps({"id": str(i), "text": "some words"}) for i in range(200)]
+    file.write_text("\n".join([*lines[:7], '{"id": "bad"}', *lines[7:]]) + "\n")
+    store = build_store([str(file)], encoding, tmp_path / "s")
+    rejects = [json.loads(line) for line in (tmp_path / "s" / "rejects.jsonl").read_text().splitlines()]
+    assert len(store) == 200 and [(r["line"], r["file"]) for r in rejects] == [(8, str(file))]
+    assert store[5][0] == "5" and bytes(store[5][1][0][1:-1].astype("uint8")) != b""
+    made = (tmp_path / "s" / "manifest.json").stat().st_mtime_ns
+    build_store([str(file)], encoding, tmp_path / "s")
+    assert (tmp_path / "s" / "manifest.json").stat().st_mtime_ns == made, "nothing changed, nothing is made again"
+    file.write_text("\n".join([*lines, json.dumps({"id": "new", "text": "more"})]) + "\n")
+    assert len(build_store([str(file)], encoding, tmp_path / "s")) == 201
+
+
+def test_two_workers_and_many_shards_hold_what_one_process_writes(data, tmp_path, monkeypatch):
+    """Twenty-three documents in shards of four, two of them open at a time."""
+    encoding, files = Encoding("pretrain", str(data / "tok")), [str(data / "documents.jsonl")]
+    one = build_store(files, encoding, tmp_path / "one")
+    monkeypatch.setattr(stores, "SHARD", 4)
+    monkeypatch.setattr(stores, "OPEN", 2)
+    made = [build_store(files, encoding, tmp_path / str(workers), workers=workers) for workers in (1, 2)]
+    names = sorted(path.name for path in (tmp_path / "1").iterdir())
+    assert len(names) == 6 * 4 + 2 and names == sorted(path.name for path in (tmp_path / "2").iterdir())
+    assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
+    for store in made:
+        assert len(store) == len(one) == 23 and store.piece_lengths() == one.piece_lengths()
+        for index in np.random.default_rng(1).permutation(23):
+            (name, pieces), (same, others) = store[index], one[index]
+            assert name == same and all(np.array_equal(a, b) for a, b in zip(pieces, others, strict=True))
+        assert len(store.shards) <= 2
+
+
+@pytest.mark.parametrize("record", [
+    '{"id": "x", "text": "t", "phenotypes": {"tumor_size": [{"text": 3}]}}', '{"id": "x", "text": "t"}',
+    '{"id": "x", "text": "t", "phenotypes": 4}', '{"id": "x", "text": "t", "phenotypes": {"tumor_size": "3 cm"}}',
+    '{"id": "x", "text": 7, "phenotypes": {}}',
+    '{"id": "x", "text": "t", "phenotypes": {"tumor_sice": []}}', '[1]', '{"text": "t"}', "{", "\udc80"])  # fmt: skip
+def test_no_record_of_whatever_shape_is_a_traceback(data, tmp_path, record):
+    lines = (data / "notes.jsonl").read_bytes() * 20
+    (tmp_path / "notes.jsonl").write_bytes(lines + record.encode("utf-8", "surrogateescape") + b"\n")
+    store = build_store([str(tmp_path / "notes.jsonl")], Encoding("instruct", str(data / "tok")), tmp_path / "store")
+    rejects = [json.loads(line) for line in (tmp_path / "store" / "rejects.jsonl").read_text().splitlines()]
+    assert len(store) == 200 and [row["line"] for row in rejects] == [201] and rejects[0]["reason"]
