@@ -16,7 +16,7 @@ from torch import Tensor
 
 from lora.adapter import PREFIX, LoRAConfig, adapted, add_lora, load_adapter, no_adapter, read_adapter, save_adapter
 from lora.fold import merge_lora, merged_weight, unmerge_lora
-from lora.layer import LoRALinear
+from lora.layer import LoRALinear, first_a
 from model.command import UserError, run
 from model.config import ModelConfig
 from model.lesson import Step, amount, dot, near, numbers, shape, source, tell
@@ -107,7 +107,7 @@ def the_start(seen: Seen) -> Step:
     hand = [near("logits that a new adapter changes", 0.0, float(moved))]
     says = ("B starts at zero, so a new adapter changes nothing, to the bit. A does not: were both zero, neither would "
             "ever get a gradient.")  # fmt: skip
-    return Step("The start", says, source(LoRALinear.add, "uniform_"), facts, hand)
+    return Step("The start", says, source(first_a, "uniform_"), facts, hand)
 
 
 def first_gradient(seen: Seen) -> Step:

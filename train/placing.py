@@ -1,9 +1,9 @@
 """A model put into memory row by row: built on the meta device, sharded while it is empty, then filled.
 
-Each rank reads its own rows of each tensor and no others, so a node reads
-the checkpoint once whatever the number of its ranks, and no rank ever holds a whole tensor of it. A packed base's codes
-are rows of whole quantisation blocks, so its shards end on blocks; its scales, small, are whole on every rank. Fresh weights are
-drawn whole, from (seed, name), and cut: drawing each rank's rows apart would give all ranks the same numbers.
+Each rank reads its own rows of each tensor and no others, so a node reads the checkpoint once whatever the number of
+its ranks, and no rank holds a whole tensor of it. A packed base's codes are rows of whole quantisation blocks, so its
+shards end on blocks; its scales, which are small, are whole on every rank. Fresh weights are drawn whole, from (seed,
+name), and cut: drawing each rank's rows apart would give all ranks the same numbers.
 """
 
 from __future__ import annotations
