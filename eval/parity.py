@@ -12,6 +12,8 @@ import dataclasses
 import gc
 import tempfile
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -112,10 +114,27 @@ def main(options: Options) -> int:
     return 1 if report.failed else 0
 
 
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Experts are held on one thread: transformers joins their gate and up, and several threads cut so wide a product
+    at other places than ours, which moves its last bits on some processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
 def hold(options: Options) -> Report:
     """Run everything that the options ask for and return the rows."""
     dtype = getattr(torch, options.dtype)
     ours = Transformer.from_pretrained(options.weights, dtype=dtype, device=options.device)
+    with one_thread(options.device == "cpu" and bool(ours.config.num_local_experts)):
+        return _held(options, ours, dtype)
+
+
+def _held(options: Options, ours: Transformer, dtype: torch.dtype) -> Report:
     exact = options.device == "cpu" and dtype == torch.float32 and not _odd_experts(ours)
     wide = torch.float64 if options.device == "cpu" and dtype == torch.float32 else torch.float32
     tokenizer = _tokenizer(options.weights)
