@@ -29,6 +29,11 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
+# The largest sizes that are believed (2**20 where nothing is said): a damaged file must not fill the memory.
+MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024, "vocab_size": 2**31, "max_position_embeddings": 2**31,
+        "sliding_window": 2**31}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class RopeScaling:
     """How rotary frequencies are stretched for long texts (`rope_type` and its numbers, as config.json spells them)."""
@@ -96,11 +101,14 @@ class ModelConfig:
         _positive("rms_norm_eps", self.rms_norm_eps)
         _positive("rope_theta", self.rope_theta)
         if len(self.windows) != self.num_hidden_layers:
-            raise UserError(f"config: {len(self.windows)} windows for {self.num_hidden_layers} layers")
+            raise UserError(f"config: windows (layer_types) for {len(self.windows)} of {self.num_hidden_layers} layers")
         for window in self.windows:
             if window is not None:
                 _count("sliding_window", window)
-        if not 0 <= self.num_experts_per_tok <= self.num_local_experts:
+        for name in ("num_local_experts", "num_experts_per_tok"):
+            if getattr(self, name) != 0 or isinstance(getattr(self, name), bool):
+                _count(name, getattr(self, name))
+        if self.num_experts_per_tok > self.num_local_experts:
             raise UserError(
                 f"config: num_experts_per_tok {self.num_experts_per_tok} of num_local_experts {self.num_local_experts}"
             )
@@ -148,6 +156,7 @@ class ModelConfig:
             raise UserError(f"config lacks head_dim, and hidden_size {width} is no multiple of {heads} heads")
         theta, scaling = _rope(raw)
         eos = raw.get("eos_token_id")
+        eos = eos if isinstance(eos, list) else [eos]
         return cls(
             **{name: raw[name] for name in required},
             num_key_value_heads=heads if raw.get("num_key_value_heads") is None else raw["num_key_value_heads"],
@@ -158,14 +167,14 @@ class ModelConfig:
             model_type=family,
             max_position_embeddings=32768 if (most := raw.get("max_position_embeddings")) is None else most,
             # transformers writes only what differs from its family default, which is untied for all four
-            tie_word_embeddings=bool(raw.get("tie_word_embeddings", False)),
-            qkv_bias=family == "qwen2" or bool(raw.get("attention_bias", False)),
-            o_bias=family == "llama" and bool(raw.get("attention_bias", False)),
+            tie_word_embeddings=bool(raw.get("tie_word_embeddings")),
+            qkv_bias=family == "qwen2" or bool(raw.get("attention_bias")),
+            o_bias=family == "llama" and bool(raw.get("attention_bias")),
             num_local_experts=raw["num_local_experts"] if moe else 0,
             num_experts_per_tok=raw["num_experts_per_tok"] if moe else 0,
-            bos_token_id=raw.get("bos_token_id"),
-            eos_token_id=() if eos is None else tuple(eos) if isinstance(eos, (list, tuple)) else (eos,),
-            pad_token_id=raw.get("pad_token_id"),
+            bos_token_id=_token("bos_token_id", raw.get("bos_token_id")),
+            eos_token_id=tuple(i for i in (_token("eos_token_id", value) for value in eos) if i is not None),
+            pad_token_id=_token("pad_token_id", raw.get("pad_token_id")),
         )
 
     def to_dict(self) -> dict[str, Any]:
@@ -209,9 +218,17 @@ class ModelConfig:
 def _count(name: str, value: Any) -> int:
     if not isinstance(value, int) or isinstance(value, bool) or value < 1:
         raise UserError(f"config: {name} is {value!r}; it must be a whole number of at least 1")
-    if value > (most := 1024 if name == "num_hidden_layers" else 2**31):  # a damaged file must not fill the memory
+    most = MOST.get(name, 2**20)
+    if value > most:
         raise UserError(f"config: {name} is {value}, more than {most}; the file is damaged")
     return value
+
+
+def _token(name: str, value: Any) -> int | None:
+    """A token's id; null, and the negative ids of some old files, stand for none."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise UserError(f"config: {name} is {value!r}; it must be a token's id (a whole number) or null")
+    return value if value is not None and value >= 0 else None
 
 
 def _positive(name: str, value: Any) -> float:
@@ -275,11 +292,20 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     known = {name: spec[name] for name in (*needed, *optional) if spec.get(name) is not None}
     for name in known.keys() - {"truncate"}:
         _positive(f"rope scaling {kind!r}: {name}", known[name])
+    if kind == "yarn" and _positive("rope_theta", theta) <= 1:
+        raise UserError(f"rope scaling 'yarn' takes logarithms of rope_theta, which is {theta}; it must be above 1")
+    if kind == "llama3" and known["low_freq_factor"] >= known["high_freq_factor"]:
+        raise UserError("rope scaling 'llama3': low_freq_factor must be below high_freq_factor")
+    if kind == "dynamic" and raw.get("head_dim") == 2:
+        raise UserError("rope scaling 'dynamic' needs a head_dim above 2")
     return _positive("rope_theta", theta), RopeScaling(rope_type=kind, **known)
 
 
 def _refuse_uncovered(raw: Mapping[str, Any]) -> None:
     """Refuse by name what would change the arithmetic and is not implemented."""
+    for name in ("tie_word_embeddings", "attention_bias", "use_sliding_window", "mlp_bias"):
+        if not isinstance(raw.get(name), (bool, type(None))):
+            raise UserError(f"config: {name} is {raw[name]!r}; it must be true or false")
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"config: hidden_act {raw['hidden_act']!r} is not covered; these families use silu")
     if raw.get("quantization_config"):

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -26,7 +27,7 @@ from model.command import UserError, run
 from model.config import ModelConfig
 from model.files import read_json
 from model.native import native_params, to_native
-from model.safetensors_file import Stored, held
+from model.safetensors_file import NAMES, PLAIN_NAME, Stored, held
 from model.tiktoken_file import tokenizer_json
 from model.tokenizer import Fast, Tokenizer, copy_tokenizer
 from model.transformer import Transformer
@@ -106,14 +107,19 @@ def open_bins(folder: Path, files: list[Path]) -> Checkpoint:
     if index.is_file():
         named = read_json(index)
         places = named.get("weight_map") if isinstance(named, dict) else None
-        names = set(places.values()) if isinstance(places, dict) else set()
-        if missing := sorted(str(name) for name in names - {file.name for file in files}):
+        names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
+        if missing := sorted(names - {file.name for file in files}):
             raise UserError(f"{folder}: lacks {', '.join(missing)}, which its index names")
     tensors: dict[str, Stored] = {}
     for file in files:
         for name, tensor in _load_bin(file).items():
             if not isinstance(name, str) or not isinstance(tensor, Tensor):
                 raise UserError(f"{file}: holds {type(tensor).__name__} {name!r} where a weight should be")
+            if not PLAIN_NAME.fullmatch(name):
+                raise UserError(f"{file}: {name!r} is not a tensor's name (letters, digits, _ and - between dots)")
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
+                kind = "without data" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
+                raise UserError(f"{file}: {name!r} is a tensor {kind}; weights are dense floating-point numbers")
             if name in tensors:
                 raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is damaged")
             tensors[name] = replace(held(tensor), where=file.name)
@@ -121,6 +127,7 @@ def open_bins(folder: Path, files: list[Path]) -> Checkpoint:
 
 
 def _load_bin(file: Path) -> Mapping[str, Any]:
+    _check_archive(file)
     try:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
@@ -128,11 +135,27 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: holds more than tensors, so reading it could run code; it is refused") from error
-    except (RuntimeError, EOFError, ValueError, KeyError) as error:
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
         raise UserError(f"{file}: not a file of weights, or damaged; download it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: holds a {type(found).__name__}, not a dictionary of weights")
     return found
+
+
+def _check_archive(file: Path) -> None:
+    """A .bin is a zip archive whose members are stored as they are: a mapped tensor is a place in the file. A packed
+    member would be mapped as the noise that it looks like, or unpacked to any size; public readers do not look."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):  # of torch before 1.6, or damaged
+        return
+    if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
+        raise UserError(f"{file}: is packed (compressed or encrypted) inside, as no file of weights is; it is refused")
+    if len({member.filename for member in members}) != len(members):
+        raise UserError(f"{file}: holds two members of one name; the file cannot be trusted")
 
 
 # Qwen-7B's first version: GPT-2's module names, q, k and v in one matrix, gate and up called w2 and w1.

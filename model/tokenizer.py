@@ -46,6 +46,8 @@ class SentencePiece:
             self.model = sentencepiece.SentencePieceProcessor(model_proto=proto)
         except RuntimeError as error:
             raise UserError(f"{name}: not a SentencePiece model, or damaged; download it again") from error
+        if not proto:
+            raise UserError(f"{name}: empty; download it again")
         self.size = self.model.vocab_size()
         self.files = {name: proto}
 
@@ -78,7 +80,10 @@ class Fast:
         self.model.no_truncation()
         self.model.no_padding()
         self.model.encode_special_tokens = True  # a special token's text inside a text is text
-        self.size = self.model.get_vocab_size(with_added_tokens=True)
+        ids = self.model.get_vocab(with_added_tokens=True).values()
+        if not ids:
+            raise UserError(f"{name}: the vocabulary is empty; the file is damaged")
+        self.size = max(ids) + 1  # ids may have gaps
         self.files = {"tokenizer.json": raw.encode()}
         self.added = {token.content: i for i, token in self.model.get_added_tokens_decoder().items()}
         self.byte_level = '"ByteLevel"' in json.dumps(json.loads(raw).get("decoder"))
@@ -239,7 +244,10 @@ def _settings(folder: Path) -> dict[str, Any]:
             read = read_json(folder / name)
             found = {**(read if isinstance(read, dict) else {}), **found}
     if "chat_template" not in found and (folder / "chat_template.jinja").is_file():
-        found["chat_template"] = (folder / "chat_template.jinja").read_text("utf-8")
+        try:
+            found["chat_template"] = (folder / "chat_template.jinja").read_text("utf-8")
+        except UnicodeDecodeError as error:
+            raise UserError(f"{folder / 'chat_template.jinja'}: not UTF-8 text; the file is damaged") from error
     return found
 
 

@@ -33,6 +33,7 @@ from model.native import from_native, native_config
 from model.safetensors_file import DTYPES, Stored, held, open_safetensors, unique, write_safetensors
 
 PIECE = 8 * 2**20  # numbers that are read and cast at a time
+LISTED = 100  # names in one message: a config of another model makes thousands
 # Buffers that older files carry and that are computed, not learnt.
 Keep = Callable[[str, Iterator[tuple[slice, Tensor]]], "nn.Module | None"]
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
@@ -260,17 +261,18 @@ def _finite(tensor: Tensor) -> bool:
 
 def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Compare what is there with what the config asks for; every disagreement goes into one UserError."""
-    wrong = []
-    for name in sorted(wanted.keys() - tensors.keys()):
-        wrong.append(f"missing {name}{_hint(name)}")
-    for name in sorted(tensors.keys() - wanted.keys()):
-        wrong.append(f"unexpected {name}{nearest(name, list(wanted))}")
+    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    wrong = [f"missing {name}{_hint(name)}" for name in missing]
+    for number, name in enumerate(surplus):
+        wrong.append(f"unexpected {name}{nearest(name, list(wanted)) if number < LISTED else ''}")
     for name in sorted(wanted.keys() & tensors.keys()):
         stored = tensors[name]
         if stored.shape != wanted[name]:
             wrong.append(f"{name} has shape {list(stored.shape)}, but the config asks for {list(wanted[name])}")
         elif checkpoint.format != "gguf" and not DTYPES[stored.dtype].is_floating_point:
             wrong.append(f"{name} is {stored.dtype}, not floating point: quantised files are not covered")
+    if len(wrong) > LISTED:
+        wrong[LISTED:] = [f"and {len(wrong) - LISTED} more"]
     if wrong:
         raise UserError(f"{checkpoint.path}: the weights are not those of the config: " + "; ".join(wrong))
 

@@ -5,7 +5,7 @@ import json
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_models import FAMILIES, raw_config
+from tiny_models import FAMILIES, LLAMA3, raw_config
 
 from model import ModelConfig
 from model.command import UserError
@@ -78,6 +78,18 @@ REFUSED = {
     "more experts than there are": (raw_config("mixtral", num_experts_per_tok=5), "num_experts_per_tok"),
     "layer kinds short": (raw_config("qwen2-window", layer_types=["sliding_attention"]), "layer"),
     "sliding without a width": (raw_config("qwen2-window", sliding_window=None), "sliding_window"),
+    "a width of two thousand million": (raw_config("mistral", hidden_size=2**31 - 2), "hidden_size"),
+    "a thousand million experts": (raw_config("mixtral", num_local_experts=10**9), "num_local_experts"),
+    "experts in words": (raw_config("mixtral", num_local_experts="8"), "num_local_experts"),
+    "experts yes": (raw_config("mixtral", num_local_experts=True, num_experts_per_tok=True), "num_local_experts"),
+    "tied in words": (raw_config("llama", tie_word_embeddings="false"), "tie_word_embeddings"),
+    "windows in words": (raw_config("qwen2-window", use_sliding_window="no"), "use_sliding_window"),
+    "end token in words": (raw_config("llama", eos_token_id="</s>"), "eos_token_id"),
+    "end tokens in lists": (raw_config("llama", eos_token_id=[[2]]), "eos_token_id"),
+    "half a pad token": (raw_config("llama", pad_token_id=3.5), "pad_token_id"),
+    "yarn of theta 1": (raw_config("llama-yarn", rope_theta=1.0), "above 1"),
+    "llama3's factors swapped": (raw_config("llama-3", rope_scaling={**LLAMA3, "low_freq_factor": 4.0}), "below"),
+    "dynamic, one pair": (raw_config("llama-dynamic", head_dim=2), "head_dim"),
     "dynamic, trained length not said": (without("llama-dynamic", "max_position_embeddings"), "max_position"),
 }
 
@@ -122,3 +134,8 @@ def test_the_files_name_is_in_the_message(tmp_path):
     (tmp_path / "config.json").write_text("[1]")
     with pytest.raises(UserError, match="not a JSON object"):
         ModelConfig.from_pretrained(tmp_path)
+
+
+def test_a_negative_token_is_none_as_in_some_old_files():
+    config = ModelConfig.from_dict(raw_config("llama", pad_token_id=-1, eos_token_id=[2, -1], bos_token_id=None))
+    assert (config.pad_token_id, config.eos_token_id, config.bos_token_id) == (None, (2,), None)

@@ -3,6 +3,9 @@
 import base64
 import json
 import os
+import re
+import warnings
+import zipfile
 
 import pytest
 import torch
@@ -96,6 +99,46 @@ def test_a_damaged_bin_is_one_line(content, tmp_path):
     (tmp_path / "bin" / "pytorch_model-00001-of-00001.bin").write_bytes(content)
     with pytest.raises(UserError, match="pytorch_model-00001"):
         main(Options(str(tmp_path / "bin"), str(tmp_path / "new")))
+
+
+def test_a_bin_that_is_packed_inside_is_refused(tmp_path):
+    """A mapped tensor is a place in the file: a compressed member would be read as the noise that it looks like."""
+    source = as_bins(tiny("mistral", torch.float32), tmp_path / "bin", shards=1)
+    file = next(source.glob("*.bin"))
+    with zipfile.ZipFile(file) as archive:
+        members = {name: archive.read(name) for name in archive.namelist()}
+    with zipfile.ZipFile(file, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, data in members.items():
+            archive.writestr(name, data)
+    with pytest.raises(UserError, match="packed"):
+        open_any(source)
+    with zipfile.ZipFile(file, "w") as archive, warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for name, data in [*members.items(), *members.items()]:
+            archive.writestr(name, data)
+    with pytest.raises(UserError, match="two members"):
+        open_any(source)
+
+
+STRANGE = {
+    "complex": lambda x: x.to(torch.complex64), "sparse": lambda x: x.to_sparse(), "rows": lambda x: x.to_sparse_csr(),
+    "without data": lambda x: x.to("meta"), "unsigned": lambda x: torch.zeros(x.shape, dtype=torch.uint16),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", STRANGE)
+@pytest.mark.filterwarnings("ignore:Sparse")
+def test_a_tensor_that_is_no_matrix_of_numbers_is_refused(kind, tmp_path):
+    source = as_bins(tiny("mistral", torch.float32), tmp_path / "bin", shards=1)
+    file = next(source.glob("*.bin"))
+    state = torch.load(file, weights_only=True)
+    name = next(name for name in state if state[name].dim() == 2)
+    torch.save({**state, name: STRANGE[kind](state[name])}, file)
+    with pytest.raises(UserError, match=re.escape(name)):
+        open_any(source)
+    torch.save({**state, "a\nb": state[name]}, file)
+    with pytest.raises(UserError, match="not a tensor's name"):
+        open_any(source)
 
 
 def test_bins_that_disagree_with_the_config_or_the_index(tmp_path):

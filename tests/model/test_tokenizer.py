@@ -227,3 +227,20 @@ def test_settings_beside_the_tokenizer_name_its_special_tokens(smollm, tmp_path)
     settings_file.write_text(json.dumps({**raw, "bos_token": None, "eos_token": {"content": "<|endoftext|>"}}))
     again = Tokenizer.from_pretrained(tmp_path)
     assert again.bos_id is None and again.eos_id == smollm.special_id("<|endoftext|>")
+
+
+def test_a_tokenizer_without_content_or_with_gaps(tmp_path):
+    """An empty file is named; where ids have gaps, the size reaches past the largest."""
+    (tmp_path / "tokenizer.model").write_bytes(b"")
+    with pytest.raises(UserError, match="empty"):
+        Tokenizer.from_pretrained(tmp_path)
+    model = {"type": "BPE", "vocab": {}, "merges": []}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    with pytest.raises(UserError, match="vocabulary is empty"):
+        Tokenizer.from_pretrained(tmp_path)
+    model["vocab"] = {"a": 0, "b": 7}
+    (tmp_path / "tokenizer.json").write_text(json.dumps({"version": "1.0", "model": model}))
+    assert Tokenizer.from_pretrained(tmp_path).vocab_size == 8
+    (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
+    with pytest.raises(UserError, match="chat_template.jinja"):
+        Tokenizer.from_pretrained(tmp_path)
