@@ -19,7 +19,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from eval.questions import Question, figures, pair, read_predictions, read_references
 from eval.retrieval import measure
@@ -77,6 +77,10 @@ class Options:
     """Tokens of each neighbour's text."""
     max_new_diagnosis: int = 60
     """Tokens of a diagnosis."""
+    grounded: bool = False
+    """Allow only existing ICD-10-CM codes and descriptions in the answers, as infer.extract's option."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What tuning computes in."""
 
     def __post_init__(self) -> None:
         for name in ("encoder_steps", "tune_steps", "limit"):
@@ -137,7 +141,7 @@ def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
             "train.instruct", options.recipe, "--weights", options.weights, "--adapter", options.adapter,
             "--data", str(data), "--out", str(run.out / f"tuned-{name}"), "--tasks", "diagnosis",
             "--steps", str(options.tune_steps), "--warmup", str(min(4, options.tune_steps)), "--batch-rows", "1",
-            "--learning-rate", "5e-4",
+            "--learning-rate", "5e-4", "--dtype", options.dtype,
         ])  # fmt: skip
         folders[end] = str(run.out / f"tuned-{name}" / "adapter")
     return folders
@@ -175,6 +179,7 @@ def ask(
         "infer.extract", "--weights", options.weights, "--adapter", adapter, "--task", "diagnosis", "--form",
         "template", "--notes", str(run.out / "notes.jsonl"), "--out", str(out), "--long", "windows",
         "--max-new-diagnosis", str(options.max_new_diagnosis), *more,
+        *(["--grounded"] if options.grounded else []),
     ])  # fmt: skip
     return diagnoses(references, read_predictions(out))
 

@@ -157,7 +157,7 @@ def experiments(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str
         ]),
         ("table 6: retrieval", [
             "eval.retrieval_table", *on, "--adapter", demo.adapter("tuned"), *heldout, "--data", demo.data("train"),
-            "--texts", demo.data("pretrain"), "--recipe", demo.recipe("instruct"),
+            "--texts", demo.data("pretrain"), "--recipe", demo.recipe("instruct"), *dtype, "--grounded",
             "--encoder-steps", str(sizes.encoder_steps), "--tune-steps", str(sizes.tune_steps),
             "--limit", str(sizes.retrieval_notes), "--out", str(out / "retrieval"),
         ]),

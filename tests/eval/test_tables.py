@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import tyro
 
+from eval import retrieval_table
 from eval.questions import Question
 from eval.report import read_parts, render
 from eval.report_paper import PAPER
@@ -36,6 +37,10 @@ def test_every_experiment_is_one_that_its_program_takes(scale, tmp_path):
             assert Path(options.out).parent == tmp_path / "tables" and options.weights == demo.weights
             assert getattr(options, "dtype", "bfloat16") == "bfloat16" and getattr(options, "grounded", True)
             seen.add(kind)
+        else:
+            assert program == "eval.retrieval_table"
+            near = tyro.cli(retrieval_table.Options, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+            assert near.grounded and near.dtype == "bfloat16" and near.out.parent == tmp_path / "tables"
     assert seen == set(KINDS.values()) and Demo(tmp_path / "other", scale).dtype == "float32"
     assert all(Path(demo.recipe(stage)).is_file() for stage in ("instruct", "pretrain"))
 
