@@ -111,17 +111,28 @@ def ours_once(generator: Generator, prompt: list[int], new: int) -> float:
 
 
 @torch.inference_mode()
+class Clock:
+    """A streamer of transformers' generate that keeps when the prompt and each token came."""
+
+    def __init__(self) -> None:
+        self.times: list[float] = []
+
+    def put(self, _: Any) -> None:
+        self.times.append(time.perf_counter())
+
+    def end(self) -> None:
+        pass
+
+
 def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
     """Tokens per second after the first."""
-    seconds = []
-    for count in (new + 1, 1):
-        began = time.perf_counter()
-        peer.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=count, min_new_tokens=count, do_sample=False,
-            pad_token_id=0, eos_token_id=None,
-        )  # fmt: skip
-        seconds.append(time.perf_counter() - began)
-    return new / (seconds[0] - seconds[1])
+    clock = Clock()
+    peer.generate(
+        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new + 1, min_new_tokens=new + 1, do_sample=False,
+        pad_token_id=0, eos_token_id=None, streamer=clock,
+    )  # fmt: skip
+    _, first, *_, last = clock.times
+    return new / (last - first)
 
 
 def llama_cpp(weights: str, prompt: list[int], new: int) -> dict[str, Callable[[], float]]:
