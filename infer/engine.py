@@ -198,7 +198,7 @@ class Engine:
             qk_NHK, v_NGK = qkv_NHK[:, : H + G], qkv_NHK[:, H + G :]
             qk_NHK = torch.addcmul(qk_NHK * cos_N1K, qk_NHK.roll(K // 2, -1), sin_N1K)
             out_NHK = attend(number, qk_NHK[:, :H], qk_NHK[:, H:], v_NGK)
-            x_ND = layer.out.add_to(x_ND, out_NHK.reshape(N, H * K).to(x_ND.dtype))  # merged in fp32
+            x_ND = layer.out.add_to(x_ND, out_NHK.reshape(N, H * K))
             x_ND = layer.feed_forward(x_ND)
         return self.norm(x_ND)
 

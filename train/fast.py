@@ -24,6 +24,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infer.fuse import fuse as kernel_blocks
 from lora.layer import LoRALinear
 from model.attention import Attention, Visible, split_heads
 from model.cache import KVCache
@@ -228,8 +229,4 @@ def fast_blocks(model: Transformer) -> Transformer:
 
 def training_blocks(model: Transformer, fuse: bool = False) -> Transformer:
     """The blocks that train, in the plain ones' place: the GPU's kernels (infer/fuse.py), or the ones of this file."""
-    if not fuse:
-        return fast_blocks(model)
-    from infer.fuse import fuse as with_kernels
-
-    return with_kernels(model)
+    return kernel_blocks(model) if fuse else fast_blocks(model)
