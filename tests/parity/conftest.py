@@ -5,7 +5,8 @@ from pathlib import Path
 
 import pytest
 
-sys.path[:0] = [str(Path(__file__).parent), str(Path(__file__).parent.parent / "model")]  # their_models, tiny_models
+TESTS = Path(__file__).parent.parent
+sys.path[:0] = [str(TESTS / room) for room in ("parity", "model", "infer")]  # where their_models, tiny_models … lie
 pytest.importorskip("transformers", reason="needs transformers (the parity extra)")
 
 from their_models import make_theirs  # noqa: E402
