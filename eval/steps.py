@@ -40,6 +40,7 @@ class Run:
         else:
             peak = program(name, work)
         self.steps[name] = {"seconds": round(time.monotonic() - began, 1), "peak_mb": round(peak)}
+        print(f"  {name}: {self.steps[name]['seconds']} s", file=sys.stderr, flush=True)
         write_json(self.out / "steps.json", self.steps)
 
     def took(self, *names: str) -> float:

@@ -11,14 +11,14 @@ that ended only writes its report anew.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval import experiments
 from eval.bench.__main__ import host
-from eval.demo import RECIPES, TITLES
-from eval.demo import SCALES as DEMO
+from eval.demo import TITLES
+from eval.experiments import PARTS, RECIPES, Demo
 from eval.report import terminal_table, write
 from eval.steps import Run, begin
 from model import command
@@ -73,33 +73,6 @@ SIZES = {
 }  # fmt: skip
 
 
-@dataclass(frozen=True)
-class Demo:
-    """What a finished demo left."""
-
-    folder: Path
-    scale: str
-
-    @property
-    def weights(self) -> str:
-        return str(self.folder / ("base/model" if DEMO[self.scale].vocab else "base"))
-
-    def recipe(self, stage: str) -> str:
-        return str(RECIPES / f"{'demo' if self.scale == 'full' else self.scale}-{stage}.toml")
-
-    @property
-    def dtype(self) -> str:
-        """What the demo trained in; the small models from nothing are fp32 and leave no note of it."""
-        found = self.folder / "dtype.json"
-        return str(read_json(found)) if found.is_file() else "float32"
-
-    def data(self, name: str) -> str:
-        return str(self.folder / "data" / f"{name}.jsonl")
-
-    def adapter(self, name: str) -> str:
-        return str(self.folder / name / "adapter")
-
-
 def finished_demo(folder: Path, scale: str) -> Demo:
     """The demo in `folder`. Raises UserError where it is missing, unfinished or of another scale."""
     remedy = f"run make demo SCALE={scale} first, to its end"
@@ -124,7 +97,7 @@ def main(options: Options) -> int:
     sizes = SIZES[options.scale]
     amounts = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(sizes).items()}
     run = begin(out, {"scale": options.scale, "demo": sha256_file(demo.folder / "run.json"), "sizes": amounts})
-    for name, arguments in experiments(demo, sizes, out):
+    for name, arguments in steps(demo, sizes, out):
         run.step(name, arguments)
     write_json(out / "run.json", described(run, demo))
     print(terminal_table(write(out)))
@@ -132,43 +105,22 @@ def main(options: Options) -> int:
     return 0
 
 
-def experiments(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str]]]:
-    """(step, program) in order; each leaves result.json in its folder, and takes up its own work where it stopped."""
-    on, heldout = ["--weights", demo.weights], ["--notes", str(demo.folder / "heldout.jsonl")]
-    dtype = ["--dtype", demo.dtype]
+def steps(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str]]]:
+    """(step, program) in order."""
     return [
-        ("table 3: wrong labels", [
-            "eval.robustness", "labels", *on, *heldout, *dtype, "--grounded", "--recipe", demo.recipe("instruct"),
-            "--data", demo.data("train"), "--adapter", demo.adapter("pretrained"),
-            "--rates", *several(sizes.label_rates), "--filter-rate", str(sizes.filter_rate),
-            "--records", str(sizes.label_records), "--epochs", str(sizes.label_epochs),
-            "--limit", str(sizes.label_notes), "--out", str(out / "labels"),
-        ]),
-        ("table 4: misspelled notes, plain and repaired", [
-            "eval.robustness", "misspelling", *on, "--adapter", demo.adapter("tuned"), *heldout, "--grounded",
-            "--lexicon", demo.data("train"), "--rates", *several(sizes.misspelling_rates),
-            "--limit", str(sizes.misspelling_notes), "--out", str(out / "misspelling"),
-        ]),
-        ("canaries", [
-            "eval.robustness", "canaries", *on, "--recipe", demo.recipe("pretrain"), "--data", demo.data("pretrain"),
-            "--counts", *several(sizes.canary_counts), "--each", str(sizes.canaries_each),
-            "--records", str(sizes.canary_records), "--epochs", str(sizes.canary_epochs), *dtype,
-            "--out", str(out / "canaries"),
-        ]),
-        ("table 6: retrieval", [
-            "eval.retrieval_table", *on, "--adapter", demo.adapter("tuned"), *heldout, "--data", demo.data("train"),
-            "--texts", demo.data("pretrain"), "--recipe", demo.recipe("instruct"), *dtype, "--grounded",
-            "--encoder-steps", str(sizes.encoder_steps), "--tune-steps", str(sizes.tune_steps),
-            "--limit", str(sizes.retrieval_notes), "--out", str(out / "retrieval"),
-        ]),
+        ("table 3: wrong labels", experiments.labels(
+            demo, out, sizes.label_rates, sizes.filter_rate, sizes.label_records, sizes.label_epochs, sizes.label_notes
+        )),
+        ("table 4: misspelled notes, plain and repaired", experiments.misspelling(
+            demo, out, sizes.misspelling_rates, sizes.misspelling_notes
+        )),
+        ("canaries", experiments.canaries(
+            demo, out, sizes.canary_counts, sizes.canaries_each, sizes.canary_records, sizes.canary_epochs
+        )),
+        ("table 6: retrieval", experiments.retrieval(
+            demo, out, sizes.retrieval_notes, sizes.encoder_steps, sizes.tune_steps
+        )),
     ]  # fmt: skip
-
-
-def several(values: Sequence[float]) -> list[str]:
-    return [str(value) for value in values]
-
-
-PARTS = {"counterfactual": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
 
 
 def described(run: Run, demo: Demo) -> dict[str, Any]:
@@ -180,8 +132,7 @@ def described(run: Run, demo: Demo) -> dict[str, Any]:
 
     systems = [{**one, "predictions": {name: moved(path) for name, path in one["predictions"].items()}}
                for one in given["systems"]]  # fmt: skip
-    results = {key: f"{folder}/result.json" for key, folder in PARTS.items()}
-    parts = {key: path for key, path in results.items() if (run.out / path).is_file()}
+    parts = {key: f"{folder}/result.json" for key, folder in PARTS.items()}
     return {
         **given, "title": f"All tables: {TITLES[demo.scale]}", "host": host(), "steps": {**given["steps"], **run.steps},
         "seconds": given["seconds"] + run.took(), "peak_mb": max(given["peak_mb"], run.peak()), "systems": systems,

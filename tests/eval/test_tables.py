@@ -8,7 +8,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from eval import retrieval_table
+from eval import experiments, retrieval_table
+from eval.demo import SCALES
+from eval.experiments import PARTS
 from eval.questions import Question
 from eval.report import read_parts, render
 from eval.report_paper import PAPER
@@ -18,7 +20,7 @@ from eval.robustness.run_labels import Labels
 from eval.robustness.run_misspelling import Misspelling
 from eval.screenshot import from_place
 from eval.steps import Run
-from eval.tables import SIZES, Demo, Options, described, experiments, finished_demo, main
+from eval.tables import SIZES, Demo, Options, described, finished_demo, main, steps
 from model.command import UserError
 from model.files import write_json
 
@@ -29,19 +31,23 @@ KINDS = {"labels": Labels, "misspelling": Misspelling, "canaries": Canaries}
 def test_every_experiment_is_one_that_its_program_takes(scale, tmp_path):
     demo = Demo(tmp_path / "demo", scale)
     write_json(demo.folder / "dtype.json", "bfloat16")
+    dtype = "bfloat16" if scale == "full" else "float32"
     seen = set()
-    for _, (program, *arguments) in experiments(demo, SIZES[scale], tmp_path / "tables"):
+    out, ours = tmp_path / "tables", SCALES[scale]
+    demos = [("", experiments.misspelling(demo, out, (0.0, 0.1), ours.misspelling_notes)),
+             ("", experiments.retrieval(demo, out, ours.retrieval_notes))]  # fmt: skip
+    for _, (program, *arguments) in [*demos, *steps(demo, SIZES[scale], out)]:
         if program == "eval.robustness":
             kind = KINDS[arguments[0]]
             options = tyro.cli(kind, args=arguments[1:], config=(tyro.conf.OmitArgPrefixes,))
             assert Path(options.out).parent == tmp_path / "tables" and options.weights == demo.weights
-            assert getattr(options, "dtype", "bfloat16") == "bfloat16" and getattr(options, "grounded", True)
+            assert getattr(options, "dtype", dtype) == dtype and getattr(options, "grounded", True)
             seen.add(kind)
         else:
             assert program == "eval.retrieval_table"
             near = tyro.cli(retrieval_table.Options, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
-            assert near.grounded and near.dtype == "bfloat16" and near.out.parent == tmp_path / "tables"
-    assert seen == set(KINDS.values()) and Demo(tmp_path / "other", scale).dtype == "float32"
+            assert near.grounded and near.dtype == dtype and near.out.parent == tmp_path / "tables"
+    assert seen == set(KINDS.values())
     assert all(Path(demo.recipe(stage)).is_file() for stage in ("instruct", "pretrain"))
 
 
@@ -62,12 +68,12 @@ def test_the_demos_files_are_named_as_seen_from_the_tables(tmp_path):
     demo = tmp_path / "demo"
     write_json(demo / "run.json", {"systems": [{"name": "a", "kind": "model", "predictions": {"heldout": "p/a.jsonl"}}],
                                    "references": {"heldout": "heldout.jsonl"}, "curves": {"tuned": "t/m.jsonl"},
-                                   "steps": {}, "seconds": 1.0, "peak_mb": 2.0})  # fmt: skip
+                                   "retrieval": "retrieval/result.json", "steps": {}, "seconds": 1.0,
+                                   "peak_mb": 2.0})  # fmt: skip
     out = tmp_path / "tables"
-    write_json(out / "labels" / "result.json", {})
     given = described(Run(out, "tiny", {"s": {"seconds": 2.0, "peak_mb": 9.0}}), Demo(demo, "tiny"))
     assert (out / given["systems"][0]["predictions"]["heldout"]).resolve() == (demo / "p/a.jsonl").resolve()
-    assert given["counterfactual"] == "labels/result.json" and "misspelling" not in given
+    assert {key: given[key] for key in PARTS} == {key: f"{folder}/result.json" for key, folder in PARTS.items()}
     assert given["seconds"] == 3 and given["peak_mb"] == 9
 
 
