@@ -14,6 +14,7 @@ from eval.robustness.labels import corrupt, derangement
 from eval.robustness.misspelling import _ROWS, _SOUNDS, RULES, misspell
 from infer import mended, repair
 from infer.repair import Repair
+from train.data import clinic_unseen
 from train.data.clinic import patient_notes
 
 TEXT = (
@@ -101,7 +102,7 @@ def test_what_corrupts_and_what_repairs_share_no_rule_and_no_list():
         assert not re.search(rf"[\"']{was}[\"'],\s*[\"']{now}[\"']", source)
     lexicon = Repair(["nothing"])
     for number in range(150):
-        for note in patient_notes("p", number, 3, unseen=True):
+        for note in patient_notes("p", number, 3, clinic_unseen):
             changes = lexicon.changes(note["text"])
             assert not changes, [change.before for change in changes]
 

@@ -49,6 +49,7 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from tqdm import tqdm
 
@@ -61,10 +62,12 @@ from train.data.clinic_general import general_note
 from train.data.clinic_notes import write_note
 from train.data.clinic_patients import Case, draw_case, quantile
 from train.data.clinic_terms import Style
+from train.data.clinic_varied import varied
 
 MTS_DIALOG = Path(__file__).with_name("mts_dialog.jsonl")
 SHARES = {"train": 0.64, "valid": 0.06, "heldout": 0.15, "unseen": 0.15}
 CODED = 1.0  # share of the further patients' notes that end in their encounter diagnosis
+VARIED = 0.5  # share of the notes to train on whose very wording is drawn (clinic_varied.py)
 CAPITALS = 0.3  # share of the notes to train on that are printed in capitals, as some record systems print everything
 
 
@@ -96,13 +99,17 @@ def styles_for(case: Case, styles: tuple[Style, ...], rng: random.Random, count:
     return rng.sample(fit, min(count, len(fit)))
 
 
-def patient_notes(series: str, number: int, seed: int, unseen: bool = False) -> Iterator[dict]:
-    """The annotated notes of patient `number` of a series ("p" or "x"), drawn from the seed and these two alone."""
+def patient_notes(
+    series: str, number: int, seed: int, source: Any = clinic_styles, vary: bool = False
+) -> Iterator[dict]:
+    """The annotated notes of patient `number` of a series ("p" or "x"), drawn from the seed and these two alone.
+    `vary`: some of them in a wording of their own."""
     patient = f"{series}{number:05d}"
     rng = random.Random(f"{seed}/{patient}")
     case = draw_case(rng, quantile(number, random.Random(f"{seed}/{series}").random()))
-    source = clinic_unseen if unseen else clinic_styles
     for number, style in enumerate(styles_for(case, source.STYLES, rng, rng.choice((1, 1, 2, 3))), start=1):
+        if vary and rng.random() < VARIED:
+            style = varied(case.cancer.surgical, rng)
         text, truth = write_note(case, style, source.WORLD, rng)
         yield {"id": f"{patient}-n{number}", "patient": patient, "style": style.name, "text": text, **truth}
 
@@ -132,8 +139,9 @@ def annotated(options: Options) -> dict[str, list[dict]]:
     for split, share in SHARES.items():
         end = options.patients if split == "unseen" else start + max(1, round(share * options.patients))
         splits[split] = []
+        source = clinic_unseen if split == "unseen" else clinic_styles
         for number in range(start, end):
-            notes = patient_notes("p", number, options.seed, unseen=split == "unseen")
+            notes = patient_notes("p", number, options.seed, source, vary=split == "train")
             splits[split].extend(printed(notes, options.seed) if split == "train" else notes)
             bar.update()
         start = end
@@ -145,7 +153,7 @@ def further_notes(options: Options) -> Iterator[dict]:
     """Text of patients outside the annotated files, some with their encounter diagnosis below."""
     rng = random.Random(f"{options.seed}/coded")
     for number in range(options.further_patients):
-        for note in printed(patient_notes("x", number, options.seed), options.seed):
+        for note in printed(patient_notes("x", number, options.seed, vary=True), options.seed):
             text = note["text"]
             if rng.random() < CODED:
                 label = rng.choice(("Encounter diagnosis", "ICD-10-CM", "Billing diagnosis", "Visit diagnosis"))

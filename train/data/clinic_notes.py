@@ -13,6 +13,7 @@ from train.data.clinic_knowledge import GRADES
 from train.data.clinic_markup import TAG, choose, fill, mark, sentence, slots, unmark, upper
 from train.data.clinic_patients import Case, draw_case, draw_receptors
 from train.data.clinic_terms import Site, Style, Wording
+from train.data.clinic_varied import graded, placed, reshaped
 
 FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
 TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states it once
@@ -23,6 +24,7 @@ RIVAL_SIDED = 0.6  # chance that another cancer is at least one with a side
 RIVAL_FACTS = (2, 2, 3)  # how many facts are told of another cancer
 KIN = (("small cell", "oat", "neuroendocrine"), ("squamous",), ("melanoma",), ("sarcoma",), ("lymphoma",), ("in situ",))
 _GROUP = re.compile(r"<(~?)(\|?)([^<>~|]+)>")
+_STOPS = re.compile(rf"(\w\.(?:{TAG})*)\.(?=\s|$)", re.M)  # an abbreviation's stop that ends its sentence too
 _A = re.compile(rf"\b([Aa]) ((?:{TAG})*(?:[aeio](?!ne\b)|un(?!i)))")  # "a adenoma" is "an adenoma"
 
 
@@ -61,7 +63,8 @@ class Writer:
         text = _GROUP.sub(self.group, self.rng.choice(self.style.layouts))
         lines = [" ".join(line.split()) for line in fill(choose(text, self.rng), self.slot).splitlines()]
         kept = "\n".join(line for line in lines if line and not re.fullmatch(r"[^.:]{1,40}[:|]", line))
-        return _A.sub(r"\1n \2", re.sub(r" (?=[.;,](?:\s|$))", "", kept, flags=re.M))
+        kept = _STOPS.sub(r"\1", re.sub(r" (?=[.;,](?:\s|$))", "", kept, flags=re.M))
+        return _A.sub(r"\1n \2", kept)
 
     def group(self, match: re.Match[str]) -> str:
         keys = match[3].split()
@@ -179,9 +182,23 @@ class Writer:
     def wording(self, wording: Wording) -> str:
         return wording.pick(self.style.terse, self.style.unseen)
 
+    def named(self, wording: Wording, kind: str) -> str:
+        """A type's ("hist") or a place's ("site") name in the style's words."""
+        words = choose(self.wording(wording), self.rng)
+        plain = not self.style.varied or "{S}" in words or words.startswith("high-gr")
+        return words if plain else reshaped(words, kind, self.rng, self.style.terse)
+
+    def grading(self, grade: int) -> str:
+        """A grade's name in the case's system and the style's words."""
+        system = self.case.cancer.grading
+        if system == "nuclear" and self.case.histology.names.short == "acinar":
+            system = "differentiation"
+        fixed = GRADES[system][grade]
+        return choose(graded(system, grade, fixed, self.rng) if self.style.varied else self.wording(fixed), self.rng)
+
     def slot_hist(self) -> str:
         self.stated.add("hist")
-        words = choose(self.wording(self.case.histology.names), self.rng)
+        words = self.named(self.case.histology.names, "hist")
         if words.startswith("high-gr"):  # the serous type is named by its grade
             self.stated.add("grade")
             first, rest = words.split(" ", 1)
@@ -193,7 +210,7 @@ class Writer:
 
     def slot_site(self) -> str:
         self.stated.add("site")
-        words = choose(self.wording(self.case.site.names), self.rng)
+        words = self.named(self.case.site.names, "site")
         if "{S}" in words:
             if "side" not in self.shown:
                 words = choose(self.case.site.names.full, self.rng)
@@ -225,6 +242,9 @@ class Writer:
             return f"{site} {said}" if "either" in words else f"{said} {site}"
         if self.style.terse and cancer.name == "lung cancer" and "{S}" not in self.wording(self.case.site.names):
             template = choose(cancer.where.new_short if sided else cancer.nowhere.short, self.rng)
+        if self.style.varied and not self.case.site.whole and cancer.name != "leukemia" and self.rng.random() < 0.5:
+            organ = cancer.loose if cancer.surgical and f" {cancer.loose}" in cancer.where.full else ""
+            template = placed(organ, sided, self.rng)
         if self.case.site.whole and cancer.sided:
             template = "{side} {site}" if sided else "{site}"
         return fill(template, self.slot)
@@ -239,16 +259,10 @@ class Writer:
 
     def slot_grade(self) -> str:
         self.stated.add("grade")
-        system = self.case.cancer.grading
-        if system == "nuclear" and self.case.histology.names.short == "acinar":
-            system = "differentiation"
-        return mark(
-            "cancer_grade", choose(self.wording(GRADES[system][self.case.grade]), self.rng), f"grade {self.case.grade}"
-        )
+        return mark("cancer_grade", self.grading(self.case.grade), f"grade {self.case.grade}")
 
     def slot_grade_old(self) -> str:
-        other = self.rng.choice(self.other_grades())
-        return choose(self.wording(GRADES[self.case.cancer.grading][other]), self.rng)
+        return self.grading(self.rng.choice(self.other_grades()))
 
     def slot_stage(self) -> str:
         stage = self.case.stage
@@ -360,12 +374,12 @@ class Writer:
         return words[4:] if words.startswith("the ") else words
 
     def slot_other_site(self) -> str:
-        words = choose(self.rng.choice(self.other_sites()).names.pick(self.style.terse, self.style.unseen), self.rng)
+        words = self.named(self.rng.choice(self.other_sites()).names, "site")
         return words.replace("{S}", self.case.side[:1].upper() if self.case.side and "side" in self.shown else "")
 
     def slot_other_type(self) -> str:
         other = [h for h in self.case.cancer.histologies if h is not self.case.histology]
-        return choose(self.wording(self.rng.choice(other).names), self.rng)
+        return self.named(self.rng.choice(other).names, "hist")
 
     def slot_tnm_old(self) -> str:
         other = self.rng.choice([s for s in self.case.cancer.stages if s.t != self.case.stage.t])

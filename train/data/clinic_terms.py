@@ -87,7 +87,8 @@ class Style:
     """A way to write notes.
 
     `layouts` are texts with groups of keys: `<a b?>` gives a sentence from bank[a], and one in two times one from
-    bank[b]; `<~a b>` in any order; `<|a b>` a line each. `words` holds the forms of sizes, sides and receptors.
+    bank[b]; `<~a b>` in any order; `<|a b>` a line each. `words` holds the forms of sizes, sides and receptors. In a
+    `varied` one names are reshaped too (clinic_varied.py).
     """
 
     name: str
@@ -98,6 +99,7 @@ class Style:
     terse: bool = False
     unseen: bool = False
     capitals: bool = False
+    varied: bool = False
 
 
 def words(text: str) -> Wording:

@@ -7,18 +7,21 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.data import clinic_styles, clinic_unseen
+from train.data import clinic_styles, clinic_unseen, clinic_varied
 from train.data.clinic import styles_for
 from train.data.clinic_knowledge import CANCERS
 from train.data.clinic_notes import write_note
 from train.data.clinic_patients import draw_case, pick, quantile
 
-SOURCES = {"training": clinic_styles, "unseen": clinic_unseen}
+SOURCES = {"training": clinic_styles, "varied": clinic_varied, "unseen": clinic_unseen}
 
 
 def one_note(seed, source):
     rng = random.Random(seed)
     case = draw_case(rng)
+    if source is clinic_varied:
+        style = clinic_varied.varied(case.cancer.surgical, rng)
+        return case, style.name, *write_note(case, style, clinic_styles.WORLD, rng)
     style = styles_for(case, source.STYLES, rng, 1)[0]
     return case, style.name, *write_note(case, style, source.WORLD, rng)
 
@@ -69,7 +72,7 @@ def test_styles_share_no_template_and_no_abbreviation():
             for style in source.STYLES
             for bank in style.bank.values()
             for t in bank
-            if re.search(r"[a-z]{3}", re.sub(r"{\w+}", "", t))
+            if told(t)
         }
 
     def receptor_forms(source):
@@ -97,6 +100,34 @@ def test_styles_share_no_template_and_no_abbreviation():
     assert not receptor_forms(clinic_styles) & receptor_forms(clinic_unseen)
     assert not short_names(new=False) & short_names(new=True)
     assert not {style.name for style in clinic_styles.STYLES} & {style.name for style in clinic_unseen.STYLES}
+
+
+def told(template):
+    return re.search(r"[a-z]{3}", re.sub(r"{\w+}", "", template))
+
+
+def test_the_varied_wording_says_nothing_that_an_unseen_style_says():
+    unseen = {form for style in clinic_unseen.STYLES for forms in style.words.values() for form in forms}
+    plain = {form for style in clinic_styles.STYLES for forms in style.words.values() for form in forms}
+    sentences = {t for style in clinic_unseen.STYLES for bank in style.bank.values() for t in bank if told(t)}
+    labels = {line.split(" |")[0] for line in sum(clinic_unseen._CARE.values(), ()) if " |" in line}
+    assert labels and not labels & set(sum(clinic_varied.LABELS.values(), ()))
+    for seed in range(200):
+        style = clinic_varied.varied(seed % 2 == 0, random.Random(seed))
+        assert not {form for forms in style.words.values() for form in forms} & (unseen - plain)
+        assert not set(sum(style.bank.values(), ())) & sentences
+    assert {"superior lobe", "inner upper quadrant", "squam ca", "low-grade"} <= clinic_varied.TAKEN
+    for seed in range(300):
+        case = draw_case(random.Random(seed))
+        for name in (case.histology.names.full, case.histology.names.short, case.site.names.full):
+            assert clinic_varied.reshaped(name, "hist", random.Random(seed), terse=True) not in clinic_varied.TAKEN
+
+
+def test_the_varied_wording_varies():
+    firsts = {re.split(r"\W", one_note(seed, clinic_varied)[2].split("\n")[1])[0] for seed in range(120)}
+    types = {answers(one_note(seed, clinic_varied)[3], "histological_type")[0] for seed in range(200)}
+    fixed = {answers(one_note(seed, clinic_styles)[3], "histological_type")[0] for seed in range(200)}
+    assert len(firsts) > 40 and len(types) > 1.5 * len(fixed)
 
 
 def test_patients_in_a_row_meet_the_cancers_in_proportion():
