@@ -110,7 +110,6 @@ def ours_once(generator: Generator, prompt: list[int], new: int) -> float:
     return count / (time.perf_counter() - began)
 
 
-@torch.inference_mode()
 class Clock:
     """A streamer of transformers' generate that keeps when the prompt and each token came."""
 
@@ -124,6 +123,7 @@ class Clock:
         pass
 
 
+@torch.inference_mode()
 def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
     """Tokens per second after the first."""
     clock = Clock()
