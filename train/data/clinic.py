@@ -39,8 +39,8 @@ The annotation rules, by which every note can be decided from its text alone:
 - diagnosis: the most specific ICD-10-CM code that the note supports; what it does not say is "unspecified".
 
 Only in pretrain.jsonl notes (those of further patients) end in their encounter diagnosis with its code, as clinic notes
-do: that is what continued pre-training can teach. The annotated notes never show a code. Three in ten of the notes to
-train on are printed in capitals; no note of the test sets is changed.
+do: that is what continued pre-training can teach. The annotated notes never show a code. Of the notes to train on half
+draw their wording from clinic_varied.py and three in ten are printed in capitals; no note of the test sets is so.
 """
 
 from __future__ import annotations
