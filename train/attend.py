@@ -1,15 +1,15 @@
-"""Attention for training rows, by segments: only pairs of tokens that see each other are computed.
+"""Attention for training rows, by segments: hardly more than the pairs of tokens that see each other are computed.
 
 A row of train/rows.py holds documents; a document is a trunk and branches, each a run of tokens with running positions.
-A mask over the whole row computes T² pairs, of which most are then masked out. Here (n trunk tokens, branches of m):
+A mask over the whole row computes T² pairs, of which most are then masked out. Here (n trunk tokens, branches of m) the
+row's queries are taken about a hundred at a time, each with all the keys that any of them sees, and a mask:
 
-    trunk on trunk      causal                                     n²/2
-    branches on trunk   every branch token sees all of it          n · Σ m
-    branch on itself    causal                                     Σ m²/2
+    a piece of the trunk        on the trunk up to its end
+    some whole branches         on the trunk and on these branches
 
-A note of 400 tokens with eight questions of 40: 214,000 pairs in place of 518,000. A branch token's two parts are
-joined by their log-sums l: out = Σ out_i exp(l_i − l), l = log Σ exp l_i. Backward, each part's weights are made again:
-exp(score − l) with the joint l. What is kept is q, k, v, out and l: O(T).
+A note of 400 tokens with eight questions of 40: some 265,000 pairs in place of 518,000, of which 214,000 are needed;
+fewer and larger products pay better than the last of them. A query's keys are all in one product, so that its softmax
+is one, and backward makes it again: what is kept is q, k and v.
 
 On a CPU, for rows whose documents are shorter than the window; everything else goes to `FastAttend`.
 """
@@ -25,7 +25,16 @@ from torch import Tensor
 from model.attention import Visible
 from model.fast_attention import FastAttend
 
-QUERIES = 64  # queries of a run at once: small enough that few pairs beyond the diagonal are computed
+QUERIES = 96  # queries at once, about: few enough that not many pairs are masked, enough for products to pay
+
+
+@dataclass(frozen=True)
+class Part:
+    """Queries that are computed at once, the keys that any of them sees, and who sees whom: 0 or −∞, (t, s)."""
+
+    queries: slice
+    keys: tuple[slice, ...]
+    bias_ts: Tensor
 
 
 @dataclass(frozen=True)
@@ -36,18 +45,37 @@ class Segment:
     trunk: slice
     branches: tuple[slice, ...]
 
-    def parts(self) -> list[tuple[slice, slice, bool]]:
-        """(queries, keys, causal) of each product: every pair that sees each other, once (and half a block more)."""
+    def parts(self) -> list[Part]:
+        """Every query of the document once."""
         made = []
-        for run in (self.trunk, *self.branches):
-            for start in range(run.start, run.stop, QUERIES):
-                queries = slice(start, min(start + QUERIES, run.stop))
-                if start > run.start:
-                    made.append((queries, slice(run.start, start), False))
-                made.append((queries, queries, True))
-        if self.branches and self.trunk.stop > self.trunk.start:
-            made.append((slice(self.branches[0].start, self.branches[-1].stop), self.trunk, False))
-        return made
+        for start in range(self.trunk.start, self.trunk.stop, QUERIES):
+            stop = min(start + QUERIES, self.trunk.stop)
+            made.append(Part(slice(start, stop), (slice(self.trunk.start, stop),),
+                             causal(stop - start, stop - self.trunk.start)))  # fmt: skip
+        group: list[slice] = []
+        for branch in self.branches:
+            if group and branch.stop - group[0].start > QUERIES:
+                made.append(self.beside(group))
+                group = []
+            group.append(branch)
+        return [*made, self.beside(group)] if group else made
+
+    def beside(self, group: list[slice]) -> Part:
+        """Whole branches on the trunk and on themselves; they do not see each other."""
+        first, own = group[0].start, slice(group[0].start, group[-1].stop)
+        length = self.trunk.stop - self.trunk.start
+        bias_ts = torch.full((own.stop - first, length + own.stop - first), float("-inf"))
+        bias_ts[:, :length] = 0.0
+        for branch in group:
+            rows = slice(branch.start - first, branch.stop - first)
+            bias_ts[rows, length + rows.start : length + rows.stop] = causal(rows.stop - rows.start)
+        return Part(own, (self.trunk, own), bias_ts)
+
+
+def causal(queries: int, keys: int | None = None) -> Tensor:
+    """The bias of `queries` last tokens on `keys` up to them."""
+    keys = queries if keys is None else keys
+    return torch.full((queries, keys), float("-inf")).triu_(1 + keys - queries)
 
 
 def segments(visible: Visible, window: int | None) -> list[Segment] | None:
@@ -93,85 +121,67 @@ def cut(document_T: list[int], branch_T: list[int], position_T: list[int]) -> li
 
 
 class SegmentedAttention(torch.autograd.Function):
-    """softmax(q kᵀ / √K) v over the pairs of the segments; padding gets zeros. q (B, H, T, K), k and v (B, G, T, K)."""
+    """softmax(q kᵀ / √K) v over the parts; padding gets zeros. q (B, H, T, K), k and v (B, G, T, K).
+
+    Scores and weights have q's dtype, as in the plain path; sums and softmax are formed in at least fp32.
+    """
 
     @staticmethod
-    def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, found: list[Segment]) -> Tensor:
+    def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, found: list[tuple[int, Part]]) -> Tensor:
         B, H, T, K = q_BHTK.shape
-        wide = torch.promote_types(q_BHTK.dtype, torch.float32)
         out_BTHK = q_BHTK.new_zeros(B, T, H, K)
-        log_sum_BHT = q_BHTK.new_full((B, H, T), float("-inf"), dtype=wide)
-        for segment in found:
-            q_GRTK = grouped(q_BHTK[segment.row], k_BGTK.shape[1])
-            out_GRTK = grouped(out_BTHK[segment.row].transpose(0, 1), k_BGTK.shape[1])
-            log_sum_GRT = log_sum_BHT[segment.row].view(q_GRTK.shape[:3])
-            for queries, keys, causal in segment.parts():
-                score_GRts = scores(q_GRTK[:, :, queries], k_BGTK[segment.row, :, keys], causal)
-                largest_GRt = score_GRts.amax(-1)
-                weight_GRts = score_GRts.sub_(largest_GRt[..., None]).exp_()
-                sum_GRt = weight_GRts.sum(-1)
-                before_GRt, held_GRtK = log_sum_GRT[:, :, queries], out_GRTK[:, :, queries]
-                part_GRt = largest_GRt + sum_GRt.log()
-                joined_GRt = torch.logaddexp(before_GRt, part_GRt)
-                added_GRtK = product(weight_GRts.to(q_BHTK.dtype), v_BGTK[segment.row, :, keys])
-                held_GRtK.mul_((before_GRt - joined_GRt).exp().to(q_BHTK.dtype)[..., None])
-                held_GRtK.addcmul_(added_GRtK, ((part_GRt - joined_GRt).exp() / sum_GRt).to(q_BHTK.dtype)[..., None])
-                before_GRt.copy_(joined_GRt)
+        for row, part in found:
+            q_GNK, k_GsK, v_GsK = gathered(part, q_BHTK[row], k_BGTK[row], v_BGTK[row])
+            out_GNK = torch.bmm(weights(part, q_GNK, k_GsK), v_GsK)
+            out_BTHK[row, part.queries] = spread(out_GNK, H).transpose(0, 1)
         ctx.found = found
-        ctx.save_for_backward(q_BHTK, k_BGTK, v_BGTK, out_BTHK, log_sum_BHT)
+        ctx.save_for_backward(q_BHTK, k_BGTK, v_BGTK)
         return out_BTHK.transpose(1, 2)
 
     @staticmethod
     def backward(ctx: Any, grad_BHTK: Tensor) -> Any:  # type: ignore[override]
-        q_BHTK, k_BGTK, v_BGTK, out_BTHK, log_sum_BHT = ctx.saved_tensors
+        q_BHTK, k_BGTK, v_BGTK = ctx.saved_tensors
         (B, H, T, K), G = q_BHTK.shape, k_BGTK.shape[1]
         dq_BTHK = q_BHTK.new_zeros(B, T, H, K)
         dk_BTGK, dv_BTGK = (q_BHTK.new_zeros(B, T, G, K) for _ in range(2))
-        wide = log_sum_BHT.dtype
-        # what softmax's gradient subtracts from each row: Σ_s weight · d weight = out · d out
-        inner_BHT = (grad_BHTK.to(wide) * out_BTHK.transpose(1, 2).to(wide)).sum(-1)
-        for segment in ctx.found:
-            row = segment.row
-            q_GRTK, grad_GRTK, dq_GRTK = (grouped(x, G) for x in (q_BHTK[row], grad_BHTK[row],
-                                                                  dq_BTHK[row].transpose(0, 1)))  # fmt: skip
-            log_sum_GRT, inner_GRT = (x[row].view(q_GRTK.shape[:3]) for x in (log_sum_BHT, inner_BHT))
-            dk_GTK, dv_GTK = dk_BTGK[row].transpose(0, 1), dv_BTGK[row].transpose(0, 1)
-            for queries, keys, causal in segment.parts():
-                k_GsK, v_GsK = k_BGTK[row, :, keys], v_BGTK[row, :, keys]
-                q_GRtK, grad_GRtK = q_GRTK[:, :, queries], grad_GRTK[:, :, queries]
-                weight_GRts = scores(q_GRtK, k_GsK, causal).sub_(log_sum_GRT[:, :, queries, None]).exp_()
-                d_score_GRts = product(grad_GRtK, v_GsK.transpose(1, 2)).to(wide).sub_(inner_GRT[:, :, queries, None])
-                d_score_GRts = d_score_GRts.mul_(weight_GRts).mul_(K**-0.5).to(q_BHTK.dtype)
-                dq_GRTK[:, :, queries] += product(d_score_GRts, k_GsK)
-                dk_GTK[:, keys] += outer(d_score_GRts, q_GRtK)
-                dv_GTK[:, keys] += outer(weight_GRts.to(q_BHTK.dtype), grad_GRtK)
+        for row, part in ctx.found:
+            q_GNK, k_GsK, v_GsK = gathered(part, q_BHTK[row], k_BGTK[row], v_BGTK[row])
+            grad_GNK = grad_BHTK[row, :, part.queries].reshape(q_GNK.shape)
+            weight_GNs = weights(part, q_GNK, k_GsK)
+            dv_GsK = torch.bmm(weight_GNs.transpose(1, 2), grad_GNK)
+            d_weight_GNs = torch.bmm(grad_GNK, v_GsK.transpose(1, 2))
+            d_score_GNs = torch._softmax_backward_data(d_weight_GNs, weight_GNs, -1, weight_GNs.dtype)
+            dq_GNK = torch.bmm(d_score_GNs, k_GsK).mul_(K**-0.5)
+            dk_GsK = torch.bmm(d_score_GNs.transpose(1, 2), q_GNK).mul_(K**-0.5)
+            dq_BTHK[row, part.queries] = spread(dq_GNK, H).transpose(0, 1)
+            start = 0
+            for keys in part.keys:
+                stop = start + keys.stop - keys.start
+                dk_BTGK[row, keys] += dk_GsK[:, start:stop].transpose(0, 1)
+                dv_BTGK[row, keys] += dv_GsK[:, start:stop].transpose(0, 1)
+                start = stop
         return dq_BTHK.transpose(1, 2), dk_BTGK.transpose(1, 2), dv_BTGK.transpose(1, 2), None
 
 
-def grouped(x_HTK: Tensor, groups: int) -> Tensor:
-    """(G, H/G, T, K): the query heads that share a group's keys lie side by side."""
-    return x_HTK.unflatten(0, (groups, x_HTK.shape[0] // groups))
+def gathered(part: Part, q_HTK: Tensor, k_GTK: Tensor, v_GTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """A part's queries, the heads of a group below each other (G, N = H/G · t, K), and its keys and values (G, s, K)."""
+    k_GsK, v_GsK = (
+        x_GTK[:, part.keys[0]] if len(part.keys) == 1 else torch.cat([x_GTK[:, keys] for keys in part.keys], 1)
+        for x_GTK in (k_GTK, v_GTK)
+    )
+    return q_HTK[:, part.queries].reshape(k_GTK.shape[0], -1, q_HTK.shape[-1]), k_GsK, v_GsK
 
 
-def product(a_GRts: Tensor, b_GsK: Tensor) -> Tensor:
-    """a b for every query head of a group, as one product of R·t rows."""
-    G, R, t, s = a_GRts.shape
-    return torch.bmm(a_GRts.reshape(G, R * t, s), b_GsK).view(G, R, t, -1)
+def spread(x_GNK: Tensor, heads: int) -> Tensor:
+    """(H, t, K) out of (G, H/G · t, K)."""
+    return x_GNK.reshape(heads, -1, x_GNK.shape[-1])
 
 
-def outer(a_GRts: Tensor, b_GRtK: Tensor) -> Tensor:
-    """Σ over a group's query heads and queries of aᵀ b: (G, s, K)."""
-    return torch.bmm(a_GRts.flatten(1, 2).transpose(1, 2), b_GRtK.flatten(1, 2))
-
-
-def scores(q_GRtK: Tensor, k_GsK: Tensor, causal: bool) -> Tensor:
-    """q kᵀ / √K in at least fp32, −∞ where a query does not see a key."""
-    score_GRts = product(q_GRtK, k_GsK.transpose(1, 2))
-    score_GRts = score_GRts.to(torch.promote_types(q_GRtK.dtype, torch.float32)).mul_(q_GRtK.shape[-1] ** -0.5)
-    if causal:
-        t = score_GRts.shape[2]
-        score_GRts += torch.full((t, t), float("-inf"), dtype=score_GRts.dtype).triu_(1)
-    return score_GRts
+def weights(part: Part, q_GNK: Tensor, k_GsK: Tensor) -> Tensor:
+    """softmax(q kᵀ / √K + bias): (G, N, s)."""
+    G, N, K = q_GNK.shape
+    bias_Ns = part.bias_ts.to(q_GNK.dtype).repeat(N // part.bias_ts.shape[0], 1)
+    return torch.softmax(torch.baddbmm(bias_Ns.expand(G, -1, -1), q_GNK, k_GsK.transpose(1, 2), alpha=K**-0.5), -1)
 
 
 class SegmentAttend(FastAttend):
@@ -180,7 +190,8 @@ class SegmentAttend(FastAttend):
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
         held = visible.__dict__.setdefault("segments", {})  # the same for every layer of this window
         if window not in held:
-            held[window] = segments(visible, window) if q_BHTK.is_cpu else None
+            found = segments(visible, window) if q_BHTK.is_cpu else None
+            held[window] = None if found is None else [(one.row, part) for one in found for part in one.parts()]
         if held[window] is None:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, visible, window)
         return SegmentedAttention.apply(q_BHTK, k_BGSK, v_BGSK, held[window])
