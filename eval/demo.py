@@ -65,7 +65,7 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(patients=230, further_patients=300, healthy=300, test_notes=40, base_notes=16, bits_documents=40,
+    "full": Scale(patients=250, further_patients=300, healthy=300, test_notes=40, base_notes=16, bits_documents=40,
                   misspelling_notes=8, retrieval_notes=20),
     "nano": Scale(patients=900, further_patients=1500, healthy=1500, test_notes=40, base_notes=16, bits_documents=40,
                   misspelling_notes=40, retrieval_notes=40, vocab=2048),

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.demo import smollm2
-from eval.steps import program
+from eval.steps import program, training_dtype
 from model.command import UserError, run
 from model.files import read_jsonl, write_json
 
@@ -58,7 +58,7 @@ def main(options: Options) -> None:
             program("base", ["model.convert", str(smollm2()), base])
     steps = ["--steps", str(options.steps)] if options.steps else []
     peak = program("tuning", ["train.instruct", options.recipe, "--weights", base, "--data", files["train"],
-                              "--out", tuned, *steps])  # fmt: skip
+                              "--out", tuned, "--dtype", training_dtype(options.out), *steps])  # fmt: skip
     answers = str(options.out / "answers.jsonl")
     program("answers", ["infer.extract", "--weights", base, "--adapter", f"{tuned}/adapter", "--notes", files["test"],
                         "--out", answers, "--form", "template", "--max-new-tokens", "120"])  # fmt: skip

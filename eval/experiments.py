@@ -10,8 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from model.files import read_json, write_json
-from model.machine import compute_dtype
+from eval.steps import training_dtype
 
 RECIPES = Path("train/recipes")
 PARTS = {"counterfactual": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
@@ -39,10 +38,7 @@ class Demo:
         row is too small for bf16 products to pay)."""
         if self.scale != "full":
             return "float32"
-        path = self.folder / "dtype.json"
-        if not path.is_file():
-            write_json(path, str(compute_dtype()).removeprefix("torch."))
-        return str(read_json(path))
+        return training_dtype(self.folder)
 
     def data(self, name: str) -> str:
         return str(self.folder / "data" / f"{name}.jsonl")

@@ -18,6 +18,7 @@ from typing import Any
 
 from model.command import UserError
 from model.files import read_json, write_json
+from model.machine import compute_dtype
 
 
 @dataclass
@@ -50,6 +51,14 @@ class Run:
     def peak(self, *names: str) -> float:
         """The highest peak memory of the named steps, or of all, in MB."""
         return max(self.steps[name]["peak_mb"] for name in names or self.steps)
+
+
+def training_dtype(out: Path) -> str:
+    """What adapters on a real base train in: the faster of fp32 and bf16 on this machine, found once a run."""
+    path = out / "dtype.json"
+    if not path.is_file():
+        write_json(path, str(compute_dtype()).removeprefix("torch."))
+    return str(read_json(path))
 
 
 def begin(out: Path, made_of: Mapping[str, Any], last: str = "") -> Run:

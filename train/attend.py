@@ -164,7 +164,7 @@ class SegmentedAttention(torch.autograd.Function):
 
 
 def gathered(part: Part, q_HTK: Tensor, k_GTK: Tensor, v_GTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A part's queries, the heads of a group below each other (G, N = H/G · t, K), and its keys and values (G, s, K)."""
+    """A part's queries, a group's heads below each other (G, N = H/G · t, K), and its keys and values (G, s, K)."""
     k_GsK, v_GsK = (
         x_GTK[:, part.keys[0]] if len(part.keys) == 1 else torch.cat([x_GTK[:, keys] for keys in part.keys], 1)
         for x_GTK in (k_GTK, v_GTK)

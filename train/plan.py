@@ -209,9 +209,10 @@ def find_load(options: Options, recipe: Recipe, stage: str) -> Load:
 
     from train.dataset import Rows
     from train.rows import ANSWER
-    from train.store import Encoding, build_store
+    from train.session import encoding_of
+    from train.store import build_store
 
-    encoding = Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos)
+    encoding = encoding_of(recipe, stage)
     with tempfile.TemporaryDirectory() as folder:
         rows = Rows(build_store(recipe.data, encoding, Path(folder) / "tokens", recipe.records), recipe, stage)
         seen = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 256))]

@@ -106,6 +106,8 @@ class Recipe:
     """instruct only: the loss counts the answer, or (faithful) the prompt too."""
     append_eos: bool = True
     """instruct only: the answer ends in the end-of-text token (false: faithful, the model never learns to stop)."""
+    empty_kept: float = 1.0
+    """instruct only: share of the questions answered "not relevant" that are trained; the others are left out."""
     note_loss: float = 0.0
     """instruct only: weight of the note's own language-model loss beside that of the answers."""
 
@@ -153,6 +155,8 @@ class Recipe:
         for name in ("weight_decay", "clip", "note_loss", "final_rate"):
             if not 0 <= getattr(self, name) < 1e6:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; it must not be negative")
+        if not 0 <= self.empty_kept <= 1:
+            raise UserError(f"recipe: empty_kept is {self.empty_kept}; it is a share, from 0 to 1")
         if not 0 <= self.dropout < 1:
             raise UserError(f"recipe: dropout is {self.dropout}; it must lie in [0, 1)")
         if self.steps == 0 and not 0 < self.epochs < float("inf"):

@@ -8,6 +8,7 @@ Pieces are encoded apart and their ids joined, so where an answer starts is know
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable
 from typing import Any
 
@@ -31,14 +32,15 @@ def document_pieces(tokenizer: Any) -> Encode:
     return encode
 
 
-def note_pieces(tokenizer: Any, template: str, which: str, append_eos: bool) -> Encode:
-    """Tuning: a note with the questions of `which` ("both", "phenotype", "diagnosis"), in `template`."""
+def note_pieces(tokenizer: Any, template: str, which: str, append_eos: bool, empty_kept: float = 1.0) -> Encode:
+    """Tuning: a note with the questions of `which` ("both", "phenotype", "diagnosis"), in `template`; of those whose
+    answer is "not relevant" the share `empty_kept`."""
     if append_eos and tokenizer.eos_id is None:
         raise UserError("the tokenizer has no end-of-text token, so answers cannot end; set append_eos = false")
     end = [tokenizer.eos_id] if append_eos else []
 
     def encode(record: dict[str, Any]) -> Pieces:
-        text, asked = text_of(record), questions(record, which)
+        text, asked = text_of(record), thinned(record.get("id"), questions(record, which), empty_kept)
         first = template == "note-first"
         if record.get("neighbours") and not first:
             raise ValueError("'neighbours' are shown by the template note-first only; train on records without them")
@@ -80,6 +82,16 @@ def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
     if not asked:
         raise ValueError("holds no question to train on")
     return asked
+
+
+def thinned(name: Any, asked: list[tuple[str, str]], kept: float) -> list[tuple[str, str]]:
+    """The questions without some of those that the note does not answer: most notes leave most of the same questions
+    unanswered, and a short run learns that before it learns to read. Which ones is a function of the record's name."""
+
+    def stays(question: str, answer: str) -> bool:
+        return answer != tasks.answer([]) or random.Random(f"{name}/{question}").random() < kept
+
+    return [one for one in asked if stays(*one)] or asked[:1]
 
 
 def neighbours(record: dict[str, Any]) -> list[str]:

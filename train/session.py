@@ -7,7 +7,7 @@ import os
 import platform
 import sys
 import time
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -73,7 +73,7 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
         raise UserError("recipe: template = 'faithful' belongs to train.instruct; here it is packing = 'concatenate'")
     if stage == "instruct" and recipe.packing == "concatenate":
         raise UserError("recipe: packing = 'concatenate' belongs to train.pretrain; use 'documents' or 'none'")
-    encoding = Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos)
+    encoding = encoding_of(recipe, stage)
     config = ModelConfig.from_dict(read_json(recipe.init) if recipe.init else config_dict(recipe.weights))
     largest = config.max_position_embeddings
     if recipe.block > largest:
@@ -87,13 +87,20 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     return Trainer(recipe, model, rows, valid, ranks, run, base)
 
 
+def encoding_of(recipe: Recipe, stage: str) -> Encoding:
+    """How a recipe's records become ids."""
+    return Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos,
+                    recipe.empty_kept)  # fmt: skip
+
+
 def stores(recipe: Recipe, stage: str, encoding: Encoding, ranks: Ranks) -> tuple[Rows, Rows | None]:
     """The rows to train on and the held-out ones. The first rank tokenises; the others open what it has made."""
     folder = Path(recipe.out) / "tokens"
 
     def build() -> list[TokenStore]:
         made = [build_store(recipe.data, encoding, folder / "train", recipe.records)]
-        return made + ([build_store(recipe.valid_data, encoding, folder / "valid")] if recipe.valid_data else [])
+        whole = replace(encoding, empty_kept=1.0)  # held-out loss is on all questions, so that recipes compare
+        return made + ([build_store(recipe.valid_data, whole, folder / "valid")] if recipe.valid_data else [])
 
     made = ranks.together(lambda: build() if ranks.first else [])
     manifests = ranks.gather([store.manifest for store in made])[0]

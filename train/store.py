@@ -38,6 +38,7 @@ class Encoding:
     template: str = "note-first"
     tasks: str = "both"
     append_eos: bool = True
+    empty_kept: float = 1.0
 
     def encoder(self) -> Any:
         from model.tokenizer import Tokenizer
@@ -45,7 +46,7 @@ class Encoding:
         tokenizer = Tokenizer.from_pretrained(self.tokenizer)
         if self.stage == "pretrain":
             return document_pieces(tokenizer)
-        return note_pieces(tokenizer, self.template, self.tasks, self.append_eos)
+        return note_pieces(tokenizer, self.template, self.tasks, self.append_eos, self.empty_kept)
 
 
 def build_store(
@@ -84,6 +85,7 @@ def identity_of(files: Sequence[str], encoding: Encoding, limit: int) -> dict[st
         "template": encoding.template,
         "tasks": encoding.tasks,
         "append_eos": encoding.append_eos,
+        "empty_kept": encoding.empty_kept,
         "limit": limit,
     }
 

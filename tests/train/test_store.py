@@ -21,6 +21,27 @@ def test_data_of_the_other_stage_and_broken_lines_are_named(data, tmp_path):
     assert [row["line"] for row in rejects] == list(range(1, 24)) and "phenotypes" in rejects[0]["reason"]
 
 
+def test_some_unanswered_questions_are_left_out_and_never_an_answered_one(data, tmp_path):
+    made = {}
+    for kept in (0.0, 0.5, 1.0):
+        encoding = Encoding("instruct", str(data / "tok"), empty_kept=kept)
+        store = build_store([str(data / "notes.jsonl")], encoding, tmp_path / str(kept))
+        made[kept] = {store[n][0]: [piece.tolist() for piece in store[n][1]] for n in range(len(store))}
+    empty = encoding.encoder()  # of a note that leaves its one question unanswered: something must be asked
+    only = {"id": "x", "text": "a b", "phenotypes": {"tumor_size": []}}
+    assert len(empty(only)) == 3
+
+    def asked(pieces):
+        return list(zip(pieces[1::2], pieces[2::2], strict=True))
+
+    counts = {kept: sum(len(asked(pieces)) for pieces in notes.values()) for kept, notes in made.items()}
+    assert counts[0.0] < counts[0.5] < counts[1.0]
+    unanswered = empty(only)[2].tolist()
+    for name, pieces in made[1.0].items():
+        answered = [one for one in asked(pieces) if one[1] != unanswered]
+        assert asked(made[0.0][name]) == answered and all(one in asked(made[0.5][name]) for one in answered)
+
+
 def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(tmp_path, data):
     file, encoding = tmp_path / "d.jsonl", Encoding("pretrain", str(data / "tok"))
     lines = [json.dumps({"id": str(i), "text": "some words"}) for i in range(200)]

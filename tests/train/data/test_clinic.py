@@ -153,9 +153,9 @@ def test_a_third_of_the_training_notes_are_in_capitals_and_no_tested_note_is_mad
                 assert answer["text"].upper() == answer["text"]
 
 
-def test_half_of_the_training_notes_have_a_wording_of_their_own_and_no_tested_note_has(files):
+def test_two_in_five_training_notes_have_a_wording_of_their_own_and_no_tested_note_has(files):
     shares = {name: sum(note["style"] == "varied" for note in files[name]) / len(files[name]) for name in ANNOTATED}
-    assert 0.4 < shares["train"] < 0.6 and shares["valid"] == shares["heldout"] == shares["unseen"] == 0.0
+    assert 0.3 < shares["train"] < 0.5 and shares["valid"] == shares["heldout"] == shares["unseen"] == 0.0
 
 
 def test_every_further_note_ends_in_a_diagnosis_of_the_classification(files):
