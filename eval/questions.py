@@ -5,8 +5,9 @@ A reference record is train.data.clinic's, a prediction record infer.extract's:
     {"id": "p1-n1", "phenotypes": {"tumor_size": {"answers": [{"text": "2.5 cm"}], "not_relevant": false}}, "diagnosis":
     {"text": "…"}}
 
-Shorter forms are taken too, so that any system's output can be scored: an answer may be a string, a phenotype a list of
-strings or one string ("not relevant" or "ER+, PR-"), a diagnosis a string.
+Shorter forms are taken too, in both files, so that any system's output can be scored: an answer may be a string, a
+phenotype a list of strings or one string ("not relevant" or "ER+, PR-"), a diagnosis a string. What a reference does
+not hold is not asked.
 """
 
 from __future__ import annotations
@@ -20,7 +21,7 @@ from eval.metrics import PRESETS, Figures
 from eval.metrics.scoring import METRICS, gather, question
 from eval.statistics import interval
 from infer.tasks import NOT_RELEVANT, PHENOTYPES, diagnosis_answer, parse_answer
-from model.command import UserError
+from model.command import UserError, nearest
 from model.files import read_jsonl
 
 Json = dict[str, Any]
@@ -69,21 +70,48 @@ class Counts:
 
 
 def read_references(path: str | Path) -> list[Json]:
-    """The annotated notes of a file. Raises UserError for a line without id, text or truth, or an id met twice."""
+    """The annotated notes of a file, right answers as lists. Raises UserError for a line without id, text or truth, of
+    another form, or whose id was met before."""
     records, seen = [], set()
     for number, record in read_jsonl(path, ("id", "text")):
+        where = f"{path}:{number}"
         if "phenotypes" not in record and "diagnosis" not in record:
-            raise UserError(f"{path}:{number}: no 'phenotypes' and no 'diagnosis': give annotated notes")
-        record["id"] = str(record["id"])
+            raise UserError(f"{where}: no 'phenotypes' and no 'diagnosis': give annotated notes")
+        record = of_form(record, where)
+        for name, given in (record.get("phenotypes") or {}).items():
+            if not isinstance(given, list):
+                record["phenotypes"][name] = list(phenotype_answers(given)[0])
         if record["id"] in seen:
-            raise UserError(f"{path}:{number}: the id {record['id']!r} stands twice")
+            raise UserError(f"{where}: the id {record['id']!r} stands twice")
         seen.add(record["id"])
         records.append(record)
     return records
 
 
 def read_predictions(path: str | Path) -> list[Json]:
-    return [{**record, "id": str(record["id"])} for _, record in read_jsonl(path, ("id",))]
+    """A file of predictions. Raises UserError for a line of another form."""
+    return [of_form(record, f"{path}:{number}") for number, record in read_jsonl(path, ("id",))]
+
+
+def of_form(record: Json, where: str) -> Json:
+    """The record with its id as text. Raises UserError where its answers have none of the forms above."""
+
+    def answer(one: Any) -> bool:
+        return isinstance(one, str) or (isinstance(one, Mapping) and isinstance(one.get("text"), str))
+
+    phenotypes, diagnosis = record.get("phenotypes"), record.get("diagnosis")
+    if phenotypes is not None and not isinstance(phenotypes, dict):
+        raise UserError(f"{where}: 'phenotypes' is a {type(phenotypes).__name__}; give {{phenotype: answers}}")
+    for name, given in (phenotypes or {}).items():
+        if name not in PHENOTYPES:
+            raise UserError(f"{where}: no phenotype {name!r}{nearest(name, list(PHENOTYPES))}; there are "
+                            f"{', '.join(PHENOTYPES)}")  # fmt: skip
+        found = given.get("answers") or [] if isinstance(given, Mapping) else given
+        if not (found is None or isinstance(found, str) or (isinstance(found, list) and all(map(answer, found)))):
+            raise UserError(f"{where}: {name} is neither a text nor a list of texts or of {{'text': …}}")
+    if diagnosis is not None and not answer(diagnosis):
+        raise UserError(f"{where}: 'diagnosis' is neither a text nor {{'text': …}}")
+    return {**record, "id": str(record["id"])}
 
 
 def pair(

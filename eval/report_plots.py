@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -14,25 +15,44 @@ _INK = "#010203"  # replaced by the page's colour
 def lines(
     series: Mapping[str, tuple[Sequence[Any], ...]], x: str, y: str, log: bool = False, zero: bool = False
 ) -> str:
-    """A plot of named lines (xs, ys) or (xs, ys, lows, highs), these with their intervals."""
+    """A plot of named lines (xs, ys) or (xs, ys, lows, highs), these with their intervals. Of names such as "diagnosis,
+    repaired" the first word gives the colour and the rest the stroke. xs that are text stand at equal distances."""
+    strokes, colours = ("-", "--", ":"), {}
+    kinds = list(dict.fromkeys(name.partition(", ")[2] for name in series))
+    for name in series:
+        colours.setdefault(name.partition(", ")[0], COLOURS[len(colours) % len(COLOURS)])
 
     def draw(axes):
-        for (name, (xs, ys, *spread)), colour in zip(series.items(), COLOURS * 5, strict=False):
-            few = {"marker": "o", "markersize": 4} if len(xs) < 15 else {}
-            axes.plot(xs, ys, label=name, color=colour, linewidth=1.6, **few)
-            if spread and len(xs) > 1:
-                axes.fill_between(xs, *spread, color=colour, alpha=0.13, linewidth=0)
-            elif spread:
-                axes.vlines(xs, *spread, color=colour, linewidth=1.2)
+        for turn, (name, (xs, ys, *spread)) in enumerate(series.items()):
+            colour, _, kind = name.partition(", ")
+            look = {"color": colours[colour], "linestyle": strokes[kinds.index(kind) % 3], "linewidth": 1.6}
+            if not spread:
+                axes.plot(xs, ys, label=name, **look, **({"marker": "o", "markersize": 4} if len(xs) < 15 else {}))
+                continue
+            at = [float(place if isinstance(value, str) else value) for place, value in enumerate(xs)]
+            # Points of one x stand a little apart, so that their intervals can be told from each other.
+            step = 0.012 * max((max(at) - min(at)) if len(at) > 1 else max(at), 1e-9)
+            apart = [value + step * (turn - (len(series) - 1) / 2) for value in at]
+            axes.errorbar(apart, ys, yerr=arms(ys, *spread), label=name, fmt="o", markersize=4, capsize=2,
+                          elinewidth=1, **look)  # fmt: skip
+            if any(isinstance(value, str) for value in xs):
+                axes.set_xticks(at, xs)
         axes.set(xlabel=x, ylabel=y)
         if log:
             axes.set_yscale("log")
         if zero:
             axes.set_ylim(0, None)
         axes.grid(alpha=0.2)
-        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=2)
+        axes.legend(frameon=False, fontsize=9, loc="lower left", bbox_to_anchor=(0, 1), ncols=1 if kinds[1:] else 2)
 
-    return _svg(draw, f"{x}|{y}|{list(series)}", height=2.8 + 0.2 * ((len(series) + 1) // 2))
+    rows = len(series) if kinds[1:] else (len(series) + 1) // 2
+    return _svg(draw, f"{x}|{y}|{list(series)}", height=2.6 + 0.2 * rows)
+
+
+def arms(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
+    """The lengths of error bars."""
+    return [[max(0, m - lo) for m, lo in zip(middle, low, strict=True)],
+            [max(0, hi - m) for m, hi in zip(middle, high, strict=True)]]  # fmt: skip
 
 
 def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]], x: str) -> str:
@@ -44,17 +64,15 @@ def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float,
             points = [(place + offset, *value) for place, value in enumerate(values) if value is not None]
             if points:
                 at, mid, low, high = zip(*points, strict=True)
-                spread = [
-                    [max(0, m - lo) for m, lo in zip(mid, low, strict=True)],
-                    [max(0, hi - m) for m, hi in zip(mid, high, strict=True)],
-                ]
-                axes.errorbar(mid, at, xerr=spread, fmt="o", color=colour, label=group, capsize=3, markersize=5)
-        axes.set_yticks(range(len(names)), names)
+                axes.errorbar(
+                    mid, at, xerr=arms(mid, low, high), fmt="o", color=colour, label=group, capsize=3, markersize=5
+                )
+        axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names])
         axes.set(xlabel=x, xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
         axes.grid(alpha=0.2, axis="x")
         axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
 
-    return _svg(draw, f"{x}|{list(names)}|{list(groups)}", height=0.9 + 0.42 * len(names))
+    return _svg(draw, f"{x}|{list(names)}|{list(groups)}", height=0.9 + 0.4 * len(names))
 
 
 def _svg(draw, salt: str, height: float) -> str:
@@ -69,7 +87,7 @@ def _svg(draw, salt: str, height: float) -> str:
     with matplotlib.rc_context(
         {"svg.hashsalt": salt, "svg.fonttype": "none", "font.family": "sans-serif", "font.size": 10, **ink}
     ):
-        figure, axes = pyplot.subplots(figsize=(6.4, height), layout="constrained")
+        figure, axes = pyplot.subplots(figsize=(5.0, height), layout="constrained")
         axes.spines[["top", "right"]].set_visible(False)
         draw(axes)
         out = io.StringIO()

@@ -15,11 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.metrics import PRESETS
+from eval.metrics.presets import chosen
 from eval.metrics.scoring import METRICS
 from eval.questions import Question, figures, pair, read_predictions, read_references
 from model import command
-from model.command import UserError, nearest
+from model.command import UserError
 
 NAMES = {"exact_match": "exact match", "bleu2": "BLEU-2", "rouge_l": "ROUGE-L", "average_f1": "average F1"}
 
@@ -35,16 +35,13 @@ class Options:
     task: Literal["phenotype", "diagnosis", "both"] = "both"
     """Which questions to score."""
     preset: str = "clinical"
-    """Which definitions: clinical, cancerllm, cancerllm-released, coco, sacrebleu, nltk or rouge_score."""
+    """Which definitions: clinical, cancerllm, cancerllm-released, coco, sacrebleu, nltk or rouge_score; or the
+    signature that another score was printed with."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
     def __post_init__(self) -> None:
-        if self.preset not in PRESETS:
-            raise UserError(
-                f"--preset {self.preset}: not known{nearest(self.preset, list(PRESETS))}; there are "
-                f"{', '.join(PRESETS)}"
-            )
+        chosen(self.preset)
 
 
 def groups(questions: list[Question], task: str = "both") -> dict[str, list[Question]]:
@@ -62,7 +59,7 @@ def main(options: Options) -> None:
     result: dict[str, Any] = {"counts": counts.named(), "groups": {}}
     for name, group in groups(questions, options.task).items():
         if group:
-            result["groups"][name] = figures(group, options.preset)
+            result["groups"][name] = figures(group, chosen(options.preset).name)
     if not result["groups"]:
         raise UserError(f"{options.references}: holds no {options.task} question")
     if options.json:

@@ -1,6 +1,7 @@
-"""Pictures of a report in light, dark, at a phone's width and on paper:
+"""Pictures of a page (a report, a trace) in light and dark, on a desktop, on a phone and on paper:
 
-    python -m eval.screenshot RUN_DIR/report.html --out DIR [--at t3]
+    python -m eval.screenshot runs/demo/report.html --out DIR [--at t3]
+    python -m eval.screenshot runs/tables/report.html --out docs --pictures light dark --height 1250    (the README's)
 
 Needs a Chromium on the PATH (Debian: apt-get install chromium). The page is opened from disk.
 """
@@ -13,24 +14,27 @@ import subprocess
 import tempfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal
 
 import tyro
 
 from model import command
 from model.command import UserError, nearest
 
-WIDTHS = {"light": 1200, "dark": 1200, "phone": 500}
+WIDE, PHONE, NARROWEST = 1200, 390, 500  # CSS pixels; Chromium's window is never narrower than the last
+PICTURES = ("light", "dark", "phone", "phone-dark", "print")
 
 
 @dataclass(frozen=True)
 class Options:
-    """Photograph a report."""
+    """Photograph a page."""
 
     page: Annotated[Path, tyro.conf.Positional]
-    """The report's HTML file."""
+    """The HTML file."""
     out: Path
-    """Folder for report-light.png, report-dark.png, report-phone.png and report-print.pdf."""
+    """Folder for NAME-light.png, NAME-dark.png, NAME-phone.png, NAME-phone-dark.png and NAME-print.pdf."""
+    pictures: tuple[Literal["light", "dark", "phone", "phone-dark", "print"], ...] = PICTURES
+    """Which of them."""
     at: str = ""
     """The table to begin with, by its id in the page: t1 to t6, canaries, ex, … (empty: the whole page's top)."""
     height: int = 1500
@@ -45,15 +49,26 @@ def main(options: Options) -> None:
         raise UserError(f"{options.page}: no such file; make it with python -m eval.report RUN_DIR")
     options.out.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory() as scratch:
-        page = Path(scratch) / "report.html"
+        page = Path(scratch) / options.page.name
         page.write_text(from_place(options.page.read_text(encoding="utf-8"), options.at), encoding="utf-8")
-        for name, width in WIDTHS.items():
-            shot = options.out.resolve() / f"report-{name}.png"
-            scheme = f"--blink-settings=preferredColorScheme={0 if name == 'dark' else 1}"
-            take(browser, page, shot, scheme, "--hide-scrollbars", f"--window-size={width},{options.height}",
-                 f"--screenshot={shot}")  # fmt: skip
-        paper = options.out.resolve() / "report-print.pdf"
-        take(browser, page, paper, "--no-pdf-header-footer", f"--print-to-pdf={paper}")
+        phone = page.with_name("phone.html")
+        phone.write_text(on_phone(page.name, options.height), encoding="utf-8")
+        for name in options.pictures:
+            out = options.out.resolve() / f"{options.page.stem}-{name}.{'pdf' if name == 'print' else 'png'}"
+            if name == "print":
+                take(browser, page, out, "--no-pdf-header-footer", f"--print-to-pdf={out}")
+                continue
+            small = name.startswith("phone")
+            scheme = f"--blink-settings=preferredColorScheme={0 if name.endswith('dark') else 1}"
+            take(browser, phone if small else page, out, scheme, "--hide-scrollbars",
+                 f"--window-size={NARROWEST if small else WIDE},{options.height}", f"--screenshot={out}")  # fmt: skip
+
+
+def on_phone(page: str, height: int) -> str:
+    """A page that shows another one as a phone's screen would, enlarged to the narrowest window that there is."""
+    zoom = NARROWEST / PHONE
+    return (f'<body style="margin:0"><iframe src="{page}" style="border:0;width:{PHONE}px;height:{height / zoom:.0f}px;'
+            f'zoom:{zoom:.4f}"></iframe>')  # fmt: skip
 
 
 def from_place(html: str, at: str) -> str:

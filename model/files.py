@@ -156,7 +156,7 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
 def parse_json_line(path: str | os.PathLike[str], number: int, line: bytes, required: Iterable[str]) -> dict[str, Any]:
     """One line of a JSON-lines file as an object with the `required` fields, or a UserError naming file and line."""
     try:
-        record = json.loads(line.decode("utf-8"))
+        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors begin with a mark
     except UnicodeDecodeError as error:
         raise UserError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from error
     except (ValueError, RecursionError) as error:

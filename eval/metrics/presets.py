@@ -17,6 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from eval.metrics import pairs, text
+from model.command import UserError, nearest
 
 Words = list[str]
 
@@ -24,7 +25,8 @@ Words = list[str]
 @dataclass(frozen=True)
 class Preset:
     """`form` is what exact match compares; BLEU and ROUGE each have words and a definition (None: not computed).
-    `nothing` is the answer that counts as no answer at all (None: a text like any other)."""
+    `nothing` is the answer that counts as no answer at all (None: a text like any other). `choices` says all of it in
+    words, and `signature` is what a score carries."""
 
     name: str
     form: Callable[[str], str]
@@ -32,8 +34,12 @@ class Preset:
     bleu: Callable[[Words, Words], float] | None
     rouge_words: Callable[[str], Words]
     rouge: Callable[[Words, Words], float]
-    signature: str
+    choices: str
     nothing: str | None = None
+
+    @property
+    def signature(self) -> str:
+        return f"preset:{self.name}|{self.choices}|v:1"
 
 
 def folded(answer: str) -> str:
@@ -74,3 +80,15 @@ PRESETS: dict[str, Preset] = {
                f"em:text|bleu:2,coco,tok:rouge_score|rouge:L,beta:1,tok:rouge_score,stem:no|{_SETS}"),
     )
 }  # fmt: skip
+
+
+def chosen(name: str) -> Preset:
+    """The preset of a name or of a score's signature. Raises UserError where there is none, or where a signature
+    names other choices than the ones that its preset makes here."""
+    known = name.removeprefix("preset:").split("|")[0]
+    if known not in PRESETS:
+        raise UserError(f"no preset {known!r}{nearest(known, list(PRESETS))}; there are {', '.join(PRESETS)}")
+    if known != name and name != PRESETS[known].signature:
+        raise UserError(f"the signature {name} cannot be reproduced here; the preset is now "
+                        f"{PRESETS[known].signature}")  # fmt: skip
+    return PRESETS[known]

@@ -17,8 +17,8 @@ import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
-from eval.metrics.presets import PRESETS, Preset
-from model.command import UserError, nearest
+from eval.metrics.presets import PRESETS, Preset, chosen
+from model.command import UserError
 
 METRICS = ("exact_match", "bleu2", "rouge_l")
 
@@ -50,16 +50,15 @@ def score(
 ) -> Scores:
     """Score answers: one item a question in both lists, each a list of answers or one text that is split on commas.
 
-    A diagnosis whose commas belong to it is given as a list of one. Raises ValueError where the two lists differ in
-    length, where they are empty, or where the preset is not known.
+    A diagnosis whose commas belong to it is given as a list of one. `preset` is a name or another score's signature.
+    Raises ValueError where the two lists differ in length, where they are empty, or where the preset is not known.
     """
-    if preset not in PRESETS:
-        raise UserError(f"no preset {preset!r}{nearest(preset, list(PRESETS))}; there are {', '.join(PRESETS)}")
+    made = chosen(preset)
     if len(predictions) != len(references):
         raise UserError(f"{len(predictions)} predictions for {len(references)} references: give one item a question")
     if not references:
         raise UserError("nothing to score: no question was given")
-    return gather([question(p, g, PRESETS[preset]) for p, g in zip(predictions, references, strict=True)], preset)
+    return gather([question(p, g, made) for p, g in zip(predictions, references, strict=True)], made.name)
 
 
 def gather(per_question: Sequence[dict[str, Figures]], preset: str) -> Scores:
@@ -75,7 +74,7 @@ def gather(per_question: Sequence[dict[str, Figures]], preset: str) -> Scores:
         **means,
         average_f1=average,
         per_question=tuple(per_question),
-        signature=f"preset:{preset}|{PRESETS[preset].signature}|v:1",
+        signature=PRESETS[preset].signature,
     )
 
 

@@ -248,3 +248,13 @@ def test_mistakes_are_named():
 
 def test_signature_names_every_choice():
     assert len({score(["a"], ["a"], name).signature for name in PRESETS}) == len(PRESETS)
+    assert len({preset.choices for preset in PRESETS.values()}) == len(PRESETS)
+
+
+@pytest.mark.parametrize("name", PRESETS)
+def test_a_signature_alone_reproduces_a_score(name):
+    asked = ["HER2+", "the left Upper lobe, 25 mm", ""], ["HER2-", "left lower lobe, 2.5 cm", "not relevant"]
+    first = score(*asked, name)
+    assert repr(score(*asked, first.signature)) == repr(first)
+    with pytest.raises(UserError, match="cannot be reproduced"):
+        score(*asked, first.signature.replace("v:1", "v:0"))

@@ -5,12 +5,13 @@ import importlib
 import json
 import subprocess
 import sys
+from itertools import combinations
 
 import pytest
 
 from eval.failures import CLASSES, invented, kind
 from eval.metrics.ledger import ledger
-from eval.questions import Question, figures, pair
+from eval.questions import Question, figures, pair, read_predictions, read_references
 from eval.report import build, terminal_table, write
 from eval.report_examples import pieces
 from model.command import UserError
@@ -132,6 +133,48 @@ def test_page_is_self_contained_and_escaped(run):
     assert page.count("<svg") == 3 and "paper, private data" in page and '<mark class="right"' in page
 
 
+TEXTS = """
+const linear = v => v <= 0.04045 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4;
+const light = c => c.match(/[\\d.]+/g).slice(0, 3).reduce(
+  (sum, v, i) => sum + linear(v / 255) * [0.2126, 0.7152, 0.0722][i], 0);
+const behind = e => { for (; e; e = e.parentElement) { const c = getComputedStyle(e).backgroundColor;
+  if (!c.startsWith("rgba(0, 0, 0, 0)")) return c; } };
+return [...document.querySelectorAll("body *")].filter(e => e.checkVisibility() &&
+    [...e.childNodes].some(n => n.nodeType == 3 && n.data.trim())).map(e => {
+  const style = getComputedStyle(e), box = e.getBoundingClientRect(), svg = e.closest("svg");
+  const ink = light(svg ? style.fill : style.color), paper = light(behind(e));
+  return { text: e.textContent.trim().slice(0, 40), plot: svg ? [...document.querySelectorAll("svg")].indexOf(svg) : -1,
+    contrast: (Math.max(ink, paper) + 0.05) / (Math.min(ink, paper) + 0.05),
+    size: parseFloat(style.fontSize) * (svg ? svg.getScreenCTM().a : 1),
+    box: [box.left, box.top, box.right, box.bottom] };
+});"""
+
+
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+@pytest.mark.parametrize("width", [390, 1200])
+def test_page_can_be_read_on_any_screen(driver, screen, run, parts, width, scheme):
+    """Nothing is wider than the screen but what scrolls in its own box; letters stand out from their ground (WCAG's
+    4.5), are not tiny, and those of a plot do not cover each other."""
+    for key, part in parts.items():
+        write_json(run / f"{key}.json", part)
+    write_json(run / "run.json", json.loads((run / "run.json").read_text()) | {key: f"{key}.json" for key in parts})
+    write(run)
+    screen(width, scheme)
+    driver.get((run / "report.html").as_uri())
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    texts = driver.execute_script(TEXTS)
+    assert len(texts) > 500 and len({one["plot"] for one in texts}) == 9
+    assert [one for one in texts if one["contrast"] < 4.5] == []
+    assert [one for one in texts if one["size"] < 9] == []
+    for plot in range(8):
+        boxes = [one for one in texts if one["plot"] == plot]
+        assert [(a["text"], b["text"]) for a, b in combinations(boxes, 2) if overlap(a["box"], b["box"])] == []
+
+
+def overlap(a, b):
+    return min(a[2], b[2]) - max(a[0], b[0]) > 1 and min(a[3], b[3]) - max(a[1], b[1]) > 1
+
+
 def test_terminal_table_names_systems_and_n(run):
     table = terminal_table(build(run))
     assert "good" in table and "100.0 [" in table and "] 12" in table and "held-out patients" in table
@@ -156,6 +199,37 @@ def test_short_forms_of_predictions_are_taken():
     }
     questions, _ = pair([note(0, "a")], [mine])
     assert figures([q for q in questions if q.task == "phenotype"])["exact_match"]["f1"] == 100
+
+
+def test_short_forms_of_right_answers_are_taken(tmp_path):
+    """A file of one's own need not know our records: text for a phenotype is not taken letter by letter."""
+    mine = {"id": 7, "text": TEXT, "phenotypes": {"tumor_size": "2.5 cm", "cancer_stage": "not relevant",
+            "hormone_receptor_status": "ER+, HER2-", "tumor_site": None}, "diagnosis": "C18.7"}  # fmt: skip
+    write_jsonl(tmp_path / "gold.jsonl", [mine])
+    (tmp_path / "gold.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "gold.jsonl").read_bytes())
+    (record,) = read_references(tmp_path / "gold.jsonl")
+    questions, counts = pair([record], [{**answer(7), "diagnosis": "C18.7"}])
+    golds = {one.name: one.gold for one in questions}
+    assert golds == {"tumor_size": ("2.5 cm",), "cancer_stage": (), "hormone_receptor_status": ("ER+", "HER2-"),
+                     "tumor_site": (), "diagnosis": ("C18.7",)}  # fmt: skip
+    assert figures(questions)["exact_match"]["f1"] == 100 and counts.missing == []
+
+
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        ({"phenotypes": ["2.5 cm"]}, "m.jsonl:1: 'phenotypes' is a list"),
+        ({"phenotypes": {"tumour_size": "2.5 cm"}}, "did you mean 'tumor_size'"),
+        ({"phenotypes": {"tumor_size": 2.5}}, "m.jsonl:1: tumor_size is neither"),
+        ({"phenotypes": {"tumor_size": {"answers": [{"value": "2 cm"}]}}}, "tumor_size is neither"),
+        ({"diagnosis": ["C18.7"]}, "m.jsonl:1: 'diagnosis' is neither"),
+    ],
+)
+@pytest.mark.parametrize("read", [read_predictions, read_references])
+def test_files_of_another_form_are_refused_with_their_line(tmp_path, read, changed, said):
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "1", "text": "a", **changed}])
+    with pytest.raises(UserError, match=said):
+        read(tmp_path / "m.jsonl")
 
 
 @pytest.mark.parametrize(

@@ -11,11 +11,9 @@ import tyro
 from eval import experiments, retrieval_table
 from eval.demo import SCALES
 from eval.experiments import PARTS
-from eval.questions import Question
 from eval.report import read_parts, render
 from eval.report_paper import PAPER
-from eval.robustness.measure import curve, recovery
-from eval.robustness.run_canaries import Canaries, by_count
+from eval.robustness.run_canaries import Canaries
 from eval.robustness.run_labels import Labels
 from eval.robustness.run_misspelling import Misspelling
 from eval.screenshot import from_place
@@ -77,27 +75,7 @@ def test_the_demos_files_are_named_as_seen_from_the_tables(tmp_path):
     assert given["seconds"] == 3 and given["peak_mb"] == 9
 
 
-def asked(right):
-    return [Question(f"n{i}", f"p{i}", name, (gold,), (gold if i < right else "nowhere",))
-            for i in range(12) for name, gold in (("tumor_size", "2 cm"), ("diagnosis", "lung cancer"))]  # fmt: skip
-
-
-def test_the_report_shows_and_plots_every_result(tmp_path):
-    spelled = curve({"as misspelled": {0.0: asked(12), 0.1: asked(6)}, "repaired": {0.0: asked(12), 0.1: asked(10)}})
-    spelled |= {"damaged": "words misspelled", "changed": [0, 40], "of": 400,
-                "recovery": [{"rate": 0.1, **recovery(asked(12), asked(6), asked(10))}]}  # fmt: skip
-    wrong = curve({"trained on wrong labels": {0.0: asked(12), 0.3: asked(4)}, "left out": {0.3: asked(9)}})
-    wrong |= {"damaged": "records", "changed": [0, 3], "of": 10, "recovery": [],
-              "filter": {"rate": 0.3, "dropped": 3, "dropped_wrong": 2, "wrong": 3, "records": 10,
-                         "auc": 0.9}}  # fmt: skip
-    one = {"name": "c", "count": 4, "rank": 1, "exposure": 8.0, "extracted": True}
-    leaks = {"notes": 20, "steps": 3, "passes": 1.0, "references": 255, "most": 8.0, "lines_dropped": 5,
-             "rows": {"planted": by_count([one, {**one, "count": 0, "exposure": 1.0, "extracted": False}])},
-             }  # fmt: skip
-    near = {"notes": 12, "rows": [{"name": "BM25", "note": "", "recall_at": {"1": 0.5}, "ndcg": 0.4,
-                                   "diagnosis": spelled["series"]["repaired"]["diagnosis"][0]},
-                                  {"name": "MedCPT", "note": "weights not given", "diagnosis": None}]}  # fmt: skip
-    parts = {"counterfactual": wrong, "misspelling": spelled, "canaries": leaks, "retrieval": near}
+def test_the_report_shows_and_plots_every_result(tmp_path, parts):
     for key, part in parts.items():
         write_json(tmp_path / f"{key}.json", part)
     read = read_parts(tmp_path, {key: f"{key}.json" for key in parts})
@@ -107,7 +85,7 @@ def test_the_report_shows_and_plots_every_result(tmp_path):
     bare = {"sets": {"heldout": empty}, "curves": {}, "examples": [], "ledger": [], "paper": PAPER, "title": "T",
             "seconds": None, "bits_per_byte": None}  # fmt: skip
     page = render({**bare, **read})
-    assert page.count("<svg") == 4 and "Not part of this run" not in page
+    assert page.count("<svg") == 6 and "Not part of this run" not in page
     for said in ("40 of 400", "regained by repair", "2 of them were wrong", "1 of 1"):
         assert said in page
     assert "weights not given" in page and "0 (never planted)" in page

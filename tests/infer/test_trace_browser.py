@@ -2,36 +2,14 @@
 changes what is shown. Installed by `make browser` (Debian's chromium and chromium-driver); skipped where it is not."""
 
 import json
-import shutil
 
 import pytest
 from answering_models import write_model
 
 from infer import trace
 
-pytest.importorskip("selenium", reason="needs selenium (the test extra)")
-pytestmark = pytest.mark.skipif(
-    not (shutil.which("chromium") and shutil.which("chromedriver")),
-    reason="needs chromium and chromedriver on the PATH: make browser, as root on Debian, installs them",
-)
 HOSTILE = '<script>document.title="run"</script><img src=x onerror="document.title=1"> \u202e\u2028\x00 שלום 2.5 cm'
 NAME = "<img src=x onerror=document.title=1>"  # of a model's folder, whole where a note's text comes in pieces
-
-
-@pytest.fixture(scope="module")
-def driver():
-    from selenium import webdriver
-    from selenium.webdriver.chrome.service import Service
-
-    options = webdriver.ChromeOptions()
-    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
-                     "--disable-component-update", "--disable-dev-shm-usage", "--window-size=1300,1600"):  # fmt: skip
-        options.add_argument(argument)
-    options.binary_location = shutil.which("chromium")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
-    made = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
-    yield made
-    made.quit()
 
 
 @pytest.fixture(scope="module")
@@ -171,16 +149,9 @@ def test_experts_are_shown_for_a_model_that_has_some(driver, pages):
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1300, "dark")])
-def test_nothing_overflows_on_a_phone_and_dark_is_dark(width, scheme, driver, pages):
-    metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
-    driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
-    scheme_is = [{"name": "prefers-color-scheme", "value": scheme}]
-    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme_is})
-    try:
-        opened(driver, pages / "two.html")
-        assert driver.execute_script("return document.documentElement.scrollWidth") <= width
-        paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
-        assert (sum(map(int, paper.strip("rgb()").split(","))) < 150) == (scheme == "dark")
-    finally:
-        driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
-        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
+def test_nothing_overflows_on_a_phone_and_dark_is_dark(width, scheme, driver, screen, pages):
+    screen(width, scheme)
+    opened(driver, pages / "two.html")
+    assert driver.execute_script("return document.documentElement.scrollWidth") <= width
+    paper = driver.execute_script("return getComputedStyle(document.body).backgroundColor")
+    assert (sum(map(int, paper.strip("rgb()").split(","))) < 150) == (scheme == "dark")

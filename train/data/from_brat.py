@@ -3,8 +3,8 @@
 Every NAME.txt with its NAME.ann makes one record. Entities ("T1<TAB>TumorSize 19 25<TAB>2.5 cm") are answers; their
 type is a phenotype's name in any spelling (tumor_size, TumorSize) or is mapped: `--types Size=tumor_size Dx=diagnosis`.
 Every phenotype that is annotated anywhere in the folder is asked of every text: where a text has none of it, the answer
-is "not relevant". A discontinuous entity gives its parts joined by spaces. Relations, events, attributes and notes are
-passed over.
+is "not relevant". Of several diagnoses in a text the first is asked for, the others are kept beside it. A discontinuous
+entity gives its parts joined by spaces. Relations, events, attributes and notes are passed over.
 """
 
 from __future__ import annotations
@@ -39,10 +39,18 @@ class Options:
                 raise UserError(f"--types {pair}: write TYPE=phenotype")
 
 
+def read(path: Path) -> str:
+    """A file's text as it is: offsets count every character, "\\r" too."""
+    try:
+        return path.read_bytes().decode("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
 def entities(path: Path, text: str, types: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
     """(phenotype or diagnosis, {"text", "start", "end"}) of an .ann file, in the text's order."""
     found = []
-    for number, line in enumerate(path.read_text(encoding="utf-8").splitlines(), 1):
+    for number, line in enumerate(read(path).removeprefix("\ufeff").split("\n"), 1):
         where = f"{path}:{number}"
         if not line.startswith("T"):
             continue
@@ -75,8 +83,7 @@ def records(folder: Path, types: dict[str, str]) -> list[dict[str, Any]]:
     types = {name: label(kind, f"--types {name}={kind}") if kind else "" for name, kind in types.items()}
     made, asked = [], set()
     for text_path, ann_path in pairs:
-        with open(text_path, encoding="utf-8", newline="") as lines:  # offsets count every character, "\r" too
-            text = lines.read()
+        text = read(text_path)
         record: dict[str, Any] = {
             "id": text_path.stem,
             "patient": text_path.stem,
@@ -86,7 +93,9 @@ def records(folder: Path, types: dict[str, str]) -> list[dict[str, Any]]:
         }
         for kind, one in entities(ann_path, text, types):
             if kind == "diagnosis":
-                record.setdefault("diagnosis", diagnosis(one["text"], str(ann_path)))
+                found = diagnosis(one["text"], str(ann_path))
+                if record.setdefault("diagnosis", found) != found:
+                    record.setdefault("further_diagnoses", []).append(found)
                 continue
             asked.add(kind)
             given = record["phenotypes"].setdefault(kind, [])

@@ -17,6 +17,7 @@ have several texts. A question that has no row is not asked. The records are tra
 from __future__ import annotations
 
 import csv
+import io
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -83,12 +84,11 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     try:
         raw = path.read_text(encoding="utf-8-sig")
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save the table as CSV UTF-8") from error
-    lines = raw.splitlines(keepends=True)
-    if not lines:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as 'CSV UTF-8'") from error
+    if not raw.strip():
         raise UserError(f"{path}: empty; give a header and one row an answer")
-    delimiter = max(",;\t", key=lines[0].count)
-    reader = csv.DictReader(lines, delimiter=delimiter, restkey="", strict=True)
+    delimiter = max(",;\t", key=raw.lstrip().splitlines()[0].count)
+    reader = csv.DictReader(io.StringIO(raw, newline=""), delimiter=delimiter, restkey="", strict=True)
     columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
     if "text" not in columns or "answer" not in columns or not {"type", "question"} & set(columns):
         raise UserError(f"{path}: the header is {', '.join(columns)}; it needs text, answer, and type or question")
@@ -99,9 +99,13 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
                 raise UserError(
                     f"{path}:{reader.line_num}: more cells than columns; quote texts that hold a {delimiter!r}"
                 )
+            if not any(row.values()):  # the empty rows that spreadsheets leave at the end
+                continue
+            if missing := [key for key, value in row.items() if value is None]:
+                raise UserError(f"{path}:{reader.line_num}: fewer cells than columns: no {missing[0]}")
             yield reader.line_num, {key: value or "" for key, value in row.items()}
     except csv.Error as error:
-        raise UserError(f"{path}:{reader.line_num}: {error}") from error
+        raise UserError(f"{path}:{reader.line_num}: {error}; is a quotation mark missing?") from error
 
 
 def records(path: Path) -> list[dict[str, Any]]:
@@ -139,6 +143,8 @@ def remarks(made: list[dict[str, Any]]) -> str:
     nowhere = sum(one["start"] is None for name, one in spans if not PHENOTYPES[name].values)
     other = sum(one["text"] not in PHENOTYPES[name].values for name, one in spans if PHENOTYPES[name].values)
     said = f"{len(made)} records, {len(spans)} answers, {sum('diagnosis' in record for record in made)} diagnoses"
+    further = sum(len(record.get("further_diagnoses", ())) for record in made)
+    said += f"; {further} further diagnoses, not asked for" if further else ""
     said += f"; {nowhere} answers stand nowhere in their text" if nowhere else ""
     return said + (f"; {other} answers are not of their phenotype's closed list" if other else "")
 

@@ -4,6 +4,7 @@ import pytest
 
 from model.command import UserError
 from train.data.from_brat import records
+from train.data.from_table import remarks
 
 TEXT = "Left breast, tumour 2.5 cm\nand 3 mm apart. ER positive."
 
@@ -37,6 +38,28 @@ def test_offsets_count_carriage_returns(tmp_path):
     text = "one\r\ntwo 3 cm"
     made = records(folder(tmp_path, "T1\ttumor_size 9 13\t3 cm\n", text), {})
     assert made[0]["phenotypes"]["tumor_size"][0]["text"] == "3 cm"
+
+
+def test_a_mark_at_the_start_hides_no_entity(tmp_path):
+    made = records(folder(tmp_path, "\ufeffT1\ttumor_size 20 26\t2.5 cm\r\n"), {})
+    assert made[0]["phenotypes"]["tumor_size"][0]["start"] == 20
+
+
+def test_the_first_of_several_diagnoses_is_asked_for_and_none_is_lost(tmp_path):
+    text = "C50.912 here, C18.7 there, C50.912 again"
+    lines = [f"T{i}\tdiagnosis {at} {at + len(code)}\t{code}\n" for i, (at, code) in
+             enumerate([(0, "C50.912"), (14, "C18.7"), (27, "C50.912")])]  # fmt: skip
+    (made, _) = records(folder(tmp_path, "".join(lines), text), {})
+    assert made["diagnosis"]["code"] == "C50.912" and [one["code"] for one in made["further_diagnoses"]] == ["C18.7"]
+    assert "1 further diagnoses" in remarks([made])
+
+
+@pytest.mark.parametrize("end", ["txt", "ann"])
+def test_other_encodings_are_named(tmp_path, end):
+    made = folder(tmp_path, "T1\ttumor_size 20 26\t2.5 cm\n")
+    (made / f"a.{end}").write_bytes("Gr\u00f6\u00dfe".encode("cp1252"))
+    with pytest.raises(UserError, match=f"a.{end}: not UTF-8"):
+        records(made, {})
 
 
 @pytest.mark.parametrize(

@@ -46,6 +46,21 @@ def test_delimiters_and_excels_mark(tmp_path, delimiter, start):
     assert [r["id"] for r in made] == ["a0", "a1", "a2"] and {r["patient"] for r in made} == {"p1"}
 
 
+def test_a_table_as_a_spreadsheet_saves_it(tmp_path):
+    """Semicolons, a mark at the start, a note of several lines in one cell, control characters, empty rows below."""
+    note = "Left breast;\r\nmass ""2.5 cm""\n\x0cgrade 2\u2028ER+"
+    cell = '"' + note.replace('"', '""') + '"'
+    rows = f"Text;Type;Answer\r\n{cell};tumor_size;2.5 cm\r\n{cell};cancer_grade;grade 2\r\n;;\r\n;;\r\n"
+    (made,) = records(table(tmp_path, b"\xef\xbb\xbf" + rows.encode()))
+    assert made["text"] == note and note[slice(*places(made, "tumor_size"))] == "2.5 cm"
+    (made,) = records(table(tmp_path, "text,type,answer\nsize\x0c3 cm,tumor_size,3 cm\n"))
+    assert made["text"] == "size\x0c3 cm"
+
+
+def places(record, name):
+    return record["phenotypes"][name][0]["start"], record["phenotypes"][name][0]["end"]
+
+
 def test_several_answers_in_one_cell_or_in_rows(tmp_path):
     made = records(
         table(
@@ -75,6 +90,10 @@ def test_span_of_an_answer_that_stands_nowhere():
         (HEAD + " ,tumor_size,1 cm\n", "t.csv:2: no text"),
         (HEAD + "a,diagnosis,a sort of lump\n", "names no ICD-10-CM code"),
         (b"text,type,answer\n\xff,a,b\n", "not UTF-8"),
+        ("text;type;answer\nTumor 3\u00a0cm, \u201eG2\u201c;tumor_size;3 cm\n".encode("cp1252"), "not UTF-8"),
+        ("text,type,answer\na,tumor_size,1 cm\n".encode("utf-16"), "save it as 'CSV UTF-8'"),
+        (HEAD + "a,tumor_size\n", "t.csv:2: fewer cells than columns: no answer"),
+        (HEAD + '"a,tumor_size,1 cm\n', "is a quotation mark missing"),
         ("id,text,type,answer\n1,a,tumor_size,x\n1,b,tumor_size,x\n", "another text"),
     ],
 )

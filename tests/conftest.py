@@ -1,0 +1,40 @@
+"""A headless Chromium for the pages' tests, installed by `make browser` (Debian's chromium and chromium-driver); a test
+that asks for it is skipped where there is none."""
+
+import shutil
+
+import pytest
+
+
+@pytest.fixture(scope="session")
+def driver():
+    pytest.importorskip("selenium", reason="needs selenium (the test extra)")
+    if not (shutil.which("chromium") and shutil.which("chromedriver")):
+        pytest.skip("needs chromium and chromedriver on the PATH: make browser, as root on Debian, installs them")
+    from selenium import webdriver
+    from selenium.webdriver.chrome.service import Service
+
+    options = webdriver.ChromeOptions()
+    for argument in ("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+                     "--disable-component-update", "--disable-dev-shm-usage", "--window-size=1300,1600"):  # fmt: skip
+        options.add_argument(argument)
+    options.binary_location = shutil.which("chromium")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
+    made = webdriver.Chrome(options=options, service=Service(shutil.which("chromedriver")))
+    yield made
+    made.quit()
+
+
+@pytest.fixture
+def screen(driver):
+    """screen(width, scheme): show pages as a device of that width does; undone afterwards."""
+
+    def show(width, scheme):
+        metrics = {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 600}
+        driver.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", metrics)
+        scheme_is = [{"name": "prefers-color-scheme", "value": scheme}]
+        driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": scheme_is})
+
+    yield show
+    driver.execute_cdp_cmd("Emulation.clearDeviceMetricsOverride", {})
+    driver.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": []})
