@@ -30,7 +30,7 @@ from eval.metrics.ledger import ledger
 from eval.metrics.scoring import METRICS
 from eval.questions import Question, figures, judged, pair, read_predictions, read_references
 from eval.report_examples import examples
-from eval.report_paper import PAPER
+from eval.report_paper import BASELINES, PAPER
 from eval.score import NAMES, groups
 from eval.statistics import paired
 from infer.codes import lookup
@@ -242,10 +242,11 @@ def render(report: Json) -> str:
         "words": lambda name: name.replace("_", " "),
         "clock": _clock,
     }
-    template = environment.get_template("report.html")
-    return template.render(
-        report=report, plots=plots(report), metrics=METRICS, names=NAMES, phenotypes=list(PHENOTYPES), presets=PRESETS
-    )
+    named = {row["name"] for part in report["sets"].values() for row in part["systems"]}
+    return environment.get_template("report.html").render(
+        report=report, plots=plots(report), metrics=METRICS, names=NAMES, phenotypes=list(PHENOTYPES), presets=PRESETS,
+        absent=[title for title in BASELINES if title not in named],
+    )  # fmt: skip
 
 
 def _clock(seconds: float | None) -> str:

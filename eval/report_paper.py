@@ -1,6 +1,11 @@
 """The paper's own figures (arXiv 2406.10459, Tables 1-6), on private data: shown in grey beside ours, never compared
 with them."""
 
+import tomllib
+from pathlib import Path
+
+_LISTED = tomllib.loads(Path(__file__).with_name("baselines.toml").read_text(encoding="utf-8"))
+BASELINES = [entry["title"] for entry in _LISTED.values()]
 PAPER = {
     "diagnosis": [("CancerLLM-7B", 86.81), ("Bio-Mistral-7B", 68.89)],
     "phenotype": [("CancerLLM-7B", 91.78), ("ClinicalCamel-70B", 93.72)],

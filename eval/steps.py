@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -79,6 +80,10 @@ def begin(out: Path, made_of: Mapping[str, Any], last: str = "") -> Run:
 
 def program(name: str, arguments: list[str]) -> float:
     """Run `python -m …`. Returns its peak resident memory in MB. Raises UserError where it fails."""
+    def ended(*_: object) -> None:  # as on Ctrl-C: the program ends with the run, and the same command goes on
+        raise KeyboardInterrupt
+
+    before = signal.signal(signal.SIGTERM, ended)
     child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr)
     try:
         _, status, usage = os.wait4(child.pid, 0)
@@ -86,6 +91,8 @@ def program(name: str, arguments: list[str]) -> float:
         child.terminate()
         child.wait()
         raise
+    finally:
+        signal.signal(signal.SIGTERM, before)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise UserError(

@@ -1,0 +1,66 @@
+"""make demo SCALE=tiny and make tables SCALE=tiny, as they are called: every table is filled, and a run that was ended
+goes on where it stopped."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import sys
+
+import pytest
+
+from eval.experiments import PARTS
+from eval.tables import SIZES
+
+pytestmark = pytest.mark.slow
+
+
+def call(*arguments):
+    done = subprocess.run([sys.executable, "-m", *map(str, arguments)], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    return done
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    out = tmp_path_factory.mktemp("runs") / "demo-tiny"
+    call("eval.demo", "--scale", "tiny", "--out", out)
+    return out
+
+
+def report(folder):
+    return json.loads((folder / "report.json").read_text())
+
+
+def test_the_demo_fills_what_it_promises(demo):
+    found = report(demo)
+    assert len(found["sets"]["heldout"]["systems"]) == 6 and found["bits_per_byte"][0]["after"] > 0
+    assert found["misspelling"]["rates"] == [0.0, 0.1] and set(found["misspelling"]["series"]) == {
+        "as misspelled", "repaired"}  # fmt: skip
+    assert [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]] == ["none", "BM25"]
+    assert found["counterfactual"] is None and found["canaries"] is None
+
+
+def test_the_tables_are_filled_by_a_run_that_was_ended_twice(demo, tmp_path):
+    out, sizes = tmp_path / "tables", SIZES["tiny"]
+    command = ["eval.tables", "--scale", "tiny", "--run", demo, "--out", out]
+    for end, after in ((signal.SIGTERM, "· rate-00: answers"), (signal.SIGINT, "· rate-50: tuning")):
+        with subprocess.Popen([sys.executable, "-m", *map(str, command)], stderr=subprocess.PIPE, text=True) as run:
+            assert any(line.startswith(after) for line in run.stderr)
+            run.send_signal(end)
+        assert run.returncode == 130
+    first = (out / "labels" / "rate-00" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    call(*command)
+    assert (out / "labels" / "rate-00" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == first
+    found, page = report(out), (out / "report.html").read_text()
+    assert all(found[part] for part in PARTS) and "Not part of this run" not in page
+    assert found["counterfactual"]["rates"] == list(sizes.label_rates) and found["counterfactual"]["filter"]
+    assert found["misspelling"]["rates"] == list(sizes.misspelling_rates)
+    for name in ("base", "planted", "deduplicated"):
+        assert [row["count"] for row in found["canaries"]["rows"][name]] == list(sizes.canary_counts)
+    filled = [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]]
+    assert len(filled) == 7 and sum("neighbours" in name for name in filled) == 4
+    assert found["sets"] == report(demo)["sets"] and found["curves"].keys() == report(demo)["curves"].keys()
+    again = call(*command)
+    assert "·" not in again.stderr and report(out) == found
