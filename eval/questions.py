@@ -199,9 +199,12 @@ def _text(span: Any) -> str:
 
 
 def judged(one: Question, preset: str) -> dict[str, Figures]:
-    """A question's three metrics. Presets for which "not relevant" is a text like any other see that text."""
+    """A question's three metrics. Presets for which "not relevant" is a text like any other see that text. Silence is
+    not that answer: an empty output, or none, is wrong where the right answer is "not relevant" too."""
     chosen = PRESETS[preset]
     predicted, gold = list(one.predicted), list(one.gold)
+    if one.said_nothing and not gold:
+        predicted = ["(nothing said)"]
     if chosen.nothing is None:
         predicted = predicted or ([] if one.said_nothing else [NOT_RELEVANT])
         gold = gold or [NOT_RELEVANT]

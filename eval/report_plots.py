@@ -17,10 +17,13 @@ def lines(
 ) -> str:
     """A plot of named lines (xs, ys) or (xs, ys, lows, highs), these with their intervals. Of names such as "diagnosis,
     repaired" the first word gives the colour and the rest the stroke. xs that are text stand at equal distances."""
+    from matplotlib import ticker
+
     strokes, colours = ("-", "--", ":"), {}
     kinds = list(dict.fromkeys(name.partition(", ")[2] for name in series))
     for name in series:
         colours.setdefault(name.partition(", ")[0], COLOURS[len(colours) % len(COLOURS)])
+    ticks: list[float] = []
 
     def draw(axes):
         for turn, (name, (xs, ys, *spread)) in enumerate(series.items()):
@@ -35,11 +38,15 @@ def lines(
             apart = [value + step * (turn - (len(series) - 1) / 2) for value in at]
             axes.errorbar(apart, ys, yerr=arms(ys, *spread), label=name, fmt="o", markersize=4, capsize=2,
                           elinewidth=1, **look)  # fmt: skip
-            if any(isinstance(value, str) for value in xs):
-                axes.set_xticks(at, xs)
+            if len(at) > len(ticks):
+                ticks[:] = at
+                axes.set_xticks(ticks, [value if isinstance(value, str) else f"{value:g}" for value in xs])
         axes.set(xlabel=x, ylabel=y)
         if log:
             axes.set_yscale("log")
+            axes.yaxis.set_major_locator(ticker.LogLocator(subs=(1, 2, 5)))
+            axes.yaxis.set_major_formatter("{x:g}")
+            axes.yaxis.set_minor_formatter(ticker.NullFormatter())
         if zero:
             axes.set_ylim(0, None)
         axes.grid(alpha=0.2)
@@ -67,7 +74,7 @@ def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float,
                 axes.errorbar(
                     mid, at, xerr=arms(mid, low, high), fmt="o", color=colour, label=group, capsize=3, markersize=5
                 )
-        axes.set_yticks(range(len(names)), [textwrap.fill(name, 20) for name in names])
+        axes.set_yticks(range(len(names)), [textwrap.fill(name, 24, break_on_hyphens=False) for name in names])
         axes.set(xlabel=x, xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
         axes.grid(alpha=0.2, axis="x")
         axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)

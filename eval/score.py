@@ -90,7 +90,7 @@ def table(result: dict[str, Any]) -> str:
 def warn(counts: dict[str, Any], where: str) -> None:
     """Say on stderr what did not pair up."""
     for kind, what in (
-        ("missing", "notes without a prediction (scored as empty)"),
+        ("missing", "notes without a prediction (every question of them is wrong)"),
         ("extra", "predictions for unknown notes"),
         ("duplicate", "notes predicted twice (the first counts)"),
         ("failed", "notes that failed"),

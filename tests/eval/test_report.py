@@ -5,13 +5,14 @@ import importlib
 import json
 import subprocess
 import sys
+from dataclasses import replace
 from itertools import combinations
 
 import pytest
 
-from eval.failures import CLASSES, invented, kind
+from eval.failures import CLASSES, invented, is_right, kind
 from eval.metrics.ledger import ledger
-from eval.questions import Question, figures, pair, read_predictions, read_references
+from eval.questions import Question, figures, judged, pair, read_predictions, read_references
 from eval.report import build, terminal_table, write
 from eval.report_examples import pieces
 from model.command import UserError
@@ -187,6 +188,15 @@ def test_nothing_is_dropped_in_silence():
     assert figures([q for q in questions if q.name == "tumor_size"])["exact_match"]["f1"] == 50
 
 
+def test_silence_is_not_the_answer_not_relevant():
+    (_, stage, _, _), counts = pair([note(0, "a")], [])[0], pair([note(0, "a")], [])[1]
+    assert stage.name == "cancer_stage" and stage.gold == () and counts.missing == ["n0"]
+    for preset in ("clinical", "cancerllm"):
+        assert judged(stage, preset)["exact_match"].f1 == 0
+        assert judged(replace(stage, said_nothing=False), preset)["exact_match"].f1 == 100
+    assert not is_right(stage) and kind(stage) == "empty"
+
+
 def test_short_forms_of_predictions_are_taken():
     mine = {
         "id": "n0",
@@ -203,12 +213,13 @@ def test_short_forms_of_predictions_are_taken():
 
 def test_short_forms_of_right_answers_are_taken(tmp_path):
     """A file of one's own need not know our records: text for a phenotype is not taken letter by letter."""
-    mine = {"id": 7, "text": TEXT, "phenotypes": {"tumor_size": "2.5 cm", "cancer_stage": "not relevant",
+    mine = {"id": "n7", "text": TEXT, "phenotypes": {"tumor_size": "2.5 cm", "cancer_stage": "not relevant",
             "hormone_receptor_status": "ER+, HER2-", "tumor_site": None}, "diagnosis": "C18.7"}  # fmt: skip
     write_jsonl(tmp_path / "gold.jsonl", [mine])
     (tmp_path / "gold.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "gold.jsonl").read_bytes())
     (record,) = read_references(tmp_path / "gold.jsonl")
-    questions, counts = pair([record], [{**answer(7), "diagnosis": "C18.7"}])
+    questions, counts = pair([record], [{**answer(7), "diagnosis": "C18.7", "phenotypes": {**answer(7)["phenotypes"],
+                               "tumor_site": []}}])  # fmt: skip
     golds = {one.name: one.gold for one in questions}
     assert golds == {"tumor_size": ("2.5 cm",), "cancer_stage": (), "hormone_receptor_status": ("ER+", "HER2-"),
                      "tumor_site": (), "diagnosis": ("C18.7",)}  # fmt: skip

@@ -82,7 +82,7 @@ def diagnosis(answer: str, where: str) -> dict[str, str]:
 def rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     """(line, row) of the table, its columns in small letters. Raises UserError where a column is missing."""
     try:
-        raw = path.read_text(encoding="utf-8-sig")
+        raw = path.read_bytes().decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as 'CSV UTF-8'") from error
     if not raw.strip():

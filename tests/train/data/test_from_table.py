@@ -48,7 +48,7 @@ def test_delimiters_and_excels_mark(tmp_path, delimiter, start):
 
 def test_a_table_as_a_spreadsheet_saves_it(tmp_path):
     """Semicolons, a mark at the start, a note of several lines in one cell, control characters, empty rows below."""
-    note = "Left breast;\r\nmass ""2.5 cm""\n\x0cgrade 2\u2028ER+"
+    note = 'Left breast;\r\nmass "2.5 cm"\n\x0cgrade 2\u2028ER+'
     cell = '"' + note.replace('"', '""') + '"'
     rows = f"Text;Type;Answer\r\n{cell};tumor_size;2.5 cm\r\n{cell};cancer_grade;grade 2\r\n;;\r\n;;\r\n"
     (made,) = records(table(tmp_path, b"\xef\xbb\xbf" + rows.encode()))
