@@ -59,7 +59,7 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.9), filter_rate=0.3, label_records=48, label_epochs=1.0,
+    "full": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=64, label_epochs=1.0,
                   label_notes=24, misspelling_rates=(0.0, 0.05, 0.1, 0.2), misspelling_notes=40,
                   canary_counts=(0, 1, 4, 16), canaries_each=5, canary_records=80, canary_epochs=4.0,
                   retrieval_notes=40, encoder_steps=300, tune_steps=60),
