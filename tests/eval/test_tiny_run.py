@@ -49,7 +49,8 @@ def test_the_tables_are_filled_by_a_run_that_was_ended_twice(demo, tmp_path):
         with subprocess.Popen([sys.executable, "-m", *map(str, command)], stderr=subprocess.PIPE, text=True) as run:
             assert any(line.startswith(after) for line in run.stderr)
             run.send_signal(end)
-        assert run.returncode == 130
+            rest = run.communicate()[1]
+        assert run.returncode == 130 and rest.splitlines()[-1] == "eval.tables: interrupted"
     first = (out / "labels" / "rate-00" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     call(*command)
     assert (out / "labels" / "rate-00" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == first
