@@ -10,7 +10,7 @@ from __future__ import annotations
 import contextlib
 import os
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -317,11 +317,17 @@ def config_from(raw: dict[str, Any]) -> LoRAConfig:
     )
 
 
-def read_adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a PEFT folder, by PEFT's keys. Raises UserError where the file is missing or damaged."""
+def adapter_file(path: str | os.PathLike[str]) -> Path:
+    """The file of a PEFT folder's tensors. Raises UserError where there is none."""
     where = Path(path) / "adapter_model.safetensors"
     if not where.is_file():
         raise UserError(f"{where}: no such file; an adapter is a folder with adapter_config.json beside it")
+    return where
+
+
+def read_adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """The tensors of a PEFT folder, by PEFT's keys. Raises UserError where the file is missing or damaged."""
+    where = adapter_file(path)
     try:
         with safe_open(where, framework="pt") as data:
             return {key: data.get_tensor(key) for key in data.keys()}
@@ -346,7 +352,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
 
 
 def check_tensors(
-    model: nn.Module, tensors: dict[str, Tensor], config: LoRAConfig, path: str | os.PathLike[str]
+    model: nn.Module, tensors: Mapping[str, Tensor], config: LoRAConfig, path: str | os.PathLike[str]
 ) -> None:
     """Every adapter tensor has its module, every module its tensors, and all shapes agree; else a UserError."""
     linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and config.wants(p)}
@@ -360,10 +366,10 @@ def check_tensors(
         what = f"holds {surplus[0]!r}, which this model has no place for" if surplus else f"lacks {missing[0]!r}"
         raise UserError(f"{path}: the adapter {what}; it was made for another model or other target modules")
     for key, shape in expected.items():
-        if tuple(tensors[key].shape) != shape:
+        tensor = tensors[key]
+        if tuple(tensor.shape) != shape:
             raise UserError(
-                f"{path}: {key} is {tuple(tensors[key].shape)} where this model needs {shape}; "
-                "it was made for another model"
+                f"{path}: {key} is {tuple(tensor.shape)} where this model needs {shape}; it was made for another model"
             )
-        if not tensors[key].isfinite().all():
+        if not tensor.isfinite().all():
             raise UserError(f"{path}: {key} holds values that are not finite; the file is damaged")

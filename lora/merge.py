@@ -1,22 +1,24 @@
 """Fold an adapter into a checkpoint on disk: `python -m lora.merge --weights DIR --adapter DIR --out DIR`.
 
-The checkpoint is streamed a few megabytes of rows at a time: rows of W + s·B A are summed in fp32, rounded to the
-file's dtype and written, so a 7B model needs little more memory than its adapter. The base's files are not touched:
-they are the originals that an in-memory merge keeps (fold.py).
+Both are streamed: rows of W + s·B A, a few megabytes at a time, are summed in fp32, rounded to the file's dtype and
+written, and an adapter's two matrices are read when their layer's turn comes. What is in memory is a few pieces of one
+layer, however many layers and shards there are (`python -m eval.bench merge`). The base's files are not touched: they
+are the originals that an in-memory merge keeps (fold.py).
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
+from lora.adapter import PREFIX, LoRAConfig, adapter_file, check_tensors, read_config
 from model.command import UserError, run
 from model.config import ModelConfig
-from model.safetensors_file import Stored
+from model.safetensors_file import Stored, open_safetensors
 from model.tokenizer import copy_tokenizer
 from model.transformer import Transformer
 from model.weights import Checkpoint, config_dict, open_checkpoint, write_checkpoint
@@ -34,29 +36,47 @@ class Options:
     """The merged model's folder."""
 
 
-def merged_rows(stored: Stored, a_RD: Tensor, b_OR: Tensor, scale: float, dtype: torch.dtype | None) -> Stored:
-    """A tensor on disk plus an adapter's update in at least fp32, made row by row as it is read; in `dtype`."""
+class OnDisk(Mapping[str, Tensor]):
+    """The tensors of a PEFT folder by PEFT's keys, each read when it is asked for and kept by nobody."""
+
+    def __init__(self, path: str) -> None:
+        self.stored = open_safetensors(adapter_file(path))
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.stored[key].read(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def merged_rows(
+    stored: Stored, adapter: Mapping[str, Tensor], module: str, scale: float, dtype: torch.dtype | None
+) -> Stored:
+    """A tensor on disk plus its layer's update in at least fp32, made row by row as it is read; in `dtype`."""
 
     def read(rows: slice | None) -> Tensor:
         base = stored.read(rows)
         wide = torch.promote_types(base.dtype, torch.float32)
+        a_RD, b_OR = (adapter[f"{PREFIX}{module}.lora_{kind}.weight"] for kind in "AB")
         b_PR = b_OR if rows is None else b_OR[rows]
-        return (base.to(wide) + (b_PR.to(wide) @ a_RD.to(wide)) * scale).to(dtype or base.dtype)
+        return (b_PR.to(wide) @ a_RD.to(wide)).mul_(scale).add_(base.to(wide)).to(dtype or base.dtype)
 
     return replace(stored, read=read)
 
 
 def merge_checkpoint(
-    checkpoint: Checkpoint, config: LoRAConfig, adapter: dict[str, Tensor], dtype: torch.dtype | None = None
+    checkpoint: Checkpoint, config: LoRAConfig, adapter: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> Checkpoint:
     """The checkpoint with every adapted tensor replaced by its merged rows; nothing is read yet."""
     tensors = dict(checkpoint.tensors)
     for key in adapter:
         if key.endswith(".lora_A.weight"):
             module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            a_RD, b_OR = adapter[key], adapter[f"{PREFIX}{module}.lora_B.weight"]
             base = tensors[f"{module}.weight"]
-            tensors[f"{module}.weight"] = merged_rows(base, a_RD, b_OR, config.scale(module), dtype)
+            tensors[f"{module}.weight"] = merged_rows(base, adapter, module, config.scale(module), dtype)
     return replace(checkpoint, tensors=tensors)
 
 
@@ -67,7 +87,7 @@ def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | Non
     raw = config_dict(weights)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
-    config, tensors = read_config(adapter), read_adapter(adapter)
+    config, tensors = read_config(adapter), OnDisk(adapter)
     check_tensors(model, tensors, config, adapter)
     merged = merge_checkpoint(open_checkpoint(weights), config, tensors, dtype)
     write_checkpoint(merged, raw, out, 5 * 2**30, dtype)

@@ -55,8 +55,8 @@ def alone(work: Any, path: Path) -> Any:
         return pool.submit(work, path).result()
 
 
-def write(path: Path, layers: int, width: int) -> int:
-    """Write the checkpoint, one tensor in memory at a time; returns its size in bytes."""
+def write(path: Path, layers: int, width: int, shard: int = 5 * 10**9) -> int:
+    """Write the checkpoint in shards of `shard` bytes, one tensor in memory at a time; returns its size in bytes."""
     import torch
 
     from model import ModelConfig, Transformer
@@ -84,7 +84,7 @@ def write(path: Path, layers: int, width: int) -> int:
         return Stored(shape, "BF16", "memory", read)
 
     checkpoint = Checkpoint(path, "memory", {name: stored(shape) for name, shape in shapes.items()})
-    write_checkpoint(checkpoint, config.to_dict(), path, 5 * 10**9, None)
+    write_checkpoint(checkpoint, config.to_dict(), path, shard, None)
     return size
 
 

@@ -66,20 +66,20 @@ def write_tokenizer(path: Path) -> None:
     shutil.copy(source, path / "tokenizer.model")
 
 
-def write_adapter(path: Path, out: Path) -> None:
-    """A random adapter of rank 8 on every linear layer of the model at `path`."""
+def write_adapter(path: Path, out: Path, r: int = 8) -> None:
+    """A random adapter of rank `r` on every linear layer of the model at `path`."""
     import torch
 
     from lora.adapter import PREFIX, LoRAConfig
     from lora.adapter import write_adapter as write_files
     from model import ModelConfig, Transformer
 
-    config, generator, state = LoRAConfig(r=8, alpha=16), torch.Generator().manual_seed(0), {}
+    config, generator, state = LoRAConfig(r=r, alpha=2.0 * r), torch.Generator().manual_seed(0), {}
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_pretrained(path))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and config.wants(name):
-            for kind, shape in (("A", (8, module.in_features)), ("B", (module.out_features, 8))):
+            for kind, shape in (("A", (r, module.in_features)), ("B", (module.out_features, r))):
                 state[f"{PREFIX}{name}.lora_{kind}.weight"] = torch.randn(shape, generator=generator) * 0.01
     out.mkdir()
     write_files(out, config, state)
