@@ -31,8 +31,10 @@ GPUS = {  # bytes of memory, dense bf16 FLOP/s: the makers' data sheets
     "a100-40gb": (40e9, 312e12), "a100-80gb": (80e9, 312e12), "h100-80gb": (80e9, 989e12), "l4-24gb": (24e9, 121e12),
 }  # fmt: skip
 GPU_SHARE = 0.30  # of the peak: 3,354 tok/s of LoRA on Mistral-7B on an A100 (fms-acceleration's table) is 31 % of it
+SHEETS = {name.split("-")[0].upper(): rate for name, (_, rate) in GPUS.items()}  # by the word in the driver's names
 CPU_SHARE = 0.75  # of the measured product rate: a step of ours on a CPU (eval.bench train)
 GPU_CONTEXT = 1.0e9  # the driver's context and libraries' workspaces: an assumption
+MAPPED = 32 * 2**20  # glibc gives larger blocks a mapping of their own, which goes back when they are freed
 WIDTH = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
@@ -64,12 +66,14 @@ class Options:
 
 @dataclass(frozen=True)
 class Load:
-    """What the data asks for: tokens of one pass, supervised tokens among them, longest row, rows (of one pass)."""
+    """What the data asks for: tokens of one pass, supervised tokens among them, longest row, rows (of one pass), and
+    how many tokens one of them sees on average."""
 
     tokens: int
     targets: int
     longest: int
     rows: int
+    reach: float
     source: str
 
 
@@ -94,8 +98,11 @@ def narrow_bytes(kind: str, rows: int, columns: int) -> float:
     return count * (1 / 2 + 1 / 64 + 4 / (64 * 256)) if kind == "nf4" else count + 4 * rows
 
 
-def memory(config: ModelConfig, recipe: Recipe, ranks: int, row_tokens: int, targets: int) -> dict[str, float]:
-    """Bytes on each process, by category, at the step's peak; `targets` of a micro-batch are supervised."""
+def memory(
+    config: ModelConfig, recipe: Recipe, ranks: int, row_tokens: int, targets: int, heap: bool = False
+) -> dict[str, float]:
+    """Bytes on each process, by category, at the step's peak; `targets` of a micro-batch are supervised, and with
+    `heap` tensors live in glibc's (on a CPU)."""
     from lora.adapter import adapted
 
     model, e = built(config, recipe), WIDTH[recipe.dtype]
@@ -128,11 +135,27 @@ def memory(config: ModelConfig, recipe: Recipe, ranks: int, row_tokens: int, tar
         "logits": logits + (V * config.hidden_size * e if recipe.full else 0.0),
         "gathered": largest,
     }
+    if heap:
+        made["holes"] = holes(config, recipe, tokens * e)
     if ranks > 1:  # FSDP: shards, the whole of the root's group, and two blocks gathered at a time
         made |= {key: made[key] / ranks for key in ("adapters", "gradients", "optimizer")}
         made["weights"] = (block + root) / ranks
         made["gathered"] += root + 2 * block / layers
     return made
+
+
+def holes(config: ModelConfig, recipe: Recipe, width: int) -> float:
+    """Bytes between kept tensors that glibc's heap cannot use again; `width` bytes stand for one number a token.
+
+    torch asks for aligned blocks (posix_memalign), and for those glibc looks for a hole larger than the block: the
+    hole that a freed tensor leaves never takes the next tensor of its size, and is taken by smaller ones or by none.
+    Each fast or recomputed block frees one tensor of the feed-forward's width amid what is kept. With
+    MALLOC_MMAP_THRESHOLD_=1048576 in the environment there are no holes, for a twelfth more time.
+    """
+    size = config.intermediate_size * width
+    if (plain(config, recipe) and not recipe.checkpoint_blocks) or size >= MAPPED:
+        return 0.0
+    return active(config, recipe) * size
 
 
 def active(config: ModelConfig, recipe: Recipe) -> int:
@@ -164,7 +187,8 @@ def block_bytes(config: ModelConfig, recipe: Recipe, e: int, plain: bool) -> tup
 
 def arithmetic(config: ModelConfig, recipe: Recipe, load: Load) -> float:
     """Floating-point operations of one pass over the data: 2 a weight and token forward, 2 backward for the input's
-    gradient, 2 more for a trained weight's own; attention 14 a pair and width; recomputed blocks forward again."""
+    gradient, 2 more for a trained weight's own; attention 14 a pair and width (4 forward, 10 backward, where scores are
+    made again); recomputed blocks forward again."""
     model = built(config, recipe)
     linear = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2
                  and "lora_" not in name)  # fmt: skip
@@ -174,8 +198,8 @@ def arithmetic(config: ModelConfig, recipe: Recipe, load: Load) -> float:
     back = active(config, recipe) / config.num_hidden_layers
     matrices = (6 if recipe.full else 2 + 2 * back) * linear + 6 * low
     again = 2 * linear + 2 * low if recipe.checkpoint_blocks else 0
-    reach = min([load.longest, *(window for window in config.windows if window is not None)]) / 2
-    attention = 14 * config.num_attention_heads * config.head_dim * reach * config.num_hidden_layers
+    seen = sum(min(load.reach, window or math.inf) for window in config.windows)
+    attention = 14 * config.num_attention_heads * config.head_dim * seen
     head = (6 if recipe.full else 4) * config.vocab_size * config.hidden_size
     return load.tokens * (matrices + again + attention) + load.targets * head
 
@@ -201,7 +225,9 @@ def find_load(options: Options, recipe: Recipe, stage: str) -> Load:
         tokens = options.documents * options.document_tokens
         longest = options.row_tokens or recipe.block
         source = f"{options.documents:,} documents of {options.document_tokens:,} tokens (as given)"
-        return Load(tokens, tokens, longest, math.ceil(tokens / longest), source)
+        apart = recipe.packing != "concatenate"  # then a token sees its own document only
+        reach = min(options.document_tokens, longest) / 2 if apart else longest / 2
+        return Load(tokens, tokens, longest, math.ceil(tokens / longest), reach, source)
     missing = [file for file in recipe.data if not Path(file).is_file()]
     if missing:
         raise UserError(f"{missing[0]}: no such file; give the data's size: --documents N --document-tokens M")
@@ -219,7 +245,8 @@ def find_load(options: Options, recipe: Recipe, stage: str) -> Load:
     tokens = sum(map(len, seen)) * len(rows) // len(seen)
     targets = sum(row.targets(ANSWER) for row in seen) * len(rows) // len(seen)
     longest = options.row_tokens or max(map(len, seen))
-    return Load(tokens, targets, longest, len(rows), f"{len(rows):,} rows of {', '.join(recipe.data)}")
+    reach = sum(row.pairs() for row in seen) / sum(map(len, seen))
+    return Load(tokens, targets, longest, len(rows), reach, f"{len(rows):,} rows of {', '.join(recipe.data)}")
 
 
 def device(options: Options) -> tuple[float, float, float, str]:
@@ -253,7 +280,9 @@ def remedies(config: ModelConfig, recipe: Recipe, options: Options, load: Load, 
         so_far, gpus = replace(so_far, **values), processes
         if gpus > 1 and so_far.optimizer == "adamw8bit":
             so_far = replace(so_far, optimizer="adamw")
-        total = total_bytes(memory(config, so_far, gpus, load.longest, targets_of(load, so_far)), options.gpu)
+        total = total_bytes(
+            memory(config, so_far, gpus, load.longest, targets_of(load, so_far), options.gpu == "cpu"), options.gpu
+        )
         made.append({"change": what, "total_gb": total / 1e9, "fits": total <= room})
         if total <= room:
             break
@@ -281,7 +310,7 @@ def plan(options: Options) -> dict[str, Any]:
         stage = "instruct" if asks or "instruct" in Path(options.recipe).stem else "pretrain"
     config, load = find_config(options, recipe), find_load(options, recipe, stage)
     room, peak, share, basis = device(options)
-    parts = memory(config, recipe, options.gpus, load.longest, targets_of(load, recipe))
+    parts = memory(config, recipe, options.gpus, load.longest, targets_of(load, recipe), options.gpu == "cpu")
     total = total_bytes(parts, options.gpu)
     passes = recipe.steps * recipe.batch_rows / load.rows if recipe.steps else recipe.epochs
     flops = arithmetic(config, recipe, load) * passes

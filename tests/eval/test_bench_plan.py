@@ -1,0 +1,28 @@
+"""The planner's benchmark asks for what the planner says, leaves no category out, and trains on the longest row."""
+
+import pytest
+
+from eval.bench.plan import GROUPS, SETTINGS, STEPS, recipe_file, rows
+from eval.bench.train import config_of
+from model.command import UserError
+from train.plan import memory
+from train.recipe import Recipe, read_toml
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_a_recipe_of_which_all_rows_are_trained_on(name, tmp_path):
+    stage, changes = SETTINGS[name]
+    recipe = Recipe(**read_toml(recipe_file(tmp_path, 0, stage, changes, "x")))
+    assert {key: getattr(recipe, key) for key in changes} == changes
+    assert recipe.steps == STEPS and (stage == "pretrain" or recipe.records == STEPS * recipe.batch_rows)
+
+
+def test_the_groups_hold_every_category_once():
+    planned = memory(config_of("tiny"), Recipe(data=("x",), out="x", weights="x"), 1, 100, 20, heap=True)
+    grouped = [part for parts in GROUPS.values() for part in parts]
+    assert sorted(grouped) == sorted(planned)
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(UserError, match="tuning, fp32"):
+        rows(only="tuninng")
