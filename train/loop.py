@@ -11,6 +11,7 @@ import json
 import math
 import signal
 import time
+from collections import Counter
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -53,7 +54,7 @@ class Trainer:
     identity: dict[str, Any]
     base: str = ""
     progress: Progress = field(default_factory=Progress)
-    tokens_this_run: int = 0
+    done: Counter[str] = field(default_factory=Counter)  # in this process: steps, tokens, targets, pairs of attention
     seconds: float = 0.0
 
     def __post_init__(self) -> None:
@@ -98,7 +99,9 @@ class Trainer:
             loss.backward()
             total += summed
         loss_value = float(sum_over_ranks(total)) / max(counts[ANSWER], 1)
-        return loss_value, self.gradient_norm(), sum(len(row) for row in rows)
+        tokens = sum(len(row) for row in rows)
+        self.done.update(steps=1, tokens=tokens, targets=sum(counts.values()), pairs=sum(row.pairs() for row in rows))
+        return loss_value, self.gradient_norm(), tokens
 
     def gradient_norm(self) -> float:
         grads = [p.grad for p in named_trainable(self.model).values() if p.grad is not None]
@@ -163,10 +166,9 @@ class Trainer:
                 learning_rate = self.update(step, norm)
             self.progress.step += 1
             self.progress.tokens += tokens
-            self.tokens_this_run += tokens
             self.seconds = time.monotonic() - began
             self.record(loss, norm, learning_rate)
-            bar.set_postfix_str(f"loss {loss:.4f}, {self.tokens_this_run / self.seconds:.0f} tok/s", refresh=False)
+            bar.set_postfix_str(f"loss {loss:.4f}, {self.done['tokens'] / self.seconds:.0f} tok/s", refresh=False)
             bar.update()
             if self.ranks.any(self.stopping):
                 self.save()

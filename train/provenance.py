@@ -40,7 +40,7 @@ def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
         raise UserError(f"--step {step}: the run {folder} has steps 1 to {card['steps']}")
     names = {field.name for field in fields(Recipe)}
     held = {key: tuple(value) if isinstance(value, list) else value for key, value in card["recipe"].items()}
-    recipe = Recipe(**{key: value for key, value in held.items() if key in names}, out=str(folder))
+    recipe = Recipe(**{key: value for key, value in held.items() if key in names} | {"out": str(folder)})
     store = TokenStore(Path(folder) / "tokens" / "train")
     if store.manifest["identity"] != card["data"]:
         raise UserError(f"{store.path}: made from other data than the run; tokenise the run's own data again")

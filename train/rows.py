@@ -53,6 +53,10 @@ class Row:
     def targets(self, kind: int) -> int:
         return int(sum((unit.kind == kind).sum() for unit in self.units))
 
+    def pairs(self) -> int:
+        """Tokens and the tokens that they see, without a window: a token at position p of a document sees p + 1."""
+        return int(sum((unit.positions + 1).sum() for unit in self.units))
+
 
 @dataclass(frozen=True)
 class Batch:

@@ -2,13 +2,9 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
-import platform
-import sys
 import time
 from dataclasses import asdict, replace
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -21,10 +17,11 @@ from lora.merge import merge_folders
 from lora.narrow import narrow_base
 from model.command import UserError, guard
 from model.config import ModelConfig
-from model.files import atomic_folder, read_json, sha256_file, write_json
+from model.files import atomic_folder, read_json
 from model.tokenizer import copy_tokenizer
 from model.transformer import Transformer
 from model.weights import config_dict, open_checkpoint, save_weights
+from train.card import code_hash, peak_memory, write_card
 from train.checkpoint import check_unchanged, snapshot, steps_saved
 from train.dataset import Rows
 from train.fast import training_blocks
@@ -186,13 +183,6 @@ def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
                       recipe.alpha_pattern)  # fmt: skip
 
 
-def code_hash() -> str:
-    """Of the programs that train: ranks on several machines may have been started from different checkouts."""
-    root = Path(__file__).parents[1]
-    files = sorted(file for room in ("model", "lora", "infer", "train") for file in (root / room).rglob("*.py"))
-    return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()[:16]
-
-
 def identity(recipe: Recipe, stage: str, rows: Rows) -> dict[str, Any]:
     """What a run's numbers are a function of; a resume compares it."""
     options = {key: value for key, value in asdict(recipe).items() if key not in UNIMPORTANT}
@@ -210,6 +200,7 @@ def finish(trainer: Trainer, stage: str, began: float) -> Path:
     """Write the final adapter or model, and the run card."""
     recipe, out = trainer.recipe, trainer.out
     final = out / ("model" if recipe.full else "adapter")
+    peaks = trainer.ranks.gather(peak_memory(trainer.ranks.device))
     held, _ = snapshot(trainer.model, [], keep=trainer.ranks.first)
     if trainer.ranks.first:
         if recipe.full:
@@ -217,46 +208,6 @@ def finish(trainer: Trainer, stage: str, began: float) -> Path:
         else:
             with atomic_folder(final) as folder:
                 write_adapter(folder, *trainer.adapter(held))  # type: ignore[misc]
-        write_json(out / "run.json", run_card(trainer, time.monotonic() - began))
+        write_card(trainer, time.monotonic() - began, peaks)
     trainer.ranks.wait()
     return final
-
-
-def run_card(trainer: Trainer, seconds: float) -> dict[str, Any]:
-    """What was run, on what, and what it cost."""
-    trained = sum(p.numel() for p in trainer.model.parameters() if p.requires_grad)
-    return {
-        **trainer.identity,
-        "steps": trainer.steps,
-        "rows": len(trainer.rows),
-        "records": len(trainer.rows.store),
-        "tokens": trainer.progress.tokens,
-        "skipped_steps": trainer.progress.skipped,
-        "best_valid_loss": trainer.progress.best,
-        "best_step": trainer.progress.best_step,
-        "trained_parameters": trained,
-        "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        "seconds": seconds,
-        "training_seconds": trainer.seconds,
-        "tokens_per_second": trainer.tokens_this_run / trainer.seconds if trainer.seconds else None,
-        "peak_memory_bytes": peak_memory(trainer.ranks.device),
-        "ranks": trainer.ranks.world,
-        "device": device_name(trainer.ranks.device),
-        "threads": torch.get_num_threads(),
-        "packages": {name: metadata.version(name) for name in ("torch", "numpy", "safetensors", "tokenizers")},
-        "python": platform.python_version(),
-    }
-
-
-def peak_memory(device: torch.device) -> int:
-    """Bytes: the GPU's peak allocation, or the process's peak resident memory."""
-    if device.type == "cuda":
-        return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-def device_name(device: torch.device) -> str:
-    return torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine()

@@ -1,0 +1,95 @@
+"""A run's card says what was run, on what, and at what cost; its arithmetic is what torch counts."""
+
+import hashlib
+import json
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+from tiny_runs import CONFIG, RECIPE, as_recipe, tiny
+from torch.utils.flop_counter import FlopCounterMode
+
+from model.attention import Visible
+from train import card, session
+from train.loss import batch_loss
+from train.plan import Load, arithmetic
+from train.rows import Row, collate, count, note_unit
+from train.store import TokenStore
+
+
+def test_the_card_of_a_run_that_went_on(options, tmp_path):
+    out = tmp_path / "run"
+    session.train(as_recipe(options, out=str(out), steps=2, schedule="constant"), "instruct")
+    session.train(as_recipe(options, out=str(out), steps=5, schedule="constant", allow_changed=True), "instruct")
+    told = json.loads((out / "run.json").read_text())
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert told["steps"] == 5 and told["steps_of_this_process"] == 3
+    assert told["tokens"] == lines[-1]["tokens"]
+    assert told["tokens_of_this_process"] == lines[-1]["tokens"] - lines[1]["tokens"]
+    assert told["tokens_per_second"] == told["tokens_of_this_process"] / told["training_seconds"]
+    assert told["recipe"]["save_every"] == 2 and told["recipe"]["dropout"] == 0.1, "every option, also unimportant ones"
+    data = Path(options["data"][0])
+    assert hashlib.sha256(data.read_bytes()).hexdigest() in json.dumps(told["data"])
+    assert told["data"] == TokenStore(out / "tokens" / "train").manifest["identity"]
+    assert told["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert 0 < told["model_flop_utilisation"] < 1 and "measured products in float32" in told["utilisation_of"]
+    assert told["peak_memory_bytes"] > 2**26 and told["seconds"] >= told["training_seconds"] > 0
+    assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_without_matplotlib_one_line_says_so(options, tmp_path, monkeypatch, capsys):
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    session.train(as_recipe(options, out=str(tmp_path), steps=1), "instruct")
+    assert capsys.readouterr().err.count("loss.png left out: matplotlib is not installed") == 1
+    assert (tmp_path / "run.json").is_file() and not (tmp_path / "loss.png").exists()
+
+
+def test_the_codes_version_is_its_commit_and_whether_it_was_changed(tmp_path):
+    (tmp_path / "model").mkdir()
+    file = tmp_path / "model" / "one.py"
+    file.write_text("a = 1\n")
+    bare = card.code_version(tmp_path)
+    assert bare == {"hash": card.code_hash(tmp_path), "version": card.version("cancerllm-reference")}
+    who = ("-c", "user.name=n", "-c", "user.email=e@example.org")
+    for words in (("init", "-q"), ("add", "."), (*who, "commit", "-q", "-m", "one")):
+        subprocess.run(["git", "-C", str(tmp_path), *words], check=True)
+    clean = card.code_version(tmp_path)
+    assert len(clean["commit"]) == 40 and clean["dirty"] is False and clean["hash"] == bare["hash"]
+    file.write_text("a = 2\n")
+    changed = card.code_version(tmp_path)
+    assert changed["dirty"] is True and changed["commit"] == clean["commit"] and changed["hash"] != clean["hash"]
+
+
+def test_gpus_are_known_by_their_drivers_names():
+    names = ("NVIDIA A100-SXM4-80GB", "NVIDIA H100 80GB HBM3", "NVIDIA L4", "NVIDIA L40S", "NVIDIA H100 PCIe")
+    assert [card.sheet_peak(name) for name in names] == [312e12, 989e12, 121e12, None, None]
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_the_arithmetic_is_what_torch_counts(full, notes):
+    """Products of matrices in one step, attention's own left out: none for frozen weights' gradients, none below the
+    first adapter, and no logits of tokens without a target."""
+    recipe = replace(RECIPE, full=full, dtype="float64", r=3)
+    model, name, pieces = tiny(recipe), *notes[0]
+    row = Row((note_unit(name, pieces),))
+    with FlopCounterMode(display=False) as counted:
+        batch_loss(model, collate([row]), count([row]))[0].backward()
+    found = sum(flops for call, flops in counted.get_flop_counts()["Global"].items() if "bmm" not in str(call)
+                and "attention" not in str(call))  # fmt: skip
+    # torch's counter does not know addmm_, by which a layer adds B's product and the loss the head's gradient
+    targets, head = sum(count([row]).values()), CONFIG.vocab_size * CONFIG.hidden_size
+    found += sum(2 * len(row) * p.numel() for name, p in model.named_parameters() if "lora_B" in name)
+    found += 2 * targets * head * full
+    asked = arithmetic(CONFIG, recipe, Load(len(row), targets, len(row), 1, 0.0, ""))
+    if not full:  # the first block's input needs no gradient: three products less, and their adapters'
+        first = model.model.layers[0].self_attn
+        for linear in (first.q_proj, first.k_proj, first.v_proj):
+            asked -= 2 * len(row) * (linear.weight.numel() + linear.lora_A["default"].numel())
+    assert found == asked
+    batch = collate([row])
+    here = (batch.positions, batch.layout)
+    assert row.pairs() == int(Visible(here, here, 0).mask(None).sum())
