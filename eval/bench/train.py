@@ -1,8 +1,12 @@
-"""LoRA training against transformers + peft: tokens a second and peak memory, same weights, same rows, same order.
+"""LoRA training against transformers + peft: tokens a second, memory and MFU; same weights, same rows, same order.
 
-`python -m eval.bench train --json F`. Each side runs in a process of its own, so that peaks are its own; eager
-fp32 on a CPU, bf16 on a GPU. "plain": rows of full length, every token a target. "records": notes of 400 tokens with
-eight questions of 40; peft trains eight rows a note, ours one row with branches; compared in records a second.
+`python -m eval.bench train --json F`. Each side runs in a process of its own, so that peaks are its own, and both must
+begin with the same loss. On a CPU: 56M parameters (or --size smollm2), eager fp32, ours in micro-batches of one row as
+the loop's default is. On a GPU: Mistral-7B's shape, a bf16 base and an NF4 one, the batch at once on both sides.
+
+"plain": rows of full length, every token a target. "records": notes of 400 tokens with eight questions of 40; peft
+trains eight rows a note, ours one row with branches, or eight rows too; compared in records a second. A speed's limit
+is the device's arithmetic (measured products on a CPU, the data sheet's on a GPU), so its share is the MFU.
 """
 
 from __future__ import annotations
@@ -12,55 +16,108 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from model import ModelConfig, Transformer
+from model.command import UserError
+
 SHAPES = {
-    "tiny": (256, 32, 64, 2, 4, 2, 2, 64),
+    "tiny": (256, 64, 128, 2, 4, 2, 2, 64),
     "56m": (8192, 512, 1536, 14, 8, 4, 4, 512),
     "smollm2": (49152, 576, 1536, 30, 9, 3, 4, 512),
+    "mistral-7b": (32000, 4096, 14336, 32, 32, 8, 4, 512),
 }  # vocabulary, width, feed-forward, layers, heads, key/value heads, rows, tokens a row
 QUESTIONS = 8
+OURS = {"ours": True, "ours, eight separate rows": False}  # whether a note's questions share it
 
 
-def rows(size: str = "56m", steps: int = 3, r: int = 16) -> list[dict[str, Any]]:
-    """Speed and memory rows, plain and on phenotype records."""
-    from model.command import UserError
+def rows(size: str = "", steps: int = 3, r: int = 16, fuse: bool = False) -> list[dict[str, Any]]:
+    """Speed, memory and MFU, plain and on phenotype records.
 
+    `size` is tiny, 56m (the default on a CPU), smollm2 or mistral-7b (on a GPU). `fuse` trains ours with the GPU's
+    kernels.
+    """
+    cuda = torch.cuda.is_available()
+    size = size or ("mistral-7b" if cuda else "56m")
     if size not in SHAPES:
         raise UserError(f"--size {size}; it is one of {', '.join(SHAPES)}")
     made = []
     with tempfile.TemporaryDirectory() as folder:
-        save_base(size, Path(folder))
-        for kind in ("plain", "records"):
-            found = {who: measured(who, kind, size, steps, r, folder) for who in ("peft", "ours")}
-            ours, peft = found["ours"], found["peft"]
-            setting = f"{size}, {kind}, r {r}, {steps} steps after 1, {torch.get_num_threads()} threads"
-            for name, unit, better in (("speed", "tok/s" if kind == "plain" else "records/s", "higher"),
-                                       ("memory", "MB over the process before the model", "lower")):  # fmt: skip
-                a, b = ours[name], peft[name]
-                made.append({"name": f"train {kind} {name}", "ours": a, "peer": b, "peer_name": "transformers + peft",
-                             "ratio": a / b if better == "higher" else b / a, "limit": None, "share_of_limit": None,
-                             "unit": unit, "setting": setting})  # fmt: skip
+        save_base(size, Path(folder), torch.bfloat16 if cuda else torch.float32)
+        for base in ("", "nf4") if cuda else ("",):
+            for kind in ("plain", "records"):
+                asked = {"kind": kind, "size": size, "steps": steps, "r": r, "folder": folder, "base": base,
+                         "fuse": fuse, "threads": torch.get_num_threads()}  # fmt: skip
+                sides = ("peft", *OURS) if kind == "records" else ("peft", "ours")
+                made += compared({who: measured({"who": who, **asked}) for who in sides}, asked)
     return made
 
 
-def save_base(size: str, folder: Path) -> None:
-    from model import ModelConfig, Transformer
+def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[dict[str, Any]]:
+    """The rows of one kind and base: ours against each of the others."""
+    ours, peft, kind = found["ours"], found["peft"], asked["kind"]
+    tolerance = 1e-3 if ours["wide"] else 0.05
+    if abs(ours["loss"] - peft["loss"]) > tolerance * peft["loss"]:
+        raise RuntimeError(
+            f"{kind}: ours begins at a loss of {ours['loss']}, peft at {peft['loss']}: not the same work"
+        )
+    base = f", {asked['base']} base" if asked["base"] else ""
+    setting = (f"{asked['size']}{base}, r {asked['r']}, {asked['steps']} steps after 1, {ours['device']}; first loss "
+               f"{ours['loss']:.4f}, peft's {peft['loss']:.4f}")  # fmt: skip
+    unit = "tok/s" if kind == "plain" else "records/s"
 
+    def row(
+        name: str, unit: str, key: str, peer: str, limit: float | None = None, less: bool = False
+    ) -> dict[str, Any]:
+        a, b = ours[key], found[peer][key]
+        title = "transformers + peft" if peer == "peft" else peer
+        return {"name": f"{kind}{base}: {name}", "ours": a, "peer": b, "peer_name": title,
+                "ratio": b / a if less else a / b, "limit": limit, "share_of_limit": a / limit if limit else None,
+                "unit": unit, "setting": setting}  # fmt: skip
+
+    made = [row("speed", unit, "speed", "peft", ours["limit"] or None)]
+    made += [row("speed", unit, "speed", who) for who in found if who not in ("ours", "peft")]
+    made.append(row("memory", ours["memory_is"], "memory", "peft", less=True))  # type: ignore[arg-type]
+    if kind == "plain" and ours["limit"]:
+        made.append(row("MFU", f"share of {ours['peak'] / 1e9:,.0f} GFLOP/s", "mfu", "peft"))
+    return made
+
+
+def config_of(size: str) -> ModelConfig:
     V, D, F, L, H, G, _, _ = SHAPES[size]
-    config = ModelConfig(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
-                         num_key_value_heads=G, head_dim=D // H, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None,) * L,
-                         max_position_embeddings=2048)  # fmt: skip
-    Transformer(config).init_weights(0).save_pretrained(folder)
+    return ModelConfig(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
+                       num_key_value_heads=G, head_dim=D // H, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None,) * L,
+                       max_position_embeddings=2048)  # fmt: skip
 
 
-def measured(who: str, kind: str, size: str, steps: int, r: int, folder: str) -> dict[str, float]:
-    job = json.dumps({"who": who, "kind": kind, "size": size, "steps": steps, "r": r, "folder": folder,
-                      "threads": torch.get_num_threads()})  # fmt: skip
-    done = subprocess.run([sys.executable, "-m", "eval.bench.train", job], capture_output=True, text=True)
+def save_base(size: str, folder: Path, dtype: torch.dtype) -> None:
+    """A checkpoint of fresh weights, one tensor in memory at a time."""
+    from model.safetensors_file import Stored
+    from model.transformer import first_weight
+    from model.weights import Checkpoint, write_checkpoint
+
+    config = config_of(size)
+    with torch.device("meta"):
+        shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
+    whole = lru_cache(1)(lambda name: first_weight(name, shapes[name], 0, config.num_hidden_layers))
+
+    def stored(name: str) -> Stored:
+        return Stored(
+            tuple(shapes[name]), "F32", "memory", lambda rows: whole(name)[slice(None) if rows is None else rows]
+        )
+
+    tensors = {name: stored(name) for name in shapes}
+    write_checkpoint(Checkpoint(folder, "memory", tensors), config.to_dict(), folder, 5 * 10**9, dtype)
+
+
+def measured(asked: dict[str, Any]) -> dict[str, Any]:
+    """One side's figures, from a process of its own."""
+    done = subprocess.run([sys.executable, "-m", "eval.bench.train", json.dumps(asked)], capture_output=True, text=True)
     if done.returncode:
         raise RuntimeError(done.stderr[-2000:])
     return json.loads(done.stdout.splitlines()[-1])
@@ -81,30 +138,68 @@ def units(kind: str, size: str, share: bool) -> list[Any]:
     return [Row((note_unit("0", pieces),))] if share else [Row((unit,)) for unit in question_units("0", pieces)]
 
 
-def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, threads: int) -> dict[str, float]:
+def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, base: str, fuse: bool,
+        threads: int) -> dict[str, Any]:  # fmt: skip
+    """One side: warm up, a first step, then `steps` timed ones."""
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
-    device, dtype = ("cuda", torch.bfloat16) if cuda else ("cpu", torch.float32)
-    if who == "peft":
-        step = peft_step(kind, size, r, folder, device, dtype)
-    else:
-        step = our_step(kind, size, r, folder, device, dtype)
-    prepared, advance = step
-    warm = torch.nn.Linear(2, 2)  # an optimizer's first step imports half of torch: not part of training's memory
-    warm(torch.ones(1, 2)).sum().backward()
-    torch.optim.AdamW(warm.parameters()).step()
+    wide = not cuda and not base
+    recipe = {"r": r, "alpha": 2.0 * r, "dtype": "float32" if not cuda else "bfloat16", "base": base, "fuse": fuse}
+    held = units(kind, size, share=OURS.get(who, False))
+    made = peft_step if who == "peft" else our_step
+    prepare = made(held, config_of(size), folder, "cuda" if cuda else "cpu", recipe)
+    warm_up()
     before = resident()
-    model = prepared()
-    advance(model)
+    advance = prepare()
+    loss = float(advance())
+    if cuda:  # a narrow base is loaded wide by some: the peak is training's
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
     began = time.perf_counter()
     for _ in range(steps):
-        advance(model)
+        advance()
     if cuda:
         torch.cuda.synchronize()
     seconds = time.perf_counter() - began
-    tokens = sum(len(row) for row in units(kind, size, share=False))
-    peak = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident(peak=True) - before
-    return {"speed": (tokens if kind == "plain" else 1) * steps / seconds, "memory": peak}
+    memory = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident(peak=True) - before
+    tokens = sum(map(len, held))
+    speed = (tokens if kind == "plain" else 1) * steps / seconds
+    peak, flops = peak_rate(recipe["dtype"]), step_flops(held, size, recipe)
+    return {
+        "speed": speed, "memory": memory, "loss": loss, "wide": wide, "peak": peak,
+        "memory_is": "MB allocated in a step" if cuda else "MB over the process before the model",
+        "limit": speed * seconds / steps * peak / flops, "mfu": flops * steps / seconds / peak if peak else 0.0,
+        "device": torch.cuda.get_device_name() if cuda else f"CPU, {threads} threads",
+    }  # fmt: skip
+
+
+def peak_rate(dtype: str) -> float:
+    """FLOP/s that the device can do: measured products on a CPU, the data sheet's on a GPU (0: no sheet here)."""
+    from model.machine import product_rate
+    from train.card import sheet_peak
+
+    if torch.cuda.is_available():
+        return sheet_peak(torch.cuda.get_device_name()) or 0.0
+    return product_rate(getattr(torch, dtype)) * 1e9
+
+
+def step_flops(held: list[Any], size: str, recipe: dict[str, Any]) -> float:
+    """Arithmetic that a step on these rows asks for (train/plan.py)."""
+    from train.plan import Load, arithmetic
+    from train.recipe import Recipe
+    from train.rows import count
+
+    tokens = sum(map(len, held))
+    load = Load(tokens, sum(count(held).values()), max(map(len, held)), len(held),
+                sum(row.pairs() for row in held) / tokens, "")  # fmt: skip
+    return arithmetic(config_of(size), Recipe(data=("-",), out="-", weights="-", **recipe), load)
+
+
+def warm_up() -> None:
+    """An optimizer's first step imports half of torch: not part of training's memory."""
+    warm = torch.nn.Linear(2, 2)
+    warm(torch.ones(1, 2)).sum().backward()
+    torch.optim.AdamW(warm.parameters()).step()
 
 
 def resident(peak: bool = False) -> float:
@@ -114,54 +209,73 @@ def resident(peak: bool = False) -> float:
     return next(float(line.split()[1]) / 1e3 for line in status if line.startswith(word))
 
 
-def our_step(kind: str, size: str, r: int, folder: str, device: str, dtype: torch.dtype) -> Any:
-    from lora import LoRAConfig, add_lora
-    from model import Transformer
-    from train.fast import fast_blocks
+Step = Callable[[], Any]  # one optimizer step; returns its loss
+
+
+def our_step(
+    held: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
+) -> Callable[[], Step]:
     from train.loss import batch_loss
+    from train.optimizer import make_optimizers
+    from train.recipe import Recipe
     from train.rows import collate, count
+    from train.session import load_model
+    from train.sharding import Ranks
 
-    held = units(kind, size, share=True)
+    def prepare() -> Step:
+        options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
+        model, _ = load_model(options, config, Ranks(device=torch.device(device)))
+        (optimizer,), counts = make_optimizers(model.train(), options), count(held)
+        parts = [held] if device == "cuda" else [[row] for row in held]
 
-    def prepared() -> Any:
-        model = Transformer.from_pretrained(folder, dtype=dtype, device=device).use_attention("fast").train()
-        fast_blocks(add_lora(model, LoRAConfig(r=r, alpha=2.0 * r)))
-        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+        def advance() -> Any:
+            optimizer.zero_grad(set_to_none=True)
+            total = 0.0
+            for part in parts:
+                loss, _ = batch_loss(model, collate(part).to(torch.device(device)), counts)
+                loss.backward()
+                total += loss.detach()
+            optimizer.step()
+            return total
 
-    def advance(made: Any) -> None:
-        model, optimizer = made
-        optimizer.zero_grad(set_to_none=True)
-        counts = count(held)
-        for row in held:  # micro-batches of one row, the loop's default
-            batch_loss(model, collate([row]).to(torch.device(device)), counts)[0].backward()
-        optimizer.step()
+        return advance
 
-    return prepared, advance
+    return prepare
 
 
-def peft_step(kind: str, size: str, r: int, folder: str, device: str, dtype: torch.dtype) -> Any:
+def peft_step(
+    held: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
+) -> Callable[[], Step]:
     import peft
     import transformers
 
     from train.rows import collate
 
-    held = units(kind, size, share=False)
-
-    def prepared() -> Any:
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype).to(device).train()
-        config = peft.LoraConfig(r=r, lora_alpha=2 * r, target_modules="all-linear", task_type="CAUSAL_LM")
-        model = peft.get_peft_model(model, config)
-        return model, torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-
-    def advance(made: Any) -> None:
-        model, optimizer = made
-        optimizer.zero_grad(set_to_none=True)
+    def prepare() -> Step:
+        dtype, narrow = getattr(torch, recipe["dtype"]), {}
+        if recipe["base"]:
+            narrow["quantization_config"] = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                bnb_4bit_compute_dtype=dtype,
+            )  # fmt: skip
+        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **narrow)
+        adapter = peft.LoraConfig(r=recipe["r"], lora_alpha=recipe["alpha"], target_modules="all-linear",
+                                  task_type="CAUSAL_LM")  # fmt: skip
+        model = peft.get_peft_model(model.train(), adapter)
+        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         batch = collate(held)
-        labels = torch.cat([torch.full_like(batch.target[:, :1], -100), batch.target[:, :-1]], dim=1)
-        model(input_ids=batch.tokens.to(device), labels=labels.to(device)).loss.backward()
-        optimizer.step()
+        tokens, target = batch.tokens.to(device), batch.target.to(device)
 
-    return prepared, advance
+        def advance() -> Any:
+            optimizer.zero_grad(set_to_none=True)
+            loss = model(input_ids=tokens, labels=target, shift_labels=target).loss  # targets are shifted already
+            loss.backward()
+            optimizer.step()
+            return loss.detach()
+
+        return advance
+
+    return prepare
 
 
 if __name__ == "__main__":

@@ -1,0 +1,42 @@
+"""The training benchmark on its smallest shape: both sides do the same work, and every row is whole."""
+
+import pytest
+import torch
+
+from eval.bench import train
+from model.transformer import Transformer
+
+KEYS = {"name", "ours", "peer", "peer_name", "ratio", "limit", "share_of_limit", "unit", "setting"}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("base", ["", "nf4"])
+@pytest.mark.parametrize("kind", ["plain", "records"])
+def test_each_side_begins_with_the_same_loss(kind, base, tmp_path):
+    """The same weights and rows: in fp32 the losses are equal, over NF4 (bitsandbytes' and ours) too."""
+    pytest.importorskip("peft")
+    if base:
+        pytest.importorskip("bitsandbytes")
+    train.save_base("tiny", tmp_path, torch.float32)
+    asked = {"kind": kind, "size": "tiny", "steps": 1, "r": 4, "folder": str(tmp_path), "base": base, "fuse": False,
+             "threads": 1}  # fmt: skip
+    sides = ("peft", *train.OURS) if kind == "records" else ("peft", "ours")
+    found = {who: train.job(who, **asked) for who in sides}
+    assert all(abs(side["loss"] - found["peft"]["loss"]) < 1e-5 * found["peft"]["loss"] for side in found.values())
+    rows = train.compared(found, asked)
+    assert all(row.keys() == KEYS and row["ours"] > 0 for row in rows)
+    assert [row["name"].split(": ")[1] for row in rows] == (
+        ["speed", "memory", "MFU"] if kind == "plain" else ["speed", "speed", "memory"])  # fmt: skip
+
+
+def test_the_base_is_the_models_own_start(tmp_path):
+    train.save_base("tiny", tmp_path, torch.float32)
+    expected = Transformer(train.config_of("tiny")).init_weights(0).state_dict()
+    found = Transformer.from_pretrained(tmp_path).state_dict()
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+
+
+def test_mistral_7b_is_asked_for_by_its_published_shape():
+    with torch.device("meta"):
+        model = Transformer(train.config_of("mistral-7b"))
+    assert sum(p.numel() for p in model.parameters()) == 7_241_732_096
