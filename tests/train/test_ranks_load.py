@@ -53,7 +53,8 @@ def cases(data, tmp_path_factory) -> dict:
                       "full": True},
         },
         "runs": [{**run, "optimizer": "adamw8bit", "out": "8bit", "r": 260},
-                 {**run, "optimizer": "muon", "out": "muon", "full": True}],
+                 {**run, "optimizer": "muon", "out": "muon", "full": True},
+                 {**run, "weights": wide, "base": "nf4", "out": "nf4"}, {**run, "base": "int8", "out": "int8"}],
         "stopped": {**run, "out": "stopped"},
     }  # fmt: skip
 
