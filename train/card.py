@@ -31,7 +31,10 @@ ROOT = Path(__file__).parents[1]
 
 
 def write_card(trainer: Trainer, seconds: float, peaks: list[int]) -> None:
-    """Write run.json and loss.png; `peaks` is each rank's peak memory in bytes."""
+    """Write run.json and loss.png; `peaks` is each rank's peak memory in bytes. A run that was at its end already
+    keeps the card of the process that brought it there."""
+    if not trainer.done["steps"] and (trainer.out / "run.json").is_file():
+        return
     write_json(trainer.out / "run.json", run_card(trainer, seconds, peaks))
     try:
         draw_losses(trainer.out)

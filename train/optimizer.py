@@ -57,9 +57,10 @@ def groups(params: dict[str, nn.Parameter], recipe: Recipe) -> list[dict]:
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:
     """The share of the peak learning rate at `step` (from 0): linear warm-up, then the schedule's fall."""
-    if step < recipe.warmup:
-        return (step + 1) / recipe.warmup
-    done = (step - recipe.warmup) / max(1, steps - recipe.warmup)
+    warmup = recipe.warmup_of(steps)
+    if step < warmup:
+        return (step + 1) / warmup
+    done = (step - warmup) / max(1, steps - warmup)
     fall = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[recipe.schedule]
     return recipe.final_rate + (1 - recipe.final_rate) * fall
 

@@ -6,6 +6,7 @@ alone says so.
 
 from __future__ import annotations
 
+import math
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -57,6 +58,8 @@ class Recipe:
     """Where the schedule ends, as a share of the peak."""
     warmup: int = 0
     """Steps of linear warm-up."""
+    warmup_share: float = 0.0
+    """Warm-up as a share of all steps, where `warmup` is 0."""
     optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
     """adamw8bit keeps its state in blocks of 8 bits; muon trains matrices by Muon and the rest by AdamW."""
     muon_rate: float = 0.02
@@ -143,6 +146,10 @@ class Recipe:
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; it must be at least {least}")
+        if not 0 <= self.warmup_share <= 1:
+            raise UserError(f"recipe: warmup_share is {self.warmup_share}; it is a share of the steps, at most 1")
+        if self.warmup and self.warmup_share:
+            raise UserError("recipe: give either warmup (steps) or warmup_share (of all steps), and not both")
         if self.final_rate > 1:
             raise UserError(f"recipe: final_rate is {self.final_rate}; it is a share of the peak, at most 1")
         if not 0 < self.alpha < float("inf"):
@@ -175,6 +182,10 @@ class Recipe:
         if self.warmup > steps:
             raise UserError(f"recipe: warmup of {self.warmup} steps is longer than the run of {steps}")
         return steps
+
+    def warmup_of(self, steps: int) -> int:
+        """Steps of warm-up in a run of so many."""
+        return self.warmup or math.ceil(self.warmup_share * steps)
 
     def check_together(self) -> None:
         if bool(self.weights) == bool(self.init):

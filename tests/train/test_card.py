@@ -13,10 +13,13 @@ from tiny_runs import CONFIG, RECIPE, as_recipe, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.attention import Visible
-from train import card, session
+from model.command import UserError
+from train import card, provenance, session
 from train.loss import batch_loss
 from train.plan import Load, arithmetic
-from train.rows import Row, collate, count, note_unit
+from train.provenance import records_of
+from train.rows import ANSWER, Row, collate, count, note_unit, order
+from train.sharding import Ranks
 from train.store import TokenStore
 
 
@@ -38,6 +41,26 @@ def test_the_card_of_a_run_that_went_on(options, tmp_path):
     assert 0 < told["model_flop_utilisation"] < 1 and "measured products in float32" in told["utilisation_of"]
     assert told["peak_memory_bytes"] > 2**26 and told["seconds"] >= told["training_seconds"] > 0
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
+    session.train(as_recipe(options, out=str(out), steps=5, schedule="constant", allow_changed=True), "instruct")
+    assert json.loads((out / "run.json").read_text()) == told, "at its end already: the card stays"
+
+
+def test_the_records_of_a_step_are_those_that_made_it(options, tmp_path, capsys):
+    """Against the batch that the loop takes, and its token count against the metrics'."""
+    out, recipe = tmp_path / "run", as_recipe(options, out=str(tmp_path / "run"), steps=3)
+    session.train(recipe, "instruct")
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    made = session.prepare(as_recipe(options, out=str(tmp_path / "run"), steps=3), "instruct", Ranks())
+    rows = [made.rows[i] for i in order(recipe.seed, 1, len(made.rows), recipe.batch_rows)]
+    found = records_of(out, 2)
+    assert [row["record"] for row in found] == [unit.record for row in rows for unit in row.units]
+    assert sum(row["tokens"] for row in found) == lines[1]["tokens"] - lines[0]["tokens"]
+    assert sum(row["targets"] for row in found) == count(rows)[ANSWER]
+    capsys.readouterr()
+    assert provenance.main(provenance.Options(str(out), 2)) == 0
+    assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [row["record"] for row in found]
+    with pytest.raises(UserError, match="--step 4: the run .* has steps 1 to 3"):
+        records_of(out, 4)
 
 
 def test_without_matplotlib_one_line_says_so(options, tmp_path, monkeypatch, capsys):

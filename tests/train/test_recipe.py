@@ -1,5 +1,7 @@
 """A user's mistakes in recipes are one clear line before any work."""
 
+from pathlib import Path
+
 import pytest
 
 from model.command import UserError
@@ -12,6 +14,7 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
 @pytest.mark.parametrize(("wrong", "said"), [
     ({"r": 0}, "r is 0; it must be at least 1"),
     ({"steps": 5, "warmup": 6}, "warmup of 6 steps is longer than the run of 5"),
+    ({"warmup": 1, "warmup_share": 0.1}, "either warmup"), ({"warmup_share": 1.5}, "warmup_share is 1.5"),
     ({"batch_rows": 5, "micro_rows": 2}, "batch_rows 5 is not a multiple of micro_rows 2"),
     ({"learning_rate": -1.0}, "learning_rate"), ({"dropout": 1.0}, "dropout is 1.0"), ({"epochs": 0.0}, "epochs"),
     ({"init": "y"}, "either weights"), ({"full": True, "base": "nf4"}, "full trains all weights"),
@@ -71,4 +74,32 @@ def test_the_schedule_warms_up_and_falls_to_its_share():
     recipe = Recipe(**GOOD, steps=10, warmup=2, final_rate=0.1)
     rates = [rate(recipe, step, 10) for step in range(11)]
     assert rates[:3] == [0.5, 1.0, 1.0] and rates[10] == pytest.approx(0.1)
+    shared = Recipe(**GOOD, steps=10, warmup_share=0.15, final_rate=0.1)  # a share of a step is a step
+    assert [rate(shared, step, 10) for step in range(11)] == rates
     assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
+
+
+# what the paper's scripts do: recipe → what it must say
+SCRIPTS = {
+    "cancerllm-faithful": {
+        "r": 8, "alpha": 16.0, "dropout": 0.05, "learning_rate": 2e-4, "warmup_share": 0.05, "weight_decay": 0.01,
+        "epochs": 0.5, "block": 3000, "dtype": "bfloat16", "checkpoint_blocks": True, "packing": "concatenate",
+        "target_modules": ("all-linear",),
+    },
+    "cancerllm-tune-faithful": {
+        "base": "nf4", "optimizer": "adamw8bit", "learning_rate": 2e-4, "epochs": 5.0, "clip": 0.3,
+        "warmup_share": 0.03, "r": 64, "alpha": 16.0, "dropout": 0.1, "block": 4000, "template": "faithful",
+        "loss_on": "all", "append_eos": False, "batch_rows": 4, "micro_rows": 1,
+    },
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("file", sorted(Path("train/recipes").glob("*.toml")), ids=lambda file: file.stem)
+def test_every_recipe_that_ships_is_one_and_the_faithful_ones_say_what_the_scripts_do(file):
+    raw = read_toml(file)
+    recipe = Recipe(**{**({} if "init" in raw else {"weights": "x"}), "data": ("x",), "out": "x", **raw}
+                    | ({"init": "x", "tokenizer": "x", "weights": ""} if raw.get("full") else {}))  # fmt: skip
+    expected = SCRIPTS.get(file.stem, {})
+    assert {key: getattr(recipe, key) for key in expected} == expected
+    sound = SCRIPTS["cancerllm-faithful"] | {"packing": "documents"} if file.stem == "cancerllm" else {}
+    assert {key: getattr(recipe, key) for key in sound} == sound

@@ -97,8 +97,12 @@ def test_a_stop_by_signal_saves_and_goes_on(options, whole, tmp_path, capsys):
         session.Trainer = kept
         signal.signal(signal.SIGTERM, before)
     assert stop.value.code == 0 and "stopped at step 3 of 6" in capsys.readouterr().out
+    assert (out / "checkpoints" / "step-000003" / "adapter" / "adapter_config.json").is_file()
     train(as_recipe(options, out=str(out)), "instruct")
     assert ends(out) == whole
+    adapters = [file for file in whole if "adapter" in file]
+    assert len(adapters) == 4 and all(whole[file] == whole[f"adapter/{Path(file).name}"] for file in adapters), \
+        "a checkpoint holds the adapter as the run leaves it, in PEFT's form"
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "no manifest"])
