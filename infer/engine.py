@@ -7,6 +7,7 @@ What makes it fast, each idea on its own line:
   parameters become views of it, so nothing is held twice.
 * Tokens of all requests lie side by side (x_ND, no padding), whatever their lengths; only attention knows requests.
 * Residual sums happen inside the products (addmm), norms in one call, rotary positions in three.
+* fp32 products on a CPU are oneDNN's where the probe finds that torch's default library is not made for the processor.
 * Logits are computed where somebody reads them: one position a request, not one a token.
 
 LoRA adapters that are active and not merged stay beside the weights, exact. Modules that are not plain linear layers
@@ -23,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
-from model.machine import one_row, one_row_pays
+from model.machine import onednn, onednn_pays
 from model.narrow import NarrowWeight
 from model.transformer import RMSNorm, Transformer
 
@@ -79,9 +80,9 @@ class Fused:
             return residual_ND + (y_ND if self.bias is None else y_ND + self.bias)
         if self.weight is None or self.bias is not None:
             return residual_ND + self(x_ND)
+        if suits_onednn(x_ND, self.weight):
+            return self.adapt(x_ND, onednn(x_ND, self.weight).add_(residual_ND))
         if x_ND.shape[0] == 1:  # one row: a matrix-vector product reads the weights faster
-            if suits_one_row(x_ND, self.weight):
-                return self.adapt(x_ND, one_row(x_ND, self.weight, None).add_(residual_ND))
             return self.adapt(x_ND, torch.addmv(residual_ND[0], self.weight, x_ND[0])[None])
         return self.adapt(x_ND, torch.addmm(residual_ND, x_ND, self.weight.t()))
 
@@ -91,17 +92,17 @@ class Fused:
         return y_NO
 
 
-def suits_one_row(x_ND: Tensor, weight_OD: Tensor | None) -> bool:
-    if weight_OD is None:
+def suits_onednn(x_ND: Tensor, weight_OD: Tensor | None) -> bool:
+    if weight_OD is None or weight_OD.device.type != "cpu" or not weight_OD.dtype == torch.float32 == x_ND.dtype:
         return False
-    on_cpu = weight_OD.device.type == "cpu" and weight_OD.dtype == torch.float32 == x_ND.dtype
-    return on_cpu and x_ND.shape[0] == 1 and one_row_pays()
+    return onednn_pays(several=x_ND.shape[0] > 1)
 
 
-def product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None) -> Tensor:
-    """x · Wᵀ + b by the library that is sooner for one row."""
-    if suits_one_row(x_ND, weight_OD):
-        return one_row(x_ND, weight_OD, bias_O)
+def product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
+    """x · Wᵀ + b by the library that is sooner here (oneDNN sums several rows' products in longer chains than the
+    default: errors are one and a half times as large, tests/infer/test_narrow_engine.py)."""
+    if suits_onednn(x_ND, weight_OD):
+        return onednn(x_ND, weight_OD, bias_O)
     return F.linear(x_ND, weight_OD, bias_O)
 
 
@@ -204,6 +205,6 @@ class Engine:
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """logits_NV in at least fp32."""
-        if suits_one_row(x_ND, self.head_weight):
-            return one_row(x_ND, self.head_weight, None)
+        if suits_onednn(x_ND, self.head_weight):
+            return onednn(x_ND, self.head_weight)
         return self.model.head(x_ND)

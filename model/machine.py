@@ -45,23 +45,29 @@ def read_rate(device: str = "cpu", megabytes: int = 256) -> float:
     return weight.numel() * 4 / best / 1e9
 
 
-def one_row(x_1D: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None) -> torch.Tensor:
-    """x · Wᵀ + b of one fp32 row on a CPU by oneDNN, which sums in shorter chains than torch's default there."""
-    return torch.ops.mkldnn._linear_pointwise(x_1D, weight_OD, bias_O, "none", [], "")
+def onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """x · Wᵀ + b in fp32 on a CPU by oneDNN, where torch's default is another library."""
+    return torch.ops.mkldnn._linear_pointwise(x_ND, weight_OD, bias_O, "none", [], "")
 
 
 @cache
-def one_row_pays() -> bool:
-    """Whether `one_row` exists here and reads weights clearly faster than the default product (by a quarter: a choice
-    that hung on less would differ from run to run). It does where the default library is not made for the processor."""
-    weight, row = torch.ones(4096, 2048), torch.ones(1, 2048)  # 32 MB, twice: more than most caches
-    others = [weight.clone() for _ in range(2)]
+def onednn_pays(several: bool = False) -> bool:
+    """Whether `onednn` is clearly sooner here than the default product for one row (by a quarter), or for `several` (by
+    a tenth, at 8 and at 256): a choice that hung on less would differ from run to run. It is where the default library
+    is not made for the processor."""
+    if several:
+        return onednn_gain(8, 2048, 1024) > 1.1 and onednn_gain(256, 2048, 1024) > 1.1
+    return onednn_gain(1, 4096, 2048) > 1.25  # two weights of 32 MB: more than most caches
+
+
+def onednn_gain(rows: int, outputs: int, inputs: int) -> float:
+    """How many times sooner `onednn` is than the default product; 0 where it does not exist."""
+    x_ND, weights = torch.ones(rows, inputs), [torch.ones(outputs, inputs) for _ in range(2)]
     try:
-        ours = timed(lambda: [one_row(row, each, None) for each in others], "cpu", 0.05)
+        ours = timed(lambda: [onednn(x_ND, each) for each in weights], "cpu", 0.05)
     except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    default = timed(lambda: [torch.nn.functional.linear(row, each) for each in others], "cpu", 0.05)
-    return 1.25 * min(ours) < min(default)
+        return 0.0
+    return min(timed(lambda: [torch.nn.functional.linear(x_ND, each) for each in weights], "cpu", 0.05)) / min(ours)
 
 
 def timed(call, device: str, seconds: float) -> list[float]:
@@ -82,6 +88,25 @@ def compute_dtype(device: str = "cpu") -> torch.dtype:
     if device != "cpu":
         return torch.bfloat16
     return torch.bfloat16 if product_rate(torch.bfloat16) > 1.2 * product_rate(torch.float32) else torch.float32
+
+
+@cache
+def decode_dtype(rows: int, device: str = "cpu") -> torch.dtype:
+    """The dtype in which decoding steps of `rows` rows are soonest: bf16 only where it is by a quarter for so many, for
+    a few, and for the one row that a batch ends with. (Some processors have fast bf16 products of many rows, and very
+    slow ones of one.) Weights are read from memory, as a step reads them."""
+    if device != "cpu":
+        return torch.bfloat16
+
+    def taken(dtype: torch.dtype, size: int) -> float:
+        x_ND = torch.ones(size, 2048, dtype=dtype)
+        weights = [torch.ones(4096, 2048, dtype=dtype) for _ in range(2)]  # more than most caches hold
+        best = onednn if dtype == torch.float32 and onednn_pays(several=size > 1) else torch.nn.functional.linear
+        return min(timed(lambda: [best(x_ND, each) for each in weights], "cpu", 0.05))
+
+    sizes = sorted({1, min(4, rows), rows})
+    pays = all(1.25 * taken(torch.bfloat16, size) < taken(torch.float32, size) for size in sizes)
+    return torch.bfloat16 if pays else torch.float32
 
 
 @cache

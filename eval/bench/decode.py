@@ -41,10 +41,12 @@ def rows(
     peers = {}
     if Path(weights).suffix == ".gguf":
         peers = llama_cpp(weights, prompt, new_tokens)
+        if not peers:
+            setting += "; llama.cpp is not installed (pip install -c constraints.txt -e .[bench])"
     model, tokenizer = load(weights)
     narrows = {form: load(weights, form=form)[0] for form in forms}
-    found = compare("SmolLM2-135M" if peers else Path(weights).name, model, tokenizer, narrows, peers, prompt,
-                    new_tokens, repeats, setting)  # fmt: skip
+    name = "SmolLM2-135M" if Path(weights).suffix == ".gguf" else Path(weights).name
+    found = compare(name, model, tokenizer, narrows, peers, prompt, new_tokens, repeats, setting)
     if large:
         del model, narrows
         with torch.device("meta"):
@@ -135,16 +137,25 @@ def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
     return new / (last - first)
 
 
-def llama_cpp(weights: str, prompt: list[int], new: int) -> dict[str, Callable[[], float]]:
-    """{its name with its build's features: tokens per second after the first}; {} where it is not installed."""
+def open_llama_cpp(weights: str) -> tuple[str, Any] | None:
+    """(its name with its build's features, llama.cpp with the file loaded); None where it is not installed."""
     try:
         import llama_cpp as peer
     except ImportError:
-        return {}
+        return None
     threads = torch.get_num_threads()
     model = peer.Llama(weights, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
     features = peer.llama_print_system_info().decode()
     on = [part.split("=")[0].strip() for part in features.split("|") if part.strip().endswith("= 1")]
+    return f"llama.cpp ({peer.__version__}: {' '.join(on)}) on the same file", model
+
+
+def llama_cpp(weights: str, prompt: list[int], new: int) -> dict[str, Callable[[], float]]:
+    """{its name: tokens per second after the first}; {} where it is not installed."""
+    opened = open_llama_cpp(weights)
+    if opened is None:
+        return {}
+    name, model = opened
 
     def once() -> float:
         model.reset()
@@ -156,7 +167,7 @@ def llama_cpp(weights: str, prompt: list[int], new: int) -> dict[str, Callable[[
             token = model.sample(temp=0.0)
         return new / (time.perf_counter() - began)
 
-    return {f"llama.cpp ({peer.__version__}: {' '.join(on)}) on the same file": once}
+    return {name: once}
 
 
 def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> dict[str, Any]:

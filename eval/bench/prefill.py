@@ -1,4 +1,4 @@
-"""Reading a prompt, tokens per second: against transformers and against the measured rate of matrix products."""
+"""Reading a prompt, tokens per second: against transformers, llama.cpp and the measured rate of matrix products."""
 
 from __future__ import annotations
 
@@ -9,6 +9,8 @@ from typing import Any
 
 import torch
 
+from eval.bench.decode import open_llama_cpp
+from infer.engine import product
 from infer.generate import Generator
 from infer.load import load
 from model.machine import compute_dtype, timed
@@ -22,7 +24,26 @@ def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[dict
         fp32, bf16 = found[0], found[1]
         found.append({**bf16, "name": "prefill: as the probe chooses, bf16", "peer": fp32["peer"],
                       "peer_name": "transformers forward, fp32", "ratio": bf16["ours"] / fp32["peer"]})  # fmt: skip
+    if Path(weights).suffix == ".gguf":
+        found.append(beside_llama_cpp(weights, found[-1], prompt_tokens, repeats))
     return found
+
+
+def beside_llama_cpp(weights: str, ours: dict[str, Any], prompt_tokens: int, repeats: int) -> dict[str, Any]:
+    """Our last row beside llama.cpp's reading of the same prompt from the same file."""
+    opened, best = open_llama_cpp(weights), None
+    name = "llama.cpp: not installed (pip install -c constraints.txt -e .[bench])"
+    if opened is not None:
+        name, model = opened
+        best = 0.0
+        for _ in range(repeats + 1):
+            model.reset()
+            began = time.perf_counter()
+            model.eval([100 + n % 150 for n in range(prompt_tokens)])
+            best = max(best, prompt_tokens / (time.perf_counter() - began))
+    dtype = ours["name"].rsplit(" ", 1)[-1]
+    return {**ours, "name": f"prefill: {dtype} beside llama.cpp", "peer": best, "peer_name": name,
+            "ratio": ours["ours"] / best if best else None}  # fmt: skip
 
 
 def compare(weights: str, dtype: torch.dtype, prompt_tokens: int, repeats: int) -> list[dict[str, Any]]:
@@ -63,5 +84,5 @@ def products(generator: Generator, tokens: int) -> float:
     for layer in generator.engine.layers:
         for part in (layer.qkv, layer.out, layer.gate_up, layer.down):
             x_ND = torch.ones(tokens, part.weight.shape[1], dtype=part.weight.dtype)
-            total += min(timed(lambda x=x_ND, w=part.weight: torch.nn.functional.linear(x, w), "cpu", 0.0))
+            total += min(timed(lambda x=x_ND, w=part.weight: product(x, w), "cpu", 0.0))
     return total

@@ -2,19 +2,23 @@
 
 import subprocess
 import sys
+from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 import torch
-from answering_models import plain_greedy, tiny_model, write_model, write_tokenizer
+from answering_models import CONFIG, plain_greedy, tiny_model, write_model, write_tokenizer
 
-from infer.engine import suits_one_row
+from infer.engine import Engine, suits_onednn
 from infer.fuse import Int4Linear, fuse
 from infer.generate import Generator
 from infer.load import load
+from infer.prefix import Cache, plan
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
+from model import Transformer
 from model.command import UserError
-from model.machine import one_row
+from model.machine import onednn
 from model.narrow import NarrowLinear, NarrowWeight, narrow, put
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -87,6 +91,7 @@ def test_an_unknown_format_is_refused_before_anything_is_read(tmp_path):
 PEAK = """
 import resource, sys, torch
 from infer.load import load
+from infer.prefix import Cache, plan
 load(sys.argv[2], form="int8")  # what is imported and measured once is not the loader's
 before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 model, _ = load(sys.argv[1], dtype="bfloat16", form="int4")
@@ -112,17 +117,38 @@ def test_loading_holds_one_tensor_at_a_time(tmp_path, weights):
 
 
 @pytest.mark.parametrize("bias", [False, True])
-def test_one_rows_product_is_as_exact_as_the_plain_one(bias):
-    """oneDNN's product of one fp32 row, judged in fp64 over many rows: at most twice the default product's error."""
+def test_onednns_product_of_one_row_is_as_exact_as_the_plain_one(bias):
+    """In fp32, judged in fp64 over many rows: at most twice the default product's error."""
     generator = torch.Generator().manual_seed(0)
     weight, x = torch.randn(96, 576, generator=generator), torch.randn(200, 576, generator=generator)
     bias_O = torch.randn(96, generator=generator) if bias else None
     truth = torch.nn.functional.linear(x.double(), weight.double(), None if bias_O is None else bias_O.double())
-    rows = [row[None] for row in x]
-    ours = torch.cat([one_row(row, weight, bias_O) for row in rows])
-    plain = torch.cat([torch.nn.functional.linear(row, weight, bias_O) for row in rows])
+    ours = torch.cat([onednn(row, weight, bias_O) for row in x.split(1)])
+    plain = torch.cat([torch.nn.functional.linear(row, weight, bias_O) for row in x.split(1)])
     assert (ours.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max()
-    assert not suits_one_row(x, weight) and not suits_one_row(x[:1].double(), weight.double())
+    assert not suits_onednn(x.double(), weight.double()) and not suits_onednn(x.bfloat16(), weight.bfloat16())
+
+
+@pytest.mark.parametrize("rows", [1, 4, 48])
+def test_onednns_products_give_logits_as_exact_as_the_plain_path(rows, monkeypatch):
+    """SmolLM2's widths, three layers, 48 tokens entered so many at a time: the logits' error against fp64 is at most
+    twice the plain path's, the largest and the mean."""
+    monkeypatch.setattr("infer.engine.onednn_pays", lambda several: True)
+    widths = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
+              "head_dim": 64, "num_hidden_layers": 3, "windows": (None,) * 3}  # fmt: skip
+    exact = Transformer(replace(CONFIG, **widths)).init_weights(0).requires_grad_(False)
+    for parameter in exact.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(2)  # attention that is not uniform
+    fp32, exact = deepcopy(exact), exact.double()
+    ids_1T = torch.randint(0, 250, (1, 48), generator=torch.Generator().manual_seed(0))
+    nodes, leaves = plan([ids_1T[0].tolist()])
+    engine = Engine(fp32)
+    cache = Cache(engine, nodes, leaves)
+    x_TD = torch.cat([cache.step(part, torch.tensor([rows]))[0] for part in ids_1T.split(rows, dim=1)])
+    truth_TV = exact(ids_1T)[0]
+    ours, plain = ((logits.double() - truth_TV).abs() for logits in (engine.logits(x_TD), fp32(ids_1T)[0]))
+    assert ours.max() <= 2 * plain.max() and ours.square().mean().sqrt() <= 2 * plain.square().mean().sqrt()
 
 
 @pytest.mark.parametrize("form", ["int4", "nf4"])
