@@ -22,7 +22,7 @@ import tyro
 from torch import Tensor
 
 from infer.engine import Engine
-from infer.lookup import Lookup, share
+from infer.lookup import MOST, Lookup, further_row, worth
 from infer.prefix import Cache, plan
 from model import Tokenizer, Transformer
 from model.command import UserError
@@ -50,14 +50,16 @@ class Settings:
     """What tokens are allowed after those generated so far: an object with `allowed(tokens) -> list of ids | None`."""
 
     def __post_init__(self) -> None:
-        for name, low, high in (("temperature", 0, 100), ("top_p", 0, 1), ("min_p", 0, 1), ("top_k", 0, 10**9)):
+        for name, low, high, kind in (
+            ("temperature", 0, 100, (int, float)), ("top_p", 0, 1, (int, float)), ("min_p", 0, 1, (int, float)),
+            ("top_k", 0, 10**9, int), ("max_new_tokens", 1, 10**9, int), ("seed", -(2**62), 2**62, int),
+        ):  # fmt: skip
             value = getattr(self, name)
-            if not (isinstance(value, (int, float)) and math.isfinite(value) and low <= value <= high):
-                raise UserError(f"{name} is {value!r}; it must lie between {low} and {high}")
+            if not (isinstance(value, kind) and math.isfinite(value) and low <= value <= high):
+                whole = "a whole number " if kind is int else ""
+                raise UserError(f"{name} is {value!r}; it must be {whole}between {low} and {high}")
         if self.top_p == 0:
             raise UserError("top_p is 0, which leaves no token; 1 keeps all")
-        if self.max_new_tokens < 1:
-            raise UserError(f"max_new_tokens is {self.max_new_tokens}; it must be at least 1")
         if any(not text for text in self.stop):
             raise UserError("a stop string is empty: it would stop before the first token; leave it out")
 
@@ -91,14 +93,14 @@ class State:
 class Generator:
     """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
     others are, so its result is the same to the bit; it costs what sharing would have saved. `lookup` lets requests
-    guess ahead (infer/lookup.py). `cache_dtype` and `chunk` are Engine's."""
+    guess ahead where that pays (infer/lookup.py). `cache_dtype` and `chunk` are Engine's."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True,
         cache_dtype: torch.dtype | None = None, chunk: int = 2048,
     ) -> None:  # fmt: skip
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
-        self.deterministic, self.lookup = deterministic, lookup
+        self.deterministic, self.lookup, self.further = deterministic, lookup, further_row(self.engine)
         self.stop_ids = frozenset(tokenizer.stop_ids) | frozenset(model.config.eos_token_id)
 
     def generate(
@@ -143,6 +145,8 @@ class Generator:
             each = [replace(one, seed=one.seed + i) for i in range(len(ids))]
         else:
             each = [replace(s, **options) for s in settings]
+        for text in {text for chosen in each for text in chosen.stop}:
+            self.check_stop(text)
         limit = self.engine.config.max_position_embeddings
         for number, (prompt, chosen) in enumerate(zip(ids, each, strict=True)):
             if not prompt:
@@ -156,6 +160,13 @@ class Generator:
             if wrong is not None:
                 raise UserError(f"prompt {number}: token id {wrong} is outside the vocabulary")
         return [State(prompt, chosen) for prompt, chosen in zip(ids, each, strict=True)]
+
+    def check_stop(self, text: str) -> None:
+        """Refuse a stop string that no text can hold."""
+        if self.tokenizer.engine.special(text) is not None:
+            raise UserError(f"stop string {text!r} is a special token: texts never hold it, and an end token ends them")
+        if text not in self.tokenizer.decode(self.tokenizer.encode(text)):
+            raise UserError(f"stop string {text!r} cannot occur: the tokenizer has no way to spell it")
 
     @torch.inference_mode()
     def run(self, states: list[State]) -> Iterator[None]:
@@ -183,18 +194,20 @@ class Generator:
             x_NTD = cache.step(tokens_NT, torch.full_like(tokens_NT[:, 0], 1))
 
     def guess(self, active: list[State]) -> list[list[int]]:
-        """Each request's guesses of what comes after its newest token."""
-        room = share(len(active)) if self.lookup and not self.deterministic else 0
-        if not room:
-            return [[] for _ in active]
-        found = []
+        """Each request's guesses of what comes after its newest token; none where checking them would not pay."""
+        none: list[list[int]] = [[] for _ in active]
+        certain = worth([1.0] * len(active), [MOST] * len(active), self.further)
+        if not certain or not self.lookup or self.deterministic:
+            return none  # so many requests that not even guesses that are always right would pay
+        found, rates = [], []
         for state in active:
             if state.lookup is None:
                 state.lookup = Lookup(state.prompt)
             state.lookup.add(state.tokens[len(state.lookup.ids) - len(state.prompt) :])
-            left = state.settings.max_new_tokens - len(state.tokens) - 1
-            found.append(state.lookup.guess(min(room, left)))
-        return found
+            rates.append(state.lookup.rate)
+            found.append(state.lookup.guess(state.settings.max_new_tokens - len(state.tokens) - 1))
+        k = worth(rates, [len(guess) for guess in found], self.further)
+        return [guess[:k] for guess in found]
 
     def take(self, x_NTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache) -> None:
         """Choose every request's next token, and the tokens after it as long as its guesses come true."""
@@ -211,8 +224,6 @@ class Generator:
                     break
                 right += 1
             kept.append(right)
-            if guess and state.lookup is not None:
-                state.lookup.learn(len(guess), right)
         cache.length_N = cache.length_N + torch.tensor(kept, device=self.engine.device)
 
     def read_leaves(self, cache: Cache, own: list[list[int]]) -> Tensor:
@@ -317,16 +328,18 @@ def cycles(tokens: Sequence[int]) -> bool:
 def main(options: Options) -> int:
     import json
 
-    from infer.load import load, plan_for
+    from infer.load import dtype_for, load, plan_for
     from infer.memory import Load
 
-    asked = Load(len(options.prompt.encode()) + 64, options.max_new_tokens)  # no token is shorter than a byte
-    how = plan_for(options, asked)
-    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=how.form)
     settings = Settings(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.min_p, options.seed,
         tuple(options.stop),
     )  # fmt: skip
+    options = replace(options, dtype=dtype_for(options, 1))
+    letters = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
+    asked = Load(letters + 64, options.max_new_tokens)
+    how = plan_for(options, asked)
+    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=how.form)
     prompt: str | list[int] = options.prompt
     if options.chat:
         prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
@@ -367,8 +380,8 @@ class Options:
     """Seed of sampling."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation."""
-    dtype: str = "float32"
-    """float32, bfloat16 or float64."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
+    """What the model computes in; auto: what this machine decodes soonest in, measured."""
     format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "auto"
     """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
     auto: wide, or what fits --memory."""

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.generate import Generator, Settings, cycles
-from infer.lookup import Lookup
+from infer.lookup import Lookup, worth
 from infer.prefix import causal, plan
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend, Visible
@@ -77,14 +77,20 @@ def test_text_far_beyond_the_window(kind, tokenizer):
 
 
 @settings(deadline=None, max_examples=20)
-@given(period=st.integers(2, 30), prompts=st.integers(1, 4), hot=st.booleans())
-def test_prompt_lookup_loses_nothing(period, prompts, hot, tokenizer):
-    """Repeating prompts, where guesses abound: the same tokens with and without, greedy and sampled."""
+@given(
+    period=st.integers(2, 30), prompts=st.integers(1, 4), hot=st.booleans(),
+    further=st.sampled_from([None, 0.0, 1 / 64, 1 / 4, 1.0]),
+)  # fmt: skip
+def test_prompt_lookup_loses_nothing(period, prompts, hot, further, tokenizer):
+    """Repeating prompts, where guesses abound: the same tokens with and without, greedy and sampled, whatever a further
+    row is thought to take and so whenever requests guess (0: always; 1: never; None: as on this machine)."""
     for kind in ("full", "window"):
         asked = [[(11 * i + n) % period for i in range(60)] for n in range(prompts)]
         chosen = Settings(max_new_tokens=25, temperature=0.2 if hot else 0.0)
         model = MODELS[kind]
-        with_guesses = Generator(model, tokenizer).generate(asked, chosen)
+        guessing = Generator(model, tokenizer)
+        guessing.further = guessing.further if further is None else further
+        with_guesses = guessing.generate(asked, chosen)
         without = Generator(model, tokenizer, lookup=False).generate(asked, chosen)
         assert [out.tokens for out in with_guesses] == [out.tokens for out in without]
 
@@ -93,17 +99,46 @@ def test_guesses_come_true_on_repeated_text(tokenizer):
     model = tiny_model()
     tokens = Generator(model, tokenizer, lookup=False).generate([[1, 2, 3]], max_new_tokens=40)[0].tokens
     generator = Generator(model, tokenizer)
-    (state,) = generator.states([[1, 2, 3, *tokens, 1, 2, 3]], None, {"max_new_tokens": 30})
-    steps = sum(1 for _ in generator.run([state]))
-    assert len(state.tokens) == 30 and state.lookup is not None
-    assert steps == 30 - state.lookup.taken
+    steps = {}
+    for further in (0.0, 1.0):
+        generator.further = further
+        (state,) = generator.states([[1, 2, 3, *tokens, 1, 2, 3]], None, {"max_new_tokens": 30})
+        steps[further] = sum(1 for _ in generator.run([state]))
+        assert len(state.tokens) == 30
+    assert steps[0.0] < 30 == steps[1.0]
 
 
-def test_guessing_stops_where_it_does_not_pay():
+@given(
+    requests=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=9),
+    further=st.floats(0, 1),
+)  # fmt: skip
+def test_guesses_are_checked_where_they_are_expected_to_pay(requests, further):
+    """worth() against its definition: no other number of guesses gives more tokens a time, and none is taken for a gain
+    below a tenth."""
+    rates, known = zip(*requests, strict=True)
+    N = len(requests)
+
+    def gain(k):
+        tokens = sum(sum(rate**i for i in range(min(k, n) + 1)) for rate, n in requests)
+        return tokens / (1 + further * (N * (k + 1) - 1))
+
+    best, chosen = max(gain(k) for k in range(8)), worth(rates, known, further)
+    assert 0 <= chosen <= max(known)
+    if chosen:
+        assert gain(chosen) >= best * (1 - 1e-12) and gain(chosen) > 1.1 * gain(0)
+    else:
+        assert best <= 1.1 * gain(0) * (1 + 1e-12)
+    assert worth([0.0] * N, known, further or 0.1) == 0 and worth(rates, known, 1.0) == 0
+
+
+def test_a_request_whose_guesses_fail_stops_and_one_whose_guesses_come_true_goes_on(tokenizer):
     lookup = Lookup([1, 2, 3, 1, 2])
-    assert lookup.guess(4) == [3, 1, 2]
-    lookup.learn(16, 1)
-    assert lookup.guess(4) == []
+    assert lookup.guess(4) == [3, 1, 2] and worth([lookup.rate], [3], 1 / 8) > 0
+    for wrong in range(20):  # the pair (1, 2) is never followed by what followed it before
+        lookup.add([10 + wrong, 1, 2])
+    assert worth([lookup.rate], [len(lookup.guess(4))], 1 / 8) == 0
+    lookup.add([5, 6, 7, 8] * 8)
+    assert lookup.rate > 0.8 and worth([lookup.rate], [len(lookup.guess(4))], 1 / 8) > 0
 
 
 def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):
@@ -203,6 +238,19 @@ def test_the_end_token_ends(tokenizer):
     generator.stop_ids = frozenset([first[2]])
     out = generator.generate([[1, 2, 3]], max_new_tokens=20)[0]
     assert out.finish_reason == "stop" and out.tokens == first[: first.index(first[2]) + 1]
+
+
+def test_a_text_that_goes_round_in_circles_ends_and_says_why(tokenizer):
+    """Without attention and feed-forward, a tied model says its last token again and again."""
+    model = tiny_model(tie_word_embeddings=True)
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if name.endswith(("o_proj.weight", "down_proj.weight")):
+                parameter.zero_()
+    generator = Generator(model, tokenizer)
+    for chosen, reason, length in ((True, "repetition", 12), (False, "length", 40)):
+        (out,) = generator.generate([[1, 2, 3]], max_new_tokens=40, stop_cycles=chosen)
+        assert (out.finish_reason, len(out.tokens), set(out.tokens)) == (reason, length, {3})
 
 
 @given(st.lists(st.integers(0, 3), max_size=30))

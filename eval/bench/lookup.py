@@ -1,0 +1,61 @@
+"""What a step of several rows takes beside a step of one: the figures that prompt lookup reckons with.
+
+A step is every matrix product of the blocks and the head, without attention. A ratio is how much sooner the rows come
+together than one by one; `infer.lookup.further_row` holds what it takes a further row to cost. Before them, the blocks'
+fp32 products as the engine computes them beside torch's default.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+
+from infer.engine import product
+from infer.generate import Generator
+from infer.load import load
+from infer.lookup import further_row
+from model.machine import compute_dtype, onednn_pays, timed
+
+
+def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float = 0.3) -> list[dict[str, Any]]:
+    """Steps of `sizes` rows from wide and from narrow weights; the best of as many as `seconds` allow."""
+    found = []
+    kinds = [("float32", "wide"), ("float32", "int8"), ("float32", "int4")]
+    if compute_dtype() == torch.bfloat16:
+        kinds.insert(1, ("bfloat16", "wide"))
+    for dtype, form in kinds:
+        model, tokenizer = load(weights, dtype=dtype, form=form)
+        engine = Generator(model, tokenizer).engine
+        if not found:
+            found += [products(engine, size, seconds) for size in (1, *sizes, 72, 400)]
+        taken = {size: min(timed(lambda n=size, own=engine: step(own, n), "cpu", seconds)) for size in (1, *sizes)}
+        for size in sizes:
+            share = (taken[size] / taken[1] - 1) / (size - 1)
+            found.append({
+                "name": f"a step of {size} rows: {dtype if form == 'wide' else form}", "ours": taken[size] * 1e3,
+                "peer": size * taken[1] * 1e3, "peer_name": "one row at a time", "ratio": size * taken[1] / taken[size],
+                "limit": None, "share_of_limit": None, "unit": "ms",
+                "setting": f"a further row takes {share:.2f} of the first, {further_row(engine):.2f} is reckoned with; "
+                f"{torch.get_num_threads()} threads",
+            })  # fmt: skip
+    return found
+
+
+@torch.inference_mode()
+def products(engine: Any, rows: int, seconds: float) -> dict[str, Any]:
+    weights = [part.weight for own in engine.layers for part in (own.qkv, own.out, own.gate_up, own.down)]
+    x_ND = {weight.shape[1]: torch.ones(rows, weight.shape[1]) for weight in weights}
+    ours, default = (min(timed(lambda f=f: [f(x_ND[w.shape[1]], w) for w in weights], "cpu", seconds))
+                     for f in (product, torch.nn.functional.linear))  # fmt: skip
+    return {
+        "name": f"products of {rows} rows: float32", "ours": ours * 1e3, "peer": default * 1e3,
+        "peer_name": "torch's default", "ratio": default / ours, "limit": None, "share_of_limit": None, "unit": "ms",
+        "setting": f"by oneDNN: {onednn_pays(several=rows > 1)}; {torch.get_num_threads()} threads",
+    }  # fmt: skip
+
+
+@torch.inference_mode()
+def step(engine: Any, rows: int) -> torch.Tensor:
+    tokens_N = torch.arange(rows) + 100
+    return engine.logits(engine.forward(tokens_N, tokens_N, lambda layer, q_NHK, k_NGK, v_NGK: q_NHK))
