@@ -54,6 +54,9 @@ class Asker:
         neighbours: Neighbours | None = None,
     ) -> None:  # fmt: skip
         self.generator, self.tokenizer = generator, generator.tokenizer
+        longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
+        room = generator.engine.config.max_position_embeddings - longest  # what the model can take
+        limits = replace(limits, input=min(limits.input, room))
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
         self.grounding = Grounding(self.tokenizer, generator.stop_ids) if grounded else None
         if form == "chat" and self.tokenizer.form is None:

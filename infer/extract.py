@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from infer.answers import SCHEMA
-from infer.job import Job, batches
+from infer.job import Job, batches, begun, mark_of
 from infer.mended import mend
 from infer.notes import Note, fingerprint, read_notes
 from infer.repair import read_repair
@@ -38,6 +38,7 @@ if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options 
     from infer.memory import Plan
     from infer.neighbours import Neighbours
 
+ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
 LETTERS = 24_000  # characters of a batch's notes: some 6,000 tokens of prefix
 
 
@@ -80,8 +81,8 @@ class Options:
     """How many neighbours to show, as far as --max-input-tokens leaves room."""
     neighbour_tokens: int = 64
     """Tokens of each neighbour's text, from its beginning."""
-    dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """What the model computes in."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
+    """What the model computes in; auto: what this machine decodes soonest in, measured."""
     repair: Path | None = None
     """A lexicon (JSON lines whose `text` is spelled well: training notes): mend the notes' spelling and expand their
     abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
@@ -113,9 +114,13 @@ def main(options: Options) -> int:
             f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
             f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
         )
+    options = replace(options, dtype=settled(options, rank, world))
     options, plan = planned(options)
     if together > 1 and (options.format != "wide" or options.memory):
         raise UserError("--format, --memory and --tensor-parallel do not go together; leave one out")
+    own = (options.out, schema_of(options.out), mark_of(options.out))
+    if options.notes.resolve() in [path.resolve() for path in own]:
+        raise UserError(f"{options.notes}: the notes, and a file that --out {options.out} writes; choose another --out")
     next(source(options))  # refuses a missing or empty file before anything is made
     job = Job(options.out, identity(options), rank // together, world // together, rank % together == 0)
     finished = job.claim()
@@ -126,7 +131,7 @@ def main(options: Options) -> int:
         barrier(world)
         if rank == 0:
             job.finish(sizes(options))
-            write_json(options.out.with_name(options.out.name + ".schema.json"), SCHEMA)
+            write_json(schema_of(options.out), SCHEMA)
         barrier(world)
     if rank != 0:
         return 0
@@ -149,11 +154,31 @@ def planned(options: Options) -> tuple[Options, Plan | None]:
     from infer.load import plan_for
     from infer.memory import Load
 
-    asked = {"phenotype": 8, "diagnosis": 1, "both": 9}[options.task]
+    asked = ASKED[options.task]
     new = (asked - (options.task != "phenotype")) * options.max_new_tokens
     new += 64 * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
     plan = plan_for(options, Load(options.max_input_tokens, new, asked, options.batch))
     return replace(options, format=plan.form, batch=plan.batch), plan
+
+
+def settled(options: Options, rank: int, world: int) -> str:
+    """The dtype. "auto" is what the job began with where it goes on, else measured, on the first rank for all."""
+    if options.dtype != "auto":
+        return options.dtype
+    from infer.load import DTYPES, dtype_for
+
+    names, choice = list(DTYPES), 0
+    if rank == 0:
+        choice = names.index(dtype_for(options, options.batch * ASKED[options.task], begun(options.out).get("dtype")))
+    if world > 1:
+        from infer.parallel import of_first
+
+        choice = of_first(choice)
+    return names[choice]
+
+
+def schema_of(out: Path) -> Path:
+    return out.with_name(out.name + ".schema.json")
 
 
 def source(options: Options) -> Iterator[Note]:

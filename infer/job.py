@@ -36,6 +36,16 @@ def batches(notes: Iterable[Note], most: int, letters: int) -> Iterator[list[Not
         yield held
 
 
+def mark_of(out: Path) -> Path:
+    return out.with_name(out.name + ".job.json")
+
+
+def begun(out: Path) -> dict[str, Any]:
+    """What the job of this output, finished or not, is made of; {} where there is none."""
+    known = read_json(mark_of(out)) if mark_of(out).exists() else None
+    return known if isinstance(known, dict) else {}
+
+
 class Job:
     """One job's files. `identity` is everything that decides the output's bytes. Of processes that hold one model
     together, and so answer the same notes, one `writes`."""
@@ -44,7 +54,7 @@ class Job:
         self, out: Path, identity: dict[str, Any], rank: int = 0, world: int = 1, writes: bool = True
     ) -> None:
         self.out, self.rank, self.world, self.writes = out, rank, world, writes
-        self.mark = out.with_name(out.name + ".job.json")
+        self.mark = mark_of(out)
         self.part = self.part_of(rank)
         text = json.dumps({**identity, "world": world}, sort_keys=True)
         self.identity = {**identity, "world": world, "hash": hashlib.sha256(text.encode()).hexdigest()}
@@ -61,15 +71,15 @@ class Job:
         if self.out.is_dir():
             raise UserError(f"{self.out}: a folder; name the output file")
         known = read_json(self.mark) if self.mark.exists() else None
+        if known is not None and not (isinstance(known, dict) and "hash" in known):
+            raise UserError(f"{self.mark}: exists and is no job's of ours; choose another --out or remove it")
         begun = self.out.exists() or any(self.out.parent.glob(f"{glob.escape(self.out.name)}*.part"))
         if not begun:  # a mark without output: a job that never started
             known = None
         if known is None and begun:
             raise UserError(f"{self.out}: exists and is no job's of ours; choose another --out or remove it")
-        if known is not None and (not isinstance(known, dict) or known.get("hash") != self.identity["hash"]):
-            differs = [
-                k for k, v in self.identity.items() if k != "hash" and isinstance(known, dict) and known.get(k) != v
-            ]
+        if known is not None and known["hash"] != self.identity["hash"]:
+            differs = [k for k, v in self.identity.items() if k != "hash" and known.get(k) != v]
             raise UserError(
                 f"{self.out}: belongs to another job (other {', '.join(differs) or 'options'}); choose another --out "
                 f"or remove it and {self.mark.name}"

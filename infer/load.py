@@ -16,6 +16,7 @@ from lora import load_adapter, merge_lora
 from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
 from model import ModelConfig, Tokenizer, Transformer
 from model.command import UserError, nearest
+from model.machine import decode_dtype
 from model.narrow import FORMATS, NarrowEmbedding, NarrowLinear, NarrowWeight, narrows
 from model.weights import load_weights
 
@@ -121,6 +122,22 @@ def plan_for(options: Any, asked: Load) -> Plan:
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan.describe(budget), file=sys.stderr)
     return plan
+
+
+def dtype_for(options: Any, rows: int, known: str | None = None) -> str:
+    """A program's dtype; "auto" is settled here and said on stderr: fp32 beside narrow weights (whose products choose
+    for themselves), else what steps of `rows` rows are soonest in. `known`: what a job that goes on had chosen."""
+    if options.dtype != "auto":
+        return options.dtype
+    if known in DTYPES:
+        print(f"dtype auto: {known}, as this job began", file=sys.stderr)
+        return known
+    if options.format not in ("auto", "wide"):
+        print(f"dtype auto: float32 beside {options.format} weights", file=sys.stderr)
+        return "float32"
+    chosen = str(decode_dtype(rows, "cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
+    print(f"dtype auto: {chosen}, measured for steps of 1 to {rows} rows", file=sys.stderr)
+    return chosen
 
 
 class Update:

@@ -56,6 +56,14 @@ def wait() -> None:
     dist.all_reduce(torch.zeros(1))
 
 
+def of_first(choice: int) -> int:
+    """The first rank's choice, on every rank."""
+    join()
+    held = torch.tensor(choice)
+    dist.broadcast(held, src=0)
+    return int(held)
+
+
 def model_mesh(size: int) -> DeviceMesh:
     """The ranks that hold one model together: `size` neighbours."""
     join()

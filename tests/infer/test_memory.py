@@ -107,3 +107,24 @@ def test_a_narrower_cache_and_short_chunks_are_near(tokenizer, windows):
         assert one.tokens == two.tokens == plain_greedy(model, prompt, 6, tokenizer.stop_ids)[0]
         assert 0 <= abs(one.logprobs[0] - three.logprobs[0]) < 2e-2 * abs(one.logprobs[0]) + 2e-2
     assert any(one.logprobs[0] != three.logprobs[0] for one, three in zip(exact, rounded, strict=True))
+
+
+def test_the_job_says_which_dtype_it_chose_and_keeps_it(weights, tmp_path, capsys):
+    """Whatever the probe finds at another time, a job goes on in the dtype that it began with."""
+    notes, out = tmp_path / "n.jsonl", tmp_path / "o.jsonl"
+    notes.write_text('{"id": "a", "text": "Tumor 2.5 cm"}\n')
+    options = {"weights": str(weights), "notes": notes, "form": "template", "max_new_tokens": 4, "max_new_diagnosis": 4}
+    assert main(Options(out=out, dtype="auto", **options)) == 0
+    said = capsys.readouterr().err
+    chosen = json.loads((tmp_path / "o.jsonl.job.json").read_text())["dtype"]
+    assert f"dtype auto: {chosen}, measured for steps of 1 to 72 rows" in said and chosen in ("float32", "bfloat16")
+    assert main(Options(out=tmp_path / "p.jsonl", dtype=chosen, **options)) == 0
+    assert (tmp_path / "p.jsonl").read_bytes() == out.read_bytes()
+    for dtype in ("float32", "bfloat16"):
+        path = tmp_path / f"{dtype}.jsonl"
+        assert main(Options(out=path, dtype=dtype, **options)) == 0
+        capsys.readouterr()
+        assert main(Options(out=path, dtype="auto", **options)) == 0  # finished: the same job
+        assert f"dtype auto: {dtype}, as this job began" in capsys.readouterr().err
+    assert main(Options(out=tmp_path / "q.jsonl", dtype="auto", format="int8", **options)) == 0
+    assert "dtype auto: float32 beside int8 weights" in capsys.readouterr().err

@@ -1,0 +1,187 @@
+"""Every door of infer: a mistake is one clear line and exit 2, nothing overwritten; a bad note is one error record."""
+
+import codecs
+import json
+import os
+from pathlib import Path
+
+import pytest
+import torch
+from answering_models import write_model
+
+from infer import extract, generate
+from infer.generate import Generator
+from infer.load import load
+from infer.notes import read_notes
+from lora import LoRAConfig, add_lora, save_adapter
+from model.command import UserError, guard
+
+GOOD = '{"id": "a", "text": "Tumor of 2.5 cm"}\n'
+
+
+def asked(weights, tmp_path: Path, **changes) -> extract.Options:
+    given = {"weights": str(weights), "notes": tmp_path / "n.jsonl", "out": tmp_path / "o.jsonl", "form": "template",
+             "max_new_tokens": 3, "max_new_diagnosis": 3, **changes}  # fmt: skip
+    return extract.Options(**given)
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
+
+
+def everything(folder: Path) -> dict[str, bytes]:
+    return {str(f): f.read_bytes() for f in sorted(folder.rglob("*")) if f.is_file()}
+
+
+def other_base(tmp_path) -> Path:
+    """An adapter of a wider model."""
+    model, _ = load(write_model(tmp_path / "wide", hidden_size=64))
+    save_adapter(add_lora(model, LoRAConfig(r=2, alpha=4)), tmp_path / "adapter")
+    return tmp_path / "adapter"
+
+
+DOORS = {  # what is wrong: (files beside the notes, options, what the line says)
+    "no notes there": ({"n.jsonl": None}, {}, "no such file or folder"),
+    "no note in the file": ({"n.jsonl": b"\n \n"}, {}, "empty"),
+    "a folder without .txt": ({"d/a.md": b"x", "d/b.txt/c": b"x"}, {"notes": "d"}, "holds no .txt file"),
+    "the output is the input": ({}, {"out": "n.jsonl"}, "choose another --out"),
+    "the schema is the input": ({"o.jsonl.schema.json": GOOD.encode()}, {"notes": "o.jsonl.schema.json"},
+                                "choose another --out"),
+    "the job's file is the input": ({"o.jsonl.job.json": GOOD.encode()}, {"notes": "o.jsonl.job.json"},
+                                    "choose another --out"),
+    "the part is the input": ({"o.jsonl.part": GOOD.encode()}, {"notes": "o.jsonl.part"}, "no job's of ours"),
+    "an output of somebody else": ({"o.jsonl": b"mine"}, {}, "no job's of ours"),
+    "a mark of somebody else": ({"o.jsonl.job.json": b'{"mine": 1}'}, {}, "no job's of ours"),
+    "an output in a file": ({"f": b"x"}, {"out": "f/o.jsonl"}, "cannot write"),
+    "a folder as output": ({"d/x": b""}, {"out": "d"}, "a folder; name the output file"),
+    "memory in unknown units": ({}, {"memory": "6XB"}, "is not a size"),
+    "too little memory": ({}, {"memory": "1MB"}, "is not enough"),
+    "no batch": ({}, {"batch": 0}, "--batch is 0"),
+    "no tokens": ({}, {"max_new_tokens": -1}, "--max-new-tokens is -1"),
+    "no notes asked for": ({}, {"limit": 0}, "--limit is 0"),
+    "an adapter that is none": ({}, {"adapter": ("missing",)}, "no adapter_config.json there"),
+    "a chat form that is unknown": ({}, {"form": "chat"}, "ask with --form template"),
+    "no weights": ({}, {"weights": "/nowhere"}, "/nowhere"),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("wrong", DOORS)
+def test_a_mistake_is_one_line_and_overwrites_nothing(wrong, weights, tmp_path, capsys, monkeypatch):
+    files, options, said = DOORS[wrong]
+    for name, data in {"n.jsonl": GOOD.encode(), **files}.items():
+        if data is not None:
+            (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+            (tmp_path / name).write_bytes(data)
+    before = everything(tmp_path)
+    options = {k: tmp_path / v if k in ("notes", "out") else v for k, v in options.items()}
+    assert guard(lambda: extract.main(asked(weights, tmp_path, **options)), "infer.extract") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert line.startswith("infer.extract: ") and said in line, line
+    after = everything(tmp_path)
+    assert {name: after[name] for name in before} == before and not (set(after) - set(before) - {
+        str(tmp_path / "o.jsonl.job.json")})  # fmt: skip
+
+
+def test_an_adapter_of_another_base(weights, tmp_path, capsys):
+    (tmp_path / "n.jsonl").write_text(GOOD)
+    options = asked(weights, tmp_path, adapter=(str(other_base(tmp_path)),))
+    assert guard(lambda: extract.main(options), "infer.extract") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert "adapter" in line and not (tmp_path / "o.jsonl").exists()
+
+
+NOTES = {  # a line: (id, what the error says, or None)
+    b'{"id": "", "text": "A tumor"}': ("line 1", None),
+    b'{"id": null, "text": "A tumor"}': ("line 2", None),
+    b'{"id": true, "text": "A tumor"}': ("line 3", None),
+    b'{"id": "same", "text": "A tumor"}': ("same", None),
+    b'{"id": "same", "text": "Another"}': ("same", None),
+    b'{"id": "\\ud800", "text": "A tumor"}': ("line 6", None),
+    b'{"id": "nul", "text": "A\\u0000 tumor\\u0000"}': ("nul", None),
+    b'{"id": "crlf", "text": "A\\r\\ntumor"}\r': ("crlf", None),
+    b'{"id": "half", "text": "A \\udc00 tumor"}': ("half", "half a surrogate pair at character 2"),
+    b'{"id": "asked", "text": "A tumor", "questions": ["\\ud800?"]}': ("asked", "'questions' is not a list"),
+    b'{"id": "list", "text": ["A tumor"]}': ("list", "'text' is missing or is not text"),
+    b'{"id": "null", "text": null}': ("null", "'text' is missing or is not text"),
+    b'{"id": ' + b"9" * 5000 + b', "text": "A tumor"}': ("line 13", "line 13 is not JSON"),
+    b"[" * 100_000: ("line 14", "line 14 is not JSON"),
+    b'{"id": "blank", "text": "\\u00a0\\n"}': ("blank", "the note is empty"),
+    b'{"id": "bytes", "text": "\xff"}': ("line 16", "not UTF-8 text"),
+}
+
+
+def test_a_bad_note_is_one_error_record(weights, tmp_path):
+    (tmp_path / "n.jsonl").write_bytes(codecs.BOM_UTF8 + b"\n".join(NOTES))
+    assert extract.main(asked(weights, tmp_path, task="diagnosis")) == 1
+    found = records(tmp_path / "o.jsonl")
+    assert [record["id"] for record in found] == [name for name, _ in NOTES.values()]
+    for record, (name, error) in zip(found, NOTES.values(), strict=True):
+        assert error is None and "error" not in record or error in record["error"], name
+
+
+def test_a_folder_s_texts_as_they_stand(weights, tmp_path):
+    """A byte order mark is no part of a note, a line's end is: places are those of the file."""
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    (folder / "a.txt").write_bytes(codecs.BOM_UTF8 + b"Tumor\r\nof 2.5 cm")
+    (folder / "b.txt").write_bytes(b"\xff\xfeT\x00")
+    (folder / "c.txt").symlink_to("nowhere")
+    with open(os.path.join(os.fsencode(folder), b"d\xff.txt"), "w") as odd:
+        odd.write("A tumor")
+    (folder / "e.txt").write_text(" ")
+    (folder / "f.txt").mkdir()
+    notes = list(read_notes(folder))
+    assert notes[0].text == "Tumor\r\nof 2.5 cm"
+    assert [(note.id, note.error) for note in notes] == [
+        ("a", None), ("b", "not UTF-8 text (byte 0)"), ("c", "the file cannot be read: No such file or directory"),
+        ("d\\udcff", None), ("e", "the note is empty"),
+    ]  # fmt: skip
+    assert extract.main(asked(weights, tmp_path, notes=folder, task="diagnosis")) == 1
+    assert len(records(tmp_path / "o.jsonl")) == 5
+
+
+def test_a_limit_beyond_the_model_s_length_is_the_model_s(tmp_path):
+    """A note that the model cannot take is an error in its record, not the end of the job."""
+    weights = write_model(tmp_path / "short", max_position_embeddings=128)
+    (tmp_path / "n.jsonl").write_text(json.dumps({"id": "long", "text": "tumor " * 60}) + "\n" + GOOD)
+    assert extract.main(asked(weights, tmp_path, max_input_tokens=10**6)) == 1
+    long, short = records(tmp_path / "o.jsonl")
+    assert "limit 125" in long["error"] and "error" not in short
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"prompt": "x" * 5000}, "exceeds the model's"), ({"prompt": "half \udc80"}, "not Unicode"),
+    ({"stop": ("",)}, "stop string is empty"), ({"stop": ("</s>",)}, "is a special token"),
+    ({"stop": ("\ud800",)}, "not Unicode"), ({"temperature": -1.0}, "temperature is -1"),
+    ({"temperature": float("inf")}, "temperature is inf"), ({"top_p": 0.0}, "leaves no token"),
+    ({"top_p": 1.1}, "top_p is 1.1"), ({"min_p": -0.1}, "min_p is -0.1"), ({"top_k": -1}, "top_k is -1"),
+    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"seed": 2**70}, "seed is"), ({"memory": "6XB"}, "is not a size"),
+    ({"chat": True}, "chat form"),
+])  # fmt: skip
+def test_a_prompt_s_mistakes(wrong, said, weights, capsys):
+    options = generate.Options(weights=str(weights), **{"prompt": "A tumor", **wrong})
+    assert guard(lambda: generate.main(options), "infer.generate") == 2
+    captured = capsys.readouterr()
+    assert len(captured.err.strip().splitlines()) == 1 and said in captured.err and not captured.out
+
+
+@pytest.mark.parametrize("wrong", [{"top_k": 2.5}, {"seed": 1.5}, {"max_new_tokens": "5"}, {"temperature": None}])
+def test_settings_of_another_type(wrong, tokenizer, weights):
+    model, _ = load(weights)
+    with pytest.raises(UserError):
+        Generator(model, tokenizer).generate(["a"], **wrong)
+
+
+def test_a_stop_string_that_the_tokenizer_cannot_spell(tmp_path, weights):
+    """A tokenizer without byte fallback: a letter outside its vocabulary never comes."""
+    from tokenizers import Tokenizer as Fast
+    from tokenizers import models
+
+    from model import Tokenizer
+
+    (tmp_path / "tokenizer.json").write_text(Fast(models.BPE({"a": 0, "b": 1, "?": 2}, [], unk_token="?")).to_str())
+    model, _ = load(weights)
+    generator = Generator(model.to(torch.float64), Tokenizer.from_pretrained(tmp_path))
+    assert generator.generate(["ab"], max_new_tokens=2, stop=("ba",))
+    with pytest.raises(UserError, match="no way to spell it"):
+        generator.generate(["ab"], stop=("bé",))
