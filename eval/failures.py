@@ -21,7 +21,7 @@ from typing import Any
 
 from eval.metrics.text import clinical
 from eval.questions import Question, judged
-from infer.tasks import PHENOTYPES
+from infer.tasks import PHENOTYPES, stands
 
 CLASSES = {
     "empty": "said nothing at all",
@@ -80,7 +80,7 @@ def invented(one: Question, note: str) -> int:
     if one.name not in PHENOTYPES or PHENOTYPES[one.name].values:
         return 0
     held = f" {clinical(note)} "
-    return sum(f" {clinical(answer)} " not in held for answer in one.predicted)
+    return sum(not stands(answer, note) and f" {clinical(answer)} " not in held for answer in one.predicted)
 
 
 def analyse(

@@ -15,9 +15,11 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.failures import invented
 from eval.metrics.presets import chosen
 from eval.metrics.scoring import METRICS
 from eval.questions import Question, figures, pair, read_predictions, read_references
+from infer.tasks import PHENOTYPES
 from model import command
 from model.command import UserError
 
@@ -55,8 +57,11 @@ def groups(questions: list[Question], task: str = "both") -> dict[str, list[Ques
 
 
 def main(options: Options) -> None:
-    questions, counts = pair(read_references(options.references), read_predictions(options.predictions))
+    references = read_references(options.references)
+    questions, counts = pair(references, read_predictions(options.predictions))
     result: dict[str, Any] = {"counts": counts.named(), "groups": {}}
+    if options.task != "diagnosis":
+        result["invented"] = made_up(questions, {one["id"]: one["text"] for one in references})
     for name, group in groups(questions, options.task).items():
         if group:
             result["groups"][name] = figures(group, chosen(options.preset).name)
@@ -67,6 +72,14 @@ def main(options: Options) -> None:
         return
     print(table(result))
     warn(counts.named(), str(options.predictions))
+
+
+def made_up(questions: list[Question], notes: dict[str, str]) -> dict[str, int]:
+    """How many answers to open phenotypes there are, and how many of them stand nowhere in their note (none can where
+    infer.extract was --grounded)."""
+    asked = [one for one in questions if one.name in PHENOTYPES and not PHENOTYPES[one.name].values]
+    return {"count": sum(invented(one, notes[one.record]) for one in asked),
+            "answers": sum(len(one.predicted) for one in asked)}  # fmt: skip
 
 
 def table(result: dict[str, Any]) -> str:
@@ -84,6 +97,9 @@ def table(result: dict[str, Any]) -> str:
                 f"  {NAMES[metric]:<12} {parts}F1 {value['f1']:5.1f}  [{value['low']:.1f}, {value['high']:.1f}]"
                 f"  gold against gold {value['ceiling']:.1f}"
             )
+    if "invented" in result:
+        count, answers = result["invented"].values()
+        lines.append(f"invented: {count} of {answers} answers to open questions stand nowhere in the note")
     return "\n".join([*lines, f"signature {signature}"])
 
 

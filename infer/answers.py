@@ -84,7 +84,7 @@ def phenotype_record(out: Generation, note: str, decode: Callable[[list[int]], s
     answers, at = [], 0
     ends = token_ends(out, decode)
     for value in values:
-        found = re.compile(r"\s+".join(map(re.escape, value.split()))).search(out.text, at)
+        found = re.compile(tasks.words(value)).search(out.text, at)
         begin, at = (found.start(), found.end()) if found else (0, len(out.text))
         start, end = place(value, note)
         answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out, ends, begin, at)})
@@ -109,10 +109,10 @@ def diagnosis_record(out: Generation) -> dict[str, Any]:
 
 def place(value: str, note: str) -> tuple[int | None, int | None]:
     """Where a value stands in the note: as it is, else whatever its case and spaces; whole words before parts."""
-    pattern = r"\s+".join(map(re.escape, value.split()))
+    pattern = tasks.words(value)
     if not pattern:
         return None, None
-    whole = rf"(?<!\w){pattern}(?!\w)"
+    whole = tasks.EDGE + pattern + tasks.EDGE
     for form, flags in ((whole, 0), (whole, re.IGNORECASE), (pattern, 0), (pattern, re.IGNORECASE)):
         found = re.search(form, note, flags)
         if found:

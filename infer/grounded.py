@@ -1,7 +1,8 @@
 """Answers that cannot be invented: an automaton over bytes decides which tokens may come next.
 
 A phenotype's answer is "not relevant", or values separated by ", ": of its closed list where it has one, else spans of
-the note, from the start of a word to the end of one. A diagnosis is a line of ICD-10-CM, "description (code)".
+the note, from the start of a word or number to the end of one. A diagnosis is a line of ICD-10-CM, "description
+(code)".
 
 The automaton reads bytes, not tokens, so every way of cutting a span into tokens is allowed: a span may begin in the
 middle of what the note's own tokenisation made one token, and the model may spell it with the tokens it prefers. In the
@@ -81,8 +82,8 @@ class Grammar:
         at = [0]
         for letter in text:
             at.append(at[-1] + len(letter.encode()))
-        # a word's inside is no edge; a span neither begins nor ends with a space, and holds no comma
-        edges = [n for n in range(len(text) + 1) if not (0 < n < len(text) and wordy(text[n - 1]) and wordy(text[n]))]
+        # a span neither begins nor ends with a space, and holds no comma
+        edges = [found.start() for found in re.finditer(tasks.EDGE, text)]
         self.starts = [at[n] for n in edges if n < len(text) and text[n] not in " ,"]
         self.stops = frozenset(at[n] for n in edges if n > 0 and text[n - 1] != " ")
         self.memo: dict[States, list[int]] = {}
@@ -179,10 +180,6 @@ class Grounded:
             self.states = self.grammar.read(self.states, self.grammar.vocabulary.bytes.get(token, b""))
         self.seen = len(tokens)
         return self.grammar.allowed(self.states)
-
-
-def wordy(letter: str) -> bool:
-    return letter.isalnum() or letter == "_"
 
 
 class Grounding:

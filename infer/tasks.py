@@ -15,10 +15,13 @@ all questions share, and the other eight never see another patient's findings.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 from dataclasses import dataclass
 
 NOT_RELEVANT = "not relevant"
+EDGE = r"(?!(?<=\w)\w)(?!(?<=\d[.,])\d)(?!(?<=\d)[.,]\d)"
+"""Where a span of a note may begin or end, as a regular expression: not inside a word or a number (2.5, 1,200)."""
 
 
 @dataclass(frozen=True)
@@ -79,6 +82,16 @@ def parse_answer(text: str) -> list[str]:
     if [value.lower().rstrip(".") for value in values] == [NOT_RELEVANT]:
         return []
     return list(values)
+
+
+def words(value: str) -> str:
+    """A regular expression of a value's words, whatever space is between them."""
+    return r"\s+".join(map(re.escape, value.split()))
+
+
+def stands(value: str, note: str) -> bool:
+    """Whether a value stands in a note as a whole, whatever its case and spaces: "5 cm" does not stand in "2.5 cm"."""
+    return bool(re.search(EDGE + words(value) + EDGE, note, re.IGNORECASE))
 
 
 def diagnosis_answer(description: str, code: str) -> str:

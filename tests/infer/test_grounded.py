@@ -1,5 +1,6 @@
 """A grounded answer is never invented: for random weights, any note, any temperature."""
 
+import json
 import re
 from dataclasses import replace
 
@@ -8,7 +9,8 @@ from answering_models import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer import codes, tasks
+from eval import score
+from infer import codes, extract, tasks
 from infer.answers import place
 from infer.ask import Asker, Limits
 from infer.generate import Generator, Settings
@@ -31,7 +33,7 @@ def test_no_output_ever_breaks_it(note, seed, hot, new, tokenizer):
                 assert answer["text"] in phenotype.values
             else:
                 assert answer["text"] in " ".join(note.split())
-                assert place(answer["text"], note) != (None, None)
+                assert place(answer["text"], note) != (None, None) and tasks.stands(answer["text"], note)
     text = record["diagnosis"]["text"]
     if text:
         found = re.fullmatch(r"(.*) \(([^()]*)\)", text)
@@ -44,9 +46,9 @@ def test_every_spelling_of_a_span_is_allowed(note, data, tokenizer):
     """Whatever tokens spell a span, each step allows the next of them, and the end after it."""
     text = " ".join(note.split())
     grammar = Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note=note)
-    edges = [
-        i for i in range(len(text) + 1) if i in (0, len(text)) or not (text[i - 1].isalnum() and text[i].isalnum())
-    ]
+    words = re.finditer(r"\w+(?:(?<=\d)[.,](?=\d)\w+)*", text)  # words and numbers
+    inside = {n for found in words for n in range(found.start() + 1, found.end())}
+    edges = [n for n in range(len(text) + 1) if n not in inside]
     start = data.draw(st.sampled_from(edges[:-1]))
     end = data.draw(st.sampled_from([e for e in edges if e > start]))
     span = text[start:end].strip()
@@ -73,7 +75,8 @@ def test_what_is_not_in_the_note_is_refused(tokenizer):
 
     for text in (" 2.5 cm", " tumor, 2.5 cm", " not relevant", " tumor of 2.5", "grade 2"):
         assert legal(text), text
-    for text in (" 3 cm", " umor", " 2.5 c", " tumor, not relevant", " cm, grade 3", " tumor,", " ", " Tumor"):
+    for text in (" 3 cm", " 5 cm", " of 2", " of 2.", " umor", " 2.5 c", " tumor, not relevant", " cm, grade 3",
+                 " tumor,", " ", " Tumor"):  # fmt: skip
         assert not legal(text), text
     assert grammar.complete(" tumor, gra") == " tumor"
     assert grammar.complete(" not relev") == ""
@@ -92,3 +95,22 @@ def test_ungrounded_answers_are_invented(tokenizer):
     generator = Generator(tiny_model(), tokenizer)
     (out,) = generator.generate(["a tumor of 2.5 cm"], Settings(max_new_tokens=12))
     assert out.text.strip() not in "a tumor of 2.5 cm"
+
+
+def test_the_score_says_how_many_answers_were_invented(weights, tmp_path, capsys):
+    """A whole job with random weights: none where it was grounded, some where it was not."""
+    notes = tmp_path / "n.jsonl"
+    texts = ["Tumor of 2.5 cm, grade 2.", "A mass (3 x 1,200 mm) in the left breast; T2-N0.", "ER+/PR- carcinoma"]
+    right = {name: {"answers": [], "not_relevant": True} for name in tasks.PHENOTYPES}
+    lines = [{"id": str(n), "text": text, "phenotypes": right} for n, text in enumerate(texts)]
+    notes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = {}
+    for grounded in (True, False):
+        out = tmp_path / f"{grounded}.jsonl"
+        extract.main(extract.Options(weights=str(weights), notes=notes, out=out, form="template", task="phenotype",
+                                     grounded=grounded, max_new_tokens=12))  # fmt: skip
+        capsys.readouterr()
+        score.main(score.Options(predictions=out, references=notes, task="phenotype", json=True))
+        said[grounded] = json.loads(capsys.readouterr().out)
+    assert said[True]["invented"]["count"] == 0 < said[True]["invented"]["answers"]
+    assert said[False]["invented"]["count"] > 0
