@@ -7,7 +7,7 @@ What makes it fast, each idea on its own line:
   parameters become views of it, so nothing is held twice.
 * Tokens of all requests lie side by side (x_ND, no padding), whatever their lengths; only attention knows requests.
 * Residual sums happen inside the products (addmm), norms in one call, rotary positions in three.
-* fp32 products on a CPU are oneDNN's where the probe finds that torch's default library is not made for the processor.
+* fp32 products on a CPU are oneDNN's where torch's default library is not made for the processor.
 * Logits are computed where somebody reads them: one position a request, not one a token.
 
 LoRA adapters that are active and not merged stay beside the weights, exact. Modules that are not plain linear layers
@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
-from model.machine import onednn, onednn_pays
+from model.machine import onednn, onednn_suits
 from model.narrow import NarrowWeight
 from model.transformer import RMSNorm, Transformer
 
@@ -93,9 +93,9 @@ class Fused:
 
 
 def suits_onednn(x_ND: Tensor, weight_OD: Tensor | None) -> bool:
-    if weight_OD is None or weight_OD.device.type != "cpu" or not weight_OD.dtype == torch.float32 == x_ND.dtype:
+    if weight_OD is None or weight_OD.device.type != "cpu":
         return False
-    return onednn_pays(several=x_ND.shape[0] > 1)
+    return weight_OD.dtype == torch.float32 == x_ND.dtype and onednn_suits()
 
 
 def product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:

@@ -23,7 +23,7 @@ from collections.abc import Sequence
 import torch
 
 from infer.engine import Engine
-from model.machine import compute_dtype
+from model.machine import processor
 
 MOST = 7  # guesses of one request at once
 MEMORY = 8  # guesses over which a request's rate is averaged
@@ -82,5 +82,5 @@ def further_row(engine: Engine) -> float:
     if narrow is not None:  # packed weights are dequantised anew every four rows, others once a step
         return 1 / 4 if narrow.packed else 1 / 32
     if engine.dtype == torch.bfloat16:
-        return 1 / 16 if compute_dtype() == torch.bfloat16 else 1.0  # emulated: arithmetic is all there is
+        return 1 / 16 if "bf16" in processor() else 1.0  # emulated: arithmetic is all there is
     return 1 / 8

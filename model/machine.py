@@ -7,8 +7,10 @@ from these three figures.
 
 from __future__ import annotations
 
+import platform
 import time
 from functools import cache
+from pathlib import Path
 
 import torch
 
@@ -51,23 +53,20 @@ def onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | N
 
 
 @cache
-def onednn_pays(several: bool = False) -> bool:
-    """Whether `onednn` is clearly sooner here than the default product for one row (by a quarter), or for `several` (by
-    a tenth, at 8 and at 256): a choice that hung on less would differ from run to run. It is where the default library
-    is not made for the processor."""
-    if several:
-        return onednn_gain(8, 2048, 1024) > 1.1 and onednn_gain(256, 2048, 1024) > 1.1
-    return onednn_gain(1, 4096, 2048) > 1.25  # two weights of 32 MB: more than most caches
+def onednn_suits() -> bool:
+    """Whether `onednn` is the sooner product here: torch's default library is MKL, which keeps its AVX-512 code for
+    Intel's processors, and the processor is another with AVX-512. A rule and not a measurement, which would fall
+    otherwise on a busy machine and change the last bits; `python -m eval.bench lookup` measures what it gains."""
+    wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "GenuineIntel" not in processor()
 
 
-def onednn_gain(rows: int, outputs: int, inputs: int) -> float:
-    """How many times sooner `onednn` is than the default product; 0 where it does not exist."""
-    x_ND, weights = torch.ones(rows, inputs), [torch.ones(outputs, inputs) for _ in range(2)]
+def processor() -> str:
+    """What the system says of the processor, its maker among it."""
     try:
-        ours = timed(lambda: [onednn(x_ND, each) for each in weights], "cpu", 0.05)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return 0.0
-    return min(timed(lambda: [torch.nn.functional.linear(x_ND, each) for each in weights], "cpu", 0.05)) / min(ours)
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
 
 
 def timed(call, device: str, seconds: float) -> list[float]:
@@ -101,7 +100,7 @@ def decode_dtype(rows: int, device: str = "cpu") -> torch.dtype:
     def taken(dtype: torch.dtype, size: int) -> float:
         x_ND = torch.ones(size, 2048, dtype=dtype)
         weights = [torch.ones(4096, 2048, dtype=dtype) for _ in range(2)]  # more than most caches hold
-        best = onednn if dtype == torch.float32 and onednn_pays(several=size > 1) else torch.nn.functional.linear
+        best = onednn if dtype == torch.float32 and onednn_suits() else torch.nn.functional.linear
         return min(timed(lambda: [best(x_ND, each) for each in weights], "cpu", 0.05))
 
     sizes = sorted({1, min(4, rows), rows})

@@ -15,7 +15,7 @@ from infer.engine import product
 from infer.generate import Generator
 from infer.load import load
 from infer.lookup import further_row
-from model.machine import compute_dtype, onednn_pays, timed
+from model.machine import compute_dtype, onednn_suits, timed
 
 
 def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float = 0.3) -> list[dict[str, Any]]:
@@ -51,7 +51,7 @@ def products(engine: Any, rows: int, seconds: float) -> dict[str, Any]:
     return {
         "name": f"products of {rows} rows: float32", "ours": ours * 1e3, "peer": default * 1e3,
         "peer_name": "torch's default", "ratio": default / ours, "limit": None, "share_of_limit": None, "unit": "ms",
-        "setting": f"by oneDNN: {onednn_pays(several=rows > 1)}; {torch.get_num_threads()} threads",
+        "setting": f"by oneDNN: {onednn_suits()}; {torch.get_num_threads()} threads",
     }  # fmt: skip
 
 
