@@ -60,7 +60,6 @@ DOORS = {  # what is wrong: (files beside the notes, options, what the line says
     "no tokens": ({}, {"max_new_tokens": -1}, "--max-new-tokens is -1"),
     "no notes asked for": ({}, {"limit": 0}, "--limit is 0"),
     "an adapter that is none": ({}, {"adapter": ("missing",)}, "no adapter_config.json there"),
-    "a chat form that is unknown": ({}, {"form": "chat"}, "ask with --form template"),
     "no weights": ({}, {"weights": "/nowhere"}, "/nowhere"),
 }  # fmt: skip
 
@@ -74,7 +73,8 @@ def test_a_mistake_is_one_line_and_overwrites_nothing(wrong, weights, tmp_path, 
             (tmp_path / name).write_bytes(data)
     before = everything(tmp_path)
     options = {k: tmp_path / v if k in ("notes", "out") else v for k, v in options.items()}
-    assert guard(lambda: extract.main(asked(weights, tmp_path, **options)), "infer.extract") == 2
+    options = asked(options.pop("weights", weights), tmp_path, **options)
+    assert guard(lambda: extract.main(options), "infer.extract") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("infer.extract: ") and said in line, line
     after = everything(tmp_path)
@@ -88,6 +88,16 @@ def test_an_adapter_of_another_base(weights, tmp_path, capsys):
     assert guard(lambda: extract.main(options), "infer.extract") == 2
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert "adapter" in line and not (tmp_path / "o.jsonl").exists()
+
+
+def test_a_model_without_a_chat_form(tmp_path, capsys):
+    (tmp_path / "n.jsonl").write_text(GOOD)
+    weights = write_model(tmp_path / "llama", model_type="llama")
+    assert guard(lambda: extract.main(asked(weights, tmp_path, form="chat")), "infer.extract") == 2
+    assert "ask with --form template" in capsys.readouterr().err
+    options = generate.Options(weights=str(weights), prompt="A tumor", chat=True)
+    assert guard(lambda: generate.main(options), "infer.generate") == 2
+    assert "does not say its chat form" in capsys.readouterr().err
 
 
 NOTES = {  # a line: (id, what the error says, or None)
@@ -156,7 +166,6 @@ def test_a_limit_beyond_the_model_s_length_is_the_model_s(tmp_path):
     ({"temperature": float("inf")}, "temperature is inf"), ({"top_p": 0.0}, "leaves no token"),
     ({"top_p": 1.1}, "top_p is 1.1"), ({"min_p": -0.1}, "min_p is -0.1"), ({"top_k": -1}, "top_k is -1"),
     ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"seed": 2**70}, "seed is"), ({"memory": "6XB"}, "is not a size"),
-    ({"chat": True}, "chat form"),
 ])  # fmt: skip
 def test_a_prompt_s_mistakes(wrong, said, weights, capsys):
     options = generate.Options(weights=str(weights), **{"prompt": "A tumor", **wrong})
@@ -175,11 +184,13 @@ def test_settings_of_another_type(wrong, tokenizer, weights):
 def test_a_stop_string_that_the_tokenizer_cannot_spell(tmp_path, weights):
     """A tokenizer without byte fallback: a letter outside its vocabulary never comes."""
     from tokenizers import Tokenizer as Fast
-    from tokenizers import models
+    from tokenizers import decoders, models
 
     from model import Tokenizer
 
-    (tmp_path / "tokenizer.json").write_text(Fast(models.BPE({"a": 0, "b": 1, "?": 2}, [], unk_token="?")).to_str())
+    letters = Fast(models.BPE({"a": 0, "b": 1, "?": 2}, [], unk_token="?"))
+    letters.decoder = decoders.Fuse()
+    (tmp_path / "tokenizer.json").write_text(letters.to_str())
     model, _ = load(weights)
     generator = Generator(model.to(torch.float64), Tokenizer.from_pretrained(tmp_path))
     assert generator.generate(["ab"], max_new_tokens=2, stop=("ba",))
