@@ -35,6 +35,15 @@ from infer.codes import CODES
 from model.command import UserError, run
 from model.files import read_jsonl, write_jsonl
 
+# Words of medicine that are one edit apart and mean something else: a note that writes one means it.
+TWINS = frozenset(
+    "macroscopic microscopic macroscopically microscopically macrocytic microcytic macroscopy microscopy ileum ilium "
+    "ileal iliac dysphagia dysphasia dysplasia dyskinesia aphasia aphagia perineal peroneal perineum peritoneum "
+    "abduction adduction abducted adducted abducent adducent ureter ureteral urethral mucous mucus palpation "
+    "palpitation discreet discrete prostate prostrate humeral humoral carotid parotid tubular tubal facial fascial "
+    "cirrhosis sclerosis gastritis gastric vesical vesicle radicular radial arteritis arthritis "
+    "metastasis metastases metastatic callous callus".split()
+)
 _WORD = re.compile(r"(?<![\w.+/-])[A-Za-z]+(?![\w+/]|[-.]\w)")  # letters only, not part of a code, unit or dose
 _TOKEN = re.compile(r"[A-Za-z]+|\d[\d.,]*|[^\w\s]")
 _LINE = re.compile(r"[^\n]+")
@@ -102,7 +111,9 @@ class Repair:
         `after` are the tokens beside it, `shouted` says that its whole line is in capitals."""
         small = word.lower()
         upper = len(word) > 1 and word.isupper()
-        if len(small) < 3 or small in self.known or (sum(map(str.isupper, word)) > 1 and not (upper and shouted)):
+        if len(small) < 3 or small in self.known or small in TWINS:
+            return word
+        if sum(map(str.isupper, word)) > 1 and not (upper and shouted):
             return word
         near = {known for form in deletions(small) for known in self.by_deletion.get(form, ())}
         near = {known for known in near if known[0] == small[0] and one_edit(small, known)}

@@ -92,6 +92,15 @@ def test_known_words_stay_whatever_they_resemble():
         assert REPAIR(description) == description
 
 
+@pytest.mark.parametrize(
+    ("known", "twin"), [("Microscopic", "Macroscopic"), ("dysphagia", "dysphasia"), ("ileum", "ilium")]
+)
+def test_a_word_of_medicine_never_becomes_its_twin(known, twin):
+    repair = Repair([f"{known} description follows. The {known} was seen."] * 10)
+    assert repair(f"{twin} description follows.") == f"{twin} description follows."
+    assert repair(f"The {twin} was seen.") == f"The {twin} was seen."
+
+
 def test_a_word_that_is_another_word_is_no_misspelling():
     repair = Repair(["A change of the desmoid seen by microscopy, the testis and the nodes."] * 3)
     for text in ("chance", "dermoid", "microscope", "tests", "nodes node", "A noded"):
