@@ -59,11 +59,11 @@ def test_nothing_but_the_fitted_notes_is_used(splits, regex):
 
 
 def test_plain_notes_are_read(regex):
-    given = regex.answers("Diagnosis: adenocarcinoma of the sigmoid colon. Tumor size: 3.4 cm. Stage: stage IIIB.")
+    given = regex.answers("Diagnosis: adenocarcinoma of the prostate. Tumor size: 3.4 cm. Stage: stage IIIB.")
     assert given["phenotypes"]["tumor_size"] == ["3.4 cm"]
     assert given["phenotypes"]["cancer_stage"] == ["IIIB"]
-    assert given["phenotypes"]["tumor_site"] == ["sigmoid colon"]
-    assert given["diagnosis"] == "Malignant neoplasm of sigmoid colon (C18.7)"
+    assert given["phenotypes"]["tumor_site"] == ["prostate"]
+    assert given["diagnosis"] == "Malignant neoplasm of prostate (C61)"
 
 
 def test_majority_answers_alike():
