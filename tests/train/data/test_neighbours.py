@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from types import SimpleNamespace
 
 import pytest
 
@@ -18,12 +19,13 @@ from train.records import note_pieces
 
 
 class Bare:
-    """An Asker's prompts need a tokenizer of their Generator, nothing else."""
+    """An Asker's prompts need a tokenizer of their Generator and the length that its model can read, nothing else."""
 
     stop_ids: tuple[int, ...] = ()
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
+        self.engine = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096))
 
 
 def test_training_and_inference_build_the_same_prompt(data, tmp_path):
