@@ -12,7 +12,8 @@ descriptions) do not know it and it is one edit, not of its first letter, away f
   too many: 7, one wrong: 8), the edit is not of its last letter, and one candidate is clearly the commonest.
 
 Candidates come from symmetric deletion (Garbe's SymSpell): two words one edit apart share a form with at most one
-letter deleted. There is no list of mistakes and no map of keys or sounds here.
+letter deleted. There is no list of mistakes and no map of keys or sounds here; a word of medicine that is one edit from
+another (TWINS: macroscopic, microscopic) is taken as meant.
 
 Abbreviations are expanded by abbreviations.tsv, ambiguous ones only in their context. One that the lexicon itself
 uses three times or more stays: a model tuned on those notes has learnt to read it, and answers with it as written.

@@ -5,7 +5,7 @@
 - kept for the backward pass are a half-block's input, q, k, v, the attention's result, gate and up, and each adapter's
   (N, R) product. The norm's result and silu(gate) · up are made again (a few passes over memory, no product);
 - gradients of layers that read the same input are added up in the products themselves (addmm into one tensor);
-- attention computes only pairs that see each other (attend.py).
+- attention computes little more than the pairs that see each other (attend.py).
 
 Products and their number are the plain block's: 2 FLOP a weight and token forward, 2 backward, none for frozen weights'
 gradients, none below the first adapter. With y = n Wᵀ + s (n Aᵀ) Bᵀ, l = s n Aᵀ and gradient g of y:
