@@ -7,7 +7,7 @@ row's queries are taken about a hundred at a time, each with all the keys that a
     a piece of the trunk        on the trunk up to its end
     some whole branches         on the trunk and on these branches
 
-A note of 400 tokens with eight questions of 40: some 265,000 pairs in place of 518,000, of which 214,000 are needed;
+A note of 400 tokens with eight questions of 40: 252,160 pairs in place of 518,400, of which 214,400 are needed;
 fewer and larger products pay better than the last of them. A query's keys are all in one product, so that its softmax
 is one, and backward makes it again: what is kept is q, k and v.
 
