@@ -34,13 +34,13 @@ class Run:
         """Do a step that is not yet done: a function, or a program as `-m` takes it (its output goes to stderr)."""
         if name in self.steps:
             return
-        print(f"· {name}", file=sys.stderr, flush=True)
-        began = time.monotonic()
-        if callable(work):
-            work()
-            peak = 0.0
-        else:
-            peak = program(name, work)
+        before = signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends the run as Ctrl-C does
+        try:
+            print(f"· {name}", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            peak = program(name, work) if isinstance(work, list) else work() or 0.0
+        finally:
+            signal.signal(signal.SIGTERM, before)
         self.steps[name] = {"seconds": round(time.monotonic() - began, 1), "peak_mb": round(peak)}
         print(f"  {name}: {self.steps[name]['seconds']} s", file=sys.stderr, flush=True)
         write_json(self.out / "steps.json", self.steps)
@@ -80,19 +80,25 @@ def begin(out: Path, made_of: Mapping[str, Any], last: str = "") -> Run:
 
 def program(name: str, arguments: list[str]) -> float:
     """Run `python -m …`. Returns its peak resident memory in MB. Raises UserError where it fails."""
-    def ended(*_: object) -> None:  # as on Ctrl-C: the program ends with the run, and the same command goes on
-        raise KeyboardInterrupt
-
-    before = signal.signal(signal.SIGTERM, ended)
-    child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr)
+    asked: list[int] = []  # a signal while the program starts: raised there, it would leave the program without the run
+    handlers = {number: signal.signal(number, lambda number, _: asked.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+    child = None
     try:
+        child = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr)
+        for number in handlers:
+            signal.signal(number, signal.default_int_handler)
+        if asked:
+            raise KeyboardInterrupt
         _, status, usage = os.wait4(child.pid, 0)
     except BaseException:
-        child.terminate()
-        child.wait()
+        if child is not None:
+            child.terminate()
+            child.wait()
         raise
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
     child.returncode = os.waitstatus_to_exitcode(status)
     if child.returncode:
         raise UserError(
