@@ -3,11 +3,13 @@
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   SCALE=full|nano|tiny       the demo's size
+#   JOBS=2                     processes that make test-fast shares its tests out to
 #   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
 
 PYTHON      ?= python3
 SCALE       ?= full
 TORCH_INDEX ?=
+JOBS        ?= 2
 VENV        := .venv
 PY          := $(VENV)/bin/python
 PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c constraints.txt
@@ -31,8 +33,8 @@ demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubM
 test: $(VENV)/.all browser  ## every test, with the public programs that we are held against
 	$(PYTEST)
 
-test-fast: $(VENV)/.all  ## the tests for the inner loop
-	$(PYTEST) -m "not slow and not gpu"
+test-fast: $(VENV)/.all  ## the tests for the inner loop, in JOBS processes of one thread
+	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
 
 test-gpu: $(VENV)/.all  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
@@ -49,6 +51,11 @@ lint: $(VENV)/.all  ## ruff
 clean:  ## remove the environment; runs/ is kept
 	rm -rf $(VENV)
 
+# Without a network pip ends in "conflicting dependencies": one line says what it is instead.
+UNFINISHED := if grep -q "after connection broken" $(VENV)/install.log; \
+	  then why="a package index could not be reached: is there a network?"; else why="$$(grep ERROR $(VENV)/install.log | tail -n 1)"; fi; \
+	  echo "Not installed: $$why ($(VENV)/install.log has more). Call make again to go on." >&2; exit 2
+
 # A mark is written only after the whole installation: an interrupted one is gone through again, a finished one never.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
@@ -59,15 +66,13 @@ $(VENV)/.python:
 
 $(VENV)/.core: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; some minutes) ..."
-	@$(PIP) "setuptools>=70" && \
-	 $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==2.13.0" && \
-	 $(PIP) --no-deps "$(BASE)" && \
-	 $(PIP) --no-build-isolation -e ".[report]" || \
-	  { echo "The installation did not finish (the reason stands above; often: no network). Call make again to go on." >&2; exit 2; }
+	@{ $(PIP) "setuptools>=70" && \
+	   $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==2.13.0" && \
+	   $(PIP) --no-deps "$(BASE)" && \
+	   $(PIP) --no-build-isolation -e ".[report]"; } 2>$(VENV)/install.log || { $(UNFINISHED); }
 	@touch $@
 
 $(VENV)/.all: $(VENV)/.core
 	@echo "Installing the tests' packages into $(VENV) (once) ..."
-	@$(PIP) --no-build-isolation -e ".[report,parity,peers,test]" || \
-	  { echo "The installation did not finish (the reason stands above; often: no network). Call make again to go on." >&2; exit 2; }
+	@$(PIP) --no-build-isolation -e ".[report,parity,peers,test]" 2>$(VENV)/install.log || { $(UNFINISHED); }
 	@touch $@
