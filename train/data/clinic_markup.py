@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
+
+from infer.tasks import PHENOTYPES
 
 OPEN, BAR, CLOSE = "\ue000", "\ue001", "\ue002"  # private-use characters: no note holds them
 
@@ -36,6 +38,11 @@ class Span:
 def mark(name: str, words: str, value: str = "") -> str:
     """`words`, marked as showing the phenotype `name`; its answer is `value`, or the words themselves."""
     return f"{OPEN}{name}={value}{BAR}{words}{CLOSE}"
+
+
+def mark_receptor(receptor: str, status: str, words: str) -> str:
+    """`words` that tell a receptor's result: they show its type and its status."""
+    return mark("hormone_receptor_type", mark("hormone_receptor_status", words, receptor + status), receptor)
 
 
 def choose(template: str, rng: random.Random) -> str:
@@ -84,3 +91,14 @@ def unmark(marked: str) -> tuple[str, list[Span]]:
     text += marked[position:]
     assert not stack, "a mark was opened and not closed"
     return text, [span for _, span in sorted(spans, key=lambda item: (item[1].start, item[0]))]
+
+
+def answers(spans: Iterable[Span]) -> dict[str, list[dict]]:
+    """A record's `phenotypes`: each answer once, at the place that shows it first."""
+    found: dict[str, list[dict]] = {name: [] for name in PHENOTYPES}
+    for span in spans:
+        if all(span.value.lower() != other["text"].lower() for other in found[span.name]):
+            found[span.name].append({"text": span.value, "start": span.start, "end": span.end})
+    for name in ("hormone_receptor_type", "hormone_receptor_status"):  # ER, PR, HER2, in whatever order they are told
+        found[name].sort(key=lambda answer: PHENOTYPES[name].values.index(answer["text"]))
+    return found

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from infer.codes import describe
-from infer.tasks import PHENOTYPES
 from train.data.clinic_knowledge import GRADES
-from train.data.clinic_markup import TAG, choose, fill, mark, sentence, slots, unmark, upper
+from train.data.clinic_markup import TAG, answers, choose, fill, mark, mark_receptor, sentence, slots, unmark, upper
 from train.data.clinic_patients import Case, draw_case, draw_receptors
 from train.data.clinic_terms import Site, Style, Wording
 from train.data.clinic_varied import graded, placed, reshaped
@@ -93,8 +92,7 @@ class Writer:
         choices = self.possible(key)
         if not choices:
             return ""
-        template = self.rng.choice(choices)
-        self.told.add(template)
+        self.told.add(template := self.rng.choice(choices))
         told = fill(choose(template, self.rng), self.slot)
         if fact in FACTS and key == fact or fact in self.shown:
             self.stated.add(fact)
@@ -108,13 +106,10 @@ class Writer:
         """Whether every slot of the template can be filled; `{need_…}` slots are conditions and fill with nothing."""
         case = self.case
         nodes = bool(case.stage and case.stage.n not in ("N0", "-"))
-        sized = "size" in self.shown and case.size >= 9
         staged = "stage" in self.shown and case.stage is not None and case.stage.t != "-"
         conditions = {
-            "size_old": sized,
-            "size_less": sized,
-            "stage_old": staged,
-            "tnm_old": staged,
+            **dict.fromkeys(("size_old", "size_less"), "size" in self.shown and case.size >= 9),
+            **dict.fromkeys(("stage_old", "tnm_old"), staged),
             "grade_old": "grade" in self.shown and len(self.other_grades()) > 0,
             "rec_old": "rec" in self.shown,
             "other_site": len(self.other_sites()) > 0,
@@ -149,14 +144,10 @@ class Writer:
     # ---- the slots -------------------------------------------------------------------------------------------
 
     def slot(self, name: str) -> str:
+        he = ("man", "male", "M", "he", "his", "him") if self.man else ("woman", "female", "F", "she", "her", "her")
         plain = {
+            **dict(zip(("person", "sex", "S", "he", "his", "him"), he, strict=True)),
             "age": str(self.case.age),
-            "person": "man" if self.man else "woman",
-            "sex": "male" if self.man else "female",
-            "S": "M" if self.man else "F",
-            "he": "he" if self.man else "she",
-            "his": "his" if self.man else "her",
-            "him": "him" if self.man else "her",
             "loose": self.case.cancer.loose,
             "op": self.op,
             "disease": self.case.cancer.name,
@@ -229,12 +220,9 @@ class Writer:
         sided = "side" in self.shown and bool(self.case.side)
         template = choose(self.wording(cancer.where if sided else cancer.nowhere), self.rng)
         if self.case.side == "bilateral" and sided:
-            template = (
-                "[both ovaries|bilateral ovaries]"
-                if not self.style.unseen
-                else "[the two ovaries|ovary on either side]"
-            )
-            words = choose(template, self.rng)
+            new = self.style.unseen
+            words = choose("[the two ovaries|ovary on either side]" if new else "[both ovaries|bilateral ovaries]",
+                           self.rng)  # fmt: skip
             first, site = words.rsplit(" ", 1) if "either" not in words else ("on either side", "ovary")
             site = mark("tumor_site", site)
             self.stated |= {"site", "side"}
@@ -270,9 +258,8 @@ class Writer:
         tnm = "" if stage.t == "-" else self.tnm()
         if self.staging == "tnm":
             return mark("cancer_stage", tnm)
-        group = fill(
-            choose(self.rng.choice(self.style.words["stage"]), self.rng), lambda _: mark("cancer_stage", stage.group)
-        )
+        words = choose(self.rng.choice(self.style.words["stage"]), self.rng)
+        group = fill(words, lambda _: mark("cancer_stage", stage.group))
         return f"{group} ({tnm})" if self.staging == "both" else group
 
     def tnm(self) -> str:
@@ -333,7 +320,7 @@ class Writer:
         if all(status == "-" for _, status in results) and self.rng.random() < 0.5:
             told = self.rng.choice(words["triple"])
             for receptor, status in results:
-                told = self.result(receptor, status, told)
+                told = mark_receptor(receptor, status, told)
             return told
         awaited = self.rng.random() < 0.14
         listed = []
@@ -345,14 +332,10 @@ class Writer:
             kind = {"+": "positive", "-": "negative", " equivocal": "equivocal"}[status]
             forms = words.get(f"{receptor}_{kind}") or words[kind]
             said = fill(self.rng.choice(forms).replace("{r}", name), self.slot)
-            listed.append(self.result(receptor, status, said))
+            listed.append(mark_receptor(receptor, status, said))
         if self.rng.random() < 0.3:
             listed.reverse()
         return self.rng.choice(words["listing"]).join(listed)
-
-    @staticmethod
-    def result(receptor: str, status: str, said: str) -> str:
-        return mark("hormone_receptor_type", mark("hormone_receptor_status", said, receptor + status), receptor)
 
     def slot_family(self) -> str:
         return fill(choose(self.rng.choice(self.world["family"]), self.rng), self.slot)
@@ -412,12 +395,6 @@ def write_note(case: Case, style: Style, world: Mapping[str, tuple[str, ...]], r
     text, spans = unmark(marked)
     missing = (writer.shown & {"size", "grade", "stage", "rec"}) - writer.stated
     assert not missing and "hist" in writer.stated, (style.name, case.cancer.name, missing)
-    phenotypes: dict[str, list[dict]] = {name: [] for name in PHENOTYPES}
-    for span in spans:
-        found = phenotypes[span.name]
-        if all(span.value.lower() != other["text"].lower() for other in found):
-            found.append({"text": span.value, "start": span.start, "end": span.end})
-    for name in ("hormone_receptor_type", "hormone_receptor_status"):  # ER, PR, HER2, in whatever order they are told
-        phenotypes[name].sort(key=lambda answer: PHENOTYPES[name].values.index(answer["text"]))
+    phenotypes = answers(spans)
     code = case.code(sided=bool(phenotypes["tumor_laterality"]))
     return text, {"phenotypes": phenotypes, "diagnosis": {"text": describe(code), "code": code}}

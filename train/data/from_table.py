@@ -91,7 +91,9 @@ def rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
     reader = csv.DictReader(io.StringIO(raw, newline=""), delimiter=delimiter, restkey="", strict=True)
     columns = [(name or "").strip().lower() for name in reader.fieldnames or ()]
     if "text" not in columns or "answer" not in columns or not {"type", "question"} & set(columns):
-        raise UserError(f"{path}: the header is {', '.join(columns)}; it needs text, answer, and type or question")
+        known = {"id", "patient", "text", "type", "question", "answer"} & set(columns)  # the line may be a note's text
+        raise UserError(f"{path}: its first line names {', '.join(sorted(known)) or 'no column'}; a header needs text, "
+                        "answer, and type or question")  # fmt: skip
     reader.fieldnames = columns
     try:
         for row in reader:

@@ -100,3 +100,9 @@ def test_span_of_an_answer_that_stands_nowhere():
 def test_mistakes_are_named(tmp_path, content, said):
     with pytest.raises(UserError, match=said):
         records(table(tmp_path, content))
+
+
+def test_a_table_without_a_header_is_refused_and_its_first_text_is_not_repeated(tmp_path):
+    with pytest.raises(UserError, match="names no column; a header needs text, answer, and type") as told:
+        records(table(tmp_path, f"{NOTE},tumor_size,2.5 cm\n"))
+    assert "breast" not in str(told.value)
