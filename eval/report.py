@@ -7,7 +7,8 @@ RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
                   "notes": how many notes it was given (default: all), "seconds", "peak_mb"}],
      "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}], "leaks",
      and where they were run, a result.json each: "counterfactual", "misspelling", "canaries" (eval.robustness) and
-     "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]}
+     "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]};
+     "quirks": quirks.json of eval.quirks}
 
 Every figure is computed here from the predictions; answerable and unanswerable questions never share a mean.
 """
@@ -41,7 +42,7 @@ from model.files import read_json, read_jsonl, write_json, write_text
 
 Json = dict[str, Any]
 SECOND = "cancerllm"
-PARTS = ("counterfactual", "misspelling", "canaries", "retrieval")
+PARTS = ("counterfactual", "misspelling", "canaries", "retrieval", "quirks")
 SETS = {"heldout": "held-out patients", "unseen": "other patients, unseen styles"}
 
 

@@ -133,6 +133,8 @@ def described(run: Run, demo: Demo) -> dict[str, Any]:
     systems = [{**one, "predictions": {name: moved(path) for name, path in one["predictions"].items()}}
                for one in given["systems"]]  # fmt: skip
     parts = {key: f"{folder}/result.json" for key, folder in PARTS.items()}
+    quirks = run.out.parent / "quirks" / "quirks.json"  # of another program, on models of its own: shown if it was run
+    parts |= {"quirks": os.path.relpath(quirks, run.out)} if quirks.is_file() else {}
     return {
         **given, "title": f"All tables: {TITLES[demo.scale]}", "host": host(), "steps": {**given["steps"], **run.steps},
         "seconds": given["seconds"] + run.took(), "peak_mb": max(given["peak_mb"], run.peak()), "systems": systems,

@@ -1,4 +1,4 @@
-"""The results of the four experiments, as their programs write them, for a report."""
+"""The results of the experiments, as their programs write them, for a report."""
 
 import pytest
 
@@ -28,4 +28,8 @@ def parts():
     near = {"notes": 12, "rows": [{"name": "BM25", "note": "", "recall_at": {"1": 0.5}, "ndcg": 0.4,
                                    "diagnosis": spelled["series"]["repaired"]["diagnosis"][0]},
                                   {"name": "MedCPT", "note": "weights not given", "diagnosis": None}]}  # fmt: skip
-    return {"counterfactual": wrong, "misspelling": spelled, "canaries": leaks, "retrieval": near}
+    sound = {"held_out_loss": 2.0, "leak": 0.0, "exact_match": 0.5, "stops": 1.0, "questions": 16, "not_relevant": 0.4}
+    quirks = {"scale": "nano", "pretrain": {"sound": sound, "texts run together": {**sound, "leak": 0.1234}},
+              "instruct": {"sound": sound, "no end-of-text": {**sound, "stops": 0.25}},
+              "scoring": {"clinical": 50.0, "cancerllm": 61.0}}  # fmt: skip
+    return {"counterfactual": wrong, "misspelling": spelled, "canaries": leaks, "retrieval": near, "quirks": quirks}

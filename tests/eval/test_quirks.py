@@ -6,6 +6,9 @@ import sys
 
 import pytest
 
+from eval.report import PARTS, render
+from eval.report_paper import PAPER
+
 
 @pytest.mark.slow
 def test_only_texts_run_together_leak_and_every_quirk_has_its_row(tmp_path):
@@ -17,6 +20,10 @@ def test_only_texts_run_together_leak_and_every_quirk_has_its_row(tmp_path):
     found = json.loads((out / "quirks.json").read_text())
     assert found["pretrain"]["sound"]["leak"] == 0.0 < found["pretrain"]["texts run together"]["leak"]
     assert {"sound", "instruction first", "no end-of-text", "NF4 base", "8-bit AdamW"} < found["instruct"].keys()
+    empty = {"title": "held out", "notes": 0, "patients": 0, "systems": [], "paired": []}
+    page = render({"sets": {"heldout": empty}, "curves": {}, "examples": [], "ledger": [], "paper": PAPER,
+                   "seconds": None, **dict.fromkeys(PARTS), "quirks": found})  # fmt: skip
+    assert all(f"<td>{quirk}</td>" in page for quirk in ("texts run together", "instruction first", "8-bit AdamW"))
 
 
 def test_an_out_folder_of_something_else_is_left_alone(tmp_path):
