@@ -65,7 +65,7 @@ def test_peft_loads_ours_and_we_load_pefts(config, weights, tmp_path):
     judge = trained(config, torch.float64)(TOKENS)
     wrong = (theirs(TOKENS).logits.double() - judge).abs().max()
     assert (model(TOKENS).double() - judge).abs().max() <= 2 * wrong
-    # one AdamW step on the same loss: the trained tensors agree as the gradients do
+    # one step down the gradient of the same loss: the trained tensors agree as the gradients do
     for each in (theirs, again):
         optimizer = torch.optim.SGD([p for p in each.parameters() if p.requires_grad], lr=0.1)
         out = each(TOKENS)
@@ -117,7 +117,7 @@ def test_several_adapters_one_active_and_off_in_a_context():
         set_adapter(model, "secnd")
 
 
-def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path):
+def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path, capsys):
     model = trained(CONFIGS[2])
     save_adapter(model, tmp_path / "adapter")
     main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "merged")))
@@ -129,6 +129,11 @@ def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path):
         torch.testing.assert_close(loaded[key], ours[key], rtol=1e-6, atol=1e-7)  # the order of a sum over r
     with pytest.raises(UserError, match="the base itself"):
         main(Options(str(weights), str(tmp_path / "adapter"), str(weights)))
+    (weights / "tokenizer.json").unlink()  # weights alone are merged too
+    assert main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "again"))) == 0
+    assert "no tokenizer copied" in capsys.readouterr().err
+    assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
+        tmp_path / "merged" / "model.safetensors").read_bytes()  # fmt: skip
 
 
 def test_audit_agrees_with_the_whole_matrices(weights, tmp_path):
@@ -142,7 +147,13 @@ def test_audit_agrees_with_the_whole_matrices(weights, tmp_path):
         assert rows[path]["norm"] == pytest.approx(float(delta.norm()), rel=1e-5)
         assert rows[path]["top"] == pytest.approx(sigma[:4].tolist(), rel=1e-4)
         assert rows[path]["relative_norm"] == pytest.approx(float(delta.norm() / layer.weight.norm()), rel=1e-5)
-        assert 1 <= rows[path]["effective_rank"] <= 4 and 0 < rows[path]["bf16_distortion"] < 0.1
+        share = sigma[:4] / sigma[:4].sum()
+        assert rows[path]["effective_rank"] == pytest.approx(float(torch.special.entr(share).sum().exp()), rel=1e-4)
+        narrow = layer.weight.detach().bfloat16().double()
+        lost = (narrow + delta).bfloat16().double() - (narrow + delta)
+        distortion = float(lost.norm() / delta.norm())
+        assert distortion > 0 and rows[path]["bf16_distortion"] == pytest.approx(distortion, rel=1e-2)
+    assert [row["module"] for row in rows.values()] == sorted(rows), "layer by layer"
     draw(list(rows.values()), str(tmp_path / "map.png"))
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
 
