@@ -10,6 +10,7 @@ from __future__ import annotations
 import json
 import math
 import signal
+import sys
 import time
 from collections import Counter
 from dataclasses import dataclass, field
@@ -23,6 +24,7 @@ from tqdm import tqdm
 from lora import DropoutPlan
 from lora.adapter import adapted
 from model.command import UserError
+from model.files import write_text
 from train.checkpoint import (
     Progress,
     adapter_tensors,
@@ -38,7 +40,7 @@ from train.dataset import Rows
 from train.loss import batch_loss
 from train.optimizer import make_optimizers, named_trainable, rate
 from train.recipe import Recipe
-from train.rows import ANSWER, NOTE, Row, collate, count, order
+from train.rows import ANSWER, Row, collate, count, order
 from train.sharding import Ranks, sum_over_ranks
 
 
@@ -129,7 +131,7 @@ class Trainer:
             raise UserError(f"{what}; nothing was updated. Look at them, or go on with --on-bad-step skip")
         self.progress.skipped += 1
         if self.ranks.first:
-            tqdm.write(f"{what}; skipped")
+            tqdm.write(f"{what}; skipped", file=sys.stderr)
 
     # held-out loss
 
@@ -237,7 +239,7 @@ class Trainer:
             self.progress = self.ranks.together(read)
             self.saved = self.progress.step
             if self.ranks.first:
-                tqdm.write(f"going on from {found}, step {self.progress.step}")
+                tqdm.write(f"going on from {found}, step {self.progress.step}", file=sys.stderr)
         # what lies beyond is damaged or of a run given up: it goes when this run has a checkpoint to show for it
         self.stale = [path for path in steps_saved(folder) if found is None or step_of(path) > step_of(found)]
 
@@ -248,9 +250,4 @@ class Trainer:
             path = self.out / "metrics.jsonl"
             old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
             kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= self.progress.step]
-            from model.files import write_text
-
             write_text(path, "".join(line + "\n" for line in kept))
-
-
-__all__ = ["NOTE", "Trainer"]

@@ -32,7 +32,7 @@ class Recipe:
     tokenizer: str = ""
     """The tokenizer's folder (empty: that of the weights)."""
     adapter: str = ""
-    """An adapter to go on from (empty: a new one)."""
+    """An adapter to go on from, with its own rank, scale, dropout and modules (empty: a new one)."""
     merge_adapter: bool = False
     """Fold `adapter` into the base, write that base to out/base, and train a new adapter on it."""
     valid_data: tuple[str, ...] = ()
@@ -126,8 +126,8 @@ class Recipe:
     """Resume although the recipe or the data changed."""
     on_bad_step: Literal["stop", "skip"] = "stop"
     """What a loss or gradient that is not finite does."""
-    device: str = "auto"
-    """cpu, cuda, or auto."""
+    device: Literal["auto", "cpu", "cuda"] = "auto"
+    """auto: cuda where there is one. Under torchrun each rank of a machine takes a GPU of its own."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
     """The base's dtype; adapters are at least fp32."""
     checkpoint_blocks: bool = False
@@ -161,7 +161,7 @@ class Recipe:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; it must lie between 0 and 100")
         for name in ("weight_decay", "clip", "note_loss", "final_rate"):
             if not 0 <= getattr(self, name) < 1e6:
-                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must not be negative")
+                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must lie between 0 and a million")
         if not 0 <= self.empty_kept <= 1:
             raise UserError(f"recipe: empty_kept is {self.empty_kept}; it is a share, from 0 to 1")
         if not 0 <= self.dropout < 1:
@@ -213,7 +213,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
     """A recipe file's keys. Raises UserError for what is not TOML, not a key of Recipe, or of another type."""
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except FileNotFoundError as error:
+    except (FileNotFoundError, IsADirectoryError) as error:
         raise UserError(f"{path}: no such file; give a recipe, for example train/recipes/cancerllm.toml") from error
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not a TOML file: {error}") from error
@@ -232,7 +232,7 @@ def checked(value: Any, default: Any, where: str) -> Any:
         kind: type = type(default[0]) if default else str
         return tuple(checked(item, kind(), where) for item in items)
     if isinstance(default, dict) and isinstance(value, dict):
-        like = 0 if "rank" in where else 0.0
+        like = 0 if where.endswith(": rank_pattern") else 0.0
         return {key: checked(item, like, f"{where}.{key}") for key, item in value.items()}
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)

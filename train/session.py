@@ -77,7 +77,12 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
         raise UserError(f"recipe: block {recipe.block} is more than the model's {largest} positions")
     rows, valid = stores(recipe, stage, encoding, ranks)
     recipe.steps_of(len(rows))
-    run = identity(recipe, stage, rows)
+    for store in [part.store for part in (rows, valid) if part is not None]:
+        largest = max(shard["largest"] for shard in store.manifest["shards"])
+        if largest >= config.vocab_size:
+            raise UserError(f"{encoding.tokenizer}: gives token {largest}, and the model has {config.vocab_size}: it"
+                            " is the tokenizer of another model")  # fmt: skip
+    run = identity(recipe, stage, rows, valid)
     if recipe.resume:
         check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed)
     model, base = load_model(recipe, config, ranks)
@@ -183,11 +188,12 @@ def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
                       recipe.alpha_pattern)  # fmt: skip
 
 
-def identity(recipe: Recipe, stage: str, rows: Rows) -> dict[str, Any]:
+def identity(recipe: Recipe, stage: str, rows: Rows, valid: Rows | None) -> dict[str, Any]:
     """What a run's numbers are a function of; a resume compares it."""
     options = {key: value for key, value in asdict(recipe).items() if key not in UNIMPORTANT}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    return {"stage": stage, "recipe": options, "data": rows.store.manifest["identity"]}
+    held_out = {} if valid is None else {"valid_data": valid.store.manifest["identity"]}
+    return {"stage": stage, "recipe": options, "data": rows.store.manifest["identity"], **held_out}
 
 
 def save_model(state: dict[str, torch.Tensor], config: ModelConfig, path: Path, tokenizer: str) -> None:
@@ -202,12 +208,14 @@ def finish(trainer: Trainer, stage: str, began: float) -> Path:
     final = out / ("model" if recipe.full else "adapter")
     peaks = trainer.ranks.gather(peak_memory(trainer.ranks.device))
     held, _ = snapshot(trainer.model, [], keep=trainer.ranks.first)
-    if trainer.ranks.first:
+
+    def write() -> None:
         if recipe.full:
             save_model(held, trainer.model.config, final, recipe.tokenizer or recipe.weights)
         else:
             with atomic_folder(final) as folder:
                 write_adapter(folder, *trainer.adapter(held))  # type: ignore[misc]
         write_card(trainer, time.monotonic() - began, peaks)
-    trainer.ranks.wait()
+
+    trainer.ranks.together(lambda: write() if trainer.ranks.first else None)
     return final

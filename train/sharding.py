@@ -39,6 +39,10 @@ class Ranks:
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
         world = int(os.environ.get("WORLD_SIZE", "1"))
         local = int(os.environ.get("LOCAL_RANK", "0"))
+        beside, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
+        if kind == "cuda" and beside > gpus:
+            raise UserError(f"device cuda: {beside} processes on this machine, where torch can use {gpus} GPUs; start "
+                            "one process a GPU, or take --device cpu")  # fmt: skip
         where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         if where.type == "cuda":
             torch.cuda.set_device(where)

@@ -155,7 +155,7 @@ def encode_shard(
     np.save(folder / f"{number}.pieces.npy", np.asarray(piece_ends, np.int64))
     np.save(folder / f"{number}.records.npy", np.asarray(record_ends, np.int64))
     (folder / f"{number}.names.json").write_text(json.dumps(names), encoding="utf-8")
-    return {"records": len(names), "tokens": len(flat)}, rejects
+    return {"records": len(names), "tokens": len(flat), "largest": int(flat.max(initial=0))}, rejects
 
 
 def check_rejects(rejects: list[dict[str, Any]], good: int, out: Path) -> None:

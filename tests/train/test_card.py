@@ -63,6 +63,19 @@ def test_the_records_of_a_step_are_those_that_made_it(options, tmp_path, capsys)
         records_of(out, 4)
 
 
+def test_records_that_a_later_change_has_made_others_are_not_shown(options, tmp_path):
+    out, changed = tmp_path / "run", tmp_path / "notes.jsonl"
+    changed.write_bytes(b"".join(Path(options["data"][0]).read_bytes().splitlines(keepends=True)[:4]))
+    session.train(as_recipe(options, out=str(out), steps=2), "instruct")
+    session.train(as_recipe(options, out=str(out), steps=4, data=[str(changed)], allow_changed=True), "instruct")
+    assert len(records_of(out, 4)) == 3
+    with pytest.raises(UserError, match="step 1 took .* tokens, and .* by run.json: data or recipe changed after it"):
+        records_of(out, 1)
+    (tmp_path / "run.json").write_text('{"title": "a demo"}')
+    with pytest.raises(UserError, match="run.json: not the card of a training run"):
+        records_of(tmp_path, 1)
+
+
 def test_without_matplotlib_one_line_says_so(options, tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

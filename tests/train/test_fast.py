@@ -17,7 +17,7 @@ from train.attend import SegmentAttend, segments
 from train.dataset import Rows
 from train.fast import FastBlock, fast_blocks, training_blocks
 from train.loss import batch_loss
-from train.rows import Row, collate, count, note_unit, text_units
+from train.rows import Row, collate, count, note_unit
 
 WIDE = replace(CONFIG, windows=(None, None), qkv_bias=True)
 
@@ -130,7 +130,6 @@ def test_running_rows_are_one_document(documents):
     visible = Visible((batch.positions, batch.layout), (batch.positions, batch.layout), 0)
     found = segments(visible, None)
     assert found is not None and [s.trunk for s in found] == [slice(0, 120)]
-    assert text_units("a", np.arange(5), 9)
 
 
 def test_a_run_with_the_gpus_kernels_takes_the_plain_steps(notes):

@@ -62,5 +62,3 @@ def test_what_does_not_fit_exits_1_and_says_what_would(capsys):
 def test_a_mistake_is_named(changes, said):
     with pytest.raises(UserError, match=said):
         plan(replace(PAPER, **changes))
-
-

@@ -7,6 +7,7 @@ import pytest
 from model.command import UserError
 from train.optimizer import rate
 from train.recipe import Recipe, parse, read_toml
+from train.sharding import Ranks
 
 GOOD = {"data": ("x",), "out": "x", "weights": "x"}
 
@@ -34,11 +35,27 @@ def test_impossible_recipes_are_refused(wrong, said):
     ("learning_rat = 1.0", "unknown key 'learning_rat' .did you mean 'learning_rate'"),
     ("r = 'eight'", "r is 'eight'; it must be a whole number"), ("r = true", "whole number"),
     ("r = = 2", "not a TOML"), ("rank_pattern = 3", "must be a table"),
-    ("[rank_pattern]\nv_proj = 2.5", "rank_pattern.v_proj is 2.5; it must be a whole number")])  # fmt: skip
+    ("[rank_pattern]\nv_proj = 2.5", "rank_pattern.v_proj is 2.5; it must be a whole number"),
+    ("[alpha_pattern]\nv_proj = true", "alpha_pattern.v_proj is True; it must be a number")])  # fmt: skip
 def test_recipe_files_are_checked_key_by_key(tmp_path, text, said):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=said):
         read_toml(tmp_path / "r.toml")
+
+
+def test_a_pattern_s_numbers_are_its_own_wherever_the_file_lies(tmp_path):
+    (tmp_path / "ranks.toml").write_text("[rank_pattern]\nv_proj = 2\n[alpha_pattern]\nv_proj = 2.5\no_proj = 3")
+    found = read_toml(tmp_path / "ranks.toml")
+    assert found == {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 2.5, "o_proj": 3.0}}
+
+
+def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):
+    (tmp_path / "r.toml").write_text('data = ["a"]\nout = "o"\nweights = "w"\ndevice = "cudaa"\n')
+    with pytest.raises(UserError, match="device is 'cudaa' .did you mean 'cuda'"):
+        parse([str(tmp_path / "r.toml")], "instruct")
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
+    with pytest.raises(UserError, match="1000 processes on this machine, where torch can use"):
+        Ranks.join("cuda")
 
 
 def test_the_command_line_overrides_the_file(tmp_path):

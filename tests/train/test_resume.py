@@ -196,6 +196,24 @@ def test_a_resume_with_another_recipe_or_other_data_lists_what_changed(options, 
         train(as_recipe(options, out=out, steps=2, data=[str(other)]), "instruct")
 
 
+def test_held_out_notes_that_changed_in_place_are_noticed_at_resume(options, tmp_path):
+    held = shutil.copy(options["valid_data"][0], tmp_path / "held.jsonl")
+    train(as_recipe(options, out=str(tmp_path / "run"), steps=2, valid_data=[str(held)]), "instruct")
+    held.write_bytes(held.read_bytes() * 2)
+    with pytest.raises(UserError, match=r"was made by another run: valid_data.sources.\S+held.jsonl was '\w+', is '"):
+        train(as_recipe(options, out=str(tmp_path / "run"), steps=2, valid_data=[str(held)]), "instruct")
+
+
+def test_a_tokenizer_of_a_larger_model_is_refused_before_the_model_is_read(options, data, tmp_path):
+    weights = tmp_path / "weights"
+    shutil.copytree(options["weights"], weights)
+    config = json.loads((weights / "config.json").read_text())
+    (weights / "config.json").write_text(json.dumps(config | {"vocab_size": 257}))
+    recipe = as_recipe(options, out=str(tmp_path / "run"), weights=str(weights), tokenizer=str(data / "tok"))
+    with pytest.raises(UserError, match="tok: gives token 257, and the model has 257: it is the tokenizer of another"):
+        train(recipe, "instruct")
+
+
 def test_the_last_ones_and_the_best_are_kept_and_a_run_given_up_is_not_gone_on_with(options, tmp_path, monkeypatch):
     """The held-out loss is least after the third step, which save_every does not name."""
     import train.session as session
