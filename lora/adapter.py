@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from model.command import UserError, nearest
-from model.files import atomic_folder, read_json, write_json
+from model.files import atomic_folder, keep_others, read_json, write_json
 from model.safetensors_file import save_tensors
 
 PREFIX = "base_model.model."
@@ -250,12 +250,14 @@ def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dic
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], name: str = "default", base: str | os.PathLike[str] | None = None
 ) -> None:
-    """Write an adapter as PEFT does, atomically. `base` is the weights' place, written down for the reader."""
+    """Write an adapter as PEFT does, atomically; a folder that is there keeps its other files. `base` is the weights'
+    place, written down for the reader."""
     configs = model.__dict__.get("lora_configs", {})
     if name not in configs:
         raise UserError(f"lora: the model has no adapter called {name!r}{nearest(name, list(configs))}")
     with atomic_folder(path) as folder:
         write_adapter(folder, configs[name], adapter_state(model, name), base)
+        keep_others(Path(path), folder)
 
 
 def write_adapter(

@@ -76,6 +76,8 @@ def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
             row["relative_norm"] = row["norm"] / float(weight_OD.norm())
             row["bf16_distortion"] = lost / float(delta_OD.norm()) if row["norm"] else 0.0
         rows.append(row)
+    if not rows:
+        raise UserError(f"{adapter}: holds no adapter's matrices; it is empty")
     place = re.compile(r"\.(\d+)\.")
     return sorted(rows, key=lambda row: (int((place.search(row["module"]) or [0, -1])[1]), row["module"]))
 
@@ -98,6 +100,8 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     from matplotlib import pyplot as plt
 
     found = [(int(m[1]), m[2], row) for row in rows if (m := re.search(r"\.layers\.(\d+)\.(.+)", row["module"]))]
+    if not found:
+        raise UserError(f"{path}: no heat map: none of the adapter's modules lies in a numbered layer")
     layers, kinds = sorted({layer for layer, _, _ in found}), sorted({kind for _, kind, _ in found})
     values = torch.full((len(layers), len(kinds)), float("nan"))
     for layer, kind, row in found:

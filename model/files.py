@@ -10,6 +10,7 @@ import contextlib
 import hashlib
 import json
 import os
+import re
 import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping
@@ -43,12 +44,15 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
 
 @contextlib.contextmanager
 def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on a clean exit it takes `path`'s place (an older folder there is removed).
+    """Yield a new folder beside `path`; on a clean exit it takes `path`'s place. An older folder there is removed with
+    all that is in it (`keep_others` saves what is not ours), and a file there is left alone: a UserError.
 
     Everything in it is synced before it is renamed, so that a name never stands for files that a power cut emptied.
     """
     path = Path(path)
     check_writable(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"cannot write {path}: a file is there, and a folder would take its place; give another name")
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield beside
@@ -67,6 +71,24 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         sync_folder(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def keep_others(old: Path, new: Path, drop: re.Pattern[str] | None = None) -> None:
+    """Link into the folder `new` what the folder `old` holds beside it, but for names that match `drop`."""
+    for entry in old.iterdir() if old.is_dir() else ():
+        if (new / entry.name).exists() or (drop is not None and drop.fullmatch(entry.name)):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, new / entry.name, copy_function=_link)
+        else:
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
 
 
 def check_writable(path: Path) -> None:

@@ -16,7 +16,6 @@ import json
 import math
 import os
 import re
-import shutil
 import warnings
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
@@ -28,14 +27,18 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.command import UserError, nearest
-from model.files import atomic_folder, read_json
+from model.files import atomic_folder, keep_others, read_json
 from model.native import from_native, native_config
 from model.safetensors_file import DTYPES, Stored, held, open_safetensors, unique, write_safetensors
 
 PIECE = 8 * 2**20  # numbers that are read and cast at a time
 LISTED = 100  # names in one message: a config of another model makes thousands
-# Buffers that older files carry and that are computed, not learnt.
 Keep = Callable[[str, Iterator[tuple[slice, Tensor]]], "nn.Module | None"]
+# What an older folder loses to a new checkpoint: its weights and config, in whatever number of shards.
+WEIGHTS = re.compile(
+    r"(model|consolidated)([-.]\d+(-of-\d+)?)?\.safetensors(\.index\.json)?|config\.json|params\.json"
+)
+# Buffers that older files carry and that are computed, not learnt.
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 
 
@@ -323,7 +326,7 @@ def write_checkpoint(
         return (piece for _, piece in checkpoint.stream(name))  # cast as it is written
 
     with atomic_folder(path) as folder:
-        _keep_others(Path(path), folder)
+        keep_others(Path(path), folder, WEIGHTS)
         for number, names in enumerate(tqdm(shards, desc="writing", unit="shard", disable=None, leave=False), start=1):
             file = folder / _shard_name(stem, number, len(shards))
             write_safetensors(file, {name: plan[name] for name in names}, produce)
@@ -358,26 +361,3 @@ def _shard_name(stem: str, number: int, count: int) -> str:
 
 def _unblocked(name: str) -> torch.dtype:
     return torch.float32 if name not in ("F8_E4M3", "F8_E5M2") else torch.bfloat16
-
-
-def _keep_others(old: Path, new: Path) -> None:
-    """Link what an older folder holds beside its weights and config into the new one."""
-    if not old.is_dir():
-        return
-    weights = re.compile(
-        r"(model|consolidated)([-.]\d+(-of-\d+)?)?\.safetensors(\.index\.json)?|config\.json|params\.json"
-    )
-    for entry in old.iterdir():
-        if weights.fullmatch(entry.name):
-            continue
-        if entry.is_dir():
-            shutil.copytree(entry, new / entry.name, copy_function=_link)
-        else:
-            _link(entry, new / entry.name)
-
-
-def _link(source: str | Path, target: str | Path) -> None:
-    try:
-        os.link(source, target)
-    except OSError:  # a file system without hard links
-        shutil.copy2(source, target)

@@ -32,7 +32,7 @@ from tqdm import tqdm
 from infer.retrieval.bert import Bert
 from infer.retrieval.encoder import pad, pool
 from model.command import UserError, run
-from model.files import atomic_folder, read_jsonl, write_json, write_text
+from model.files import atomic_folder, keep_others, read_json, read_jsonl, write_json, write_text
 from model.safetensors_file import write_safetensors
 
 SHORTEST = 32  # word pieces: a shorter text has no two crops worth telling apart
@@ -216,10 +216,12 @@ def save(out: Path, model: Bert, config: dict[str, Any], tokenizer: Tokenizer) -
         write_text(folder / "tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False))
         shapes = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
         write_safetensors(folder / "model.safetensors", shapes, lambda key: iter([state[key]]))
+        keep_others(out, folder)
 
 
 def main(options: Options) -> None:
-    if options.out.exists() and not (options.out / "config.json").is_file():
+    config = options.out / "config.json"
+    if options.out.exists() and not (config.is_file() and "BertModel" in read_json(config).get("architectures", ())):
         raise UserError(f"{options.out}: exists and is no encoder; choose another --out")
     loss = train(options)
     chance = math.log(options.batch)

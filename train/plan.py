@@ -23,7 +23,7 @@ from tyro.conf import Positional
 
 from model.command import UserError, nearest, run
 from model.config import ModelConfig
-from model.files import read_json
+from model.weights import config_dict
 from train.loss import chunk
 from train.recipe import Recipe, read_toml
 
@@ -35,6 +35,7 @@ SHEETS = {name.split("-")[0].upper(): rate for name, (_, rate) in GPUS.items()} 
 CPU_SHARE = 0.75  # of the measured product rate: a step of ours on a CPU (eval.bench train)
 GPU_CONTEXT = 1.0e9  # the driver's context and libraries' workspaces: an assumption
 MAPPED = 32 * 2**20  # glibc gives larger blocks a mapping of their own, which goes back when they are freed
+NONE = "(the recipe names no weights)"
 WIDTH = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
@@ -45,7 +46,7 @@ class Options:
     recipe: Positional[str]
     """A recipe, as train.pretrain and train.instruct take it."""
     config: str = ""
-    """The model's config.json, where the recipe's weights are not here yet."""
+    """The model's config.json (or its folder), where the recipe's weights are not here yet."""
     gpus: int = 1
     """Processes that share the work (and, on CPUs, the machine)."""
     gpu: str = "cpu"
@@ -205,10 +206,8 @@ def arithmetic(config: ModelConfig, recipe: Recipe, load: Load) -> float:
 
 
 def find_config(options: Options, recipe: Recipe) -> ModelConfig:
-    if options.config:
-        return ModelConfig.from_dict(read_json(options.config))
-    if recipe.init:
-        return ModelConfig.from_dict(read_json(recipe.init))
+    if options.config or recipe.init:
+        return ModelConfig.from_dict(config_dict(options.config or recipe.init))
     if not Path(recipe.weights).exists():
         raise UserError(
             f"{recipe.weights}: no such folder; give the model's shape with --config, for example "
@@ -239,6 +238,9 @@ def find_load(options: Options, recipe: Recipe, stage: str) -> Load:
     from train.store import build_store
 
     encoding = encoding_of(recipe, stage)
+    if not Path(encoding.tokenizer).exists():
+        raise UserError(f"{encoding.tokenizer}: no such folder, so nothing counts the data's tokens; give them: "
+                        "--documents N --document-tokens M")  # fmt: skip
     with tempfile.TemporaryDirectory() as folder:
         rows = Rows(build_store(recipe.data, encoding, Path(folder) / "tokens", recipe.records), recipe, stage)
         seen = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 256))]
@@ -302,7 +304,7 @@ def plan(options: Options) -> dict[str, Any]:
     if options.gpus < 1 or not 0 <= options.mfu <= 1 or options.row_tokens < 0:
         raise UserError("--gpus is at least 1, --mfu lies in (0, 1], --row-tokens is not negative")
     raw = read_toml(options.recipe)
-    recipe = Recipe(**{"data": ("data.jsonl",), "out": "runs/planned", **({} if raw.get("init") else {"weights": "."}),
+    recipe = Recipe(**{"data": ("data.jsonl",), "out": "runs/planned", **({} if raw.get("init") else {"weights": NONE}),
                        **raw})  # fmt: skip
     stage = options.stage
     if stage == "auto":

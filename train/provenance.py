@@ -38,7 +38,7 @@ def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
     """{"record", "tokens", "targets"} of a step, in order. Raises UserError for a step that the run did not make, or
     made from what is not there any more."""
     card = read_json(Path(folder) / "run.json")
-    if not isinstance(card, dict) or not {"steps", "recipe", "data", "stage"} <= card.keys():
+    if not isinstance(card, dict) or not {"steps", "recipe", "data", "stage", "trained_parameters"} <= card.keys():
         raise UserError(f"{folder}/run.json: not the card of a training run; give the folder that a recipe calls out")
     if not 1 <= step <= card["steps"]:
         raise UserError(f"--step {step}: the run {folder} has steps 1 to {card['steps']}")

@@ -12,7 +12,7 @@ import tomllib
 from collections.abc import Sequence
 from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from model.command import UserError, nearest
 
@@ -222,6 +222,7 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         if key not in known:
             raise UserError(f"{path}: unknown key {key!r}{nearest(key, list(known))}")
         raw[key] = checked(value, known[key], f"{path}: {key}")
+    choices(raw, path)
     return raw
 
 
@@ -263,9 +264,7 @@ def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
     # the file's values stand as defaults; they are checked together with the command line's, once
     loose = tyro.cli(loosened(), default=loosened()(**raw), args=overrides, prog=f"python -m train.{stage} RECIPE.toml",
                      config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))  # fmt: skip
-    recipe = Recipe(**asdict(loose))
-    choices(recipe)
-    return recipe
+    return Recipe(**asdict(loose))
 
 
 def with_values(arguments: list[str]) -> list[str]:
@@ -287,12 +286,9 @@ def loosened() -> type[Recipe]:
     return type("Options", (Recipe,), {"__post_init__": lambda self: None, "__doc__": Recipe.__doc__})
 
 
-def choices(recipe: Recipe) -> None:
-    """Every Literal field holds one of its values."""
-    from typing import get_args, get_type_hints
-
+def choices(raw: dict[str, Any], path: str | Path) -> None:
+    """Every value of a Literal field is one of its own."""
     for name, hint in get_type_hints(Recipe).items():
         allowed = get_args(hint)
-        if allowed and all(isinstance(value, str) for value in allowed) and getattr(recipe, name) not in allowed:
-            value = getattr(recipe, name)
-            raise UserError(f"recipe: {name} is {value!r}{nearest(str(value), allowed)}; it is one of {allowed}")
+        if name in raw and get_origin(hint) is Literal and raw[name] not in allowed:
+            raise UserError(f"{path}: {name} is {raw[name]!r}{nearest(raw[name], allowed)}; it is one of {allowed}")

@@ -17,7 +17,7 @@ from lora.merge import merge_folders
 from lora.narrow import narrow_base
 from model.command import UserError, guard
 from model.config import ModelConfig
-from model.files import atomic_folder, read_json
+from model.files import atomic_folder, keep_others
 from model.tokenizer import copy_tokenizer
 from model.transformer import Transformer
 from model.weights import config_dict, open_checkpoint, save_weights
@@ -71,7 +71,7 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     if stage == "instruct" and recipe.packing == "concatenate":
         raise UserError("recipe: packing = 'concatenate' belongs to train.pretrain; use 'documents' or 'none'")
     encoding = encoding_of(recipe, stage)
-    config = ModelConfig.from_dict(read_json(recipe.init) if recipe.init else config_dict(recipe.weights))
+    config = ModelConfig.from_dict(config_dict(recipe.init or recipe.weights))
     largest = config.max_position_embeddings
     if recipe.block > largest:
         raise UserError(f"recipe: block {recipe.block} is more than the model's {largest} positions")
@@ -215,6 +215,7 @@ def finish(trainer: Trainer, stage: str, began: float) -> Path:
         else:
             with atomic_folder(final) as folder:
                 write_adapter(folder, *trainer.adapter(held))  # type: ignore[misc]
+                keep_others(final, folder)
         write_card(trainer, time.monotonic() - began, peaks)
 
     trainer.ranks.together(lambda: write() if trainer.ranks.first else None)

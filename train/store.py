@@ -187,10 +187,14 @@ class TokenStore:
         if number not in self.shards:
             while len(self.shards) >= OPEN:
                 self.shards.pop(next(iter(self.shards)))
-            arrays = [
-                np.load(self.path / f"{number}.{kind}.npy", mmap_mode="r") for kind in ("tokens", "pieces", "records")
-            ]
-            self.shards[number] = (*arrays, json.loads((self.path / f"{number}.names.json").read_text("utf-8")))
+            try:
+                arrays = [np.load(self.path / f"{number}.{kind}.npy", mmap_mode="r")
+                          for kind in ("tokens", "pieces", "records")]  # fmt: skip
+                names = json.loads((self.path / f"{number}.names.json").read_text("utf-8"))
+            except (ValueError, EOFError, OSError) as error:
+                raise UserError(f"{self.path}: shard {number} is damaged; remove this folder, and the run that made it "
+                                "tokenises again") from error  # fmt: skip
+            self.shards[number] = (*arrays, names)
         return self.shards[number]
 
     def __getitem__(self, index: int) -> tuple[str, Pieces]:

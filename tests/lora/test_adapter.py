@@ -54,7 +54,10 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_scaled_product
 def test_peft_loads_ours_and_we_load_pefts(config, weights, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
     model = trained(config)
+    (tmp_path / "ours").mkdir()
+    (tmp_path / "ours" / "README.md").write_text("mine")
     save_adapter(model, tmp_path / "ours", base=weights)
+    assert (tmp_path / "ours" / "README.md").read_text() == "mine", "a folder keeps what is not ours"
     theirs = transformers.AutoModelForCausalLM.from_pretrained(weights, attn_implementation="eager")
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "ours", is_trainable=True)
     theirs.save_pretrained(tmp_path / "theirs")
@@ -129,6 +132,10 @@ def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path, capsys):
         torch.testing.assert_close(loaded[key], ours[key], rtol=1e-6, atol=1e-7)  # the order of a sum over r
     with pytest.raises(UserError, match="the base itself"):
         main(Options(str(weights), str(tmp_path / "adapter"), str(weights)))
+    (tmp_path / "notes.jsonl").write_text("all I have")
+    with pytest.raises(UserError, match="a file is there"):
+        main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "notes.jsonl")))
+    assert (tmp_path / "notes.jsonl").read_text() == "all I have"
     (weights / "tokenizer.json").unlink()  # weights alone are merged too
     assert main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "again"))) == 0
     assert "no tokenizer copied" in capsys.readouterr().err
@@ -154,6 +161,13 @@ def test_audit_agrees_with_the_whole_matrices(weights, tmp_path):
         distortion = float(lost.norm() / delta.norm())
         assert distortion > 0 and rows[path]["bf16_distortion"] == pytest.approx(distortion, rel=1e-2)
     assert [row["module"] for row in rows.values()] == sorted(rows), "layer by layer"
+    for empty, said in (({}, "holds no adapter's matrices"), ({"lora_A": torch.zeros(4, 4)}, "holds no adapter's")):
+        shutil.copytree(tmp_path / "adapter", tmp_path / "empty", dirs_exist_ok=True)
+        save_file(empty, tmp_path / "empty" / "adapter_model.safetensors")
+        with pytest.raises(UserError, match=said):
+            audit(str(tmp_path / "empty"))
+    with pytest.raises(UserError, match="none of the adapter's modules lies in a numbered layer"):
+        draw([{"module": "head", "norm": 1.0}], str(tmp_path / "none.png"))
     draw(list(rows.values()), str(tmp_path / "map.png"))
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
 

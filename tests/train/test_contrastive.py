@@ -115,6 +115,9 @@ def test_mistakes_are_named_and_nothing_is_written(tmp_path):
     (tmp_path / "mine" / "thesis.txt").write_text("all I have")
     with pytest.raises(UserError, match="is no encoder"):
         main(options(tmp_path, out=tmp_path / "mine"))
+    (tmp_path / "mine" / "config.json").write_text('{"architectures": ["MistralForCausalLM"]}')
+    with pytest.raises(UserError, match="is no encoder"):
+        main(options(tmp_path, out=tmp_path / "mine"))
     with pytest.raises(UserError, match="no such file"):
         main(options(tmp_path, notes=(tmp_path / "none.jsonl",)))
     for wrong in ({"batch": 1}, {"width": 100}, {"steps": 0}, {"vocab": 10}):

@@ -58,7 +58,21 @@ def test_what_does_not_fit_exits_1_and_says_what_would(capsys):
     ({"gpu": "a100-80"}, "did you mean 'a100-80gb'"), ({"gpus": 0}, "at least 1"), ({"mfu": 1.5}, "--mfu"),
     ({"document_tokens": 0}, "both --documents"), ({"config": ""}, "--config"),
     ({"documents": 0, "document_tokens": 0}, "notes.jsonl: no such file"),
+    ({"config": "train/recipes"}, "holds no weights"), ({"recipe": "train/recipes"}, "no such file; give a recipe"),
 ])  # fmt: skip
 def test_a_mistake_is_named(changes, said):
     with pytest.raises(UserError, match=said):
         plan(replace(PAPER, **changes))
+
+
+def test_what_a_recipe_of_ones_own_leaves_out_is_asked_for(tmp_path, data):
+    """No weights, or data without the tokenizer that would count it."""
+    (tmp_path / "mine.toml").write_text(f'data = ["{data / "notes.jsonl"}"]\nsteps = 3\n')
+    (tmp_path / "list.json").write_text("[1]")
+    mine = replace(PAPER, recipe=str(tmp_path / "mine.toml"))
+    assert plan(mine)["steps"] == 3
+    for changes, said in (({"config": ""}, "names no weights.* give the model's shape with --config"),
+                          ({"documents": 0, "document_tokens": 0}, "names no weights.*--documents N"),
+                          ({"config": str(tmp_path / "list.json")}, "not a JSON object")):  # fmt: skip
+        with pytest.raises(UserError, match=said):
+            plan(replace(mine, **changes))

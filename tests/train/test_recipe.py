@@ -50,9 +50,13 @@ def test_a_pattern_s_numbers_are_its_own_wherever_the_file_lies(tmp_path):
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):
-    (tmp_path / "r.toml").write_text('data = ["a"]\nout = "o"\nweights = "w"\ndevice = "cudaa"\n')
-    with pytest.raises(UserError, match="device is 'cudaa' .did you mean 'cuda'"):
-        parse([str(tmp_path / "r.toml")], "instruct")
+    (tmp_path / "r.toml").write_text('data = ["a"]\nout = "o"\nweights = "w"\n')
+    (tmp_path / "wrong.toml").write_text('device = "cudaa"\n')
+    with pytest.raises(UserError, match="wrong.toml: device is 'cudaa' .did you mean 'cuda'"):
+        parse([str(tmp_path / "wrong.toml")], "instruct")
+    with pytest.raises(SystemExit) as stop:
+        parse([str(tmp_path / "r.toml"), "--device", "cudaa"], "instruct")
+    assert stop.value.code == 2
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     with pytest.raises(UserError, match="1000 processes on this machine, where torch can use"):
         Ranks.join("cuda")

@@ -7,7 +7,7 @@ import pytest
 
 import train.store as stores
 from model.command import UserError
-from train.store import Encoding, build_store
+from train.store import Encoding, TokenStore, build_store
 
 
 def test_data_of_the_other_stage_and_broken_lines_are_named(data, tmp_path):
@@ -55,6 +55,12 @@ def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(
     assert (tmp_path / "s" / "manifest.json").stat().st_mtime_ns == made, "nothing changed, nothing is made again"
     file.write_text("\n".join([*lines, json.dumps({"id": "new", "text": "more"})]) + "\n")
     assert len(build_store([str(file)], encoding, tmp_path / "s")) == 201
+    for name in ("0.tokens.npy", "0.names.json"):
+        held = (tmp_path / "s" / name).read_bytes()
+        (tmp_path / "s" / name).write_bytes(held[:90])
+        with pytest.raises(UserError, match="s: shard 0 is damaged; remove this folder"):
+            TokenStore(tmp_path / "s")[0]
+        (tmp_path / "s" / name).write_bytes(held)
 
 
 def test_two_workers_and_many_shards_hold_what_one_process_writes(data, tmp_path, monkeypatch):
