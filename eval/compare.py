@@ -40,6 +40,10 @@ class Options:
     json: bool = False
     """Print one JSON list."""
 
+    def __post_init__(self) -> None:
+        if self.changed < 0:
+            raise UserError(f"--changed {self.changed}: 0 or more")
+
 
 def system_questions(run: Path, name: str, test_set: str) -> list[Question]:
     """Every question that a system of a run was asked in a test set."""

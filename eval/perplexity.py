@@ -49,6 +49,8 @@ class Options:
     def __post_init__(self) -> None:
         if self.block < 2:
             raise UserError(f"--block {self.block}: at least 2 tokens")
+        if self.documents < 0:
+            raise UserError(f"--documents {self.documents}: 0 or more")
 
 
 @dataclass(frozen=True)

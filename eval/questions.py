@@ -75,6 +75,8 @@ def read_references(path: str | Path) -> list[Json]:
     records, seen = [], set()
     for number, record in read_jsonl(path, ("id", "text")):
         where = f"{path}:{number}"
+        if not isinstance(record["text"], str):
+            raise UserError(f"{where}: 'text' is a {type(record['text']).__name__}, not the note's text")
         if "phenotypes" not in record and "diagnosis" not in record:
             raise UserError(f"{where}: no 'phenotypes' and no 'diagnosis': give annotated notes")
         record = of_form(record, where)
@@ -100,6 +102,8 @@ def of_form(record: Json, where: str) -> Json:
         return isinstance(one, str) or (isinstance(one, Mapping) and isinstance(one.get("text"), str))
 
     phenotypes, diagnosis = record.get("phenotypes"), record.get("diagnosis")
+    if not isinstance(record["id"], str | int) or isinstance(record["id"], bool):
+        raise UserError(f"{where}: 'id' is neither a text nor a whole number")
     if phenotypes is not None and not isinstance(phenotypes, dict):
         raise UserError(f"{where}: 'phenotypes' is a {type(phenotypes).__name__}; give {{phenotype: answers}}")
     for name, given in (phenotypes or {}).items():
@@ -144,9 +148,14 @@ def pair(
     return questions, counts
 
 
+def patient_of(record: Json) -> str:
+    """Whose note it is; a note that does not say is a patient of its own."""
+    return str(record["id"] if record.get("patient") in (None, "") else record["patient"])
+
+
 def asked_about(record: Json, prediction: Json) -> list[Question]:
     """The questions of one note."""
-    patient, found = str(record.get("patient", record["id"])), []
+    patient, found = patient_of(record), []
     for name, spans in (record.get("phenotypes") or {}).items():
         if name not in PHENOTYPES:
             raise UserError(f"{record['id']}: no phenotype {name!r}; there are {', '.join(PHENOTYPES)}")
@@ -184,7 +193,9 @@ def phenotype_answers(given: Any) -> tuple[tuple[str, ...], bool, str]:
     if isinstance(given, str):
         return tuple(parse_answer(given)), not given.strip(), ""
     if isinstance(given, Mapping):
-        answers = tuple(dict.fromkeys(text for one in given.get("answers") or () if (text := _text(one).strip())))
+        said = given.get("answers") or ()
+        said = parse_answer(said) if isinstance(said, str) else said
+        answers = tuple(dict.fromkeys(text for one in said if (text := _text(one).strip())))
         answers = tuple(answer for answer in answers if answer.lower().rstrip(".") != NOT_RELEVANT)
         return answers, not answers and not given.get("not_relevant", False), str(given.get("finish_reason", ""))
     answers = tuple(dict.fromkeys(text for one in given or () if (text := _text(one).strip())))

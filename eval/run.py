@@ -5,7 +5,7 @@
     report
 
 `--data` holds annotated notes (train.data.clinic's records; `train.data.from_table` and `from_brat` make them of
-yours). Only what is annotated is asked and scored. The folder holds a copy of the notes, each model's answers, run.json
+yours). Only what is annotated is scored. The folder holds a copy of the notes, each model's answers, run.json
 and the report with intervals that draw patients: they say how far so small a set can be trusted. `--model` takes the
 chat form and the name of a model from eval/baselines.toml; else our template is used where an adapter is given, and the
 model's own chat form where not.
@@ -138,6 +138,8 @@ def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
 def main(options: Options) -> None:
     entry = baseline(options.model) if options.model else None
     records = read_references(options.data)
+    if not any(record.get("phenotypes") or record.get("diagnosis") for record in records):
+        raise UserError(f"{options.data}: holds no question; give annotated notes")
     held = options.out / "data.jsonl"
     if held.exists() and [record for _, record in read_jsonl(held)] != records:
         raise UserError(f"{options.out}: holds a run on other notes; give another --out")

@@ -66,7 +66,8 @@ def main(options: Options) -> None:
         if group:
             result["groups"][name] = figures(group, chosen(options.preset).name)
     if not result["groups"]:
-        raise UserError(f"{options.references}: holds no {options.task} question")
+        asked = "question" if options.task == "both" else f"{options.task} question"
+        raise UserError(f"{options.references}: holds no {asked}; give annotated notes")
     if options.json:
         print(json.dumps(result, indent=2))
         return

@@ -51,9 +51,11 @@ def score(
     """Score answers: one item a question in both lists, each a list of answers or one text that is split on commas.
 
     A diagnosis whose commas belong to it is given as a list of one. `preset` is a name or another score's signature.
-    Raises ValueError where the two lists differ in length, where they are empty, or where the preset is not known.
+    Raises ValueError where one is no list, where they differ in length or are empty, or where the preset is not known.
     """
     made = chosen(preset)
+    if isinstance(predictions, str) or isinstance(references, str):
+        raise UserError("a text in the place of a list; give lists, one item a question")
     if len(predictions) != len(references):
         raise UserError(f"{len(predictions)} predictions for {len(references)} references: give one item a question")
     if not references:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 from eval.robustness.canaries import REFERENCES, Canary, deduplicate, exposure, make_canaries, measure, plant
 from eval.statistics import interval
 from eval.steps import Run, begin
+from infer.job import stamp
 from lora import load_adapter
 from model import Tokenizer, Transformer
 from model.command import UserError
@@ -56,12 +57,17 @@ class Canaries:
 
 
 def run_canaries(options: Canaries) -> dict[str, Any]:
-    records = [record for _, record in read_jsonl(options.data, ("text",))][: options.records or None]
+    records = []
+    for number, record in read_jsonl(options.data, ("text",)):
+        if not isinstance(record["text"], str):
+            raise UserError(f"{options.data}:{number}: 'text' is not text")
+        records.append(record)
+    records = records[: options.records or None]
     if max(options.counts) > len(records):
         raise UserError(f"{options.data}: {len(records)} notes cannot hold a canary {max(options.counts)} times; give "
                         "more notes or smaller --counts")  # fmt: skip
     made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    run = begin(options.out, {**made_of, "data_sha256": sha256_file(options.data)})
+    run = begin(options.out, {**made_of, "data_sha256": sha256_file(options.data), "models": [stamp(options.weights)]})
     canaries = make_canaries(options.counts, options.each, options.seed)
     planted = plant(records, canaries, options.seed)
     single, dropped = deduplicate(planted)

@@ -242,6 +242,8 @@ def test_mistakes_are_named():
         score(["a"], ["a"], "clinicl")
     with pytest.raises(UserError, match="2 predictions for 1"):
         score(["a", "b"], ["a"])
+    with pytest.raises(UserError, match="give lists"):
+        score("left", "left")
     with pytest.raises(UserError, match="nothing"):
         score([], [])
 

@@ -7,8 +7,10 @@ import tomllib
 import pytest
 import torch
 
+from eval import perplexity
 from eval.run import BASELINES, Options, baseline, main
-from model import ModelConfig, Transformer
+from lora import LoRAConfig, add_lora, save_adapter
+from model import ModelConfig, Tokenizer, Transformer
 from model.command import UserError
 from model.files import write_json, write_jsonl
 from train.data.from_table import records
@@ -95,11 +97,37 @@ def test_memory_plans_follow_from_the_configs(name):
     assert entry["cache_mb"] == round(cache)
 
 
+def test_bits_per_byte_before_and_after_an_adapter(tmp_path, capsys):
+    raw = {**baseline("mistral-7b")["config"], **SMALL, "num_key_value_heads": 2, "vocab_size": bpe(tmp_path)}
+    model = Transformer(ModelConfig.from_dict(raw)).init_weights(1)
+    model.save_pretrained(tmp_path)
+    add_lora(model, LoRAConfig(r=2, alpha=64), seed=1)
+    for name, parameter in model.named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(generator=torch.Generator().manual_seed(2))
+    save_adapter(model, tmp_path / "adapter")
+    write_jsonl(tmp_path / "texts.jsonl", [{"text": "Left breast mass."}, {"text": "Größe 2 cm"}])
+    asked = {"weights": tmp_path, "text": tmp_path / "texts.jsonl", "json": True}
+    found = []
+    for adapter in (None, tmp_path / "adapter"):
+        perplexity.main(perplexity.Options(adapter=adapter, **asked))
+        found.append(json.loads(capsys.readouterr().out))
+    assert found[0]["weights"] == found[1]["before"] and found[1]["before"]["bytes"] == 17 + 12
+    after = perplexity.measure(model, Tokenizer.from_pretrained(tmp_path), ["Left breast mass.", "Größe 2 cm"])
+    assert found[1]["after"]["nats"] == pytest.approx(after.nats) != found[1]["before"]["nats"]
+    with pytest.raises(UserError, match="--documents -1"):
+        perplexity.Options(**asked, documents=-1)
+
+
 def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="did you mean 'mistral-7b'"):
         baseline("mistral7b")
     with pytest.raises(UserError, match="did you mean 'chatml'"):
         Options(weights="x", data=tmp_path, out=tmp_path, form="chatm")
+    write_jsonl(tmp_path / "bare.jsonl", [{"id": "1", "text": "a", "phenotypes": {}}])
+    with pytest.raises(UserError, match="bare.jsonl: holds no question"):
+        main(Options(weights="x", data=tmp_path / "bare.jsonl", out=tmp_path / "none"))
+    assert not (tmp_path / "none").exists()
     write_json(tmp_path / "run.json", {})
     write_jsonl(tmp_path / "mine.jsonl", [{"id": "1", "text": "a", "phenotypes": {"tumor_size": []}}])
     with pytest.raises(UserError, match="another program's run"):
