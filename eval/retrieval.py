@@ -14,11 +14,13 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from eval.questions import patient_of
+from eval.statistics import interval
 from infer.index import Index
 from infer.retrieval.search import allowed
 from model.command import UserError, run
@@ -50,32 +52,43 @@ def ndcg(hits: Sequence[bool], relevant: int, k: int = 10) -> float:
     return gain / sum(1 / math.log2(rank + 2) for rank in range(min(relevant, k)))
 
 
+def code_of(record: Mapping[str, Any]) -> str | None:
+    """The code of a record's diagnosis; None where it has none."""
+    given = record.get("diagnosis")
+    return given.get("code") if isinstance(given, Mapping) else None
+
+
 def measure(index: Index, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     """A row of table 6, less the effect on F1. Raises UserError where no note has anything relevant."""
     recalls: dict[int, list[float]] = {k: [] for k in CUTS}
-    gains, without = [], 0
+    gains, patients, without = [], [], 0
     for note in notes:
-        code = note["diagnosis"]["code"]
-        same = [r for r in index.records if (r.get("diagnosis") or {}).get("code") == code]
+        code = code_of(note)
+        same = [record for record in index.records if code_of(record) == code]
         relevant = sum(allowed(note, record) for record in same)
         if not relevant:
             without += 1
             continue
         found = index.neighbours(note, max(CUTS))
-        hits = [(record.get("diagnosis") or {}).get("code") == code for record in found]
+        hits = [code_of(record) == code for record in found]
         for k in CUTS:
             recalls[k].append(recall(hits, relevant, k))
         gains.append(ndcg(hits, relevant))
+        patients.append(patient_of(note))
     if not gains:
         raise UserError("no note has a record of its diagnosis in the index; index training notes with diagnoses")
     mean = {str(k): sum(values) / len(values) for k, values in recalls.items()}
     note_ = f"{len(gains)} notes; {without} without a relevant record left out"
-    return {"name": index.manifest["encoder"], "recall_at": mean, "ndcg": sum(gains) / len(gains), "note": note_}
+    low, high = (bound / 100 for bound in interval([100 * gain for gain in gains], patients))
+    return {"name": index.manifest["encoder"], "recall_at": mean, "ndcg": sum(gains) / len(gains), "ndcg_low": low,
+            "ndcg_high": high, "found_in": len(gains), "note": note_}  # fmt: skip
 
 
 def main(options: Options) -> None:
     notes = [record for _, record in read_jsonl(options.notes, ("id", "text", "diagnosis"))]
-    notes = [note for note in notes if isinstance(note["diagnosis"], dict) and note["diagnosis"].get("code")]
+    notes = [note for note in notes if code_of(note)]
+    if not notes:
+        raise UserError(f"{options.notes}: no note's diagnosis has a code; give {{'text': …, 'code': …}}")
     print(json.dumps(measure(Index(options.index, weights=options.weights), notes)))
 
 

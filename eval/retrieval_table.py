@@ -27,6 +27,7 @@ from eval.robustness.measure import average_f1
 from eval.statistics import paired
 from eval.steps import Run, begin
 from infer.index import Index
+from infer.job import stamp
 from model import command
 from model.command import UserError
 from model.files import read_json, sha256_file, write_json, write_jsonl
@@ -93,10 +94,12 @@ def table(options: Options) -> dict[str, Any]:
     references = [one for one in read_references(options.notes) if one.get("diagnosis")][: options.limit or None]
     if not references:
         raise UserError(f"{options.notes}: no note with a diagnosis; give annotated notes")
-    given = {kind: options.encoders / kind for kind in RETRIEVERS if (options.encoders / kind).is_dir()}
+    given = {kind: options.encoders / kind for kind, (_, source) in RETRIEVERS.items()
+             if source and (options.encoders / kind).is_dir()}  # fmt: skip
     made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
     made_of |= {"notes_sha256": sha256_file(options.notes), "data_sha256": sha256_file(options.data),
-                "given": sorted(given)}  # fmt: skip
+                "given": sorted(given),
+                "models": [stamp(path) for path in (options.weights, options.adapter)]}  # fmt: skip
     run = begin(options.out, made_of)
     write_jsonl(run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one}
                                           for one in references])  # fmt: skip
@@ -200,7 +203,8 @@ def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:
 def quality(
     run: Run, name: str, folder: Path, weights: Path | None, references: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """recall@k and nDCG@10, measured once an index."""
+    """recall@k and nDCG@10 with its interval, and over how many notes (`found_in`: others have no relevant one);
+    measured once an index."""
     path = run.out / f"quality-{name}.json"
 
     def work() -> None:
@@ -209,7 +213,7 @@ def quality(
             found = measure(Index(folder, weights=weights), notes)
         except UserError:  # no test note shares its diagnosis with a training note
             found = {}
-        write_json(path, {key: found.get(key) for key in ("recall_at", "ndcg")})
+        write_json(path, {key: found.get(key) for key in ("recall_at", "ndcg", "ndcg_low", "ndcg_high", "found_in")})
 
     run.step(f"quality: {name}", work)
     return read_json(path)

@@ -1,4 +1,4 @@
-"""An index of notes on disk, built in a stream and continued where it was interrupted.
+"""An index of notes on disk; vectors are written batch by batch, and a build goes on where it was interrupted.
 
     python -m infer.index --encoder contriever --weights DIR --notes train.jsonl --out DIR
     python -m infer.index --encoder bm25 --notes train.jsonl --out DIR
@@ -6,6 +6,7 @@
 
 DIR holds vectors.npy (memory-mapped; none for BM25), notes.jsonl (a copy of the records, readable by you alone) and
 manifest.json, which names the encoder and hashes its files and the notes; no index is read beside another encoder.
+The notes' texts themselves are held in memory, in building and in asking; vectors are not.
 """
 
 from __future__ import annotations
@@ -58,6 +59,10 @@ class Options:
     json: bool = False
     """Print one JSON object instead of lines."""
 
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"--k {self.k}: at least 1")
+
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The notes to index, each with `id` and `text`. Raises UserError for an id that stands twice."""
@@ -102,6 +107,8 @@ def build(options: Options) -> dict[str, Any]:
     dense = options.encoder != "bm25"
     if dense and options.weights is None:
         raise UserError(f"--encoder {options.encoder}: weights not given; give its folder with --weights")
+    if not dense and options.weights is not None:
+        raise UserError("--encoder bm25 has no weights; leave --weights out, or name the encoder that they are of")
     if options.similarity != "own" and options.encoder != "specter2":
         raise UserError(f"--similarity {options.similarity}: {options.encoder} has one of its own; leave it out")
     if options.faiss and not dense:
@@ -184,6 +191,8 @@ class Index:
     """
 
     def __init__(self, path: Path, encoder: str | None = None, weights: Path | None = None) -> None:
+        if not (path / "manifest.json").exists():
+            raise UserError(f"{path}: no such index; build it with python -m infer.index")
         manifest = read_json(path / "manifest.json")
         if not isinstance(manifest, dict) or manifest.get("version") != 1:
             raise UserError(f"{path}: no index of this version; build it again with python -m infer.index")
@@ -241,6 +250,12 @@ class Index:
             depth *= 4
 
 
+def said(diagnosis: Any) -> str:
+    """A record's diagnosis for a line of text, whether it is a text or {"text", "code"}."""
+    text = diagnosis.get("text") if isinstance(diagnosis, Mapping) else diagnosis
+    return text if isinstance(text, str) else ""
+
+
 def main(options: Options) -> None:
     if options.ask is None:
         manifest = build(options)
@@ -252,7 +267,7 @@ def main(options: Options) -> None:
         print(json.dumps({"results": rows}, ensure_ascii=False))
         return
     for row in rows:
-        print(f"{row['score']:9.4f}  {row['id']}  {(row['diagnosis'] or {}).get('text', '')}")
+        print(f"{row['score']:9.4f}  {row['id']}  {said(row['diagnosis'])}")
 
 
 if __name__ == "__main__":

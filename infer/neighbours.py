@@ -60,6 +60,8 @@ class Neighbours:
 def answer_of(record: Mapping[str, Any]) -> str:
     """A record's diagnosis as the diagnosis task answers it; "" where it has none."""
     given = record.get("diagnosis")
+    if isinstance(given, str) and given.strip():
+        return f" {' '.join(given.split())}"
     if not isinstance(given, Mapping) or not given.get("text"):
         return ""
     return tasks.diagnosis_answer(given["text"], given["code"]) if given.get("code") else f" {given['text']}"

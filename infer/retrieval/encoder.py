@@ -76,6 +76,8 @@ class Encoder:
         if kind not in KINDS:
             raise UserError(f"{kind!r} is no encoder; there are {', '.join(KINDS)}")
         path, rule = Path(path), KINDS[kind]
+        if not path.is_dir():
+            raise UserError(f"{path}: no such folder; give {kind}'s (see infer/retrieval/README.md)")
         bases = ("base", "base") if kind == "specter2" else rule.folders
         for name in {*bases, *rule.folders}:
             if not (path / name).is_dir():

@@ -67,9 +67,9 @@ def shingles(text: str, size: int = 5) -> frozenset[tuple[str, ...]]:
 def allowed(note: Mapping[str, Any], other: Mapping[str, Any], near: float = 0.6) -> bool:
     """Whether `other` may be shown beside `note`: not the note itself, no note of the same patient, and no
     near-duplicate (`near` or more of the shorter text's five-word runs stand in the other one)."""
-    if note["id"] == other["id"] or note["text"] == other["text"]:
+    if str(note["id"]) == str(other["id"]) or note["text"] == other["text"]:
         return False
-    if note.get("patient") is not None and note.get("patient") == other.get("patient"):
+    if note.get("patient") not in (None, "") and str(note["patient"]) == str(other.get("patient")):  # 7 is "7"
         return False
     a, b = shingles(note["text"]), shingles(other["text"])
     return len(a & b) < near * min(len(a), len(b))

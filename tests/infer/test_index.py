@@ -120,6 +120,9 @@ def test_the_guard_never_gives_the_note_its_patient_or_a_near_duplicate(tmp_path
     found = Index(tmp_path / "i").neighbours(rows[0], 6)
     assert [record["id"] for record in found] == ["e", "f"]
     assert not allowed(rows[0], rows[2])
+    assert not allowed({"id": "x", "text": "one", "patient": "7"}, {"id": "y", "text": "two", "patient": 7})
+    assert not allowed({"id": 7, "text": "one"}, {"id": "7", "text": "two"})
+    assert allowed({"id": "x", "text": "one", "patient": ""}, {"id": "y", "text": "two", "patient": ""})
     assert allowed({"id": "x", "text": "one"}, {"id": "y", "text": "two"})  # no patient known on either side
 
 
@@ -151,6 +154,22 @@ def test_what_does_not_fit_is_refused_and_the_old_index_stays(tmp_path):
     (out / "notes.jsonl").write_text(notes.read_text().replace("colon", "liver"))
     with pytest.raises(UserError, match="notes.jsonl was changed"):
         Index(out, weights=weights)
+
+
+def test_a_question_is_answered_whatever_form_the_diagnoses_have(tmp_path, capsys):
+    said = [{"text": "Neoplasm of breast", "code": "C50"}, "Breast cancer", {"code": "C50"}, ["x"], 5, None]
+    rows = [{"id": f"n{i}", "text": f"breast mass {i}", "diagnosis": one} for i, one in enumerate(said)]
+    (tmp_path / "n.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    build(Options(out=tmp_path / "i", notes=tmp_path / "n.jsonl"))
+    index.main(Options(out=tmp_path / "i", ask="breast", k=6))
+    lines = sorted(line.split(maxsplit=1)[1].strip() for line in capsys.readouterr().out.splitlines())
+    assert lines == ["n0  Neoplasm of breast", "n1  Breast cancer", "n2", "n3", "n4", "n5"]
+    for options, wrong in (({"k": 0}, "--k 0"), ({"weights": tmp_path}, "bm25 has no weights"),
+                           ({"encoder": "contriever", "weights": tmp_path / "no"}, "no such folder")):  # fmt: skip
+        with pytest.raises(UserError, match=wrong):
+            build(Options(out=tmp_path / "j", notes=tmp_path / "n.jsonl", **options))
+    with pytest.raises(UserError, match="no such index; build it"):
+        Index(tmp_path / "j")
 
 
 def test_a_note_longer_than_the_encoder_reads_is_counted(tmp_path, capsys):
