@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from infer.answers import SCHEMA
-from infer.job import Job, batches, begun, mark_of
+from infer.job import Job, batches, begun, mark_of, stamp
 from infer.mended import mend
 from infer.notes import Note, fingerprint, read_notes
 from infer.repair import read_repair
@@ -131,10 +131,10 @@ def main(options: Options) -> int:
         barrier(world)
         if rank == 0:
             job.finish(sizes(options))
-            write_json(schema_of(options.out), SCHEMA)
         barrier(world)
     if rank != 0:
         return 0
+    write_json(schema_of(options.out), SCHEMA)  # of a finished job too: it may have been killed just before this
     notes, errors = job.count()
     seconds = time.perf_counter() - began
     if options.json:
@@ -231,13 +231,6 @@ def open_neighbours(options: Options) -> Neighbours | None:
     return Neighbours(index, options.neighbours, options.neighbour_tokens)
 
 
-def stamp(path: str) -> list[object]:
-    """A model's or adapter's place and its files' sizes: enough to see that it is another one."""
-    where = Path(path)
-    files = sorted(f for f in where.iterdir() if f.is_file()) if where.is_dir() else [where]
-    return [str(where), *([f.name, f.stat().st_size] for f in files if f.exists())]
-
-
 def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Plan | None) -> None:
     """Answer what is not yet answered of this rank's batches."""
     from infer.ask import Asker, Limits
@@ -271,6 +264,7 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Pla
                     notes, ways = zip(*(mend(note, repair) for note in batch), strict=True)
                     job.append([way.restore(record) for way, record in zip(ways, asker.records(notes), strict=True)])
             bar.update(len(batch))
+    job.append([])  # a rank that had no batch leaves an empty part: what is missing at the end is another machine's
     if neighbours is not None and neighbours.index.cut:
         print(f"{neighbours.index.cut} notes are longer than {options.retriever} reads; their beginnings were searched",
               file=sys.stderr)  # fmt: skip

@@ -21,6 +21,8 @@ from infer.notes import Note
 from model.command import UserError
 from model.files import check_writable, read_json, sync_folder, write_json
 
+END = 2**20  # bytes of each end of a weights' file that tell it from another
+
 
 def batches(notes: Iterable[Note], most: int, letters: int) -> Iterator[list[Note]]:
     """Notes in order, in batches of at most `most` notes and about `letters` characters."""
@@ -44,6 +46,22 @@ def begun(out: Path) -> dict[str, Any]:
     """What the job of this output, finished or not, is made of; {} where there is none."""
     known = read_json(mark_of(out)) if mark_of(out).exists() else None
     return known if isinstance(known, dict) else {}
+
+
+def stamp(path: str | Path) -> list[Any]:
+    """A model's or adapter's place, and its files' names, sizes and a hash of their two ends: enough to see that it was
+    trained anew, at no cost where a file has many gigabytes."""
+    where = Path(path)
+    found: list[Any] = [str(where)]
+    for file in sorted(f for f in where.iterdir() if f.is_file()) if where.is_dir() else [where]:
+        if file.exists():
+            size = file.stat().st_size
+            with open(file, "rb") as data:
+                digest = hashlib.sha256(data.read(END))
+                data.seek(max(END, size - END))
+                digest.update(data.read(END))
+            found.append([file.name, size, digest.hexdigest()])
+    return found
 
 
 class Job:
@@ -126,6 +144,10 @@ class Job:
             whole = self.part
         else:
             whole = self.out.with_name(self.out.name + ".merged.part")
+            for part in map(self.part_of, range(self.world)):
+                if not part.exists():
+                    raise UserError(f"{part}: not there; every rank must write into the same folder, so give --out in "
+                                    "one that all machines share")  # fmt: skip
             parts = [open(self.part_of(rank), "rb") for rank in range(self.world)]  # noqa: SIM115
             with open(whole, "wb") as out:
                 for number, size in enumerate(sizes):

@@ -38,7 +38,7 @@ class Mended:
 
     def answer(self, start: int, end: int, text: str) -> dict[str, Any]:
         """The answer at a place of the repaired text, as one of the original."""
-        first, last = self.origin[start][0] + 0 * 1, self.origin[end - 1][1]
+        first, last = self.origin[start][0], self.origin[end - 1][1]
         cut = (start > 0 and self.origin[start - 1] == self.origin[start]) or (
             end < len(self.origin) and self.origin[end] == self.origin[end - 1]
         )

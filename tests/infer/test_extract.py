@@ -18,8 +18,10 @@ from hypothesis import strategies as st
 from infer import tasks
 from infer.answers import place
 from infer.extract import Options, main
-from infer.job import Job, batches
+from infer.job import END, Job, batches, stamp
+from infer.load import load
 from infer.notes import Note
+from lora import LoRAConfig, add_lora, save_adapter
 from model.command import UserError
 
 SMALL = {"max_new_tokens": 6, "max_new_diagnosis": 9, "batch": 3}
@@ -179,12 +181,53 @@ def test_another_job_s_output_is_left_alone(weights, tmp_path):
     extract(weights, notes, out)
     before = out.read_bytes()
     assert extract(weights, notes, out) == 0  # finished already
+    (tmp_path / "o.jsonl.schema.json").unlink()  # as a kill at the very end leaves it
+    assert extract(weights, notes, out) == 0 and (tmp_path / "o.jsonl.schema.json").exists()
     with pytest.raises(UserError, match="another job"):
         extract(weights, notes, out, max_new_tokens=7)
     write_notes(notes, 3)
     with pytest.raises(UserError, match="another job"):
         extract(weights, notes, out)
     assert out.read_bytes() == before
+
+
+def test_weights_that_were_trained_anew_are_another_job(weights, tmp_path):
+    """The same folder and files of the same sizes: their tensors tell, though only their two ends are read."""
+    folder, notes, out = tmp_path / "adapter", write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    for seed in (1, 2):
+        model, _ = load(weights)
+        save_adapter(add_lora(model, LoRAConfig(r=2, alpha=4), seed=seed), folder)
+        if seed == 1:
+            extract(weights, notes, out, adapter=(str(folder),))
+            assert extract(weights, notes, out, adapter=(str(folder),)) == 0
+    with pytest.raises(UserError, match=r"another job \(other adapter\)"):
+        extract(weights, notes, out, adapter=(str(folder),))
+    (tmp_path / "f").write_bytes(bytes(3 * END))
+    before = stamp(tmp_path / "f")
+    for byte in (0, END - 1, 2 * END, 3 * END - 1):
+        (tmp_path / "f").write_bytes(bytes(byte) + b"1" + bytes(3 * END - byte - 1))
+        assert stamp(tmp_path / "f") != before
+
+
+def test_ranks_merge_with_none_missing(tmp_path):
+    ranks = [Job(tmp_path / "o.jsonl", {}, rank, 3) for rank in range(3)]
+    ranks[0].append([{"id": "a"}, {"id": "b"}])
+    ranks[1].append([{"id": "c"}])
+    with pytest.raises(UserError, match=r"o.jsonl.2.part: not there; every rank must write into the same folder"):
+        ranks[0].finish([2, 1])
+    ranks[2].append([])  # three ranks and two batches
+    assert ranks[0].finish([2, 1]) == (3, 0)
+    assert [record["id"] for record in records(tmp_path / "o.jsonl")] == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_more_ranks_than_batches(weights, tmp_path):
+    notes, out = write_notes(tmp_path / "n.jsonl", 1), tmp_path / "o.jsonl"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, *command(weights, notes, out)[1:]], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [record["id"] for record in records(out)] == ["n0"]
 
 
 def test_a_job_that_never_started_is_in_nobody_s_way(weights, tmp_path):
