@@ -15,6 +15,7 @@ from eval.robustness.filtering import answer_losses, ranking
 from eval.robustness.labels import corrupt, wrong_ids
 from eval.robustness.measure import curve, questions, recovery, recovery_lines, text_table
 from eval.steps import Run, begin
+from infer.job import stamp
 from model.command import UserError
 from model.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 
@@ -61,22 +62,44 @@ class Labels:
             raise UserError(f"a rate of {wrong[0]}; a rate is between 0 and 1")
         if self.filter_rate and not {0.0, self.filter_rate} <= set(self.rates):
             raise UserError(f"--filter-rate {self.filter_rate} and 0 must be among --rates, to be compared with")
+        if len({name_of(rate) for rate in self.rates}) < len(self.rates):
+            raise UserError(f"--rates {' '.join(map(str, self.rates))}: two of them are the same whole percent")
         if min(self.epochs, self.records, self.limit) < 0 or self.max_new_diagnosis < 1:
             raise UserError("--epochs, --records and --limit are 0 or more, --max-new-diagnosis at least 1")
 
 
+def name_of(rate: float) -> str:
+    """What is kept of a rate's adapter and answers is named by its whole percent."""
+    return f"rate-{round(100 * rate):02d}"
+
+
+def training_notes(path: Path) -> list[dict[str, Any]]:
+    """The records of a file, their answers as train.instruct learns them. Raises UserError for another form."""
+    records = []
+    for number, record in read_jsonl(path, FIELDS):
+        given, diagnosis = record["phenotypes"], record.get("diagnosis")
+        many = list(given.values()) if isinstance(given, dict) else [None]
+        answers = [one for part in many for one in (part if isinstance(part, list) else [None])]
+        if not all(isinstance(one, dict) and "text" in one for one in (*answers, diagnosis or {"text": ""})):
+            raise UserError(f"{path}:{number}: the answers are not {{'text': …}}, as training needs them; "
+                            "train.data.from_table makes such records")  # fmt: skip
+        records.append(record)
+    return records
+
+
 def run_labels(options: Labels) -> dict[str, Any]:
-    records = [record for _, record in read_jsonl(options.data, FIELDS)][: options.records or None]
+    records = training_notes(options.data)[: options.records or None]
     if options.filter_rate and not 0 < round(options.filter_rate * len(records)) < len(records):
         raise UserError(f"{options.data}: {len(records)} notes are too few to filter at {options.filter_rate}")
     made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    made_of |= {"data_sha256": sha256_file(options.data), "notes_sha256": sha256_file(options.notes)}
+    made_of |= {"data_sha256": sha256_file(options.data), "notes_sha256": sha256_file(options.notes),
+                "models": [stamp(path) for path in (options.weights, options.adapter) if path]}  # fmt: skip
     run = begin(options.out, made_of)
     asked, changed = {}, {}
     for rate in sorted(options.rates):
         noisy = corrupt(records, rate, options.seed)
         changed[rate] = sum(new != old for new, old in zip(noisy, records, strict=True))
-        asked[rate] = trained(run, options, f"rate-{round(100 * rate):02d}", noisy)
+        asked[rate] = trained(run, options, name_of(rate), noisy)
     result: dict[str, Any] = {"what": "labels", "damaged": "training records with wrong answers"}
     series = {"trained on wrong labels": asked}
     if options.filter_rate:
@@ -114,7 +137,7 @@ def trained(run: Run, options: Labels, name: str, records: list[dict[str, Any]],
 
 def filtered(run: Run, options: Labels, noisy: list[dict[str, Any]]) -> tuple[dict[str, Any], list]:
     """How well the loss finds the wrong records, and the questions as answered after training without them."""
-    name, path = f"rate-{round(100 * options.filter_rate):02d}", run.out / "losses.json"
+    name, path = name_of(options.filter_rate), run.out / "losses.json"
     run.step("losses of the training records", lambda: write_json(path, answer_losses(
         options.weights, str(run.out / name / "adapter"), run.out / "data" / f"{name}.jsonl", run.out / "loss-tokens"
     )))  # fmt: skip

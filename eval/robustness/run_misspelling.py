@@ -15,6 +15,7 @@ from eval.questions import Question, pair, read_predictions, read_references
 from eval.robustness.measure import curve, recovery, recovery_lines, text_table
 from eval.robustness.misspelling import eligible, misspell
 from eval.steps import begin
+from infer.job import stamp
 from model.command import UserError
 from model.files import sha256_file, write_json, write_jsonl
 
@@ -50,6 +51,8 @@ class Misspelling:
     def __post_init__(self) -> None:
         if not self.rates or 0.0 not in self.rates or any(not 0 <= rate <= 1 for rate in self.rates):
             raise UserError(f"--rates {' '.join(map(str, self.rates))}: rates between 0 and 1, and 0 among them")
+        if len({at("", rate) for rate in self.rates}) < len(self.rates):
+            raise UserError(f"--rates {' '.join(map(str, self.rates))}: two of them are the same tenth of a percent")
         if self.limit < 0 or self.max_new_diagnosis < 1:
             raise UserError("--limit is 0 or more, --max-new-diagnosis at least 1")
 
@@ -57,7 +60,8 @@ class Misspelling:
 def run_misspelling(options: Misspelling) -> dict[str, Any]:
     references = read_references(options.notes)[: options.limit or None]
     made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    made_of |= {"notes_sha256": sha256_file(options.notes), "lexicon_sha256": sha256_file(options.lexicon)}
+    made_of |= {"notes_sha256": sha256_file(options.notes), "lexicon_sha256": sha256_file(options.lexicon),
+                "models": [stamp(path) for path in (options.weights, *options.adapter)]}  # fmt: skip
     run = begin(options.out, made_of)
     rates, changed = sorted(options.rates), []
     asked = []

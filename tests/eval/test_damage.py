@@ -99,6 +99,15 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
         Labels(recipe="r", data=tmp_path / "bare.jsonl", filter_rate=0.25, **base)
     with pytest.raises(UserError, match="between 0 and 1"):
         Labels(recipe="r", data=tmp_path / "bare.jsonl", rates=(0.0, 1.5), **base)
+    with pytest.raises(UserError, match="same whole percent"):  # they would share one adapter
+        Labels(recipe="r", data=tmp_path / "bare.jsonl", rates=(0.0, 0.301, 0.3), **base)
+    with pytest.raises(UserError, match="same tenth of a percent"):
+        Misspelling(lexicon=tmp_path / "bare.jsonl", rates=(0.0, 0.1, 0.1001), **base)
+    for wrong in ({"phenotypes": {"tumor_size": "2 cm"}}, {"phenotypes": {"tumor_size": ["2 cm"]}}, {"phenotypes": []},
+                  {"phenotypes": {}, "diagnosis": "C61"}):  # fmt: skip
+        write_jsonl(tmp_path / "short.jsonl", [{"id": "a", "text": "t", **wrong}])
+        with pytest.raises(UserError, match="short.jsonl:1: the answers are not"):
+            run_labels(Labels(recipe="r", data=tmp_path / "short.jsonl", filter_rate=0, **base))
     with pytest.raises(UserError, match="0 among them"):
         Misspelling(lexicon=tmp_path / "bare.jsonl", rates=(0.1,), **base)
     with pytest.raises(UserError, match="lacks the field 'phenotypes'"):
