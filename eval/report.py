@@ -29,11 +29,11 @@ from eval.failures import analyse
 from eval.metrics import PRESETS
 from eval.metrics.ledger import ledger
 from eval.metrics.scoring import METRICS
-from eval.questions import Question, figures, judged, pair, read_predictions, read_references
+from eval.questions import Question, figures, judged, pair, patient_of, read_predictions, read_references
 from eval.report_examples import examples
 from eval.report_paper import BASELINES, PAPER
 from eval.score import NAMES, groups
-from eval.statistics import paired
+from eval.statistics import interval, paired
 from infer.codes import lookup
 from infer.tasks import PHENOTYPES
 from model import command
@@ -54,6 +54,10 @@ class Options:
     """The run's folder; it holds run.json."""
     examples: int = 10
     """Notes to show with their answers marked."""
+
+    def __post_init__(self) -> None:
+        if self.examples < 0:
+            raise UserError(f"--examples {self.examples}: 0 or more")
 
 
 def build(run: Path, examples_shown: int = 10) -> Json:
@@ -105,7 +109,7 @@ def _set(run: Path, systems: list[Json], name: str, references: list[Json]) -> t
         "title": SETS.get(name, name),
         "notes": len(references),
         "systems": [],
-        "patients": len({str(record.get("patient", record["id"])) for record in references}),
+        "patients": len(set(map(patient_of, references))),
     }
     pairs = []
     for title, (system, questions, counts) in asked.items():
@@ -140,12 +144,19 @@ def _row(system: Json, questions: list[Question]) -> Json:
     codes = [one for one in questions if one.task == "diagnosis"]
     if codes:
         said = [(lookup(" ".join(one.predicted), 1), lookup(one.gold[0], 1)) for one in codes]
+        patients = [one.patient for one in codes]
         row["code"] = {
             "n": len(codes),
-            "exact": 100 * sum(p[:1] == g[:1] for p, g in said) / len(codes),
-            "category": 100 * sum(p != [] and g != [] and p[0][:3] == g[0][:3] for p, g in said) / len(codes),
+            "exact": share([p[:1] == g[:1] for p, g in said], patients),
+            "category": share([p != [] and g != [] and p[0][:3] == g[0][:3] for p, g in said], patients),
         }
     return row
+
+
+def share(hits: list[bool], patients: list[str]) -> Json:
+    """How many of them, in percent, with the interval; under the name that figures have."""
+    low, high = interval([100.0 * hit for hit in hits], patients)
+    return {"f1": 100 * sum(hits) / len(hits), "low": low, "high": high}
 
 
 def _paired(asked: list[tuple[str, list[Question]]]) -> list[Json]:

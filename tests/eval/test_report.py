@@ -10,8 +10,9 @@ from itertools import combinations
 
 import pytest
 
+from eval import compare
 from eval.failures import CLASSES, invented, is_right, kind
-from eval.metrics.ledger import ledger
+from eval.metrics.ledger import ONE_WORD, ledger
 from eval.questions import Question, figures, judged, pair, read_predictions, read_references
 from eval.report import build, terminal_table, write
 from eval.report_examples import pieces
@@ -118,7 +119,16 @@ def test_report_holds_the_figures_of_the_predictions(run):
     assert bad["notes"] == 3 and bad["clinical"]["phenotype"]["exact_match"]["f1"] == 0
     assert bad["cancerllm"]["phenotype"]["exact_match"]["f1"] > 50  # 25 cm and HER2+ pass for right there
     assert bad["clinical"]["phenotype, unanswerable"]["exact_match"]["f1"] == 0
-    assert good["code"]["exact"] == 100
+    assert good["code"]["exact"] == {"f1": 100, "low": pytest.approx(100 * 0.025 ** (1 / 3)), "high": 100}
+    failures = bad["failures"]
+    assert (failures["n"], failures["wrong"], failures["invented"]) == (12, 9, 6)
+    counts = {entry["name"]: entry["count"] for entry in failures["classes"]}
+    assert counts == {"not asked for": 3, "another value": 6}
+    assert all(len(entry["examples"]) == 3 for entry in failures["classes"]) and good["failures"]["wrong"] == 0
+    size = bad["per_phenotype"]["tumor_size"]
+    assert size["answerable"]["exact_match"]["f1"] == 0 and size["answerable"]["n"] == 3 and not size["unanswerable"]
+    (added,) = [row for row in report["sets"]["heldout"]["paired"] if row["task"] == "phenotype"]
+    assert (added["a"], added["b"], added["n"], added["difference"]) == ("bad", "good", 6, 100)
     reasons = {(entry["predicted"], entry["gold"]) for entry in report["ledger"]}
     assert {("25 cm", "2.5 cm"), ("HER2+", "HER2-")} <= reasons
     assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
@@ -131,6 +141,7 @@ def test_page_is_self_contained_and_escaped(run):
     assert "&lt;b&gt;left&lt;/b&gt;" in page
     for outside in ("<link", "src=", "@import", "url(http"):
         assert outside not in page
+    assert "<td>1.500</td><td>0.900</td>" in page  # bits per byte
     assert page.count("<svg") == 3 and "paper, private data" in page and '<mark class="right"' in page
 
 
@@ -207,8 +218,10 @@ def test_short_forms_of_predictions_are_taken():
         },
         "diagnosis": "C18.7",
     }
-    questions, _ = pair([note(0, "a")], [mine])
-    assert figures([q for q in questions if q.task == "phenotype"])["exact_match"]["f1"] == 100
+    for status in (["ER+", "HER2-"], {"answers": "ER+, HER2-"}, {"answers": ["ER+", {"text": "HER2-"}]}):
+        mine["phenotypes"]["hormone_receptor_status"] = status
+        questions, _ = pair([note(0, "a")], [mine])
+        assert figures([q for q in questions if q.task == "phenotype"])["exact_match"]["f1"] == 100
 
 
 def test_short_forms_of_right_answers_are_taken(tmp_path):
@@ -234,6 +247,8 @@ def test_short_forms_of_right_answers_are_taken(tmp_path):
         ({"phenotypes": {"tumor_size": 2.5}}, "m.jsonl:1: tumor_size is neither"),
         ({"phenotypes": {"tumor_size": {"answers": [{"value": "2 cm"}]}}}, "tumor_size is neither"),
         ({"diagnosis": ["C18.7"]}, "m.jsonl:1: 'diagnosis' is neither"),
+        ({"id": None, "phenotypes": {}}, "m.jsonl:1: 'id' is neither"),
+        ({"id": ["n0"], "phenotypes": {}}, "m.jsonl:1: 'id' is neither"),
     ],
 )
 @pytest.mark.parametrize("read", [read_predictions, read_references])
@@ -241,6 +256,19 @@ def test_files_of_another_form_are_refused_with_their_line(tmp_path, read, chang
     write_jsonl(tmp_path / "m.jsonl", [{"id": "1", "text": "a", **changed}])
     with pytest.raises(UserError, match=said):
         read(tmp_path / "m.jsonl")
+
+
+def test_a_text_that_is_none_is_refused_with_its_line(tmp_path):
+    write_jsonl(tmp_path / "m.jsonl", [{"id": "1", "text": 5, "phenotypes": {"tumor_size": "2 cm"}}])
+    with pytest.raises(UserError, match="m.jsonl:1: 'text' is a int"):
+        read_references(tmp_path / "m.jsonl")
+
+
+@pytest.mark.parametrize("nobody", [None, "", "absent"])
+def test_notes_that_name_no_patient_are_patients_of_their_own(nobody):
+    notes = [{key: value for key, value in note(i, nobody).items() if (key, value) != ("patient", "absent")}
+             for i in range(3)]  # fmt: skip
+    assert figures(pair(notes, [])[0])["patients"] == 3
 
 
 @pytest.mark.parametrize(
@@ -263,6 +291,29 @@ def test_failures_are_classed(name, gold, said, expected):
 def test_invented_answers_stand_nowhere_in_the_note():
     assert invented(Question("n", "p", "tumor_size", (), ("2.5 cm", "3 cm")), TEXT) == 1
     assert invented(Question("n", "p", "cancer_grade", (), ("grade 4",)), TEXT) == 0
+
+
+@pytest.mark.parametrize(
+    ("predicted", "gold", "reason"),
+    [
+        ("HER2+", "HER2-", "+ and − become equal"),
+        ("25 cm", "2.5 cm", "the point in a number or code"),
+        ("carcinomas", "carcinoma", "Porter stems"),
+        ("ALL", "all", "stripping punctuation or case"),
+        ("25 mm", "2.5 cm", "written differently (unit"),
+        ("Left lobe.", "left lobe", "carries no clinical meaning"),
+    ],
+)
+def test_the_ledger_says_why_presets_differ(predicted, gold, reason):
+    (entry,) = ledger([((predicted,), (gold,))])
+    assert reason in entry["why"] and len(set(entry["verdicts"].values())) == 2
+
+
+def test_the_ledger_lists_right_answers_that_a_definition_gives_nothing():
+    entries = ledger([(("left",), ("left",)), (("25 mm",), ("2.5 cm",)), (("left lobe",), ("left lobe",))])
+    assert [entry["why"] == ONE_WORD for entry in entries] == [False, True]
+    assert entries[1]["verdicts"] == {name: "BLEU-2 0.1" for name in ("cancerllm", "coco", "rouge_score")} | {
+        "nltk": "BLEU-2 0.0"}  # fmt: skip
 
 
 def test_ledger_counts_equal_disagreements():
@@ -295,6 +346,19 @@ def test_mistakes_are_one_line(run, spoil, said):
     with pytest.raises(UserError, match=said.replace("(", r"\(")):
         write(run)
     assert not (run / "report.html").exists()
+
+
+def test_two_systems_are_compared_on_what_both_were_asked(run, capsys):
+    compare.main(compare.Options(a=run, b=run, system_a="bad", system_b="good", json=True))
+    rows = json.loads(capsys.readouterr().out)
+    tasks = ("phenotype", "phenotype, unanswerable", "diagnosis")
+    assert [(row["set"], row["task"]) for row in rows] == [(s, task) for s in ("heldout", "unseen") for task in tasks]
+    assert all(row["n"] == (6 if row["task"] == "phenotype" else 3) for row in rows)
+    assert [row["difference"] for row in rows[:3]] == [100, 100, 0] and len(rows[0]["changed"]) == 6
+    compare.main(compare.Options(a=run, b=run, changed=1))
+    assert "heldout, diagnosis, good: 100.0 -> 100.0" in capsys.readouterr().out
+    with pytest.raises(UserError, match="did you mean 'good'"):
+        compare.main(compare.Options(a=run, b=run, system_a="bad", system_b="goood"))
 
 
 def test_score_as_a_program(run):
