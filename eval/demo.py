@@ -65,8 +65,8 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(patients=250, further_patients=300, healthy=300, test_notes=40, base_notes=16, bits_documents=40,
-                  misspelling_notes=8, retrieval_notes=20),
+    "full": Scale(patients=250, further_patients=300, healthy=300, test_notes=40, base_notes=8, bits_documents=20,
+                  misspelling_notes=8, retrieval_notes=12),
     "nano": Scale(patients=900, further_patients=1500, healthy=1500, test_notes=40, base_notes=16, bits_documents=40,
                   misspelling_notes=40, retrieval_notes=40, vocab=2048),
     "tiny": Scale(patients=24, further_patients=10, healthy=20, test_notes=3, base_notes=2, bits_documents=3,
@@ -152,8 +152,10 @@ def adapters(run: Run) -> None:
     demo = Demo(run.out, run.scale)
     on, first = ["--weights", demo.weights], ["--adapter", demo.adapter("pretrained")]
     run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", on))
-    run.step("tuning, without it", recipe(run, "instruct", "tuned-only", "train", on))
-    run.step("tuning, after it", recipe(run, "instruct", "tuned", "train", on + first))
+    run.beside({
+        "tuning, without it": recipe(run, "instruct", "tuned-only", "train", on),
+        "tuning, after it": recipe(run, "instruct", "tuned", "train", on + first),
+    })
 
 
 SYSTEMS = (  # name, kind, adapter's run, untuned

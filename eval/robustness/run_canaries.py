@@ -72,13 +72,16 @@ def run_canaries(options: Canaries) -> dict[str, Any]:
     planted = plant(records, canaries, options.seed)
     single, dropped = deduplicate(planted)
     rows = {"base": measured(run, options, "base", None, canaries)}
+    trainings = {}
     for name, data in (("planted", planted), ("deduplicated", single)):
         write_jsonl(run.out / "data" / f"{name}.jsonl", data)
-        run.step(f"{name}: continued pre-training", [
+        trainings[f"{name}: continued pre-training"] = [
             "train.pretrain", options.recipe, "--weights", options.weights, "--out", str(run.out / name),
             "--dtype", options.dtype, "--data", str(run.out / "data" / f"{name}.jsonl"),
             *(["--steps", "0", "--epochs", str(options.epochs)] if options.epochs else []),
-        ])  # fmt: skip
+        ]  # fmt: skip
+    run.beside(trainings)
+    for name in ("planted", "deduplicated"):
         rows[name] = measured(run, options, name, run.out / name / "adapter", canaries)
     card = read_json(run.out / "planted" / "run.json")
     result = {

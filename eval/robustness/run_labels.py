@@ -95,11 +95,13 @@ def run_labels(options: Labels) -> dict[str, Any]:
     made_of |= {"data_sha256": sha256_file(options.data), "notes_sha256": sha256_file(options.notes),
                 "models": [stamp(path) for path in (options.weights, options.adapter) if path]}  # fmt: skip
     run = begin(options.out, made_of)
-    asked, changed = {}, {}
+    changed, tunings = {}, {}
     for rate in sorted(options.rates):
         noisy = corrupt(records, rate, options.seed)
         changed[rate] = sum(new != old for new, old in zip(noisy, records, strict=True))
-        asked[rate] = trained(run, options, name_of(rate), noisy)
+        tunings[f"{name_of(rate)}: tuning"] = tuning(run, options, name_of(rate), noisy)
+    run.beside(tunings)
+    asked = {rate: answered(run, options, name_of(rate)) for rate in sorted(options.rates)}
     result: dict[str, Any] = {"what": "labels", "damaged": "training records with wrong answers"}
     series = {"trained on wrong labels": asked}
     if options.filter_rate:
@@ -113,22 +115,25 @@ def run_labels(options: Labels) -> dict[str, Any]:
     return result
 
 
-def trained(run: Run, options: Labels, name: str, records: list[dict[str, Any]], share: float = 1.0) -> list:
-    """The test questions as a model answers them that was tuned on these records, a `share` of all: for as many steps,
-    so for more passes."""
-    data, adapter = run.out / "data" / f"{name}.jsonl", run.out / name / "adapter"
-    answers = run.out / "answers" / f"{name}.jsonl"
+def tuning(run: Run, options: Labels, name: str, records: list[dict[str, Any]], share: float = 1.0) -> list[str]:
+    """The program that tunes on these records, a `share` of all: for as many steps, so for more passes."""
+    data = run.out / "data" / f"{name}.jsonl"
     write_jsonl(data, records)
-    run.step(f"{name}: tuning", [
+    return [
         "train.instruct", options.recipe, "--weights", options.weights, "--data", str(data),
-        "--out", str(adapter.parent), "--dtype", options.dtype,
+        "--out", str(run.out / name), "--dtype", options.dtype,
         *(["--adapter", options.adapter] if options.adapter else []),
         *(["--steps", "0", "--epochs", str(options.epochs / share)] if options.epochs else []),
-    ])  # fmt: skip
+    ]  # fmt: skip
+
+
+def answered(run: Run, options: Labels, name: str) -> list:
+    """The test questions as the model answers them that was tuned under this name."""
+    answers = run.out / "answers" / f"{name}.jsonl"
     answers.parent.mkdir(exist_ok=True)
     run.step(f"{name}: answers", [
-        "infer.extract", "--weights", options.weights, "--adapter", str(adapter), "--notes", str(options.notes),
-        "--out", str(answers), "--form", "template", "--long", "windows",
+        "infer.extract", "--weights", options.weights, "--adapter", str(run.out / name / "adapter"),
+        "--notes", str(options.notes), "--out", str(answers), "--form", "template", "--long", "windows",
         "--max-new-diagnosis", str(options.max_new_diagnosis),
         *(["--limit", str(options.limit)] if options.limit else []), *(["--grounded"] if options.grounded else []),
     ])  # fmt: skip
@@ -147,7 +152,9 @@ def filtered(run: Run, options: Labels, noisy: list[dict[str, Any]]) -> tuple[di
     kept = [record for record in noisy if record["id"] not in set(highest)]
     found = {"rate": options.filter_rate, "dropped": len(highest), "wrong": len(wrong), "records": len(noisy),
              "dropped_wrong": len(wrong & set(highest)), "auc": auc(losses, wrong)}  # fmt: skip
-    return found, trained(run, options, f"{name}-filtered", kept, len(kept) / len(noisy))
+    name += "-filtered"
+    run.step(f"{name}: tuning", tuning(run, options, name, kept, len(kept) / len(noisy)))
+    return found, answered(run, options, name)
 
 
 def auc(losses: dict[str, float], wrong: set[str]) -> float | None:
