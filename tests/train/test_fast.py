@@ -74,10 +74,13 @@ def test_no_gradient_below_the_first_adapter_and_recomputed_blocks_agree(notes):
         model = fast_blocks(model) if fast else model
         model.model.checkpoint_blocks = again
         seen = []
-        for block in model.model.layers:
+        runs = []
+        for number, block in enumerate(model.model.layers):
+            block.register_forward_pre_hook(lambda *_, number=number, runs=runs: runs.append(number))
             block.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out.requires_grad))
         found.append(step(model, batch, counts))
         assert seen[:2] == [False, True]
+        assert runs == [0, 1] + [1] * again, "a block that learns is computed once more in the backward pass"
     assert worst(found[1], found[0]) < 1e-12 and worst(found[2], found[0]) < 1e-12
 
 

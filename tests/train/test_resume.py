@@ -1,6 +1,7 @@
 """A run that is killed and resumed ends with the same bytes; a damaged checkpoint is named and passed over."""
 
 import contextlib
+import itertools
 import json
 import os
 import shutil
@@ -15,6 +16,7 @@ from tiny_runs import as_recipe, ends
 
 from model.command import UserError, guard
 from train.checkpoint import damage, newest_whole, steps_saved
+from train.optimizer import named_trainable
 from train.recipe import Recipe
 from train.session import train
 
@@ -252,11 +254,29 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_records
         made.run()
     for name, param in made.model.named_parameters():
         assert name not in before or torch.equal(param.nan_to_num(7.0), before[name].nan_to_num(7.0))
-    skipping = prepare(as_recipe(options, out=str(tmp_path / "b"), on_bad_step="skip", steps=2), "instruct", Ranks())
-    with torch.no_grad():
-        next(p for name, p in skipping.model.named_parameters() if "lora_B" in name).fill_(float("nan"))
-    skipping.run()
-    assert skipping.progress.skipped == 2
+
+
+def test_a_bad_step_that_is_skipped_updates_nothing_and_is_counted(options, tmp_path, monkeypatch, capsys):
+    from train.session import prepare
+    from train.sharding import Ranks
+
+    made = prepare(as_recipe(options, out=str(tmp_path), on_bad_step="skip", steps=3), "instruct", Ranks())
+    gradients, held = made.gradients, []
+
+    def second_is_bad(step):
+        held.append({name: p.detach().clone() for name, p in named_trainable(made.model).items()})
+        loss, norm, tokens = gradients(step)
+        return float("inf") if step == 1 else loss, norm, tokens
+
+    monkeypatch.setattr(made, "gradients", second_is_bad)
+    made.run()
+    same = [all(torch.equal(a[name], b[name]) for name in a) for a, b in itertools.pairwise(held)]
+    assert same == [False, True] and made.progress.skipped == 1
+    assert all(float(state["step"]) == 2 for state in made.optimizers[0].state.values())
+    assert "step 2: loss inf" in capsys.readouterr().err
+    lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
+    assert [line["lr"] > 0 for line in lines] == [True, False, True]
+    assert json.loads((tmp_path / "checkpoints" / "step-000003" / "state.json").read_text())["skipped"] == 1
 
 
 @pytest.mark.slow

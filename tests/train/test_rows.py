@@ -12,7 +12,7 @@ from tiny_runs import RECIPE, run_case, tiny
 from model.command import UserError
 from train.dataset import Rows
 from train.loss import ChunkedCrossEntropy, batch_loss, plain_loss
-from train.rows import ANSWER, IGNORE, Row, collate, count, order, pack, text_units
+from train.rows import ANSWER, IGNORE, NOTE, Row, collate, count, order, pack, text_units
 from train.sharding import Ranks
 
 
@@ -113,6 +113,19 @@ def test_the_chunked_loss_is_cross_entropy(notes):
     for ours, other in zip(torch.autograd.grad(loss, (x_ND, weight_VD)), torch.autograd.grad(plain, (x_ND, weight_VD)),
                            strict=True):  # fmt: skip
         assert (ours - other).abs().max() < 1e-12 * other.abs().max()
+
+
+def test_the_notes_own_loss_is_a_mean_beside_the_answers_mean(notes):
+    """note_loss weighs it; the loss that is reported is the answers' alone."""
+    rows = [Rows(notes, replace(RECIPE, note_loss=0.3), "instruct")[i] for i in range(3)]
+    model, batch = tiny(RECIPE), collate(rows)
+    loss, summed = batch_loss(model, batch, count(rows), note_loss=0.3)
+    with torch.no_grad():
+        logits = model(batch.tokens, positions=batch.positions, layout=batch.layout)
+        answers, own = (float(plain_loss(logits, batch.target.where(batch.kind == kind, IGNORE)))
+                        for kind in (ANSWER, NOTE))  # fmt: skip
+    assert answers != own and float(loss.detach()) == pytest.approx(answers + 0.3 * own, rel=1e-12)
+    assert float(summed) == pytest.approx(answers * count(rows)[ANSWER], rel=1e-12)
 
 
 def test_no_gradient_reaches_below_the_first_adapter(notes):

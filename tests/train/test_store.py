@@ -49,6 +49,11 @@ def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(
     store = build_store([str(file)], encoding, tmp_path / "s")
     rejects = [json.loads(line) for line in (tmp_path / "s" / "rejects.jsonl").read_text().splitlines()]
     assert len(store) == 200 and [(r["line"], r["file"]) for r in rejects] == [(8, str(file))]
+    file.write_text("\n".join([*lines, *['{"id": "bad"}'] * 3]) + "\n")  # 1.5 %
+    with pytest.raises(UserError, match="d.jsonl:201: lacks 'text', or it is empty; 3 of 203 records"):
+        build_store([str(file)], encoding, tmp_path / "more")
+    assert not (tmp_path / "more").exists()
+    file.write_text("\n".join([*lines[:7], '{"id": "bad"}', *lines[7:]]) + "\n")
     assert store[5][0] == "5" and bytes(store[5][1][0][1:-1].astype("uint8")) != b""
     made = (tmp_path / "s" / "manifest.json").stat().st_mtime_ns
     build_store([str(file)], encoding, tmp_path / "s")

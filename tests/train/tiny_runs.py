@@ -54,6 +54,7 @@ def tiny(recipe: Recipe, config: ModelConfig = CONFIG, dtype: torch.dtype = torc
 def trainer(case: dict, store: str, stage: str, ranks: Ranks) -> Trainer:
     recipe = replace(RECIPE, **case)
     model = fast_blocks(tiny(recipe))
+    model.model.checkpoint_blocks = recipe.checkpoint_blocks
     if ranks.world > 1:
         shard(model, ranks)
     return Trainer(recipe, model, Rows(TokenStore(store), recipe, stage), None, ranks, {})
