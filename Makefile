@@ -45,8 +45,9 @@ browser:  ## a Chromium for the trace page's tests, where apt-get may install on
 	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 	    chromium chromium-driver fonts-dejavu-core; } >/dev/null 2>&1 || echo "It could not be had: those tests will be skipped."; fi
 
-lint: $(VENV)/.all  ## ruff
+lint: $(VENV)/.all  ## ruff, and the types of model/ and lora/
 	$(PY) -m ruff check --quiet .
+	$(PY) -m mypy
 
 clean:  ## remove the environment; runs/ is kept
 	rm -rf $(VENV)

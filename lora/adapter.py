@@ -156,6 +156,7 @@ def as_lora(model: nn.Module, path: str) -> LoRALinear:
     """The layer at `path`, made able to carry adapters."""
     linear = model.get_submodule(path)
     if not isinstance(linear, LoRALinear):
+        assert isinstance(linear, nn.Linear), path
         parent, _, leaf = path.rpartition(".")
         linear = LoRALinear(linear, path)
         setattr(model.get_submodule(parent), leaf, linear)

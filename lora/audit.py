@@ -109,7 +109,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     figure, axes = plt.subplots(figsize=(1.2 * len(kinds) + 2, 0.25 * len(layers) + 2))
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds], rotation=45, ha="right")
-    axes.set_yticks(range(len(layers)), layers)
+    axes.set_yticks(range(len(layers)), [str(layer) for layer in layers])
     axes.set_ylabel("layer")
     figure.colorbar(image, label="‖ΔW‖/‖W‖" if "relative_norm" in rows[0] else "‖ΔW‖")
     figure.tight_layout()

@@ -68,8 +68,9 @@ class LoRALinear(nn.Linear):
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, bias=False)
         self.path = path
-        self.weight = None if linear.weight is None else linear.weight.requires_grad_(False)
-        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)
+        # None where the base is narrow, or the layer has no bias
+        self.weight = None if linear.weight is None else linear.weight.requires_grad_(False)  # type: ignore[assignment]
+        self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)  # type: ignore[assignment]
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
         self.scale: dict[str, float] = {}
         self.dropout: dict[str, float] = {}

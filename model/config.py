@@ -257,6 +257,7 @@ def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
         if strange := [kind for kind in kinds if kind not in ("sliding_attention", "full_attention")]:
             raise UserError(f"config: layer_types holds {strange[0]!r}, which is not covered")
         return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+    assert isinstance(wide, int)
     return tuple(window if layer >= wide else None for layer in range(layers))
 
 

@@ -71,7 +71,8 @@ def processor() -> str:
 
 def timed(call, device: str, seconds: float) -> list[float]:
     """Seconds of each of at least three calls, for as long as `seconds` allows; the first is left out."""
-    taken, began = [], time.perf_counter()
+    taken: list[float] = []
+    began = time.perf_counter()
     while len(taken) < 3 or time.perf_counter() - began < seconds:
         start = time.perf_counter()
         call()

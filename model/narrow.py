@@ -18,7 +18,7 @@ dequantise anew every four rows, so from PACKED_ROWS on a tile of W is dequantis
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from functools import cache
 
 import torch
@@ -64,12 +64,17 @@ class NarrowWeight(nn.Module):
             tensors of the second quantisation (model/blockwise.py) in `scales_absmax` and `scales_mean`
     """
 
+    codes: Tensor
+    scales: Tensor
+    scales_absmax: Tensor
+    scales_mean: Tensor
+
     def __init__(
-        self, form: str, shape: tuple[int, int], codes: Tensor, scales: Tensor,
+        self, form: str, shape: Sequence[int], codes: Tensor, scales: Tensor,
         second: tuple[Tensor, Tensor] | None = None,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.form, self.shape, self.packed = form, shape, False
+        self.form, self.shape, self.packed = form, (shape[0], shape[1]), False
         self.kind, self.group = format_of(form, shape[1])
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -77,7 +82,7 @@ class NarrowWeight(nn.Module):
         self.register_buffer("scales_mean", second[1] if second else None, persistent=False)
 
     @classmethod
-    def quantise(cls, pieces: Iterable[Tensor], shape: tuple[int, int], form: str) -> NarrowWeight:
+    def quantise(cls, pieces: Iterable[Tensor], shape: Sequence[int], form: str) -> NarrowWeight:
         """From rows in order, in pieces of any float dtype, each forgotten before the next is asked for."""
         kind, group = format_of(form, shape[1])
         parts = []
@@ -175,6 +180,7 @@ class NarrowLinear(nn.Linear):
             super().__init__(narrow.shape[1], narrow.shape[0], bias=False)
         self.weight = None  # type: ignore[assignment]
         self.narrow = narrow
+        self.bias: nn.Parameter | None  # type: ignore[assignment]
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -186,7 +192,7 @@ class NarrowEmbedding(nn.Embedding):
     """nn.Embedding whose rows are kept in bf16 and given out in `dtype`."""
 
     def __init__(self, rows_VD: Tensor, dtype: torch.dtype) -> None:
-        super().__init__(*rows_VD.shape, _weight=rows_VD)
+        super().__init__(rows_VD.shape[0], rows_VD.shape[1], _weight=rows_VD)
         self.weight.requires_grad_(False)
         self.dtype = dtype
 

@@ -55,7 +55,7 @@ class Seen:
     tokenizer: Tokenizer | None
     ids: list[int]
     pieces: list[str]
-    into: dict[str, tuple[Tensor, ...]]
+    into: dict[str, tuple[Any, ...]]
     out: dict[str, Tensor]
     logits_V: Tensor
 
@@ -73,7 +73,7 @@ class Seen:
 
 
 def observe(model: Transformer, tokenizer: Tokenizer | None, ids: list[int], pieces: list[str]) -> Seen:
-    into: dict[str, tuple[Tensor, ...]] = {}
+    into: dict[str, tuple[Any, ...]] = {}
     out: dict[str, Tensor] = {}
 
     def hook(name: str) -> Any:
@@ -267,17 +267,18 @@ def experts(seen: Seen) -> Step:
     says = (f"After a second norm, a router chooses {c.num_experts_per_tok} of {c.num_local_experts} feed-forward "
             "experts for the token and weighs them by their softmax, made to sum to one.")  # fmt: skip
     one = moe.experts[0]
-    cost = total(linear(moe.gate), *([linear(m) for m in (one.w1, one.w2, one.w3)] * c.num_experts_per_tok))
+    into: list[nn.Linear] = [one.w1, one.w2, one.w3]  # type: ignore[list-item]
+    cost = total(linear(moe.gate), *([linear(m) for m in into] * c.num_experts_per_tok))
     return Step("Feed-forward of experts", says, source(Experts.forward, "torch.topk(share_NE"), facts, cost=cost)
 
 
 def layers(seen: Seen) -> Step:
     rows = [["layer", "window", "|attention|", "|feed-forward|", "|stream| after"]]
-    for number, block in enumerate(seen.model.model.layers):
+    for number in range(seen.config.num_hidden_layers):
         at = f"model.layers.{number}"
         feed = "block_sparse_moe" if seen.config.num_local_experts else "mlp"
         sizes = [float(seen.last(name).norm()) for name in (f"{at}.self_attn", f"{at}.{feed}", at)]
-        rows.append([str(number), str(block.self_attn.window or "none"), *(f"{size:.4f}" for size in sizes)])
+        rows.append([str(number), str(seen.config.windows[number] or "none"), *(f"{size:.4f}" for size in sizes)])
     says = "The same again in every layer, with weights of its own. What each adds for the last token, as lengths:"
     return Step("The other layers", says, source(Decoder.forward, "layer(x_BTD, rotary, visible, cache)"), table=rows)
 

@@ -219,7 +219,7 @@ def load_weights(
             if module is not None:
                 parent, _, own = place.rpartition(".")
                 if isinstance(module, nn.Linear):
-                    module.bias = model.get_submodule(place).bias
+                    module.bias = model.get_submodule(place).bias  # type: ignore[assignment]
                 setattr(model.get_submodule(parent), own, module)
                 continue
         tensor, finite = _read_into(checkpoint, name, dtype, torch.device(device))
