@@ -50,6 +50,12 @@ def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_scaled_product
     assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
 
 
+def test_dropout_is_for_training_only():
+    sure, drops = trained(CONFIGS[0]), trained(replace(CONFIGS[0], dropout=0.5))
+    assert torch.equal(drops.eval()(TOKENS), sure.eval()(TOKENS))
+    assert not torch.equal(drops.train()(TOKENS), sure.train()(TOKENS))
+
+
 @pytest.mark.parametrize("config", CONFIGS)
 def test_peft_loads_ours_and_we_load_pefts(config, weights, tmp_path):
     peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
-from tiny_runs import RECIPE, run_case
+from tiny_runs import RECIPE, run_case, trainer
 
 from train.dataset import Rows
 from train.sharding import Ranks
@@ -51,6 +51,25 @@ def test_any_number_of_ranks_gives_the_same_losses_and_gradients(notes, document
     assert all(alone[f"{name}/loss"].std() > 0.002 for name in cases), "nothing was learnt"
     for ranks in (2, 3):
         assert largest_difference(launch(ranks, cases, tmp_path / str(ranks)), alone) < 1e-12
+
+
+@pytest.mark.parametrize("world", [1, 2, 3])
+def test_ranks_take_turns_at_the_same_micro_batches(notes, world):
+    """Cut by length into micro_rows rows, whatever the number of ranks; who is left without computes an empty row."""
+    made = trainer({"batch_rows": 8, "micro_rows": 2, "steps": 1}, str(notes.path), "instruct", Ranks())
+    rows = [made.rows[i] for i in range(7)]
+    parts, _ = made.micro_batches(rows)
+    assert [len(part) for part in parts] == [2, 2, 2, 1]
+    lengths = [len(row) for part in parts for row in part]
+    assert lengths == sorted(map(len, rows), reverse=True)
+    shares = []
+    for rank in range(world):
+        made.ranks = Ranks(rank, world)
+        assert made.micro_batches(rows)[0] == parts
+        shares.append(made.micro_batches(rows)[1])
+    assert {len(share) for share in shares} == {-(-4 // world)}, "as many turns for each"
+    taken = [part for turn in zip(*shares, strict=True) for part in turn]
+    assert taken[:4] == parts and all(len(part) == 1 and len(part[0]) == 0 for part in taken[4:])
 
 
 @pytest.mark.parametrize("other", [{"micro_rows": 4}, {"micro_rows": 2, "checkpoint_blocks": True}])

@@ -86,9 +86,27 @@ def test_ranks_and_alphas_by_pattern_reach_the_layers(tmp_path):
              for path, layer in adapted(model).items()}  # fmt: skip
     assert found["0.self_attn.v_proj"] == (2, 8.0) and found["0.mlp.up_proj"] == (4, 4.0)
     assert found["1.self_attn.v_proj"] == (2, 3.0) and found["1.mlp.up_proj"] == (4, 1.5)
+    model, _ = empty_model(parse([str(tmp_path / "r.toml"), "--first-layer", "1"], "instruct"), CONFIG)
+    assert len(adapted(model)) == 7 and all(".layers.1." in path for path in adapted(model)), "none below the first"
     (tmp_path / "r.toml").write_text(text + "k_prj = 2\n")
     with pytest.raises(UserError, match="'k_prj' fits no layer"):
         empty_model(parse([str(tmp_path / "r.toml")], "instruct"), CONFIG)
+
+
+def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path):
+    from tiny_runs import CONFIG
+
+    from lora import LoRAConfig, add_lora, save_adapter
+    from lora.adapter import adapted, adapter_state
+    from model.transformer import Transformer
+    from train.session import empty_model
+
+    held = add_lora(Transformer(CONFIG).init_weights(1), LoRAConfig(r=2, alpha=6.0, dropout=0.25))
+    save_adapter(held, tmp_path / "adapter")
+    model, tensors = empty_model(Recipe(**GOOD, adapter=str(tmp_path / "adapter"), r=8, dropout=0.5), CONFIG)
+    for layer in adapted(model).values():
+        assert (len(layer.lora_A["default"]), layer.scale["default"], layer.dropout["default"]) == (2, 3.0, 0.25)
+    assert all(tensors[key].equal(value) for key, value in adapter_state(held).items())
 
 
 def test_the_schedule_warms_up_and_falls_to_its_share():
