@@ -114,7 +114,8 @@ def run(tmp_path):
 def test_report_holds_the_figures_of_the_predictions(run):
     report = write(run)
     bad, good = report["sets"]["heldout"]["systems"]
-    assert good["clinical"]["phenotype"]["exact_match"]["f1"] == 100
+    exact = good["clinical"]["phenotype"]["exact_match"]
+    assert exact["f1"] == 100 and exact["low"] == pytest.approx(100 * 0.025 ** (1 / 3))  # three patients, six notes
     assert good["clinical"]["phenotype"]["n"] == 12 and good["clinical"]["phenotype, unanswerable"]["n"] == 6
     assert bad["notes"] == 3 and bad["clinical"]["phenotype"]["exact_match"]["f1"] == 0
     assert bad["cancerllm"]["phenotype"]["exact_match"]["f1"] > 50  # 25 cm and HER2+ pass for right there
@@ -353,7 +354,7 @@ def test_two_systems_are_compared_on_what_both_were_asked(run, capsys):
     rows = json.loads(capsys.readouterr().out)
     tasks = ("phenotype", "phenotype, unanswerable", "diagnosis")
     assert [(row["set"], row["task"]) for row in rows] == [(s, task) for s in ("heldout", "unseen") for task in tasks]
-    assert all(row["n"] == (6 if row["task"] == "phenotype" else 3) for row in rows)
+    assert all(row["n"] == (6 if row["task"] == "phenotype" else 3) and row["patients"] == 2 for row in rows)
     assert [row["difference"] for row in rows[:3]] == [100, 100, 0] and len(rows[0]["changed"]) == 6
     compare.main(compare.Options(a=run, b=run, changed=1))
     assert "heldout, diagnosis, good: 100.0 -> 100.0" in capsys.readouterr().out
