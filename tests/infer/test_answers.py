@@ -76,8 +76,8 @@ def test_an_answer_ends_at_the_end_token_the_next_line_or_a_cycle_and_says_why(t
 
 
 @settings(deadline=None, max_examples=60)
-@given(pieces=st.lists(st.text("ab é漢.\n", min_size=1, max_size=4), min_size=1, max_size=150),
-       limit=st.integers(60, 400))  # fmt: skip
+@given(pieces=st.lists(st.text("ab é漢.\n", min_size=1, max_size=4), min_size=25, max_size=150),
+       limit=st.integers(70, 200))  # fmt: skip
 def test_windows_hold_all_of_a_long_note_overlap_and_keep_to_the_limit(pieces, limit, tokenizer):
     text = "".join(f"{number}{piece}" for number, piece in enumerate(pieces))  # no window stands at two places
     asker = Asker(Generator(tiny_model(), tokenizer), "diagnosis", "template", Limits(limit, 5, 5), "windows")

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from infer.extract import Options, main
 from infer.generate import Generator
 from infer.load import load
-from infer.memory import FORMATS, Load, adapter_bytes, fit, read_size, weight_bytes
+from infer.memory import FORMATS, Load, adapter_bytes, fit, read_size, weight_bytes, work
 from model import ModelConfig
 from model.command import UserError
 
@@ -49,6 +49,19 @@ def test_seven_billion_weights_run_in_five_gigabytes(seven_b):
     plan = fit(seven_b, (), 5e9, Load(1500, 50), "auto", torch.float32)
     assert plan.form.startswith("int4") and plan.cache == torch.float16
     assert 3.7e9 < plan.parts["weights"] < 4.6e9
+
+
+def test_the_cache_holds_every_requests_keys_and_values_and_a_window_bounds_it(seven_b):
+    config = ModelConfig.from_pretrained(seven_b)
+
+    def cache(**asked):
+        return work(config, Load(**asked), asked["batch"], torch.float16, 2048, torch.float32, "cpu")["cache"]
+
+    token = 32 * 2 * 8 * 128 * 2  # layers, keys and values, heads, their size, bytes
+    one = cache(tokens=1500, new=50, batch=1)
+    assert 1550 * token <= one <= 1650 * token and cache(tokens=1500, new=50, batch=8) == 8 * one
+    assert cache(tokens=1600, new=50, batch=1) - one == 100 * token
+    assert cache(tokens=30_000, new=50, batch=1) == cache(tokens=20_000, new=50, batch=1) < 8400 * token
 
 
 @pytest.mark.parametrize("form", ["wide", "int8", "int4", "int4-32", "nf4"])
