@@ -16,6 +16,7 @@ import json
 import os
 import shutil
 import sys
+import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -134,12 +135,12 @@ def build(options: Options) -> dict[str, Any]:
         file.flush()
         os.fsync(file.fileno())
     write_json(part / "manifest.json", manifest)
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))  # nobody's own backup
     if out.exists():
-        shutil.rmtree(out.with_name(out.name + ".old"), ignore_errors=True)
-        os.replace(out, out.with_name(out.name + ".old"))
+        os.replace(out, old / "was")
     os.replace(part, out)
     sync_folder(out.parent)
-    shutil.rmtree(out.with_name(out.name + ".old"), ignore_errors=True)
+    shutil.rmtree(old)
     return manifest
 
 

@@ -130,6 +130,9 @@ def test_what_does_not_fit_is_refused_and_the_old_index_stays(tmp_path):
     weights, other = encoder_folder(tmp_path / "enc"), encoder_folder(tmp_path / "other", seed=1)
     notes, out = notes_file(tmp_path / "notes.jsonl", 10), tmp_path / "i"
     build(Options(out=out, encoder="contriever", weights=weights, notes=notes))
+    (tmp_path / "i.old" / "kept").mkdir(parents=True)  # a backup of the user's, say
+    build(Options(out=out, encoder="contriever", weights=weights, notes=notes))
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["enc", "i", "i.old", "notes.jsonl", "other"]
     before = (out / "manifest.json").read_bytes()
     twice = tmp_path / "twice.jsonl"
     twice.write_text(notes.read_text() + notes.read_text())
