@@ -34,7 +34,7 @@ from pathlib import Path
 
 from infer.codes import CODES
 from model.command import UserError, run
-from model.files import read_jsonl, write_jsonl
+from model.files import check_not_read, read_jsonl, write_jsonl
 
 # Words of medicine that are one edit apart and mean something else: a note that writes one means it.
 TWINS = frozenset(
@@ -248,6 +248,7 @@ def repaired(options: Options, repair: Repair) -> Iterator[dict[str, object]]:
 
 
 def main(options: Options) -> None:
+    check_not_read(options.out, options.notes, options.lexicon)
     count = write_jsonl(options.out, repaired(options, read_repair(options.lexicon)))
     print(f"{options.out}: {count} notes")
 

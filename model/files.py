@@ -101,6 +101,12 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: its folder is not writable; choose another place for it")
 
 
+def check_not_read(out: Path, *read: Path) -> None:
+    """Raise a UserError where `out` is one of the files that are read: what is made would take its place."""
+    if out.resolve() in [path.resolve() for path in read]:
+        raise UserError(f"{out}: is itself read; choose another --out")
+
+
 def sync_folder(folder: Path) -> None:
     """Make the names in `folder` durable, or a file's content."""
     handle = os.open(folder, os.O_RDONLY)

@@ -16,7 +16,7 @@ from typing import Any
 
 from model import command
 from model.command import UserError
-from model.files import write_jsonl
+from model.files import check_not_read, write_jsonl
 from train.data.from_table import diagnosis, label, remarks
 
 _ENTITY = re.compile(r"(T\d+)\t(\S+) (\d+ \d+(?:;\d+ \d+)*)\t(.*)")
@@ -108,6 +108,7 @@ def records(folder: Path, types: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def main(options: Options) -> None:
+    check_not_read(options.out, *options.folder.glob("*.txt"), *options.folder.glob("*.ann"))
     made = records(options.folder, dict(pair.split("=", 1) for pair in options.types))
     write_jsonl(options.out, made)
     print(f"{options.out}: {remarks(made)}")

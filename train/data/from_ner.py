@@ -20,7 +20,7 @@ from typing import Any
 
 from model import command
 from model.command import UserError
-from model.files import write_jsonl
+from model.files import check_not_read, write_jsonl
 
 Token = tuple[str, str]
 CLOSES, OPENS, TIGHT = set(",.;:!?)]}%"), set("([{$"), set("-/'’–")
@@ -45,6 +45,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    check_not_read(options.out, options.iob)
     found = list(records(options.iob, options.sentences))
     found = found[: options.limit] if options.limit else found
     write_jsonl(options.out, found)

@@ -28,7 +28,7 @@ from infer.codes import describe, lookup
 from infer.tasks import DIAGNOSIS_QUESTION, NOT_RELEVANT, PHENOTYPES
 from model import command
 from model.command import UserError, nearest
-from model.files import write_jsonl
+from model.files import check_not_read, write_jsonl
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,7 @@ def remarks(made: list[dict[str, Any]]) -> str:
 
 
 def main(options: Options) -> None:
+    check_not_read(options.out, options.table)
     made = records(options.table)
     write_jsonl(options.out, made)
     print(f"{options.out}: {remarks(made)}")

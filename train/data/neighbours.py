@@ -20,7 +20,7 @@ from tqdm import tqdm
 from infer.index import Index
 from infer.neighbours import Neighbours
 from model.command import UserError, run
-from model.files import read_jsonl, write_jsonl
+from model.files import check_not_read, read_jsonl, write_jsonl
 from model.tokenizer import Tokenizer
 
 
@@ -56,6 +56,7 @@ def beside(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator
 
 
 def main(options: Options) -> None:
+    check_not_read(options.out, options.data)
     near = Neighbours(Index(options.index, weights=options.encoder_weights), options.neighbours,
                       options.neighbour_tokens)  # fmt: skip
     count = write_jsonl(options.out, beside(options, near, Tokenizer.from_pretrained(options.tokenizer)))

@@ -3,8 +3,10 @@ it."""
 
 import pytest
 
+from infer import repair
 from infer.tasks import PHENOTYPES
 from model.command import UserError
+from train.data import from_brat, from_ner, from_table, neighbours
 from train.data.from_table import records, span
 from train.records import questions
 
@@ -106,3 +108,21 @@ def test_a_table_without_a_header_is_refused_and_its_first_text_is_not_repeated(
     with pytest.raises(UserError, match="names no column; a header needs text, answer, and type") as told:
         records(table(tmp_path, f"{NOTE},tumor_size,2.5 cm\n"))
     assert "breast" not in str(told.value)
+
+
+def test_what_is_read_is_not_written_over(tmp_path):
+    """Nor through another spelling of its name, nor a folder's own files, nor notes by their repaired ones."""
+    path = table(tmp_path, HEAD + f"{NOTE},tumor_size,2.5 cm\n", "t.txt")
+    before = path.read_bytes()
+    (tmp_path / "link").symlink_to(tmp_path)
+    for door, options in (
+        (from_table, from_table.Options(table=path, out=tmp_path / "link" / "t.txt")),
+        (from_brat, from_brat.Options(folder=tmp_path, out=path)),
+        (from_ner, from_ner.Options(iob=path, out=path)),
+        (repair, repair.Options(notes=path, lexicon=tmp_path / "l", out=path)),
+        (repair, repair.Options(notes=tmp_path / "n", lexicon=path, out=path)),
+        (neighbours, neighbours.Options(data=path, index=tmp_path, tokenizer=tmp_path, out=path)),
+    ):
+        with pytest.raises(UserError, match="t.txt: is itself read; choose another --out"):
+            door.main(options)
+    assert path.read_bytes() == before
