@@ -16,7 +16,7 @@ letter deleted. There is no list of mistakes and no map of keys or sounds here; 
 another (TWINS: macroscopic, microscopic) is taken as meant.
 
 Abbreviations are expanded by abbreviations.tsv, ambiguous ones only in their context. One that the lexicon itself
-uses three times or more stays: a model tuned on those notes has learnt to read it, and answers with it as written.
+uses stays: a model tuned on those notes has learnt to read it, and answers with it as written.
 
 Nothing with a digit or a sign in it, and no word beside such a sign, is ever corrected, and a word with two capitals
 only in a line of capitals, towards a word that the lexicon writes so: numbers, units, doses, TNM, genes, receptors
@@ -48,7 +48,7 @@ TWINS = frozenset(
 _WORD = re.compile(r"(?<![\w.+/-])[A-Za-z]+(?![\w+/]|[-.]\w)")  # letters only, not part of a code, unit or dose
 _TOKEN = re.compile(r"[A-Za-z]+|\d[\d.,]*|[^\w\s]")
 _LINE = re.compile(r"[^\n]+")
-ENOUGH = 3  # times that the lexicon must hold a word, a pair or an abbreviation
+ENOUGH = 3  # times that the lexicon must hold a word or a pair
 CLEARLY = 5  # times as common as the next candidate
 
 
@@ -87,7 +87,7 @@ class Repair:
         seen: Counter[str] = Counter()
         self.pairs: Counter[tuple[str, str]] = Counter()
         capitals: Counter[str] = Counter()
-        short: Counter[str] = Counter()
+        short: set[str] = set()
         for text in texts:
             tokens = _TOKEN.findall(text)
             seen.update(token.lower() for token in tokens if token.isalpha())
@@ -101,7 +101,7 @@ class Repair:
             self.known.update(word.lower() for word in _WORD.findall(description))
         self.known |= SHORT_FORMS
         self.capitals = {word for word, count in capitals.items() if count >= ENOUGH}
-        self.kept = {key for key, count in short.items() if count >= ENOUGH}
+        self.kept = short
         self.by_deletion: dict[str, list[str]] = defaultdict(list)
         for word in self.counts:
             for form in deletions(word):

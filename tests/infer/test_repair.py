@@ -59,7 +59,7 @@ def test_neighbours_mend_a_short_word(wrong, right):
 
 
 def test_an_abbreviation_that_the_lexicon_uses_stays():
-    known = Repair(["Pt with f/u after bx."] * 3)
+    known = Repair(["Pt with f/u after bx."])  # once is enough
     assert known("f/u of the bx, h/o DCIS") == "f/u of the bx, history of ductal carcinoma in situ"
 
 
