@@ -11,7 +11,8 @@ What makes it fast, each idea on its own line:
 * Logits are computed where somebody reads them: one position a request, not one a token.
 
 LoRA adapters that are active and not merged stay beside the weights, exact. Modules that are not plain linear layers
-(quantised ones, experts) are called as they are.
+(quantised ones, experts) are called as they are. The blocks of a fused model (infer/fuse.py) are computed by kernels
+instead: `FusedBlock` has Layer's three steps.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from infer.fuse import FusedBlock
 from lora.layer import LoRALinear
 from model.machine import onednn, onednn_suits
 from model.narrow import NarrowWeight
@@ -157,7 +159,13 @@ class Layer:
             self.gate_up = Fused([block.mlp.gate_proj, block.mlp.up_proj], dtype)
             self.down = Fused([block.mlp.down_proj], dtype)
 
-    def feed_forward(self, x_ND: Tensor) -> Tensor:
+    def project(self, x_ND: Tensor) -> Tensor:
+        return self.qkv(self.norm(x_ND))
+
+    def add_attention(self, x_ND: Tensor, out_ND: Tensor) -> Tensor:
+        return self.out.add_to(x_ND, out_ND)
+
+    def add_feed_forward(self, x_ND: Tensor) -> Tensor:
         n_ND = self.ffn_norm(x_ND)
         if self.experts is not None:
             return x_ND + self.experts(n_ND[None])[0]
@@ -174,9 +182,11 @@ class Engine:
     def __init__(self, model: Transformer, cache_dtype: torch.dtype | None = None, chunk: int = 2048) -> None:
         self.model, self.config = model, model.config
         self.head_dim = model.config.head_dim
-        self.layers = [Layer(block) for block in model.model.layers]
+        self.fused = isinstance(model.model.layers[0], FusedBlock)
+        self.layers = [block if self.fused else Layer(block) for block in model.model.layers]
         self.norm = Norm(model.model.norm)
-        self.mesh = self.layers[0].qkv.mesh  # the ranks that hold the model together (infer/parallel.py)
+        # the ranks that hold the model together (infer/parallel.py)
+        self.mesh = None if self.fused else self.layers[0].qkv.mesh
         ranks = 1 if self.mesh is None else self.mesh.size()
         self.heads, self.groups = model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
         self.scale = self.head_dim**-0.5
@@ -195,12 +205,12 @@ class Engine:
         cos_N1K, sin_N1K = cos_1NK[0, :, None], sin_1NK[0, :, None].clone()
         sin_N1K[..., : K // 2].neg_()  # rotated = x · cos + swapped halves · (−sin, sin)
         for number, layer in enumerate(self.layers):
-            qkv_NHK = layer.qkv(layer.norm(x_ND)).view(N, H + 2 * G, K)
+            qkv_NHK = layer.project(x_ND).view(N, H + 2 * G, K)
             qk_NHK, v_NGK = qkv_NHK[:, : H + G], qkv_NHK[:, H + G :]
             qk_NHK = torch.addcmul(qk_NHK * cos_N1K, qk_NHK.roll(K // 2, -1), sin_N1K)
             out_NHK = attend(number, qk_NHK[:, :H], qk_NHK[:, H:], v_NGK)
-            x_ND = layer.out.add_to(x_ND, out_NHK.reshape(N, H * K))
-            x_ND = layer.feed_forward(x_ND)
+            x_ND = layer.add_attention(x_ND, out_NHK.reshape(N, H * K))
+            x_ND = layer.add_feed_forward(x_ND)
         return self.norm(x_ND)
 
     def logits(self, x_ND: Tensor) -> Tensor:

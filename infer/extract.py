@@ -92,6 +92,8 @@ class Options:
     memory: str = ""
     """Run within so much memory, for example 6GB: choose format, batch, cache and chunk, say so, and refuse before
     loading what cannot fit. A retriever's encoder and index are not counted."""
+    fuse: bool = False
+    """On a CUDA device: compute by the Triton kernels (infer/fuse.py). Elsewhere their definitions, slowly."""
     tensor_parallel: int = 1
     """Under torchrun: so many processes hold one model together (for models too large for one device)."""
     limit: int | None = None
@@ -116,8 +118,8 @@ def main(options: Options) -> int:
         )
     options = replace(options, dtype=settled(options, rank, world))
     options, plan = planned(options)
-    if together > 1 and (options.format != "wide" or options.memory):
-        raise UserError("--format, --memory and --tensor-parallel do not go together; leave one out")
+    if together > 1 and (options.format != "wide" or options.memory or options.fuse):
+        raise UserError("--tensor-parallel goes with none of --format, --memory and --fuse; leave it or them out")
     own = (options.out, schema_of(options.out), mark_of(options.out))
     if options.notes.resolve() in [path.resolve() for path in own]:
         raise UserError(f"{options.notes}: the notes, and a file that --out {options.out} writes; choose another --out")
@@ -205,8 +207,7 @@ def identity(options: Options) -> dict[str, object]:
         files["index"] = [str(options.index), sha256_file(options.index / "manifest.json")]
     if options.format != "wide":  # named only where it is on
         kept = (*kept, "format")
-    if options.memory:
-        kept = (*kept, "memory")
+    kept = (*kept, *(name for name in ("memory", "fuse") if getattr(options, name)))
     if options.tensor_parallel > 1:
         kept = (*kept, "tensor_parallel")
     return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
@@ -247,7 +248,9 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Pla
 
         model, tokenizer = load_parallel(options.weights, options.adapter, options.dtype, options.tensor_parallel)
     else:
-        model, tokenizer = load(options.weights, options.adapter, options.dtype, form=options.format)
+        model, tokenizer = load(
+            options.weights, options.adapter, options.dtype, form=options.format, fused=options.fuse
+        )
     form = options.form
     if form == "auto":
         form = "template" if options.adapter or tokenizer.form is None else "chat"

@@ -7,6 +7,9 @@ A fused block computes what `model.transformer.Block` computes. On a CPU, in fp6
 run, the kernels' PyTorch definitions are computed, so a fused model is right everywhere and sooner on CUDA. Nothing is
 fused unless somebody calls `fuse`. What stays as it is: experts (Mixtral's), weights that are being trained, adapters
 with dropout while training, and attention under autograd, which has no backward kernel.
+
+`infer.Generator` takes a fused model as it is: engine.py computes its blocks by `project`, `add_attention` and
+`add_feed_forward`, prefix.py attends over the tree of prompts by `read_attention` and `tree_attention`.
 """
 
 from __future__ import annotations
@@ -18,7 +21,7 @@ from torch import Tensor, nn
 
 import kernels
 from lora.layer import LoRALinear
-from model.attention import Attention, Visible, split_heads
+from model.attention import Visible, split_heads
 from model.cache import KVCache
 from model.fast_attention import FastAttend
 from model.transformer import Block, RMSNorm, Transformer
@@ -132,28 +135,63 @@ class FusedBlock(Block):
         self.self_attn.attend = KernelAttend()
         self.training = block.training
 
+    @property
+    def window(self) -> int | None:
+        return self.self_attn.window
+
+    def products(self, x: Tensor) -> Sequence[Tensor]:
+        """q, k and v of x (…, D), the norm before them included."""
+        own = self.self_attn
+        return normed_products(x, self.input_layernorm, [own.q_proj, own.k_proj, own.v_proj])
+
+    def project(self, x_ND: Tensor) -> Tensor:
+        """q, k and v side by side."""
+        return torch.cat(tuple(self.products(x_ND)), dim=-1)
+
+    def add_attention(self, x: Tensor, out: Tensor) -> Tensor:
+        return x + product(out, self.self_attn.o_proj)
+
+    def add_feed_forward(self, x: Tensor) -> Tensor:
+        if hasattr(self, "block_sparse_moe"):
+            n_BTD = self.post_attention_layernorm(x if x.dim() == 3 else x[None])
+            return x + self.block_sparse_moe(n_BTD).view(x.shape)
+        gate, up = normed_products(x, self.post_attention_layernorm, [self.mlp.gate_proj, self.mlp.up_proj])
+        return x + product(kernels.swiglu(gate, up), self.mlp.down_proj)
+
     def forward(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None = None
     ) -> Tensor:
-        x_BTD = x_BTD + self.attention(x_BTD, self.self_attn, rotary, visible, cache)
-        if hasattr(self, "block_sparse_moe"):
-            return x_BTD + self.block_sparse_moe(self.post_attention_layernorm(x_BTD))
-        gate_BTF, up_BTF = normed_products(
-            x_BTD, self.post_attention_layernorm, [self.mlp.gate_proj, self.mlp.up_proj]
-        )  # fmt: skip
-        return x_BTD + product(kernels.swiglu(gate_BTF, up_BTF), self.mlp.down_proj)
-
-    def attention(
-        self, x_BTD: Tensor, own: Attention, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None
-    ) -> Tensor:
-        """Attention.forward with the norm before it."""
-        three = normed_products(x_BTD, self.input_layernorm, [own.q_proj, own.k_proj, own.v_proj])
-        q_BHTK, k_BGSK, v_BGSK = (split_heads(out_BTO, own.head_dim) for out_BTO in three)
+        own = self.self_attn
+        q_BHTK, k_BGSK, v_BGSK = (split_heads(out_BTO, own.head_dim) for out_BTO in self.products(x_BTD))
         q_BHTK, k_BGSK = own.rotate_q(q_BHTK, rotary), own.rotate_k(k_BGSK, rotary)
         if cache is not None:
             k_BGSK, v_BGSK = cache.append(own.layer, k_BGSK, v_BGSK)
         out_BHTK = own.attend(q_BHTK, k_BGSK, v_BGSK, visible, own.window)
-        return product(out_BHTK.transpose(1, 2).flatten(2), own.o_proj)
+        x_BTD = self.add_attention(x_BTD, out_BHTK.transpose(1, 2).flatten(2))
+        return self.add_feed_forward(x_BTD)
+
+
+def read_attention(
+    q_THK: Tensor, k_GSK: Tensor, v_GSK: Tensor, position: int, key_position_S: Tensor, window: int | None
+) -> Tensor:
+    """Attention of T tokens of one prompt at positions position, position + 1, … → out_THK."""
+    q_1HTK = q_THK.transpose(0, 1)[None]
+    k_1GSK, v_1GSK = k_GSK[None].to(q_THK.dtype), v_GSK[None].to(q_THK.dtype)  # a cache may keep them narrower
+    place_1T = torch.arange(position, position + len(q_THK), device=q_THK.device)[None]
+    return kernels.prefill_attention(q_1HTK, k_1GSK, v_1GSK, place_1T, key_position_S[None], window)[0].transpose(0, 1)
+
+
+def tree_attention(
+    q_NHTK: Tensor, k_NGSK: Tensor, v_NGSK: Tensor, position_NT: Tensor, key_position_NS: Tensor, window: int | None,
+    prefixes: Sequence[tuple[slice, Tensor, Tensor, Tensor]],
+) -> Tensor:  # fmt: skip
+    """Attention of N leaves over their own keys and over their ancestors', each (leaves, k_GPK, v_GPK, position_P)."""
+    dtype = q_NHTK.dtype
+    k_NGSK, v_NGSK = k_NGSK.to(dtype), v_NGSK.to(dtype)
+    if q_NHTK.shape[2] > FEW and not prefixes:  # a prompt that shares nothing is being read
+        return kernels.prefill_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window)
+    held = tuple((rows, k_GPK.to(dtype), v_GPK.to(dtype), position_P) for rows, k_GPK, v_GPK, position_P in prefixes)
+    return kernels.decode_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window, held)
 
 
 def fuse(model: Transformer, four_bit: bool = False) -> Transformer:

@@ -93,7 +93,8 @@ class State:
 class Generator:
     """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
     others are, so its result is the same to the bit; it costs what sharing would have saved. `lookup` lets requests
-    guess ahead where that pays (infer/lookup.py). `cache_dtype` and `chunk` are Engine's."""
+    guess ahead where that pays (infer/lookup.py). `cache_dtype` and `chunk` are Engine's. Fused models (infer/fuse.py)
+    generate by their kernels."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True,
@@ -337,9 +338,8 @@ def main(options: Options) -> int:
     )  # fmt: skip
     options = replace(options, dtype=dtype_for(options, 1))
     letters = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
-    asked = Load(letters + 64, options.max_new_tokens)
-    how = plan_for(options, asked)
-    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=how.form)
+    how = plan_for(options, Load(letters + 64, options.max_new_tokens))
+    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=how.form, fused=options.fuse)
     prompt: str | list[int] = options.prompt
     if options.chat:
         prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
@@ -388,6 +388,8 @@ class Options:
     memory: str = ""
     """Run within so much memory, for example 6GB: choose format, cache and chunk, say so, and refuse before
     loading what cannot fit."""
+    fuse: bool = False
+    """On a CUDA device: compute by the Triton kernels (infer/fuse.py). Elsewhere their definitions, slowly."""
     json: bool = False
     """Print one JSON object: text, tokens, logprobs, finish_reason."""
 

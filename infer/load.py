@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from infer.fuse import fuse
 from infer.memory import Load, Plan, fit, read_size
 from lora import load_adapter, merge_lora
 from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
@@ -29,13 +30,15 @@ def load(
     dtype: str = "float32",
     device: str | None = None,
     form: str = "wide",
+    fused: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
     """The model with its adapters merged in the order given (each may have been trained on the merged ones before it),
     and its tokenizer. The last adapter stays beside the weights, exact, where they are narrower than fp32.
 
     `form` (wide, or a name of model.narrow.FORMATS) keeps the linear layers' weights in 8 or 4 bits, the head's too,
-    quantised as it is read; the rest is in `dtype`. Raises UserError for files that are missing or belong to another
-    model, and for an unknown dtype or format.
+    quantised as it is read; the rest is in `dtype`. `fused`: the GPU's kernels in the blocks' place (infer/fuse.py),
+    for int4's and nf4's codes as they are. Raises UserError for files that are missing or belong to another model, and
+    for an unknown dtype or format.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not covered; covered are {', '.join(DTYPES)}")
@@ -61,6 +64,11 @@ def load(
         load_adapter(model, adapter)
         if form == "wide" and (number < len(adapters) or DTYPES[dtype].itemsize >= 4):
             merge_lora(model, keep=False)
+    if fused:
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:  # else each product casts it anew
+                parameter.data = parameter.data.to(DTYPES[dtype])
+        fuse(model)
     return model.requires_grad_(False).eval(), tokenizer
 
 
@@ -118,6 +126,9 @@ def plan_for(options: Any, asked: Load) -> Plan:
         return Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
     budget = read_size(options.memory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.fuse and device == "cpu":
+        raise UserError("--fuse computes the kernels' definitions on a CPU, in more memory than --memory plans; leave "
+                        "one out")  # fmt: skip
     plan = fit(options.weights, options.adapter, budget, asked, options.format, dtype, device)
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan.describe(budget), file=sys.stderr)

@@ -78,7 +78,7 @@ def further_row(engine: Engine) -> float:
     """
     if engine.device.type != "cpu":
         return 1 / 64  # hundreds of operations a byte
-    narrow = engine.layers[0].qkv.narrow
+    narrow = None if engine.fused else engine.layers[0].qkv.narrow
     if narrow is not None:  # packed weights are dequantised anew every four rows, others once a step
         return 1 / 4 if narrow.packed else 1 / 32
     if engine.dtype == torch.bfloat16:

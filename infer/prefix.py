@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from infer.engine import Engine
+from infer.fuse import read_attention, tree_attention
 from model.attention import share
 
 SHARED = 8  # tokens: a shorter common stretch is cheaper to compute again than to attend to apart
@@ -113,13 +114,10 @@ class Cache:
     def __init__(self, engine: Engine, nodes: list[Node], leaves: list[Leaf], apart: bool = False) -> None:
         self.engine, self.nodes = engine, nodes
         self.windows = sorted(set(engine.config.windows), key=lambda w: (w is None, w))
-        self.start_N = torch.tensor(
-            [leaf.start for leaf in leaves], device=engine.device
-        )  # position of a leaf's slot 0
+        starts = [leaf.start for leaf in leaves]
+        self.start_N = torch.tensor(starts, device=engine.device)  # position of a leaf's slot 0
         self.length_N = torch.zeros_like(self.start_N)
-        self.keys: list[
-            Tensor
-        ] = []  # k_NGKC of each layer: the leaves' own slots, so laid out that scores read along rows
+        self.keys: list[Tensor] = []  # k_NGKC of each layer: the leaves' own slots
         self.values: list[Tensor] = []  # v_NGCK
         self.capacity = 0
         self.apart = apart
@@ -183,7 +181,10 @@ class Cache:
         key_positions = [torch.arange(n.first, n.first + n.keys[layer].shape[1], device=q_THK.device) for n in path]
         key_position_S = torch.cat(key_positions)
         position = node.start + begin
-        return causal(q_THK.transpose(0, 1), keys, values, position, key_position_S, self.engine.layers[layer].window)
+        window = self.engine.layers[layer].window
+        if self.engine.fused:
+            return read_attention(q_THK, keys, values, position, key_position_S, window)
+        return causal(q_THK.transpose(0, 1), keys, values, position, key_position_S, window)
 
     # ---- the leaves' steps -------------------------------------------------------------------------------------
 
@@ -194,7 +195,8 @@ class Cache:
         slots_NT = self.length_N[:, None] + torch.arange(T, device=tokens_NT.device)
         position_NT = self.start_N[:, None] + slots_NT
         S = int(self.length_N.max()) + T
-        masks = {window: self._own_mask(window, slots_NT, S) for window in self.windows}
+        key_position_NS = self.start_N[:, None] + torch.arange(S, device=tokens_NT.device)
+        masks = {window: self._own_mask(window, slots_NT, S) for window in self.windows if not self.engine.fused}
         pieces = {window: self._reach(window, position_NT) for window in self.windows}
         rows_N1 = torch.arange(N, device=tokens_NT.device)[:, None]
         even = bool((self.length_N == self.length_N[0]).all())
@@ -212,7 +214,13 @@ class Cache:
                 values[rows_N1, :, slots_NT] = v_NTGK.to(keys.dtype)
             window = self.engine.layers[layer].window
             q_NHTK = q_NHK.unflatten(0, (N, T)).transpose(1, 2)
-            return self._attend(layer, q_NHTK, S, masks[window], pieces[window]).transpose(1, 2).flatten(0, 1)
+            if self.engine.fused:
+                prefixes = [(rows, n.keys[layer][:, s], n.values[layer][:, s], at) for n, rows, s, at in pieces[window]]
+                held = keys[..., :S].mT, values[:, :, :S]
+                out_NHTK = tree_attention(q_NHTK, *held, position_NT, key_position_NS, window, prefixes)
+            else:
+                out_NHTK = self._attend(layer, q_NHTK, S, masks[window], pieces[window])
+            return out_NHTK.transpose(1, 2).flatten(0, 1)
 
         x_ND = self.engine.forward(tokens_NT.flatten(), position_NT.flatten(), attend)
         self.length_N = self.length_N + count_N
@@ -271,24 +279,29 @@ class Cache:
         return seen_NTS if window is None else seen_NTS & (slot_S > slots_NT[..., None] - window)
 
     def _reach(self, window: int | None, position_NT: Tensor) -> list[tuple[Node, slice, slice, Tensor | None]]:
-        """(node, leaves, keys, mask) of the nodes that some leaf below them can still see."""
+        """(node, leaves, keys, mask) of the nodes that some leaf below them can still see; for the kernels, which mask
+        by themselves, the keys' positions in the mask's place."""
         found = []
         for node in self.nodes:
             if not len(node.leaves):
                 continue
             rows = slice(node.leaves.start, node.leaves.stop)
-            if window is None:
-                found.append((node, rows, slice(None), None))
-                continue
-            oldest_nT = position_NT[rows] - window + 1
-            first = int(oldest_nT.min())
+            oldest_nT = None if window is None else position_NT[rows] - window + 1
+            first = node.first if oldest_nT is None else max(node.first, int(oldest_nT.min()))
             if first >= node.end:
                 continue
-            keys = slice(max(0, first - node.first), None)
-            key_position_S = torch.arange(node.first, node.end, device=position_NT.device)[keys]
-            seen_nTS = key_position_S >= oldest_nT[..., None]
-            found.append((node, rows, keys, None if bool(seen_nTS.all()) else seen_nTS))
+            mask = None
+            if self.engine.fused:
+                mask = torch.arange(first, node.end, device=position_NT.device)
+            elif oldest_nT is not None:
+                seen_nTS = torch.arange(first, node.end, device=position_NT.device) >= oldest_nT[..., None]
+                mask = None if bool(seen_nTS.all()) else seen_nTS
+            found.append((node, rows, slice(first - node.first, None), mask))
         return found
+
+    def _lay(self, k_NGKC: Tensor) -> Tensor:
+        """As the scores' product reads keys, slot beside slot; the kernels read a key's numbers beside one another."""
+        return k_NGKC.mT.contiguous().mT if self.engine.fused else k_NGKC.contiguous()
 
     def _make_room(self, T: int) -> None:
         need = int(self.length_N.max()) + T if len(self.length_N) else 0
@@ -296,7 +309,7 @@ class Cache:
         if window is not None and need > self.capacity and self.capacity:
             drop = int((self.length_N - window + 1).min())  # slots that no later query of any leaf sees
             if drop > 0:
-                self.keys = [k[..., drop:].clone() for k in self.keys]
+                self.keys = [self._lay(k[..., drop:]) for k in self.keys]
                 self.values = [v[:, :, drop:].clone() for v in self.values]
                 self.start_N, self.length_N = self.start_N + drop, self.length_N - drop
                 self.capacity, need = self.capacity - drop, need - drop
@@ -305,7 +318,7 @@ class Cache:
         room = need + max(ROOM, need // 4)
         N, G, K = len(self.length_N), self.engine.groups, self.engine.head_dim
         like = {"dtype": self.engine.cache_dtype, "device": self.engine.device}
-        keys = [torch.zeros(N, G, K, room, **like) for _ in self.engine.layers]
+        keys = [self._lay(torch.zeros(N, G, K, room, **like)) for _ in self.engine.layers]
         values = [torch.zeros(N, G, room, K, **like) for _ in self.engine.layers]
         for layer in range(len(self.keys)):
             keys[layer][..., : self.capacity] = self.keys[layer]
@@ -317,7 +330,7 @@ class Cache:
         """Go on with these leaves only (in rising order)."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.engine.device)
         S = int(self.length_N.max())
-        self.keys = [k[index, :, :, : S + ROOM] for k in self.keys]
+        self.keys = [self._lay(k[index, :, :, : S + ROOM]) for k in self.keys]
         self.values = [v[index, :, : S + ROOM] for v in self.values]
         self.capacity = min(self.capacity, S + ROOM)
         self.start_N, self.length_N = self.start_N[index], self.length_N[index]

@@ -186,11 +186,10 @@ def decode(rows: int, held: int, prefix: int = 0, window: int | None = 4096, hea
         q = make.normal(rows, HEADS, 1, head)
         k, v = make.normal(rows, GROUPS, held, head), make.normal(rows, GROUPS, held, head)
         end = prefix + held
-        shared = None
+        shared = ()
         if prefix:
-            shared = (
-                make.normal(GROUPS, prefix, head), make.normal(GROUPS, prefix, head), make.steps(0, prefix, 1)[0]
-            )  # fmt: skip
+            held_once = (make.normal(GROUPS, prefix, head) for _ in range(2))
+            shared = ((slice(None), *held_once, make.steps(0, prefix, 1)[0]),)
         i, j = make.steps(end - 1, end, rows), make.steps(prefix, end, rows)
         inputs = (q, k, v, i, j, window, shared)
         return _trio(kernels.decode_attention, decode_attention_definition, inputs)

@@ -26,7 +26,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.launch import config, divide_up, jit, launch, rows, runs_here, tl, width
-from kernels.linear import run_linear, run_outer
+from kernels.linear import run_linear
+from kernels.low_rank import run_outer
 
 
 def linear_cross_entropy_definition(

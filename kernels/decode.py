@@ -1,4 +1,4 @@
-"""Attention of a few new tokens over a long cache: split, grouped, windowed, with a shared prefix.
+"""Attention of a few new tokens over a long cache: split, grouped, windowed, with shared prefixes.
 
 A query at position i sees the key at position j when 0 ≤ j and i − W < j ≤ i. Slots carry absolute positions and may
 stand in any order (a rolling cache); a slot that a row must not see (empty, padding, another branch) has position −1.
@@ -13,8 +13,10 @@ Three observations make the kernel.
 
       o = Σ_i exp(L_i − L) o_i,      L = log Σ_i exp(L_i)
 
-  Merging is associative, so it also joins a prefix that all rows share: its keys are stored once, and the queries of
-  all B rows go over it together, as rows of one matrix product, instead of B times (arXiv 2402.05099).
+  Merging is associative, so it also joins a prefix that several rows share: its keys are stored once, and the queries
+  of all those rows go over it together, as rows of one matrix product, instead of once a row (arXiv 2402.05099).
+  Prefixes are merged one after another into the running (o, L) of their rows: a tree of prompts (infer/prefix.py)
+  costs two launches a node, and no node's parts are held longer than its turn.
 
 The sums are fp32, and the split depends on the shapes and on configs.json, never on the card: the same bits everywhere.
 A query that sees no key gives zeros (o_i = 0, L_i = −∞).
@@ -22,6 +24,7 @@ A query that sees no key gives zeros (o_i = 0, L_i = −∞).
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -30,6 +33,7 @@ from torch import Tensor
 from kernels.launch import config, divide_up, jit, launch, power_of_2, runs_here, tl, width
 
 MOST_QUERIES = 64  # queries a row; beyond, prefill_attention
+Prefix = tuple[slice, Tensor, Tensor, Tensor]  # rows of the batch; the k_GPK, v_GPK and position_P that they share
 
 
 def seen_by_position(position_BT: Tensor, key_position_BS: Tensor, window: int | None) -> Tensor:
@@ -54,14 +58,15 @@ def attention_definition(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, seen_BT
 
 def decode_attention_definition(
     q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, position_BT: Tensor, key_position_BS: Tensor,
-    window: int | None = None, prefix: tuple[Tensor, Tensor, Tensor] | None = None,
+    window: int | None = None, prefixes: Sequence[Prefix] = (),
 ) -> Tensor:  # fmt: skip
-    if prefix is not None:
-        B = q_BHTK.shape[0]
-        prefix_k_GPK, prefix_v_GPK, prefix_position_P = prefix
-        k_BGSK = torch.cat([prefix_k_GPK.expand(B, -1, -1, -1), k_BGSK], dim=2)
-        v_BGSK = torch.cat([prefix_v_GPK.expand(B, -1, -1, -1), v_BGSK], dim=2)
-        key_position_BS = torch.cat([prefix_position_P.expand(B, -1), key_position_BS], dim=1)
+    B = q_BHTK.shape[0]
+    for rows, k_GPK, v_GPK, position_P in prefixes:
+        k_BGSK = torch.cat([k_GPK.expand(B, -1, -1, -1), k_BGSK], dim=2)
+        v_BGSK = torch.cat([v_GPK.expand(B, -1, -1, -1), v_BGSK], dim=2)
+        position_BP = position_P.new_full((B, len(position_P)), -1)  # nobody's
+        position_BP[rows] = position_P
+        key_position_BS = torch.cat([position_BP, key_position_BS], dim=1)
     return attention_definition(q_BHTK, k_BGSK, v_BGSK, seen_by_position(position_BT, key_position_BS, window))
 
 
@@ -110,21 +115,35 @@ def _partial(
 
 
 @jit
-def _merge(part, logsum, out, ROWS, K, PARTS, BK: tl.constexpr):
-    """out = Σ_i exp(L_i − L) o_i for one query row, parts in order."""
+def _merge(part, logsum, out, out_logsum, ROWS, K, PARTS, M, G, OWN, FIRST, AGAIN: tl.constexpr, BK: tl.constexpr):
+    """out = Σ_i exp(L_i − L) o_i for one query row, parts in order; AGAIN: what `out` holds is one of them.
+
+    Row r of head g is query r % OWN of batch row FIRST + r // OWN: several batch rows went over a prefix as one.
+    """
     row = tl.program_id(0).to(tl.int64)
+    r = row % M
+    b = FIRST + row // (G * M) + r // OWN
+    at = (b * G + row // M % G) * OWN + r % OWN
     c = tl.arange(0, BK)
     top = tl.load(logsum + row)
     for i in range(1, PARTS):
         top = tl.maximum(top, tl.load(logsum + i * ROWS + row))
+    if AGAIN:
+        before = tl.load(out_logsum + at)
+        top = tl.maximum(top, before)
     base = tl.where(top == float("-inf"), 0.0, top)
     total = base * 0.0
     sum_K = tl.zeros([BK], tl.float32)
+    if AGAIN:
+        total += tl.exp(before - base)
+        sum_K += total * tl.load(out + at * K + c, mask=c < K, other=0.0)
     for i in range(0, PARTS):
         share = tl.exp(tl.load(logsum + i * ROWS + row) - base)
         total += share
         sum_K += share * tl.load(part + (i * ROWS + row) * K + c, mask=c < K, other=0.0)
-    tl.store(out + row * K + c, sum_K / tl.where(total == 0.0, 1.0, total), mask=c < K)
+    divisor = tl.where(total == 0.0, 1.0, total)
+    tl.store(out + at * K + c, sum_K / divisor, mask=c < K)
+    tl.store(out_logsum + at, top + tl.log(divisor))
 
 
 def _parts(
@@ -160,40 +179,43 @@ def last_stride_1(t: Tensor) -> Tensor:
 
 def decode_attention(
     q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, position_BT: Tensor, key_position_BS: Tensor,
-    window: int | None = None, prefix: tuple[Tensor, Tensor, Tensor] | None = None,
+    window: int | None = None, prefixes: Sequence[Prefix] = (),
 ) -> Tensor:  # fmt: skip
     """Attention of up to 64 queries a row over a cache: (B, H, T, K) in q's dtype; no gradients.
 
     position_BT and key_position_BS hold absolute positions (−1 in a slot that is not to be seen); `window` is W or
-    None. `prefix` is (k_GPK, v_GPK, position_P): keys stored once and seen by every row. H is a multiple of G.
+    None. H is a multiple of G. Each of `prefixes` is (rows, k_GPK, v_GPK, position_P): keys stored once, which the
+    batch's `rows` (a slice) see as they see their own.
     """
     _check(q_BHTK, k_BGSK, v_BGSK, position_BT, key_position_BS, window)
-    B, H, T, K = q_BHTK.shape
-    if prefix is None:
-        prefix_k = prefix_v = None
-    else:
-        prefix_k, prefix_v = (t[None] for t in prefix[:2])
-    if T > MOST_QUERIES or not runs_here(q_BHTK, k_BGSK, v_BGSK, prefix_k, prefix_v):
-        return decode_attention_definition(q_BHTK, k_BGSK, v_BGSK, position_BT, key_position_BS, window, prefix)
-    G = k_BGSK.shape[1]
+    (B, H, T, K), G = q_BHTK.shape, k_BGSK.shape[1]
+    shared = [held for prefix in prefixes for held in prefix[1:3]]
+    if T > MOST_QUERIES or not runs_here(q_BHTK, k_BGSK, v_BGSK, *shared):
+        return decode_attention_definition(q_BHTK, k_BGSK, v_BGSK, position_BT, key_position_BS, window, prefixes)
     M = H // G * T
     q_BGMK = last_stride_1(q_BHTK).reshape(B, G, M, K)
-    place_BT, key_BS = position_BT.to(torch.int32), key_position_BS.to(torch.int32).contiguous()
-    place_BM = place_BT[:, None].expand(B, H // G, T).reshape(B, M).contiguous()
-    parts, sums = _parts(q_BGMK, last_stride_1(k_BGSK), last_stride_1(v_BGSK), place_BM, key_BS, window)
-    if prefix is not None:
-        # every row's queries over the one prefix: rows of one product, a batch of one
-        q_1GNK = q_BGMK.transpose(0, 1).reshape(1, G, B * M, K)
-        key_1P = prefix[2].to(torch.int32).reshape(1, -1)
-        shared, shared_sums = _parts(
-            q_1GNK, last_stride_1(prefix_k), last_stride_1(prefix_v), place_BM.reshape(1, B * M), key_1P, window
-        )
-        parts = torch.cat([shared.view(-1, G, B, M, K).transpose(1, 2), parts])
-        sums = torch.cat([shared_sums.view(-1, G, B, M).transpose(1, 2), sums])
-    out_BHTK = q_BHTK.new_empty(B, H, T, K)
-    arguments = dict(part=parts, logsum=sums, out=out_BHTK, ROWS=B * H * T, K=K, PARTS=parts.shape[0])
-    launch(_merge, (B * H * T,), arguments, BK=max(16, power_of_2(K)), num_warps=1)
-    return out_BHTK
+    place_BM = position_BT.to(torch.int32)[:, None].expand(B, H // G, T).reshape(B, M).contiguous()
+    key_BS = key_position_BS.to(torch.int32).contiguous()
+    out_BGMK = q_BHTK.new_empty(B, G, M, K, dtype=torch.float32 if prefixes else q_BHTK.dtype)
+    logsum_BGM = q_BHTK.new_empty(B, G, M, dtype=torch.float32)
+
+    def attend(q: Tensor, k: Tensor, v: Tensor, place: Tensor, key_position: Tensor, first: int, again: bool) -> None:
+        part, logsum = _parts(q, last_stride_1(k), last_stride_1(v), place, key_position, window)
+        rows = logsum[0].numel()
+        arguments = dict(
+            part=part, logsum=logsum, out=out_BGMK, out_logsum=logsum_BGM, ROWS=rows, K=K, PARTS=len(part),
+            M=q.shape[2], G=G, OWN=M, FIRST=first,
+        )  # fmt: skip
+        launch(_merge, (rows,), arguments, AGAIN=again, BK=max(16, power_of_2(K)), num_warps=1)
+
+    attend(q_BGMK, k_BGSK, v_BGSK, place_BM, key_BS, 0, False)
+    q_GBMK = q_BGMK.transpose(0, 1).contiguous() if prefixes else q_BGMK
+    for rows, k_GPK, v_GPK, position_P in prefixes:
+        # the queries of all these rows over the one prefix: rows of one product, a batch of one
+        q_1GNK, place_1N = q_GBMK[:, rows].flatten(1, 2)[None], place_BM[rows].reshape(1, -1)
+        key_1P = position_P.to(torch.int32).reshape(1, -1).contiguous()
+        attend(q_1GNK, k_GPK[None], v_GPK[None], place_1N, key_1P, rows.indices(B)[0], True)
+    return out_BGMK.view(B, H, T, K).to(q_BHTK.dtype)
 
 
 def _check(q: Any, k: Any, v: Any, position: Any, key_position: Any, window: int | None) -> None:

@@ -29,7 +29,8 @@ import torch
 from torch import Tensor
 
 from kernels.launch import config, divide_up, jit, launch, power_of_2, rows, runs_here, tl
-from kernels.linear import _rows_of, _statistic, lora_linear_definition, run_shrink, shape_class
+from kernels.linear import lora_linear_definition
+from kernels.low_rank import run_shrink, shape_class, statistic, tile_of_rows
 from kernels.norm import rms_norm_definition
 
 # the 16 quantiles of a standard normal, scaled to [−1, 1], of arXiv 2305.14314, in fp32 as bitsandbytes has them
@@ -109,11 +110,11 @@ def _four_bit(
     half = tl.arange(0, BD // 2)
     r = tl.zeros([BN], tl.float32)
     if NORM:
-        r = _statistic(x, row, live, D, x_row, eps, BN, BD)
+        r = statistic(x, row, live, D, x_row, eps, BN, BD)
     sum_y = tl.zeros([BN, BO], tl.float32)
     sum_u = tl.zeros([BN, RANK], tl.float32)
     for start in range(0, D, BD):
-        n = _rows_of(x, gain, r, row, live, start, D, x_row, NORM, BD)
+        n = tile_of_rows(x, gain, r, row, live, start, D, x_row, NORM, BD)
         even, odd = tl.split(tl.reshape(n, (BN, BD // 2, 2)))
         p_at = packed + o[None, :] * p_row + (start // 2 + half)[:, None]
         both = tl.load(p_at, mask=in_o[None, :], other=0)

@@ -41,11 +41,19 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import config, divide_up, jit, launch, power_of_2, rows, runs_here, tl, width
+from kernels.launch import config, divide_up, jit, launch, power_of_2, rows, runs_here, tl
+from kernels.low_rank import (
+    MOST_OUTPUTS,
+    pick,
+    run_outer,
+    run_shrink,
+    same_strides,
+    shape_class,
+    statistic,
+    three,
+    tile_of_rows,
+)
 from kernels.norm import rms_norm_backward, rms_norm_definition
-
-FEW_ROWS = 16  # up to so many rows the product waits for the weights, beyond for the arithmetic
-MOST_OUTPUTS = 3
 
 
 def lora_linear_definition(
@@ -71,80 +79,52 @@ def rms_norm_lora_linear_definition(
 
 
 @jit
-def _pick(which, first, second, third):
-    chosen = first
-    if which == 1:
-        chosen = second
-    if which == 2:
-        chosen = third
-    return chosen
+def _place(rows, columns, GROUP: tl.constexpr):
+    """(row tile, column tile) of this program. Neighbouring programs share weights: GROUP row tiles go through a column
+    tile before the next column tile."""
+    group = tl.program_id(0) // (GROUP * columns)
+    place = tl.program_id(0) % (GROUP * columns)
+    size = min(rows - group * GROUP, GROUP)
+    return group * GROUP + place % size, place // size
 
 
 @jit
-def _statistic(x, row, live, D, x_row, eps, BN: tl.constexpr, BD: tl.constexpr):
-    """1/√(mean(x²) + eps) of BN rows."""
-    square = tl.zeros([BN, BD], tl.float32)
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        tile = tl.load(x + row[:, None] * x_row + d[None, :], mask=live[:, None] & (d[None, :] < D), other=0.0)
-        square += tile.to(tl.float32) * tile.to(tl.float32)
-    return 1.0 / tl.sqrt(tl.sum(square, axis=1) / D + eps)
-
-
-@jit
-def _rows_of(x, gain, r, row, live, start, D, x_row, NORM: tl.constexpr, BD: tl.constexpr):
-    """A tile of n: rows × BD columns of x from `start`, normed, cast and scaled as the plain path does it."""
-    d = start + tl.arange(0, BD)
-    tile = tl.load(x + row[:, None] * x_row + d[None, :], mask=live[:, None] & (d[None, :] < D), other=0.0)
-    if NORM:
-        g = tl.load(gain + d, mask=d < D, other=0.0).to(tl.float32)
-        normed = (tile.to(tl.float32) * r[:, None]).to(tile.dtype).to(tl.float32)
-        tile = (normed * g[None, :]).to(tile.dtype)
-    return tile
+def _across(matrix, o, k, o_stride, k_stride, O, K):
+    """A tile of a matrix (O, K), K down and O across, as the products want it; zeros outside."""
+    at = matrix + o[None, :].to(tl.int64) * o_stride + k[:, None].to(tl.int64) * k_stride
+    return tl.load(at, mask=(k[:, None] < K) & (o[None, :] < O), other=0.0)
 
 
 @jit
 def _linear(
     x, gain, rstd, u, y, w0, w1, w2, a0, a1, a2, b0, b1, b2, c0, c1, c2,
-    N, D, O0, O1, O2, R0, R1, R2, s0, s1, s2, x_row, w_row, w_col, a_row, b_row, b_col, u_row, u_out, y_row, eps,
+    N, D, O0, O1, O2, R0, R1, R2, s0, s1, s2, x_row, w_row, w_col, a_row, a_col, b_row, b_col, u_row, u_out, y_row, eps,
     NORM: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, OUTPUTS: tl.constexpr,
     RANK: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
 ):  # fmt: skip
     """y = n Wᵀ (+ y where ADD). NORM "here": computes the statistic, "given": rstd. LORA "here": from A, "given": u."""
-    # neighbouring programs share weights: GROUP row tiles go through a column tile before the next column tile
-    row_tiles = tl.cdiv(N, BN)
     tiles0 = tl.cdiv(O0, BO)
     tiles1 = tl.cdiv(O1, BO) if OUTPUTS > 1 else 0
     tiles2 = tl.cdiv(O2, BO) if OUTPUTS > 2 else 0
-    per_group = GROUP * (tiles0 + tiles1 + tiles2)
-    group = tl.program_id(0) // per_group
-    size = min(row_tiles - group * GROUP, GROUP)
-    place = tl.program_id(0) % per_group
-    row_tile = group * GROUP + place % size
-    tile = place // size
+    row_tile, tile = _place(tl.cdiv(N, BN), tiles0 + tiles1 + tiles2, GROUP)
 
     which, O, R, s, y_start = 0, O0, R0, s0, 0
     w, a, b, c = w0, a0, b0, c0
     if OUTPUTS > 1:
         which = (tile >= tiles0).to(tl.int32) + (tile >= tiles0 + tiles1).to(tl.int32)
-        O, R, s = _pick(which, O0, O1, O2), _pick(which, R0, R1, R2), _pick(which, s0, s1, s2)
-        w, a, b, c = (
-            _pick(which, w0, w1, w2),
-            _pick(which, a0, a1, a2),
-            _pick(which, b0, b1, b2),
-            _pick(which, c0, c1, c2),
-        )
-        tile -= _pick(which, 0, tiles0, tiles0 + tiles1)
-        y_start = _pick(which, 0, O0, O0 + O1)
+        O, R, s = pick(which, O0, O1, O2), pick(which, R0, R1, R2), pick(which, s0, s1, s2)
+        w, a = pick(which, w0, w1, w2), pick(which, a0, a1, a2)
+        b, c = pick(which, b0, b1, b2), pick(which, c0, c1, c2)
+        tile -= pick(which, 0, tiles0, tiles0 + tiles1)
+        y_start = pick(which, 0, O0, O0 + O1)
 
     row = (row_tile * BN + tl.arange(0, BN)).to(tl.int64)
     live = row < N
     o = tile * BO + tl.arange(0, BO)
-    in_o = o < O
     rank = tl.arange(0, RANK)
     r = tl.zeros([BN], tl.float32)
     if NORM == "here":
-        r = _statistic(x, row, live, D, x_row, eps, BN, BD)
+        r = statistic(x, row, live, D, x_row, eps, BN, BD)
     if NORM == "given":
         r = tl.load(rstd + row, mask=live, other=0.0)
 
@@ -152,137 +132,27 @@ def _linear(
     sum_u = tl.zeros([BN, RANK], tl.float32)
     for start in range(0, D, BD):
         d = start + tl.arange(0, BD)
-        in_d = d < D
-        n = _rows_of(x, gain, r, row, live, start, D, x_row, NORM != "no", BD)
-        w_at = w + o[None, :].to(tl.int64) * w_row + d[:, None].to(tl.int64) * w_col
-        w_DO = tl.load(w_at, mask=in_d[:, None] & in_o[None, :], other=0.0)
-        sum_y = tl.dot(n, w_DO, sum_y, input_precision="ieee")
+        n = tile_of_rows(x, gain, r, row, live, start, D, x_row, NORM != "no", BD)
+        sum_y = tl.dot(n, _across(w, o, d, w_row, w_col, O, D), sum_y, input_precision="ieee")
         if LORA == "here":
-            a_at = a + rank[None, :] * a_row + d[:, None]
-            a_DR = tl.load(a_at, mask=in_d[:, None] & (rank[None, :] < R), other=0.0)
-            sum_u = tl.dot(n, a_DR, sum_u, input_precision="ieee")
+            sum_u = tl.dot(n, _across(a, rank, d, a_row, a_col, R, D), sum_u, input_precision="ieee")
 
     if LORA == "here":
-        b_at = b + o[None, :].to(tl.int64) * b_row + rank[:, None] * b_col
-        b_RO = tl.load(b_at, mask=in_o[None, :] & (rank[:, None] < R), other=0.0)
+        b_RO = _across(b, o, rank, b_row, b_col, O, R)
         sum_y = tl.dot((sum_u * s).to(b_RO.dtype), b_RO, sum_y, input_precision="ieee")
     if LORA == "given":
         for first in range(0, R, RANK):
             k = first + rank
             u_at = u + row[:, None] * u_row + which * u_out + k[None, :]
             u_NR = tl.load(u_at, mask=live[:, None] & (k[None, :] < R), other=0.0)
-            b_at = b + o[None, :].to(tl.int64) * b_row + k[:, None].to(tl.int64) * b_col
-            b_RO = tl.load(b_at, mask=in_o[None, :] & (k[:, None] < R), other=0.0)
-            sum_y = tl.dot(u_NR, b_RO, sum_y, input_precision="ieee")
+            sum_y = tl.dot(u_NR, _across(b, o, k, b_row, b_col, O, R), sum_y, input_precision="ieee")
     if BIAS:
-        sum_y += tl.load(c + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
+        sum_y += tl.load(c + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
     y_at = y + row[:, None] * y_row + (y_start + o)[None, :]
-    inside = live[:, None] & in_o[None, :]
+    inside = live[:, None] & (o < O)[None, :]
     if ADD:
         sum_y += tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
     tl.store(y_at, sum_y, mask=inside)
-
-
-@jit
-def _shrink(
-    x, gain, rstd, u, a0, a1, a2, N, D, R0, R1, R2, s0, s1, s2, x_row, a_row, a_col, u_row, u_out, eps,
-    NORM: tl.constexpr, OUTPUTS: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """u = s · n Aᵀ for each output, and the statistic of each row."""
-    row = (tl.program_id(0) * BN + tl.arange(0, BN)).to(tl.int64)
-    live = row < N
-    which = tl.program_id(1)
-    R, s, a = R0, s0, a0
-    if OUTPUTS > 1:
-        R, s, a = _pick(which, R0, R1, R2), _pick(which, s0, s1, s2), _pick(which, a0, a1, a2)
-    rank = tl.program_id(2) * RANK + tl.arange(0, RANK)
-    r = tl.zeros([BN], tl.float32)
-    if NORM:
-        r = _statistic(x, row, live, D, x_row, eps, BN, BD)
-        if which + tl.program_id(2) == 0:
-            tl.store(rstd + row, r, mask=live)
-    sum_u = tl.zeros([BN, RANK], tl.float32)
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        n = _rows_of(x, gain, r, row, live, start, D, x_row, NORM, BD)
-        a_at = a + rank[None, :].to(tl.int64) * a_row + d[:, None].to(tl.int64) * a_col
-        a_DR = tl.load(a_at, mask=(d[:, None] < D) & (rank[None, :] < R), other=0.0)
-        sum_u = tl.dot(n, a_DR, sum_u, input_precision="ieee")
-    u_at = u + row[:, None] * u_row + which * u_out + rank[None, :]
-    tl.store(u_at, sum_u * s, mask=live[:, None] & (rank[None, :] < R))
-
-
-@jit
-def _outer(
-    t, x, gain, rstd, out, N, D, R, t_row, x_row, SPLITS,
-    NORM: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr, BD: tl.constexpr,
-):  # fmt: skip
-    """out[split] = tᵀ n over this split's rows: (R, D) in fp32."""
-    start = tl.program_id(0) * BD
-    rank = tl.program_id(1) * RANK + tl.arange(0, RANK)
-    split = tl.program_id(2)
-    d = start + tl.arange(0, BD)
-    total = tl.zeros([RANK, BD], tl.float32)
-    tiles = tl.cdiv(N, BN)
-    for tile in range(split, tiles, SPLITS):
-        row = (tile * BN + tl.arange(0, BN)).to(tl.int64)
-        live = row < N
-        r = tl.zeros([BN], tl.float32)
-        if NORM:
-            r = tl.load(rstd + row, mask=live, other=0.0)
-        n = _rows_of(x, gain, r, row, live, start, D, x_row, NORM, BD)
-        t_RN = tl.load(t + row[None, :] * t_row + rank[:, None], mask=live[None, :] & (rank[:, None] < R), other=0.0)
-        total = tl.dot(t_RN, n, total, input_precision="ieee")
-    out_at = out + (split * R + rank[:, None]).to(tl.int64) * D + d[None, :]
-    tl.store(out_at, total, mask=(rank[:, None] < R) & (d[None, :] < D))
-
-
-def _same_strides(tensors: Sequence[Tensor | None], stand_in: Tensor) -> tuple[list[Tensor], tuple[int, int]]:
-    """Three matrices that share strides, for one stride argument; `stand_in` fills the empty places.
-
-    Weights of one layer nearly always agree as they are. Adapters of different ranks are padded with zero columns.
-    """
-    present = [t for t in tensors if t is not None]
-    if not present:
-        return [stand_in] * MOST_OUTPUTS, (0, 1)
-    if len({t.stride() for t in present}) > 1:
-        widest = max(t.shape[1] for t in present)
-        tensors = [None if t is None else F.pad(t, (0, widest - t.shape[1])).contiguous() for t in tensors]
-        present = [t for t in tensors if t is not None]
-    filled = [t if t is not None else present[0] for t in tensors]
-    return (filled + [present[0]] * MOST_OUTPUTS)[:MOST_OUTPUTS], (present[0].stride(0), present[0].stride(1))
-
-
-def _three(values: Sequence[Any], empty: Any) -> list[Any]:
-    return [*values, *[empty] * (MOST_OUTPUTS - len(values))]
-
-
-def shape_class(N: int, dtype: torch.dtype) -> str:
-    return f"{'decode' if N <= FEW_ROWS else 'prefill'}/{width(dtype)}"
-
-
-def run_shrink(
-    x_ND: Tensor, gain_D: Tensor | None, lora_a: Sequence[Tensor | None], scales: Sequence[float], eps: float
-) -> tuple[Tensor, Tensor]:
-    """(rstd_N, u_NCR): the rows' statistic (where there is a norm) and s · n Aᵀ for each of C outputs."""
-    N, D = x_ND.shape
-    ranks = [0 if a is None else a.shape[0] for a in lora_a]
-    most = max(*ranks, 1)
-    rstd_N = x_ND.new_empty(N, dtype=torch.float32)
-    u_NCR = x_ND.new_zeros(N, len(ranks), most)
-    tiles = config("shrink", shape_class(N, x_ND.dtype))
-    rank_tile = min(max(16, power_of_2(most)), tiles["MOST_RANK"])
-    a, (a_row, a_col) = _same_strides(lora_a, x_ND)
-    R, s = _three(ranks, 0), _three(scales, 0.0)
-    arguments = dict(
-        x=x_ND, gain=x_ND if gain_D is None else gain_D, rstd=rstd_N, u=u_NCR, a0=a[0], a1=a[1], a2=a[2], N=N, D=D,
-        R0=R[0], R1=R[1], R2=R[2], s0=s[0], s1=s[1], s2=s[2], x_row=x_ND.stride(0), a_row=a_row, a_col=a_col,
-        u_row=u_NCR.stride(0), u_out=u_NCR.stride(1), eps=eps,
-    )  # fmt: skip
-    grid = (divide_up(N, tiles["BN"]), len(ranks), divide_up(most, rank_tile))
-    meta = {k: v for k, v in tiles.items() if k != "MOST_RANK"}
-    launch(_shrink, grid, arguments, NORM=gain_D is not None, OUTPUTS=len(ranks), RANK=rank_tile, **meta)
-    return rstd_N, u_NCR
 
 
 def run_linear(
@@ -299,20 +169,20 @@ def run_linear(
     rank_tile = max(16, power_of_2(max(ranks)))
     rank_tile = min(rank_tile, tiles["MOST_RANK"]) if lora == "given" else rank_tile
     tiles.pop("MOST_RANK")
-    w, (w_row, w_col) = _same_strides(weights, x_ND)
-    a, (a_row, _) = _same_strides(lora_a if lora == "here" else [None] * count, x_ND)
-    b, (b_row, b_col) = _same_strides(lora_b or [None] * count, x_ND)
-    c = _three([t.contiguous() for t in biases], None) if biases else [x_ND] * MOST_OUTPUTS
+    w, (w_row, w_col) = same_strides(weights, x_ND)
+    a, (a_row, a_col) = same_strides(lora_a if lora == "here" else [None] * count, x_ND)
+    b, (b_row, b_col) = same_strides(lora_b or [None] * count, x_ND)
+    c = three([t.contiguous() for t in biases], None) if biases else [x_ND] * MOST_OUTPUTS
     c = [c[0] if t is None else t for t in c]
     O, R, s = (
-        _three([t.shape[0] for t in weights], 0), _three(ranks, 0), _three(scales or [0.0] * count, 0.0)
+        three([t.shape[0] for t in weights], 0), three(ranks, 0), three(scales or [0.0] * count, 0.0)
     )  # fmt: skip
     u = x_ND if u_NCR is None or lora == "no" else u_NCR
     arguments = dict(
         x=x_ND, gain=x_ND if gain_D is None else gain_D, rstd=x_ND if rstd_N is None else rstd_N, u=u, y=y_NO,
         w0=w[0], w1=w[1], w2=w[2], a0=a[0], a1=a[1], a2=a[2], b0=b[0], b1=b[1], b2=b[2], c0=c[0], c1=c[1], c2=c[2],
         N=N, D=D, O0=O[0], O1=O[1], O2=O[2], R0=R[0], R1=R[1], R2=R[2], s0=s[0], s1=s[1], s2=s[2],
-        x_row=x_ND.stride(0), w_row=w_row, w_col=w_col, a_row=a_row, b_row=b_row, b_col=b_col,
+        x_row=x_ND.stride(0), w_row=w_row, w_col=w_col, a_row=a_row, a_col=a_col, b_row=b_row, b_col=b_col,
         u_row=u.stride(0), u_out=u.stride(1), y_row=y_NO.stride(0), eps=eps,
     )  # fmt: skip
     grid = (divide_up(N, tiles["BN"]) * sum(divide_up(n, tiles["BO"]) for n in O),)
@@ -321,22 +191,6 @@ def run_linear(
         _linear, grid, arguments, NORM=norm, LORA=lora, BIAS=bool(biases), ADD=add, OUTPUTS=count, RANK=rank_tile,
         **tiles,
     )  # fmt: skip
-
-
-def run_outer(t_NR: Tensor, x_ND: Tensor, gain_D: Tensor | None = None, rstd_N: Tensor | None = None) -> Tensor:
-    """tᵀ n as (R, D) fp32; n is x, or x normed where a gain is given."""
-    (N, D), R = x_ND.shape, t_NR.shape[1]
-    tiles = dict(config("outer", f"{'rank' if R <= 256 else 'weight'}/{width(x_ND.dtype)}"))
-    splits = max(1, min(tiles.pop("SPLITS"), divide_up(N, tiles["BN"])))
-    rank_tile = min(max(16, power_of_2(R)), tiles.pop("MOST_RANK"))
-    out_SRD = x_ND.new_zeros(splits, R, D, dtype=torch.float32)
-    arguments = dict(
-        t=t_NR, x=x_ND, gain=x_ND if gain_D is None else gain_D, rstd=x_ND if rstd_N is None else rstd_N, out=out_SRD,
-        N=N, D=D, R=R, t_row=t_NR.stride(0), x_row=x_ND.stride(0), SPLITS=splits,
-    )  # fmt: skip
-    grid = (divide_up(D, tiles["BD"]), divide_up(R, rank_tile), splits if N else 0)
-    launch(_outer, grid, arguments, NORM=gain_D is not None, RANK=rank_tile, **tiles)
-    return out_SRD.sum(0)
 
 
 class _Linear(torch.autograd.Function):

@@ -27,7 +27,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kernels.launch import config, divide_up, jit, launch, power_of_2, rows, runs_here, tl
-from kernels.linear import shape_class
+from kernels.low_rank import shape_class
 
 
 def multi_lora_linear_definition(

@@ -96,7 +96,7 @@ def measure(scratch: Path) -> dict[str, Any]:
 
     tokens, new, memory, form = (scratch / "asked").read_text().split()
     path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Load(int(tokens), int(new))
-    options = SimpleNamespace(weights=path, adapter=adapter, dtype="float32", format=form, memory=memory)
+    options = SimpleNamespace(weights=path, adapter=adapter, dtype="float32", format=form, memory=memory, fuse=False)
     plan = plan_for(options, asked)
     began = time.perf_counter()
     model, tokenizer = load(path, adapter, "float32", "cpu", plan.form)

@@ -25,8 +25,17 @@ def decode_case(B, heads, T, S, K, dtype, device, P=0, seed=0):
     slots = torch.stack([torch.randperm(S, generator=generator) for _ in range(B)]) + P if S else torch.zeros(B, 0)
     slots = slots.long().masked_fill(torch.rand(B, S, generator=generator) < 0.2, -1)
     positions = (torch.full((B, 1), P + S - T) + torch.arange(T)).clamp(min=0)
-    prefix = (make(G, P, K), make(G, P, K), torch.arange(P).to(device)) if P else None
-    return make(B, H, T, K), make(B, G, S, K), make(B, G, S, K), positions.to(device), slots.to(device), prefix
+    prefixes = tree(B, P, lambda n: make(G, n, K), device) if P else ()
+    return make(B, H, T, K), make(B, G, S, K), make(B, G, S, K), positions.to(device), slots.to(device), prefixes
+
+
+def tree(B, P, make, device):
+    """P tokens in two stretches: the first is everybody's, the second has another copy for the last rows."""
+    cut = P // 3
+    first, second = torch.arange(cut).to(device), torch.arange(cut, P).to(device)
+    one = (slice(None), make(cut), make(cut), first)
+    parts = [rows for rows in (slice(0, B // 2), slice(B // 2, B)) if rows.stop > rows.start]
+    return (one, *((rows, make(P - cut), make(P - cut), second) for rows in parts))
 
 
 def wide(value):
@@ -42,21 +51,21 @@ def wide(value):
     st.sampled_from([0, 50]), st.sampled_from([1, 432]),
 )  # fmt: skip
 def test_decoding_is_as_good_as_pytorchs(device, as_good_as, B, heads, T, S, K, dtype, window, P, programs):
-    q, k, v, i, j, prefix = decode_case(B, heads, T, S, K, dtype, device, P)
+    q, k, v, i, j, prefixes = decode_case(B, heads, T, S, K, dtype, device, P)
     with pytest.MonkeyPatch.context() as patch:  # one program walks all keys, or each one block
         for tiles in CONFIGS["decode_attention"].values():
             patch.setitem(tiles, "PROGRAMS", programs)
-        mine = decode_attention(q, k, v, i, j, window, prefix)
-    theirs = decode_attention_definition(q, k, v, i, j, window, prefix)
-    as_good_as(mine, theirs, decode_attention_definition(*map(wide, (q, k, v)), i, j, window, wide(prefix)))
+        mine = decode_attention(q, k, v, i, j, window, prefixes)
+    theirs = decode_attention_definition(q, k, v, i, j, window, prefixes)
+    as_good_as(mine, theirs, decode_attention_definition(*map(wide, (q, k, v)), i, j, window, wide(prefixes)))
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_heads_of_256(device, as_good_as, dtype):
-    q, k, v, i, j, prefix = decode_case(2, (2, 1), 1, 40, 256, dtype, device, 20)
-    truth = decode_attention_definition(*map(wide, (q, k, v)), i, j, 16, wide(prefix))
+    q, k, v, i, j, prefixes = decode_case(2, (2, 1), 1, 40, 256, dtype, device, 20)
+    truth = decode_attention_definition(*map(wide, (q, k, v)), i, j, 16, wide(prefixes))
     as_good_as(
-        decode_attention(q, k, v, i, j, 16, prefix), decode_attention_definition(q, k, v, i, j, 16, prefix), truth
+        decode_attention(q, k, v, i, j, 16, prefixes), decode_attention_definition(q, k, v, i, j, 16, prefixes), truth
     )
     truth = prefill_attention_definition(*map(wide, (q, k, v)), i, j, 16)
     as_good_as(prefill_attention(q, k, v, i, j, 16), prefill_attention_definition(q, k, v, i, j, 16), truth)
@@ -80,14 +89,18 @@ def test_a_query_that_sees_nothing_gives_zeros(device):
         assert not attend(q, k, v, i, torch.full_like(j, -1)).any()
 
 
-def test_a_shared_prefix_is_the_same_keys_stored_once(device):
-    """More rows than a tile holds, all over one prefix, a window that reaches into it."""
-    q, k, v, i, j, prefix = decode_case(20, (4, 2), 1, 9, 64, torch.float32, device, P=70)
-    B = q.shape[0]
-    joined = [torch.cat([p.expand(B, *p.shape), t], dim=2) for p, t in ((prefix[0], k), (prefix[1], v))]
-    slots = torch.cat([prefix[2].expand(B, -1), j], dim=1)
-    together = decode_attention(q, k, v, i, j, 30, prefix)
-    assert torch.allclose(together, decode_attention(q, *joined, i, slots, 30), rtol=0, atol=2e-6)
+def test_shared_prefixes_are_the_same_keys_stored_once(device):
+    """More rows than a tile holds over one prefix, each half over one more, a window that begins in the first."""
+    q, k, v, i, j, prefixes = decode_case(20, (4, 2), 1, 9, 64, torch.float32, device, P=70)
+    assert [rows for rows, *_ in prefixes] == [slice(None), slice(0, 10), slice(10, 20)]
+    (_, *trunk), *halves = prefixes
+    keys, values = (
+        torch.cat([trunk[n].expand(20, -1, -1, -1), torch.cat([p[1 + n].expand(10, -1, -1, -1) for p in halves]), t], 2)
+        for n, t in enumerate((k, v))
+    )
+    slots = torch.cat([torch.arange(70, device=device).expand(20, 70), j], dim=1)
+    together = decode_attention(q, k, v, i, j, 60, prefixes)
+    assert torch.allclose(together, decode_attention(q, keys, values, i, slots, 60), rtol=0, atol=2e-6)
 
 
 def packed(lengths, T, device):

@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import kernels.launch
+from kernels.norm import rms_norm_definition
 
 ROOM = Path(kernels.launch.__file__).parent
 
@@ -62,10 +63,17 @@ def activation(module, check):
 
 
 def linear(module, check):
+    with pytest.MonkeyPatch.context() as patch:  # 40 rows: a group of two row tiles and one of one
+        patch.setitem(kernels.launch.CONFIGS["linear"]["prefill/32"], "BN", 16)
+        patch.setitem(kernels.launch.CONFIGS["linear"]["prefill/32"], "GROUP", 2)
+        products(module, check)
+
+
+def products(module, check):
     for rows, rank in ((3, 8), (40, 8), (3, 60)):
         x, gain = normal(rows, 200), normal(200, std=0.3) + 1
         weights = [normal(n, 200, std=0.07, seed=n) for n in (40, 24, 33)]
-        a = [normal(rank, 200, std=0.07, seed=1), None, normal(rank, 200, std=0.07, seed=2)]
+        a = [normal(200, rank, std=0.07, seed=1).t(), None, normal(200, rank, std=0.07, seed=2).t()]
         b = [normal(40, rank, seed=3), None, normal(33, rank, seed=4)]
         c = [normal(n, seed=n) for n in (40, 24, 33)]
 
@@ -84,6 +92,26 @@ def linear(module, check):
             for mine, theirs, truth in zip(ours(*inputs), plain(*inputs), plain(*wide(inputs)), strict=True):
                 check(mine, theirs, truth)
         check_all(check, ours, plain, inputs, (0, 1, 2, 3, 4))
+
+
+def low_rank(module, check):
+    """u = s · n Aᵀ of three outputs (one has no adapter), and tᵀ n; 4,100 rows have more tiles than splits."""
+    gain, eps = normal(200, std=0.3) + 1, 1e-2
+
+    def first(x, a, c):
+        n = rms_norm_definition(x, gain.to(x.dtype), eps)
+        return torch.stack([1.5 * n @ a.t(), torch.zeros(len(x), len(a)).to(x), 2.0 * n @ c.t()], dim=1)
+
+    for rows in (3, 40):
+        inputs = [normal(rows, 200), normal(8, 200, std=0.07), normal(8, 200, std=0.07, seed=2)]
+        ours = lambda x, a, c: module.run_shrink(x, gain, [a, None, c], [1.5, 1.0, 2.0], eps)[1]  # noqa: E731
+        check_all(check, ours, first, inputs)
+    x, t = normal(4100, 40), normal(4100, 8)
+    gain = normal(40, std=0.3) + 1
+    rstd = (x.square().mean(1) + eps).rsqrt()
+    check_all(check, lambda t, x: module.run_outer(t, x), lambda t, x: t.t() @ x, [t, x])
+    plain = lambda t, x: t.t() @ rms_norm_definition(x, gain.to(x.dtype), eps)  # noqa: E731
+    check_all(check, lambda t, x: module.run_outer(t, x, gain, rstd), plain, [t, x])
 
 
 def multi_lora(module, check):
@@ -118,7 +146,10 @@ def decode(module, check):
     q, k, v = normal(2, 4, 2, 64), normal(2, 2, 150, 64, seed=1), normal(2, 2, 150, 64, seed=2)
     slots = torch.stack([torch.randperm(150, generator=torch.Generator().manual_seed(n)) for n in range(2)]) + 20
     slots[:, 5] = -1
-    shared = (normal(2, 20, 64, seed=3), normal(2, 20, 64, seed=4), torch.arange(20))
+    shared = (
+        (slice(None), normal(2, 9, 64, seed=3), normal(2, 9, 64, seed=4), torch.arange(9)),
+        (slice(1, 2), normal(2, 11, 64, seed=3), normal(2, 11, 64, seed=4), torch.arange(9, 20)),
+    )
     for window, i in ((None, 169), (30, 169), (30, 40), (None, 40)):
         arguments = [q, k, v, torch.tensor([[i - 1, i]] * 2), slots, window, shared]
         for programs in (1, 432):  # one program walks all keys, or each one block
@@ -150,14 +181,18 @@ MISTAKES = [
     (activation, "gate and up swapped", "silu = (a / (1.0 + tl.exp(-a)))", "silu = (a / (1.0 + tl.exp(-b)))"),
     (activation, "half of silu's gradient", "share * (1.0 + a * (1.0 - share))", "share"),
     (linear, "the scale is left out of the tile's own adapter", "(sum_u * s).to(b_RO.dtype)", "sum_u.to(b_RO.dtype)"),
-    (linear, "the scale is left out of the first launch", "tl.store(u_at, sum_u * s,", "tl.store(u_at, sum_u,"),
-    (linear, "the third output takes the second's weight", "if which == 2:\n        chosen = third", "if which == 2:\n        chosen = second"),
+    (linear, "the third output takes the second's weight", "pick(which, w0, w1, w2)", "pick(which, w0, w1, w1)"),
+    (linear, "the next group of rows begins one too early", "group * GROUP + place % size", "group * (GROUP - 1) + place % size"),
+    (linear, "A's columns lie side by side", "a_row, a_col, R, D)", "a_row, 1, R, D)"),
     (linear, "outputs are written over each other", "(y_start + o)[None, :]", "o[None, :]"),
-    (linear, "the last columns of x are left out", "for start in range(0, D, BD):\n        d = start + tl.arange(0, BD)\n        in_d = d < D", "for start in range(0, D - BD + 1, BD):\n        d = start + tl.arange(0, BD)\n        in_d = d < D"),
+    (linear, "the last columns of x are left out", "for start in range(0, D, BD):", "for start in range(0, D - BD + 1, BD):"),
     (linear, "the bias is forgotten", "sum_y += tl.load(c + o", "sum_y += 0 * tl.load(c + o"),
     (linear, "the gradient forgets the adapter's way", "lora_b=[a_DR], u_NCR=t_N1R, add=True", "add=True"),
     (linear, "the gradient of one output replaces the others'", "if ADD:\n        sum_y += tl.load(y_at", "if ADD:\n        sum_y += 0 * tl.load(y_at"),
-    (linear, "only the first split of the rows counts", "return out_SRD.sum(0)", "return out_SRD[0]"),
+    (low_rank, "the scale is left out of the first launch", "tl.store(u_at, sum_u * s,", "tl.store(u_at, sum_u,"),
+    (low_rank, "the third adapter is the second", "if which == 2:\n        chosen = third", "if which == 2:\n        chosen = second"),
+    (low_rank, "only the first split of the rows counts", "return out_SRD.sum(0)", "return out_SRD[0]"),
+    (low_rank, "the gradient is of rows that are not normed", "        n = tile_of_rows(x, gain, r, row, live, start, D, x_row, NORM, BD)\n        t_RN", "        n = tile_of_rows(x, gain, r, row, live, start, D, x_row, False, BD)\n        t_RN"),
     (multi_lora, "every row through the first adapter of its tile", "u_NR = tl.load(u + row[:, None] * R + rank[None, :], mask=mine[:, None]", "u_NR = tl.load(u + row[:, None] * R + rank[None, :], mask=live[:, None]"),
     (multi_lora, "the last adapter is left out", "tl.max(who, axis=0) + 1", "tl.max(who, axis=0)"),
     (multi_lora, "one scale for all", "tl.load(scale + e)", "tl.load(scale)"),
@@ -177,7 +212,10 @@ MISTAKES = [
     (decode, "the scores are not scaled", 'input_precision="ieee") * scale', 'input_precision="ieee")'),
     (decode, "the sum of values is not rescaled", "sum_MK * fade[:, None]", "sum_MK"),
     (decode, "the parts are averaged", "sum_K += share * tl.load", "sum_K += total / (i + 1) * tl.load"),
-    (decode, "the prefix is left out of the merge", "parts = torch.cat([shared", "shared_sums.fill_(float('-inf')); parts = torch.cat([shared"),
+    (decode, "the prefix is left out of the merge", "logsum + i * ROWS + row) - base)", 'logsum + i * ROWS + row) - base - AGAIN * 1e9)'),
+    (decode, "what came before a prefix is forgotten", "before = tl.load(out_logsum + at)", "before = tl.load(out_logsum + at) - 1e9"),
+    (decode, "a prefix of some rows is merged into the first ones", "b = FIRST + row", "b = row"),
+    (decode, "rows that share a prefix are merged into one", "+ r // OWN\n", "\n"),
     (prefill, "a window of W + 1", "j[None, :] > i[:, None] - W", "j[None, :] >= i[:, None] - W"),
     (prefill, "a query sees the next token", "j[None, :] <= i[:, None]", "j[None, :] <= i[:, None] + 1"),
     (prefill, "documents leak", "(e[None, :] == d[:, None])", "(e[None, :] <= d[:, None])"),
@@ -195,7 +233,7 @@ def load(path, name):
     return module
 
 
-@pytest.mark.parametrize("guard", [norm, activation, linear, multi_lora, four_bit, cross_entropy, decode, prefill])
+@pytest.mark.parametrize("guard", [norm, activation, linear, low_rank, multi_lora, four_bit, cross_entropy, decode, prefill])
 def test_the_guards_pass_on_the_real_kernels(guard, as_good_as):
     guard(importlib.import_module(f"kernels.{guard.__name__}"), as_good_as)
 
