@@ -39,7 +39,7 @@ def results(function, x, gain, a, b, cast):
 
 
 def joined(tensors):
-    """What is of one kind as one vector (None: nothing depends on it): a root mean square of few numbers says little."""
+    """What is of one kind as one vector (None: nothing depends on it): a mean square of few numbers says little."""
     flat = [t.detach().flatten() for t in tensors if t is not None]
     return torch.cat(flat) if flat else None
 
