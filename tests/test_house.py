@@ -45,6 +45,11 @@ def test_an_import_inside_a_function_counts():
     assert imported("def f():\n    from train.loop import Trainer\n    import model.config\n") == {"train", "model"}
 
 
+@pytest.mark.parametrize("file", FILES, ids=lambda file: str(file.relative_to(ROOT)))
+def test_a_file_is_one_idea(file):
+    assert len(file.read_text(encoding="utf-8").splitlines()) <= 400, "more than 400 lines ask to be two files"
+
+
 def test_every_package_is_listed_for_installation():
     listed = set(tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["packages"])
     there = {".".join(file.parent.relative_to(ROOT).parts) for file in FILES if file.name == "__init__.py"}
