@@ -122,7 +122,7 @@ class Asker:
         if self.long == "truncate":
             end = letters[size - 1][1]
             return [Part(note, note.text[:end], {"did": "truncate", "tokens": tokens, "read": size})]
-        step = max(1, size)  # a quarter of each window overlaps the one before
+        step = max(1, size * 3 // 4)  # a quarter of each window overlaps the one before
         starts = [*range(0, max(1, tokens - size), step), max(0, tokens - size)]
         done = {"did": "windows", "tokens": tokens, "windows": len(starts), "size": size}
         return [
