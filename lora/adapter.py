@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from model.command import UserError, nearest
-from model.files import atomic_folder, keep_others, read_json, write_json
+from model.files import atomic_folder, read_json, write_json
 from model.safetensors_file import save_tensors
 
 PREFIX = "base_model.model."
@@ -256,9 +256,8 @@ def save_adapter(
     configs = model.__dict__.get("lora_configs", {})
     if name not in configs:
         raise UserError(f"lora: the model has no adapter called {name!r}{nearest(name, list(configs))}")
-    with atomic_folder(path) as folder:
+    with atomic_folder(path, keep_others=True) as folder:
         write_adapter(folder, configs[name], adapter_state(model, name), base)
-        keep_others(Path(path), folder)
 
 
 def write_adapter(

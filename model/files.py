@@ -43,9 +43,12 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
 
 
 @contextlib.contextmanager
-def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+def atomic_folder(
+    path: str | os.PathLike[str], keep_others: bool = False, drop: re.Pattern[str] | None = None
+) -> Iterator[Path]:
     """Yield a new folder beside `path`; on a clean exit it takes `path`'s place. An older folder there is removed with
-    all that is in it (`keep_others` saves what is not ours), and a file there is left alone: a UserError.
+    all that is in it; with `keep_others` the new one first gets what it lacks of that, but for names that match `drop`.
+    A file there is left alone: a UserError.
 
     Everything in it is synced before it is renamed, so that a name never stands for files that a power cut emptied.
     """
@@ -56,6 +59,8 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
     beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
         yield beside
+        if keep_others:
+            _link_others(path, beside, drop)
         os.chmod(beside, 0o777 & ~_umask())
         for entry in beside.rglob("*"):
             if not entry.is_symlink():
@@ -73,8 +78,7 @@ def atomic_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         shutil.rmtree(beside, ignore_errors=True)
 
 
-def keep_others(old: Path, new: Path, drop: re.Pattern[str] | None = None) -> None:
-    """Link into the folder `new` what the folder `old` holds beside it, but for names that match `drop`."""
+def _link_others(old: Path, new: Path, drop: re.Pattern[str] | None) -> None:
     for entry in old.iterdir() if old.is_dir() else ():
         if (new / entry.name).exists() or (drop is not None and drop.fullmatch(entry.name)):
             continue

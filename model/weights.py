@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.command import UserError, nearest
-from model.files import atomic_folder, keep_others, read_json
+from model.files import atomic_folder, read_json
 from model.native import from_native, native_config
 from model.safetensors_file import DTYPES, Stored, held, open_safetensors, unique, write_safetensors
 
@@ -325,8 +325,7 @@ def write_checkpoint(
     def produce(name: str) -> Iterator[Tensor]:
         return (piece for _, piece in checkpoint.stream(name))  # cast as it is written
 
-    with atomic_folder(path) as folder:
-        keep_others(Path(path), folder, WEIGHTS)
+    with atomic_folder(path, keep_others=True, drop=WEIGHTS) as folder:
         for number, names in enumerate(tqdm(shards, desc="writing", unit="shard", disable=None, leave=False), start=1):
             file = folder / _shard_name(stem, number, len(shards))
             write_safetensors(file, {name: plan[name] for name in names}, produce)

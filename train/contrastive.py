@@ -32,7 +32,7 @@ from tqdm import tqdm
 from infer.retrieval.bert import Bert
 from infer.retrieval.encoder import pad, pool
 from model.command import UserError, run
-from model.files import atomic_folder, keep_others, read_json, read_jsonl, write_json, write_text
+from model.files import atomic_folder, read_json, read_jsonl, write_json, write_text
 from model.safetensors_file import write_safetensors
 
 SHORTEST = 32  # word pieces: a shorter text has no two crops worth telling apart
@@ -211,12 +211,11 @@ def train(options: Options) -> float:
 def save(out: Path, model: Bert, config: dict[str, Any], tokenizer: Tokenizer) -> None:
     """The public form of a BERT encoder's folder."""
     state = model.state_dict()
-    with atomic_folder(out) as folder:
+    with atomic_folder(out, keep_others=True) as folder:
         write_json(folder / "config.json", config)
         write_text(folder / "tokenizer.json", json.dumps(json.loads(tokenizer.to_str()), ensure_ascii=False))
         shapes = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
         write_safetensors(folder / "model.safetensors", shapes, lambda key: iter([state[key]]))
-        keep_others(out, folder)
 
 
 def main(options: Options) -> None:

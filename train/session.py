@@ -17,7 +17,7 @@ from lora.merge import merge_folders
 from lora.narrow import narrow_base
 from model.command import UserError, guard
 from model.config import ModelConfig
-from model.files import atomic_folder, keep_others
+from model.files import atomic_folder
 from model.tokenizer import copy_tokenizer
 from model.transformer import Transformer
 from model.weights import config_dict, open_checkpoint, save_weights
@@ -213,9 +213,8 @@ def finish(trainer: Trainer, stage: str, began: float) -> Path:
         if recipe.full:
             save_model(held, trainer.model.config, final, recipe.tokenizer or recipe.weights)
         else:
-            with atomic_folder(final) as folder:
+            with atomic_folder(final, keep_others=True) as folder:
                 write_adapter(folder, *trainer.adapter(held))  # type: ignore[misc]
-                keep_others(final, folder)
         write_card(trainer, time.monotonic() - began, peaks)
 
     trainer.ranks.together(lambda: write() if trainer.ranks.first else None)

@@ -5,7 +5,7 @@ import os
 import pytest
 
 from model.command import UserError
-from model.files import atomic_folder, keep_others
+from model.files import atomic_folder
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
@@ -21,9 +21,8 @@ def test_a_folder_keeps_what_the_new_one_does_not_have(tmp_path):
     names = ("config.json", "README.md", "plots/loss.png")
     for name in names:
         (old / name).write_text("old")
-    with atomic_folder(old) as new:
+    with atomic_folder(old, keep_others=True) as new:
         (new / "config.json").write_text("new")
-        keep_others(old, new)
     assert [(old / name).read_text() for name in names] == ["new", "old", "old"]
     assert os.listdir(tmp_path) == ["model"]
 

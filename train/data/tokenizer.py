@@ -16,7 +16,7 @@ from pathlib import Path
 
 from infer import tasks
 from model.command import UserError, run
-from model.files import atomic_folder, keep_others, read_jsonl, write_json
+from model.files import atomic_folder, read_jsonl, write_json
 
 SPECIAL = 3 + 256  # unknown, begin, end, and a piece for every byte
 
@@ -71,11 +71,10 @@ def train_tokenizer(options: Options) -> Path:
     except RuntimeError as error:  # its message quotes source lines: keep what it asks for only
         reason = str(error).rpartition("] ")[2] or "the texts do not do"
         raise UserError(f"--vocab {options.vocab}: SentencePiece says: {reason}") from error
-    with atomic_folder(options.out) as folder:
+    with atomic_folder(options.out, keep_others=True) as folder:
         (folder / "tokenizer.model").write_bytes(made.getvalue())
         names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         write_json(folder / "tokenizer_config.json", {**names, "add_bos_token": True, "add_eos_token": False})
-        keep_others(Path(options.out), folder)
     return Path(options.out)
 
 
