@@ -12,9 +12,10 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -37,15 +38,14 @@ class Run:
         """Do a step that is not yet done: a function, or a program as `-m` takes it (its output goes to stderr)."""
         if name in self.steps:
             return
-        with ended_by_sigterm():
-            print(f"· {name}", file=sys.stderr, flush=True)
-            began = time.monotonic()
-            peak = 0.0
+
+        def alone() -> dict[str, float]:
             if isinstance(work, list):
-                peak = program(name, work)
-            else:
-                work()
-        self.done({name: peak}, time.monotonic() - began)
+                return programs({name: work})
+            work()
+            return {name: 0.0}
+
+        self._do([name], alone)
 
     def beside(self, works: Mapping[str, list[str]]) -> None:
         """Do programs two at a time, each with half of the cores: small products, which wait for one another's ends
@@ -54,14 +54,15 @@ class Run:
         left = [(name, work) for name, work in works.items() if name not in self.steps]
         size = 1 if torch.cuda.is_available() else 2
         for pair in (dict(left[at : at + size]) for at in range(0, len(left), size)):
-            with ended_by_sigterm():
-                print(f"· {', beside '.join(pair)}", file=sys.stderr, flush=True)
-                began = time.monotonic()
-                peaks = programs(pair, max(1, (os.cpu_count() or 1) // 2) if size == 2 else 0)
-            self.done(peaks, time.monotonic() - began)
+            self._do(pair, partial(programs, pair, max(1, (os.cpu_count() or 1) // 2) if size == 2 else 0))
 
-    def done(self, peaks: Mapping[str, float], seconds: float) -> None:
-        """Note steps that are done, and what they took together."""
+    def _do(self, names: Iterable[str], work: Callable[[], Mapping[str, float]]) -> None:
+        """Do steps; note what they took together, and the peak memory of each, which `work` returns."""
+        with ended_by_sigterm():
+            print(f"· {', beside '.join(names)}", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            peaks = work()
+        seconds = time.monotonic() - began
         for name, peak in peaks.items():
             self.steps[name] = {"seconds": round(seconds / len(peaks), 1), "peak_mb": round(peak)}
             print(f"  {name}: {self.steps[name]['seconds']} s", file=sys.stderr, flush=True)

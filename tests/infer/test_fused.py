@@ -138,7 +138,7 @@ def test_the_programs_fuse_when_asked(weights, tmp_path, capsys):
                                      max_new_diagnosis=5, **{**given, "fuse": False}))  # fmt: skip
 
 
-@pytest.mark.skipif(torch.cuda.is_available(), reason="with a CUDA device the two go together")
+@pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_memory_is_not_planned_for_definitions(weights, tmp_path):
     for program, options in (
         (generate, generate.Options(str(weights), "Tumor", memory="6GB", fuse=True)),
