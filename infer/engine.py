@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from infer.fuse import FusedBlock
 from lora.layer import LoRALinear
-from model.machine import onednn, onednn_suits
+from model.machine import onednn, product, suits_onednn
 from model.narrow import NarrowWeight
 from model.transformer import RMSNorm, Transformer
 
@@ -92,20 +92,6 @@ class Fused:
         for rows, a_DR, b_RO in self.adapters:
             y_NO[:, rows].addmm_(x_ND @ a_DR, b_RO)
         return y_NO
-
-
-def suits_onednn(x_ND: Tensor, weight_OD: Tensor | None) -> bool:
-    if weight_OD is None or weight_OD.device.type != "cpu":
-        return False
-    return weight_OD.dtype == torch.float32 == x_ND.dtype and onednn_suits()
-
-
-def product(x_ND: Tensor, weight_OD: Tensor, bias_O: Tensor | None = None) -> Tensor:
-    """x · Wᵀ + b by the library that is sooner here (oneDNN sums several rows' products in longer chains than the
-    default: errors are one and a half times as large, tests/infer/test_narrow_engine.py)."""
-    if suits_onednn(x_ND, weight_OD):
-        return onednn(x_ND, weight_OD, bias_O)
-    return F.linear(x_ND, weight_OD, bias_O)
 
 
 def joined(weights: list[NarrowWeight]) -> NarrowWeight | None:

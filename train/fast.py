@@ -28,6 +28,7 @@ from infer.fuse import fuse as kernel_blocks
 from lora.layer import LoRALinear
 from model.attention import Attention, Visible, split_heads
 from model.cache import KVCache
+from model.machine import product, suits_onednn
 from model.transformer import Block, RMSNorm, Transformer
 from train.attend import SegmentAttend
 
@@ -56,7 +57,7 @@ class Adapted:
 
     def forward(self, n_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """(y_NO, the adapter's scaled product low_NR)."""
-        y_NO = F.linear(n_ND, matrix(self.linear, n_ND.dtype), self.linear.bias)
+        y_NO = product(n_ND, matrix(self.linear, n_ND.dtype), self.linear.bias)
         if self.a_RD is None or self.b_OR is None:
             return y_NO, None
         low_NR = F.linear(n_ND, self.a_RD.to(n_ND.dtype)).mul_(self.scale)
@@ -69,7 +70,11 @@ class Adapted:
         da_RD = db_OR = None
         if wants:
             weight_OD = matrix(self.linear, g_NO.dtype)
-            dn_ND = g_NO @ weight_OD if dn_ND is None else dn_ND.addmm_(g_NO, weight_OD)
+            if dn_ND is None or suits_onednn(g_NO, weight_OD):
+                part_ND = product(g_NO, weight_OD.t())
+                dn_ND = part_ND if dn_ND is None else dn_ND.add_(part_ND)
+            else:
+                dn_ND.addmm_(g_NO, weight_OD)
         if self.a_RD is not None and self.b_OR is not None:
             dlow_NR = (g_NO @ self.b_OR.to(g_NO.dtype)).mul_(self.scale)
             db_OR, da_RD = (g_NO.t() @ low_NR).to(self.b_OR.dtype), (dlow_NR.t() @ n_ND).to(self.a_RD.dtype)

@@ -15,11 +15,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.machine import product
 from model.transformer import Transformer
 from train.rows import ANSWER, IGNORE, NOTE, Batch
 
 CHUNK = 512  # tokens whose logits exist at once, at most
-LOGITS = 2**23  # and so many logits: 34 MB
+LOGITS = 2**22  # and so many logits: 17 MB (glibc maps each request of over 32 MB anew: every page faults again)
 
 
 def chunk(words: int) -> int:
@@ -40,16 +41,18 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         for start in range(0, len(x_ND), size := chunk(len(weight_VD))):
             part = slice(start, start + size)
             rows = torch.arange(len(target_N[part]), device=x_ND.device)
-            logits_NV = (x_ND[part] @ weight_VD.t()).to(wide)
-            log_sum_N = logits_NV.logsumexp(dim=-1)
-            loss_N[part] = log_sum_N - logits_NV[rows, target_N[part]]
+            logits_NV = product(x_ND[part], weight_VD).to(wide)
+            hit_N, most_N1 = logits_NV[rows, target_N[part]], logits_NV.amax(dim=-1, keepdim=True)
+            weight_NV = logits_NV.sub_(most_N1).exp_()  # e^(l − max), in the logits' own memory
+            sum_N1 = weight_NV.sum(dim=-1, keepdim=True)
+            loss_N[part] = (sum_N1.log() + most_N1)[:, 0] - hit_N
             if needs_x or needs_w:
-                # d loss / d logits = softmax − one-hot, made in the logits' own memory
-                grad_NV = logits_NV.sub_(log_sum_N[:, None]).exp_()
-                grad_NV[rows, target_N[part]] -= 1
-                grad_NV = grad_NV.mul_(scale_N[part, None]).to(x_ND.dtype)
+                # d loss / d logits = softmax − one-hot
+                grad_NV = weight_NV.mul_(scale_N[part, None] / sum_N1)
+                grad_NV[rows, target_N[part]] -= scale_N[part]
+                grad_NV = grad_NV.to(x_ND.dtype)
                 if dx_ND is not None:
-                    dx_ND[part] = grad_NV @ weight_VD
+                    dx_ND[part] = product(grad_NV, weight_VD.t())
                 if dw_VD is not None:
                     dw_VD.addmm_(grad_NV.t(), x_ND[part])
         ctx.save_for_backward(dx_ND, dw_VD)

@@ -10,7 +10,7 @@ import pytest
 import torch
 from answering_models import CONFIG, plain_greedy, tiny_model, write_model, write_tokenizer
 
-from infer.engine import Engine, suits_onednn
+from infer.engine import Engine
 from infer.fuse import Int4Linear, fuse
 from infer.generate import Generator
 from infer.load import load
@@ -18,7 +18,7 @@ from infer.prefix import Cache, plan
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
 from model import Transformer
 from model.command import UserError
-from model.machine import onednn
+from model.machine import onednn, suits_onednn
 from model.narrow import NarrowLinear, NarrowWeight, narrow, put
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -133,7 +133,7 @@ def test_onednns_product_of_one_row_is_as_exact_as_the_plain_one(bias):
 def test_onednns_products_give_logits_as_exact_as_the_plain_path(rows, monkeypatch):
     """SmolLM2's widths, three layers, 48 tokens entered so many at a time: the logits' error against fp64 is at most
     twice the plain path's, the largest and the mean."""
-    monkeypatch.setattr("infer.engine.onednn_suits", lambda: True)
+    monkeypatch.setattr("model.machine.onednn_suits", lambda: True)
     widths = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
               "head_dim": 64, "num_hidden_layers": 3, "windows": (None,) * 3}  # fmt: skip
     exact = Transformer(replace(CONFIG, **widths)).init_weights(0).requires_grad_(False)
