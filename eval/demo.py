@@ -86,8 +86,10 @@ def main(options: Options) -> int:
     adapters(run)
     systems = extract(run, scale)
     demo = Demo(out, options.scale)
-    run.step("table 4: misspelled notes", experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes))
-    run.step("table 6: BM25", experiments.retrieval(demo, out, scale.retrieval_notes))
+    run.beside({
+        "table 4: misspelled notes": experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes),
+        "table 6: BM25": experiments.retrieval(demo, out, scale.retrieval_notes),
+    })  # fmt: skip
     bits = bits_per_byte(run, scale)
     write_json(out / "run.json", {
         "title": TITLES[options.scale], "scale": options.scale, "host": host(), "steps": run.steps,
@@ -169,18 +171,22 @@ SYSTEMS = (  # name, kind, adapter's run, untuned
 def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     """Every system's predictions for both test sets. Returns run.json's "systems"."""
     systems, demo = baselines(run), Demo(run.out, run.scale)
-    for name, kind, adapter, untuned in SYSTEMS:
-        short, few = adapter or "base", "-few" if untuned else ""
-        out, step = run.out / "predictions" / f"{short}.jsonl", f"extraction: {name}"
-        run.step(step, [
-            "infer.extract", "--weights", demo.weights, "--task", "both", "--notes", str(run.out / f"tests{few}.jsonl"),
-            "--out", str(out),
+    run.beside({
+        f"extraction: {name}": [
+            "infer.extract", "--weights", demo.weights, "--task", "both",
+            "--notes", str(run.out / f"tests{'-few' if untuned else ''}.jsonl"),
+            "--out", str(run.out / "predictions" / f"{adapter or 'base'}.jsonl"),
             *(["--adapter", demo.adapter(adapter)] if adapter else []),
             *(["--form", "chat" if not scale.vocab else "template", "--max-new-diagnosis", "50"] if untuned else
               ["--grounded"]),
-        ])  # fmt: skip
-        systems.append({"name": name, "kind": kind, "predictions": split(run, short), "seconds": run.took(step),
-                        "peak_mb": run.peak(step), **({"notes": scale.base_notes} if untuned else {})})  # fmt: skip
+        ]
+        for name, _, adapter, untuned in SYSTEMS
+    })  # fmt: skip
+    for name, kind, adapter, untuned in SYSTEMS:
+        step = f"extraction: {name}"
+        systems.append({"name": name, "kind": kind, "predictions": split(run, adapter or "base"),
+                        "seconds": run.took(step), "peak_mb": run.peak(step),
+                        **({"notes": scale.base_notes} if untuned else {})})  # fmt: skip
     return systems
 
 
