@@ -11,11 +11,10 @@ from typing import Any
 
 import torch
 
-from infer.engine import product
 from infer.generate import Generator
 from infer.load import load
 from infer.lookup import further_row
-from model.machine import compute_dtype, onednn_suits, timed
+from model.machine import compute_dtype, onednn_suits, product, timed
 
 
 def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float = 0.3) -> list[dict[str, Any]]:
