@@ -16,6 +16,7 @@ import torch
 from infer import tasks
 from infer.generate import Generator
 from infer.load import load
+from model.machine import compute_dtype
 
 
 def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16) -> list[dict[str, Any]]:
@@ -30,13 +31,18 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
         model.save_pretrained(Path(folder) / "peer")
         peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=torch.float32).eval()
     setting = (
-        f"{notes} notes of {note_tokens} tokens, 8 questions, {new_tokens} new each, fp32, "
+        f"{notes} notes of {note_tokens} tokens, 8 questions, {new_tokens} new each, peers in fp32, "
         f"{torch.get_num_threads()} threads"
     )
 
     ours: dict[str, tuple[float, list[list[int]]]] = {}
-    for name, lookup in (("shared prefix", False), ("shared prefix + prompt lookup", True)):
-        generator = Generator(model, tokenizer, lookup=lookup)
+    probed = str(compute_dtype()).removeprefix("torch.")
+    ways = {"shared prefix": ("wide", "float32", False), "shared prefix + prompt lookup": ("wide", "float32", True),
+            f"shared prefix, {probed} as the probe chooses": ("wide", probed, False),
+            f"shared prefix + prompt lookup, int8 with {probed}": ("int8", probed, True)}  # fmt: skip
+    for name, (form, dtype, lookup) in ways.items():
+        own = model if (form, dtype) == ("wide", "float32") else load(weights, dtype=dtype, form=form)[0]
+        generator = Generator(own, tokenizer, lookup=lookup)
         generator.stop_ids = frozenset()  # every request runs to its last token, as the peers' do
         began = time.perf_counter()
         outs = generator.generate([t + q for t in trunks for q in questions], max_new_tokens=new_tokens)

@@ -10,10 +10,9 @@ from typing import Any
 import torch
 
 from eval.bench.decode import open_llama_cpp
-from infer.engine import product
 from infer.generate import Generator
 from infer.load import load
-from model.machine import compute_dtype, timed
+from model.machine import compute_dtype, product, timed
 
 
 def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[dict[str, Any]]:

@@ -67,8 +67,8 @@ def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[
             f"{kind}: ours begins at a loss of {ours['loss']}, peft at {peft['loss']}: not the same work"
         )
     base = f", {asked['base']} base" if asked["base"] else ""
-    setting = (f"{asked['size']}{base}, r {asked['r']}, best of {asked['steps']} steps after 1, {ours['device']}; first loss "
-               f"{ours['loss']:.4f}, peft's {peft['loss']:.4f}")  # fmt: skip
+    setting = (f"{asked['size']}{base}, r {asked['r']}, best of {asked['steps']} steps after 1, {ours['device']}; "
+               f"first loss {ours['loss']:.4f}, peft's {peft['loss']:.4f}")  # fmt: skip
     unit = "tok/s" if kind == "plain" else "records/s"
 
     def row(
