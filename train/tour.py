@@ -132,7 +132,7 @@ def the_loss(seen: Seen) -> Step:
              ("mean of the rows' means", f"{wrong:.6f}: not the same, it weighs a token by the company that it keeps")]
     says = ("The loss is the sum of −log p over all targets of the step, divided by their number N: known before, so "
             "that micro-batches and ranks just add up.")  # fmt: skip
-    code = source(ChunkedCrossEntropy.forward, "log_sum_N - logits_NV[")
+    code = source(ChunkedCrossEntropy.forward, "loss_N[part] =")
     return Step("The loss", says, code, facts, hand, table=table)
 
 
