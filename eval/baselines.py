@@ -175,17 +175,21 @@ class RegexBaseline:
         return re.findall(r"[a-z]+|:", text[max(0, start - 30) : start].lower())[-4:]
 
     def _best_reading(self, records: Sequence[Mapping[str, Any]], name: str) -> Reading:
+        candidates = [(record, self._candidates(record["text"], name)) for record in records]
+
         def right(reading: Reading) -> int:
             return sum(
-                {answer.lower() for answer in self._answer(record["text"], name, reading)}
+                {answer.lower() for answer in self._chosen(found, record["text"], name, reading)}
                 == {span["text"].lower() for span in record["phenotypes"][name]}
-                for record in records
+                for record, found in candidates
             )
 
         return max(_READINGS, key=right)
 
     def _answer(self, text: str, name: str, reading: Reading) -> list[str]:
-        found = self._candidates(text, name)
+        return self._chosen(self._candidates(text, name), text, name, reading)
+
+    def _chosen(self, found: list[Found], text: str, name: str, reading: Reading) -> list[str]:
         if reading.aside:
             found = [one for one in found if not _ASIDE.search(self._sentence(text, one.start))]
         if reading.cued:
