@@ -24,6 +24,7 @@ from torch.nn import functional
 from tqdm import tqdm
 
 from lora import load_adapter, no_adapter
+from lora.origin import check_origin
 from model import Tokenizer, Transformer, command
 from model.command import UserError
 from model.files import read_jsonl
@@ -122,6 +123,8 @@ def read_texts(path: Path, limit: int = 0) -> list[str]:
 
 def main(options: Options) -> None:
     texts = read_texts(options.text, options.documents)
+    if options.adapter is not None:
+        check_origin(options.weights, [options.adapter])
     model, tokenizer = Transformer.from_pretrained(options.weights), Tokenizer.from_pretrained(options.weights)
 
     def run(name: str) -> Result:

@@ -15,6 +15,7 @@ from infer.fuse import fuse
 from infer.memory import Load, Plan, fit, read_size
 from lora import load_adapter, merge_lora
 from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
+from lora.origin import check_origin
 from model import ModelConfig, Tokenizer, Transformer
 from model.command import UserError, nearest
 from model.machine import decode_dtype
@@ -48,6 +49,7 @@ def load(
     for adapter in adapters:  # cheap checks before the weights are read
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
+    check_origin(weights, adapters)
     tokenizer = Tokenizer.from_pretrained(weights)
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if form == "wide":

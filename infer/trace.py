@@ -26,6 +26,7 @@ from infer.load import load
 from infer.notes import read_notes
 from lora import load_adapter, merge_lora, no_adapter, set_adapter
 from lora.adapter import adapted
+from lora.origin import check_origin
 from model import Tokenizer, Transformer
 from model.command import UserError, nearest, run
 from model.files import check_writable, read_json, write_text
@@ -113,6 +114,7 @@ def check(options: Options) -> None:
     for adapter in options.adapter:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
+    check_origin(options.weights, options.adapter)
     if options.compare is not None and not Path(options.compare).exists():
         raise UserError(f"{options.compare}: no such file or folder; --compare takes a model or an adapter")
 

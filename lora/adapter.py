@@ -20,6 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
+from lora.origin import TRAINED_ON, origin
 from model.command import UserError, nearest
 from model.files import atomic_folder, read_json, write_json
 from model.safetensors_file import save_tensors
@@ -263,11 +264,13 @@ def save_adapter(
 def write_adapter(
     folder: Path, config: LoRAConfig, state: dict[str, Tensor], base: str | os.PathLike[str] | None = None
 ) -> None:
-    """PEFT's two files in a folder that is there."""
+    """PEFT's two files in a folder that is there, and what the adapter was trained on where `base` is at hand."""
     tensors = {key: tensor.cpu().contiguous() for key, tensor in sorted(state.items())}
     save_tensors(folder / "adapter_model.safetensors", tensors)
     modules = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
     write_json(folder / "adapter_config.json", peft_config(config, None if base is None else str(base), modules))
+    if base and Path(base).exists():
+        write_json(folder / TRAINED_ON, origin(base))
 
 
 def read_config(path: str | os.PathLike[str]) -> LoRAConfig:

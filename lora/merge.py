@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from lora.adapter import PREFIX, LoRAConfig, adapter_file, check_tensors, read_config
+from lora.origin import check_origin, note_merge
 from model.command import UserError, run
 from model.config import ModelConfig
 from model.safetensors_file import Stored, open_safetensors
@@ -89,9 +90,11 @@ def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | Non
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
     config, tensors = read_config(adapter), OnDisk(adapter)
+    check_origin(weights, [adapter])
     check_tensors(model, tensors, config, adapter)
     merged = merge_checkpoint(open_checkpoint(weights), config, tensors, dtype)
     write_checkpoint(merged, raw, out, 5 * 2**30, dtype)
+    note_merge(Path(out), weights, adapter)
 
 
 def main(options: Options) -> int:

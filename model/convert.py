@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import pickle
 import re
+import shutil
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,7 +32,7 @@ from model.safetensors_file import NAMES, PLAIN_NAME, Stored, held
 from model.tiktoken_file import tokenizer_json
 from model.tokenizer import Fast, Tokenizer, copy_tokenizer
 from model.transformer import Transformer
-from model.weights import COMPUTED, Checkpoint, check_names, config_dict, open_checkpoint, write_checkpoint
+from model.weights import COMPUTED, MERGED, Checkpoint, check_names, config_dict, open_checkpoint, write_checkpoint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -63,6 +64,8 @@ def main(options: Options) -> None:
         write_checkpoint(written, native_params(raw), target, most, dtype, "consolidated", "params.json")
     else:
         write_checkpoint(checkpoint, raw, target, most, dtype)
+    if (source / MERGED).is_file():
+        shutil.copyfile(source / MERGED, target / MERGED)
     try:
         if (source / "qwen.tiktoken").is_file():
             engine = Fast(tokenizer_json(source / "qwen.tiktoken"), str(source / "qwen.tiktoken"))

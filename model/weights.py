@@ -34,9 +34,10 @@ from model.safetensors_file import DTYPES, Stored, held, open_safetensors, uniqu
 PIECE = 8 * 2**20  # numbers that are read and cast at a time
 LISTED = 100  # names in one message: a config of another model makes thousands
 Keep = Callable[[str, Iterator[tuple[slice, Tensor]]], "nn.Module | None"]
+MERGED = "merged.json"  # beside weights with adapters merged in: which ones (lora/origin.py)
 # What an older folder loses to a new checkpoint: its weights and config, in whatever number of shards.
 WEIGHTS = re.compile(
-    r"(model|consolidated)([-.]\d+(-of-\d+)?)?\.safetensors(\.index\.json)?|config\.json|params\.json"
+    r"(model|consolidated)([-.]\d+(-of-\d+)?)?\.safetensors(\.index\.json)?|(config|params|merged)\.json"
 )
 # Buffers that older files carry and that are computed, not learnt.
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")

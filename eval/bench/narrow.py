@@ -32,7 +32,7 @@ def rows(run: str = "runs/demo-nano", notes: int = 40, batch: int = 8) -> list[d
     if not (folder / "tuned" / "adapter").is_dir():
         raise UserError(f"{run}: no demo's run; make one: make demo SCALE=nano")
     weights = folder / "base" / "model" if (folder / "base" / "model").is_dir() else folder / "base"
-    adapters = [folder / "pretrained" / "adapter", folder / "tuned" / "adapter"]
+    adapters = [folder / "tuned" / "adapter"]  # it went on from the pretrained one, and holds it
     records = read_references(folder / "heldout.jsonl")[:notes]
     found: list[dict[str, Any]] = []
     exact: list[torch.Tensor] = []

@@ -1,0 +1,73 @@
+"""What an adapter was trained on, so that another base is refused where its shapes alone would fit.
+
+`trained_on.json` beside PEFT's two files (which PEFT leaves alone) holds a hash of the base's norm weights and one of
+each adapter that had been merged into it. Norms are in every format of a checkpoint, none packs them, and full training
+moves them; they are compared in bf16, which published weights are in, so a converted base is the same base. Adapters
+from elsewhere have no such file, and only their shapes are checked.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.command import UserError
+from model.files import read_json, sha256_file, write_json
+from model.weights import MERGED, open_checkpoint
+
+TRAINED_ON = "trained_on.json"
+
+
+def norms(weights: str | os.PathLike[str]) -> str:
+    """A hash of a checkpoint's norm weights in bf16, whatever its format."""
+    checkpoint, digest = open_checkpoint(weights), hashlib.sha256()
+    for name in sorted(name for name in checkpoint.tensors if name.endswith("norm.weight")):
+        digest.update(name.encode() + checkpoint.read(name).bfloat16().view(torch.int16).numpy().tobytes())
+    return digest.hexdigest()
+
+
+def digest_of(adapter: str | os.PathLike[str]) -> str:
+    return sha256_file(Path(adapter) / "adapter_model.safetensors")
+
+
+def merged_into(weights: str | os.PathLike[str]) -> list[str]:
+    """The adapters that were merged into a base by lora.merge, first to last."""
+    mark = Path(weights) / MERGED
+    return list(read_json(mark)) if mark.is_file() else []
+
+
+def note_merge(out: Path, weights: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> None:
+    """Note in a merged base's folder what is in it."""
+    write_json(out / MERGED, [*merged_into(weights), digest_of(adapter)])
+
+
+def origin(base: str | os.PathLike[str]) -> dict[str, Any]:
+    """trained_on.json's content for an adapter on this base."""
+    return {"norms": norms(base), "merged": merged_into(base)}
+
+
+def check_origin(weights: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]) -> None:
+    """Raises UserError where one of these adapters, merged in this order, was trained on another base or on other
+    adapters than come before it. Those that do not say what they were trained on pass."""
+    here: str | None = None
+    before = merged_into(weights)
+    for adapter in adapters:
+        mark = Path(adapter) / TRAINED_ON
+        if mark.is_file():
+            said, here = read_json(mark), here or norms(weights)
+            if not isinstance(said, dict) or not isinstance(said.get("merged"), list):
+                raise UserError(f"{mark}: not what training writes there; remove it to go by shapes alone")
+            if said.get("norms") != here:
+                raise UserError(f"{adapter}: was trained on another base than {weights}; give that one, or remove "
+                                f"{TRAINED_ON} there if you know better")  # fmt: skip
+            if said["merged"] != before:
+                raise UserError(f"{adapter}: was trained on a base with {len(said['merged'])} adapters merged into it, "
+                                f"and here {len(before)} come before it, or others; give the same, in their order, or "
+                                f"remove {TRAINED_ON} there if you know better")  # fmt: skip
+        if (Path(adapter) / "adapter_model.safetensors").is_file():
+            before = [*before, digest_of(adapter)]
