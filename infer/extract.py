@@ -32,7 +32,7 @@ from infer.mended import mend
 from infer.notes import Note, fingerprint, read_notes
 from infer.repair import read_repair
 from model.command import UserError, run
-from model.files import sha256_file, write_json
+from model.files import read_json, sha256_file, write_json
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
     from infer.memory import Plan
@@ -125,7 +125,10 @@ def main(options: Options) -> int:
         raise UserError(f"{options.notes}: the notes, and a file that --out {options.out} writes; choose another --out")
     next(source(options))  # refuses a missing or empty file before anything is made
     job = Job(options.out, identity(options), rank // together, world // together, rank % together == 0)
+    check_schema(job)
     finished = job.claim()
+    if rank == 0:
+        write_json(schema_of(options.out), SCHEMA)  # of a finished job too: it may be an older one's
     began = time.perf_counter()
     if not finished:
         barrier(world)
@@ -136,7 +139,6 @@ def main(options: Options) -> int:
         barrier(world)
     if rank != 0:
         return 0
-    write_json(schema_of(options.out), SCHEMA)  # of a finished job too: it may have been killed just before this
     notes, errors = job.count()
     seconds = time.perf_counter() - began
     if options.json:
@@ -181,6 +183,19 @@ def settled(options: Options, rank: int, world: int) -> str:
 
 def schema_of(out: Path) -> Path:
     return out.with_name(out.name + ".schema.json")
+
+
+def check_schema(job: Job) -> None:
+    """Refuse a file in the schema's place that is none of this job's: it would be overwritten."""
+    schema = schema_of(job.out)
+    if not os.path.lexists(schema) or begun(job.out).get("hash") == job.identity["hash"]:
+        return
+    try:
+        same = read_json(schema) == SCHEMA
+    except (UserError, OSError):  # no JSON, or a folder
+        same = False
+    if not same:
+        raise UserError(f"{schema}: exists and is no job's of ours; choose another --out or remove it")
 
 
 def source(options: Options) -> Iterator[Note]:

@@ -52,6 +52,9 @@ DOORS = {  # what is wrong: (files beside the notes, options, what the line says
     "the part is the input": ({"o.jsonl.part": GOOD.encode()}, {"notes": "o.jsonl.part"}, "no job's of ours"),
     "an output of somebody else": ({"o.jsonl": b"mine"}, {}, "no job's of ours"),
     "a mark of somebody else": ({"o.jsonl.job.json": b'{"mine": 1}'}, {}, "no job's of ours"),
+    "a schema of somebody else": ({"o.jsonl.schema.json": b'{"mine": 1}'}, {}, "no job's of ours"),
+    "no JSON in the schema's place": ({"o.jsonl.schema.json": b"mine"}, {}, "no job's of ours"),
+    "a folder in the schema's place": ({"o.jsonl.schema.json/mine": b""}, {}, "no job's of ours"),
     "an output in a file": ({"f": b"x"}, {"out": "f/o.jsonl"}, "cannot write"),
     "a folder as output": ({"d/x": b""}, {"out": "d"}, "a folder; name the output file"),
     "memory in unknown units": ({}, {"memory": "6XB"}, "is not a size"),
@@ -79,7 +82,7 @@ def test_a_mistake_is_one_line_and_overwrites_nothing(wrong, weights, tmp_path, 
     assert line.startswith("infer.extract: ") and said in line, line
     after = everything(tmp_path)
     assert {name: after[name] for name in before} == before and not (set(after) - set(before) - {
-        str(tmp_path / "o.jsonl.job.json")})  # fmt: skip
+        str(tmp_path / f"o.jsonl.{own}.json") for own in ("job", "schema")})  # fmt: skip
 
 
 def test_an_adapter_of_another_base(weights, tmp_path, capsys):

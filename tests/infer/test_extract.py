@@ -181,8 +181,10 @@ def test_another_job_s_output_is_left_alone(weights, tmp_path):
     extract(weights, notes, out)
     before = out.read_bytes()
     assert extract(weights, notes, out) == 0  # finished already
-    (tmp_path / "o.jsonl.schema.json").unlink()  # as a kill at the very end leaves it
-    assert extract(weights, notes, out) == 0 and (tmp_path / "o.jsonl.schema.json").exists()
+    schema = tmp_path / "o.jsonl.schema.json"
+    schema.write_text('{"title": "of an older version"}')
+    assert extract(weights, notes, out) == 0
+    assert set(records(out)[0]) <= set(json.loads(schema.read_text())["properties"])
     with pytest.raises(UserError, match="another job"):
         extract(weights, notes, out, max_new_tokens=7)
     write_notes(notes, 3)
@@ -235,6 +237,14 @@ def test_a_job_that_never_started_is_in_nobody_s_way(weights, tmp_path):
     with pytest.raises(UserError):
         extract(weights, notes, out, adapter=(str(tmp_path),))  # a folder without an adapter
     assert extract(weights, notes, out) == 0
+
+
+def test_a_job_that_has_begun_has_its_schema(weights, tmp_path):
+    """Whoever reads what a killed job has answered so far can look up there what it means."""
+    notes, out = write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    with pytest.raises(UserError, match="no adapter_config.json"):
+        extract(weights, notes, out, adapter=(str(tmp_path),))
+    assert "phenotypes" in json.loads((tmp_path / "o.jsonl.schema.json").read_text())["properties"]
 
 
 def test_nothing_to_read(weights, tmp_path):
