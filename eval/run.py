@@ -105,7 +105,8 @@ def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) 
     wanted = {kind for kind in ("phenotypes", "diagnosis") if any(record.get(kind) for record in records)}
     task = "both" if len(wanted) == 2 else "diagnosis" if wanted == {"diagnosis"} else "phenotype"
     limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
-    asker = Asker(Generator(model, tokenizer), task, "template" if form == "template" else "chat", limits, "windows")
+    form = "template" if form == "template" else "chat"
+    asker = Asker(Generator(model, tokenizer), task, form, limits, "windows", batch=options.batch)
     with tqdm(total=len(records), unit="note", desc="asking", disable=None) as bar:
         for start in range(0, len(records), options.batch):
             part = records[start : start + options.batch]

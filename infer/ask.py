@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -46,18 +46,28 @@ class Part:
     done: dict[str, Any] | None = None
 
 
+@dataclass(frozen=True)
+class Request:
+    """A question about a part. `rooms`: in how many of a plan's questions (tasks.QUESTION tokens) it has room."""
+
+    prompt: list[int]
+    settings: Settings
+    rooms: int = 1
+
+
 class Asker:
-    """Puts a task's questions about notes to a Generator, in one form."""
+    """Puts a task's questions about notes to a Generator, in one form; those of `batch` notes at once."""
 
     def __init__(
         self, generator: Generator, task: str, form: str, limits: Limits, long: str = "error", grounded: bool = False,
-        neighbours: Neighbours | None = None,
+        neighbours: Neighbours | None = None, batch: int = 8,
     ) -> None:  # fmt: skip
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
         room = generator.engine.config.max_position_embeddings - longest  # what the model can take
         limits = replace(limits, input=min(limits.input, room))
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
+        self.batch = batch
         self.grounding = Grounding(self.tokenizer, generator.stop_ids) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
             raise UserError("the tokenizer does not say its chat form; ask with --form template")
@@ -133,36 +143,62 @@ class Asker:
     def records(self, notes: Sequence[Note]) -> list[dict[str, Any]]:
         """One record a note, in order; what is wrong with a note becomes its record's `error`."""
         records: list[dict[str, Any]] = []
-        prompts: list[list[int]] = []
-        settings: list[Settings] = []
-        places: list[tuple[int, list[Part]]] = []
+        places: list[tuple[dict[str, Any], list[Part]]] = []
         for note in notes:
             records.append({"id": note.id})
             try:
                 if note.error is not None:
                     raise UserError(note.error)
-                parts = self.parts(note)
+                places.append((records[-1], self.parts(note)))
             except UserError as error:
                 records[-1]["error"] = str(error)
-                continue
-            places.append((len(records) - 1, parts))
-            for part in parts:
-                grammars = self.grounding.of_note(part.text) if self.grounding else {}
-                for name, question in self.questions(note):
-                    shown = self.beside(note, part.text, question) if name == "diagnosis" else []
-                    if name == "diagnosis" and self.neighbours is not None:
-                        held = records[-1].setdefault("neighbours", [])
-                        held += [one for one, _ in shown if one not in held]
-                    prompts.append(self.prompt(part.text, name, question, [text for _, text in shown]))
-                    chosen = self.wide if name == "diagnosis" else self.short
-                    settings.append(replace(chosen, constraint=Grounded(grammars[name]) if grammars else None))
-        found = self.generator.generate(prompts, settings) if prompts else []
-        outs = iter([whole(out, chosen) for out, chosen in zip(found, settings, strict=True)])
-        for index, parts in places:
-            asked = self.questions(parts[0].note)
-            answers = [[next(outs) for _ in asked] for _ in parts]
-            records[index] |= self.record(parts, asked, answers)
+        asked = (self.requests(part, record) for record, parts in places for part in parts)
+        outs = (out for requests in self.slices(asked) for out in self.answers(requests))
+        for record, parts in places:
+            questions = self.questions(parts[0].note)
+            record |= self.record(parts, questions, [[next(outs) for _ in questions] for _ in parts])
         return records
+
+    def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:
+        """Everything that is asked about a part; the neighbours that it is shown enter its record."""
+        grammars = self.grounding.of_note(part.text) if self.grounding else {}
+        requests = []
+        for name, question in self.questions(part.note):
+            shown = self.beside(part.note, part.text, question) if name == "diagnosis" else []
+            if name == "diagnosis" and self.neighbours is not None:
+                held = record.setdefault("neighbours", [])
+                held += [one for one, _ in shown if one not in held]
+            prompt = self.prompt(part.text, name, question, [text for _, text in shown])
+            constraint = Grounded(grammars[name]) if grammars else None
+            rooms = 1 if name else -(-len(self.tokenizer.encode(question)) // tasks.QUESTION)
+            chosen = self.wide if name == "diagnosis" else self.short
+            requests.append(Request(prompt, replace(chosen, constraint=constraint), rooms))
+        return requests
+
+    def slices(self, asked: Iterable[list[Request]]) -> Iterator[list[Request]]:
+        """The parts' requests in order, at once as many as `batch` notes with the task's questions have: so windows and
+        own questions, however many, take no more memory. A part's stay together where they can: they share its text."""
+        most = self.batch * len(self.questions(Note("")))
+        held: list[Request] = []
+        parts = rooms = 0
+        for requests in asked:
+            if held and (parts == self.batch or rooms + sum(request.rooms for request in requests) > most):
+                yield held
+                held, parts, rooms = [], 0, 0
+            parts += 1
+            for request in requests:
+                if held and rooms + request.rooms > most:
+                    yield held
+                    held, parts, rooms = [], 1, 0
+                held.append(request)
+                rooms += request.rooms
+        if held:
+            yield held
+
+    def answers(self, requests: list[Request]) -> list[Generation]:
+        settings = [request.settings for request in requests]
+        found = self.generator.generate([request.prompt for request in requests], settings)
+        return [whole(out, chosen) for out, chosen in zip(found, settings, strict=True)]
 
     def record(
         self, parts: list[Part], asked: list[tuple[str, str]], answers: list[list[Generation]]

@@ -31,6 +31,7 @@ from infer.job import Job, batches, begun, mark_of, stamp
 from infer.mended import mend
 from infer.notes import Note, fingerprint, read_notes
 from infer.repair import read_repair
+from infer.tasks import QUESTION
 from model.command import UserError, run
 from model.files import read_json, sha256_file, write_json
 
@@ -160,7 +161,7 @@ def planned(options: Options) -> tuple[Options, Plan | None]:
 
     asked = ASKED[options.task]
     new = (asked - (options.task != "phenotype")) * options.max_new_tokens
-    new += 64 * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
+    new += QUESTION * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
     plan = plan_for(options, Load(options.max_input_tokens, new, asked, options.batch))
     return replace(options, format=plan.form, batch=plan.batch), plan
 
@@ -272,7 +273,7 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Pla
     limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
     kept = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
     generator = Generator(model, tokenizer, **kept)
-    asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours)
+    asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, options.batch)
     with tqdm(total=total, unit="note", disable=None if job.rank == 0 else True, desc="extracting") as bar:
         for number, batch in enumerate(split(options)):
             if number % job.world == job.rank and number // job.world >= done:

@@ -20,6 +20,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NOT_RELEVANT = "not relevant"
+QUESTION = 64
+"""Tokens of a question that a plan of memory counts with."""
 EDGE = r"(?!(?<=\w)\w)(?!(?<=\d[.,])\d)(?!(?<=\d)[.,]\d)"
 """Where a span of a note may begin or end, as a regular expression: not inside a word or a number (2.5, 1,200)."""
 

@@ -44,7 +44,7 @@ def rows(run: str = "runs/demo-nano", notes: int = 40, batch: int = 8) -> list[d
         exact = exact or logits
         own, true = torch.cat(logits).double(), torch.cat(exact).double()
         agree = (own.argmax(-1) == true.argmax(-1)).double().mean().item()
-        asker = Asker(Generator(model, tokenizer), "both", "template", Limits())
+        asker = Asker(Generator(model, tokenizer), "both", "template", Limits(), batch=batch)
         answers: list[dict[str, Any]] = []
         for start in range(0, len(records), batch):
             part = [Note(record["id"], record["text"]) for record in records[start : start + batch]]

@@ -102,6 +102,50 @@ def test_windows_hold_all_of_a_long_note_overlap_and_keep_to_the_limit(pieces, l
             asker.parts(Note("n", text))
 
 
+class Counting(Generator):
+    """Notes what every call is asked."""
+
+    def __init__(self, *arguments):
+        super().__init__(*arguments)
+        self.calls = []
+
+    def generate(self, prompts, settings=None, **options):
+        self.calls.append(list(prompts))
+        return super().generate(prompts, settings, **options)
+
+
+def asked_in(batch, notes, tokenizer, task="both", limit=200):
+    """(what each call was asked, the records) of notes that are asked `batch` at once, in windows of `limit` tokens."""
+    generator = Counting(tiny_model(), tokenizer)
+    records = Asker(generator, task, "template", Limits(limit, 4, 6), "windows", batch=batch).records(notes)
+    return generator.calls, records
+
+
+@pytest.mark.parametrize("task", ["both", "phenotype", "diagnosis"])
+def test_windows_are_asked_no_more_at_once_than_the_batch_s_notes(task, tokenizer):
+    notes = [Note("long", "Left breast, 2.5 cm. " * 50), Note("bad", error="unread"), Note("short", NOTE)]
+    (whole,), expected = asked_in(100, notes, tokenizer, task)
+    questions = {"both": 9, "phenotype": 8, "diagnosis": 1}[task]
+    assert expected[0]["long"]["windows"] > 5 and len(whole) == (expected[0]["long"]["windows"] + 1) * questions
+    calls, records = asked_in(2, notes, tokenizer, task)
+    assert records == expected and [prompt for call in calls for prompt in call] == whole
+    assert all(len(call) == 2 * questions for call in calls[:-1])  # whole windows, which share their text
+
+
+def test_own_questions_are_asked_no_more_at_once_than_a_batch_s_task_has(tokenizer):
+    """What --memory plans with: as many answers, and as many tokens of questions."""
+    short, long = tuple(f"Is it {n}?" for n in range(40)), tuple(f"{n} " + "x y " * 30 for n in range(5))
+    notes = [Note("n", NOTE, questions=short), Note("m", NOTE, questions=(*long, "Which?")), Note("o", NOTE)]
+    (whole,), expected = asked_in(100, notes, tokenizer, limit=400)
+    calls, records = asked_in(1, notes, tokenizer, limit=400)
+    assert records == expected and [prompt for call in calls for prompt in call] == whole
+    assert [len(call) for call in calls] == [9, 9, 9, 9, 4, 4, 2, 9]  # a long question has the room of two
+    calls, records = asked_in(2, [Note("w", "Left breast, 2.5 cm. " * 50, questions=("Which?",))], tokenizer)
+    assert records[0]["long"]["windows"] > 5 and max(map(len, calls)) == 2
+    calls, _ = asked_in(2, [Note(name, NOTE, questions=short[:12]) for name in "pq"], tokenizer, limit=400)
+    assert [len(call) for call in calls] == [12, 12]  # not 18 and 6: a note's are asked together
+
+
 def window(*values, not_relevant=False, reason="stop"):
     answers = [{"text": text, "start": 0, "end": 1, "logprob": logprob} for text, logprob in values]
     return {"answers": answers, "not_relevant": not_relevant, "finish_reason": reason}
