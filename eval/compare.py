@@ -16,7 +16,7 @@ import tyro
 
 from eval.failures import is_right
 from eval.questions import Question, judged, pair, read_predictions, read_references
-from eval.report import read_run
+from eval.report_given import read_run
 from eval.score import groups
 from eval.statistics import paired
 from model import command

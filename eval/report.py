@@ -31,6 +31,7 @@ from eval.metrics.ledger import ledger
 from eval.metrics.scoring import METRICS
 from eval.questions import Question, figures, judged, pair, patient_of, read_predictions, read_references
 from eval.report_examples import examples
+from eval.report_given import POINT, check, read_parts, read_run
 from eval.report_paper import BASELINES, PAPER
 from eval.score import NAMES, groups
 from eval.statistics import interval, paired
@@ -38,11 +39,10 @@ from infer.codes import lookup
 from infer.tasks import PHENOTYPES
 from model import command
 from model.command import UserError
-from model.files import read_json, read_jsonl, write_json, write_text
+from model.files import read_jsonl, write_json, write_text
 
 Json = dict[str, Any]
 SECOND = "cancerllm"
-PARTS = ("counterfactual", "misspelling", "canaries", "retrieval", "quirks")
 SETS = {"heldout": "held-out patients", "unseen": "other patients, unseen styles"}
 
 
@@ -77,25 +77,6 @@ def build(run: Path, examples_shown: int = 10) -> Json:
     report["curves"] = {name: _curve(run / path) for name, path in (given.get("curves") or {}).items()}
     report["examples"] = _examples(run, given, examples_shown)
     return report
-
-
-def read_parts(run: Path, given: Json) -> Json:
-    """The results of the experiments that run.json names; None for the others."""
-    return {key: read_json(run / given[key]) if given.get(key) else None for key in PARTS}
-
-
-def read_run(run: Path) -> Json:
-    """run.json, checked."""
-    if not run.is_dir():
-        raise UserError(f"{run}: no such run folder")
-    given = read_json(run / "run.json")
-    for key in ("systems", "references"):
-        if not isinstance(given, dict) or not given.get(key):
-            raise UserError(f"{run / 'run.json'}: lacks {key!r}; eval.report's help says what it holds")
-    for place, system in enumerate(given["systems"], 1):
-        if missing := [key for key in ("name", "kind", "predictions") if key not in system]:
-            raise UserError(f"{run / 'run.json'}: system {place} lacks {missing[0]!r}")
-    return given
 
 
 def _set(run: Path, systems: list[Json], name: str, references: list[Json]) -> tuple[Json, list]:
@@ -176,7 +157,8 @@ def _paired(asked: list[tuple[str, list[Question]]]) -> list[Json]:
 
 def _curve(path: Path) -> Json:
     curve: Json = {"step": [], "loss": [], "valid_step": [], "valid_loss": []}
-    for _, line in read_jsonl(path, ("step", "loss")):
+    for number, line in read_jsonl(path):
+        check(line, POINT, f"{path}:{number}")
         curve["step"].append(line["step"])
         curve["loss"].append(line["loss"])
         if line.get("valid_loss") is not None:

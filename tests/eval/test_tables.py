@@ -11,7 +11,8 @@ import tyro
 from eval import experiments, retrieval_table
 from eval.demo import SCALES
 from eval.experiments import PARTS
-from eval.report import read_parts, render
+from eval.report import render
+from eval.report_given import read_parts
 from eval.report_paper import PAPER
 from eval.robustness.run_canaries import Canaries
 from eval.robustness.run_labels import Labels
