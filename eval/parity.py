@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import sys
 import tempfile
-import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -225,7 +225,7 @@ def _tokenizer(weights: str) -> Tokenizer | None:
     try:
         return Tokenizer.from_pretrained(weights)
     except UserError as error:
-        warnings.warn(f"no tokenizer compared: {one_line(error)}", stacklevel=2)
+        print(f"no tokenizer compared: {one_line(error)}", file=sys.stderr)
         return None
 
 

@@ -77,6 +77,8 @@ def test_an_adapter_against_peft(family, published, tmp_path):
 def test_the_command_prints_a_summary_and_writes_json(published, tmp_path, capsys):
     options = Options(weights=str(published("llama")), tokens=20, new_tokens=4, json=str(tmp_path / "out.json"))
     assert main(options) == 0
-    assert "parity holds: llama, 20 tokens" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "parity holds: llama, 20 tokens" in said.out
+    assert [line for line in said.err.splitlines() if line.startswith("no tokenizer compared: ")] != []
     written = json.loads((tmp_path / "out.json").read_text())
     assert written["holds"] and len(written["rows"]) > 40
