@@ -27,7 +27,9 @@ class Rows:
             alone = [[unit] for unit in range(len(lengths))]
             self.held = alone if recipe.packing == "none" else pack(lengths, recipe.block)
         if not self.held:
-            raise UserError(f"{store.path}: no row to train on (block {recipe.block}); give more or longer texts")
+            files = ", ".join(store.manifest["identity"]["sources"])
+            raise UserError(f"{files}: not one whole row of block = {recipe.block} tokens in it; give more text or a "
+                            "smaller block")  # fmt: skip
 
     def __len__(self) -> int:
         return len(self.held)

@@ -74,10 +74,16 @@ def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
             if name not in tasks.PHENOTYPES:
                 raise ValueError(f"unknown phenotype {name!r}")
         for name, values in found.items():
-            texts = list(dict.fromkeys(value["text"] for value in values))
-            asked.append((tasks.PHENOTYPES[name].question, tasks.answer(texts)))
+            try:
+                texts = list(dict.fromkeys(value["text"] for value in values))
+                asked.append((tasks.PHENOTYPES[name].question, tasks.answer(texts)))
+            except (TypeError, KeyError) as error:
+                raise ValueError(f"{name} is not a list of {{'text': …}}; train.data.from_table makes such records"
+                                 ) from error  # fmt: skip
     if which != "phenotype" and record.get("diagnosis"):
         given = record["diagnosis"]
+        if not (isinstance(given, dict) and all(isinstance(given.get(key), str) for key in ("text", "code"))):
+            raise ValueError("'diagnosis' is not {'text': …, 'code': …}; train.data.from_table makes such records")
         asked.append((tasks.DIAGNOSIS_QUESTION, tasks.diagnosis_answer(given["text"], given["code"])))
     if not asked:
         raise ValueError("holds no question to train on")

@@ -121,9 +121,16 @@ def encode_shards(
 
 
 def numbered_lines(files: Sequence[str]) -> Iterator[tuple[str, int, bytes]]:
+    """(file, number, line) of every line that is not blank. Raises UserError where a file has none."""
     for file in files:
+        empty = True
         with open(file, "rb") as lines:
-            yield from ((str(file), number, line) for number, line in enumerate(lines, start=1) if line.strip())
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    empty = False
+                    yield str(file), number, line
+        if empty:
+            raise UserError(f"{file}: empty: it holds no record; give one JSON object a line")
 
 
 def encode_job(job: tuple) -> tuple[dict[str, int], list[dict[str, Any]]]:

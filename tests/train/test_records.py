@@ -63,6 +63,18 @@ def test_the_questions_are_those_of_the_tasks(tokenizer, record, which, question
     assert len(note_pieces(tokenizer, "note-first", which, append_eos=True)(record)) == 1 + 2 * questions
 
 
+def test_what_a_record_does_not_hold_is_not_asked_and_what_it_holds_in_another_form_is_named(tokenizer, record):
+    encode = note_pieces(tokenizer, "note-first", "both", append_eos=True)
+    without = {key: value for key, value in record.items() if key != "diagnosis"}
+    assert len(encode(without)) == len(encode(record)) - 2
+    for wrong in (7, "C50.9", ["C50.9"], {"text": "Malignant neoplasm of breast"}, {"text": "a", "code": None}):
+        with pytest.raises(ValueError, match="^'diagnosis' is not {'text': …, 'code': …}"):
+            encode({**record, "diagnosis": wrong})
+    for wrong in (7, "2 cm", ["2 cm"], [{"answer": "2 cm"}], [{"text": 2}], {"text": "2 cm"}):
+        with pytest.raises(ValueError, match="^tumor_size is not a list of {'text': …}"):
+            encode({**record, "phenotypes": {"tumor_size": wrong}})
+
+
 def test_a_loss_on_all_counts_note_and_prompts_too(notes):
     name, pieces = notes[0]
     unit = note_unit(name, pieces, loss_on="all")

@@ -1,12 +1,15 @@
 """Token stores: bad records are set aside and named, other sources are noticed, workers and shards change nothing."""
 
 import json
+from dataclasses import replace
 
 import numpy as np
 import pytest
+from tiny_runs import RECIPE
 
 import train.store as stores
 from model.command import UserError
+from train.dataset import Rows
 from train.store import Encoding, TokenStore, build_store
 
 
@@ -66,6 +69,17 @@ def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(
         with pytest.raises(UserError, match="s: shard 0 is damaged; remove this folder"):
             TokenStore(tmp_path / "s")[0]
         (tmp_path / "s" / name).write_bytes(held)
+
+
+def test_an_empty_file_and_one_too_short_for_a_row_are_named(tmp_path, data):
+    (tmp_path / "none.jsonl").write_text("\n \n")
+    (tmp_path / "short.jsonl").write_text('{"id": "a", "text": "some words"}\n')
+    encoding = Encoding("pretrain", str(data / "tok"))
+    with pytest.raises(UserError, match="none.jsonl: empty: it holds no record"):
+        build_store([str(data / "documents.jsonl"), str(tmp_path / "none.jsonl")], encoding, tmp_path / "s")
+    store = build_store([str(tmp_path / "short.jsonl")], encoding, tmp_path / "s")
+    with pytest.raises(UserError, match="short.jsonl: not one whole row of block = 400 tokens"):
+        Rows(store, replace(RECIPE, packing="concatenate"), "pretrain")
 
 
 def test_two_workers_and_many_shards_hold_what_one_process_writes(data, tmp_path, monkeypatch):
