@@ -22,7 +22,7 @@ from typing import Any
 import torch
 
 from model.command import UserError
-from model.files import read_json, write_json
+from model.files import check_writable, read_json, write_json
 from model.machine import compute_dtype
 
 
@@ -89,7 +89,8 @@ def begin(out: Path, made_of: Mapping[str, Any], last: str = "") -> Run:
     """The run in `out`: it goes on where it is made of the same; another run that was left there makes way, and so
     does one that ended (the file `last` is there). Raises UserError where the folder holds anything else."""
     mark = out / "steps.json"
-    if out.exists() and not mark.is_file() and any(out.iterdir()):
+    check_writable(mark)
+    if not mark.is_file() and any(out.iterdir()):
         raise UserError(f"{out} holds something that is no run of steps; give another folder with --out, or empty it")
     held = read_json(out / "made-of.json") if (out / "made-of.json").is_file() else None
     if held != made_of or (last and (out / last).is_file()):

@@ -216,14 +216,19 @@ def one_edit(a: str, b: str) -> bool:
     return x[1:] == y or x == y[1:] or x[1:] == y[1:] or (x[:2] == y[:2][::-1] and x[2:] == y[2:])
 
 
-def read_repair(lexicon: Path) -> Repair:
-    """A corrector whose lexicon are the texts of a JSON-lines file."""
+def read_lexicon(lexicon: Path) -> list[str]:
+    """The texts of a JSON-lines file. Raises UserError for a line without one."""
     texts = []
     for number, record in read_jsonl(lexicon, ("text",)):
         if not isinstance(record["text"], str):
             raise UserError(f"{lexicon}:{number}: 'text' is not text")
         texts.append(record["text"])
-    return Repair(texts)
+    return texts
+
+
+def read_repair(lexicon: Path) -> Repair:
+    """A corrector whose lexicon are the texts of a JSON-lines file."""
+    return Repair(read_lexicon(lexicon))
 
 
 @dataclass(frozen=True)

@@ -20,6 +20,7 @@ from lora import load_adapter
 from model import Tokenizer, Transformer
 from model.command import UserError
 from model.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from train.recipe import read_toml
 
 
 @dataclass(frozen=True)
@@ -57,6 +58,7 @@ class Canaries:
 
 
 def run_canaries(options: Canaries) -> dict[str, Any]:
+    read_toml(options.recipe)  # before the base is measured
     records = []
     for number, record in read_jsonl(options.data, ("text",)):
         if not isinstance(record["text"], str):

@@ -11,6 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.questions import read_references
 from eval.robustness.filtering import answer_losses, ranking
 from eval.robustness.labels import corrupt, wrong_ids
 from eval.robustness.measure import curve, questions, recovery, recovery_lines, text_table
@@ -18,6 +19,7 @@ from eval.steps import Run, begin
 from infer.job import stamp
 from model.command import UserError
 from model.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from train.recipe import read_toml
 
 FIELDS = ("id", "text", "phenotypes")
 
@@ -89,6 +91,8 @@ def training_notes(path: Path) -> list[dict[str, Any]]:
 
 def run_labels(options: Labels) -> dict[str, Any]:
     records = training_notes(options.data)[: options.records or None]
+    read_references(options.notes)  # they are asked after the tunings: a mistake in them is told before
+    read_toml(options.recipe)
     if options.filter_rate and not 0 < round(options.filter_rate * len(records)) < len(records):
         raise UserError(f"{options.data}: {len(records)} notes are too few to filter at {options.filter_rate}")
     made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}

@@ -16,6 +16,7 @@ from eval.robustness.measure import curve, recovery, recovery_lines, text_table
 from eval.robustness.misspelling import eligible, misspell
 from eval.steps import begin
 from infer.job import stamp
+from infer.repair import read_lexicon
 from model.command import UserError
 from model.files import sha256_file, write_json, write_jsonl
 
@@ -59,6 +60,7 @@ class Misspelling:
 
 def run_misspelling(options: Misspelling) -> dict[str, Any]:
     references = read_references(options.notes)[: options.limit or None]
+    read_lexicon(options.lexicon)  # repair reads it after the plain answers: a mistake in it is told before them
     made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
     made_of |= {"notes_sha256": sha256_file(options.notes), "lexicon_sha256": sha256_file(options.lexicon),
                 "models": [stamp(path) for path in (options.weights, *options.adapter)]}  # fmt: skip

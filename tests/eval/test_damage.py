@@ -9,6 +9,7 @@ import pytest
 from eval.questions import Question
 from eval.robustness.filtering import ranking
 from eval.robustness.measure import average_f1, curve, recovery, text_table
+from eval.robustness.run_canaries import Canaries, run_canaries
 from eval.robustness.run_labels import Labels, auc, run_labels
 from eval.robustness.run_misspelling import Misspelling, run_misspelling
 from eval.statistics import slope
@@ -114,4 +115,23 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
         run_labels(Labels(recipe="r", data=tmp_path / "bare.jsonl", **base))
     with pytest.raises(UserError, match="give annotated notes"):
         run_misspelling(Misspelling(lexicon=tmp_path / "bare.jsonl", **base))
+    full = {"id": "a", "text": "t", "phenotypes": {"tumor_size": [{"text": "t"}]}}
+    write_jsonl(tmp_path / "full.jsonl", [full, {**full, "id": "b"}, {**full, "id": "c"}])
+    given = {**base, "data": tmp_path / "full.jsonl"}
+    with pytest.raises(UserError, match="bare.jsonl:1: no 'phenotypes'"):  # the test notes, before any tuning
+        run_labels(Labels(recipe="r", **given))
+    for run, options in ((run_labels, Labels(recipe="r.toml", **{**given, "notes": tmp_path / "full.jsonl"})),
+                         (run_canaries, Canaries("w", "r.toml", tmp_path / "full.jsonl", tmp_path / "out"))):
+        with pytest.raises(UserError, match="^r.toml: no such file; give a recipe"):
+            run(options)
+    write_jsonl(tmp_path / "lexicon.jsonl", [{"id": "a", "text": "t"}, {"id": "b", "text": 5}])
+    with pytest.raises(UserError, match="lexicon.jsonl:2: 'text' is not text"):  # before the plain answers
+        run_misspelling(Misspelling(lexicon=tmp_path / "lexicon.jsonl", **{**base, "notes": tmp_path / "full.jsonl"}))
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "file"])
+def test_a_place_that_cannot_hold_a_run_is_named(tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write \S+/steps.json: .*; choose another place"):
+        begin(tmp_path / out, {})
