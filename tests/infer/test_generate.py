@@ -1,6 +1,8 @@
 """Generation equals the plain model one token at a time, whatever shares the batch, the tree or the window."""
 
+import random
 from dataclasses import replace
+from functools import lru_cache
 
 import pytest
 import torch
@@ -10,38 +12,56 @@ from hypothesis import strategies as st
 
 from infer.generate import Generator, Settings, cycles
 from infer.lookup import Lookup, worth
-from infer.prefix import causal, plan
+from infer.prefix import ROOM, Cache, causal, plan
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend, Visible
 from model.command import UserError
 
-MODELS = {
-    "full": tiny_model(),
-    "window": tiny_model(windows=(7, 7)),
-    "mixed": tiny_model(windows=(None, 5)),
-    "tied-bias": tiny_model(tie_word_embeddings=True, qkv_bias=True, model_type="qwen2"),
-    "experts": tiny_model(model_type="mixtral", num_local_experts=3, num_experts_per_tok=2),
+MODELS = {"full": tiny_model(), "window": tiny_model(windows=(7, 7)), "mixed": tiny_model(windows=(None, 5))}
+KINDS = {
+    "plain": {},
+    "mixed": {},
+    "tied-bias": {"tie_word_embeddings": True, "qkv_bias": True, "model_type": "qwen2"},
+    "experts": {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
 }
-token = st.integers(0, 250)
+
+
+@lru_cache
+def windowed(kind, window):
+    return tiny_model(windows=(None if kind == "mixed" else window, window), **KINDS[kind])
 
 
 @st.composite
 def trees(draw) -> list[list[int]]:
-    """Prompts that share beginnings of many lengths, some long, some the same."""
-    trunk = draw(st.lists(token, min_size=0, max_size=90))
+    """Prompts that share beginnings of many lengths, some long, some the same, of many different tokens or of few."""
+    words, most = random.Random(draw(st.integers(0, 999))), draw(st.sampled_from([2, 250]))
+
+    def text(length):
+        return [words.randint(0, most) for _ in range(length)]
+
+    trunk = text(draw(st.integers(0, 90)))
     prompts = []
     for _ in range(draw(st.integers(1, 6))):
         kept = trunk[: draw(st.integers(0, len(trunk)))]
-        prompts.append(kept + draw(st.lists(token, min_size=1, max_size=80)))
+        prompts.append(kept + text(draw(st.integers(1, 80))))
     return prompts + prompts[: draw(st.integers(0, 1))]
 
 
-@pytest.mark.parametrize("kind", MODELS)
+@st.composite
+def readings(draw) -> tuple[int | None, int]:
+    """A window, and a prefill's chunk that falls before, on or after its edge."""
+    window = draw(st.sampled_from([1, 2, 7, 40, None]))
+    edges = [] if window is None else [max(1, window - 1), window, window + 1]
+    return window, draw(st.sampled_from([1, *edges, 64]))
+
+
+@pytest.mark.parametrize("kind", KINDS)
 @settings(deadline=None, max_examples=12)
-@given(prompts=trees(), new=st.integers(1, 14))
-def test_greedy_equals_the_plain_model(kind, prompts, new, tokenizer):
-    model = MODELS[kind]
-    outs = Generator(model, tokenizer).generate(prompts, max_new_tokens=new)
+@given(prompts=trees(), new=st.integers(1, 14), reading=readings())
+def test_greedy_equals_the_plain_model(kind, prompts, new, reading, tokenizer):
+    window, chunk = reading
+    model = windowed(kind, window)
+    outs = Generator(model, tokenizer, chunk=chunk).generate(prompts, max_new_tokens=new)
     for prompt, out in zip(prompts, outs, strict=True):
         tokens, logprobs = plain_greedy(model, prompt, new, tokenizer.stop_ids)
         assert out.tokens == tokens
@@ -74,6 +94,34 @@ def test_text_far_beyond_the_window(kind, tokenizer):
     outs = Generator(model, tokenizer).generate(prompts, max_new_tokens=120)
     for prompt, out in zip(prompts, outs, strict=True):
         assert out.tokens == plain_greedy(model, prompt, 120, tokenizer.stop_ids)[0]
+
+
+@pytest.mark.parametrize("chunk", [1, 25, 2048])
+@pytest.mark.parametrize("count", [1, 3])  # a leaf alone, or a node for each prompt
+def test_a_window_bounds_what_is_held(count, chunk, tokenizer):
+    """Of 150 tokens read and 100 written, the storage holds the window's keys and values, those of a chunk while it is
+    read, and the room to grow."""
+    generator, window, length = Generator(MODELS["window"], tokenizer, chunk=chunk), 7, 150
+    nodes, leaves = plan([[(3 * i + 7 * n) % 200 for i in range(length)] for n in range(count)])
+    cache = Cache(generator.engine, nodes, leaves)
+
+    def slots(tensors):
+        return max(tensor.untyped_storage().nbytes() for tensor in tensors) / (2 * 8 * 8)  # heads, their size, bytes
+
+    assert len(nodes) == (count if count > 1 else 0)
+    assert all(slots([*node.keys, *node.values]) <= 2 * window for node in nodes)
+
+    def room(new):
+        return count * (window + new + max(ROOM, (window + new) // 4))
+
+    at_once = min(chunk, max(len(leaf.tokens) for leaf in leaves))
+    for start in range(0, length, at_once) if count == 1 else [0]:
+        cache.step(torch.tensor([leaf.tokens[start : start + at_once] for leaf in leaves]), torch.tensor([at_once]))
+        assert slots([*cache.keys, *cache.values]) <= room(at_once)
+    for n in range(100):
+        cache.step(torch.full((count, 1), n), torch.ones(count, dtype=torch.int64))
+        assert slots([*cache.keys, *cache.values]) <= room(at_once)
+    assert slots([*cache.keys, *cache.values]) <= room(1)
 
 
 @settings(deadline=None, max_examples=20)
@@ -183,14 +231,22 @@ def test_adapters_beside_the_weights_count(tokenizer):
     assert out.logprobs != before.logprobs
 
 
-def test_sampling_depends_on_the_seed_and_not_on_the_batch(tokenizer):
-    generator = Generator(MODELS["full"], tokenizer)
-    chosen = Settings(max_new_tokens=12, temperature=1.0, top_k=40, top_p=0.95, min_p=0.001)
-    prompts = [[1, 2, 3], [4, 5], [1, 2, 9, 9]]
-    together = generator.generate(prompts, [replace(chosen, seed=i) for i in range(3)])
-    alone = [generator.generate([p], replace(chosen, seed=i))[0] for i, p in enumerate(prompts)]
+@pytest.mark.parametrize("kind", ["full", "window"])
+@settings(deadline=None, max_examples=12)
+@given(prompts=trees(), heat=st.sampled_from([0.3, 1.0, 3.0]), new=st.integers(1, 9), seed=st.integers(0, 99))
+def test_sampling_does_not_depend_on_the_batch(kind, prompts, heat, new, seed, tokenizer):
+    generator = Generator(MODELS[kind], tokenizer)
+    chosen = Settings(max_new_tokens=new, temperature=heat, top_k=40, top_p=0.95, min_p=0.001)
+    each = [replace(chosen, seed=seed + 5 * i, max_new_tokens=new + i) for i in range(len(prompts))]
+    together = generator.generate(prompts, each)
+    alone = [generator.generate([prompt], own)[0] for prompt, own in zip(prompts, each, strict=True)]
     assert [out.tokens for out in together] == [out.tokens for out in alone]
-    assert generator.generate([prompts[0]], replace(chosen, seed=99))[0].tokens != alone[0].tokens
+
+
+def test_sampling_depends_on_the_seed(tokenizer):
+    generator = Generator(MODELS["full"], tokenizer)
+    said = [generator.generate([[1, 2, 3]], max_new_tokens=12, temperature=1.0, seed=s)[0].tokens for s in (0, 0, 99)]
+    assert said[0] == said[1] != said[2]
 
 
 def test_sampling_draws_from_the_distribution(tokenizer):
@@ -221,6 +277,15 @@ def test_deterministic_is_the_same_to_the_bit(tokenizer):
         assert generator.generate([prompt], max_new_tokens=8)[0].logprobs == out.logprobs
 
 
+class Steps:
+    """A constraint that allows every token and counts the choices."""
+
+    chosen = 0
+
+    def allowed(self, tokens):
+        self.chosen = len(tokens) + 1
+
+
 def test_stop_strings_and_streaming(tokenizer):
     generator = Generator(MODELS["full"], tokenizer)
     whole = generator.generate(["tumor"], max_new_tokens=20)[0]
@@ -228,7 +293,13 @@ def test_stop_strings_and_streaming(tokenizer):
     cut = generator.generate(["tumor"], max_new_tokens=20, stop=(stop,))[0]
     assert cut.finish_reason == "stop_string" and cut.text == whole.text[: whole.text.index(stop)]
     assert "".join(generator.stream("tumor", max_new_tokens=20, stop=(stop,))) == cut.text
-    assert "".join(generator.stream("tumor", max_new_tokens=20)) == whole.text
+    for stops in ((), ("in",)):
+        steps, pieces, arrived = Steps(), [], []
+        for piece in generator.stream("tumor", max_new_tokens=20, stop=stops, constraint=steps):
+            pieces.append(piece)
+            arrived.append(steps.chosen)
+        assert "".join(pieces) == whole.text
+        assert arrived[0] < 20 and len(set(arrived)) > 5  # as they are chosen, not after the last
 
 
 def test_the_end_token_ends(tokenizer):
