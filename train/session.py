@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from lora import LoRAConfig, add_lora
 from lora.adapter import adapted, check_tensors, pattern_value, read_adapter, read_config, write_adapter
-from lora.merge import merge_folders
+from lora.merge import OnDisk, merge_folders
 from lora.narrow import narrow_base
 from model.command import UserError, guard
 from model.config import ModelConfig
@@ -29,7 +29,7 @@ from train.loop import Trainer
 from train.placing import base_shapes, fresh, from_checkpoint, place
 from train.recipe import Recipe, parse
 from train.sharding import Ranks, shard
-from train.store import Encoding, TokenStore, build_store
+from train.store import Encoding, TokenStore, build_store, identity_of
 
 UNIMPORTANT = ("out", "resume", "allow_changed", "save_every", "keep_last", "device", "threads", "on_bad_step",
                "micro_rows", "checkpoint_blocks", "compile", "fuse")  # may differ between a run and its resumption
@@ -75,17 +75,21 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     largest = config.max_position_embeddings
     if recipe.block > largest:
         raise UserError(f"recipe: block {recipe.block} is more than the model's {largest} positions")
-    rows, valid = stores(recipe, stage, encoding, ranks)
+    if recipe.weights:
+        ranks.together(lambda: None if merged_before(recipe) else open_checkpoint(recipe.weights))
+    empty = ranks.together(lambda: empty_model(recipe, config))
+    sources = sources_of(recipe, encoding, ranks)
+    run = identity(recipe, stage, sources)
+    if recipe.resume:  # before any store is made: a run that is refused keeps the other run's
+        ranks.together(lambda: check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed))
+    rows, valid = stores(recipe, stage, encoding, ranks, sources)
     recipe.steps_of(len(rows))
     for store in [part.store for part in (rows, valid) if part is not None]:
         largest = max(shard["largest"] for shard in store.manifest["shards"])
         if largest >= config.vocab_size:
             raise UserError(f"{encoding.tokenizer}: gives token {largest}, and the model has {config.vocab_size}: it"
                             " is the tokenizer of another model")  # fmt: skip
-    run = identity(recipe, stage, rows, valid)
-    if recipe.resume:
-        check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed)
-    model, base = load_model(recipe, config, ranks)
+    model, base = load_model(recipe, config, ranks, empty)
     return Trainer(recipe, model, rows, valid, ranks, run, base)
 
 
@@ -95,35 +99,54 @@ def encoding_of(recipe: Recipe, stage: str) -> Encoding:
                     recipe.empty_kept)  # fmt: skip
 
 
-def stores(recipe: Recipe, stage: str, encoding: Encoding, ranks: Ranks) -> tuple[Rows, Rows | None]:
+def parts(recipe: Recipe, encoding: Encoding) -> dict[str, tuple[tuple[str, ...], Encoding, int]]:
+    """(files, encoding, records) of each token store; the held-out one comes first, where a mistake is found sooner."""
+    whole = replace(encoding, empty_kept=1.0)  # held-out loss is on all questions, so that recipes compare
+    held_out = {"valid": (recipe.valid_data, whole, 0)} if recipe.valid_data else {}
+    return held_out | {"train": (recipe.data, encoding, recipe.records)}
+
+
+def sources_of(recipe: Recipe, encoding: Encoding, ranks: Ranks) -> dict[str, dict[str, Any]]:
+    """What each token store is a function of, as the first rank finds it."""
+
+    def see() -> dict[str, dict[str, Any]]:
+        return {name: identity_of(*part) for name, part in parts(recipe, encoding).items()}
+
+    return ranks.gather(ranks.together(lambda: see() if ranks.first else {}))[0]
+
+
+def stores(
+    recipe: Recipe, stage: str, encoding: Encoding, ranks: Ranks, sources: dict[str, dict[str, Any]]
+) -> tuple[Rows, Rows | None]:
     """The rows to train on and the held-out ones. The first rank tokenises; the others open what it has made."""
     folder = Path(recipe.out) / "tokens"
 
-    def build() -> list[TokenStore]:
-        made = [build_store(recipe.data, encoding, folder / "train", recipe.records)]
-        whole = replace(encoding, empty_kept=1.0)  # held-out loss is on all questions, so that recipes compare
-        return made + ([build_store(recipe.valid_data, whole, folder / "valid")] if recipe.valid_data else [])
+    def build() -> dict[str, TokenStore]:
+        return {name: build_store(files, how, folder / name, limit, identity=sources[name])
+                for name, (files, how, limit) in parts(recipe, encoding).items()}  # fmt: skip
 
-    made = ranks.together(lambda: build() if ranks.first else [])
-    manifests = ranks.gather([store.manifest for store in made])[0]
+    made = ranks.together(lambda: build() if ranks.first else {})
+    manifests = ranks.gather({name: store.manifest for name, store in made.items()})[0]
 
-    def see() -> list[Rows]:
-        seen = made or [TokenStore(folder / name) for name in ("train", "valid")[: len(manifests)]]
-        if [store.manifest for store in seen] != manifests:
+    def see() -> dict[str, Rows]:
+        seen = made or {name: TokenStore(folder / name) for name in manifests}
+        if {name: store.manifest for name, store in seen.items()} != manifests:
             raise UserError(f"{folder}: not what the first rank has made; out must be a folder that all ranks share")
-        return [Rows(store, recipe, stage) for store in seen]
+        return {name: Rows(store, recipe, stage) for name, store in seen.items()}
 
     rows = ranks.together(see)
-    return rows[0], rows[1] if len(rows) > 1 else None
+    return rows["train"], rows.get("valid")
 
 
-def load_model(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> tuple[nn.Module, str]:
+def load_model(
+    recipe: Recipe, config: ModelConfig, ranks: Ranks, empty: tuple[nn.Module, dict[str, Tensor] | None]
+) -> tuple[nn.Module, str]:
     """The model with its adapter (or all of it trainable), and the place of its base weights.
 
-    It is built on the meta device and sharded there; then each rank reads its rows (placing.py).
+    It is sharded while it is `empty` (see empty_model); then each rank reads its rows (placing.py).
     """
     base = merged_base(recipe, ranks) if recipe.merge_adapter else recipe.weights
-    model, adapter = ranks.together(lambda: empty_model(recipe, config))
+    model, adapter = empty
     shapes = base_shapes(model)
     read = ranks.together(lambda: from_checkpoint(open_checkpoint(base), shapes, ranks) if base
                           else fresh(recipe.seed, shapes, config.num_hidden_layers))  # fmt: skip
@@ -135,9 +158,14 @@ def load_model(recipe: Recipe, config: ModelConfig, ranks: Ranks) -> tuple[nn.Mo
 
 
 def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[nn.Module, dict[str, Tensor] | None]:
-    """(the model on the meta device, with adapters, base packed; the tensors of an adapter to go on from)."""
+    """(the model on the meta device, with adapters, base packed; the tensors of an adapter to go on from).
+
+    Raises UserError where the adapter is not there, or where layers are asked for that the model has not.
+    """
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, recipe.dtype))
+    if recipe.merge_adapter and not merged_before(recipe):
+        check_tensors(model, OnDisk(recipe.adapter), read_config(recipe.adapter), recipe.adapter)
     tensors = None
     if recipe.full:
         model.requires_grad_(True)
@@ -162,16 +190,21 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[nn.Module, dict[st
     return model, tensors
 
 
+def merged_before(recipe: Recipe) -> bool:
+    """Whether a run that goes on finds its merged base in out/base."""
+    out = Path(recipe.out)
+    return recipe.resume and bool(steps_saved(out / "checkpoints")) and (out / "base" / "config.json").is_file()
+
+
 def merged_base(recipe: Recipe, ranks: Ranks) -> str:
-    """out/base: the weights with `adapter` folded in. A run that goes on finds it there."""
+    """out/base: the weights with `adapter` folded in."""
     folder = Path(recipe.out) / "base"
 
     def merge() -> None:
         merge_folders(recipe.weights, recipe.adapter, str(folder), getattr(torch, recipe.dtype))
         copy_tokenizer(recipe.tokenizer or recipe.weights, folder)
 
-    going_on = recipe.resume and steps_saved(Path(recipe.out) / "checkpoints") and (folder / "config.json").is_file()
-    ranks.together(lambda: merge() if ranks.first and not going_on else None)
+    ranks.together(lambda: merge() if ranks.first and not merged_before(recipe) else None)
     return str(folder)
 
 
@@ -188,12 +221,12 @@ def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
                       recipe.alpha_pattern)  # fmt: skip
 
 
-def identity(recipe: Recipe, stage: str, rows: Rows, valid: Rows | None) -> dict[str, Any]:
+def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
     """What a run's numbers are a function of; a resume compares it."""
     options = {key: value for key, value in asdict(recipe).items() if key not in UNIMPORTANT}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
-    held_out = {} if valid is None else {"valid_data": valid.store.manifest["identity"]}
-    return {"stage": stage, "recipe": options, "data": rows.store.manifest["identity"], **held_out}
+    held_out = {"valid_data": sources["valid"]} if "valid" in sources else {}
+    return {"stage": stage, "recipe": options, "data": sources["train"], **held_out}
 
 
 def save_model(state: dict[str, torch.Tensor], config: ModelConfig, path: Path, tokenizer: str) -> None:

@@ -12,7 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,15 +50,18 @@ class Encoding:
 
 
 def build_store(
-    files: Sequence[str], encoding: Encoding, out: str | Path, limit: int = 0, workers: int = 0
-) -> TokenStore:
+    files: Sequence[str], encoding: Encoding, out: str | Path, limit: int = 0, workers: int = 0,
+    identity: dict[str, Any] | None = None,
+) -> TokenStore:  # fmt: skip
     """Tokenise JSON-lines files into a store at `out`, unless a store of just these contents is there already.
 
-    Records that cannot be used go to rejects.jsonl; more than 1 % of them raise a UserError that names the first.
-    `limit` takes the first so many records; `workers` processes share the work (0: as many as there are CPUs).
+    Records that cannot be used go to rejects.jsonl; more than 1 % of them raise a UserError that names the first, and
+    so do more than half of those read so far: such a file is of the other stage, and need not be read to its end.
+    `limit` takes the first so many records; `workers` processes share the work (0: as many as there are CPUs);
+    `identity` is what identity_of said already (None: the files are hashed here).
     """
     out = Path(out)
-    identity = identity_of(files, encoding, limit)
+    identity = identity or identity_of(files, encoding, limit)
     if (out / "manifest.json").is_file() and read_json(out / "manifest.json").get("identity") == identity:
         return TokenStore(out)
     with atomic_folder(out) as folder:
@@ -111,13 +114,21 @@ def encode_shards(
     first = list(itertools.islice(chunks, 2))
     jobs = ((encoding, folder, number, chunk) for number, chunk in itertools.chain(first, chunks))
     if len(first) < 2 or workers == 1:  # one shard: another process would only cost its start
-        done = [encode_shard(*job) for job in jobs]
-    else:
-        with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
-            results = pool.imap(encode_job, jobs)
-            done = list(tqdm(results, desc="tokenising", unit=" shards", disable=None))
-    shards = [shard for shard, _ in done]
-    return shards, [reject for _, rejects in done for reject in rejects]
+        return gathered(map(encode_job, jobs))
+    with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
+        return gathered(tqdm(pool.imap(encode_job, jobs), desc="tokenising", unit=" shards", disable=None))
+
+
+def gathered(done: Iterable[tuple[dict[str, int], list[dict[str, Any]]]]) -> tuple[list[dict[str, int]], list[dict]]:
+    """All shards and all rejects, or those up to where more than half of the records are rejects."""
+    shards: list[dict[str, int]] = []
+    rejects: list[dict[str, Any]] = []
+    for shard, bad in done:
+        shards.append(shard)
+        rejects += bad
+        if len(rejects) > sum(each["records"] for each in shards):
+            break
+    return shards, rejects
 
 
 def numbered_lines(files: Sequence[str]) -> Iterator[tuple[str, int, bytes]]:
@@ -172,7 +183,7 @@ def check_rejects(rejects: list[dict[str, Any]], good: int, out: Path) -> None:
         worst = rejects[0]
         where = "" if worst["reason"].startswith(worst["file"]) else f"{worst['file']}:{worst['line']}: "
         raise UserError(
-            f"{where}{worst['reason']}; {len(rejects)} of {good + len(rejects)} records "
+            f"{where}{worst['reason']}; {len(rejects)} of {good + len(rejects)} records read "
             f"cannot be used, more than 1 %: mend the file ({listed} lists them)"
         )
 

@@ -221,12 +221,12 @@ def our_step(
     from train.optimizer import make_optimizers
     from train.recipe import Recipe
     from train.rows import collate, count
-    from train.session import load_model
+    from train.session import empty_model, load_model
     from train.sharding import Ranks
 
     def prepare() -> Step:
         options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
-        model, _ = load_model(options, config, Ranks(device=torch.device(device)))
+        model, _ = load_model(options, config, Ranks(device=torch.device(device)), empty_model(options, config))
         (optimizer,), counts = make_optimizers(model.train(), options), count(held)
         parts = [held] if device == "cuda" else [[row] for row in held]
 

@@ -45,7 +45,7 @@ def placed(name: str, options: dict, ranks: Ranks) -> dict[str, torch.Tensor]:
 
     files.fill = counted
     try:
-        model, _ = session.load_model(recipe, config, ranks)
+        model, _ = session.load_model(recipe, config, ranks, session.empty_model(recipe, config))
     finally:
         files.fill = fill
     everything = [*model.named_parameters(), *model.named_buffers()]

@@ -1,5 +1,6 @@
 """A user's mistakes in recipes are one clear line before any work."""
 
+import shutil
 from pathlib import Path
 
 import pytest
@@ -107,6 +108,37 @@ def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path)
     for layer in adapted(model).values():
         assert (len(layer.lora_A["default"]), layer.scale["default"], layer.dropout["default"]) == (2, 3.0, 0.25)
     assert all(tensors[key].equal(value) for key, value in adapter_state(held).items())
+
+
+@pytest.mark.parametrize(("wrong", "said"), [
+    ({"target_modules": ("q_prj",)}, "target module 'q_prj' is not in this model .did you mean 'q_proj'"),
+    ({"target_modules": ()}, "target_modules is empty"), ({"first_layer": 2}, "first_layer 2; the model has 2 layers"),
+    ({"rank_pattern": {"v_proj(": 2}}, "is not a regular expression"),
+    ({"rank_pattern": {"v_proj": 0}}, "rank 0 for 'v_proj'"),
+    ({"adapter": "none"}, "none/adapter_config.json: no such file"),
+    ({"adapter": "none", "merge_adapter": True}, "none/adapter_model.safetensors: no such file"),
+    ({"valid_data": ("none.jsonl",)}, "none.jsonl: no such file"), ({"weights": None}, "holds no weights")])
+def test_a_mistake_costs_no_work_and_leaves_nothing(options, tmp_path, wrong, said):
+    from tiny_runs import as_recipe
+
+    from train.session import train
+
+    if "weights" in wrong:  # a download that broke off
+        wrong = {"weights": str(shutil.copytree(options["weights"], tmp_path / "w"))}
+        (tmp_path / "w" / "model.safetensors").unlink()
+    with pytest.raises(UserError, match=said):
+        train(as_recipe(options, out=str(tmp_path / "run"), **wrong), "instruct")
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_data_of_the_other_stage_is_refused_before_the_training_data_is_tokenised(options, data, tmp_path):
+    from tiny_runs import as_recipe
+
+    from train.session import train
+
+    with pytest.raises(UserError, match="documents.jsonl:1: lacks 'phenotypes'"):
+        train(as_recipe(options, out=str(tmp_path), valid_data=[str(data / "documents.jsonl")]), "instruct")
+    assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["valid-rejects.jsonl"]
 
 
 def test_the_schedule_warms_up_and_falls_to_its_share():

@@ -198,6 +198,17 @@ def test_a_resume_with_another_recipe_or_other_data_lists_what_changed(options, 
         train(as_recipe(options, out=out, steps=2, data=[str(other)]), "instruct")
 
 
+def test_a_refused_resume_leaves_the_other_runs_token_store_as_it_was(options, tmp_path):
+    out, more = tmp_path / "run", {"steps": 1, "valid_data": [], "share_prefix": False}
+    train(as_recipe(options, out=str(out), **more), "instruct")
+    made = {file: file.stat().st_mtime_ns for file in (out / "tokens").rglob("*")}
+    other = shutil.copy(options["data"][0], tmp_path / "others.jsonl")
+    for changed, said in (({"data": [str(other)]}, "data.sources"), ({"template": "faithful"}, "data.template was")):
+        with pytest.raises(UserError, match=f"was made by another run: .*{said}"):
+            train(as_recipe(options, out=str(out), **more, **changed), "instruct")
+        assert {file: file.stat().st_mtime_ns for file in (out / "tokens").rglob("*")} == made
+
+
 def test_held_out_notes_that_changed_in_place_are_noticed_at_resume(options, tmp_path):
     held = shutil.copy(options["valid_data"][0], tmp_path / "held.jsonl")
     train(as_recipe(options, out=str(tmp_path / "run"), steps=2, valid_data=[str(held)]), "instruct")

@@ -24,6 +24,17 @@ def test_data_of_the_other_stage_and_broken_lines_are_named(data, tmp_path):
     assert [row["line"] for row in rejects] == list(range(1, 24)) and "phenotypes" in rejects[0]["reason"]
 
 
+def test_data_of_the_other_stage_is_refused_after_its_first_shard(data, tmp_path, monkeypatch):
+    """In shards of four records."""
+    monkeypatch.setattr(stores, "SHARD", 4)
+    documents, notes = (str(data / f"{name}.jsonl") for name in ("documents", "notes"))
+    encoding = Encoding("instruct", str(data / "tok"))
+    with pytest.raises(UserError, match="documents.jsonl:1: lacks 'phenotypes'.*; 4 of 4 records read cannot be used"):
+        build_store([documents], encoding, tmp_path / "a", workers=1)
+    with pytest.raises(UserError, match="; 14 of 24 records read cannot be used"):  # ten notes stand before them
+        build_store([notes, documents], encoding, tmp_path / "a", workers=1)
+
+
 def test_some_unanswered_questions_are_left_out_and_never_an_answered_one(data, tmp_path):
     made = {}
     for kept in (0.0, 0.5, 1.0):
