@@ -124,8 +124,8 @@ class Trainer:
         return self.recipe.learning_rate * share
 
     def bad_step(self, step: int, loss: float, norm: float) -> None:
-        names = [unit.record for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)
-                 for unit in self.rows[i].units]  # fmt: skip
+        rows = [self.rows[i] for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)]
+        names = dict.fromkeys(name for row in rows for unit in row.units for name, _, _ in unit.stretches)
         what = f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; its records are {', '.join(names)}"
         if self.recipe.on_bad_step == "stop":
             raise UserError(f"{what}; nothing was updated. Look at them, or go on with --on-bad-step skip")

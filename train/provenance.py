@@ -53,9 +53,11 @@ def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
     targets: Counter[str] = Counter()
     for index in order(recipe.seed, step - 1, len(rows), recipe.batch_rows):
         for unit in rows[index].units:
+            start = 0
             for name, _, length in unit.stretches:
                 tokens[name] += length
-            targets[unit.record] += int((unit.kind == ANSWER).sum())
+                targets[name] += int((unit.kind[start : start + length] == ANSWER).sum())
+                start += length
     counted = tokens_of(Path(folder) / "metrics.jsonl", step)
     if counted != sum(tokens.values()):
         raise UserError(f"{folder}: step {step} took {counted} tokens, and {sum(tokens.values())} by run.json: data or "

@@ -4,7 +4,9 @@ import hashlib
 import json
 import subprocess
 import sys
+from collections import Counter
 from dataclasses import replace
+from itertools import accumulate
 from pathlib import Path
 
 import pytest
@@ -61,6 +63,30 @@ def test_the_records_of_a_step_are_those_that_made_it(options, tmp_path, capsys)
     assert [line.split()[0] for line in capsys.readouterr().out.splitlines()] == [row["record"] for row in found]
     with pytest.raises(UserError, match="--step 4: the run .* has steps 1 to 3"):
         records_of(out, 4)
+
+
+def test_every_text_of_a_running_row_is_named_with_its_own_tokens_and_targets(options, data, tmp_path):
+    """Texts run together and cut: the last token of a row is the only one without a target."""
+    out = tmp_path / "run"
+    recipe = as_recipe(options, out=str(out), data=[str(data / "documents.jsonl")], valid_data=[], batch_rows=2,
+                       packing="concatenate", steps=1)  # fmt: skip
+    session.train(recipe, "pretrain")
+    store = TokenStore(out / "tokens" / "train")
+    texts = {name: len(pieces[0]) for name, pieces in (store[index] for index in range(len(store)))}
+    ends = dict(zip(texts, accumulate(texts.values()), strict=True))
+    rows = order(recipe.seed, 0, sum(texts.values()) // recipe.block, 2)
+    tokens, targets = Counter(), Counter()
+    for row in rows:
+        for place in range(row * recipe.block, (row + 1) * recipe.block):
+            name = next(name for name, end in ends.items() if place < end)
+            tokens[name] += 1
+            targets[name] += place + 1 < (row + 1) * recipe.block
+    found = records_of(out, 1)
+    assert len(found) > 4 and {each["record"]: (each["tokens"], each["targets"]) for each in found} \
+        == {name: (tokens[name], targets[name]) for name in tokens}  # fmt: skip
+    made = session.prepare(recipe, "pretrain", Ranks())
+    with pytest.raises(UserError, match=f"its records are {', '.join(each['record'] for each in found)};"):
+        made.bad_step(0, float("nan"), 1.0)
 
 
 def test_records_that_a_later_change_has_made_others_are_not_shown(options, tmp_path):
