@@ -15,6 +15,7 @@ from lora import LoRAConfig, add_lora
 from lora.adapter import adapted, check_tensors, pattern_value, read_adapter, read_config, write_adapter
 from lora.merge import OnDisk, merge_folders
 from lora.narrow import narrow_base
+from lora.origin import check_origin
 from model.command import UserError, guard
 from model.config import ModelConfig
 from model.files import atomic_folder
@@ -75,8 +76,7 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     largest = config.max_position_embeddings
     if recipe.block > largest:
         raise UserError(f"recipe: block {recipe.block} is more than the model's {largest} positions")
-    if recipe.weights:
-        ranks.together(lambda: None if merged_before(recipe) else open_checkpoint(recipe.weights))
+    ranks.together(lambda: check_weights(recipe))
     empty = ranks.together(lambda: empty_model(recipe, config))
     sources = sources_of(recipe, encoding, ranks)
     run = identity(recipe, stage, sources)
@@ -91,6 +91,13 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
                             " is the tokenizer of another model")  # fmt: skip
     model, base = load_model(recipe, config, ranks, empty)
     return Trainer(recipe, model, rows, valid, ranks, run, base)
+
+
+def check_weights(recipe: Recipe) -> None:
+    """Raises UserError where the weights are not there, or are not those that `adapter` was trained on."""
+    if recipe.weights and not merged_before(recipe):
+        open_checkpoint(recipe.weights)
+        check_origin(recipe.weights, [recipe.adapter] if recipe.adapter else [])
 
 
 def encoding_of(recipe: Recipe, stage: str) -> Encoding:

@@ -117,12 +117,19 @@ def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path)
     ({"rank_pattern": {"v_proj": 0}}, "rank 0 for 'v_proj'"),
     ({"adapter": "none"}, "none/adapter_config.json: no such file"),
     ({"adapter": "none", "merge_adapter": True}, "none/adapter_model.safetensors: no such file"),
-    ({"valid_data": ("none.jsonl",)}, "none.jsonl: no such file"), ({"weights": None}, "holds no weights")])
+    ({"valid_data": ("none.jsonl",)}, "none.jsonl: no such file"), ({"weights": None}, "holds no weights"),
+    ({"adapter": "another's"}, "was trained on another base than")])  # fmt: skip
 def test_a_mistake_costs_no_work_and_leaves_nothing(options, tmp_path, wrong, said):
-    from tiny_runs import as_recipe
+    from tiny_runs import as_recipe, tiny
 
+    from lora import save_adapter
     from train.session import train
 
+    if wrong.get("adapter") == "another's":
+        save_adapter(tiny(as_recipe(options, out="x")), tmp_path / "adapter", base=options["weights"])
+        mark = tmp_path / "adapter" / "trained_on.json"
+        mark.write_text(mark.read_text().replace('"norms": "', '"norms": "another'))
+        wrong = {"adapter": str(tmp_path / "adapter")}
     if "weights" in wrong:  # a download that broke off
         wrong = {"weights": str(shutil.copytree(options["weights"], tmp_path / "w"))}
         (tmp_path / "w" / "model.safetensors").unlink()
