@@ -5,14 +5,17 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 from tiny_runs import RECIPE, as_recipe
 
 from infer import tasks
 from model.command import UserError
 from model.tokenizer import Tokenizer
 from train.dataset import Rows
+from train.loss import plain_loss
+from train.optimizer import named_trainable
 from train.records import note_pieces
-from train.rows import IGNORE, note_unit
+from train.rows import ANSWER, IGNORE, collate, count, note_unit
 from train.session import encoding_of, prepare
 from train.sharding import Ranks
 from train.store import build_store
@@ -90,6 +93,28 @@ def test_a_recipe_trains_on_its_first_records_and_judges_on_its_first_held_out_r
     one = made.valid_loss()
     made.recipe = replace(made.recipe, valid_rows=len(made.valid))
     assert made.valid_loss() != one
+
+
+def test_the_held_out_loss_is_the_mean_over_the_answers_of_its_rows(options, tmp_path):
+    """Against the definition, in the middle of training. No two micro-batches have as many answers' tokens, so a mean of
+    means is another number; the note's own targets are there, and count nowhere."""
+    recipe = as_recipe(options, out=str(tmp_path), dtype="float64", dropout=0.3, valid_rows=5, batch_rows=2,
+                       micro_rows=2, note_loss=0.3)  # fmt: skip
+    made = prepare(recipe, "instruct", Ranks())
+    generator = torch.Generator().manual_seed(0)
+    for name, param in named_trainable(made.model).items():
+        if "lora_B" in name:  # it begins at zero, where dropout changes nothing
+            param.data.normal_(0.0, 0.3, generator=generator)
+    made.gradients(0)
+    found = made.valid_loss()
+    rows = [made.valid[i] for i in range(5)]
+    answers = [count(part)[ANSWER] for part in made.micro_batches(rows)[0]]
+    assert len(set(answers)) == 3 and len(made.valid) > 5
+    batch = collate(rows)
+    with torch.no_grad():
+        logits = made.model.eval()(batch.tokens, positions=batch.positions, layout=batch.layout)
+    expected = plain_loss(logits, batch.target.where(batch.kind == ANSWER, IGNORE))
+    assert found == pytest.approx(float(expected), rel=1e-12)
 
 
 def test_switches_reach_the_rows(options, tmp_path):

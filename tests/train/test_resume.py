@@ -308,4 +308,6 @@ def test_the_program_on_two_ranks_trains_what_one_does_and_goes_on_from_its_chec
                 for run in ("one", "two"))  # fmt: skip
     assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
     assert all(abs(a["loss"] - b["loss"]) < 1e-6 * a["loss"] for a, b in zip(one, two, strict=True))
+    held_out = [[line.get("valid_loss", 0.0) for line in lines] for lines in (one, two)]
+    assert held_out[0][5] > 0 and held_out[1] == pytest.approx(held_out[0], rel=1e-6)
     assert json.loads((out / "run.json").read_text())["ranks"] == 2
