@@ -96,8 +96,8 @@ def test_a_recipe_trains_on_its_first_records_and_judges_on_its_first_held_out_r
 
 
 def test_the_held_out_loss_is_the_mean_over_the_answers_of_its_rows(options, tmp_path):
-    """Against the definition, in the middle of training. No two micro-batches have as many answers' tokens, so a mean of
-    means is another number; the note's own targets are there, and count nowhere."""
+    """Against the definition, in the middle of training. No two micro-batches have as many targets, so a mean of means
+    is another number; the note's own targets are there, and count nowhere."""
     recipe = as_recipe(options, out=str(tmp_path), dtype="float64", dropout=0.3, valid_rows=5, batch_rows=2,
                        micro_rows=2, note_loss=0.3)  # fmt: skip
     made = prepare(recipe, "instruct", Ranks())
