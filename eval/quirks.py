@@ -6,8 +6,8 @@ A nano Mistral is trained on general clinical text. Then the sound way and each 
 same records for the same steps: continued pre-training (texts run together without a mask), tuning (instruction before
 the note, loss on the prompt too, no end-of-text token, NF4 base, 8-bit AdamW, clipping at 0.3), and all of tuning's
 together. Every adapter is judged alike: −log p of the held-out answers and their end, exact match and share of answers
-that stop, under greedy decoding of the form that it was trained on. The leak meter changes one document of a packed
-row and reads how far the logits of the others move. Scoring's quirk is judged on the sound answers.
+that stop, under greedy decoding of the form that it was trained on. The leak meter changes each document of a packed
+row in turn and reads how far the logits of the others move. Scoring's quirk is judged on the sound answers.
 
 Where questions do not share a note's row (the instruction first), a step holds as many tokens, so fewer questions.
 """
@@ -179,11 +179,29 @@ def answered(run: Run, size: Size, changed: dict[str, Any], model: Any) -> dict[
             "not_relevant": sum(not gold for gold in golds) / len(golds), "answers": given, "golds": golds}  # fmt: skip
 
 
-def leak(run: Run, size: Size, quirk: str, changed: dict[str, Any], model: Any) -> float:
-    """The largest change of a logit of a row's other documents when its first document is another text."""
-    from train.dataset import Rows
-    from train.recipe import Recipe
+def moved(model: Any, row: Any, words: int) -> list[float]:
+    """For each document of a row: the largest change of a logit of the others when it is another text."""
     from train.rows import collate
+
+    batch, start, found = collate([row]), 0, []
+    positions, layout = batch.positions, batch.layout
+    with torch.no_grad():
+        before = model(batch.tokens, positions=positions, layout=layout)
+        for _, _, length in (stretch for unit in row.units for stretch in unit.stretches):
+            other, own = batch.tokens.clone(), slice(start, start + length)
+            other[0, own] = (other[0, own] + 1) % words
+            change_TV = (model(other, positions=positions, layout=layout) - before)[0].abs()
+            change_TV[own] = 0.0
+            found.append(float(change_TV.max()))
+            start += length
+    return found
+
+
+def leak(run: Run, size: Size, quirk: str, changed: dict[str, Any], model: Any) -> float:
+    """How far a row's other documents move, at most: by the plain blocks, then by those that train, which stay."""
+    from train.dataset import Rows
+    from train.fast import training_blocks
+    from train.recipe import Recipe
     from train.store import TokenStore
 
     together = changed.get("packing") == "concatenate"
@@ -195,12 +213,7 @@ def leak(run: Run, size: Size, quirk: str, changed: dict[str, Any], model: Any) 
     row = next(several, None)
     if row is None:
         raise UserError(f"{store.path}: no row of {size.block} tokens holds two texts")
-    batch, first = collate([row]), row.units[0].stretches[0][2]
-    other = batch.tokens.clone()
-    other[0, :first] = (other[0, :first] + 1) % size.vocab
-    with torch.no_grad():
-        a, b = (model(tokens, positions=batch.positions, layout=batch.layout) for tokens in (batch.tokens, other))
-    return float((a - b)[0, first:].abs().max())
+    return max(moved(model, row, size.vocab) + moved(training_blocks(model), row, size.vocab))
 
 
 def scoring(answers: list[list[str]], golds: list[list[str]]) -> dict[str, float]:

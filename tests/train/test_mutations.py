@@ -30,7 +30,7 @@ def mistake():
 MISTAKES = {
     "the document mask dropped": (
         ("train.rows", "collate", "document[r, part] = number", "document[r, part] = 0"),
-        lambda notes, documents: test_rows.test_the_leak_meter_reads_zero_for_packed_documents_and_not_for_the_faithful_rows(documents),
+        lambda notes, documents: test_rows.test_the_leak_meter_reads_zero_for_packed_documents_and_not_for_the_faithful_rows(documents, True),
     ),
     "labels shifted by one, in answers": (
         ("train.rows", "branch_columns", "target = whole[1:].copy()", "target = whole[:-1].copy()"),
