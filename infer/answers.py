@@ -28,8 +28,14 @@ _ANSWER = {
     "properties": {
         "answers": {"type": "array", "items": _VALUE},
         "not_relevant": {"type": "boolean", "description": "the model said that the note does not answer this"},
-        "finish_reason": {"enum": ["stop", "stop_string", "repetition", "length"]},
-        "raw": {"type": "string", "description": "the model's words, where no value could be read from them"},
+        "finish_reason": {
+            "enum": ["stop", "stop_string", "repetition", "length"],
+            "description": "why the answer ended; of several windows' the first that was cut short, if one was",
+        },
+        "raw": {
+            "type": "string",
+            "description": "the model's words, where no value could be read from them; of several windows the first's",
+        },
     },
 }
 SCHEMA: dict[str, Any] = {
@@ -55,6 +61,10 @@ SCHEMA: dict[str, Any] = {
                 },
                 "logprob": {"type": "number"},
                 "finish_reason": {"type": "string"},
+                "window": {
+                    "type": "integer",
+                    "description": "of a note read in windows: the one that this was said about, from 0 (the likeliest)",
+                },
             },
         },
         "answers": {"type": "array", "items": _ANSWER, "description": "to the record's own questions, in their order"},

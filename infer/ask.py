@@ -208,8 +208,7 @@ class Asker:
         for place, (name, question) in enumerate(asked):
             outs = [of_part[place] for of_part in answers]
             if name == "diagnosis":
-                best = max(outs, key=lambda out: sum(out.logprobs) / max(1, len(out.logprobs)))
-                record["diagnosis"] = diagnosis_record(best)
+                record["diagnosis"] = best_diagnosis(outs)
                 continue
             merged = merge([phenotype_record(out, note.text, self.generator.decode) for out in outs])
             if name:
@@ -234,8 +233,16 @@ def whole(out: Generation, settings: Settings) -> Generation:
     return replace(out, text=settings.constraint.grammar.complete(out.text))
 
 
+def best_diagnosis(outs: Sequence[Generation]) -> dict[str, Any]:
+    """The diagnosis of the window whose tokens were the likeliest, a mean each, and which window that was."""
+    means = [sum(out.logprobs) / max(1, len(out.logprobs)) for out in outs]
+    best = means.index(max(means))
+    return diagnosis_record(outs[best]) | ({"window": best} if len(outs) > 1 else {})
+
+
 def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One answer out of several windows': values in order of appearance, each once, with its best log-probability."""
+    """One answer out of several windows': values in order of appearance, each once, with its best log-probability; of
+    the reasons to end the first that cut an answer short, else the first that is not the end token."""
     if len(records) == 1:
         return records[0]
     best: dict[str, dict[str, Any]] = {}
@@ -244,6 +251,11 @@ def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
             held = best.setdefault(answer["text"], answer)
             if answer["logprob"] > held["logprob"]:
                 best[answer["text"]] = answer
-    whole = {"answers": list(best.values()), "not_relevant": False, "finish_reason": records[-1]["finish_reason"]}
-    whole["not_relevant"] = not best and all(record["not_relevant"] for record in records)
-    return whole
+    reasons = [record["finish_reason"] for record in records]
+    others = [reason for reason in reasons if reason != "stop"]
+    reason = next((reason for reason in others if reason != "stop_string"), next(iter(others), "stop"))
+    not_relevant = not best and all(record["not_relevant"] for record in records)
+    merged = {"answers": list(best.values()), "not_relevant": not_relevant, "finish_reason": reason}
+    if not best and not not_relevant:
+        merged["raw"] = next(record["raw"] for record in records if "raw" in record)
+    return merged

@@ -6,8 +6,8 @@ from answering_models import tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer.answers import phenotype_record
-from infer.ask import Asker, Limits, merge
+from infer.answers import SCHEMA, phenotype_record
+from infer.ask import Asker, Limits, best_diagnosis, merge
 from infer.generate import Generation, Generator
 from infer.notes import Note
 from model.command import UserError
@@ -148,7 +148,8 @@ def test_own_questions_are_asked_no_more_at_once_than_a_batch_s_task_has(tokeniz
 
 def window(*values, not_relevant=False, reason="stop"):
     answers = [{"text": text, "start": 0, "end": 1, "logprob": logprob} for text, logprob in values]
-    return {"answers": answers, "not_relevant": not_relevant, "finish_reason": reason}
+    raw = {} if values or not_relevant else {"raw": " "}
+    return {"answers": answers, "not_relevant": not_relevant, "finish_reason": reason, **raw}
 
 
 def test_windows_are_merged_each_value_once_with_its_best_probability():
@@ -156,5 +157,36 @@ def test_windows_are_merged_each_value_once_with_its_best_probability():
     assert [(a["text"], a["logprob"]) for a in found["answers"]] == [("left", -0.5), ("right", -1.0)]
     assert not found["not_relevant"]
     assert merge([window(not_relevant=True)] * 2)["not_relevant"]
-    assert not merge([window(not_relevant=True), window()])["not_relevant"]  # one window said nothing at all
+    silent = merge([window(not_relevant=True), window(), window(not_relevant=True)])  # one window said nothing at all
+    assert not silent["not_relevant"] and silent["raw"] == " "
+    assert "raw" not in merge([window(), window(("left", -1.0))])
     assert merge([window(not_relevant=True)]) == window(not_relevant=True)
+
+
+@pytest.mark.parametrize(("reasons", "kept"), [
+    ("stop stop", "stop"), ("length stop", "length"), ("stop repetition length", "repetition"),
+    ("stop stop_string stop", "stop_string"), ("stop_string length", "length")])  # fmt: skip
+def test_an_answer_that_one_window_cut_short_says_so(reasons, kept):
+    assert merge([window(reason=reason) for reason in reasons.split()])["finish_reason"] == kept
+
+
+def test_the_diagnosis_is_the_likeliest_window_s_and_says_which(tokenizer):
+    outs = [Generation(text, [1, 2], [-logprob, -0.2], "stop") for text, logprob in (("a", 3), ("b", 1), ("c", 2))]
+    assert (best_diagnosis(outs)["text"], best_diagnosis(outs)["window"]) == ("b", 1)
+    assert "window" not in best_diagnosis(outs[:1])
+    note = Note("n", "Left breast, 2.5 cm. " * 50)
+    _, (record,) = asked_in(8, [note], tokenizer, "diagnosis")
+    assert 0 <= record["diagnosis"]["window"] < record["long"]["windows"]
+    assert set(record["diagnosis"]) <= set(SCHEMA["properties"]["diagnosis"]["properties"])
+
+
+def test_a_place_is_the_whole_note_s_whatever_window_said_it(tokenizer):
+    """Only the last window holds the 7, so its answer's place is beyond the window's own characters."""
+    text = "Breast. " * 60 + "Size 7"
+    asker = Asker(Generator(tiny_model(), tokenizer), "both", "template", Limits(200, 4, 6), "windows")
+    parts = asker.parts(Note("n", text))
+    assert [("7" in part.text) for part in parts] == [False] * (len(parts) - 1) + [True] and len(parts) > 2
+    asked = [("tumor_size", "Size?")]
+    answers = [[said(" 7" if "7" in part.text else " not relevant", tokenizer)] for part in parts]
+    (found,) = asker.record(parts, asked, answers)["phenotypes"]["tumor_size"]["answers"]
+    assert (found["start"], found["end"]) == (len(text) - 1, len(text)) and found["end"] > len(parts[-1].text)
