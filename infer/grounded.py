@@ -168,17 +168,19 @@ class Grammar:
 
 
 class Grounded:
-    """A request's way through a grammar: what `infer.generate.Settings.constraint` asks for."""
+    """A request's way through a grammar: what `infer.generate.Settings.constraint` asks for. It goes on where it is
+    asked about more of the same tokens; requests that share it get right answers too, later."""
 
     def __init__(self, grammar: Grammar) -> None:
-        self.grammar, self.states, self.seen = grammar, grammar.begin(), 0
+        self.grammar, self.states = grammar, grammar.begin()
+        self.seen: list[int] = []
 
     def allowed(self, tokens: Sequence[int]) -> list[int]:
-        if len(tokens) < self.seen:
-            self.states, self.seen = self.grammar.begin(), 0
-        for token in tokens[self.seen :]:
+        if self.seen != list(tokens[: len(self.seen)]):
+            self.states, self.seen = self.grammar.begin(), []
+        for token in tokens[len(self.seen) :]:
             self.states = self.grammar.read(self.states, self.grammar.vocabulary.bytes.get(token, b""))
-        self.seen = len(tokens)
+        self.seen = list(tokens)
         return self.grammar.allowed(self.states)
 
 

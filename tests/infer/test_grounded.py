@@ -40,6 +40,21 @@ def test_no_output_ever_breaks_it(note, seed, hot, new, tokenizer):
         assert found and " ".join(codes.CODES[found[2]].split()) == found[1]
 
 
+@settings(deadline=None, max_examples=10)
+@given(note=letters, seed=st.integers(0, 99), hot=st.sampled_from([0.0, 3.0]), new=st.integers(1, 12))
+def test_requests_that_share_a_constraint_get_what_each_would_alone(note, seed, hot, new, tokenizer):
+    generator = Generator(tiny_model(seed % 5), tokenizer)
+    grammar = Grammar(Vocabulary(tokenizer), generator.stop_ids, note=note)
+    prompts, chosen = ["a", "tumor", "2.5 cm of"], Settings(new, temperature=hot, seed=seed)
+    together = generator.generate(prompts, chosen, constraint=Grounded(grammar))
+    for number, (prompt, out) in enumerate(zip(prompts, together, strict=True)):
+        alone = replace(chosen, seed=seed + number, constraint=Grounded(grammar))
+        assert out.tokens == generator.generate([prompt], alone)[0].tokens
+        ended = out.finish_reason == "stop"
+        assert grammar.read(grammar.begin(), out.text.encode()) or not out.text.isascii()  # a letter may be cut
+        assert not ended or grammar.complete(out.text) == out.text
+
+
 @settings(deadline=None, max_examples=60)
 @given(note=letters, data=st.data())
 def test_every_spelling_of_a_span_is_allowed(note, data, tokenizer):
