@@ -3,7 +3,7 @@
 from importlib import import_module
 from typing import Any
 
-PLACES = {"Generation": "generate", "Generator": "generate", "Settings": "generate", "patch": "recording",
+PLACES = {"Generation": "settings", "Generator": "generate", "Settings": "settings", "patch": "recording",
           "record": "recording"}  # fmt: skip
 __all__ = ["Generation", "Generator", "Settings", "patch", "record"]  # noqa: F822
 

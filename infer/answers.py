@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import Any
 
 from infer import codes, tasks
-from infer.generate import Generation
+from infer.settings import Generation
 
 _VALUE = {
     "type": "object",
@@ -63,7 +63,7 @@ SCHEMA: dict[str, Any] = {
                 "finish_reason": {"type": "string"},
                 "window": {
                     "type": "integer",
-                    "description": "of a note read in windows: the one that this was said about, from 0 (the likeliest)",
+                    "description": "of a note read in windows: which one this was said about (the likeliest), from 0",
                 },
             },
         },

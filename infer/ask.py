@@ -8,10 +8,11 @@ from typing import Any
 
 from infer import tasks
 from infer.answers import diagnosis_record, phenotype_record
-from infer.generate import Generation, Generator, Settings
+from infer.generate import Generator
 from infer.grounded import Grounded, Grounding
 from infer.neighbours import Neighbours
 from infer.notes import Note
+from infer.settings import Generation, Settings
 from model.command import UserError
 from model.tokenizer import to_characters
 

@@ -11,8 +11,8 @@ A request's result depends on its prompt, its settings and its seed, not on what
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Sequence
+import operator
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal
 
@@ -24,56 +24,9 @@ from torch import Tensor
 from infer.engine import Engine
 from infer.lookup import MOST, Lookup, further_row, worth
 from infer.prefix import Cache, plan
+from infer.settings import Generation, Settings
 from model import Tokenizer, Transformer
 from model.command import UserError
-
-
-@dataclass(frozen=True)
-class Settings:
-    """How one request is continued. Raises UserError for values out of range."""
-
-    max_new_tokens: int = 50
-    temperature: float = 0.0
-    """0: greedy."""
-    top_k: int = 0
-    """Only the k likeliest tokens; 0: all."""
-    top_p: float = 1.0
-    """Only the likeliest tokens that reach this share of the probability."""
-    min_p: float = 0.0
-    """Only tokens at least this share as likely as the likeliest."""
-    seed: int = 0
-    stop: tuple[str, ...] = ()
-    """Texts that end the generation; they are not part of its text."""
-    stop_cycles: bool = False
-    """End where the same tokens repeat without end."""
-    constraint: Any = None
-    """What tokens are allowed after those generated so far: an object with `allowed(tokens) -> list of ids | None`."""
-
-    def __post_init__(self) -> None:
-        for name, low, high, kind in (
-            ("temperature", 0, 100, (int, float)), ("top_p", 0, 1, (int, float)), ("min_p", 0, 1, (int, float)),
-            ("top_k", 0, 10**9, int), ("max_new_tokens", 1, 10**9, int), ("seed", -(2**62), 2**62, int),
-        ):  # fmt: skip
-            value = getattr(self, name)
-            if not (isinstance(value, kind) and math.isfinite(value) and low <= value <= high):
-                whole = "a whole number " if kind is int else ""
-                raise UserError(f"{name} is {value!r}; it must be {whole}between {low} and {high}")
-        if self.top_p == 0:
-            raise UserError("top_p is 0, which leaves no token; 1 keeps all")
-        if any(not text for text in self.stop):
-            raise UserError("a stop string is empty: it would stop before the first token; leave it out")
-
-
-@dataclass(frozen=True)
-class Generation:
-    """What came of a prompt. `logprobs` are the tokens' natural log-probabilities under the model itself;
-    `finish_reason` is "stop" (end token), "stop_string", "repetition" or "length"."""
-
-    text: str
-    tokens: list[int]
-    logprobs: list[float]
-    finish_reason: str
-    prompt_tokens: int = 0
 
 
 @dataclass
@@ -138,14 +91,17 @@ class Generator:
                 shown = safe
 
     def states(self, prompts: Any, settings: Any, options: dict[str, Any]) -> list[State]:
-        if isinstance(prompts, str):
-            raise UserError("prompts is one text; give a list of texts")
-        ids = [self.tokenizer.encode(p, bos=True) if isinstance(p, str) else list(p) for p in prompts]
+        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
+            raise UserError(f"prompts is {'one text' if isinstance(prompts, str) else repr(prompts)}; give a list")
+        ids = [self.ids(number, prompt) for number, prompt in enumerate(prompts)]
         if settings is None or isinstance(settings, Settings):
             one = replace(settings or Settings(), **options)
             each = [replace(one, seed=one.seed + i) for i in range(len(ids))]
         else:
-            each = [replace(s, **options) for s in settings]
+            given = list(settings) if isinstance(settings, Iterable) else [settings]
+            if len(given) != len(ids) or not all(isinstance(s, Settings) for s in given):
+                raise UserError(f"settings must be one Settings, or one for each of the {len(ids)} prompts")
+            each = [replace(s, **options) for s in given]
         for text in {text for chosen in each for text in chosen.stop}:
             self.check_stop(text)
         limit = self.engine.config.max_position_embeddings
@@ -161,6 +117,14 @@ class Generator:
             if wrong is not None:
                 raise UserError(f"prompt {number}: token id {wrong} is outside the vocabulary")
         return [State(prompt, chosen) for prompt, chosen in zip(ids, each, strict=True)]
+
+    def ids(self, number: int, prompt: Any) -> list[int]:
+        if isinstance(prompt, str):
+            return self.tokenizer.encode(prompt, bos=True)
+        try:
+            return [operator.index(token) for token in prompt]
+        except TypeError as error:
+            raise UserError(f"prompt {number} is neither a text nor a list of token ids") from error
 
     def check_stop(self, text: str) -> None:
         """Refuse a stop string that no text can hold."""

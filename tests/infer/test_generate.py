@@ -336,7 +336,8 @@ def test_cycles_are_four_whole_turns(tokens):
 
 @pytest.mark.parametrize(
     "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 2.0},
-            {"top_k": -1}, {"max_new_tokens": 0}, {"stop": ("",)}],
+            {"top_k": -1}, {"max_new_tokens": 0}, {"stop": ("",)}, {"stop": "text"}, {"stop": None}, {"stop": (5,)},
+            {"stop": (b"x",)}],
 )  # fmt: skip
 def test_settings_out_of_range(bad):
     with pytest.raises(UserError):
@@ -345,9 +346,18 @@ def test_settings_out_of_range(bad):
 
 def test_prompts_that_cannot_be(tokenizer):
     generator = Generator(MODELS["full"], tokenizer)
-    for prompts in ([[]], [[999]], [[1] * 4090], "text"):
+    for prompts in ([[]], [[999]], [[1] * 4090], "text", None, 5, [5], [None], [["a"]], [[1.5]], [b""]):
         with pytest.raises(UserError):
             generator.generate(prompts)
+
+
+def test_settings_that_fit_no_prompts(tokenizer):
+    generator = Generator(MODELS["full"], tokenizer)
+    for wrong in ([], [Settings()], [Settings()] * 3, [Settings(), None], 5, "ab"):
+        with pytest.raises(UserError, match="one for each of the 2 prompts"):
+            generator.generate([[1], [2]], wrong)
+    ids = generator.generate([torch.tensor([1, 2])], max_new_tokens=2)[0].tokens
+    assert ids == generator.generate([[1, 2]], [Settings(2)])[0].tokens
 
 
 def test_in_bf16_shared_prompts_are_as_near_to_fp64_as_the_plain_bf16_path(tokenizer):
