@@ -65,13 +65,20 @@ class Asker:
     ) -> None:  # fmt: skip
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
-        room = generator.engine.config.max_position_embeddings - longest  # what the model can take
-        limits = replace(limits, input=min(limits.input, room))
+        length = generator.engine.config.max_position_embeddings
+        limits = replace(limits, input=min(limits.input, length - longest))  # what the model can take
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
         self.batch = batch
         self.grounding = Grounding(self.tokenizer, generator.stop_ids) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
             raise UserError("the tokenizer does not say its chat form; ask with --form template")
+        question = max(len(self.prompt("", *asked)) for asked in self.questions(Note("")))
+        if length - longest <= question:
+            option = "--max-new-tokens" if longest == limits.phenotype else "--max-new-diagnosis"
+            raise UserError(
+                f"{option} {longest} leaves no room for a note: a question takes {question} tokens and the model's "
+                f"length is {length}; ask for fewer new tokens"
+            )
         stop = ("\n",) if form == "template" else ()
         self.short = Settings(max_new_tokens=limits.phenotype, stop=stop, stop_cycles=True)
         self.wide = replace(self.short, max_new_tokens=limits.diagnosis)

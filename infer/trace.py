@@ -177,7 +177,7 @@ def prompt_ids(options: Options, generator: Generator) -> list[int]:
         raise UserError(f"--ask {options.ask}: not a question{nearest(options.ask, names)}; known: {', '.join(names)}")
     known = tasks.PHENOTYPES.get(options.ask)
     question = known.question if known else tasks.DIAGNOSIS_QUESTION if options.ask == "diagnosis" else options.ask
-    asker = Asker(generator, "both", options.form, Limits())
+    asker = Asker(generator, "both", options.form, Limits(1500, options.max_new_tokens, options.max_new_tokens))
     return asker.prompt(note.text, options.ask if options.ask in names else "", question)
 
 

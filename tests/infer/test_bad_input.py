@@ -162,6 +162,20 @@ def test_a_limit_beyond_the_model_s_length_is_the_model_s(tmp_path):
     assert "limit 125" in long["error"] and "error" not in short
 
 
+@pytest.mark.parametrize(("options", "option"), [
+    ({"max_new_diagnosis": 500}, "--max-new-diagnosis 500"), ({"max_new_diagnosis": 250}, "--max-new-diagnosis 250"),
+    ({"max_new_tokens": 300}, "--max-new-tokens 300"),
+    ({"max_new_tokens": 240, "max_new_diagnosis": 500, "task": "phenotype"}, "--max-new-tokens 240")])  # fmt: skip
+def test_answers_that_leave_the_model_no_room_for_a_note(options, option, tmp_path, capsys):
+    """Not an error in each record: no note at all could be asked about."""
+    weights = write_model(tmp_path / "short", max_position_embeddings=300)
+    (tmp_path / "n.jsonl").write_text(GOOD)
+    assert guard(lambda: extract.main(asked(weights, tmp_path, **options)), "infer.extract") == 2
+    (line,) = capsys.readouterr().err.strip().splitlines()
+    assert option in line and "length is 300" in line and not (tmp_path / "o.jsonl").exists()
+    assert extract.main(asked(weights, tmp_path, max_new_diagnosis=200)) == 0
+
+
 @pytest.mark.parametrize(("wrong", "said"), [
     ({"prompt": "x" * 5000}, "exceeds the model's"), ({"prompt": "half \udc80"}, "not Unicode"),
     ({"stop": ("",)}, "stop string is empty"), ({"stop": ("</s>",)}, "is a special token"),
