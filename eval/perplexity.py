@@ -27,7 +27,7 @@ from lora import load_adapter, no_adapter
 from lora.origin import check_origin
 from model import Tokenizer, Transformer, command
 from model.command import UserError
-from model.files import read_jsonl
+from model.files import check_writable, read_jsonl, write_json
 
 
 @dataclass(frozen=True)
@@ -46,6 +46,8 @@ class Options:
     """Read only the first so many documents (0: all)."""
     json: bool = False
     """Print one JSON object."""
+    out: Path | None = None
+    """Write that object to this file."""
 
     def __post_init__(self) -> None:
         if self.block < 2:
@@ -123,6 +125,8 @@ def read_texts(path: Path, limit: int = 0) -> list[str]:
 
 def main(options: Options) -> None:
     texts = read_texts(options.text, options.documents)
+    if options.out is not None:
+        check_writable(options.out)
     if options.adapter is not None:
         check_origin(options.weights, [options.adapter])
     model, tokenizer = Transformer.from_pretrained(options.weights), Tokenizer.from_pretrained(options.weights)
@@ -137,8 +141,11 @@ def main(options: Options) -> None:
         with no_adapter(model):
             results = {"before": run("before")}
         results["after"] = run("after")
+    figures = {name: asdict(result) for name, result in results.items()}
+    if options.out is not None:
+        write_json(options.out, figures)
     if options.json:
-        print(json.dumps({name: asdict(result) for name, result in results.items()}, indent=2))
+        print(json.dumps(figures, indent=2))
         return
     for name, one in results.items():
         print(
