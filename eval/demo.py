@@ -12,9 +12,6 @@ stopped (its finished steps stand in steps.json); one that ended is made anew.
 from __future__ import annotations
 
 import importlib.util
-import json
-import subprocess
-import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -177,8 +174,7 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
             "--notes", str(run.out / f"tests{'-few' if untuned else ''}.jsonl"),
             "--out", str(run.out / "predictions" / f"{adapter or 'base'}.jsonl"),
             *(["--adapter", demo.adapter(adapter)] if adapter else []),
-            *(["--form", "chat" if not scale.vocab else "template", "--max-new-diagnosis", "50"] if untuned else
-              ["--grounded"]),
+            *(["--form", form_of(scale, untuned), "--max-new-diagnosis", "50"] if untuned else ["--grounded"]),
         ]
         for name, _, adapter, untuned in SYSTEMS
     })  # fmt: skip
@@ -186,8 +182,14 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
         step = f"extraction: {name}"
         systems.append({"name": name, "kind": kind, "predictions": split(run, adapter or "base"),
                         "seconds": run.took(step), "peak_mb": run.peak(step),
+                        "form": form_of(scale, untuned), "grounded": not untuned,
                         **({"notes": scale.base_notes} if untuned else {})})  # fmt: skip
     return systems
+
+
+def form_of(scale: Scale, untuned: bool) -> str:
+    """An untuned model is asked in its own chat form, where it has one."""
+    return "chat" if untuned and not scale.vocab else "template"
 
 
 def split(run: Run, name: str) -> dict[str, str]:
@@ -234,18 +236,10 @@ def as_prediction(answers: dict[str, Any], note: dict[str, Any]) -> dict[str, An
 def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:
     """Held-out bits per byte of notes before and after continued pre-training."""
     path, demo = run.out / "bits.json", Demo(run.out, run.scale)
-
-    def work() -> None:
-        said = subprocess.run([
-            sys.executable, "-m", "eval.perplexity", "--weights", demo.weights, "--json",
-            "--adapter", demo.adapter("pretrained"), "--documents", str(scale.bits_documents),
-            "--text", demo.data("pretrain_valid"),
-        ], stdout=subprocess.PIPE, text=True)  # fmt: skip
-        if said.returncode:
-            raise UserError("the step 'bits per byte' failed; its reason stands above")
-        write_json(path, json.loads(said.stdout))
-
-    run.step("bits per byte", work)
+    run.step("bits per byte", [
+        "eval.perplexity", "--weights", demo.weights, "--adapter", demo.adapter("pretrained"), "--out", str(path),
+        "--documents", str(scale.bits_documents), "--text", demo.data("pretrain_valid"),
+    ])  # fmt: skip
     measured = read_json(path)
     return {"name": "continued pre-training", "documents": measured["before"]["documents"],
             "before": measured["before"]["bits_per_byte"], "after": measured["after"]["bits_per_byte"]}  # fmt: skip

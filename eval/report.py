@@ -4,7 +4,8 @@ RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
 
     {"title", "scale", "seconds", "peak_mb", "host", "references": {"heldout": path, "unseen": path},
      "systems": [{"name", "kind": "model"|"base"|"regex"|"majority", "predictions": {"heldout": path, "unseen": path},
-                  "notes": how many notes it was given (default: all), "seconds", "peak_mb"}],
+                  "notes": how many notes it was given (default: all), "seconds", "peak_mb",
+                  and how it was asked: "form": "template", or the chat form, "grounded": true|false}],
      "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}], "leaks",
      and where they were run, a result.json each: "counterfactual", "misspelling", "canaries" (eval.robustness) and
      "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]};
@@ -110,7 +111,7 @@ def _set(run: Path, systems: list[Json], name: str, references: list[Json]) -> t
 
 
 def _row(system: Json, questions: list[Question]) -> Json:
-    row: Json = {key: system.get(key) for key in ("name", "kind", "seconds", "peak_mb")}
+    row: Json = {key: system.get(key) for key in ("name", "kind", "seconds", "peak_mb", "form", "grounded")}
     row["notes"] = len({one.record for one in questions})
     for preset in ("clinical", SECOND):
         row[preset] = {name: figures(group, preset) for name, group in groups(questions).items()}
@@ -239,8 +240,32 @@ def render(report: Json) -> str:
     named = {row["name"] for part in report["sets"].values() for row in part["systems"]}
     return environment.get_template("report.html").render(
         report=report, plots=plots(report), metrics=METRICS, names=NAMES, phenotypes=list(PHENOTYPES), presets=PRESETS,
-        absent=[title for title in BASELINES if title not in named],
+        absent=[title for title in BASELINES if title not in named], asked=asked_how(report), ceilings=ceilings,
     )  # fmt: skip
+
+
+def asked_how(report: Json) -> dict[str, list[str]]:
+    """How the systems were asked, each way with their names; what run.json does not say is left out."""
+    found: dict[str, list[str]] = {}
+    for row in next(iter(report["sets"].values()))["systems"]:
+        if row["grounded"] is not None and row["form"] is not None:
+            form = "the tuning's form" if row["form"] == "template" else "their own chat form"
+            how = "grounded: spans of the note, closed values, existing ICD-10-CM entries"
+            how = how if row["grounded"] else "freely"
+            found.setdefault(f"asked in {form}, answering {how}", []).append(row["name"])
+    return found
+
+
+def ceilings(rows: list[Json], preset: str, task: str) -> list[tuple[list[str], Json]]:
+    """What gold against gold gives, with the systems' names: once where it is the same for all, since a system that
+    was given fewer notes has other right answers to reach."""
+    found: dict[str, tuple[list[str], Json]] = {}
+    for row in rows:
+        if group := row[preset][task]:
+            key = str([group[name] and round(group[name]["ceiling"], 1) for name in ("average_f1", *METRICS)])
+            names = found.get(key, ([], group))[0] + [row["name"]]
+            found[key] = names, group
+    return list(found.values())
 
 
 def _clock(seconds: float | None) -> str:

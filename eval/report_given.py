@@ -15,12 +15,12 @@ from model.files import read_json
 Json = dict[str, Any]
 NUMBER = int | float
 HELP = "eval.report's help says what it holds"
-SAID = {str: "a text", int: "a whole number", NUMBER: "a number", dict: "an object", list: "a list",
-        dict | None: "an object or null"}  # fmt: skip
+SAID = {str: "a text", int: "a whole number", bool: "true or false", NUMBER: "a number", dict: "an object",
+        list: "a list", dict | None: "an object or null"}  # fmt: skip
 SYSTEM = {"name": str, "kind": str, "predictions": {str: str}}
 NEEDED = {"systems": [SYSTEM], "references": {str: str}}
 MAY = {"seconds": NUMBER, "peak_mb": NUMBER, "curves": {str: str}, "bits_per_byte": [dict], "leaks": dict}
-SYSTEM_MAY = {"notes": int, "seconds": NUMBER, "peak_mb": NUMBER}
+SYSTEM_MAY = {"notes": int, "seconds": NUMBER, "peak_mb": NUMBER, "form": str, "grounded": bool}
 POINT = {"step": NUMBER, "loss": NUMBER}
 _CURVE = {"rates": [NUMBER], "slope": dict, "phenotype": [dict | None], "diagnosis": [dict | None]}
 _DAMAGE = {"rates": [NUMBER], "series": {str: _CURVE}, "damaged": str, "changed": [int], "of": int, "patients": int}

@@ -104,7 +104,8 @@ def run(tmp_path):
                     "predictions": {s: f"{n}.{s}.jsonl" for s in ("heldout", "unseen")},
                     **extra,
                 }
-                for n, k, extra in (("bad", "base", {"notes": 3}), ("good", "model", {}))
+                for n, k, extra in (("bad", "base", {"notes": 3, "form": "chat", "grounded": False}),
+                                    ("good", "model", {"form": "template", "grounded": True}))
             ],
         },
     )
@@ -144,6 +145,34 @@ def test_page_is_self_contained_and_escaped(run):
         assert outside not in page
     assert "<td>1.500</td><td>0.900</td>" in page  # bits per byte
     assert page.count("<svg") == 3 and "paper, private data" in page and '<mark class="right"' in page
+
+
+def test_page_says_how_each_system_was_asked(run):
+    write(run)
+    page = (run / "report.html").read_text()
+    assert ("bad: asked in their own chat form, answering freely.<br>good: asked in the tuning&#39;s form, answering "
+            "grounded: spans of the note, closed values, existing ICD-10-CM entries.<") in page  # fmt: skip
+    systems = json.loads((run / "run.json").read_text())["systems"]
+    bare = [{key: value for key, value in one.items() if key not in ("form", "grounded")} for one in systems]
+    given(run, systems=bare)
+    write(run)
+    assert "answering" not in (run / "report.html").read_text()
+
+
+def test_each_phenotypes_three_scores_and_each_systems_own_ceiling_are_shown(run):
+    """The fewer notes that `bad` was given have no answer of one word, which the paper's BLEU-2 gives next to
+    nothing."""
+    side = {"tumor_laterality": [{"text": "left", "start": 10, "end": 14}]}
+    notes = [note(i, f"p{i // 2}") for i in range(6)]
+    more = [{**one, "phenotypes": one["phenotypes"] | side} for one in notes[3:]]
+    write_jsonl(run / "heldout.jsonl", notes[:3] + more)
+    write_jsonl(run / "good.heldout.jsonl", [answer(i, size="2.5 cm wide") for i in range(6)])
+    found = write(run)["sets"]["heldout"]["systems"][1]["per_phenotype"]["tumor_size"]["answerable"]
+    page = (run / "report.html").read_text()
+    assert page.count("gold against gold: the ceiling of bad<") == page.count("the ceiling of good<") == 1
+    assert page.count("gold against gold: the ceiling<") == 9
+    exact, bleu, rouge = (found[metric]["f1"] for metric in ("exact_match", "bleu2", "rouge_l"))
+    assert exact == 0 < bleu < rouge and f'<span class="n">{bleu:.1f} / {rouge:.1f}</span>' in page
 
 
 TEXTS = """
