@@ -7,11 +7,13 @@ import json
 import signal
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
 from eval.experiments import PARTS
 from eval.tables import SIZES
+from model.files import read_json
 
 pytestmark = pytest.mark.slow
 
@@ -40,6 +42,30 @@ def test_the_demo_fills_what_it_promises(demo):
         "as misspelled", "repaired"}  # fmt: skip
     assert [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]] == ["none", "BM25"]
     assert found["counterfactual"] is None and found["canaries"] is None
+
+
+def test_each_system_answers_with_its_own_adapter(demo):
+    """The four systems differ in nothing but what the base was trained on, and how the untuned ones are asked."""
+
+    def adapters(job):
+        return [Path(place).parent.name for place, *_ in read_json(demo / f"{job}.jsonl.job.json")["adapter"]]
+
+    models = [one for one in read_json(demo / "run.json")["systems"] if one["kind"] in ("base", "model")]
+    jobs = {one["name"]: one["predictions"]["heldout"].removesuffix("-heldout.jsonl") for one in models}
+    assert {name: adapters(job) for name, job in jobs.items()} == {
+        "base": [], "base + continued pre-training": ["pretrained"], "base + tuning": ["tuned-only"],
+        "base + continued pre-training + tuning": ["tuned"]}  # fmt: skip
+    cards = {name: read_json(demo / name / "run.json") for name in ("pretrained", "tuned-only", "tuned")}
+    assert {name: Path(card["recipe"]["adapter"]).parent.name for name, card in cards.items()} == {
+        "pretrained": "", "tuned-only": "", "tuned": "pretrained"}  # fmt: skip
+    assert [card["stage"] for card in cards.values()] == ["pretrain", "instruct", "instruct"]
+    assert adapters("misspelling/plain") == adapters("misspelling/repaired") == ["tuned"]
+    for one in models:
+        job = read_json(demo / f"{jobs[one['name']]}.jsonl.job.json")
+        assert job["grounded"] == one["grounded"] == (one["kind"] == "model")
+        assert (job["form"] if one["kind"] == "base" else "template") == one["form"]
+    steps = read_json(demo / "steps.json")
+    assert all(steps[name]["peak_mb"] > 50 for name in steps if not name.startswith("baseline"))
 
 
 def test_the_tables_are_filled_by_a_run_that_was_ended_once(demo, tmp_path):
