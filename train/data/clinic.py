@@ -5,7 +5,7 @@
 writes into `--out`, the same bytes for the same options:
 
     train, valid, heldout.jsonl   annotated notes in the training styles; a patient's notes stay in one file
-    unseen.jsonl                  other patients, in styles, wordings and abbreviations that training never saw
+    unseen.jsonl                  other patients, in styles and wordings that training never saw
     pretrain.jsonl                text alone: the training notes, notes of further patients, MTS-Dialog sections
     pretrain_valid.jsonl          text alone, for held-out bits per byte
     general.jsonl                 text alone: MTS-Dialog and notes of people without cancer
@@ -40,7 +40,8 @@ The annotation rules, by which every note can be decided from its text alone:
 
 Only in pretrain.jsonl notes (those of further patients) end in their encounter diagnosis with its code, as clinic notes
 do: that is what continued pre-training can teach. The annotated notes never show a code. Of the notes to train on two
-in five draw their wording from clinic_varied.py and three in ten are printed in capitals; no note of the test sets is.
+in five draw their wording from clinic_varied.py, and no other annotated note does; three in ten are printed in
+capitals, because one of the four unseen styles is wholly in capitals, and no note of valid and heldout is.
 """
 
 from __future__ import annotations

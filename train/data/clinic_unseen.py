@@ -1,7 +1,8 @@
 # ruff: noqa: E501  (tables of wordings: one a line)
 """The four note styles of the unseen test set: no template, wording list or abbreviation list is shared with training.
 
-Sizes, sides, grades, stages and receptors are written otherwise too; all of it is plain to a reader of clinical English.
+Single forms are: left, right, ER, PR, and names that have no other (train/data/README.md lists them). Sizes, sides,
+grades, stages and receptors are written otherwise too; all of it is plain to a reader of clinical English.
 """
 
 from __future__ import annotations

@@ -1,7 +1,9 @@
 """The clinic's files: truth that stands in the text, patients in one split, the same bytes for the same seed."""
 
 import re
+import statistics
 from collections import Counter, defaultdict
+from pathlib import Path
 
 import pytest
 
@@ -9,11 +11,13 @@ from infer.codes import CODES, is_billable
 from infer.tasks import PHENOTYPES
 from model.command import UserError
 from model.files import read_jsonl
-from train.data.clinic import Options, main
+from train.data import clinic
+from train.data.clinic import Options, annotated, main
 from train.data.clinic_knowledge import CANCERS
 
 ANNOTATED = ("train", "valid", "heldout", "unseen")
 TEXTS = ("pretrain", "pretrain_valid", "general")
+PAGE = (Path(clinic.__file__).parent / "README.md").read_text(encoding="utf-8")
 
 
 @pytest.fixture(scope="module")
@@ -98,6 +102,18 @@ def test_unseen_styles_share_no_sentence_with_training(files):
     assert sum(len(own & trained) for own in heldout) >= 0.05 * sum(len(own) for own in heldout)  # the bound can fail
 
 
+def test_unseen_notes_share_no_abbreviation_with_training_but_those_that_the_page_names(files):
+    def abbreviations(notes):
+        texts = [note["text"] for note in notes if not note["text"].isupper()]
+        found = set().union(*(re.findall(r"\b[A-Z]{2,5}\d?\b", text) for text in texts))
+        return {one for one in found if not re.fullmatch(r"[IV]+[ABC]?\d?", one)}
+
+    (named,) = re.findall(r"in both training and unseen notes: (.*?), and stages", PAGE, re.S)
+    unseen = [note for number in range(150) for note in clinic.patient_notes("u", number, 1, clinic.clinic_unseen)]
+    shared = abbreviations(files["train"]) & abbreviations(unseen)
+    assert {"ER", "PR", "HER2", "CKD"} <= shared <= set(re.findall(r"[A-Z]+2?", named))
+
+
 def test_nearly_every_tested_code_occurs_in_training(files):
     trained = {note["diagnosis"]["code"] for note in files["train"][:250]}
     for name in ("heldout", "unseen"):
@@ -128,6 +144,14 @@ def test_all_cancers_and_all_difficulties_occur(files):
         assert missing[name] > 0.08 * len(texts), name
 
 
+def test_the_page_gives_the_spread_of_the_demos_notes():
+    for split, notes in annotated(Options(out=Path(), patients=250, seed=1)).items():
+        words = [len(note["text"].split()) for note in notes]
+        short = sum(length < 100 for length in words) / len(words)
+        row = f"| `{split}` | {100 * short:.0f} % | {min(words)} | {statistics.median(words):g} | {max(words)} |"
+        assert row in PAGE and short < 0.4 and max(words) <= 300
+
+
 def test_notes_are_as_long_as_the_demo_plans_for(notes):
     lengths = [len(note["text"].split()) for note in notes]
     assert 100 <= sum(lengths) / len(lengths) <= 170
@@ -147,6 +171,7 @@ def test_a_third_of_the_training_notes_are_in_capitals_and_no_tested_note_is_mad
 
     assert 0.2 < share(files["train"]) < 0.4
     assert share(files["valid"]) == share(files["heldout"]) == 0.0
+    assert {note["style"] for note in files["unseen"] if note["text"].isupper()} == {"parts"}
     for note in files["train"]:
         if note["text"].isupper():
             for answer in note["phenotypes"]["tumor_size"] + note["phenotypes"]["histological_type"]:
