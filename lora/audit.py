@@ -73,8 +73,9 @@ def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
                 raise UserError(f"{weights}: {module} has another shape; the adapter was made for another model")
             narrow_OD = weight_OD.bfloat16().float()
             lost = float(((narrow_OD + delta_OD).bfloat16().float() - (narrow_OD + delta_OD)).norm())
-            row["relative_norm"] = row["norm"] / float(weight_OD.norm())
-            row["bf16_distortion"] = lost / float(delta_OD.norm()) if row["norm"] else 0.0
+            whole, change = float(weight_OD.norm()), float(delta_OD.norm())
+            row["relative_norm"] = row["norm"] / whole if whole else None  # nothing to be relative to
+            row["bf16_distortion"] = lost / change if change else 0.0
         rows.append(row)
     if not rows:
         raise UserError(f"{adapter}: holds no adapter's matrices; it is empty")
@@ -85,7 +86,8 @@ def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'module':44} {'rank':>4} {'‖ΔW‖':>9} {'‖ΔW‖/‖W‖':>10} {'eff. rank':>9} {'bf16 loss':>9}  top singular"]
     for row in rows:
-        relative, lost = (f"{row[k]:.4f}" if k in row else "–" for k in ("relative_norm", "bf16_distortion"))
+        told = (row.get(key) for key in ("relative_norm", "bf16_distortion"))
+        relative, lost = ("–" if value is None else f"{value:.4f}" for value in told)
         top = " ".join(f"{value:.3g}" for value in row["top"])
         lines.append(f"{row['module']:44} {row['rank']:4} {row['norm']:9.4f} {relative:>10} "
                      f"{row['effective_rank']:9.2f} {lost:>9}  {top}")  # fmt: skip
@@ -94,10 +96,13 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
     """The heat map: layers down, modules across."""
-    import matplotlib
+    try:
+        import matplotlib
 
-    matplotlib.use("Agg")
-    from matplotlib import pyplot as plt
+        matplotlib.use("Agg")
+        from matplotlib import pyplot as plt
+    except ImportError as error:
+        raise UserError(f"{path}: no heat map: matplotlib is not installed (pip install matplotlib)") from error
 
     found = [(int(m[1]), m[2], row) for row in rows if (m := re.search(r"\.layers\.(\d+)\.(.+)", row["module"]))]
     if not found:
@@ -105,7 +110,8 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     layers, kinds = sorted({layer for layer, _, _ in found}), sorted({kind for _, kind, _ in found})
     values = torch.full((len(layers), len(kinds)), float("nan"))
     for layer, kind, row in found:
-        values[layers.index(layer), kinds.index(kind)] = row.get("relative_norm", row["norm"])
+        value = row.get("relative_norm", row["norm"])
+        values[layers.index(layer), kinds.index(kind)] = float("nan") if value is None else value
     figure, axes = plt.subplots(figsize=(1.2 * len(kinds) + 2, 0.25 * len(layers) + 2))
     image = axes.imshow(values, aspect="auto", cmap="viridis")
     axes.set_xticks(range(len(kinds)), [kind.rpartition(".")[2] for kind in kinds], rotation=45, ha="right")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 from dataclasses import replace
 
 import pytest
@@ -11,7 +12,9 @@ from tiny_adapters import TOKENS, base, trained
 
 from lora import LoRAConfig, add_lora, load_adapter, merge_lora, no_adapter, save_adapter, set_adapter, unmerge_lora
 from lora.adapter import adapted
+from lora.audit import Options as AuditOptions
 from lora.audit import audit, draw
+from lora.audit import main as audit_main
 from lora.merge import Options, main
 from model import Transformer
 from model.command import UserError
@@ -176,6 +179,23 @@ def test_audit_agrees_with_the_whole_matrices(weights, tmp_path):
         draw([{"module": "head", "norm": 1.0}], str(tmp_path / "none.png"))
     draw(list(rows.values()), str(tmp_path / "map.png"))
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
+
+
+def test_a_base_of_zeros_and_a_missing_matplotlib_are_no_traceback(weights, tmp_path, monkeypatch, capsys):
+    save_adapter(trained(CONFIGS[2]), tmp_path / "adapter")
+    held = load_file(weights / "model.safetensors")
+    held["model.layers.1.mlp.up_proj.weight"].zero_()
+    save_file(held, weights / "model.safetensors")
+    rows = {row["module"].rpartition(".")[2]: row for row in audit(str(tmp_path / "adapter"), str(weights))}
+    assert rows["up_proj"]["relative_norm"] is None and rows["up_proj"]["norm"] > 0 < rows["q_proj"]["relative_norm"]
+    draw(list(rows.values()), str(tmp_path / "map.png"))
+    for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
+        monkeypatch.setitem(sys.modules, name, None)
+    asked = AuditOptions(str(tmp_path / "adapter"), str(weights), heat_map=str(tmp_path / "none.png"))
+    with pytest.raises(UserError, match="none.png: no heat map: matplotlib is not installed"):
+        audit_main(asked)
+    line = next(line for line in capsys.readouterr().out.splitlines() if "up_proj" in line)
+    assert line.split()[3] == "–" and not (tmp_path / "none.png").exists()
 
 
 def damaged(folder, how):
