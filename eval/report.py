@@ -159,9 +159,11 @@ def _paired(asked: list[tuple[str, list[Question]]]) -> list[Json]:
 def _curve(path: Path) -> Json:
     curve: Json = {"step": [], "loss": [], "valid_step": [], "valid_loss": []}
     for number, line in read_jsonl(path):
-        check(line, POINT, f"{path}:{number}")
-        curve["step"].append(line["step"])
-        curve["loss"].append(line["loss"])
+        finite = line.get("loss", 0.0) is not None  # null: the step was skipped
+        check(line if finite else line | {"loss": 0.0}, POINT, f"{path}:{number}")
+        if finite:
+            curve["step"].append(line["step"])
+            curve["loss"].append(line["loss"])
         if line.get("valid_loss") is not None:
             curve["valid_step"].append(line["step"])
             curve["valid_loss"].append(line["valid_loss"])

@@ -53,6 +53,7 @@ def run_card(trainer: Trainer, seconds: float, peaks: list[int]) -> dict[str, An
         "steps": trainer.steps,
         "rows": len(trainer.rows),
         "records": len(trainer.rows.store),
+        "rejected_records": trainer.rows.store.manifest["rejects"],
         "tokens": progress.tokens,
         "skipped_steps": progress.skipped,
         "best_valid_loss": progress.best,

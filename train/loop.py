@@ -197,8 +197,9 @@ class Trainer:
             if line["valid_loss"] < best:
                 self.progress.best, self.progress.best_step = line["valid_loss"], self.progress.step
         if self.ranks.first:
+            numbers = {key: value if math.isfinite(value) else None for key, value in line.items()}  # JSON has no NaN
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as out:
-                out.write(json.dumps(line) + "\n")
+                out.write(json.dumps(numbers) + "\n")
 
     def on_signal(self, *_: object) -> None:
         self.stopping = True
@@ -240,6 +241,8 @@ class Trainer:
             self.saved = self.progress.step
             if self.ranks.first:
                 tqdm.write(f"going on from {found}, step {self.progress.step}", file=sys.stderr)
+        elif self.recipe.resume and self.ranks.first and steps_saved(folder):
+            tqdm.write(f"no checkpoint in {folder} is whole: the run begins again at step 0", file=sys.stderr)
         # what lies beyond is damaged or of a run given up: it goes when this run has a checkpoint to show for it
         self.stale = [path for path in steps_saved(folder) if found is None or step_of(path) > step_of(found)]
 

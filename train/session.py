@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import sys
 import time
 from dataclasses import asdict, replace
 from pathlib import Path
@@ -129,8 +130,13 @@ def stores(
     folder = Path(recipe.out) / "tokens"
 
     def build() -> dict[str, TokenStore]:
-        return {name: build_store(files, how, folder / name, limit, identity=sources[name])
-                for name, (files, how, limit) in parts(recipe, encoding).items()}  # fmt: skip
+        built = {name: build_store(files, how, folder / name, limit, identity=sources[name])
+                 for name, (files, how, limit) in parts(recipe, encoding).items()}  # fmt: skip
+        for store in built.values():
+            if bad := store.manifest["rejects"]:
+                print(f"{bad} of {bad + len(store)} records cannot be used and are left out: "
+                      f"{store.path}/rejects.jsonl names them", file=sys.stderr)  # fmt: skip
+        return built
 
     made = ranks.together(lambda: build() if ranks.first else {})
     manifests = ranks.gather({name: store.manifest for name, store in made.items()})[0]

@@ -82,7 +82,7 @@ def run(tmp_path):
         )
     write_jsonl(
         tmp_path / "curve.jsonl",
-        [{"step": s, "loss": 3 / s, "valid_loss": 4 / s if s % 2 else None} for s in range(1, 9)],
+        [{"step": s, "loss": None if s == 4 else 3 / s, "valid_loss": 4 / s if s % 2 else None} for s in range(1, 9)],
     )
     write_json(
         tmp_path / "run.json",

@@ -102,6 +102,17 @@ def test_records_that_a_later_change_has_made_others_are_not_shown(options, tmp_
         records_of(tmp_path, 1)
 
 
+def test_records_that_are_left_out_are_counted_on_one_line_and_in_the_card(options, tmp_path, capsys):
+    data = tmp_path / "notes.jsonl"
+    data.write_bytes(Path(options["data"][0]).read_bytes() * 20 + b'{"id": "bad"}\n')
+    session.train(as_recipe(options, out=str(tmp_path / "run"), data=[str(data)], steps=1), "instruct")
+    said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
+    where = tmp_path / "run" / "tokens" / "train" / "rejects.jsonl"
+    assert said == [f"1 of 201 records cannot be used and are left out: {where} names them"] and where.is_file()
+    told = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (told["records"], told["rejected_records"]) == (200, 1)
+
+
 def test_without_matplotlib_one_line_says_so(options, tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

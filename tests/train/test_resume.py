@@ -198,6 +198,19 @@ def test_a_resume_with_another_recipe_or_other_data_lists_what_changed(options, 
         train(as_recipe(options, out=out, steps=2, data=[str(other)]), "instruct")
 
 
+def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_begins_again(options, tmp_path, capsys):
+    out = tmp_path / "run"
+    train(as_recipe(options, out=str(out), steps=1), "instruct")
+    assert "begins again" not in capsys.readouterr().err
+    for path in steps_saved(out / "checkpoints"):
+        (path / "manifest.json").unlink()
+    train(as_recipe(options, out=str(out), steps=1), "instruct")
+    said = capsys.readouterr().err.splitlines()
+    assert f"no checkpoint in {out / 'checkpoints'} is whole: the run begins again at step 0" in said
+    train(as_recipe(options, out=str(out), steps=1, resume=False), "instruct")
+    assert "begins again" not in capsys.readouterr().err
+
+
 def test_a_refused_resume_leaves_the_other_runs_token_store_as_it_was(options, tmp_path):
     out, more = tmp_path / "run", {"steps": 1, "valid_data": [], "share_prefix": False}
     train(as_recipe(options, out=str(out), **more), "instruct")
@@ -268,6 +281,7 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_records
 
 
 def test_a_bad_step_that_is_skipped_updates_nothing_and_is_counted(options, tmp_path, monkeypatch, capsys):
+    from train.card import draw_losses
     from train.session import prepare
     from train.sharding import Ranks
 
@@ -277,7 +291,7 @@ def test_a_bad_step_that_is_skipped_updates_nothing_and_is_counted(options, tmp_
     def second_is_bad(step):
         held.append({name: p.detach().clone() for name, p in named_trainable(made.model).items()})
         loss, norm, tokens = gradients(step)
-        return float("inf") if step == 1 else loss, norm, tokens
+        return (float("inf"), float("nan"), tokens) if step == 1 else (loss, norm, tokens)
 
     monkeypatch.setattr(made, "gradients", second_is_bad)
     made.run()
@@ -287,6 +301,8 @@ def test_a_bad_step_that_is_skipped_updates_nothing_and_is_counted(options, tmp_
     assert "step 2: loss inf" in capsys.readouterr().err
     lines = [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
     assert [line["lr"] > 0 for line in lines] == [True, False, True]
+    assert lines[1]["loss"] is None and lines[1]["grad_norm"] is None, "JSON has no Infinity and no NaN"
+    draw_losses(tmp_path)
     assert json.loads((tmp_path / "checkpoints" / "step-000003" / "state.json").read_text())["skipped"] == 1
 
 
