@@ -201,7 +201,8 @@ class FastBlock(Block):
         x_ND = x_BTD.flatten(0, 1)
         x_ND = self.attention(x_ND, x_BTD.shape, own, rotary, visible)
         x_ND = FeedForward.apply(x_ND, self.post_attention_layernorm, linears[4:], *adapters(linears[4:]))
-        return x_ND.view(x_BTD.shape)
+        # as torch's own matmul gives its result another shape: FSDP2 warns of a block whose result is a view
+        return torch.ops.aten._unsafe_view(x_ND, x_BTD.shape)
 
     def attention(
         self, x_ND: Tensor, shape: torch.Size, own: Attention, rotary: tuple[Tensor, Tensor], visible: Visible

@@ -23,6 +23,7 @@ from tyro.conf import Positional
 
 from model.command import UserError, nearest, run
 from model.config import ModelConfig
+from model.narrow import bytes_of
 from model.weights import config_dict
 from train.loss import chunk
 from train.recipe import Recipe, read_toml
@@ -93,12 +94,6 @@ def built(config: ModelConfig, recipe: Recipe) -> torch.nn.Module:
     return add_lora(model, lora_config(recipe, config), seed=recipe.seed)
 
 
-def narrow_bytes(kind: str, rows: int, columns: int) -> float:
-    """A matrix in NF4 (4 bits, a byte a block of 64, double quantised) or int8 (a byte, an fp32 scale a row)."""
-    count = rows * columns
-    return count * (1 / 2 + 1 / 64 + 4 / (64 * 256)) if kind == "nf4" else count + 4 * rows
-
-
 def memory(
     config: ModelConfig, recipe: Recipe, ranks: int, row_tokens: int, targets: int, heap: bool = False
 ) -> dict[str, float]:
@@ -113,7 +108,7 @@ def memory(
         if "lora_" in name:
             continue
         layer = adapters.get(name.removesuffix(".weight"))
-        size = narrow_bytes(recipe.base, *p.shape) if recipe.base and layer is not None else p.numel() * e
+        size = bytes_of(recipe.base, *p.shape) if recipe.base and layer is not None else p.numel() * e
         largest = max(largest, p.numel() * e if layer is not None and recipe.base else 0.0)
         block, root = (block + size, root) if ".layers." in name else (block, root + size)
     trained = [p for p in model.parameters() if p.requires_grad]

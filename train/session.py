@@ -160,6 +160,11 @@ def load_model(
     """
     base = merged_base(recipe, ranks) if recipe.merge_adapter else recipe.weights
     model, adapter = empty
+    if recipe.base == "nf4" and ranks.first:
+        layers = adapted(model)
+        if odd := [path for path, layer in layers.items() if layer.narrow.kind != "nf4"]:
+            print(f"base = nf4: {len(odd)} of {len(layers)} matrices are kept in int8, since 64 does not divide their "
+                  f"width: {odd[0]}", file=sys.stderr)  # fmt: skip
     shapes = base_shapes(model)
     read = ranks.together(lambda: from_checkpoint(open_checkpoint(base), shapes, ranks) if base
                           else fresh(recipe.seed, shapes, config.num_hidden_layers))  # fmt: skip

@@ -113,6 +113,16 @@ def test_records_that_are_left_out_are_counted_on_one_line_and_in_the_card(optio
     assert (told["records"], told["rejected_records"]) == (200, 1)
 
 
+def test_a_base_that_nf4_cannot_hold_is_said_to_be_int8(options, tmp_path, capsys):
+    """This model's layers are all 16 or 24 wide."""
+    session.prepare(as_recipe(options, out=str(tmp_path), base="nf4"), "instruct", Ranks())
+    said = [line for line in capsys.readouterr().err.splitlines() if "int8" in line]
+    assert said == ["base = nf4: 14 of 14 matrices are kept in int8, since 64 does not divide their width: "
+                    "model.layers.0.self_attn.q_proj"]  # fmt: skip
+    session.prepare(as_recipe(options, out=str(tmp_path), base="int8"), "instruct", Ranks())
+    assert "int8" not in capsys.readouterr().err
+
+
 def test_without_matplotlib_one_line_says_so(options, tmp_path, monkeypatch, capsys):
     for name in [name for name in sys.modules if name.split(".")[0] == "matplotlib"] + ["matplotlib"]:
         monkeypatch.setitem(sys.modules, name, None)

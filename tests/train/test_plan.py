@@ -5,11 +5,13 @@ from dataclasses import replace
 import pytest
 from tiny_runs import CONFIG, RECIPE, tiny
 
+from lora.adapter import adapted
 from model.command import UserError
 from model.config import ModelConfig
 from model.files import read_json
 from train.plan import Options, main, memory, plan
 from train.recipe import Recipe, read_toml
+from train.session import empty_model
 
 PAPER = Options("train/recipes/cancerllm.toml", config="train/recipes/mistral-7b.json", gpus=10, gpu="a100-80gb",
                 documents=3_192_166, document_tokens=600)  # fmt: skip
@@ -24,6 +26,19 @@ def test_weights_adapters_gradients_and_state_are_the_built_models(full):
     assert made["weights"] == (size[1] if full else size[0])
     assert made["gradients"] == size[1] and made["optimizer"] == 2 * size[1]
     assert made["adapters"] == (0 if full else size[1])
+
+
+@pytest.mark.parametrize(("base", "hidden", "kinds"), [("nf4", 64, {"nf4"}), ("nf4", 96, {"nf4", "int8"}),
+                                                       ("int8", 96, {"int8"})])  # fmt: skip
+def test_a_narrow_base_is_counted_as_it_is_kept(base, hidden, kinds):
+    """A width that 64 does not divide is kept in int8, whatever was asked for."""
+    config = replace(CONFIG, hidden_size=hidden, intermediate_size=128, head_dim=16)
+    recipe = replace(RECIPE, base=base, r=3)
+    model, _ = empty_model(recipe, config)
+    assert {layer.narrow.kind for layer in adapted(model).values()} == kinds
+    held = [*model.named_parameters(), *model.named_buffers()]
+    size = sum(tensor.nbytes for name, tensor in held if "lora_" not in name and "inv_freq" not in name)
+    assert memory(config, recipe, 1, 100, 20)["weights"] == pytest.approx(size, rel=2e-3)
 
 
 def test_mistral_7b_has_its_published_number_of_weights():

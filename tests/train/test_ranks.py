@@ -29,6 +29,7 @@ def launch(ranks: int, cases: dict, folder: Path, program: str = "tiny_runs.py")
     done = subprocess.run([*start, worker, str(folder / "cases.json"), str(out)], env=environment, capture_output=True,
                           text=True, timeout=300)  # fmt: skip
     assert done.returncode == 0, done.stderr[-3000:]
+    assert "returned a view tensor" not in done.stderr, "FSDP2 warns of a block whose result is a view"
     return load_file(out)
 
 
