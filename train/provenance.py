@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import dataclass, fields
+from dataclasses import MISSING, dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -16,15 +16,16 @@ from tyro.conf import Positional
 
 from model.command import UserError, run
 from model.files import read_json, read_jsonl
+from train.checkpoint import newest_whole
 from train.dataset import Rows
-from train.recipe import Recipe
+from train.recipe import Recipe, checked
 from train.rows import ANSWER, order
 from train.store import TokenStore
 
 
 @dataclass(frozen=True)
 class Options:
-    """The records behind one optimizer step of a finished run."""
+    """The records behind one optimizer step of a run."""
 
     run: Positional[str]
     """The run's folder."""
@@ -37,18 +38,15 @@ class Options:
 def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
     """{"record", "tokens", "targets"} of a step, in order. Raises UserError for a step that the run did not make, or
     made from what is not there any more."""
-    card = read_json(Path(folder) / "run.json")
-    if not isinstance(card, dict) or not {"steps", "recipe", "data", "stage", "trained_parameters"} <= card.keys():
-        raise UserError(f"{folder}/run.json: not the card of a training run; give the folder that a recipe calls out")
-    if not 1 <= step <= card["steps"]:
-        raise UserError(f"--step {step}: the run {folder} has steps 1 to {card['steps']}")
-    names = {field.name for field in fields(Recipe)}
-    held = {key: tuple(value) if isinstance(value, list) else value for key, value in card["recipe"].items()}
-    recipe = Recipe(**{key: value for key, value in held.items() if key in names} | {"out": str(folder)})
-    store = TokenStore(Path(folder) / "tokens" / "train")
-    if store.manifest["identity"] != card["data"]:
+    folder = Path(folder)
+    recipe, stage, data = recorded(folder)
+    taken = {line["step"]: line["tokens"] for _, line in read_jsonl(folder / "metrics.jsonl", ("step", "tokens"))}
+    if step not in taken:
+        raise UserError(f"--step {step}: the run {folder} has steps 1 to {max(taken)}")
+    store = TokenStore(folder / "tokens" / "train")
+    if store.manifest["identity"] != data:
         raise UserError(f"{store.path}: made from other data than the run; tokenise the run's own data again")
-    rows = Rows(store, recipe, card["stage"])
+    rows = Rows(store, recipe, stage)
     tokens: Counter[str] = Counter()
     targets: Counter[str] = Counter()
     for index in order(recipe.seed, step - 1, len(rows), recipe.batch_rows):
@@ -58,17 +56,31 @@ def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
                 tokens[name] += length
                 targets[name] += int((unit.kind[start : start + length] == ANSWER).sum())
                 start += length
-    counted = tokens_of(Path(folder) / "metrics.jsonl", step)
+    counted = taken[step] - taken.get(step - 1, 0)
     if counted != sum(tokens.values()):
-        raise UserError(f"{folder}: step {step} took {counted} tokens, and {sum(tokens.values())} by run.json: data or "
-                        "recipe changed after it (--allow-changed), so its records are not known")  # fmt: skip
+        raise UserError(f"{folder}: step {step} took {counted} tokens, and {sum(tokens.values())} by the run's recipe: "
+                        "data or recipe changed after it (--allow-changed), so its records are not known")  # fmt: skip
     return [{"record": name, "tokens": count, "targets": targets[name]} for name, count in tokens.items()]
 
 
-def tokens_of(metrics: Path, step: int) -> int:
-    """How many tokens a step took, by the run's own count; 0 where it is not there."""
-    seen = {line["step"]: line["tokens"] for _, line in read_jsonl(metrics, ("step", "tokens"))}
-    return seen.get(step, 0) - (seen.get(step - 1, 0) if step > 1 else 0)
+def recorded(folder: Path) -> tuple[Recipe, str, dict[str, Any]]:
+    """(recipe, stage, the data's identity) from run.json, which a run writes at its end; before that from the newest
+    whole checkpoint. Raises UserError where there is neither, or not of this form."""
+    where = folder / "run.json"
+    if where.is_file():
+        card = read_json(where)
+    elif found := newest_whole(folder / "checkpoints"):
+        where = found / "state.json"
+        card = read_json(where)["identity"]
+    else:
+        raise UserError(f"{folder}: holds neither run.json nor a whole checkpoint; give the folder that a recipe calls "
+                        "out, once a checkpoint is in it")  # fmt: skip
+    if not (isinstance(card, dict) and isinstance(card.get("recipe"), dict) and isinstance(card.get("data"), dict)
+            and card.get("stage") in ("pretrain", "instruct")):  # fmt: skip
+        raise UserError(f"{where}: not the card of a training run; give the folder that a recipe calls out")
+    known = {each.name: {} if each.default is MISSING else each.default for each in fields(Recipe)}
+    held = {key: checked(value, known[key], f"{where}: {key}") for key, value in card["recipe"].items() if key in known}
+    return Recipe(**held | {"out": str(folder)}), card["stage"], card["data"]
 
 
 def main(options: Options) -> int:

@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import shutil
 import subprocess
 import sys
 from collections import Counter
@@ -95,11 +96,40 @@ def test_records_that_a_later_change_has_made_others_are_not_shown(options, tmp_
     session.train(as_recipe(options, out=str(out), steps=2), "instruct")
     session.train(as_recipe(options, out=str(out), steps=4, data=[str(changed)], allow_changed=True), "instruct")
     assert len(records_of(out, 4)) == 3
-    with pytest.raises(UserError, match="step 1 took .* tokens, and .* by run.json: data or recipe changed after it"):
+    with pytest.raises(UserError, match="step 1 took .* tokens, and .* by the run's recipe: data or recipe changed"):
         records_of(out, 1)
-    (tmp_path / "run.json").write_text('{"title": "a demo"}')
-    with pytest.raises(UserError, match="run.json: not the card of a training run"):
-        records_of(tmp_path, 1)
+    told = json.loads((out / "run.json").read_text())
+    for changes, said in (({"stage": "demo"}, "not the card of a training run"), ({"recipe": 3}, "not the card of"),
+                          ({"recipe": told["recipe"] | {"batch_rows": "3"}}, "batch_rows is '3'; it must be a whole"),
+                          ({"data": None}, "not the card of a training run")):  # fmt: skip
+        (out / "run.json").write_text(json.dumps(told | changes))
+        with pytest.raises(UserError, match=f"run.json: {said}"):
+            records_of(out, 4)
+
+
+def test_the_records_of_a_run_that_did_not_end_are_known_from_its_checkpoint(options, tmp_path):
+    """Killed in its fourth step: the second is saved, the third has a line in metrics.jsonl only."""
+    out = tmp_path / "run"
+    made = session.prepare(as_recipe(options, out=str(out)), "instruct", Ranks())
+    gradients = made.gradients
+
+    def killed(step):
+        if step == 3:
+            raise KeyboardInterrupt
+        return gradients(step)
+
+    made.gradients = killed
+    with pytest.raises(KeyboardInterrupt):
+        made.run()
+    found = [records_of(out, step) for step in (1, 2, 3)]
+    with pytest.raises(UserError, match="--step 4: the run .* has steps 1 to 3"):
+        records_of(out, 4)
+    session.train(as_recipe(options, out=str(out)), "instruct")
+    assert found == [records_of(out, step) for step in (1, 2, 3)]
+    shutil.rmtree(out / "checkpoints")
+    (out / "run.json").unlink()
+    with pytest.raises(UserError, match="run: holds neither run.json nor a whole checkpoint"):
+        records_of(out, 1)
 
 
 def test_records_that_are_left_out_are_counted_on_one_line_and_in_the_card(options, tmp_path, capsys):
