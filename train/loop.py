@@ -207,21 +207,26 @@ class Trainer:
     # checkpoints
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one already: a whole one is never written again."""
-        if self.saved == self.progress.step:
-            return
-        params, state = snapshot(self.model, self.optimizers, keep=self.ranks.first)
-        self.ranks.together(lambda: self.write(params, state) if self.ranks.first else None)
-        self.saved, self.stale = self.progress.step, []
+        """A checkpoint of this step, unless there is one already: a whole one is never written again. Then older ones
+        go, which a run that was killed before that may have left."""
+        if self.saved != self.progress.step:
+            params, state = snapshot(self.model, self.optimizers, keep=self.ranks.first)
+            self.ranks.together(lambda: self.write(params, state) if self.ranks.first else None)
+        self.saved = self.progress.step
+        self.ranks.together(lambda: self.tidy() if self.ranks.first else None)
+        self.stale = []
 
     def write(self, params: dict[str, Tensor], state: dict[str, Tensor]) -> None:
         folder = self.out / "checkpoints"
         try:
-            path = save_checkpoint(folder, self.progress, params, state, self.adapter(params), self.identity)
+            save_checkpoint(folder, self.progress, params, state, self.adapter(params), self.identity)
         except OSError as error:
             raise UserError(f"{folder}: step {self.progress.step} could not be saved ({error}); the checkpoints before "
                             "it are whole. Make room, and the same command goes on from there") from error  # fmt: skip
-        keep(folder, self.recipe.keep_last, self.progress.best_step, [old for old in self.stale if old != path])
+
+    def tidy(self) -> None:
+        stale = [old for old in self.stale if step_of(old) != self.saved]
+        keep(self.out / "checkpoints", self.recipe.keep_last, self.progress.best_step, stale)
 
     def adapter(self, params: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], str] | None:
         """What write_adapter needs, or None in full training."""

@@ -135,7 +135,8 @@ def main() -> None:
             trainer.run()
         if ranks.world > 1:
             told["refusals"] = refusals(cases["stopped"], ranks)
-            told["went on"] = went_on(cases["stopped"], ranks)
+            told["went on"] = [went_on(cases[name], ranks) for name in ("stopped", "narrow")]
+            session.prepare(as_recipe(cases["straight"]), "instruct", ranks).run()
     if ranks.first:
         save_file(out, sys.argv[2])
         Path(sys.argv[2]).with_suffix(".json").write_text(json.dumps(told))

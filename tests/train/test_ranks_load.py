@@ -56,6 +56,7 @@ def cases(data, tmp_path_factory) -> dict:
                  {**run, "optimizer": "muon", "out": "muon", "full": True},
                  {**run, "weights": wide, "base": "nf4", "out": "nf4"}, {**run, "base": "int8", "out": "int8"}],
         "stopped": {**run, "out": "stopped"},
+        **{name: {**run, "dtype": "bfloat16", "steps": 4, "out": name} for name in ("narrow", "straight")},
     }  # fmt: skip
 
 
@@ -63,7 +64,8 @@ def at(cases: dict, folder: Path) -> dict:
     """The cases with their runs' folders under `folder`."""
     placed = {name: {**options, "out": str(folder / "placed" / name)} for name, options in cases["placed"].items()}
     runs = [{**options, "out": str(folder / options["out"])} for options in cases["runs"]]
-    return {"placed": placed, "runs": runs, "stopped": {**cases["stopped"], "out": str(folder / "stopped")}}
+    others = {name: {**cases[name], "out": str(folder / name)} for name in ("stopped", "narrow", "straight")}
+    return {"placed": placed, "runs": runs, **others}
 
 
 @pytest.fixture(scope="module")
@@ -136,14 +138,18 @@ def test_three_ranks_place_step_and_resume_as_one_does(cases, alone, tmp_path):
         for a, b in zip(ours, theirs, strict=True):
             assert abs(a["loss"] - b["loss"]) < 1e-12 * b["loss"] and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-10
     told = json.loads((tmp_path / f"{ranks}.json").read_text())
-    assert told["went on"] == "step-000003"
+    assert told["went on"] == ["step-000003", "step-000003"]
+    last, lines = Path("checkpoints") / "step-000004", [Path("metrics.jsonl")]
+    files = lines + [last / name for name in ("trainable.safetensors", "optimizer.safetensors", "state.json")]
+    for file in files:  # stopped and gone on with in bf16, or in one go, on as many ranks
+        assert (tmp_path / "narrow" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes(), file
     for differ, missing in told["refusals"]:
         assert f"ranks disagree: recipe.learning_rate on rank 0 0.01, on rank {ranks - 1} 0.5" in differ
         assert missing == f"on rank {ranks - 1}: no such file"
     train(Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in cases["stopped"].items()}
-                 | {"out": str(tmp_path / "straight")}), "instruct")  # fmt: skip
+                 | {"out": str(tmp_path / "alone")}), "instruct")  # fmt: skip
     stopped, straight = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
-                         for run in ("stopped", "straight"))  # fmt: skip
+                         for run in ("stopped", "alone"))  # fmt: skip
     assert all((stopped[key] - straight[key]).abs().max() < 1e-9 for key in straight)
     names = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert names == [1, 2, 3, 4, 5, 6]
