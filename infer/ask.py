@@ -40,11 +40,13 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a note that is asked by itself; `done` says how it came from a note beyond the limit."""
+    """A stretch of a note that is asked by itself; `done` says how it came from a note beyond the limit, `around` what
+    the note has before and after it: two characters, which tell a word or number that was cut."""
 
     note: Note
     text: str
     done: dict[str, Any] | None = None
+    around: tuple[str, str] = ("", "")
 
 
 @dataclass(frozen=True)
@@ -138,15 +140,17 @@ class Asker:
         _, spans = self.tokenizer.encode(note.text, offsets=True)
         letters = to_characters(note.text, spans)
         if self.long == "truncate":
-            end = letters[size - 1][1]
-            return [Part(note, note.text[:end], {"did": "truncate", "tokens": tokens, "read": size})]
-        step = max(1, size * 3 // 4)  # a quarter of each window overlaps the one before
-        starts = [*range(0, max(1, tokens - size), step), max(0, tokens - size)]
-        done = {"did": "windows", "tokens": tokens, "windows": len(starts), "size": size}
-        return [
-            Part(note, note.text[letters[s][0] : letters[min(s + size, tokens) - 1][1]], done)
-            for s in dict.fromkeys(starts)
-        ]
+            starts, done = [0], {"did": "truncate", "tokens": tokens, "read": size}
+        else:
+            step = max(1, size * 3 // 4)  # a quarter of each window overlaps the one before
+            starts = [*range(0, max(1, tokens - size), step), max(0, tokens - size)]
+            done = {"did": "windows", "tokens": tokens, "windows": len(starts), "size": size}
+        parts = []
+        for start in dict.fromkeys(starts):
+            begin, end = letters[start][0], letters[min(start + size, tokens) - 1][1]
+            around = note.text[max(0, begin - 2) : begin], note.text[end : end + 2]
+            parts.append(Part(note, note.text[begin:end], done, around))
+        return parts
 
     def records(self, notes: Sequence[Note]) -> list[dict[str, Any]]:
         """One record a note, in order; what is wrong with a note becomes its record's `error`."""
@@ -169,7 +173,7 @@ class Asker:
 
     def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:
         """Everything that is asked about a part; the neighbours that it is shown enter its record."""
-        grammars = self.grounding.of_note(part.text) if self.grounding else {}
+        grammars = self.grounding.of_note(part.text, part.around) if self.grounding else {}
         requests = []
         for name, question in self.questions(part.note):
             shown = self.beside(part.note, part.text, question) if name == "diagnosis" else []

@@ -69,11 +69,11 @@ def byte_alphabet() -> dict[str, int]:
 
 class Grammar:
     """The legal answers to one question about one note. `values` is a closed list, `note` the text of spans (one of
-    the two), `alone` the answers that stand by themselves."""
+    the two), `alone` the answers that stand by themselves; `around` what comes before and after a note that was cut."""
 
     def __init__(
         self, vocabulary: Vocabulary, ends: Iterable[int], note: str = "", values: Sequence[str] = (),
-        alone: Sequence[str] = (tasks.NOT_RELEVANT,),
+        alone: Sequence[str] = (tasks.NOT_RELEVANT,), around: tuple[str, str] = ("", ""),
     ) -> None:  # fmt: skip
         text = " ".join(note.split())
         self.vocabulary, self.ends = vocabulary, sorted(ends)
@@ -83,9 +83,16 @@ class Grammar:
         for letter in text:
             at.append(at[-1] + len(letter.encode()))
         # a span neither begins nor ends with a space, and holds no comma
-        edges = [found.start() for found in re.finditer(tasks.EDGE, text)]
-        self.starts = [at[n] for n in edges if n < len(text) and text[n] not in " ,"]
+        before, after = "" if note[:1].isspace() else around[0], "" if note[-1:].isspace() else around[1]
+        found = (match.start() - len(before) for match in re.finditer(tasks.EDGE, before + text + after))
+        edges = [n for n in found if 0 <= n <= len(text)]
         self.stops = frozenset(at[n] for n in edges if n > 0 and text[n - 1] != " ")
+        self.open: set[int] = set()  # the bytes before which a span can still end: none is begun that cannot
+        for i in range(len(self.note), 0, -1):
+            if i in self.stops or (i + 1 in self.open and self.note[i] != 44):
+                self.open.add(i)
+        starts = (at[n] for n in edges if n < len(text) and text[n] not in " ,")
+        self.starts = [start for start in starts if start + 1 in self.open]
         self.memo: dict[States, list[int]] = {}
         if not self.ends:  # a tokenizer without an end token: a line's end ends the answer
             self.ends = list(vocabulary.root[1].get(10, [[], {}])[0])
@@ -119,7 +126,7 @@ class Grammar:
             elif kind == "comma":
                 go(32, ("value",))
             elif kind == "span":
-                if state[1] < len(self.note) and self.note[state[1]] != 44:
+                if state[1] + 1 in self.open and self.note[state[1]] != 44:
                     go(self.note[state[1]], ("span", state[1] + 1))
             else:
                 text = (self.values if kind == "one" else self.alone)[state[1]]
@@ -194,7 +201,7 @@ class Grounding:
         closed = {name: p.values for name, p in tasks.PHENOTYPES.items() if p.values}
         self.closed = {name: Grammar(self.vocabulary, self.ends, values=values) for name, values in closed.items()}
 
-    def of_note(self, note: str) -> dict[str, Grammar]:
+    def of_note(self, note: str, around: tuple[str, str] = ("", "")) -> dict[str, Grammar]:
         """The grammar of each question about one note; "" is a question of the note's own, answered in spans."""
-        spans = Grammar(self.vocabulary, self.ends, note=note)
+        spans = Grammar(self.vocabulary, self.ends, note=note, around=around)
         return {"": spans, "diagnosis": self.diagnosis, **dict.fromkeys(tasks.PHENOTYPES, spans), **self.closed}

@@ -2,29 +2,51 @@
 
 import json
 import re
+from copy import copy
 from dataclasses import replace
 
 import pytest
 from answering_models import tiny_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from eval import score
 from infer import codes, extract, tasks
 from infer.answers import place
-from infer.ask import Asker, Limits
+from infer.ask import FORMS, LONG, Asker, Limits
 from infer.generate import Generator, Settings
 from infer.grounded import Grammar, Grounded, Grounding, Vocabulary
 from infer.notes import Note
 
-letters = st.text("abt er cm2.5-,\n+éß漢(", min_size=1, max_size=60).filter(str.strip)
+letters, long_letters = (
+    st.text("abt er cm2.5-,\n+éß漢(", min_size=least, max_size=2 * least + 58).filter(str.strip) for least in (1, 40)
+)
 
 
-@settings(deadline=None, max_examples=25)
-@given(note=letters, seed=st.integers(0, 99), hot=st.sampled_from([0.0, 3.0]), new=st.integers(1, 12))
-def test_no_output_ever_breaks_it(note, seed, hot, new, tokenizer):
-    generator = Generator(tiny_model(seed % 5), tokenizer)
-    asker = Asker(generator, "both", "template", Limits(1500, new, new * 9), grounded=True)
+@pytest.fixture(scope="module", params=["bytes", "sentencepiece"])
+def either(request, tokenizer):
+    """A byte-level tokenizer, or Mistral's kind; with a chat form."""
+    found = copy(request.getfixturevalue("sentencepiece") if request.param == "sentencepiece" else tokenizer)
+    found.form = "mistral-v1" if request.param == "sentencepiece" else "alpaca"
+    return found
+
+
+def shorten(asker):
+    """Set the limit so that some 20 tokens of a note are read at once."""
+    asked = [len(asker.prompt("", *question)) for question in asker.questions(Note("n", ""))]
+    asker.limits = replace(asker.limits, input=max(asked) + 28)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    note=st.one_of(letters, long_letters), seed=st.integers(0, 99), hot=st.sampled_from([0.0, 3.0]),
+    new=st.integers(1, 12), form=st.sampled_from(FORMS), long=st.sampled_from(LONG),
+)  # fmt: skip
+def test_no_output_ever_breaks_it(either, note, seed, hot, new, form, long):
+    generator = Generator(tiny_model(seed % 5, vocab_size=either.vocab_size), either)
+    asker = Asker(generator, "both", form, Limits(1500, new, new * 9), long, grounded=True)
+    if long != "error":
+        shorten(asker)
     asker.short, asker.wide = (replace(s, temperature=hot, seed=seed) for s in (asker.short, asker.wide))
     (record,) = asker.records([Note("n", note)])
     for name, phenotype in tasks.PHENOTYPES.items():
@@ -55,12 +77,26 @@ def test_requests_that_share_a_constraint_get_what_each_would_alone(note, seed, 
         assert not ended or grammar.complete(out.text) == out.text
 
 
+@settings(deadline=None, max_examples=25)
+@given(note=long_letters, form=st.sampled_from(FORMS), long=st.sampled_from(LONG[1:]))
+@example(note="2.5 " * 20, form="template", long="windows")  # cut everywhere
+def test_a_cut_note_offers_no_part_of_the_word_or_number_that_was_cut(either, note, form, long):
+    """Of "12.5 cm", a window that begins with "2.5 cm" holds no size."""
+    generator = Generator(tiny_model(vocab_size=either.vocab_size), either)
+    asker = Asker(generator, "phenotype", form, Limits(1500, 5, 5), long, grounded=True)
+    shorten(asker)
+    for part in asker.parts(Note("n", note)):
+        spans = asker.grounding.of_note(part.text, part.around)["tumor_size"]
+        offered = {spans.note[start:stop].decode() for start in spans.starts for stop in spans.stops if stop > start}
+        assert all(tasks.stands(value, note) for value in offered)
+
+
 @settings(deadline=None, max_examples=60)
 @given(note=letters, data=st.data())
-def test_every_spelling_of_a_span_is_allowed(note, data, tokenizer):
+def test_every_spelling_of_a_span_is_allowed(either, note, data):
     """Whatever tokens spell a span, each step allows the next of them, and the end after it."""
     text = " ".join(note.split())
-    grammar = Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note=note)
+    grammar = Grammar(Vocabulary(either), either.stop_ids, note=note)
     words = re.finditer(r"\w+(?:(?<=\d)[.,](?=\d)\w+)*", text)  # words and numbers
     inside = {n for found in words for n in range(found.start() + 1, found.end())}
     edges = [n for n in range(len(text) + 1) if n not in inside]
@@ -71,14 +107,28 @@ def test_every_spelling_of_a_span_is_allowed(note, data, tokenizer):
         return
     follower, done = Grounded(grammar), []
     for letter in (" " + span).encode():  # the finest spelling: one token a byte
-        (token,) = [i for i, spelt in grammar.vocabulary.bytes.items() if spelt == bytes([letter])]
-        assert token in follower.allowed(done)
-        done.append(token)
-    assert set(tokenizer.stop_ids) <= set(follower.allowed(done))
+        ways = [i for i, spelt in grammar.vocabulary.bytes.items() if spelt == bytes([letter])]
+        assert ways and set(ways) <= set(follower.allowed(done))
+        done.append(ways[0])
+    assert set(either.stop_ids) <= set(follower.allowed(done))
     coarse, done = Grounded(grammar), []
-    for token in tokenizer.encode(" " + span):  # and the tokenizer's own
+    for token in either.encode(" " + span):  # and the tokenizer's own
         assert token in coarse.allowed(done)
         done.append(token)
+
+
+@settings(deadline=None, max_examples=40)
+@given(note=long_letters, steps=st.lists(st.integers(0, 9), max_size=40))
+@example(note="1,200 mm , 3", steps=[0, 0, 0, 0])
+def test_whatever_was_said_the_answer_can_still_become_whole(either, note, steps):
+    """No token leads where only the forced end is left: into a number with a comma, or the space before one."""
+    grammar = Grammar(Vocabulary(either), either.stop_ids, note=note, around=("1.", ".5"))
+    states = grammar.begin()
+    for step in steps:
+        ahead = grammar.next(states)
+        assert ahead or any(grammar.whole(state) for state in states)
+        if ahead:
+            states = ahead[sorted(ahead)[step % len(ahead)]]
 
 
 def test_what_is_not_in_the_note_is_refused(tokenizer):

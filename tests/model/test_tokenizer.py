@@ -31,22 +31,6 @@ def smollm() -> Tokenizer:
     return Tokenizer.from_pretrained(SMOLLM2)
 
 
-@pytest.fixture(scope="module")
-def sentencepiece(tmp_path_factory) -> Tokenizer:
-    """A small SentencePiece model with Mistral's settings: BPE, byte fallback, digits split, identity normaliser."""
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sp")
-    words = "the patient has a tumor of the left breast measuring 2.5 cm grade 2 ER+ PR- no lymph node".split()
-    (folder / "text.txt").write_text("\n".join(" ".join(words[i % 7 :] + words[: i % 5]) for i in range(60)))
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"), model_prefix=str(folder / "tokenizer"), vocab_size=340, model_type="bpe",
-        byte_fallback=True, split_digits=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-        unk_id=0, bos_id=1, eos_id=2, minloglevel=2,
-    )  # fmt: skip
-    return Tokenizer.from_pretrained(folder / "tokenizer.model")
-
-
 @settings(max_examples=300, deadline=None)
 @given(text=st.one_of(texts, clinical))
 def test_byte_level_text_comes_back(smollm, text):
