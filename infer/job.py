@@ -9,10 +9,10 @@ first rank merges them in order.
 
 from __future__ import annotations
 
-import glob
 import hashlib
 import json
 import os
+import re
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 from typing import Any
@@ -64,6 +64,11 @@ def stamp(path: str | Path) -> list[Any]:
     return found
 
 
+def is_part(name: str, out: str) -> bool:
+    """Whether a file's name is that of what a job has done of this output; o32.part is none of o3's."""
+    return re.fullmatch(rf"{re.escape(out)}(\.\d+|\.merged)?\.part", name) is not None
+
+
 class Job:
     """One job's files. `identity` is everything that decides the output's bytes. Of processes that hold one model
     together, and so answer the same notes, one `writes`."""
@@ -91,7 +96,7 @@ class Job:
         known = read_json(self.mark) if self.mark.exists() else None
         if known is not None and not (isinstance(known, dict) and "hash" in known):
             raise UserError(f"{self.mark}: exists and is no job's of ours; choose another --out or remove it")
-        begun = self.out.exists() or any(self.out.parent.glob(f"{glob.escape(self.out.name)}*.part"))
+        begun = self.out.exists() or any(is_part(file.name, self.out.name) for file in self.out.parent.glob("*.part"))
         if not begun:  # a mark without output: a job that never started
             known = None
         if known is None and begun:
@@ -104,7 +109,15 @@ class Job:
             )
         if known is None and self.rank == 0 and self.writes:
             write_json(self.mark, self.identity)
-        return self.out.exists()
+        if not self.out.exists():
+            return False
+        self.drop_parts()  # a kill just after the output got its name leaves them
+        return True
+
+    def drop_parts(self) -> None:
+        if self.rank == 0 and self.writes:
+            for rank in range(self.world):
+                self.part_of(rank).unlink(missing_ok=True)
 
     def resume(self, sizes: Iterable[int]) -> int:
         """Cut the part file after its last whole batch, given this rank's batch sizes in order; batches done."""
@@ -159,8 +172,7 @@ class Job:
                 part.close()
         os.replace(whole, self.out)
         sync_folder(self.out.parent)
-        for rank in range(self.world):
-            self.part_of(rank).unlink(missing_ok=True)
+        self.drop_parts()
         return self.count()
 
     def count(self) -> tuple[int, int]:

@@ -247,6 +247,35 @@ def test_a_job_that_has_begun_has_its_schema(weights, tmp_path):
     assert "phenotypes" in json.loads((tmp_path / "o.jsonl.schema.json").read_text())["properties"]
 
 
+def test_a_neighbour_s_parts_are_its_own(tmp_path):
+    """Outputs beside one another: o3 is not o32, and parts are parts with any number of ranks."""
+    for name in ("o32.part", "o3.x.part", "o3part", "xo3.part", ".o3.tmp.part"):
+        (tmp_path / name).write_text("theirs\n")
+    before = sorted(tmp_path.iterdir())
+    assert not Job(tmp_path / "o3", {}).claim()
+    (tmp_path / "o3.job.json").unlink()
+    for name in ("o3.part", "o3.0.part", "o3.12.part", "o3.merged.part"):
+        (tmp_path / name).write_text("theirs\n")
+        with pytest.raises(UserError, match="no job's of ours"):
+            Job(tmp_path / "o3", {}).claim()
+        (tmp_path / name).unlink()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_kill_at_the_very_end_left_is_cleared_when_the_job_is_called_again(tmp_path):
+    ranks = [Job(tmp_path / "o.jsonl", {}, rank, 2) for rank in range(2)]
+    assert not ranks[0].claim()
+    for rank in ranks:
+        rank.append([{"id": "a"}])
+    left = {rank.part: rank.part.read_bytes() for rank in ranks}
+    ranks[0].finish([1, 1])
+    for part, data in left.items():
+        part.write_bytes(data)
+    assert ranks[1].claim() and all(part.exists() for part in left)  # the first alone takes away
+    assert ranks[0].claim() and not list(tmp_path.glob("*.part"))
+    assert [record["id"] for record in records(tmp_path / "o.jsonl")] == ["a", "a"]
+
+
 def test_nothing_to_read(weights, tmp_path):
     (tmp_path / "empty.jsonl").write_text("\n")
     (tmp_path / "folder").mkdir()
