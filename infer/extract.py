@@ -32,7 +32,7 @@ from infer.mended import mend
 from infer.notes import Note, fingerprint, read_notes
 from infer.repair import read_repair
 from infer.tasks import QUESTION
-from model.command import UserError, run
+from model.command import UserError, after_the_first, run
 from model.files import read_json, sha256_file, write_json
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
@@ -104,13 +104,30 @@ class Options:
 
 
 def main(options: Options) -> int:
+    try:
+        return work(options, *ranks())
+    except (UserError, OSError):
+        after_the_first()
+        raise
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun tells them."""
+    given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    rank, world = (int(text) if text.isdecimal() else -1 for text in given.values())
+    if not 0 <= rank < world:
+        said = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise UserError(f"{said} in the environment: no rank of so many processes; torchrun sets both, else unset them")
+    return rank, world
+
+
+def work(options: Options, rank: int, world: int) -> int:
     for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "tensor_parallel"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; it must be at least 1")
     neighbours = open_neighbours(options)
-    rank, world = int(os.environ.get("RANK", 0)), int(os.environ.get("WORLD_SIZE", 1))
     together = options.tensor_parallel
     if world % together:
         raise UserError(

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 from collections.abc import Callable, Sequence
 from typing import TypeVar
 
 Options = TypeVar("Options")
+PATIENCE = 10  # seconds in which torchrun ends the others once a process has failed
 
 
 class UserError(ValueError):
@@ -37,8 +39,24 @@ def run(main: Callable[[Options], int | None], options_type: type[Options], argv
     program = sys.modules["__main__"].__spec__
     name = program.name.removesuffix(".__main__") if program is not None else os.path.basename(sys.argv[0])
     prog = f"python -m {name}"
-    options = tyro.cli(options_type, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,))
+    heard = os.environ.get("LOCAL_RANK", "0") == "0"
+    try:
+        options = tyro.cli(
+            options_type, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,), console_outputs=heard
+        )
+    except SystemExit as exit_:
+        if exit_.code:
+            after_the_first()
+        raise
     raise SystemExit(guard(lambda: main(options), name))
+
+
+def after_the_first() -> None:
+    """Of torchrun's processes on a machine the first says a mistake that all of them find, and torchrun then ends the
+    others: they wait for that, so that one line is said, and that of a process which alone is mistaken is still said.
+    """
+    if os.environ.get("LOCAL_RANK", "0") != "0":
+        time.sleep(PATIENCE)
 
 
 def guard(body: Callable[[], int | None], name: str) -> int:

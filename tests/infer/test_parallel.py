@@ -11,11 +11,12 @@ import torch
 from answering_models import CONFIG, tiny_model, write_model
 from test_extract import command, write_notes
 
+from infer.extract import Options, main
 from infer.generate import Generator
 from infer.load import load
 from infer.parallel import check_divides
 from lora import LoRAConfig, add_lora, save_adapter
-from model.command import UserError
+from model.command import UserError, guard, run
 
 KINDS = {
     "llama": {},
@@ -73,6 +74,31 @@ def test_extraction_with_a_model_on_two_ranks(tmp_path):
     done = torchrun(*two[1:])
     assert done.returncode == 0, done.stderr[-3000:]
     assert (tmp_path / "two.jsonl").read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+
+
+@pytest.mark.slow
+def test_a_mistake_is_said_once_and_not_by_every_rank(tmp_path):
+    done = torchrun(*command(tmp_path, tmp_path / "n.jsonl", tmp_path / "o.jsonl")[1:], "--limit=0")
+    assert done.returncode == 1 and done.stderr.count("--limit is 0") == 1
+
+
+def test_a_wrong_option_is_said_by_the_first_of_a_machine(monkeypatch, capsys):
+    monkeypatch.setattr("model.command.PATIENCE", 0.0)
+    for rank in "01":
+        monkeypatch.setenv("LOCAL_RANK", rank)
+        with pytest.raises(SystemExit) as exit_:
+            run(main, Options, ["--weights", "w", "--notes", "n", "--out", "o", "--bach", "2"])
+        assert exit_.value.code == 2 and ("--bach" in capsys.readouterr().err) == (rank == "0")
+
+
+def test_a_rank_that_is_none(tmp_path, monkeypatch, capsys):
+    options = Options(weights="w", notes=tmp_path / "n", out=tmp_path / "o")
+    for rank, world in (("x", "2"), ("2", "2"), ("-1", "2"), ("1", ""), ("0", "0")):
+        monkeypatch.setenv("RANK", rank)
+        monkeypatch.setenv("WORLD_SIZE", world)
+        assert guard(lambda: main(options), "infer.extract") == 2
+        (line,) = capsys.readouterr().err.splitlines()
+        assert f"RANK={rank}, WORLD_SIZE={world}" in line
 
 
 def test_heads_and_units_are_shared_evenly():
