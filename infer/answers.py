@@ -17,7 +17,10 @@ _VALUE = {
     "required": ["text", "start", "end", "logprob"],
     "properties": {
         "text": {"type": "string", "description": "the value"},
-        "start": {"type": ["integer", "null"], "description": "its first character in the note; null: stands nowhere"},
+        "start": {
+            "type": ["integer", "null"],
+            "description": "its first character in the note; null: it stands nowhere there as whole words and numbers",
+        },
         "end": {"type": ["integer", "null"], "description": "the character after its last"},
         "logprob": {"type": "number", "description": "natural log-probability of its tokens, given what came before"},
     },
@@ -118,13 +121,13 @@ def diagnosis_record(out: Generation) -> dict[str, Any]:
 
 
 def place(value: str, note: str) -> tuple[int | None, int | None]:
-    """Where a value stands in the note: as it is, else whatever its case and spaces; whole words before parts."""
+    """Where a value stands in the note as whole words and numbers (tasks.stands): as it is, else in another case;
+    whatever its spaces. "5 cm" has no place in "2.5 cm"."""
     pattern = tasks.words(value)
     if not pattern:
         return None, None
-    whole = tasks.EDGE + pattern + tasks.EDGE
-    for form, flags in ((whole, 0), (whole, re.IGNORECASE), (pattern, 0), (pattern, re.IGNORECASE)):
-        found = re.search(form, note, flags)
+    for flags in (0, re.IGNORECASE):
+        found = re.search(tasks.EDGE + pattern + tasks.EDGE, note, flags)
         if found:
             return found.start(), found.end()
     return None, None
