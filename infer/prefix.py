@@ -1,6 +1,7 @@
 """Prompts as a tree: what several prompts begin with is computed and kept once.
 
-Nine questions about a note share the note (and "### Question: "), all notes of a job may share an instruction:
+Nine questions about a note share the note (and "### Question: "), all notes of a batch may share an instruction, which
+is then computed once a batch:
 
     instruction ─┬─ note 1 ─┬─ question 1 → answer          a *node* is a stretch that is shared, or long
                  │          └─ question 2 → answer          a *leaf* is a prompt's own end and what it generates
@@ -62,11 +63,8 @@ class Leaf:
     prompt: int
 
 
-def plan(prompts: Sequence[Sequence[int]], alone: bool = False) -> tuple[list[Node], list[Leaf]]:
-    """The tree of some prompts: nodes with parents before children, leaves in the tree's order.
-
-    `alone`: share nothing, so that each prompt's arithmetic is the same whatever the others are.
-    """
+def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Node], list[Leaf]]:
+    """The tree of some prompts: nodes with parents before children, leaves in the tree's order."""
     nodes: list[Node] = []
     leaves: list[Leaf] = []
 
@@ -102,16 +100,15 @@ def plan(prompts: Sequence[Sequence[int]], alone: bool = False) -> tuple[list[No
         if node is not parent and node is not None:
             node.leaves = range(began, len(leaves))
 
-    for part in [[i] for i in range(len(prompts))] if alone else [list(range(len(prompts)))]:
-        if part:
-            grow(part, 0, None)
+    if prompts:
+        grow(list(range(len(prompts))), 0, None)
     return nodes, leaves
 
 
 class Cache:
     """Keys and values of a tree, and the attention over them."""
 
-    def __init__(self, engine: Engine, nodes: list[Node], leaves: list[Leaf], apart: bool = False) -> None:
+    def __init__(self, engine: Engine, nodes: list[Node], leaves: list[Leaf]) -> None:
         self.engine, self.nodes = engine, nodes
         self.windows = sorted(set(engine.config.windows), key=lambda w: (w is None, w))
         starts = [leaf.start for leaf in leaves]
@@ -120,7 +117,6 @@ class Cache:
         self.keys: list[Tensor] = []  # k_NGKC of each layer: the leaves' own slots
         self.values: list[Tensor] = []  # v_NGCK
         self.capacity = 0
-        self.apart = apart
         self._read_nodes()
 
     # ---- reading the nodes -------------------------------------------------------------------------------------
@@ -135,7 +131,7 @@ class Cache:
             for node in level:
                 for begin in range(0, len(node.tokens), chunk):
                     end = min(begin + chunk, len(node.tokens))
-                    if pieces and (size + end - begin > chunk or pieces[-1][0] is node or self.apart):
+                    if pieces and (size + end - begin > chunk or pieces[-1][0] is node):
                         self._read(pieces)
                         pieces, size = [], 0
                     pieces.append((node, begin, end))
