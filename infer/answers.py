@@ -62,7 +62,7 @@ SCHEMA: dict[str, Any] = {
                         "properties": {"code": {"type": "string"}, "description": {"type": "string"}},
                     },
                 },
-                "logprob": {"type": "number"},
+                "logprob": {"type": "number", "description": "natural log-probability of its tokens and its end"},
                 "finish_reason": {"type": "string"},
                 "window": {
                     "type": "integer",
@@ -118,6 +118,14 @@ def diagnosis_record(out: Generation) -> dict[str, Any]:
         "logprob": round(sum(out.logprobs), 4),
         "finish_reason": out.finish_reason,
     }
+
+
+def kept_logprobs(out: Generation, decode: Callable[[list[int]], str]) -> list[float]:
+    """The log-probabilities of an answer's tokens, but for those that were said after where it was cut short."""
+    if out.finish_reason in ("stop", "stop_string") or len(decode(out.tokens)) <= len(out.text):
+        return out.logprobs
+    begins = [0, *token_ends(out, decode)]
+    return [logprob for begin, logprob in zip(begins, out.logprobs, strict=False) if begin < len(out.text)]
 
 
 def place(value: str, note: str) -> tuple[int | None, int | None]:

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 from infer import tasks
-from infer.answers import diagnosis_record, phenotype_record
+from infer.answers import diagnosis_record, kept_logprobs, phenotype_record
 from infer.generate import Generator
 from infer.grounded import Grounded, Grounding
 from infer.neighbours import Neighbours
@@ -220,7 +220,7 @@ class Asker:
         for place, (name, question) in enumerate(asked):
             outs = [of_part[place] for of_part in answers]
             if name == "diagnosis":
-                record["diagnosis"] = best_diagnosis(outs)
+                record["diagnosis"] = best_diagnosis(outs, self.generator.decode)
                 continue
             merged = merge([phenotype_record(out, note.text, self.generator.decode) for out in outs])
             if name:
@@ -245,11 +245,13 @@ def whole(out: Generation, settings: Settings) -> Generation:
     return replace(out, text=settings.constraint.grammar.complete(out.text))
 
 
-def best_diagnosis(outs: Sequence[Generation]) -> dict[str, Any]:
-    """The diagnosis of the window whose tokens were the likeliest, a mean each, and which window that was."""
-    means = [sum(out.logprobs) / max(1, len(out.logprobs)) for out in outs]
+def best_diagnosis(outs: Sequence[Generation], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """The diagnosis of the window whose tokens were the likeliest, a mean each, and which window that was; one of which
+    nothing is left only where that is so of all."""
+    kept = [replace(out, logprobs=kept_logprobs(out, decode)) for out in outs]
+    means = [(bool(out.text.strip()), sum(out.logprobs) / max(1, len(out.logprobs))) for out in kept]
     best = means.index(max(means))
-    return diagnosis_record(outs[best]) | ({"window": best} if len(outs) > 1 else {})
+    return diagnosis_record(kept[best]) | ({"window": best} if len(outs) > 1 else {})
 
 
 def merge(records: list[dict[str, Any]]) -> dict[str, Any]:

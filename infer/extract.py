@@ -141,6 +141,8 @@ def work(options: Options, rank: int, world: int) -> int:
     own = (options.out, schema_of(options.out), mark_of(options.out))
     if options.notes.resolve() in [path.resolve() for path in own]:
         raise UserError(f"{options.notes}: the notes, and a file that --out {options.out} writes; choose another --out")
+    if options.out.suffix == ".txt" and options.notes.resolve() == options.out.parent.resolve():
+        raise UserError(f"{options.out}: would be one of the notes of {options.notes} itself; choose another --out")
     next(source(options))  # refuses a missing or empty file before anything is made
     job = Job(options.out, identity(options), rank // together, world // together, rank % together == 0)
     check_schema(job)

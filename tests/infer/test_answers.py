@@ -1,5 +1,7 @@
 """From generated tokens to a record: values with their log-probabilities, why an answer ended, windows merged."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from answering_models import tiny_model
@@ -172,12 +174,26 @@ def test_an_answer_that_one_window_cut_short_says_so(reasons, kept):
 
 def test_the_diagnosis_is_the_likeliest_window_s_and_says_which(tokenizer):
     outs = [Generation(text, [1, 2], [-logprob, -0.2], "stop") for text, logprob in (("a", 3), ("b", 1), ("c", 2))]
-    assert (best_diagnosis(outs)["text"], best_diagnosis(outs)["window"]) == ("b", 1)
-    assert "window" not in best_diagnosis(outs[:1])
+    found = best_diagnosis(outs, tokenizer.decode)
+    assert (found["text"], found["window"]) == ("b", 1)
+    assert "window" not in best_diagnosis(outs[:1], tokenizer.decode)
     note = Note("n", "Left breast, 2.5 cm. " * 50)
     _, (record,) = asked_in(8, [note], tokenizer, "diagnosis")
     assert 0 <= record["diagnosis"]["window"] < record["long"]["windows"]
     assert set(record["diagnosis"]) <= set(SCHEMA["properties"]["diagnosis"]["properties"])
+
+
+def test_a_diagnosis_that_was_cut_short_counts_the_tokens_that_are_left_of_it(tokenizer):
+    """The n-th token has the log-probability −n²: what was said after the cut would show."""
+    long = said(" Melanoma (C43) and", tokenizer)
+    kept = len(tokenizer.encode(" Melanoma (C43)"))
+    cut = replace(long, text=" Melanoma (C43)", finish_reason="length")
+    assert best_diagnosis([cut], tokenizer.decode)["logprob"] == sum(long.logprobs[:kept])
+    for whole in (replace(long, finish_reason="length"), long, replace(cut, finish_reason="stop_string")):
+        assert best_diagnosis([whole], tokenizer.decode)["logprob"] == sum(long.logprobs)
+    nothing = replace(cut, text="")
+    assert best_diagnosis([nothing], tokenizer.decode)["logprob"] == 0
+    assert best_diagnosis([nothing, cut], tokenizer.decode)["window"] == 1
 
 
 def test_a_place_is_the_whole_note_s_whatever_window_said_it(tokenizer):

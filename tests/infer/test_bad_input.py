@@ -57,6 +57,7 @@ DOORS = {  # what is wrong: (files beside the notes, options, what the line says
     "a folder in the schema's place": ({"o.jsonl.schema.json/mine": b""}, {}, "no job's of ours"),
     "an output in a file": ({"f": b"x"}, {"out": "f/o.jsonl"}, "cannot write"),
     "a folder as output": ({"d/x": b""}, {"out": "d"}, "a folder; name the output file"),
+    "an output among the notes": ({"d/a.txt": b"A tumor"}, {"notes": "d", "out": "d/o.txt"}, "one of the notes"),
     "memory in unknown units": ({}, {"memory": "6XB"}, "is not a size"),
     "too little memory": ({}, {"memory": "1MB"}, "is not enough"),
     "no batch": ({}, {"batch": 0}, "--batch is 0"),
