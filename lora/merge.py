@@ -21,7 +21,7 @@ from lora.origin import check_origin, note_merge
 from model.command import UserError, run
 from model.config import ModelConfig
 from model.safetensors_file import Stored, open_safetensors
-from model.tokenizer import copy_tokenizer
+from model.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer
 from model.weights import Checkpoint, config_dict, open_checkpoint, write_checkpoint
 
@@ -101,8 +101,9 @@ def main(options: Options) -> int:
     merge_folders(options.weights, options.adapter, options.out)
     try:
         copy_tokenizer(options.weights, options.out)
+        Tokenizer.from_pretrained(options.out)  # files are copied unread: a damaged one is said
     except UserError as error:  # the weights are whole without it
-        print(f"no tokenizer copied: {error}", file=sys.stderr)
+        print(f"without a tokenizer that can be read: {error}", file=sys.stderr)
     print(options.out)
     return 0
 

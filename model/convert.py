@@ -14,6 +14,7 @@ from __future__ import annotations
 import pickle
 import re
 import shutil
+import sys
 import zipfile
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -73,8 +74,9 @@ def main(options: Options) -> None:
             Tokenizer(engine, {"bos": None, "eos": ends, "pad": ends}, "", "chatml").save(target)
         else:
             copy_tokenizer(source, target)
-    except UserError as error:
-        print(f"no tokenizer copied: {error}")
+        Tokenizer.from_pretrained(target)  # files are copied unread: a damaged one is said
+    except UserError as error:  # the weights are whole without it
+        print(f"without a tokenizer that can be read: {error}", file=sys.stderr)
     print(f"{target}: {len(checkpoint.tensors)} tensors, {config.model_type}, from {checkpoint.format}")
 
 

@@ -145,9 +145,12 @@ def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path, capsys):
     with pytest.raises(UserError, match="a file is there"):
         main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "notes.jsonl")))
     assert (tmp_path / "notes.jsonl").read_text() == "all I have"
+    (weights / "tokenizer.json").write_text("{")
+    assert main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "again"))) == 0
+    assert "again/tokenizer.json: not a tokenizer.json" in capsys.readouterr().err
     (weights / "tokenizer.json").unlink()  # weights alone are merged too
     assert main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "again"))) == 0
-    assert "no tokenizer copied" in capsys.readouterr().err
+    assert "without a tokenizer that can be read: " in capsys.readouterr().err
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "merged" / "model.safetensors").read_bytes()  # fmt: skip
 

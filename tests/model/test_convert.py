@@ -79,6 +79,18 @@ def test_bin_files_become_safetensors(tmp_path):
     assert torch.equal(logits(tmp_path / "wide", torch.bfloat16), logits(tmp_path / "new", torch.bfloat16))
 
 
+def test_a_tokenizer_that_cannot_be_read_is_said_and_the_weights_are_written(tmp_path, capsys):
+    tiny("mistral", torch.bfloat16).save_pretrained(tmp_path / "m")
+    for content, said in (("{", "new/tokenizer.json: not a tokenizer.json"), (None, "m: holds no tokenizer")):
+        (tmp_path / "m" / "tokenizer.json").unlink(missing_ok=True)
+        if content is not None:
+            (tmp_path / "m" / "tokenizer.json").write_text(content)
+        main(Options(str(tmp_path / "m"), str(tmp_path / "new")))
+        (line,) = capsys.readouterr().err.splitlines()
+        assert line.startswith("without a tokenizer that can be read: ") and said in line
+        assert (tmp_path / "new" / "model.safetensors").is_file()
+
+
 class Exploit:
     def __reduce__(self):
         return os.mkdir, ("ran",)
