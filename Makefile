@@ -65,10 +65,11 @@ $(VENV)/.python:
 	  { echo "$(PYTHON) cannot make a virtual environment: install its venv package (Debian: python3-venv)" >&2; exit 2; }
 	@touch $@
 
+# TORCH_INDEX gives torch alone: it need not hold our pins of what torch depends on. The last line brings those.
 $(VENV)/.core: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; some minutes) ..."
-	@{ $(PIP) "setuptools>=70" && \
-	   $(PIP) $(if $(TORCH_INDEX),--index-url $(TORCH_INDEX)) "torch==2.13.0" && \
+	@{ $(PIP) "setuptools>=77" && \
+	   $(PIP) $(if $(TORCH_INDEX),--no-deps --index-url $(TORCH_INDEX)) "torch==2.13.0" && \
 	   $(PIP) --no-deps "$(BASE)" && \
 	   $(PIP) --no-build-isolation -e ".[report]"; } 2>$(VENV)/install.log || { $(UNFINISHED); }
 	@touch $@
