@@ -7,11 +7,14 @@ raises `UserError`; any other exception is a bug of ours and keeps its traceback
 
 from __future__ import annotations
 
+import contextlib
+import io
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Sequence
-from typing import TypeVar
+from typing import Any, TypeVar
 
 Options = TypeVar("Options")
 PATIENCE = 10  # seconds in which torchrun ends the others once a process has failed
@@ -34,21 +37,54 @@ def run(main: Callable[[Options], int | None], options_type: type[Options], argv
 
     Raises SystemExit always: 0 on success, 1 on a failed check, 2 on bad usage or bad input, 130 on Ctrl-C.
     """
-    import tyro
+    from tyro.conf import OmitArgPrefixes
 
     program = sys.modules["__main__"].__spec__
     name = program.name.removesuffix(".__main__") if program is not None else os.path.basename(sys.argv[0])
     prog = f"python -m {name}"
     heard = os.environ.get("LOCAL_RANK", "0") == "0"
-    try:
-        options = tyro.cli(
-            options_type, prog=prog, args=argv, config=(tyro.conf.OmitArgPrefixes,), console_outputs=heard
-        )
-    except SystemExit as exit_:
-        if exit_.code:
+
+    def body() -> int | None:
+        try:
+            options = parse(options_type, argv, prog, config=(OmitArgPrefixes,), console_outputs=heard)
+        except UserError:
+            if heard:
+                raise
             after_the_first()
-        raise
-    raise SystemExit(guard(lambda: main(options), name))
+            return 2
+        return main(options)
+
+    raise SystemExit(guard(body, name))
+
+
+def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, **how: Any) -> Options:
+    """The command line as tyro reads it (`how`: its own options). Raises UserError where tyro refuses it."""
+    import tyro
+
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            made = tyro.cli(kind, prog=prog, args=argv, **how)
+    except SystemExit as stop:
+        if stop.code != 2:
+            raise
+        raise UserError(f"{unboxed(said.getvalue())}; {prog} --help explains every option") from None
+    sys.stderr.write(said.getvalue())
+    return made
+
+
+def unboxed(box: str) -> str:
+    """What tyro's box of some ten lines says, on one: without its frame and the options' help texts."""
+    parts: list[list[str]] = [[]]
+    for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines():
+        text = line.strip("│ ")
+        if not text.strip("─-"):
+            parts.append([])
+        # two columns of frame (blanks where none can be drawn), the text, and eight further in what an option is for
+        elif line[:2] in ("│ ", "  ") and not line[2:].startswith(" " * 8):
+            parts[-1].append(text)
+    told = [" ".join(part) for part in parts if part]
+    return "; ".join(part for part in told if not part.startswith(("Argument helptext", "For full helptext")))
 
 
 def after_the_first() -> None:

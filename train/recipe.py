@@ -14,6 +14,7 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+from model import command
 from model.command import UserError, nearest
 
 
@@ -249,7 +250,7 @@ def a_kind(default: Any) -> str:
 
 def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
     """RECIPE.toml [--key value …] as a Recipe. `--help` explains every option."""
-    import tyro
+    from tyro.conf import FlagConversionOff, OmitArgPrefixes
 
     argv = list(sys.argv[1:] if argv is None else argv)
     overrides, file = [], None
@@ -262,8 +263,8 @@ def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
     overrides = with_values(overrides)
     raw = read_toml(file) if file else {}
     # the file's values stand as defaults; they are checked together with the command line's, once
-    loose = tyro.cli(loosened(), default=loosened()(**raw), args=overrides, prog=f"python -m train.{stage} RECIPE.toml",
-                     config=(tyro.conf.OmitArgPrefixes, tyro.conf.FlagConversionOff))  # fmt: skip
+    loose = command.parse(loosened(), overrides, f"python -m train.{stage} RECIPE.toml", default=loosened()(**raw),
+                          config=(OmitArgPrefixes, FlagConversionOff))  # fmt: skip
     return Recipe(**asdict(loose))
 
 

@@ -1,7 +1,11 @@
 """The planner's benchmark asks for what the planner says, leaves no category out, and trains on the longest row."""
 
+import sys
+
 import pytest
 
+from eval.bench import plan
+from eval.bench.__main__ import main
 from eval.bench.plan import GROUPS, SETTINGS, STEPS, recipe_file, rows
 from eval.bench.train import config_of
 from model.command import UserError
@@ -26,3 +30,16 @@ def test_the_groups_hold_every_category_once():
 def test_an_unknown_setting_is_named():
     with pytest.raises(UserError, match="tuning, fp32"):
         rows(only="tuninng")
+
+
+def test_a_benchmark_gets_the_command_lines_options(monkeypatch, capsys):
+    got = []
+
+    def rows(weights: str, notes: int = 3) -> list[dict]:
+        got.append((weights, notes))
+        print("measured", file=sys.stderr)
+        return []
+
+    monkeypatch.setattr(plan, "rows", rows)
+    assert main(["plan", "--weights", "w"]) == main(["plan", "--weights", "v", "--notes", "4"]) == 0
+    assert got == [("w", 3), ("v", 4)] and capsys.readouterr().err == "measured\nmeasured\n"
