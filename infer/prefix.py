@@ -102,6 +102,7 @@ def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Node], list[Leaf]]:
 
     if prompts:
         grow(list(range(len(prompts))), 0, None)
+    del grow  # it refers to itself, and would keep the nodes' keys and values until Python looks for such cycles
     return nodes, leaves
 
 

@@ -1,5 +1,6 @@
 """Generation equals the plain model one token at a time, whatever shares the batch, the tree or the window."""
 
+import gc
 import random
 from dataclasses import replace
 from functools import lru_cache
@@ -12,7 +13,7 @@ from hypothesis import strategies as st
 
 from infer.generate import Generator, Settings, cycles
 from infer.lookup import Lookup, worth
-from infer.prefix import ROOM, Cache, causal, plan
+from infer.prefix import ROOM, Cache, Node, causal, plan
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend, Visible
 from model.command import UserError
@@ -122,6 +123,18 @@ def test_a_window_bounds_what_is_held(count, chunk, tokenizer):
         cache.step(torch.full((count, 1), n), torch.ones(count, dtype=torch.int64))
         assert slots([*cache.keys, *cache.values]) <= room(at_once)
     assert slots([*cache.keys, *cache.values]) <= room(1)
+
+
+def test_the_cache_goes_with_its_request(tokenizer):
+    """At once: nothing that was computed for a request waits for the collector of cycles."""
+    generator, prompts = Generator(MODELS["full"], tokenizer), [[*range(100), n] for n in range(3)]
+    gc.collect()
+    gc.disable()
+    try:
+        generator.generate(prompts, max_new_tokens=3)
+        assert not [found for found in gc.get_objects() if type(found) in (Cache, Node)]
+    finally:
+        gc.enable()
 
 
 @settings(deadline=None, max_examples=20)
