@@ -25,7 +25,7 @@ _VALUE = {
         "logprob": {"type": "number", "description": "natural log-probability of its tokens, given what came before"},
     },
 }
-_ANSWER = {
+_ANSWER: dict[str, Any] = {
     "type": "object",
     "required": ["answers", "not_relevant", "finish_reason"],
     "properties": {
@@ -40,6 +40,11 @@ _ANSWER = {
             "description": "the model's words, where no value could be read from them; of several windows the first's",
         },
     },
+}
+_OWN = {
+    **_ANSWER,
+    "required": ["question", *_ANSWER["required"]],
+    "properties": {"question": {"type": "string"}, **_ANSWER["properties"]},
 }
 SCHEMA: dict[str, Any] = {
     "$schema": "https://json-schema.org/draft/2020-12/schema",
@@ -70,12 +75,28 @@ SCHEMA: dict[str, Any] = {
                 },
             },
         },
-        "answers": {"type": "array", "items": _ANSWER, "description": "to the record's own questions, in their order"},
+        "answers": {"type": "array", "items": _OWN, "description": "to the record's own questions, in their order"},
         "tokens": {
             "type": "object",
-            "properties": {"note": {"type": "integer"}, "prompt": {"type": "integer"}, "new": {"type": "integer"}},
+            "required": ["note", "prompt", "new"],
+            "properties": {
+                "note": {"type": "integer", "description": "of the note alone, as it was read"},
+                "prompt": {"type": "integer", "description": "of all its prompts, what they share counted in each"},
+                "new": {"type": "integer", "description": "generated, over all its answers and windows"},
+            },
         },
-        "long": {"type": "object", "description": "what was done with a note beyond the limit"},
+        "long": {
+            "type": "object",
+            "description": "what was done with a note beyond the limit; absent: it was read whole",
+            "required": ["did", "tokens"],
+            "properties": {
+                "did": {"enum": ["truncate", "windows"], "description": "read in part, or in overlapping windows"},
+                "tokens": {"type": "integer", "description": "of the whole note"},
+                "read": {"type": "integer", "description": "truncate: how many of them were read, from its beginning"},
+                "windows": {"type": "integer", "description": "windows: how many"},
+                "size": {"type": "integer", "description": "windows: tokens of each"},
+            },
+        },
         "repairs": {
             "type": "array",
             "description": "with --repair: [start, end, new words] of each change, places in the original note",

@@ -277,6 +277,7 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Pla
     done = job.resume(mine)
     barrier(options.tensor_parallel)  # a model's processes have all read it before the first of them goes on writing
     total = sum(1 for _ in source(options))
+    answered = sum(islice(sizes(options), done * job.world))
     repair = None if options.repair is None else read_repair(options.repair)
     if options.tensor_parallel > 1:
         from infer.parallel import load_parallel
@@ -293,9 +294,10 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Pla
     kept = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
     generator = Generator(model, tokenizer, **kept)
     asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, options.batch)
-    with tqdm(total=total, unit="note", disable=None if job.rank == 0 else True, desc="extracting") as bar:
-        for number, batch in enumerate(split(options)):
-            if number % job.world == job.rank and number // job.world >= done:
+    shown = {"total": total, "initial": answered, "unit": "note", "desc": "extracting"}  # initial: not of the rate
+    with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
+        for number, batch in islice(enumerate(split(options)), done * job.world, None):
+            if number % job.world == job.rank:
                 if repair is None:
                     job.append(asker.records(batch))
                 else:

@@ -25,7 +25,11 @@ END = 2**20  # bytes of each end of a weights' file that tell it from another
 
 
 def batches(notes: Iterable[Note], most: int, letters: int) -> Iterator[list[Note]]:
-    """Notes in order, in batches of at most `most` notes and about `letters` characters."""
+    """Notes in order, in batches of at most `most` notes and about `letters` characters.
+
+    They are not sorted by length: prompts are read ragged, without padding, so that would save nothing there, while a
+    job would have to hold all notes, or its records' places, to write them in order.
+    """
     held: list[Note] = []
     size = 0
     for note in notes:
