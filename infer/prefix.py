@@ -68,42 +68,51 @@ def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Node], list[Leaf]]:
     nodes: list[Node] = []
     leaves: list[Leaf] = []
 
+    if prompts:
+        grow(prompts, nodes, leaves, list(range(len(prompts))), 0, None)
+    return nodes, leaves
+
+
+def grow(
+    prompts: Sequence[Sequence[int]], nodes: list[Node], leaves: list[Leaf], indices: list[int], depth: int,
+    parent: Node | None,
+) -> None:  # fmt: skip
+    """Enter the prompts of these indices, which are alike before `depth`, below `parent`.
+
+    Inside `plan` this would be a function that refers to itself, and so keep the nodes with their keys and values until
+    Python looks for such cycles.
+    """
+
     def add(parent: Node | None, tokens: Sequence[int], start: int) -> Node:
         nodes.append(Node(parent, list(tokens), start))
         return nodes[-1]
 
-    def grow(indices: list[int], depth: int, parent: Node | None) -> None:
-        ids = prompts[indices[0]]
-        if len(indices) == 1:
-            if len(ids) - depth > OWN and len(prompts) > 1:
-                parent = add(parent, ids[depth:-1], depth)
-                depth = len(ids) - 1
-                parent.leaves = range(len(leaves), len(leaves) + 1)
-            leaves.append(Leaf(parent, list(ids[depth:]), depth, indices[0]))
-            return
-        common = min(len(prompts[i]) for i in indices) - 1  # every leaf keeps a token of its own
-        for i in indices[1:]:
-            common = next((n for n in range(depth, common) if prompts[i][n] != ids[n]), common)
-        began = len(leaves)
-        node = parent
-        if common - depth >= SHARED:
-            node = add(parent, ids[depth:common], depth)
-            depth = common
-        groups: dict[int, list[int]] = {}
-        for i in indices:
-            # a group below starts where its prompts share more than the node; single ones are leaves
-            groups.setdefault(hash(tuple(prompts[i][depth : depth + SHARED])), []).append(i)
-        for group in groups.values():
-            whole = len(group) > 1 and min(len(prompts[i]) for i in group) > depth + SHARED
-            for part in [group] if whole else [[i] for i in group]:
-                grow(part, depth, node)
-        if node is not parent and node is not None:
-            node.leaves = range(began, len(leaves))
-
-    if prompts:
-        grow(list(range(len(prompts))), 0, None)
-    del grow  # it refers to itself, and would keep the nodes' keys and values until Python looks for such cycles
-    return nodes, leaves
+    ids = prompts[indices[0]]
+    if len(indices) == 1:
+        if len(ids) - depth > OWN and len(prompts) > 1:
+            parent = add(parent, ids[depth:-1], depth)
+            depth = len(ids) - 1
+            parent.leaves = range(len(leaves), len(leaves) + 1)
+        leaves.append(Leaf(parent, list(ids[depth:]), depth, indices[0]))
+        return
+    common = min(len(prompts[i]) for i in indices) - 1  # every leaf keeps a token of its own
+    for i in indices[1:]:
+        common = next((n for n in range(depth, common) if prompts[i][n] != ids[n]), common)
+    began = len(leaves)
+    node = parent
+    if common - depth >= SHARED:
+        node = add(parent, ids[depth:common], depth)
+        depth = common
+    groups: dict[int, list[int]] = {}
+    for i in indices:
+        # a group below starts where its prompts share more than the node; single ones are leaves
+        groups.setdefault(hash(tuple(prompts[i][depth : depth + SHARED])), []).append(i)
+    for group in groups.values():
+        whole = len(group) > 1 and min(len(prompts[i]) for i in group) > depth + SHARED
+        for part in [group] if whole else [[i] for i in group]:
+            grow(prompts, nodes, leaves, part, depth, node)
+    if node is not parent and node is not None:
+        node.leaves = range(began, len(leaves))
 
 
 class Cache:
