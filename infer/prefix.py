@@ -67,7 +67,6 @@ def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Node], list[Leaf]]:
     """The tree of some prompts: nodes with parents before children, leaves in the tree's order."""
     nodes: list[Node] = []
     leaves: list[Leaf] = []
-
     if prompts:
         grow(prompts, nodes, leaves, list(range(len(prompts))), 0, None)
     return nodes, leaves
@@ -77,11 +76,8 @@ def grow(
     prompts: Sequence[Sequence[int]], nodes: list[Node], leaves: list[Leaf], indices: list[int], depth: int,
     parent: Node | None,
 ) -> None:  # fmt: skip
-    """Enter the prompts of these indices, which are alike before `depth`, below `parent`.
-
-    Inside `plan` this would be a function that refers to itself, and so keep the nodes with their keys and values until
-    Python looks for such cycles.
-    """
+    """Enter the prompts of these indices, which are alike before `depth`, below `parent`."""
+    # inside `plan` it would refer to itself, and keep the nodes' keys and values until Python looks for such cycles
 
     def add(parent: Node | None, tokens: Sequence[int], start: int) -> Node:
         nodes.append(Node(parent, list(tokens), start))
