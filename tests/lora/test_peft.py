@@ -55,19 +55,29 @@ def test_what_peft_writes_by_default_is_read_and_each_refused_field_is_named(tmp
     {"target_modules": ["v_proj", "o_proj"], "alpha_pattern": {r"layers\.0\..*": 3}, "use_rslora": True},
     {"target_modules": ["v_proj"], "layers_to_transform": []}])  # fmt: skip
 def test_modules_ranks_and_scales_are_chosen_as_peft_chooses_them(fields, tmp_path):
-    """peft builds and saves; we load, and every module, rank and scale agrees."""
+    """peft builds and saves, we load and save again, and peft loads that: every module, rank, scale and number."""
     base().save_pretrained(tmp_path / "base")
     theirs = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
     config = peft.LoraConfig(r=4, lora_alpha=6, task_type="CAUSAL_LM", init_lora_weights=False, **fields)
     theirs = peft.get_peft_model(theirs, config)
     theirs.save_pretrained(tmp_path / "adapter")
     ours = load_adapter(base(), tmp_path / "adapter")
-    scales = {path.removeprefix("base_model.model."): module.scaling["default"]
-              for path, module in theirs.named_modules() if hasattr(module, "lora_A")}  # fmt: skip
+    scales = scales_of(theirs)
     assert scales == {path: layer.scale["default"] for path, layer in adapted(ours).items()}
     assert 0 < len(scales) <= 7 * CONFIG.num_hidden_layers
     wrong = (ours(TOKENS) - theirs(TOKENS).logits).abs().max()
     assert wrong < 1e-5 * ours(TOKENS).abs().max()
+    save_adapter(ours, tmp_path / "back")
+    again = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", attn_implementation="eager")
+    again = peft.PeftModel.from_pretrained(again, tmp_path / "back")
+    assert scales_of(again) == scales and torch.equal(again(TOKENS).logits, theirs(TOKENS).logits)
+    first, second = (peft.get_peft_model_state_dict(model) for model in (theirs, again))
+    assert first.keys() == second.keys() and all(torch.equal(first[key], second[key]) for key in first)
+
+
+def scales_of(model):
+    return {path.removeprefix("base_model.model."): module.scaling["default"]
+            for path, module in model.named_modules() if hasattr(module, "lora_A")}  # fmt: skip
 
 
 def loss_of(model, tokens):
@@ -88,22 +98,23 @@ def test_forward_gradients_and_one_adamw_step_are_pefts(alpha, tmp_path):
     theirs = peft.PeftModel.from_pretrained(theirs, tmp_path / "adapter", is_trainable=True)
     ours = load_adapter(base(), tmp_path / "adapter")
     judge = copy.deepcopy(ours).double()
-    steps = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in (ours, theirs)]
-    found = [[logits] for logits in (loss_of(m, TOKENS) for m in (ours, theirs, judge))]
+    models = (ours, theirs, judge)
+    steps = [torch.optim.AdamW([p for p in m.parameters() if p.requires_grad], lr=1e-2) for m in models]
+    found = [[logits] for logits in (loss_of(m, TOKENS) for m in models)]
+    for step in steps:
+        step.step()
     for path, layer in adapted(ours).items():
         their_layer, true_layer = theirs.base_model.model.get_submodule(path), judge.get_submodule(path)
         for kind in ("lora_A", "lora_B"):
             pairs = (getattr(layer, kind)["default"], getattr(their_layer, kind)["default"].weight,
                      getattr(true_layer, kind)["default"])  # fmt: skip
             for values, param in zip(found, pairs, strict=True):
-                values.append(param.grad.clone())
+                values += [param.grad, param.detach()]
     for mine, other, truth in zip(*found, strict=True):
         assert truth.abs().max() > 0
         if alpha == 8.0:
             assert torch.equal(mine, other)
         assert (mine.double() - truth).abs().max() <= 2 * (other.double() - truth).abs().max()
-    for step in steps:
-        step.step()
     save_adapter(ours, tmp_path / "ours")
     theirs.save_pretrained(tmp_path / "theirs")
     if alpha == 8.0:

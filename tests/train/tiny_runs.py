@@ -60,14 +60,16 @@ def trainer(case: dict, store: str, stage: str, ranks: Ranks) -> Trainer:
     return Trainer(recipe, model, Rows(TokenStore(store), recipe, stage), None, ranks, {})
 
 
-def run_case(case: dict, store: str, stage: str, ranks: Ranks) -> dict[str, torch.Tensor]:
+def run_case(case: dict, store: str, stage: str, ranks: Ranks, every: bool = False) -> dict[str, torch.Tensor]:
+    """Losses and norms of each step, the gradients before clipping of the first and the last (or of every one), and
+    the weights at the end."""
     made = trainer(case, store, stage, ranks)
     losses, norms, found = [], [], {}
     for step in range(made.steps):
         loss, norm, _ = made.gradients(step)
         losses.append(loss)
         norms.append(norm)
-        if step in (0, made.steps - 1):
+        if every or step in (0, made.steps - 1):
             grads = {name: whole(p.grad) for name, p in named_trainable(made.model).items()}
             found |= {f"grad{step}.{name}": grad for name, grad in grads.items()}
         made.update(step, norm)
