@@ -67,7 +67,9 @@ class Trainer:
         self.plan = DropoutPlan(seed=self.recipe.seed)
         for layer in adapted(self.model).values():
             layer.plan = self.plan
-        self.forward = torch.compile(self.model) if self.recipe.compile else self.model
+        if self.recipe.compile:
+            for block in self.model.model.layers:  # not the loss, whose chunks and targets differ from step to step
+                block.compile()
         self.stopping = False
         self.saved: int | None = None  # the step whose checkpoint is on disk
         self.stale: list[Path] = []
@@ -97,7 +99,7 @@ class Trainer:
             self.ranks.sync_gradients(self.model, last=turn == len(mine) - 1)
             batch = collate(part).to(self.device)
             self.plan.step, self.plan.rows = step, batch.stretches
-            loss, summed = batch_loss(self.forward, batch, counts, self.recipe.note_loss)
+            loss, summed = batch_loss(self.model, batch, counts, self.recipe.note_loss)
             loss.backward()
             total += summed
         loss_value = float(sum_over_ranks(total)) / max(counts[ANSWER], 1)

@@ -14,11 +14,14 @@ from lora.adapter import adapted
 from lora.narrow import narrow_base
 from model.attention import PlainAttend, Visible
 from model.config import ModelConfig
+from model.transformer import Block
 from train.attend import SegmentAttend, segments
 from train.dataset import Rows
 from train.fast import FastBlock, fast_blocks, training_blocks
+from train.loop import Trainer
 from train.loss import batch_loss
 from train.rows import Row, collate, count, note_unit
+from train.sharding import Ranks
 
 WIDE = replace(CONFIG, windows=(None, None), qkv_bias=True)
 
@@ -155,3 +158,20 @@ def test_a_run_with_the_gpus_kernels_takes_the_plain_steps(notes):
     plain, fused = (step(model, batch, counts) for model in (tiny(RECIPE), training_blocks(tiny(RECIPE), fuse=True)))
     assert isinstance(training_blocks(tiny(RECIPE), fuse=True).model.layers[0], FusedBlock)
     assert worst(fused, plain) < 1e-12
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_the_plain_ones_do(notes, monkeypatch):
+    """`compile = true`, traced and differentiated ahead of time; inductor's code generation, most of the minute that a
+    compilation takes, is left out."""
+    monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend="aot_eager"))
+    found = []
+    for compiled in (False, True):
+        recipe = replace(RECIPE, r=3, batch_rows=1, steps=2, dropout=0.0, learning_rate=1e-2, compile=compiled)
+        made = Trainer(recipe, tiny(recipe), Rows(notes, recipe, "instruct"), None, Ranks(), {})
+        assert all((block._compiled_call_impl is not None) == compiled for block in made.model.model.layers)
+        for _ in range(2):
+            loss, norm, _ = made.gradients(0)  # of one row, so that no other length is compiled
+            found.append((loss, norm))
+            made.update(0, norm)
+    assert found[0][0] != found[1][0] and found[2:] == [pytest.approx(pair, rel=1e-10) for pair in found[:2]]

@@ -169,6 +169,11 @@ SCRIPTS = {
         "loss_on": "all", "append_eos": False, "batch_rows": 4, "micro_rows": 1,
     },
 }  # fmt: skip
+SOUND = {
+    "cancerllm": SCRIPTS["cancerllm-faithful"] | {"packing": "documents"},
+    "cancerllm-tune": SCRIPTS["cancerllm-tune-faithful"] | {"template": "note-first", "loss_on": "answer",
+                                                           "append_eos": True, "share_prefix": True},
+}  # fmt: skip
 
 
 @pytest.mark.parametrize("file", sorted(Path("train/recipes").glob("*.toml")), ids=lambda file: file.stem)
@@ -178,5 +183,5 @@ def test_every_recipe_that_ships_is_one_and_the_faithful_ones_say_what_the_scrip
                     | ({"init": "x", "tokenizer": "x", "weights": ""} if raw.get("full") else {}))  # fmt: skip
     expected = SCRIPTS.get(file.stem, {})
     assert {key: getattr(recipe, key) for key in expected} == expected
-    sound = SCRIPTS["cancerllm-faithful"] | {"packing": "documents"} if file.stem == "cancerllm" else {}
+    sound = SOUND.get(file.stem, {})
     assert {key: getattr(recipe, key) for key in sound} == sound
