@@ -181,7 +181,7 @@ def planned(options: Options) -> tuple[Options, Plan | None]:
     asked = ASKED[options.task]
     new = (asked - (options.task != "phenotype")) * options.max_new_tokens
     new += QUESTION * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
-    plan = plan_for(options, Load(options.max_input_tokens, new, asked, options.batch))
+    plan = plan_for(options, Load(options.max_input_tokens, new, asked, options.batch, options.grounded))
     return replace(options, format=plan.form, batch=plan.batch), plan
 
 

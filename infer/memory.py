@@ -26,6 +26,7 @@ from model.narrow import bytes_of, narrows
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 FORMATS = ("wide", "int8", "int4-32", "int4-64", "int4-128")  # from the best answers to the least memory
 PROGRAM = {"cpu": 350_000_000, "cuda": 600_000_000}  # torch and tokenizer resident; a CUDA context on the device
+PIECE = 1200  # bytes of a vocabulary's piece in the tree that grammars walk
 LOADING = 100_000_000  # what a loader holds beside the model: a tensor's pieces in flight
 
 
@@ -41,6 +42,8 @@ class Load:
     """Answers that grow side by side for a request."""
     batch: int = 1
     """Requests at once, at most."""
+    grounded: bool = False
+    """Whether a grammar allows an answer's tokens: the vocabulary is held as a tree."""
 
 
 @dataclass(frozen=True)
@@ -138,16 +141,22 @@ def work(
     L, D, H, G, K = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
                      config.num_key_value_heads, config.head_dim)  # fmt: skip
     rooms = 64 * job.answers + job.new // 4  # leaves grow by a quarter, and are copied while they do
-    longest = job.tokens + job.new
-    if config.window is not None:
+    longest = whole = job.tokens + job.new
+    slots = batch * (longest + rooms)
+    if config.window is not None:  # a node lets go of what is older than its window when a chunk has made it two
         longest = min(longest, 2 * config.window)
-    kept = batch * (longest + rooms) * L * 2 * G * K * cache.itemsize
+        slots = batch * (longest + rooms) + min(chunk, whole - longest)
+        whole = min(whole, config.window + chunk)
+    if batch * job.answers == 1:  # a prompt by itself is one leaf, of which a layer at a time is copied
+        slots = (whole + max(32, whole // 4)) * (L + 1) // L
+    kept = slots * L * 2 * G * K * cache.itemsize
     rows = min(chunk, job.tokens) if batch == 1 else chunk
     width = 4 * config.intermediate_size + 6 * D + 3 * (H + 2 * G) * K
     attended = 3 * longest * H * K * 4 + rows * longest * 5  # keys and values for every head in fp32; mask, scores
     computed = rows * width * max(4, dtype.itemsize) + attended
     logits = 3 * batch * job.answers * 8 * config.vocab_size * 4  # up to eight guessed positions an answer
-    return {"cache": kept, "activations": max(computed, LOADING), "logits": logits, "program": PROGRAM[device]}
+    program = PROGRAM[device] + PIECE * config.vocab_size * job.grounded
+    return {"cache": kept, "activations": max(computed, LOADING), "logits": logits, "program": program}
 
 
 def rooflines(config: ModelConfig, form: str, tokens: int, read: float, products: float) -> tuple[float, float]:

@@ -164,8 +164,9 @@ class Cache:
             if bound is not None and node.start + b - node.first > 2 * bound:
                 drop = node.start + b - bound - node.first  # later queries see at most the window's last positions
                 node.first += drop
-                node.keys = [k[:, drop:].clone() for k in node.keys]
-                node.values = [v[:, drop:].clone() for v in node.values]
+                for held in (node.keys, node.values):
+                    for layer, kept_GSK in enumerate(held):  # one at a time: nothing but a layer is held twice
+                        held[layer] = kept_GSK[:, drop:].clone()
 
     def _read_attend(self, layer: int, node: Node, begin: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
         k_GTK, v_GTK = (kept_TGK.transpose(0, 1).to(self.engine.cache_dtype) for kept_TGK in (k_TGK, v_TGK))
@@ -311,8 +312,8 @@ class Cache:
         if window is not None and need > self.capacity and self.capacity:
             drop = int((self.length_N - window + 1).min())  # slots that no later query of any leaf sees
             if drop > 0:
-                self.keys = [self._lay(k[..., drop:]) for k in self.keys]
-                self.values = [v[:, :, drop:].clone() for v in self.values]
+                for layer, (k_NGKC, v_NGCK) in enumerate(zip(self.keys, self.values, strict=True)):
+                    self.keys[layer], self.values[layer] = self._lay(k_NGKC[..., drop:]), v_NGCK[:, :, drop:].clone()
                 self.start_N, self.length_N = self.start_N + drop, self.length_N - drop
                 self.capacity, need = self.capacity - drop, need - drop
         if need <= self.capacity:
@@ -320,12 +321,12 @@ class Cache:
         room = need + max(ROOM, need // 4)
         N, G, K = len(self.length_N), self.engine.groups, self.engine.head_dim
         like = {"dtype": self.engine.cache_dtype, "device": self.engine.device}
-        keys = [self._lay(torch.zeros(N, G, K, room, **like)) for _ in self.engine.layers]
-        values = [torch.zeros(N, G, room, K, **like) for _ in self.engine.layers]
-        for layer in range(len(self.keys)):
-            keys[layer][..., : self.capacity] = self.keys[layer]
-            values[layer][:, :, : self.capacity] = self.values[layer]
-        self.keys, self.values = keys, values
+        for layer in range(len(self.engine.layers)):  # one at a time: nothing but a layer is held twice
+            k_NGKC, v_NGCK = self._lay(torch.zeros(N, G, K, room, **like)), torch.zeros(N, G, room, K, **like)
+            if self.capacity:
+                k_NGKC[..., : self.capacity] = self.keys[layer]
+                v_NGCK[:, :, : self.capacity] = self.values[layer]
+            self.keys[layer : layer + 1], self.values[layer : layer + 1] = [k_NGKC], [v_NGCK]
         self.capacity = room
 
     def keep(self, rows: list[int]) -> None:
