@@ -111,12 +111,15 @@ def test_counts_are_reported_with_intervals_over_canaries():
 
 def test_mistakes_are_one_line(tmp_path):
     write_jsonl(tmp_path / "few.jsonl", NOTES[:4])
-    with pytest.raises(UserError, match="4 notes cannot hold a canary 16 times"):
+    recipe = "train/recipes/tiny-pretrain.toml"
+    with pytest.raises(UserError, match="r: no such file; give a recipe"):
         run_canaries(Canaries(weights="w", recipe="r", data=tmp_path / "few.jsonl", out=tmp_path / "out"))
+    with pytest.raises(UserError, match="4 notes cannot hold a canary 16 times"):
+        run_canaries(Canaries(weights="w", recipe=recipe, data=tmp_path / "few.jsonl", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     write_jsonl(tmp_path / "odd.jsonl", [{"id": "a", "text": 5}])
     with pytest.raises(UserError, match="odd.jsonl:1: 'text' is not text"):
-        run_canaries(Canaries(weights="w", recipe="r", data=tmp_path / "odd.jsonl", out=tmp_path / "out"))
+        run_canaries(Canaries(weights="w", recipe=recipe, data=tmp_path / "odd.jsonl", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="different numbers"):
         Canaries(weights="w", recipe="r", data=tmp_path, out=tmp_path, counts=(4, 4))
