@@ -110,14 +110,13 @@ def adapter(run: Run, stage: str, scale: str, size: Size, quirk: str, changed: d
     """Train one adapter; the recipe is the demo's of this scale, but for the sizes and the quirk."""
     pretrain, folder = stage == "pretrain", run.out / "data"
     # the note's own loss is off in every tuning: with the instruction first a row has no note apart from its question
-    alone = {} if pretrain else {"note_loss": 0.0}
     data = "pretrain" if pretrain else "train"
     rows = size.batch * (1 if changed.get("share_prefix", True) else ROWS_A_NOTE)
     run.step(f"{stage}: {quirk}", lambda: trained(stage, f"{scale}-{stage}", {
         "weights": str(run.out / "base" / "model"), "data": (str(folder / f"{data}.jsonl"),), "records": size.records,
         "out": str(run.out / name_of(stage, quirk)), "batch_rows": rows, "micro_rows": 1, "block": size.block,
         "steps": size.further_steps if pretrain else size.tune_steps, "warmup": 1,
-        "packing": "documents" if pretrain else "none", **alone, **changed,
+        "packing": "documents" if pretrain else "none", "note_loss": 0.0, **changed,
     }))  # fmt: skip
 
 
