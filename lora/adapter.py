@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
-from lora.origin import TRAINED_ON, origin
+from lora.origin import TRAINED_ON, adapter_file, origin
 from model.command import UserError, nearest
 from model.files import atomic_folder, read_json, write_json
 from model.safetensors_file import save_tensors
@@ -320,14 +320,6 @@ def config_from(raw: dict[str, Any]) -> LoRAConfig:
         alpha_pattern=dict(raw.get("alpha_pattern") or {}),
         exclude_modules=exclude if isinstance(exclude, str) else tuple(exclude),
     )
-
-
-def adapter_file(path: str | os.PathLike[str]) -> Path:
-    """The file of a PEFT folder's tensors. Raises UserError where there is none."""
-    where = Path(path) / "adapter_model.safetensors"
-    if not where.is_file():
-        raise UserError(f"{where}: no such file; an adapter is a folder with adapter_config.json beside it")
-    return where
 
 
 def read_adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:

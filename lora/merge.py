@@ -16,8 +16,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora.adapter import PREFIX, LoRAConfig, adapter_file, check_tensors, read_config
-from lora.origin import check_origin, note_merge
+from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_config
+from lora.origin import adapter_file, check_origin, note_merge
 from model.command import UserError, run
 from model.config import ModelConfig
 from model.safetensors_file import Stored, open_safetensors

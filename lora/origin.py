@@ -31,8 +31,16 @@ def norms(weights: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
+def adapter_file(path: str | os.PathLike[str]) -> Path:
+    """The file of a PEFT folder's tensors. Raises UserError where there is none."""
+    where = Path(path) / "adapter_model.safetensors"
+    if not where.is_file():
+        raise UserError(f"{where}: no such file; an adapter is a folder with adapter_config.json beside it")
+    return where
+
+
 def digest_of(adapter: str | os.PathLike[str]) -> str:
-    return sha256_file(Path(adapter) / "adapter_model.safetensors")
+    return sha256_file(adapter_file(adapter))
 
 
 def merged_into(weights: str | os.PathLike[str]) -> list[str]:
@@ -54,20 +62,19 @@ def origin(base: str | os.PathLike[str]) -> dict[str, Any]:
 def check_origin(weights: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]) -> None:
     """Raises UserError where one of these adapters, merged in this order, was trained on another base or on other
     adapters than come before it. Those that do not say what they were trained on pass."""
-    here: str | None = None
-    before = merged_into(weights)
-    for adapter in adapters:
+    here: dict[str, Any] | None = None
+    for number, adapter in enumerate(adapters):
         mark = Path(adapter) / TRAINED_ON
-        if mark.is_file():
-            said, here = read_json(mark), here or norms(weights)
-            if not isinstance(said, dict) or not isinstance(said.get("merged"), list):
-                raise UserError(f"{mark}: not what training writes there; remove it to go by shapes alone")
-            if said.get("norms") != here:
-                raise UserError(f"{adapter}: was trained on another base than {weights}; give that one, or remove "
-                                f"{TRAINED_ON} there if you know better")  # fmt: skip
-            if said["merged"] != before:
-                raise UserError(f"{adapter}: was trained on a base with {len(said['merged'])} adapters merged into it, "
-                                f"and here {len(before)} come before it, or others; give the same, in their order, or "
-                                f"remove {TRAINED_ON} there if you know better")  # fmt: skip
-        if (Path(adapter) / "adapter_model.safetensors").is_file():
-            before = [*before, digest_of(adapter)]
+        if not mark.is_file():
+            continue
+        said, here = read_json(mark), here or origin(weights)
+        if not isinstance(said, dict) or not isinstance(said.get("merged"), list):
+            raise UserError(f"{mark}: not what training writes there; remove it to go by shapes alone")
+        if said.get("norms") != here["norms"]:
+            raise UserError(f"{adapter}: was trained on another base than {weights}; give that one, or remove "
+                            f"{TRAINED_ON} there if you know better")  # fmt: skip
+        before = [*here["merged"], *map(digest_of, adapters[:number])]
+        if said["merged"] != before:
+            raise UserError(f"{adapter}: was trained on a base with {len(said['merged'])} adapters merged into it, "
+                            f"and here {len(before)} come before it, or others; give the same, in their order, or "
+                            f"remove {TRAINED_ON} there if you know better")  # fmt: skip

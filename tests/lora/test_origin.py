@@ -65,6 +65,9 @@ def test_adapters_that_come_before_are_part_of_what_it_was_trained_on(folders):
             check_origin(folders / "base", [folders / one for one in given])
     with pytest.raises(UserError, match="merged into it"):
         check_origin(folders / "merged", [folders / "adapter", folders / "second"])
+    (folders / "adapter" / "adapter_model.safetensors").unlink()
+    with pytest.raises(UserError, match="no such file; an adapter is a folder"):
+        check_origin(folders / "base", [folders / "adapter", folders / "second"])
 
 
 def test_weights_written_in_place_of_merged_ones_lose_the_mark(folders):
