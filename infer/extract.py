@@ -32,7 +32,7 @@ from infer.mended import mend
 from infer.notes import Note, fingerprint, read_notes
 from infer.repair import read_repair
 from infer.tasks import QUESTION
-from model.command import UserError, after_the_first, run
+from model.command import UserError, run
 from model.files import read_json, sha256_file, write_json
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
@@ -104,24 +104,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    try:
-        return work(options, *ranks())
-    except (UserError, OSError):
-        after_the_first()
-        raise
-
-
-def ranks() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun tells them."""
-    given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-    rank, world = (int(text) if text.isdecimal() else -1 for text in given.values())
-    if not 0 <= rank < world:
-        said = ", ".join(f"{name}={text}" for name, text in given.items())
-        raise UserError(f"{said} in the environment: no rank of so many processes; torchrun sets both, else unset them")
-    return rank, world
-
-
-def work(options: Options, rank: int, world: int) -> int:
+    rank, world = ranks()
     for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "tensor_parallel"):
         if getattr(options, name) < 1:
             raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
@@ -167,6 +150,16 @@ def work(options: Options, rank: int, world: int) -> int:
         done = "already finished" if finished else f"{seconds:.1f} s"
         print(f"{options.out}: {notes} notes, {errors} with an error, {done}")
     return 1 if errors else 0
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun tells them."""
+    given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    rank, world = (int(text) if text.isdecimal() else -1 for text in given.values())
+    if not 0 <= rank < world:
+        said = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise UserError(f"{said} in the environment: no rank of so many processes; torchrun sets both, else unset them")
+    return rank, world
 
 
 def planned(options: Options) -> tuple[Options, Plan | None]:
@@ -273,11 +266,9 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Pla
     from infer.generate import Generator
     from infer.load import load
 
-    mine = islice(sizes(options), job.rank, None, job.world)
-    done = job.resume(mine)
+    counts = list(sizes(options))
+    done = job.resume(counts[job.rank :: job.world])
     barrier(options.tensor_parallel)  # a model's processes have all read it before the first of them goes on writing
-    total = sum(1 for _ in source(options))
-    answered = sum(islice(sizes(options), done * job.world))
     repair = None if options.repair is None else read_repair(options.repair)
     if options.tensor_parallel > 1:
         from infer.parallel import load_parallel
@@ -294,7 +285,8 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Pla
     kept = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
     generator = Generator(model, tokenizer, **kept)
     asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, options.batch)
-    shown = {"total": total, "initial": answered, "unit": "note", "desc": "extracting"}  # initial: not of the rate
+    answered = sum(counts[: done * job.world])  # by an earlier call: not of the rate
+    shown = {"total": sum(counts), "initial": answered, "unit": "note", "desc": "extracting"}
     with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
         for number, batch in islice(enumerate(split(options)), done * job.world, None):
             if number % job.world == job.rank:

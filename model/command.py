@@ -45,14 +45,16 @@ def run(main: Callable[[Options], int | None], options_type: type[Options], argv
     heard = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def body() -> int | None:
+        options = None
         try:
             options = parse(options_type, argv, prog, config=(OmitArgPrefixes,), console_outputs=heard)
-        except UserError:
-            if heard:
-                raise
-            after_the_first()
-            return 2
-        return main(options)
+            return main(options)
+        except (UserError, OSError):
+            if not heard:
+                time.sleep(PATIENCE)  # the first says it, and torchrun then ends the others
+                if options is None:  # one command line for all
+                    return 2
+            raise
 
     raise SystemExit(guard(body, name))
 
@@ -85,14 +87,6 @@ def unboxed(box: str) -> str:
             parts[-1].append(text)
     told = [" ".join(part) for part in parts if part]
     return "; ".join(part for part in told if not part.startswith(("Argument helptext", "For full helptext")))
-
-
-def after_the_first() -> None:
-    """Of torchrun's processes on a machine the first says a mistake that all of them find, and torchrun then ends the
-    others: they wait for that, so that one line is said, and that of a process which alone is mistaken is still said.
-    """
-    if os.environ.get("LOCAL_RANK", "0") != "0":
-        time.sleep(PATIENCE)
 
 
 def guard(body: Callable[[], int | None], name: str) -> int:
