@@ -22,13 +22,13 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: from nothing)
-	$(PY) -m eval.demo --scale $(SCALE)
+	$(PY) -m eval.experiments.demo --scale $(SCALE)
 
 tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE as the demo's)
-	$(PY) -m eval.tables --scale $(SCALE)
+	$(PY) -m eval.experiments.tables --scale $(SCALE)
 
 demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
-	$(PY) -m eval.demo_ner
+	$(PY) -m eval.experiments.demo_ner
 
 test: $(VENV)/.all browser  ## every test, with the public programs that we are held against
 	$(PYTEST)

@@ -1,6 +1,6 @@
 """Two baselines that no model is needed for: the commonest answer, and regular expressions with learnt word lists.
 
-Both are fitted on training records only (see train.data.clinic) and answer a note's text with
+Both are fitted on training records only (see train.clinic) and answer a note's text with
 
     {"phenotypes": {name: [answer, …] for the eight names}, "diagnosis": "description (code)"}
 

@@ -15,12 +15,12 @@ from typing import Annotated, Any
 import tyro
 
 from eval.failures import is_right
+from eval.metrics.statistics import paired
 from eval.questions import Question, judged, pair, read_predictions, read_references
-from eval.report_given import read_run
+from eval.report.given import read_run
 from eval.score import groups
-from eval.statistics import paired
-from model import command
-from model.command import UserError, nearest
+from model.support import cli as command
+from model.support.cli import UserError, nearest
 
 
 @dataclass(frozen=True)

@@ -25,9 +25,10 @@ from tqdm import tqdm
 
 from lora import load_adapter, no_adapter
 from lora.origin import check_origin
-from model import Tokenizer, Transformer, command
-from model.command import UserError
-from model.files import check_writable, read_jsonl, write_json
+from model import Tokenizer, Transformer
+from model.support import cli as command
+from model.support.cli import UserError
+from model.support.files import check_writable, read_jsonl, write_json
 
 
 @dataclass(frozen=True)

@@ -1,6 +1,6 @@
 """Predictions beside references, one `Question` for everything that was asked; nothing is dropped in silence.
 
-A reference record is train.data.clinic's, a prediction record infer.extract's:
+A reference record is train.clinic's, a prediction record infer.extract's:
 
     {"id": "p1-n1", "phenotypes": {"tumor_size": {"answers": [{"text": "2.5 cm"}], "not_relevant": false}}, "diagnosis":
     {"text": "…"}}
@@ -19,10 +19,10 @@ from typing import Any
 
 from eval.metrics import PRESETS, Figures
 from eval.metrics.scoring import METRICS, gather, question
-from eval.statistics import interval
+from eval.metrics.statistics import interval
 from infer.tasks import NOT_RELEVANT, PHENOTYPES, diagnosis_answer, parse_answer
-from model.command import UserError, nearest
-from model.files import read_jsonl
+from model.support.cli import UserError, nearest
+from model.support.files import read_jsonl
 
 Json = dict[str, Any]
 

@@ -4,7 +4,7 @@
     python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine       adds a row to the same
     report
 
-`--data` holds annotated notes (train.data.clinic's records; `train.data.from_table` and `from_brat` make them of
+`--data` holds annotated notes (train.clinic's records; `train.importers.table` and `from_brat` make them of
 yours). Only what is annotated is scored. The folder holds a copy of the notes, each model's answers, run.json
 and the report with intervals that draw patients: they say how far so small a set can be trusted. `--model` takes the
 chat form and the name of a model from eval/baselines.toml; else our template is used where an adapter is given, and the
@@ -26,15 +26,15 @@ import tyro
 from tqdm import tqdm
 
 from eval.questions import read_references
-from eval.report import terminal_table, write
-from infer.ask import Asker, Limits
-from infer.generate import Generator
-from infer.load import load
-from infer.notes import Note
-from model import command
-from model.chat import FORMS
-from model.command import UserError, nearest
-from model.files import read_json, read_jsonl, write_json, write_jsonl
+from eval.report.build import terminal_table, write
+from infer.engine.generate import Generator
+from infer.engine.load import load
+from infer.extract.ask import Asker, Limits
+from infer.extract.notes import Note
+from model.support import cli as command
+from model.support.cli import UserError, nearest
+from model.support.files import read_json, read_jsonl, write_json, write_jsonl
+from model.text.chat import FORMS
 
 BASELINES = Path(__file__).with_name("baselines.toml")
 
@@ -57,7 +57,7 @@ class Options:
     name: str = ""
     """The row's name (empty: the model's title, or the last folder's name)."""
     form: str = "auto"
-    """auto, template, or a chat form of model/chat.py."""
+    """auto, template, or a chat form of model/text/chat.py."""
     limit: int = 0
     """Ask about only the first notes (0: all)."""
     batch: int = 8

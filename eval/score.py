@@ -20,8 +20,8 @@ from eval.metrics.presets import chosen
 from eval.metrics.scoring import METRICS
 from eval.questions import Question, figures, pair, read_predictions, read_references
 from infer.tasks import PHENOTYPES
-from model import command
-from model.command import UserError
+from model.support import cli as command
+from model.support.cli import UserError
 
 NAMES = {"exact_match": "exact match", "bleu2": "BLEU-2", "rouge_l": "ROUGE-L", "average_f1": "average F1"}
 
@@ -33,7 +33,7 @@ class Options:
     predictions: Path
     """JSON lines, one note each, as infer.extract writes them."""
     references: Path
-    """JSON lines of annotated notes, as train.data.clinic writes them."""
+    """JSON lines of annotated notes, as train.clinic writes them."""
     task: Literal["phenotype", "diagnosis", "both"] = "both"
     """Which questions to score."""
     preset: str = "clinical"

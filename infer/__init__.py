@@ -3,12 +3,17 @@
 from importlib import import_module
 from typing import Any
 
-PLACES = {"Generation": "settings", "Generator": "generate", "Settings": "settings", "patch": "recording",
-          "record": "recording"}  # fmt: skip
+PLACES = {
+    "Generation": "infer.engine.settings",
+    "Generator": "infer.engine.generate",
+    "Settings": "infer.engine.settings",
+    "patch": "infer.inspect.recording",
+    "record": "infer.inspect.recording",
+}
 __all__ = ["Generation", "Generator", "Settings", "patch", "record"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:
     if name not in PLACES:
         raise AttributeError(f"module 'infer' has no attribute {name!r}")
-    return getattr(import_module(f"infer.{PLACES[name]}"), name)
+    return getattr(import_module(PLACES[name]), name)

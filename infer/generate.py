@@ -1,300 +1,21 @@
-"""Text from a model: greedy and sampled, many prompts at once, what they share computed once.
-
-    from infer import Generator
-    out = Generator(model, tokenizer).generate(["prompt", …], max_new_tokens=50, temperature=0.0)
-
-    python -m infer.generate --weights DIR [--adapter DIR] --prompt TEXT
-
-A request's result depends on its prompt, its settings and its seed, not on what shares its batch (rounding apart, see
-`deterministic`). Logits come in at least fp32; greedy ties go to the lowest token id.
-"""
+"""Continue a prompt: `python -m infer.generate --weights DIR [--adapter DIR] --prompt TEXT`."""
 
 from __future__ import annotations
 
-import operator
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field, replace
-from typing import Any, Literal
+from dataclasses import dataclass, replace
+from typing import Literal
 
-import torch
-import torch.distributed as dist
 import tyro
-from torch import Tensor
 
-from infer.engine import Engine
-from infer.lookup import MOST, Lookup, further_row, worth
-from infer.prefix import Cache, plan
-from infer.settings import Generation, Settings
-from model import Tokenizer, Transformer
-from model.command import UserError
-
-
-@dataclass
-class State:
-    """A request under way."""
-
-    prompt: Sequence[int]
-    settings: Settings
-    tokens: list[int] = field(default_factory=list)
-    logprobs: list[float] = field(default_factory=list)
-    text: str = ""
-    finish: str | None = None
-    random: torch.Generator | None = None
-    lookup: Lookup | None = None
-
-
-class Generator:
-    """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
-    others are, so its result is the same to the bit; it costs what sharing would have saved. `lookup` lets requests
-    guess ahead where that pays (infer/lookup.py). `cache_dtype` and `chunk` are Engine's. Fused models (infer/fuse.py)
-    generate by their kernels."""
-
-    def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True,
-        cache_dtype: torch.dtype | None = None, chunk: int = 2048,
-    ) -> None:  # fmt: skip
-        self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
-        self.deterministic, self.lookup, self.further = deterministic, lookup, further_row(self.engine)
-        self.stop_ids = frozenset(tokenizer.stop_ids) | frozenset(model.config.eos_token_id)
-
-    def generate(
-        self,
-        prompts: Sequence[str | Sequence[int]],
-        settings: Settings | Sequence[Settings] | None = None,
-        **options: Any,
-    ) -> list[Generation]:
-        """Continue each prompt: a text (encoded with the begin token) or token ids. `options` are Settings' fields.
-
-        Where one seed is given for several prompts, prompt i draws with seed + i. Raises UserError for an empty prompt,
-        a prompt beyond the model's length, or settings out of range.
-        """
-        states = self.states(prompts, settings, options)
-        batches = [[state] for state in states] if self.deterministic else [states]
-        for batch in batches:
-            for _ in self.run(batch):
-                pass
-        return [self.result(state) for state in states]
-
-    def stream(self, prompt: str | Sequence[int], settings: Settings | None = None, **options: Any) -> Iterator[str]:
-        """The text of one continuation, piece by piece as it comes."""
-        (state,) = self.states([prompt], settings, options)
-        shown = 0
-        longest = max((len(text) for text in state.settings.stop), default=0)
-        for _ in self.run([state]):
-            if state.finish is None:
-                state.text = self.decode(state.tokens)
-            text = state.text
-            # what may still turn into a stop string, or into another letter, is held back
-            safe = len(text) if state.finish else max(shown, len(text.rstrip("\ufffd")) - longest)
-            if safe > shown:
-                yield text[shown:safe]
-                shown = safe
-
-    def states(self, prompts: Any, settings: Any, options: dict[str, Any]) -> list[State]:
-        if isinstance(prompts, str) or not isinstance(prompts, Iterable):
-            raise UserError(f"prompts is {'one text' if isinstance(prompts, str) else repr(prompts)}; give a list")
-        ids = [self.ids(number, prompt) for number, prompt in enumerate(prompts)]
-        if settings is None or isinstance(settings, Settings):
-            one = replace(settings or Settings(), **options)
-            each = [replace(one, seed=one.seed + i) for i in range(len(ids))]
-        else:
-            given = list(settings) if isinstance(settings, Iterable) else [settings]
-            if len(given) != len(ids) or not all(isinstance(s, Settings) for s in given):
-                raise UserError(f"settings must be one Settings, or one for each of the {len(ids)} prompts")
-            each = [replace(s, **options) for s in given]
-        for text in {text for chosen in each for text in chosen.stop}:
-            self.check_stop(text)
-        limit = self.engine.config.max_position_embeddings
-        for number, (prompt, chosen) in enumerate(zip(ids, each, strict=True)):
-            if not prompt:
-                raise UserError(f"prompt {number} holds no token, and the tokenizer has no begin token")
-            if len(prompt) + chosen.max_new_tokens > limit:
-                raise UserError(
-                    f"prompt {number} has {len(prompt)} tokens; with {chosen.max_new_tokens} new ones that exceeds "
-                    f"the model's {limit}"
-                )
-            wrong = next((t for t in prompt if not 0 <= t < self.engine.config.vocab_size), None)
-            if wrong is not None:
-                raise UserError(f"prompt {number}: token id {wrong} is outside the vocabulary")
-        return [State(prompt, chosen) for prompt, chosen in zip(ids, each, strict=True)]
-
-    def ids(self, number: int, prompt: Any) -> list[int]:
-        if isinstance(prompt, str):
-            return self.tokenizer.encode(prompt, bos=True)
-        try:
-            return [operator.index(token) for token in prompt]
-        except TypeError as error:
-            raise UserError(f"prompt {number} is neither a text nor a list of token ids") from error
-
-    def check_stop(self, text: str) -> None:
-        """Refuse a stop string that no text can hold."""
-        if self.tokenizer.engine.special(text) is not None:
-            raise UserError(f"stop string {text!r} is a special token: texts never hold it, and an end token ends them")
-        if text not in self.tokenizer.decode(self.tokenizer.encode(text)):
-            raise UserError(f"stop string {text!r} cannot occur: the tokenizer has no way to spell it")
-
-    @torch.inference_mode()
-    def run(self, states: list[State]) -> Iterator[None]:
-        """Carry all requests to their end, a token of each at a time; yields after each step."""
-        if not states:
-            return
-        nodes, leaves = plan([state.prompt for state in states])
-        cache = Cache(self.engine, nodes, leaves)
-        active = [states[leaf.prompt] for leaf in leaves]
-        x_NTD = self.read_leaves(cache, [leaf.tokens for leaf in leaves])[:, None]
-        guesses: list[list[int]] = [[] for _ in active]
-        while True:
-            self.take(x_NTD, active, guesses, cache)
-            yield
-            alive = [row for row, state in enumerate(active) if state.finish is None]
-            if not alive:
-                return
-            if len(alive) < len(active):
-                cache.keep(alive)
-                active = [active[row] for row in alive]
-            guesses = self.guess(active)
-            T = 1 + max(map(len, guesses))
-            fed = [[state.tokens[-1], *guess] for state, guess in zip(active, guesses, strict=True)]
-            tokens_NT = torch.tensor([[*row, *[0] * (T - len(row))] for row in fed], device=self.engine.device)
-            x_NTD = cache.step(tokens_NT, torch.full_like(tokens_NT[:, 0], 1))
-
-    def guess(self, active: list[State]) -> list[list[int]]:
-        """Each request's guesses of what comes after its newest token; none where checking them would not pay."""
-        none: list[list[int]] = [[] for _ in active]
-        certain = worth([1.0] * len(active), [MOST] * len(active), self.further)
-        if not certain or not self.lookup or self.deterministic:
-            return none  # so many requests that not even guesses that are always right would pay
-        found, rates = [], []
-        for state in active:
-            if state.lookup is None:
-                state.lookup = Lookup(state.prompt)
-            state.lookup.add(state.tokens[len(state.lookup.ids) - len(state.prompt) :])
-            rates.append(state.lookup.rate)
-            found.append(state.lookup.guess(state.settings.max_new_tokens - len(state.tokens) - 1))
-        k = worth(rates, [len(guess) for guess in found], self.further)
-        return [guess[:k] for guess in found]
-
-    def take(self, x_NTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache) -> None:
-        """Choose every request's next token, and the tokens after it as long as its guesses come true."""
-        if x_NTD.shape[1] == 1:
-            self.choose(self.engine.logits(x_NTD[:, 0]), active)
-            return
-        logits_NTV = self.engine.logits(x_NTD.flatten(0, 1)).unflatten(0, x_NTD.shape[:2])
-        kept = []
-        for row, (state, guess) in enumerate(zip(active, guesses, strict=True)):
-            right = 0
-            for place in range(len(guess) + 1):
-                (token,) = self.choose(logits_NTV[row, place : place + 1], [state])
-                if state.finish is not None or place == len(guess) or token != guess[place]:
-                    break
-                right += 1
-            kept.append(right)
-        cache.length_N = cache.length_N + torch.tensor(kept, device=self.engine.device)
-
-    def read_leaves(self, cache: Cache, own: list[list[int]]) -> Tensor:
-        """Enter the leaves' own tokens; the hidden states of each one's last, x_ND."""
-        longest = max(len(tokens) for tokens in own)
-        tokens_NT = torch.tensor(
-            [[*tokens, *[0] * (longest - len(tokens))] for tokens in own], device=self.engine.device
-        )
-        count_N = torch.tensor([len(tokens) for tokens in own], device=self.engine.device)
-        last_ND = None
-        size = max(1, 2 * self.engine.chunk // len(own)) if len(own) > 1 else self.engine.chunk
-        for start in range(0, longest, size):
-            part_NT = tokens_NT[:, start : start + size]
-            here_N = (count_N - start).clamp(0, part_NT.shape[1])
-            x_NTD = cache.step(part_NT, here_N)
-            end_ND = x_NTD[torch.arange(len(own)), (here_N - 1).clamp_min(0)]
-            fresh_N1 = (here_N > 0)[:, None]
-            last_ND = end_ND if last_ND is None else torch.where(fresh_N1, end_ND, last_ND)
-        assert last_ND is not None
-        return last_ND
-
-    def choose(self, logits_NV: Tensor, active: list[State]) -> list[int]:
-        """One token for every request, entered into its state."""
-        normal_N = logits_NV.logsumexp(-1)
-        masked_NV = logits_NV
-        for row, state in enumerate(active):
-            if state.settings.constraint is not None:
-                allowed = state.settings.constraint.allowed(state.tokens)
-                if allowed is not None:
-                    if masked_NV is logits_NV:
-                        masked_NV = logits_NV.clone()
-                    kept = logits_NV[row, allowed]
-                    masked_NV[row] = float("-inf")
-                    masked_NV[row, allowed] = kept
-        best = masked_NV.argmax(-1).tolist()  # the first of equals
-        for row, state in enumerate(active):
-            if state.settings.temperature > 0:
-                best[row] = draw(masked_NV[row], state)
-        index_N = torch.tensor(best, device=logits_NV.device)
-        if self.engine.mesh is not None:  # the ranks of one model go on with one choice
-            dist.broadcast(index_N, group=self.engine.mesh.get_group(), group_src=0)
-            best = index_N.tolist()
-        logprob_N = (logits_NV.gather(1, index_N[:, None])[:, 0] - normal_N).tolist()
-        for state, token, logprob in zip(active, best, logprob_N, strict=True):
-            self.enter(state, token, logprob)
-        return best
-
-    def enter(self, state: State, token: int, logprob: float) -> None:
-        state.tokens.append(token)
-        state.logprobs.append(logprob)
-        settings = state.settings
-        if token in self.stop_ids:
-            state.finish = "stop"
-            state.text = self.decode(state.tokens[:-1])
-            return
-        last = len(state.tokens) >= settings.max_new_tokens
-        if settings.stop or last:  # a text is decoded where somebody reads it: each step, it would cost ever more
-            state.text = self.decode(state.tokens)
-        for stop in settings.stop:
-            if stop in state.text:
-                state.text, state.finish = state.text[: state.text.index(stop)], "stop_string"
-        if state.finish is None and settings.stop_cycles and cycles(state.tokens):
-            state.text, state.finish = self.decode(state.tokens), "repetition"
-        if state.finish is None and last:
-            state.finish = "length"
-
-    def decode(self, ids: list[int]) -> str:
-        return self.tokenizer.decode([i for i in ids if i < self.tokenizer.vocab_size])
-
-    def result(self, state: State) -> Generation:
-        assert state.finish is not None
-        return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt))
-
-
-def draw(logits_V: Tensor, state: State) -> int:
-    """A token drawn from softmax(logits / temperature) after top-k, top-p and min-p, with the request's own numbers."""
-    settings = state.settings
-    if state.random is None:
-        state.random = torch.Generator().manual_seed(settings.seed)
-    probability_V, order_V = (logits_V.double() / settings.temperature).softmax(-1).sort(descending=True, stable=True)
-    keep_V = probability_V >= settings.min_p * probability_V[0]
-    if settings.top_k:
-        keep_V[settings.top_k :] = False
-    if settings.top_p < 1:  # the token that reaches the share still counts
-        keep_V &= probability_V.cumsum(0) - probability_V < settings.top_p
-    keep_V &= probability_V > 0
-    below_V = (probability_V * keep_V).cumsum(0)
-    point = torch.rand((), dtype=torch.float64, generator=state.random).item() * below_V[-1].item()
-    place = int((below_V <= point).sum())
-    return int(order_V[min(place, int(keep_V.nonzero()[-1]))])
-
-
-def cycles(tokens: Sequence[int]) -> bool:
-    """Whether the text ends in the same 1 to 16 tokens, four times over and at least 12 tokens long."""
-    for period in range(1, 17):
-        span = max(4 * period, 12)
-        if len(tokens) >= span and all(tokens[-i] == tokens[-i - period] for i in range(1, span - period + 1)):
-            return True
-    return False
+from infer.engine.generate import Generator
+from infer.engine.settings import Settings
 
 
 def main(options: Options) -> int:
     import json
 
-    from infer.load import dtype_for, load, plan_for
-    from infer.memory import Load
+    from infer.engine.load import dtype_for, load, plan_for
+    from infer.engine.memory import Load
 
     settings = Settings(
         options.max_new_tokens, options.temperature, options.top_k, options.top_p, options.min_p, options.seed,
@@ -353,12 +74,12 @@ class Options:
     """Run within so much memory, for example 6GB: choose format, cache and chunk, say so, and refuse before
     loading what cannot fit."""
     fuse: bool = False
-    """On a CUDA device: compute by the Triton kernels (infer/fuse.py). Elsewhere their definitions, slowly."""
+    """On a CUDA device: compute by the Triton kernels (infer/engine/fuse.py). Elsewhere their definitions, slowly."""
     json: bool = False
     """Print one JSON object: text, tokens, logprobs, finish_reason."""
 
 
 if __name__ == "__main__":
-    from model.command import run
+    from model.support.cli import run
 
     run(main, Options)

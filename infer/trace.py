@@ -3,9 +3,9 @@
     python -m infer.trace --weights DIR [--adapter DIR] --prompt TEXT --out trace.html
     python -m infer.trace --weights DIR --adapter DIR --note note.txt --ask tumor_size --out trace.html
 
-The answer is generated greedily; then one plain pass over prompt and answer is recorded (infer/recording.py) and
-written as one HTML file. With an adapter, the base reads the same tokens beside it; `--compare` puts another model or
-adapter there. The file holds the prompt's text, so only its owner may read it.
+The answer is generated greedily; then one plain pass over prompt and answer is recorded (infer/inspect/recording.py)
+and written as one HTML file. With an adapter, the base reads the same tokens beside it; `--compare` puts another model
+or adapter there. The file holds the prompt's text, so only its owner may read it.
 """
 
 from __future__ import annotations
@@ -19,18 +19,19 @@ from typing import Any, Literal
 import torch
 import tyro
 
-from infer import tasks, trace_html
-from infer.ask import Asker, Limits
-from infer.generate import Generator, Settings
-from infer.load import load
-from infer.notes import read_notes
+from infer import tasks
+from infer.engine.generate import Generator, Settings
+from infer.engine.load import load
+from infer.extract.ask import Asker, Limits
+from infer.extract.notes import read_notes
+from infer.inspect import page as trace_html
 from lora import load_adapter, merge_lora, no_adapter, set_adapter
 from lora.adapter import adapted
 from lora.origin import check_origin
 from model import Tokenizer, Transformer
-from model.command import UserError, nearest, run
-from model.files import check_writable, read_json, write_text
-from model.weights import fingerprint
+from model.checkpoints.weights import fingerprint
+from model.support.cli import UserError, nearest, run
+from model.support.files import check_writable, read_json, write_text
 
 ROWS = 640  # tokens up to which every position's attention is kept
 LIMIT = 8_000_000  # bytes of a page

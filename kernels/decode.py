@@ -15,7 +15,7 @@ Three observations make the kernel.
 
   Merging is associative, so it also joins a prefix that several rows share: its keys are stored once, and the queries
   of all those rows go over it together, as rows of one matrix product, instead of once a row (arXiv 2402.05099).
-  Prefixes are merged one after another into the running (o, L) of their rows: a tree of prompts (infer/prefix.py)
+  Prefixes are merged one after another into the running (o, L) of their rows: a tree of prompts (infer/engine/tree.py)
   costs two launches a node, and no node's parts are held longer than its turn.
 
 The sums are fp32, and the split depends on the shapes and on configs.json, never on the card: the same bits everywhere.

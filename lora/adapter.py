@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from lora.origin import TRAINED_ON, adapter_file, origin
-from model.command import UserError, nearest
-from model.files import atomic_folder, read_json, write_json
-from model.safetensors_file import save_tensors
+from model.checkpoints.safetensors import save_tensors
+from model.support.cli import UserError, nearest
+from model.support.files import atomic_folder, read_json, write_json
 
 PREFIX = "base_model.model."
 # What PEFT 0.21 may write and what each field must be for the arithmetic here to be the adapter's.

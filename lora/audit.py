@@ -18,9 +18,9 @@ from torch import Tensor
 from tqdm import tqdm
 
 from lora.adapter import PREFIX, read_adapter, read_config
-from model.command import UserError, run
-from model.files import atomic_file
-from model.weights import open_checkpoint
+from model.checkpoints.weights import open_checkpoint
+from model.support.cli import UserError, run
+from model.support.files import atomic_file
 
 
 @dataclass(frozen=True)

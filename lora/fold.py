@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from lora.adapter import adapted
 from lora.layer import LoRALinear
-from model.command import UserError
+from model.support.cli import UserError
 
 
 def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:

@@ -21,6 +21,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from model.quantize.linear import NarrowWeight
+
 
 def seed_of(*parts: object) -> int:
     """A 63-bit seed from any values, the same on every machine."""
@@ -61,6 +63,19 @@ def first_a(shape: torch.Size, dtype: torch.dtype, seed: int, path: str) -> Tens
     return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
 
 
+class NarrowProduct(torch.autograd.Function):
+    """x Wᵀ for a frozen narrow W: what is kept for the backward pass is W's packed form."""
+
+    @staticmethod
+    def forward(ctx, x_ND: Tensor, weight: NarrowWeight):  # type: ignore[override]
+        ctx.weight = weight
+        return weight.product(x_ND)
+
+    @staticmethod
+    def backward(ctx, grad_NO: Tensor):  # type: ignore[override]
+        return grad_NO @ ctx.weight.wide(grad_NO.dtype), None
+
+
 class LoRALinear(nn.Linear):
     """nn.Linear with adapters. `path` is the module's name in the model; weight and bias are frozen."""
 
@@ -77,7 +92,7 @@ class LoRALinear(nn.Linear):
         self.active: str | None = None
         self.plan: DropoutPlan | None = None
         self.original: Tensor | None = None  # the weight before a merge, kept so that unmerging is exact
-        # the weight's packed form, where the base is narrow (model/narrow.py)
+        # the weight's packed form, where the base is narrow (model/quantize/linear.py)
         self.narrow: nn.Module | None = getattr(linear, "narrow", None)
 
     def add(self, name: str, r: int, scale: float, dropout: float, seed: int) -> None:
@@ -93,8 +108,6 @@ class LoRALinear(nn.Linear):
 
     def base(self, x_ND: Tensor) -> Tensor:
         if self.narrow is not None:
-            from lora.narrow import NarrowProduct
-
             y_NO = NarrowProduct.apply(x_ND, self.narrow)
             return y_NO if self.bias is None else y_NO + self.bias
         return F.linear(x_ND, self.weight, self.bias)

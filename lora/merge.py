@@ -18,12 +18,12 @@ from torch import Tensor
 
 from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_config
 from lora.origin import adapter_file, check_origin, note_merge
-from model.command import UserError, run
+from model.checkpoints.safetensors import Stored, open_safetensors
+from model.checkpoints.weights import Checkpoint, config_dict, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
-from model.safetensors_file import Stored, open_safetensors
-from model.tokenizer import Tokenizer, copy_tokenizer
+from model.support.cli import UserError, run
+from model.text.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer
-from model.weights import Checkpoint, config_dict, open_checkpoint, write_checkpoint
 
 
 @dataclass(frozen=True)

@@ -7,25 +7,11 @@ into the original checkpoint (`python -m lora.merge`).
 
 from __future__ import annotations
 
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora.adapter import adapted
-from model.command import UserError
-from model.narrow import NarrowWeight
-
-
-class NarrowProduct(torch.autograd.Function):
-    """x Wᵀ for a frozen narrow W: what is kept for the backward pass is W's packed form."""
-
-    @staticmethod
-    def forward(ctx, x_ND: Tensor, weight: NarrowWeight):  # type: ignore[override]
-        ctx.weight = weight
-        return weight.product(x_ND)
-
-    @staticmethod
-    def backward(ctx, grad_NO: Tensor):  # type: ignore[override]
-        return grad_NO @ ctx.weight.wide(grad_NO.dtype), None
+from model.quantize.linear import NarrowWeight
+from model.support.cli import UserError
 
 
 def narrow_base(model: nn.Module, kind: str) -> nn.Module:

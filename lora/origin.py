@@ -16,9 +16,9 @@ from typing import Any
 
 import torch
 
-from model.command import UserError
-from model.files import read_json, sha256_file, write_json
-from model.weights import MERGED, open_checkpoint
+from model.checkpoints.weights import MERGED, open_checkpoint
+from model.support.cli import UserError
+from model.support.files import read_json, sha256_file, write_json
 
 TRAINED_ON = "trained_on.json"
 

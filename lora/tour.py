@@ -17,9 +17,9 @@ from torch import Tensor
 from lora.adapter import PREFIX, LoRAConfig, adapted, add_lora, load_adapter, no_adapter, read_adapter, save_adapter
 from lora.fold import merge_lora, merged_weight, unmerge_lora
 from lora.layer import LoRALinear, first_a
-from model.command import UserError, run
 from model.config import ModelConfig
 from model.lesson import Step, amount, dot, near, numbers, shape, source, tell
+from model.support.cli import UserError, run
 from model.tour import NANO, PROMPT
 from model.transformer import Transformer
 

@@ -1,17 +1,4 @@
-"""Grouped-query attention with a sliding window, documents and branches.
-
-What a query may see is decided in one place, from absolute positions and never from indices:
-
-    same document,  and  key's branch is the trunk or the query's own,  and  i − W < j ≤ i  (W keys, itself included).
-
-Documents share a row when short texts are packed for training; branches are continuations of one trunk (a note and
-its questions) that do not see each other, in training and in decoding alike. Padding is document −1.
-
-Worked example: a note "a b c" with two questions "p q" and "r" in one row:
-
-    token     a  b  c  p  q  r
-    branch    0  0  0  1  1  2        q sees a b c p q;  r sees a b c r
-    position  0  1  2  3  4  3
+"""Grouped-query attention with a sliding window, documents and branches (model/mask.py).
 
 `PlainAttend` is the specification (bit-identical to transformers' eager path); fast_attention.py computes the same in
 O(T·W) time and O(T) memory.
@@ -19,53 +6,14 @@ O(T·W) time and O(T) memory.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Any
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.cache import KVCache
 from model.config import ModelConfig
+from model.mask import Visible
 from model.rotary import Rotate
-
-
-@dataclass(frozen=True)
-class Layout:
-    """Which document and branch each token belongs to: int64 tensors of shape (B, T). Document −1 is padding."""
-
-    document_BT: Tensor
-    branch_BT: Tensor
-
-
-class Visible:
-    """Who sees whom, for one forward pass. Masks are built per window, when asked for."""
-
-    def __init__(self, query: tuple[Tensor, Layout | None], key: tuple[Tensor, Layout | None], offset: int) -> None:
-        (self.position_BT, self.layout), (self.key_position_BS, self.key_layout) = query, key
-        self.offset = offset  # index of the first query among the keys
-        self.memo: dict[Any, Any] = {}  # masks by window; what the fast path finds out once a pass
-
-    def mask(self, window: int | None) -> Tensor:
-        """The whole mask_BTS (bool, True: seen), kept for the layers that share the window."""
-        if window not in self.memo:
-            T, S = self.position_BT.shape[1], self.key_position_BS.shape[1]
-            self.memo[window] = self.block(window, slice(0, T), slice(0, S))
-        return self.memo[window]
-
-    def block(self, window: int | None, rows: slice, columns: slice) -> Tensor:
-        """The part of the mask for some queries and some keys."""
-        distance_BTS = self.position_BT[:, rows, None] - self.key_position_BS[:, None, columns]
-        seen_BTS = distance_BTS >= 0
-        if window is not None:
-            seen_BTS &= distance_BTS < window
-        if self.layout is not None and self.key_layout is not None:
-            document_B1S = self.key_layout.document_BT[:, None, columns]
-            branch_B1S = self.key_layout.branch_BT[:, None, columns]
-            seen_BTS &= self.layout.document_BT[:, rows, None] == document_B1S
-            seen_BTS &= (branch_B1S == 0) | (branch_B1S == self.layout.branch_BT[:, rows, None])
-        return seen_BTS
 
 
 class Scores(nn.Module):
@@ -87,7 +35,7 @@ class Pattern(nn.Module):
 
 class PlainAttend(nn.Module):
     """Softmax attention as the definition has it: all scores in memory. `scores` and `pattern` are modules of their own
-    so that what they give can be observed and overwritten (infer/recording.py)."""
+    so that what they give can be observed and overwritten (infer/inspect/recording.py)."""
 
     def __init__(self) -> None:
         super().__init__()

@@ -10,15 +10,11 @@ Worked example, W = 4, 6 slots, tokens one at a time: after position 5 the slots
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-
-if TYPE_CHECKING:
-    from model.attention import Layout
+from model.mask import Layout
 
 
 class KVCache:

@@ -13,7 +13,8 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from model.command import UserError, nearest
+from model.rotary import RopeScaling
+from model.support.cli import UserError, nearest
 
 FAMILIES = ("mistral", "llama", "mixtral", "qwen2")
 # What each kind of rotary scaling must say beside its type, and what it may say.
@@ -32,23 +33,6 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 # The largest sizes that are believed (2**20 where nothing is said): a damaged file must not fill the memory.
 MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024, "vocab_size": 2**31, "max_position_embeddings": 2**31,
         "sliding_window": 2**31}  # fmt: skip
-
-
-@dataclass(frozen=True)
-class RopeScaling:
-    """How rotary frequencies are stretched for long texts (`rope_type` and its numbers, as config.json spells them)."""
-
-    rope_type: str
-    factor: float = 1.0
-    low_freq_factor: float | None = None
-    high_freq_factor: float | None = None
-    original_max_position_embeddings: int | None = None
-    attention_factor: float | None = None
-    beta_fast: float | None = None
-    beta_slow: float | None = None
-    mscale: float | None = None
-    mscale_all_dim: float | None = None
-    truncate: bool | None = None
 
 
 @dataclass(frozen=True)
@@ -123,7 +107,7 @@ class ModelConfig:
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> ModelConfig:
         """The config of a checkpoint: config.json (old `rope_theta` or new `rope_parameters`), params.json or GGUF."""
-        from model.weights import config_dict
+        from model.checkpoints.weights import config_dict
 
         try:
             return cls.from_dict(config_dict(path))

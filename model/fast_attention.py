@@ -13,7 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import Visible, share
+from model.attention import share
+from model.mask import Visible
 
 BLOCK = 512  # queries at once: large enough for the matrix product, small enough for the mask
 LEAST = 128  # with a narrow window

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.files import write_text
+from model.support.files import write_text
 
 ROOT = Path(__file__).parents[1]
 

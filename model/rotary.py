@@ -7,20 +7,35 @@ A pair of a head's numbers (n, n + K/2) is turned by the angle position · θ^(�
 from __future__ import annotations
 
 import math
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
-from model.config import ModelConfig, RopeScaling
+
+@dataclass(frozen=True)
+class RopeScaling:
+    """How rotary frequencies are stretched for long texts (`rope_type` and its numbers, as config.json spells them)."""
+
+    rope_type: str
+    factor: float = 1.0
+    low_freq_factor: float | None = None
+    high_freq_factor: float | None = None
+    original_max_position_embeddings: int | None = None
+    attention_factor: float | None = None
+    beta_fast: float | None = None
+    beta_slow: float | None = None
+    mscale: float | None = None
+    mscale_all_dim: float | None = None
+    truncate: bool | None = None
 
 
 class Rotary(nn.Module):
     """The cosine and sine tables for given positions. It holds no parameter, so a model built on meta needs no care."""
 
-    def __init__(self, config: ModelConfig) -> None:
+    def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None, trained_length: int) -> None:
         super().__init__()
-        self.head_dim, self.theta, self.scaling = config.head_dim, config.rope_theta, config.rope_scaling
-        self.trained_length = config.max_position_embeddings
+        self.head_dim, self.theta, self.scaling, self.trained_length = head_dim, theta, scaling, trained_length
 
     def forward(self, positions_BT: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
         """(cos_BTK, sin_BTK) in `dtype`, computed in at least fp32."""

@@ -14,14 +14,15 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from model.attention import Attention, PlainAttend, Scores, Visible, share
+from model.attention import Attention, PlainAttend, Scores, share
 from model.cache import KVCache
-from model.command import UserError, run
 from model.config import ModelConfig
 from model.lesson import Step, amount, dot, near, numbers, shape, source, tell
-from model.machine import read_rate
+from model.mask import Visible
 from model.rotary import Rotary, Rotate
-from model.tokenizer import Tokenizer
+from model.support.cli import UserError, run
+from model.support.hardware import read_rate
+from model.text.tokenizer import Tokenizer
 from model.transformer import MLP, Block, Decoder, Experts, RMSNorm, Transformer
 
 NANO = {

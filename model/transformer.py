@@ -17,9 +17,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from model.attention import Attention, Layout, PlainAttend, Visible
+from model.attention import Attention, PlainAttend
 from model.cache import KVCache
 from model.config import ModelConfig
+from model.mask import Layout, Visible
 from model.rotary import Rotary
 
 Readout = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
@@ -131,7 +132,9 @@ class Decoder(nn.Module):
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight_VD)
         self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(config)
+        self.rotary = Rotary(
+            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
+        )
         self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping its inside
 
     def forward(
@@ -249,7 +252,7 @@ class Transformer(nn.Module):
 
         Raises UserError where files are missing, damaged, or disagree with the config.
         """
-        from model.weights import load_weights
+        from model.checkpoints.weights import load_weights
 
         config = ModelConfig.from_pretrained(path)
         with torch.device("meta"):
@@ -259,7 +262,7 @@ class Transformer(nn.Module):
 
     def save_pretrained(self, path: str | os.PathLike[str], max_shard_bytes: int = 5 * 2**30) -> None:
         """Write safetensors and config.json that transformers loads, atomically, in shards of at most this size."""
-        from model.weights import save_weights
+        from model.checkpoints.weights import save_weights
 
         state: Mapping[str, Tensor] = {name: p.detach() for name, p in self.state_dict().items()}
         save_weights(state, self.config.to_dict(), path, max_shard_bytes)

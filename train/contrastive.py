@@ -1,7 +1,7 @@
 """Train a small dense retriever on notes alone, without labels, by Contriever's recipe (Izacard et al., 2021):
 
     python -m train.contrastive --notes train.jsonl pretrain.jsonl --out ENCODER
-    python -m infer.index --encoder contriever --weights ENCODER --notes train.jsonl --out INDEX
+    python -m infer.retrieval.index --encoder contriever --weights ENCODER --notes train.jsonl --out INDEX
 
 Two random crops of a text are a pair; the other pairs of the batch are what it must be told from (InfoNCE, in both
 directions). One thing differs: the two crops come from any two notes of one patient, where a patient has several.
@@ -31,9 +31,9 @@ from tqdm import tqdm
 
 from infer.retrieval.bert import Bert
 from infer.retrieval.encoder import pad, pool
-from model.command import UserError, run
-from model.files import atomic_folder, read_json, read_jsonl, write_json, write_text
-from model.safetensors_file import write_safetensors
+from model.checkpoints.safetensors import write_safetensors
+from model.support.cli import UserError, run
+from model.support.files import atomic_folder, read_json, read_jsonl, write_json, write_text
 
 SHORTEST = 32  # word pieces: a shorter text has no two crops worth telling apart
 CROP = (0.2, 0.6)  # the share of a text that a crop holds

@@ -23,9 +23,11 @@ from tqdm import tqdm
 
 from lora import DropoutPlan
 from lora.adapter import adapted
-from model.command import UserError
-from model.files import write_text
-from train.checkpoint import (
+from model.support.cli import UserError
+from model.support.files import write_text
+from train.data.dataset import Rows
+from train.data.rows import ANSWER, Row, collate, count, order
+from train.distributed.checkpoint import (
     Progress,
     adapter_tensors,
     keep,
@@ -36,12 +38,10 @@ from train.checkpoint import (
     step_of,
     steps_saved,
 )
-from train.dataset import Rows
+from train.distributed.sharding import Ranks, sum_over_ranks
 from train.loss import batch_loss
-from train.optimizer import make_optimizers, named_trainable, rate
+from train.optim.optimizer import make_optimizers, named_trainable, rate
 from train.recipe import Recipe
-from train.rows import ANSWER, Row, collate, count, order
-from train.sharding import Ranks, sum_over_ranks
 
 
 @dataclass

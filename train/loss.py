@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from model.machine import product
+from model.support.hardware import product
 from model.transformer import Transformer
-from train.rows import ANSWER, IGNORE, NOTE, Batch
+from train.data.rows import ANSWER, IGNORE, NOTE, Batch
 
 CHUNK = 512  # tokens whose logits exist at once, at most
 LOGITS = 2**22  # and so many logits: 17 MB (glibc maps each request of over 32 MB anew: every page faults again)

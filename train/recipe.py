@@ -14,8 +14,11 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
-from model import command
-from model.command import UserError, nearest
+from lora import LoRAConfig
+from model.config import ModelConfig
+from model.support import cli as command
+from model.support.cli import UserError, nearest
+from train.data.store import Encoding
 
 
 @dataclass(frozen=True)
@@ -136,7 +139,7 @@ class Recipe:
     compile: bool = False
     """Run the model through torch.compile."""
     fuse: bool = False
-    """On a CUDA device: the Triton kernels' blocks (infer/fuse.py), adapters on a frozen base only."""
+    """On a CUDA device: the Triton kernels' blocks (infer/engine/fuse.py), adapters on a frozen base only."""
     threads: int = 0
     """CPU threads (0: torch's choice)."""
 
@@ -293,3 +296,22 @@ def choices(raw: dict[str, Any], path: str | Path) -> None:
         allowed = get_args(hint)
         if name in raw and get_origin(hint) is Literal and raw[name] not in allowed:
             raise UserError(f"{path}: {name} is {raw[name]!r}{nearest(raw[name], allowed)}; it is one of {allowed}")
+
+
+def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
+    targets: Any = recipe.target_modules
+    if targets == ("all-linear",):
+        targets = "all-linear"
+    elif "lm_head" in targets:
+        raise UserError("recipe: an adapter on lm_head is not covered; leave it out of target_modules")
+    if recipe.first_layer >= config.num_hidden_layers:
+        raise UserError(f"recipe: first_layer {recipe.first_layer}; the model has {config.num_hidden_layers} layers")
+    layers = tuple(range(recipe.first_layer, config.num_hidden_layers)) if recipe.first_layer else None
+    return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, layers, recipe.rslora, recipe.rank_pattern,
+                      recipe.alpha_pattern)  # fmt: skip
+
+
+def encoding_of(recipe: Recipe, stage: str) -> Encoding:
+    """How a recipe's records become ids."""
+    return Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos,
+                    recipe.empty_kept)  # fmt: skip

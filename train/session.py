@@ -12,26 +12,26 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from lora.adapter import adapted, check_tensors, pattern_value, read_adapter, read_config, write_adapter
 from lora.merge import OnDisk, merge_folders
 from lora.narrow import narrow_base
 from lora.origin import check_origin
-from model.command import UserError, guard
+from model.checkpoints.weights import config_dict, open_checkpoint, save_weights
 from model.config import ModelConfig
-from model.files import atomic_folder
-from model.tokenizer import copy_tokenizer
+from model.support.cli import UserError, guard
+from model.support.files import atomic_folder
+from model.text.tokenizer import copy_tokenizer
 from model.transformer import Transformer
-from model.weights import config_dict, open_checkpoint, save_weights
-from train.card import code_hash, peak_memory, write_card
-from train.checkpoint import check_unchanged, snapshot, steps_saved
-from train.dataset import Rows
-from train.fast import training_blocks
+from train.data.dataset import Rows
+from train.data.store import Encoding, TokenStore, build_store, identity_of
+from train.distributed.checkpoint import check_unchanged, snapshot, steps_saved
+from train.distributed.placing import base_shapes, fresh, from_checkpoint, place
+from train.distributed.sharding import Ranks, shard
+from train.fast.block import training_blocks
 from train.loop import Trainer
-from train.placing import base_shapes, fresh, from_checkpoint, place
-from train.recipe import Recipe, parse
-from train.sharding import Ranks, shard
-from train.store import Encoding, TokenStore, build_store, identity_of
+from train.recipe import Recipe, encoding_of, lora_config, parse
+from train.report.card import code_hash, peak_memory, write_card
 
 UNIMPORTANT = ("out", "resume", "allow_changed", "save_every", "keep_last", "device", "threads", "on_bad_step",
                "micro_rows", "checkpoint_blocks", "compile", "fuse")  # may differ between a run and its resumption
@@ -99,12 +99,6 @@ def check_weights(recipe: Recipe) -> None:
     if recipe.weights and not merged_before(recipe):
         open_checkpoint(recipe.weights)
         check_origin(recipe.weights, [recipe.adapter] if recipe.adapter else [])
-
-
-def encoding_of(recipe: Recipe, stage: str) -> Encoding:
-    """How a recipe's records become ids."""
-    return Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos,
-                    recipe.empty_kept)  # fmt: skip
 
 
 def parts(recipe: Recipe, encoding: Encoding) -> dict[str, tuple[tuple[str, ...], Encoding, int]]:
@@ -224,19 +218,6 @@ def merged_base(recipe: Recipe, ranks: Ranks) -> str:
 
     ranks.together(lambda: merge() if ranks.first and not merged_before(recipe) else None)
     return str(folder)
-
-
-def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
-    targets: Any = recipe.target_modules
-    if targets == ("all-linear",):
-        targets = "all-linear"
-    elif "lm_head" in targets:
-        raise UserError("recipe: an adapter on lm_head is not covered; leave it out of target_modules")
-    if recipe.first_layer >= config.num_hidden_layers:
-        raise UserError(f"recipe: first_layer {recipe.first_layer}; the model has {config.num_hidden_layers} layers")
-    layers = tuple(range(recipe.first_layer, config.num_hidden_layers)) if recipe.first_layer else None
-    return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, layers, recipe.rslora, recipe.rank_pattern,
-                      recipe.alpha_pattern)  # fmt: skip
 
 
 def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]]) -> dict[str, Any]:

@@ -17,17 +17,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.command import run
 from model.config import ModelConfig
 from model.lesson import Hand, Step, amount, near, source, tell
+from model.support.cli import run
 from model.tour import NANO
 from model.transformer import Transformer
+from train.data.rows import ANSWER, IGNORE, Row, collate, count, note_unit
+from train.distributed.sharding import Ranks
 from train.loop import Trainer
 from train.loss import ChunkedCrossEntropy, batch_loss
-from train.optimizer import adamw, named_trainable
+from train.optim.optimizer import adamw, named_trainable
 from train.recipe import Recipe
-from train.rows import ANSWER, IGNORE, Row, collate, count, note_unit
-from train.sharding import Ranks
 
 END = 0  # the nano vocabulary's end token; every other id is a byte
 NOTES = (

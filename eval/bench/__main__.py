@@ -23,8 +23,8 @@ def main(argv: list[str]) -> int:
         from eval.bench import kernels
 
         return kernels.main(argv[1:]) or 0
-    from model.command import UserError, nearest, parse
-    from model.files import check_writable, write_json
+    from model.support.cli import UserError, nearest, parse
+    from model.support.files import check_writable, write_json
 
     if not argv or argv[0] in ("-h", "--help"):
         print(f"usage: python -m eval.bench NAME [--json FILE] [options; NAME --help]\nNAME: {', '.join(NAMES)}")
@@ -70,7 +70,7 @@ def host() -> dict[str, Any]:
     """What the figures were measured on: processor, threads, measured product rate and read bandwidth."""
     import torch
 
-    from model.machine import probe
+    from model.support.hardware import probe
 
     return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
             "python": platform.python_version(), "torch": torch.__version__, **probe()}  # fmt: skip
@@ -88,6 +88,6 @@ if __name__ == "__main__":
     arguments = sys.argv[1:]
     if arguments and arguments[0] == "kernels":
         raise SystemExit(main(arguments))
-    from model.command import guard
+    from model.support.cli import guard
 
     raise SystemExit(guard(lambda: main(arguments), "eval.bench"))

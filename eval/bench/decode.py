@@ -18,11 +18,11 @@ from typing import Any
 import torch
 
 from eval.bench.long import CONFIG as SHORT
-from infer.generate import Generator
-from infer.load import load
+from infer.engine.generate import Generator
+from infer.engine.load import load
 from model import ModelConfig, Transformer
-from model.machine import read_rate
-from model.narrow import bytes_of, narrow
+from model.quantize.linear import bytes_of, narrow
+from model.support.hardware import read_rate
 
 HALF_BILLION = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 1280, "intermediate_size": 3584,

@@ -14,9 +14,9 @@ from typing import Any
 import torch
 
 from infer import tasks
-from infer.generate import Generator
-from infer.load import load
-from model.machine import compute_dtype
+from infer.engine.generate import Generator
+from infer.engine.load import load
+from model.support.hardware import compute_dtype
 
 
 def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16) -> list[dict[str, Any]]:

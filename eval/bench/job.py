@@ -14,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.bench.seven_b import write_tokenizer
-from eval.steps import program
+from eval.experiments.steps import program
 
 CONFIG = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,

@@ -132,7 +132,7 @@ def measure(case: Case, reached: dict[str, float], notes: list[str]) -> list[dic
 
 def whole_model(notes: list[str]) -> list[dict[str, Any]]:
     """Tokens a second of Mistral-7B's shape, batch 1 after 512 tokens: plain, fused in bf16, fused in int4."""
-    from infer.fuse import fuse
+    from infer.engine.fuse import fuse
 
     model = random_7b()
     speeds = {"plain bf16": decode_speed(model)}

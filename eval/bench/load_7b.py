@@ -17,7 +17,7 @@ from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from model.command import UserError
+from model.support.cli import UserError
 
 SHAPE = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
@@ -60,8 +60,8 @@ def write(path: Path, layers: int, width: int, shard: int = 5 * 10**9) -> int:
     import torch
 
     from model import ModelConfig, Transformer
-    from model.safetensors_file import Stored
-    from model.weights import Checkpoint, write_checkpoint
+    from model.checkpoints.safetensors import Stored
+    from model.checkpoints.weights import Checkpoint, write_checkpoint
 
     heads = max(1, width // 128)
     smaller = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,

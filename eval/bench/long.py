@@ -19,7 +19,7 @@ CONFIG = {
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
     "max_position_embeddings": 65536,
 }  # fmt: skip
-CHUNK = 2048  # tokens of one pass through the cache, as infer/prefix.py reads prompts
+CHUNK = 2048  # tokens of one pass through the cache, as infer/engine/tree.py reads prompts
 
 
 def rows(tokens: int = 8192, window: int = 512, short: int = 256, repeats: int = 3) -> list[dict[str, Any]]:

@@ -1,8 +1,8 @@
 """What a step of several rows takes beside a step of one: the figures that prompt lookup reckons with.
 
 A step is every matrix product of the blocks and the head, without attention. A ratio is how much sooner the rows come
-together than one by one; `infer.lookup.further_row` holds what it takes a further row to cost. Before them, the blocks'
-fp32 products as the engine computes them beside torch's default.
+together than one by one; `infer.engine.lookup.further_row` holds what it takes a further row to cost. Before them, the
+blocks' fp32 products as the engine computes them beside torch's default.
 """
 
 from __future__ import annotations
@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from infer.generate import Generator
-from infer.load import load
-from infer.lookup import further_row
-from model.machine import compute_dtype, onednn_suits, product, timed
+from infer.engine.generate import Generator
+from infer.engine.load import load
+from infer.engine.lookup import further_row
+from model.support.hardware import compute_dtype, onednn_suits, product, timed
 
 
 def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float = 0.3) -> list[dict[str, Any]]:

@@ -12,13 +12,13 @@ from typing import Any
 import torch
 
 from eval.questions import figures, pair, read_references
-from infer.ask import Asker, Limits
-from infer.generate import Generator
-from infer.load import load
-from infer.memory import weight_bytes
-from infer.notes import Note
+from infer.engine.generate import Generator
+from infer.engine.load import load
+from infer.engine.memory import weight_bytes
+from infer.extract.ask import Asker, Limits
+from infer.extract.notes import Note
 from infer.tasks import prefix
-from model.command import UserError
+from model.support.cli import UserError
 
 FORMS = ("wide", "int8", "int4-32", "int4-64", "int4-128", "nf4")
 

@@ -1,4 +1,5 @@
-"""Memory as train.plan predicts it beside what training takes: SmolLM2-135M on a CPU, each setting in a fresh process.
+"""Memory as train.report.plan predicts it beside what training takes: SmolLM2-135M on a CPU, each setting in a fresh
+process.
 
 Readings are growths of resident memory over the process with everything imported, one optimizer's step and one product
 of matrices behind it (libraries load at their first call): with the model loaded (weights, adapters), between two
@@ -17,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.bench.train import resident, warm_up
-from model.command import UserError
+from model.support.cli import UserError
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tuning, fp32": ("instruct", {}),
@@ -51,7 +52,7 @@ def rows(weights: str = "", only: str = "") -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         weights = weights or base(folder / "base")
-        alone("train.data.clinic", "--patients", "20", "--seed", "1", "--out", str(folder / "clinic"))
+        alone("train.clinic", "--patients", "20", "--seed", "1", "--out", str(folder / "clinic"))
         for number, (name, (stage, changes)) in enumerate(chosen.items()):
             made += setting_rows(name, stage, recipe_file(folder, number, stage, changes, weights))
     return made
@@ -59,9 +60,9 @@ def rows(weights: str = "", only: str = "") -> list[dict[str, Any]]:
 
 def base(folder: Path) -> str:
     """SmolLM2-135M as safetensors."""
-    from eval.demo import smollm2
+    from eval.experiments.demo import smollm2
 
-    alone("model.convert", str(smollm2()), str(folder))
+    alone("model.checkpoints.convert", str(smollm2()), str(folder))
     return str(folder)
 
 
@@ -89,7 +90,7 @@ def recipe_file(folder: Path, number: int, stage: str, changes: dict[str, Any], 
 
 
 def setting_rows(name: str, stage: str, recipe: Path) -> list[dict[str, Any]]:
-    from train.plan import Options, plan
+    from train.report.plan import Options, plan
 
     planned = plan(Options(str(recipe), stage=stage))  # type: ignore[arg-type]
     measured = json.loads(alone("eval.bench.plan", stage, str(recipe)).splitlines()[-1])
@@ -111,10 +112,10 @@ def measure(stage: str, recipe: str) -> dict[str, float]:
     """In a process of its own: megabytes over the imports, by what the plan's categories can be told apart by."""
     import torch
 
-    from model.machine import product_rate
+    from model.support.hardware import product_rate
+    from train.distributed.sharding import Ranks
     from train.recipe import parse
     from train.session import prepare
-    from train.sharding import Ranks
 
     asked = parse([recipe], stage)
     warm_up()

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 
 from eval.bench.decode import open_llama_cpp
-from infer.generate import Generator
-from infer.load import load
-from model.machine import compute_dtype, product, timed
+from infer.engine.generate import Generator
+from infer.engine.load import load
+from model.support.hardware import compute_dtype, product, timed
 
 
 def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[dict[str, Any]]:

@@ -89,10 +89,10 @@ def measure(scratch: Path) -> dict[str, Any]:
     """In a process of its own: plan, load, read, decode; what it took."""
     import torch
 
-    from infer.generate import Generator
-    from infer.load import DTYPES, load, plan_for
-    from infer.memory import Load, fit, rooflines
-    from model.machine import product_rate, read_rate
+    from infer.engine.generate import Generator
+    from infer.engine.load import DTYPES, load, plan_for
+    from infer.engine.memory import Load, fit, rooflines
+    from model.support.hardware import product_rate, read_rate
 
     tokens, new, memory, form = (scratch / "asked").read_text().split()
     path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Load(int(tokens), int(new))

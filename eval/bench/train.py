@@ -24,7 +24,7 @@ from typing import Any
 import torch
 
 from model import ModelConfig, Transformer
-from model.command import UserError
+from model.support.cli import UserError
 
 SHAPES = {
     "tiny": (256, 64, 128, 2, 4, 2, 2, 64),
@@ -97,9 +97,9 @@ def config_of(size: str) -> ModelConfig:
 
 def save_base(size: str, folder: Path, dtype: torch.dtype) -> None:
     """A checkpoint of fresh weights, one tensor in memory at a time."""
-    from model.safetensors_file import Stored
+    from model.checkpoints.safetensors import Stored
+    from model.checkpoints.weights import Checkpoint, write_checkpoint
     from model.transformer import first_weight
-    from model.weights import Checkpoint, write_checkpoint
 
     config = config_of(size)
     with torch.device("meta"):
@@ -127,7 +127,7 @@ def units(kind: str, size: str, share: bool) -> list[Any]:
     """The rows of one step: seeded random tokens."""
     import numpy as np
 
-    from train.rows import Row, note_unit, question_units, text_units
+    from train.data.rows import Row, note_unit, question_units, text_units
 
     V, *_, count, length = SHAPES[size]
     draw = np.random.default_rng(0)
@@ -177,8 +177,8 @@ def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, base: s
 
 def peak_rate(dtype: str) -> float:
     """FLOP/s that the device can do: measured products on a CPU, the data sheet's on a GPU (0: no sheet here)."""
-    from model.machine import product_rate
-    from train.card import sheet_peak
+    from model.support.hardware import product_rate
+    from train.report.card import sheet_peak
 
     if torch.cuda.is_available():
         return sheet_peak(torch.cuda.get_device_name()) or 0.0
@@ -186,10 +186,10 @@ def peak_rate(dtype: str) -> float:
 
 
 def step_flops(held: list[Any], size: str, recipe: dict[str, Any]) -> float:
-    """Arithmetic that a step on these rows asks for (train/plan.py)."""
-    from train.plan import Load, arithmetic
+    """Arithmetic that a step on these rows asks for (train/report/plan.py)."""
+    from train.data.rows import count
     from train.recipe import Recipe
-    from train.rows import count
+    from train.report.plan import Load, arithmetic
 
     tokens = sum(map(len, held))
     load = Load(tokens, sum(count(held).values()), max(map(len, held)), len(held),
@@ -217,12 +217,12 @@ Step = Callable[[], Any]  # one optimizer step; returns its loss
 def our_step(
     held: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
 ) -> Callable[[], Step]:
+    from train.data.rows import collate, count
+    from train.distributed.sharding import Ranks
     from train.loss import batch_loss
-    from train.optimizer import make_optimizers
+    from train.optim.optimizer import make_optimizers
     from train.recipe import Recipe
-    from train.rows import collate, count
     from train.session import empty_model, load_model
-    from train.sharding import Ranks
 
     def prepare() -> Step:
         options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
@@ -251,7 +251,7 @@ def peft_step(
     import peft
     import transformers
 
-    from train.rows import collate
+    from train.data.rows import collate
 
     def prepare() -> Step:
         dtype, narrow = getattr(torch, recipe["dtype"]), {}

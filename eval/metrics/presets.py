@@ -17,7 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 from eval.metrics import pairs, text
-from model.command import UserError, nearest
+from model.support.cli import UserError, nearest
 
 Words = list[str]
 

@@ -18,7 +18,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from eval.metrics.presets import PRESETS, Preset, chosen
-from model.command import UserError
+from model.support.cli import UserError
 
 METRICS = ("exact_match", "bleu2", "rouge_l")
 

@@ -13,7 +13,7 @@ from eval.robustness import run_canaries, run_labels, run_misspelling
 from eval.robustness.run_canaries import Canaries
 from eval.robustness.run_labels import Labels
 from eval.robustness.run_misspelling import Misspelling
-from model.command import run
+from model.support.cli import run
 
 
 def main(options: Labels | Misspelling | Canaries) -> None:

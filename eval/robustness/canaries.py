@@ -21,9 +21,9 @@ from typing import Any
 
 import torch
 
-from infer.generate import Generator
+from infer.engine.generate import Generator
 from model import Tokenizer, Transformer
-from model.attention import Layout
+from model.mask import Layout
 
 REFERENCES = 255
 TOGETHER = 64  # references in one forward pass, as branches after the shared beginning

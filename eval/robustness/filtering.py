@@ -9,11 +9,11 @@ from tqdm import tqdm
 
 from lora import load_adapter
 from model import Transformer
-from train.dataset import Rows
+from train.data.dataset import Rows
+from train.data.rows import collate, count
+from train.data.store import Encoding, build_store
 from train.loss import batch_loss
 from train.recipe import Recipe
-from train.rows import collate, count
-from train.store import Encoding, build_store
 
 
 @torch.no_grad()

@@ -7,9 +7,9 @@ from pathlib import Path
 from typing import Any
 
 from eval.metrics.scoring import METRICS
+from eval.metrics.statistics import paired, slope
 from eval.questions import Question, figures, judged, pair, read_predictions, read_references
 from eval.score import groups
-from eval.statistics import paired, slope
 
 Json = dict[str, Any]
 TASKS = ("phenotype", "diagnosis")

@@ -12,14 +12,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.experiments.steps import Run, begin
+from eval.metrics.statistics import interval
 from eval.robustness.canaries import REFERENCES, Canary, deduplicate, exposure, make_canaries, measure, plant
-from eval.statistics import interval
-from eval.steps import Run, begin
-from infer.job import stamp
+from infer.extract.job import stamp
 from lora import load_adapter
 from model import Tokenizer, Transformer
-from model.command import UserError
-from model.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from model.support.cli import UserError
+from model.support.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from train.recipe import read_toml
 
 

@@ -11,14 +11,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.experiments.steps import Run, begin
 from eval.questions import read_references
 from eval.robustness.filtering import answer_losses, ranking
 from eval.robustness.labels import corrupt, wrong_ids
 from eval.robustness.measure import curve, questions, recovery, recovery_lines, text_table
-from eval.steps import Run, begin
-from infer.job import stamp
-from model.command import UserError
-from model.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from infer.extract.job import stamp
+from model.support.cli import UserError
+from model.support.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from train.recipe import read_toml
 
 FIELDS = ("id", "text", "phenotypes")
@@ -84,7 +84,7 @@ def training_notes(path: Path) -> list[dict[str, Any]]:
         answers = [one for part in many for one in (part if isinstance(part, list) else [None])]
         if not all(isinstance(one, dict) and "text" in one for one in (*answers, diagnosis or {"text": ""})):
             raise UserError(f"{path}:{number}: the answers are not {{'text': …}}, as training needs them; "
-                            "train.data.from_table makes such records")  # fmt: skip
+                            "train.importers.table makes such records")  # fmt: skip
         records.append(record)
     return records
 

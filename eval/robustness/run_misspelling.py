@@ -11,14 +11,14 @@ from typing import Any
 
 import tyro
 
+from eval.experiments.steps import begin
 from eval.questions import Question, pair, read_predictions, read_references
 from eval.robustness.measure import curve, recovery, recovery_lines, text_table
 from eval.robustness.misspelling import eligible, misspell
-from eval.steps import begin
-from infer.job import stamp
-from infer.repair import read_lexicon
-from model.command import UserError
-from model.files import sha256_file, write_json, write_jsonl
+from infer.extract.job import stamp
+from infer.retrieval.repair import read_lexicon
+from model.support.cli import UserError
+from model.support.files import sha256_file, write_json, write_jsonl
 
 PLAIN, REPAIRED = "as misspelled", "repaired"
 

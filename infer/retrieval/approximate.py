@@ -1,4 +1,4 @@
-"""An approximate index beside the exact one, by the package faiss-cpu (`python -m infer.index --faiss`).
+"""An approximate index beside the exact one, by the package faiss-cpu (`python -m infer.retrieval.index --faiss`).
 
 Vectors are gathered into about 4 √N cells, and a query reads the PROBES cells nearest to it: for millions of notes or
 many queries a second, at the price of a neighbour missed now and then. Below a million notes the exact search is
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 
 from infer.retrieval.search import BLOCK
-from model.command import UserError
+from model.support.cli import UserError
 
 PROBES = 32
 SAMPLE = 256  # vectors a cell that its centre is found from

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from model.command import UserError
+from model.support.cli import UserError
 
 _WORD = re.compile(r"\w+")
 

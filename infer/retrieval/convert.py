@@ -15,9 +15,9 @@ from typing import Annotated
 import torch
 import tyro
 
-from model.command import UserError, run
-from model.files import atomic_file
-from model.safetensors_file import write_safetensors
+from model.checkpoints.safetensors import write_safetensors
+from model.support.cli import UserError, run
+from model.support.files import atomic_file
 
 NAMES = {"pytorch_model.bin": "model.safetensors", "pytorch_adapter.bin": "adapter.safetensors"}
 

@@ -27,9 +27,9 @@ from torch import Tensor, nn
 
 from infer.retrieval.bert import Bert, Bottleneck
 from infer.retrieval.gpt_neo import GPTNeo
-from model.command import UserError
-from model.files import read_json
-from model.safetensors_file import open_safetensors
+from model.checkpoints.safetensors import open_safetensors
+from model.support.cli import UserError
+from model.support.files import read_json
 
 Text = str | tuple[str, str]
 """A text, or (title, text)."""

@@ -5,7 +5,7 @@ import pytest
 from eval.baselines import MajorityBaseline, RegexBaseline
 from eval.metrics import score
 from infer.tasks import PHENOTYPES, diagnosis_answer
-from train.data.clinic import Options, annotated
+from train.clinic.program import Options, annotated
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from eval.compare import changes
 from eval.perplexity import measure, read_texts, windows
 from eval.questions import Question
 from model import ModelConfig, Transformer
-from model.command import UserError
+from model.support.cli import UserError
 
 
 def asked(*answers, gold="2 cm"):

@@ -11,9 +11,9 @@ from eval import perplexity
 from eval.run import BASELINES, Options, baseline, main
 from lora import LoRAConfig, add_lora, save_adapter
 from model import ModelConfig, Tokenizer, Transformer
-from model.command import UserError
-from model.files import write_json, write_jsonl
-from train.data.from_table import records
+from model.support.cli import UserError
+from model.support.files import write_json, write_jsonl
+from train.importers.table import records
 
 NAMES = list(tomllib.loads(BASELINES.read_text()))
 SMALL = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 4, "head_dim": 8}

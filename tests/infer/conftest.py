@@ -1,10 +1,5 @@
-import sys
-from pathlib import Path
 
 import pytest
-
-sys.path.insert(0, str(Path(__file__).parent))  # for answering_models
-
 from answering_models import tiny_tokenizer, write_model  # noqa: E402
 
 

@@ -9,12 +9,13 @@ import pytest
 import torch
 from answering_models import write_model
 
-from infer import extract, generate
-from infer.generate import Generator
-from infer.load import load
-from infer.notes import read_notes
+from infer import generate
+from infer.engine.generate import Generator
+from infer.engine.load import load
+from infer.extract import program as extract
+from infer.extract.notes import read_notes
 from lora import LoRAConfig, add_lora, save_adapter
-from model.command import UserError, guard
+from model.support.cli import UserError, guard
 
 GOOD = '{"id": "a", "text": "Tumor of 2.5 cm"}\n'
 

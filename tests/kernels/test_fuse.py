@@ -5,11 +5,11 @@ import copy
 import pytest
 import torch
 
-from infer.fuse import Int4Linear, fuse, to_int4
+from infer.engine.fuse import Int4Linear, fuse, to_int4
 from kernels.four_bit import int4_weight
 from lora import LoRAConfig, add_lora
 from model import KVCache, ModelConfig, Transformer
-from model.attention import Layout
+from model.mask import Layout
 
 BASE = {
     "model_type": "mistral", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,

@@ -1,26 +1,21 @@
 """Generation by the kernels: the tokens are the plain engine's, the log-probabilities as near to fp64 as its own.
 
 Interpreted where there is no CUDA device; `python -m pytest -m gpu tests/kernels` adds wider models in bf16 on one.
-tests/infer/test_fused.py has more shapes of prompts, by the kernels' definitions.
+tests/infer/engine/test_fused.py has more shapes of prompts, by the kernels' definitions.
 """
 
-import sys
 from copy import deepcopy
-from pathlib import Path
 
 import pytest
 import torch
-
-sys.path.insert(0, str(Path(__file__).parents[1] / "infer"))  # for answering_models
-
 from answering_models import tiny_model, tiny_tokenizer  # noqa: E402
 
-from infer.fuse import Int4Linear, fuse  # noqa: E402
-from infer.generate import Generator, Settings  # noqa: E402
-from infer.grounded import Grammar, Grounded, Vocabulary  # noqa: E402
+from infer.engine.fuse import Int4Linear, fuse  # noqa: E402
+from infer.engine.generate import Generator, Settings  # noqa: E402
+from infer.extract.grounded import Grammar, Grounded, Vocabulary  # noqa: E402
 from kernels import launch  # noqa: E402
 from lora import LoRAConfig, add_lora  # noqa: E402
-from model.narrow import NarrowLinear, NarrowWeight, put  # noqa: E402
+from model.quantize.linear import NarrowLinear, NarrowWeight, put  # noqa: E402
 
 NOTE, OTHER = [(7 * n) % 240 for n in range(30)], [(11 * n) % 240 for n in range(20)]
 TREE = [[*NOTE, 3, 4], [*NOTE, *OTHER, 9], [*NOTE, *OTHER, 5, 6, 7], [200, 201]]  # two depths and one by itself

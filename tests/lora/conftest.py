@@ -1,6 +1,3 @@
 """Makes tiny_adapters importable."""
 
-import sys
-from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).parent))

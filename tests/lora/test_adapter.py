@@ -17,7 +17,7 @@ from lora.audit import audit, draw
 from lora.audit import main as audit_main
 from lora.merge import Options, main
 from model import Transformer
-from model.command import UserError
+from model.support.cli import UserError
 
 
 @pytest.fixture()

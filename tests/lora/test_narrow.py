@@ -6,8 +6,8 @@ from torch import nn
 
 from lora import LoRAConfig, add_lora, merge_lora
 from lora.narrow import narrow_base
-from model.blockwise import dequantise, dynamic_table, from_nf4, quantise, to_nf4
-from model.command import UserError
+from model.quantize.blockwise import dequantise, dynamic_table, from_nf4, quantise, to_nf4
+from model.support.cli import UserError
 
 bnb = pytest.importorskip("bitsandbytes.functional")
 

@@ -8,10 +8,10 @@ from lora import LoRAConfig, save_adapter
 from lora.merge import merge_folders
 from lora.origin import MERGED, TRAINED_ON, check_origin
 from model import Transformer
-from model.command import UserError
-from model.convert import Options
-from model.convert import main as convert
-from model.files import write_json
+from model.checkpoints.convert import Options
+from model.checkpoints.convert import main as convert
+from model.support.cli import UserError
+from model.support.files import write_json
 
 
 @pytest.fixture

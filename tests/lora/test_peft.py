@@ -10,7 +10,7 @@ from tiny_adapters import CONFIG, TOKENS, base, trained
 
 from lora import LoRAConfig, load_adapter, save_adapter
 from lora.adapter import HARMLESS, READ, REFUSED, STARTS, adapted, read_config
-from model.command import UserError
+from model.support.cli import UserError
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

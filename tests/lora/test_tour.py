@@ -3,7 +3,7 @@
 import pytest
 
 from lora import LoRAConfig, tour
-from model.command import UserError
+from model.support.cli import UserError
 
 
 def test_every_number_worked_by_hand_is_the_programs(capsys):

@@ -11,8 +11,9 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, some_tokens, tiny
 
 from model import KVCache, Layout
-from model.attention import PlainAttend, Visible
+from model.attention import PlainAttend
 from model.fast_attention import FastAttend, reach
+from model.mask import Visible
 from model.transformer import RMSNorm
 
 

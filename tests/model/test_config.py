@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from tiny_models import FAMILIES, LLAMA3, raw_config
 
 from model import ModelConfig
-from model.command import UserError
+from model.support.cli import UserError
 
 
 @pytest.mark.parametrize("family", FAMILIES)

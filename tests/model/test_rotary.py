@@ -7,13 +7,14 @@ import torch
 from tiny_models import FAMILIES, raw_config
 
 from model import ModelConfig
-from model.config import RopeScaling
-from model.native import to_halves, to_pairs
-from model.rotary import Rotary, Rotate, frequencies
+from model.checkpoints.mistral import to_halves, to_pairs
+from model.rotary import RopeScaling, Rotary, Rotate, frequencies
 
 
 def tables(family: str, positions: list[int], dtype=torch.float64, **changes):
-    return Rotary(ModelConfig.from_dict(raw_config(family, **changes)))(torch.tensor([positions]), dtype)
+    config = ModelConfig.from_dict(raw_config(family, **changes))
+    rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
+    return rotary(torch.tensor([positions]), dtype)
 
 
 @pytest.mark.parametrize("family", FAMILIES)

@@ -8,8 +8,8 @@ import pytest
 from tiny_models import FAMILIES, tiny
 
 from model import lesson, tour
-from model.command import UserError
 from model.lesson import Step, near, source, tell
+from model.support.cli import UserError
 
 
 def seen_of(family, count=40):

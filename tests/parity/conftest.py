@@ -1,12 +1,10 @@
 """Tiny checkpoints of every family, written by transformers' own save_pretrained."""
 
-import sys
 from pathlib import Path
 
 import pytest
 
 TESTS = Path(__file__).parent.parent
-sys.path[:0] = [str(TESTS / room) for room in ("parity", "model", "infer")]  # where their_models, tiny_models … lie
 pytest.importorskip("transformers", reason="needs transformers (the parity extra)")
 
 from their_models import make_theirs  # noqa: E402

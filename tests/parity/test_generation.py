@@ -4,7 +4,7 @@ import pytest
 import torch
 from answering_models import tiny_tokenizer
 
-from infer.generate import Generator
+from infer.engine.generate import Generator
 from model import Transformer
 
 NEW = 40

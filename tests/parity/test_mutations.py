@@ -12,10 +12,10 @@ import torch.nn.functional as F
 from their_models import make_theirs
 from tiny_models import raw_config, some_tokens
 
-from eval import parity_stages as stages
-from eval.parity_checks import compare_all
+from eval.parity import stages
+from eval.parity.checks import compare_all
 from model import ModelConfig, Transformer
-from model.native import to_halves, to_pairs
+from model.checkpoints.mistral import to_halves, to_pairs
 from model.rotary import Rotary
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES
 
-from eval.parity import Options, hold, main
+from eval.parity.program import Options, hold, main
 from lora import LoRAConfig, add_lora, save_adapter
 from lora.adapter import adapted
 from model import Transformer

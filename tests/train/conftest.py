@@ -3,7 +3,6 @@
 import json
 import random
 import shutil
-import sys
 from pathlib import Path
 
 import pytest
@@ -11,9 +10,7 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
 from model.transformer import Transformer
-from train.store import Encoding, TokenStore, build_store
-
-sys.path.insert(0, str(Path(__file__).parent))  # for tiny_runs and its like
+from train.data.store import Encoding, TokenStore, build_store
 
 WORDS = ("patient tumor breast left right grade stage cm margin positive negative biopsy showed invasive ductal "
          "carcinoma lesion measured").split()  # fmt: skip

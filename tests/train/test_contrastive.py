@@ -10,10 +10,10 @@ import numpy as np
 import pytest
 import torch
 
-from infer.index import Index, build
-from infer.index import Options as IndexOptions
 from infer.retrieval import Encoder
-from model.command import UserError
+from infer.retrieval.index import Index, build
+from infer.retrieval.index import Options as IndexOptions
+from model.support.cli import UserError
 from train.contrastive import MOST, Options, Pairs, contrast, main, new_model, train, word_pieces
 
 SITES = ["breast nipple areola duct", "lung bronchus lobe pleura", "colon rectum cecum polyp", "skin mole melanoma arm"]

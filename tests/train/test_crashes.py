@@ -11,9 +11,9 @@ from pathlib import Path
 import pytest
 from tiny_runs import as_recipe
 
-from train.checkpoint import newest_whole, step_of
+from train.distributed.checkpoint import newest_whole, step_of
+from train.distributed.sharding import Ranks
 from train.session import finish, prepare, train
-from train.sharding import Ranks
 
 CHANGES = ("os.mkdir", "os.remove", "os.rename", "os.rmdir", "os.link", "os.truncate")  # with dir_fd too, as in rmtree
 WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC

@@ -14,7 +14,7 @@ import torch
 from tiny_runs import RECIPE, as_recipe, ends, mutate, tiny
 
 from lora import merge_lora
-from train.checkpoint import steps_saved
+from train.distributed.checkpoint import steps_saved
 from train.session import train
 
 
@@ -29,19 +29,19 @@ def mistake():
 
 MISTAKES = {
     "the document mask dropped": (
-        ("train.rows", "collate", "document[r, part] = number", "document[r, part] = 0"),
+        ("train.data.rows", "collate", "document[r, part] = number", "document[r, part] = 0"),
         lambda notes, documents: test_rows.test_the_leak_meter_reads_zero_for_packed_documents_and_not_for_the_faithful_rows(documents, True),
     ),
     "labels shifted by one, in answers": (
-        ("train.rows", "branch_columns", "target = whole[1:].copy()", "target = whole[:-1].copy()"),
+        ("train.data.rows", "branch_columns", "target = whole[1:].copy()", "target = whole[:-1].copy()"),
         lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(notes),
     ),
     "labels shifted by one, in texts": (
-        ("train.rows", "text_units", "zeros, part[1:], ones", "zeros, part[:-1], ones"),
+        ("train.data.rows", "text_units", "zeros, part[1:], ones", "zeros, part[:-1], ones"),
         lambda notes, documents: test_rows.test_every_token_but_the_first_is_a_target_once.hypothesis.inner_test(30, 7),
     ),
     "a padding token in the loss": (
-        ("train.rows", "collate", "torch.full(shape, IGNORE)", "torch.zeros(shape, dtype=torch.int64)"),
+        ("train.data.rows", "collate", "torch.full(shape, IGNORE)", "torch.zeros(shape, dtype=torch.int64)"),
         lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(notes),
     ),
     "the adapter's scale ignored": (
@@ -68,8 +68,8 @@ def test_a_mistake_in_rows_or_layers_is_noticed(name, mistake, notes, documents)
 
 
 @pytest.mark.parametrize(("name", "place"), [
-    ("the optimizer's state not restored", ("train.checkpoint", "restore", "if held:", "if False:")),
-    ("one record skipped at resume", ("train.rows", "order", "range(step * batch, (step + 1) * batch)", "range(step * batch + 1, (step + 1) * batch + 1)")),
+    ("the optimizer's state not restored", ("train.distributed.checkpoint", "restore", "if held:", "if False:")),
+    ("one record skipped at resume", ("train.data.rows", "order", "range(step * batch, (step + 1) * batch)", "range(step * batch + 1, (step + 1) * batch + 1)")),
     ("dropout's masks begin again at resume", ("train.loop", "Trainer.gradients", "self.plan.step, self.plan.rows = step,", "self.plan.step, self.plan.rows = step % 2,")),
 ])  # fmt: skip
 def test_a_mistake_at_resume_is_noticed(name, place, mistake, options, tmp_path):
@@ -88,7 +88,7 @@ def test_a_gradient_divided_by_the_ranks_twice_is_noticed(notes, tmp_path):
     """AdamW's losses hide it; the gradients before clipping do not."""
     case = {**test_ranks.SHARED, "steps": 3, "optimizer": "adamw", "learning_rate": 1e-2, "clip": 0.0}
     cases = {"run": (case, str(notes.path), "instruct")}
-    wrong = ("train.sharding", "shard", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(float(ranks.world))")
+    wrong = ("train.distributed.sharding", "shard", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(float(ranks.world))")
     alone = test_ranks.launch(1, cases, tmp_path / "1")
     twice = test_ranks.launch(2, {**cases, "": wrong}, tmp_path / "2")
     assert test_ranks.largest_difference({"": twice["run/loss"]}, {"": alone["run/loss"]}) < 1e-4, "AdamW hides it"

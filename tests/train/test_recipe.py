@@ -5,10 +5,10 @@ from pathlib import Path
 
 import pytest
 
-from model.command import UserError
-from train.optimizer import rate
+from model.support.cli import UserError
+from train.distributed.sharding import Ranks
+from train.optim.optimizer import rate
 from train.recipe import Recipe, parse, read_toml
-from train.sharding import Ranks
 
 GOOD = {"data": ("x",), "out": "x", "weights": "x"}
 

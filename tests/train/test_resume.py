@@ -14,9 +14,9 @@ import pytest
 import torch
 from tiny_runs import as_recipe, ends
 
-from model.command import UserError, guard
-from train.checkpoint import damage, steps_saved
-from train.optimizer import named_trainable
+from model.support.cli import UserError, guard
+from train.distributed.checkpoint import damage, steps_saved
+from train.optim.optimizer import named_trainable
 from train.recipe import Recipe
 from train.session import train
 
@@ -216,9 +216,9 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_records(options, tmp_path):
+    from train.distributed.sharding import Ranks
     from train.loop import Trainer
     from train.session import prepare
-    from train.sharding import Ranks
 
     made: Trainer = prepare(as_recipe(options, out=str(tmp_path / "a")), "instruct", Ranks())
     poisoned = next(layer for layer in made.model.modules() if hasattr(layer, "lora_B") and layer.scale)
@@ -232,9 +232,9 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_records
 
 
 def test_a_bad_step_that_is_skipped_updates_nothing_and_is_counted(options, tmp_path, monkeypatch, capsys):
-    from train.card import draw_losses
+    from train.distributed.sharding import Ranks
+    from train.report.card import draw_losses
     from train.session import prepare
-    from train.sharding import Ranks
 
     made = prepare(as_recipe(options, out=str(tmp_path), on_bad_step="skip", steps=3), "instruct", Ranks())
     gradients, held = made.gradients, []

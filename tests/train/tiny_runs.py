@@ -20,14 +20,14 @@ from safetensors.torch import save_file
 from lora import LoRAConfig, add_lora
 from model.config import ModelConfig
 from model.transformer import Transformer
-from train.checkpoint import steps_saved, whole
-from train.dataset import Rows
-from train.fast import fast_blocks
+from train.data.dataset import Rows
+from train.data.store import TokenStore
+from train.distributed.checkpoint import steps_saved, whole
+from train.distributed.sharding import Ranks, shard
+from train.fast.block import fast_blocks
 from train.loop import Trainer
-from train.optimizer import named_trainable
+from train.optim.optimizer import named_trainable
 from train.recipe import Recipe
-from train.sharding import Ranks, shard
-from train.store import TokenStore
 
 CONFIG = ModelConfig(
     vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,

@@ -1,12 +1,12 @@
 """Training notes with their neighbours, so that a model learns to read them as it will be asked with them:
 
-    python -m infer.index --notes train.jsonl --out INDEX
+    python -m infer.retrieval.index --notes train.jsonl --out INDEX
     python -m train.data.neighbours --data train.jsonl --index INDEX --tokenizer MODEL --out train-near.jsonl
     python -m train.instruct RECIPE.toml --data train-near.jsonl …
 
 Each record gains `neighbours`, [{"id", "text"}, …]: what infer.extract --retriever would show with its diagnosis
-question (train.records puts the texts there). The guard of infer.index holds for training notes too: none is shown
-itself, its patient's other notes, or a near-duplicate, so no answer is given away.
+question (train.data.records puts the texts there). The guard of infer.retrieval.index holds for training notes too:
+none is shown itself, its patient's other notes, or a near-duplicate, so no answer is given away.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from pathlib import Path
 
 from tqdm import tqdm
 
-from infer.index import Index
-from infer.neighbours import Neighbours
-from model.command import UserError, run
-from model.files import check_not_read, read_jsonl, write_jsonl
-from model.tokenizer import Tokenizer
+from infer.retrieval.index import Index
+from infer.retrieval.neighbours import Neighbours
+from model.support.cli import UserError, run
+from model.support.files import check_not_read, read_jsonl, write_jsonl
+from model.text.tokenizer import Tokenizer
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class Options:
     data: Path
     """JSON lines of annotated notes."""
     index: Path
-    """An index of training notes (python -m infer.index)."""
+    """An index of training notes (python -m infer.retrieval.index)."""
     tokenizer: Path
     """The folder of the model that will be tuned."""
     out: Path

@@ -15,8 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from infer import tasks
-from model.command import UserError, run
-from model.files import atomic_folder, read_jsonl, write_json
+from model.support.cli import UserError, run
+from model.support.files import atomic_folder, read_jsonl, write_json
 
 SPECIAL = 3 + 256  # unknown, begin, end, and a piece for every byte
 

@@ -8,14 +8,14 @@ from types import SimpleNamespace
 import pytest
 
 from infer import tasks
-from infer.ask import Asker, Limits
-from infer.index import Index, build
-from infer.index import Options as IndexOptions
-from infer.neighbours import Neighbours
-from infer.notes import Note
-from model.tokenizer import Tokenizer
+from infer.extract.ask import Asker, Limits
+from infer.extract.notes import Note
+from infer.retrieval.index import Index, build
+from infer.retrieval.index import Options as IndexOptions
+from infer.retrieval.neighbours import Neighbours
+from model.text.tokenizer import Tokenizer
 from train.data.neighbours import Options, main
-from train.records import note_pieces
+from train.data.records import note_pieces
 
 
 class Bare:

@@ -4,9 +4,9 @@ import random
 
 import pytest
 
-from model.command import run
-from model.files import write_jsonl
-from model.tokenizer import Tokenizer
+from model.support.cli import run
+from model.support.files import write_jsonl
+from model.text.tokenizer import Tokenizer
 from train.data.tokenizer import Options, main
 
 

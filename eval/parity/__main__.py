@@ -1,0 +1,7 @@
+"""`python -m eval.parity`."""
+
+from eval.parity.program import Options, main
+from model.support.cli import run
+
+if __name__ == "__main__":
+    run(main, Options)

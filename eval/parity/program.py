@@ -1,0 +1,247 @@
+"""Hold a checkpoint in this implementation against transformers' (and an adapter against peft's), stage by stage.
+
+    python -m eval.parity --weights DIR [--adapter DIR] [--prompt TEXT] [--json F]
+
+Both models are built from the same files and run on the same tokens. The table has one row a stage; the summary names
+the first stage that differs, which is where to look, and the largest difference. Exit 0 only if everything holds.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from eval.parity import stages
+from eval.parity.checks import Row, compare_all, generation_rows, tokenizer_rows
+from lora import load_adapter
+from model import Tokenizer, Transformer
+from model.checkpoints.weights import find_format, fingerprint
+from model.support.cli import UserError, one_line
+from model.support.files import write_json
+
+PROMPT = (
+    "PATHOLOGY REPORT. Left breast, core biopsy: invasive ductal carcinoma, grade 2, 2.5 cm. ER+ (95 %), PR-, HER2 "
+    "equivocal (2+). No lymphovascular invasion. Lymph nodes: 0/3. Stage IIA (pT2 pN0 cM0).\n"
+)
+LINES = (
+    "The patient is a 54-year-old woman.", "  two spaces, then a\ttab", "2.5 cm × 1.25 cm; Ki-67 ≈ 30 %",
+    "naïve façade", "Österreich, Ελλάδα, Москва, 東京, 한국어, עברית", "🩺👩‍⚕️ e\u0301 ﬁ",
+    "a\r\nb\n\n\nc", "[INST] x [/INST]",
+)  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Options:
+    weights: str
+    """A model's folder (safetensors or Mistral's native files) or a .gguf file."""
+    adapter: str | None = None
+    """A PEFT adapter's folder, held against peft too."""
+    prompt: str = PROMPT
+    """The text that both models read; repeated until it is longer than two windows (or `tokens`)."""
+    text: str | None = None
+    """A text file whose lines the tokenizers encode and decode."""
+    tokens: int = 96
+    """The least number of prompt tokens. A prompt within the window would prove nothing about the window."""
+    longest: int = 1024
+    """The most prompt tokens, also where two windows are longer (the summary then says so)."""
+    new_tokens: int = 64
+    """How many tokens to generate greedily; 0 for none."""
+    gradients: bool = True
+    """Compare the gradient of every parameter (takes the memory of two more models)."""
+    device: str = "cpu"
+    """Where to run. Bits are compared in fp32 on the cpu; elsewhere errors are, as a ratio."""
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    """The models' dtype."""
+    json: str | None = None
+    """Write the rows and the summary to this file."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """All rows, and what was run."""
+
+    weights: str
+    family: str
+    prompt_tokens: int
+    window: int | None
+    rows: list[Row]
+
+    @property
+    def failed(self) -> list[Row]:
+        return [row for row in self.rows if not row.ok]
+
+    def summary(self) -> str:
+        """One line to paste into an issue."""
+        about = f"{self.family}, {self.prompt_tokens} tokens, window {self.window or 'none'}"
+        if self.window and self.prompt_tokens <= 2 * self.window:
+            about += " (prompt within two windows: the window is not proved)"
+        if not self.failed:
+            return f"parity holds: {about}, {len(self.rows)} rows"
+        first, largest = self.failed[0], max(self.failed, key=lambda row: row.error)
+        return (
+            f"parity FAILS: {about}, {len(self.failed)} of {len(self.rows)} rows; first {first.section} {first.name!r} "
+            f"({first.error:.1e}{'; ' + first.detail if first.detail else ''}), "
+            f"largest {largest.section} {largest.name!r} ({largest.error:.1e})"
+        )
+
+
+def main(options: Options) -> int:
+    _need_transformers(options.adapter is not None)
+    report = hold(options)
+    section = ""
+    for row in report.rows:
+        if row.section != section:
+            section = row.section
+            print(f"\n{section:<44} {'max error':>10} {'ULPs':>8} {'cosine':>12}")
+        mark = " " if row.ok else "✗"
+        numbers = f"{row.error:10.2e} {row.ulps:8d} {row.cosine:12.9f}" if section != "tokenizer" else " " * 32
+        print(f"{mark} {row.name:<42} {numbers}  {row.detail}".rstrip())
+    print(f"\n{report.summary()}")
+    if options.json:
+        rows = [dataclasses.asdict(row) for row in report.rows]
+        write_json(options.json, {"summary": report.summary(), "holds": not report.failed, "rows": rows,
+                                  "fingerprint": fingerprint(options.weights)})  # fmt: skip
+    return 1 if report.failed else 0
+
+
+@contextmanager
+def one_thread(wanted: bool) -> Iterator[None]:
+    """Experts are held on one thread: transformers joins their gate and up, and several threads cut so wide a product
+    at other places than ours, which moves its last bits on some processors."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1 if wanted else before)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
+
+
+def hold(options: Options) -> Report:
+    """Run everything that the options ask for and return the rows."""
+    dtype = getattr(torch, options.dtype)
+    ours = Transformer.from_pretrained(options.weights, dtype=dtype, device=options.device)
+    with one_thread(options.device == "cpu" and bool(ours.config.num_local_experts)):
+        return _held(options, ours, dtype)
+
+
+def _held(options: Options, ours: Transformer, dtype: torch.dtype) -> Report:
+    exact = options.device == "cpu" and dtype == torch.float32 and not _odd_experts(ours)
+    wide = torch.float64 if options.device == "cpu" and dtype == torch.float32 else torch.float32
+    tokenizer = _tokenizer(options.weights)
+    tokens = prompt_tokens(options, ours, tokenizer)
+    mine = _observed(stages.ours, ours, tokens, options.gradients)
+    judge: tuple[stages.Stages, dict[str, Tensor]] | None = None
+    if options.gradients or not exact:
+        judge = _observed(stages.ours, ours.to(wide), tokens, options.gradients)
+        ours = ours.to("meta")
+        gc.collect()
+        ours = Transformer.from_pretrained(options.weights, dtype=dtype, device=options.device)
+    with tempfile.TemporaryDirectory() as scratch:
+        peer = load_theirs(options.weights, ours, dtype, options.device, Path(scratch))
+        their = _observed(stages.theirs, peer, tokens, options.gradients)
+        rows = compare_all("stage", mine[0], their[0], None if exact or judge is None else judge[0])
+        if options.gradients and judge is not None:
+            rows += compare_all("gradient", mine[1], their[1], judge[1])
+        if options.new_tokens:
+            rows += generation_rows(ours, peer, tokens[:1], options.new_tokens)
+        if tokenizer is not None:
+            lines = Path(options.text).read_text("utf-8").splitlines() if options.text else [*LINES, options.prompt]
+            rows += tokenizer_rows(tokenizer, _their_tokenizer(options.weights), lines)
+        if options.adapter:
+            rows += adapter_rows(options.adapter, ours, peer, tokens, None if exact else wide)
+    return Report(options.weights, ours.config.model_type, tokens.shape[1], ours.config.window, rows)
+
+
+def adapter_rows(adapter: str, ours: Transformer, peer: Any, tokens: Tensor, judge: torch.dtype | None) -> list[Row]:
+    """The stages with the adapter on, and its effect on the logits, against peft's."""
+    from peft import PeftModel
+
+    with torch.no_grad():
+        without = ours(tokens).cpu()
+        load_adapter(ours, adapter)
+        mine, _ = stages.ours(ours, tokens)
+        adapted = PeftModel.from_pretrained(peer, adapter).eval()
+        their, _ = stages.theirs(adapted, tokens)
+        exact = stages.ours(ours.to(judge), tokens)[0] if judge else None
+    rows = compare_all("adapter", mine, their, exact)
+    effect = float((mine["logits"] - without).abs().max())
+    return [*rows, Row("adapter", "effect on the logits", effect > 0, detail=f"moves them by up to {effect:.2e}")]
+
+
+def prompt_tokens(options: Options, model: Transformer, tokenizer: Tokenizer | None) -> Tensor:
+    """tokens_1T of the prompt, repeated past two windows of the narrowest layer; without a tokenizer, drawn by seed."""
+    narrow = [window for window in model.config.windows if window is not None]
+    least = min(max(options.tokens, 2 * min(narrow) + 1 if narrow else 0), options.longest)
+    if tokenizer is None:
+        generator = torch.Generator().manual_seed(0)
+        return torch.randint(0, model.config.vocab_size, (1, least), generator=generator).to(options.device)
+    ids = tokenizer.encode(options.prompt)
+    if not ids:
+        raise UserError("--prompt is empty; give a text")
+    ids = (ids * -(-least // len(ids)))[: max(least, min(len(ids), options.longest))]
+    return torch.tensor([ids], device=options.device)
+
+
+def load_theirs(weights: str, ours: Transformer, dtype: torch.dtype, device: str, scratch: Path) -> Any:
+    """transformers' model of the same files, with eager attention; native files go through our own conversion."""
+    from transformers import AutoModelForCausalLM
+
+    kind, where = find_format(weights)
+    options: dict[str, Any] = {"dtype": dtype, "attn_implementation": "eager", "local_files_only": True}
+    if ours.config.num_local_experts:
+        options["experts_implementation"] = "eager"
+    if kind == "gguf":
+        options["gguf_file"] = where.name
+        where = where.parent
+    elif kind == "native":
+        ours.save_pretrained(scratch / "converted")
+        where = scratch / "converted"
+    return AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
+
+
+def _observed(watch: Any, model: Any, tokens: Tensor, backward: bool) -> tuple[stages.Stages, dict[str, Tensor]]:
+    with torch.set_grad_enabled(backward):
+        found, loss = watch(model, tokens)
+    return found, stages.gradients(model, loss) if backward else {}
+
+
+def _odd_experts(model: Transformer) -> bool:
+    """Experts whose width does not fill vectors: transformers takes silu of half a joined product, row by row, and the
+    numbers at a row's end go through other instructions (an ULP apart). Bits cannot be compared then, errors are."""
+    return bool(model.config.num_local_experts) and model.config.intermediate_size % 32 != 0
+
+
+def _tokenizer(weights: str) -> Tokenizer | None:
+    try:
+        return Tokenizer.from_pretrained(weights)
+    except UserError as error:
+        print(f"no tokenizer compared: {one_line(error)}", file=sys.stderr)
+        return None
+
+
+def _their_tokenizer(weights: str) -> Any | None:
+    """transformers' tokenizer, where the folder holds the tokenizer.json that it reads as it is."""
+    from transformers import AutoTokenizer
+
+    folder = Path(weights)
+    if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
+        return None
+    return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _need_transformers(adapter: bool) -> None:
+    for package in ("transformers", *(("peft",) if adapter else ())):
+        try:
+            __import__(package)
+        except ImportError as error:
+            raise UserError(f"needs {package}: pip install -c constraints.txt -e '.[parity]'") from error

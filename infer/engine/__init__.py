@@ -1,0 +1,1 @@
+"""Generation: a tree of prompts, its forward pass, decoding."""

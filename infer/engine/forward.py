@@ -1,0 +1,206 @@
+"""The decoder again, straight through: the same arithmetic as model/transformer.py with as few operations as it takes.
+
+What makes it fast, each idea on its own line:
+
+* q, k and v are one matrix product, so are gate and up: a decoded token's time is the reading of the weights, and a
+  large matrix is read at a higher rate than three small ones. The fused matrix is the storage; the model's own
+  parameters become views of it, so nothing is held twice.
+* Tokens of all requests lie side by side (x_ND, no padding), whatever their lengths; only attention knows requests.
+* Residual sums happen inside the products (addmm), norms in one call, rotary positions in three.
+* fp32 products on a CPU are oneDNN's where torch's default library is not made for the processor.
+* Logits are computed where somebody reads them: one position a request, not one a token.
+
+LoRA adapters that are active and not merged stay beside the weights, exact. Modules that are not plain linear layers
+(quantised ones, experts) are called as they are. The blocks of a fused model (infer/engine/fuse.py) are computed by
+kernels instead: `FusedBlock` has Layer's three steps.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from infer.engine.fuse import FusedBlock
+from lora.layer import LoRALinear
+from model.quantize.linear import NarrowWeight
+from model.support.hardware import onednn, product, suits_onednn
+from model.transformer import RMSNorm, Transformer
+
+Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
+
+
+class Fused:
+    """Linear layers over the same input, as one product: y = x · [W1; W2; …]ᵀ. Reads the modules once."""
+
+    def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
+        self.modules, self.weight, self.bias = modules, None, None
+        self.mesh = getattr(modules[0].weight, "device_mesh", None) if hasattr(modules[0], "weight") else None
+        self.narrow: NarrowWeight | None = None
+        self.adapters: list[tuple[slice, Tensor, Tensor]] = []
+        if all(isinstance(getattr(module, "narrow", None), NarrowWeight) for module in modules):
+            self.narrow = joined([module.narrow for module in modules])
+        elif all(type(module) in (nn.Linear, LoRALinear) and module.weight is not None for module in modules):
+            weights = [local(module.weight).detach() for module in modules]
+            self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
+        if self.weight is None and self.narrow is None:
+            return
+        if any(module.bias is not None for module in modules):
+            self.bias = torch.cat([local(m.bias).detach() for m in modules])  # the families bias all of them or none
+        start = 0
+        for module in modules:
+            rows = slice(start, start + (local(module.weight).shape[0] if self.narrow is None else module.out_features))
+            start = rows.stop
+            if isinstance(module.weight, nn.Parameter) and len(modules) > 1:  # a view: nothing is held twice
+                if self.mesh is None:
+                    module.weight.data = self.weight[rows]
+                else:
+                    module.weight = nn.Parameter(like(module.weight, self.weight[rows]), requires_grad=False)
+            if isinstance(module, LoRALinear) and module.active is not None and module.original is None:
+                a_RD, b_OR = module.lora_A[module.active].detach(), module.lora_B[module.active].detach()
+                self.adapters.append(
+                    (rows, a_RD.to(dtype).t(), (b_OR * module.scale[module.active]).t().to(dtype))
+                )
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        if self.narrow is not None:
+            y_NO = self.narrow.product(x_ND)
+            return self.adapt(x_ND, y_NO if self.bias is None else y_NO.add_(self.bias))
+        if self.weight is None:
+            parts = [module(x_ND) for module in self.modules]
+            return parts[0] if len(parts) == 1 else torch.cat(parts, dim=-1)
+        return self.adapt(x_ND, product(x_ND, self.weight, self.bias))
+
+    def add_to(self, residual_ND: Tensor, x_ND: Tensor) -> Tensor:
+        """residual + y. Tensor-parallel ranks hold parts of the sum, which are added up; the bias counts once."""
+        if self.weight is not None and self.mesh is not None:
+            y_ND = F.linear(x_ND, self.weight)
+            dist.all_reduce(y_ND, group=self.mesh.get_group())
+            return residual_ND + (y_ND if self.bias is None else y_ND + self.bias)
+        if self.weight is None or self.bias is not None:
+            return residual_ND + self(x_ND)
+        if suits_onednn(x_ND, self.weight):
+            return self.adapt(x_ND, onednn(x_ND, self.weight).add_(residual_ND))
+        if x_ND.shape[0] == 1:  # one row: a matrix-vector product reads the weights faster
+            return self.adapt(x_ND, torch.addmv(residual_ND[0], self.weight, x_ND[0])[None])
+        return self.adapt(x_ND, torch.addmm(residual_ND, x_ND, self.weight.t()))
+
+    def adapt(self, x_ND: Tensor, y_NO: Tensor) -> Tensor:
+        for rows, a_DR, b_RO in self.adapters:
+            y_NO[:, rows].addmm_(x_ND @ a_DR, b_RO)
+        return y_NO
+
+
+def joined(weights: list[NarrowWeight]) -> NarrowWeight | None:
+    """Narrow weights as one; None where they cannot be: nf4's are rounded twice, each by itself."""
+    if len(weights) == 1:
+        return weights[0]
+    same = len({(weight.kind, weight.group, weight.packed) for weight in weights}) == 1
+    return NarrowWeight.join(weights) if same and weights[0].kind != "nf4" else None
+
+
+def local(weight: Tensor) -> Tensor:
+    """This rank's part of a weight that torch's tensor parallelism has sharded; other weights as they are."""
+    return weight.to_local() if hasattr(weight, "to_local") else weight
+
+
+def like(weight: Tensor, part: Tensor) -> Tensor:
+    """A rank's part, sharded as `weight` is."""
+    from torch.distributed.tensor import DTensor
+
+    return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False)  # type: ignore
+
+
+class Norm:
+    """RMSNorm in few calls where the dtype is its own accumulator, else as the model defines it."""
+
+    def __init__(self, norm: RMSNorm) -> None:
+        self.norm, self.weight, self.eps = norm, norm.weight.detach(), norm.eps
+        self.direct = norm.weight.dtype in (torch.float32, torch.float64) and norm.weight.device.type == "cpu"
+
+    def __call__(self, x_ND: Tensor) -> Tensor:
+        if not self.direct:
+            return self.norm(x_ND)
+        length_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
+        if len(x_ND) == 1:  # one number: the processor's own arithmetic is sooner than four calls
+            return (x_ND * self.weight).mul_((length_N1.item() ** 2 / x_ND.shape[-1] + self.eps) ** -0.5)
+        inverse_N1 = length_N1.square_().div_(x_ND.shape[-1]).add_(self.eps).rsqrt_()
+        return (x_ND * inverse_N1).mul_(self.weight)
+
+
+class Layer:
+    """One block's products and norms."""
+
+    def __init__(self, block: nn.Module) -> None:
+        attention, dtype = block.self_attn, block.input_layernorm.weight.dtype
+        self.norm, self.ffn_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
+        self.qkv = Fused([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.out = Fused([attention.o_proj], dtype)
+        self.window = attention.window
+        self.experts = getattr(block, "block_sparse_moe", None)
+        if self.experts is None:
+            self.gate_up = Fused([block.mlp.gate_proj, block.mlp.up_proj], dtype)
+            self.down = Fused([block.mlp.down_proj], dtype)
+
+    def project(self, x_ND: Tensor) -> Tensor:
+        return self.qkv(self.norm(x_ND))
+
+    def add_attention(self, x_ND: Tensor, out_ND: Tensor) -> Tensor:
+        return self.out.add_to(x_ND, out_ND)
+
+    def add_feed_forward(self, x_ND: Tensor) -> Tensor:
+        n_ND = self.ffn_norm(x_ND)
+        if self.experts is not None:
+            return x_ND + self.experts(n_ND[None])[0]
+        gate_NF, up_NF = self.gate_up(n_ND).chunk(2, dim=-1)
+        return self.down.add_to(x_ND, F.silu(gate_NF).mul_(up_NF))
+
+
+class Engine:
+    """A Transformer made ready for generation; its weights are read here, so make a new one after changing them.
+
+    Keys and values are kept in `cache_dtype` (None: the model's own); prompts are read `chunk` tokens at a time.
+    """
+
+    def __init__(self, model: Transformer, cache_dtype: torch.dtype | None = None, chunk: int = 2048) -> None:
+        self.model, self.config = model, model.config
+        self.head_dim = model.config.head_dim
+        self.fused = isinstance(model.model.layers[0], FusedBlock)
+        self.layers = [block if self.fused else Layer(block) for block in model.model.layers]
+        self.norm = Norm(model.model.norm)
+        # the ranks that hold the model together (infer/engine/parallel.py)
+        self.mesh = None if self.fused else self.layers[0].qkv.mesh
+        ranks = 1 if self.mesh is None else self.mesh.size()
+        self.heads, self.groups = model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
+        self.scale = self.head_dim**-0.5
+        self.dtype, self.device = model.dtype, model.device
+        self.cache_dtype, self.chunk = cache_dtype or model.dtype, chunk
+        head = model.lm_head if model.lm_head is not None else model.model.embed_tokens
+        plain = type(head) in (nn.Linear, nn.Embedding) and type(head.weight.data) is Tensor
+        self.head_weight = head.weight.detach() if plain else None  # None: the head's own module computes
+
+    def forward(self, tokens_N: Tensor, position_N: Tensor, attend: Attend) -> Tensor:
+        """Normed hidden states x_ND of tokens at given positions (int64). `attend(layer, q_NHK, k_NGK, v_NGK)` stores
+        the new keys and values and returns out_NHK."""
+        N, H, G, K = len(tokens_N), self.heads, self.groups, self.head_dim
+        x_ND = self.model.model.embed_tokens(tokens_N)
+        cos_1NK, sin_1NK = self.model.model.rotary(position_N[None], x_ND.dtype)
+        cos_N1K, sin_N1K = cos_1NK[0, :, None], sin_1NK[0, :, None].clone()
+        sin_N1K[..., : K // 2].neg_()  # rotated = x · cos + swapped halves · (−sin, sin)
+        for number, layer in enumerate(self.layers):
+            qkv_NHK = layer.project(x_ND).view(N, H + 2 * G, K)
+            qk_NHK, v_NGK = qkv_NHK[:, : H + G], qkv_NHK[:, H + G :]
+            qk_NHK = torch.addcmul(qk_NHK * cos_N1K, qk_NHK.roll(K // 2, -1), sin_N1K)
+            out_NHK = attend(number, qk_NHK[:, :H], qk_NHK[:, H:], v_NGK)
+            x_ND = layer.add_attention(x_ND, out_NHK.reshape(N, H * K))
+            x_ND = layer.add_feed_forward(x_ND)
+        return self.norm(x_ND)
+
+    def logits(self, x_ND: Tensor) -> Tensor:
+        """logits_NV in at least fp32."""
+        if suits_onednn(x_ND, self.head_weight):
+            return onednn(x_ND, self.head_weight)
+        return self.model.head(x_ND)

@@ -1,0 +1,169 @@
+"""A model ready for inference: weights, adapters, tokenizer."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from infer.engine.fuse import fuse
+from infer.engine.memory import Load, Plan, fit, read_size
+from lora import load_adapter, merge_lora
+from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
+from lora.origin import check_origin
+from model import ModelConfig, Tokenizer, Transformer
+from model.checkpoints.weights import load_weights
+from model.quantize.linear import FORMATS, NarrowEmbedding, NarrowLinear, NarrowWeight, narrows
+from model.support.cli import UserError, nearest
+from model.support.hardware import decode_dtype
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
+
+
+def load(
+    weights: str | Path,
+    adapters: Sequence[str | Path] = (),
+    dtype: str = "float32",
+    device: str | None = None,
+    form: str = "wide",
+    fused: bool = False,
+) -> tuple[Transformer, Tokenizer]:
+    """The model with its adapters merged in the order given (each may have been trained on the merged ones before it),
+    and its tokenizer. The last adapter stays beside the weights, exact, where they are narrower than fp32.
+
+    `form` (wide, or a name of model.narrow.FORMATS) keeps the linear layers' weights in 8 or 4 bits, the head's too,
+    quantised as it is read; the rest is in `dtype`. `fused`: the GPU's kernels in the blocks' place
+    (infer/engine/fuse.py), for int4's and nf4's codes as they are. Raises UserError for files that are missing or
+    belong to another model, and for an unknown dtype or format.
+    """
+    if dtype not in DTYPES:
+        raise UserError(f"dtype {dtype!r} is not covered; covered are {', '.join(DTYPES)}")
+    if form not in ("wide", *FORMATS):
+        known = ("wide", *FORMATS)
+        raise UserError(f"format {form!r} is not covered{nearest(form, known)}; there are {', '.join(known)}")
+    for adapter in adapters:  # cheap checks before the weights are read
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
+    check_origin(weights, adapters)
+    tokenizer = Tokenizer.from_pretrained(weights)
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    if form == "wide":
+        model = Transformer.from_pretrained(weights, dtype=DTYPES[dtype], device=device)
+    else:
+        model = load_narrow(weights, adapters[:-1], form, DTYPES[dtype], device)
+        adapters = adapters[-1:]
+    if tokenizer.vocab_size > model.config.vocab_size:
+        raise UserError(
+            f"{weights}: the tokenizer has {tokenizer.vocab_size} ids, the model only {model.config.vocab_size}; "
+            "they do not belong together"
+        )
+    for number, adapter in enumerate(adapters, start=1):
+        load_adapter(model, adapter)
+        if form == "wide" and (number < len(adapters) or DTYPES[dtype].itemsize >= 4):
+            merge_lora(model, keep=False)
+    if fused:
+        for name, parameter in model.named_parameters():
+            if ".lora_" in name:  # else each product casts it anew
+                parameter.data = parameter.data.to(DTYPES[dtype])
+        fuse(model)
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def load_narrow(
+    weights: str | Path, merged: Sequence[str | Path], form: str, dtype: torch.dtype, device: str
+) -> Transformer:
+    """A checkpoint read into narrow weights, a few megabytes of wide ones at a time; `merged` adapters are added in
+    fp32 to what is read. Memory grows by the narrow model and about one narrow matrix besides."""
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_pretrained(weights))
+    updates = [Update(model, adapter) for adapter in merged]
+
+    def keep(path: str, pieces: Iterator[tuple[slice, Tensor]]) -> nn.Module | None:
+        module = model.get_submodule(path)
+        if isinstance(module, nn.Embedding):
+            return embedding(module, (piece for _, piece in pieces))
+        if not narrows(path):
+            return None
+        changed = (added(path, rows, piece) for rows, piece in pieces)
+        return narrowed(changed, (module.out_features, module.in_features))
+
+    def narrowed(pieces: Iterable[Tensor], shape: tuple[int, int]) -> NarrowLinear:
+        return NarrowLinear(NarrowWeight.quantise(pieces, shape, form).to(device).ready())
+
+    def embedding(module: nn.Embedding, pieces: Iterator[Tensor]) -> nn.Module:
+        """Its rows are looked up one by one, so bf16 costs no time; a tied model's head is quantised on the way."""
+        rows: list[Tensor] = []
+
+        def kept() -> Iterator[Tensor]:
+            for piece in pieces:
+                rows.append(piece.to(dtype if dtype == torch.float64 else torch.bfloat16))
+                yield piece
+
+        if model.lm_head is None:
+            model.lm_head = narrowed(kept(), (module.num_embeddings, module.embedding_dim))
+        else:
+            for _ in kept():
+                pass
+        return NarrowEmbedding(torch.cat(rows).to(device), dtype)
+
+    def added(path: str, rows: slice, piece_MD: Tensor) -> Tensor:
+        for update in updates:
+            piece_MD = update.add(path, rows, piece_MD)
+        return piece_MD
+
+    load_weights(model, weights, dtype, device, keep)
+    return model
+
+
+def plan_for(options: Any, asked: Load) -> Plan:
+    """How to run with a program's options (weights, adapter, dtype, format, memory, batch), said on stderr where a
+    memory is given. Raises UserError for a memory that cannot be read or is not enough."""
+    dtype = DTYPES.get(options.dtype, torch.float32)
+    if not options.memory:
+        return Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
+    budget = read_size(options.memory)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    if options.fuse and device == "cpu":
+        raise UserError("--fuse computes the kernels' definitions on a CPU, in more memory than --memory plans; leave "
+                        "one out")  # fmt: skip
+    plan = fit(options.weights, options.adapter, budget, asked, options.format, dtype, device)
+    if int(os.environ.get("RANK", 0)) == 0:
+        print(plan.describe(budget), file=sys.stderr)
+    return plan
+
+
+def dtype_for(options: Any, rows: int, known: str | None = None) -> str:
+    """A program's dtype; "auto" is settled here and said on stderr: fp32 beside narrow weights (whose products choose
+    for themselves), else what steps of `rows` rows are soonest in. `known`: what a job that goes on had chosen."""
+    if options.dtype != "auto":
+        return options.dtype
+    if known in DTYPES:
+        print(f"dtype auto: {known}, as this job began", file=sys.stderr)
+        return known
+    if options.format not in ("auto", "wide"):
+        print(f"dtype auto: float32 beside {options.format} weights", file=sys.stderr)
+        return "float32"
+    chosen = str(decode_dtype(rows, "cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
+    print(f"dtype auto: {chosen}, measured for steps of 1 to {rows} rows", file=sys.stderr)
+    return chosen
+
+
+class Update:
+    """An adapter that is added to weights while they are read."""
+
+    def __init__(self, model: Transformer, path: str | Path) -> None:
+        self.config: LoRAConfig = read_config(path)
+        self.tensors = read_adapter(path)
+        check_tensors(model, self.tensors, self.config, path)
+
+    def add(self, path: str, rows: slice, piece_MD: Tensor) -> Tensor:
+        a_RD = self.tensors.get(f"{PREFIX}{path}.lora_A.weight")
+        if a_RD is None:
+            return piece_MD
+        b_MR = self.tensors[f"{PREFIX}{path}.lora_B.weight"][rows]
+        return piece_MD.float() + (b_MR.float() @ a_RD.float()) * self.config.scale(path)

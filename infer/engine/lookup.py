@@ -1,0 +1,86 @@
+"""Prompt lookup: guess the next tokens from what followed the same two tokens before, check all guesses in one step.
+
+Answers repeat the note, so the guess is often right, and a step over a few rows reads the weights once, as a step over
+one does. Nothing is lost: each guessed token is kept only where it is what the request's own choice (greedy, sampled
+with its seed, or constrained) yields there.
+
+Whether to guess is a matter of expected gain. A request whose guesses come true with probability p, each after the
+one before, brings 1 + p + … + p^k tokens a step with k guesses; a step of all N requests with up to k guesses each
+takes N · (k + 1) rows. With p = 0.6, one request, and a further row at an eighth of the first one's time:
+
+    k           0      1      2      3      4
+    tokens      1      1.60   1.96   2.18   2.31
+    time        1      1.13   1.25   1.38   1.50
+    gain        1      1.42   1.57   1.58   1.54         k = 3 is taken; with p = 0.1 it is k = 0
+
+p is counted all the time, guessing or not: each token is compared with what would have been guessed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from infer.engine.forward import Engine
+from model.support.hardware import processor
+
+MOST = 7  # guesses of one request at once
+MEMORY = 8  # guesses over which a request's rate is averaged
+MARGIN = 1.1  # a smaller expected gain than a tenth may be none
+
+
+class Lookup:
+    """One request's guesses, and how often they come true."""
+
+    def __init__(self, prompt: Sequence[int]) -> None:
+        self.ids: list[int] = []
+        self.after: dict[tuple[int, int], int] = {}  # two tokens → where the text went on after them last
+        self.rate = 0.5  # nothing is known yet
+        self.add(prompt, count=False)
+
+    def add(self, tokens: Sequence[int], count: bool = True) -> None:
+        """Enter tokens of the text. A pair is known only once something follows it."""
+        for token in tokens:
+            if len(self.ids) >= 2:
+                pair = self.ids[-2], self.ids[-1]
+                if count and pair in self.after:
+                    self.rate += ((self.ids[self.after[pair]] == token) - self.rate) / MEMORY
+                self.after[pair] = len(self.ids)
+            self.ids.append(token)
+
+    def guess(self, most: int) -> list[int]:
+        """At most `most` tokens that may come next; [] where none are known."""
+        start = self.after.get((self.ids[-2], self.ids[-1])) if len(self.ids) >= 2 else None
+        return [] if start is None else self.ids[start : start + max(0, min(most, MOST))]
+
+
+def worth(rates: Sequence[float], known: Sequence[int], further: float) -> int:
+    """How many guesses of each request to check in one step, for the most tokens a time; 0 where guessing loses.
+
+    rates: how likely each request's guesses are; known: how many it has; further: a further row's share of the first's.
+    """
+    N = len(rates)
+    tokens, best, least = float(N), 0, MARGIN * N / (1 + further * (N - 1))
+    for k in range(1, max(known, default=0) + 1):
+        tokens += sum(rate**k for rate, n in zip(rates, known, strict=True) if n >= k)
+        gain = tokens / (1 + further * (N * (k + 1) - 1))
+        if gain > least:
+            best, least = k, gain
+    return best
+
+
+def further_row(engine: Engine) -> float:
+    """What a further row of a step takes, as a share of a step of one row, for an engine's weights.
+
+    Fixed figures, rounded from `python -m eval.bench lookup`: a share depends little on the machine, and a request must
+    take the same steps every time, because rounding follows the number of rows.
+    """
+    if engine.device.type != "cpu":
+        return 1 / 64  # hundreds of operations a byte
+    narrow = None if engine.fused else engine.layers[0].qkv.narrow
+    if narrow is not None:  # packed weights are dequantised anew every four rows, others once a step
+        return 1 / 4 if narrow.packed else 1 / 32
+    if engine.dtype == torch.bfloat16:
+        return 1 / 16 if "bf16" in processor() else 1.0  # emulated: arithmetic is all there is
+    return 1 / 8

@@ -1,0 +1,149 @@
+"""A model over several devices: torch's tensor parallelism, each rank reading no more than its own part of the files.
+
+    torchrun --nproc-per-node 8 -m infer.extract --tensor-parallel 8 …
+
+Of a block's two pairs of products the first is split by its outputs (heads, hidden units) and the second by its inputs,
+so a block adds up over the ranks twice (arXiv 1909.08053, section 3):
+
+    q k v, gate up    y = x · W_rᵀ         each rank has its heads, its units      (ColwiseParallel)
+    o, down           Σ_r x_r · W_rᵀ       summed over the ranks                   (RowwiseParallel)
+
+Embedding, norms and output matrix stand whole on every rank, so all ranks see the same logits and take the same token.
+Adapters are merged on the way in. `torch.distributed` is imported here alone.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Sequence
+from dataclasses import replace
+from datetime import timedelta
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+
+from infer.engine.load import DTYPES
+from lora.adapter import check_tensors, read_adapter, read_config
+from lora.merge import merge_checkpoint
+from model import ModelConfig, Tokenizer, Transformer
+from model.checkpoints.safetensors import Stored
+from model.checkpoints.weights import COMPUTED, Checkpoint, check_names, open_checkpoint
+from model.support.cli import UserError
+
+OUTPUTS, INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3"), ("o_proj", "down_proj", "w2")
+
+
+def join() -> None:
+    """Enter torchrun's processes, once; each takes a GPU where there are some. A rank may wait for long: others may
+    have more notes left."""
+    if dist.is_initialized():
+        return
+    backend = "gloo"
+    if torch.cuda.is_available():
+        torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
+        backend = "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=timedelta(days=7))
+
+
+def wait() -> None:
+    """Wait for the other ranks."""
+    join()
+    dist.all_reduce(torch.zeros(1))
+
+
+def of_first(choice: int) -> int:
+    """The first rank's choice, on every rank."""
+    join()
+    held = torch.tensor(choice)
+    dist.broadcast(held, src=0)
+    return int(held)
+
+
+def model_mesh(size: int) -> DeviceMesh:
+    """The ranks that hold one model together: `size` neighbours."""
+    join()
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    shape = (dist.get_world_size() // size, size)
+    return init_device_mesh(device, shape, mesh_dim_names=("notes", "model"))["model"]
+
+
+def check_divides(config: ModelConfig, size: int) -> None:
+    """Raise UserError where `size` ranks cannot share the heads and the hidden units evenly."""
+    for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
+        if getattr(config, name) % size:
+            raise UserError(f"--tensor-parallel {size} does not divide the model's {name}, {getattr(config, name)}")
+
+
+def shard(model: Transformer, mesh: DeviceMesh) -> Transformer:
+    """Split the blocks' linear layers over the mesh, in place; the model may be on meta. Returns it."""
+    check_divides(model.config, mesh.size())
+    for block in model.model.layers:
+        plan = {}
+        for path, module in block.named_modules():
+            leaf = path.rpartition(".")[2]
+            if isinstance(module, nn.Linear) and leaf in OUTPUTS + INPUTS:
+                plan[path] = ColwiseParallel() if leaf in OUTPUTS else RowwiseParallel()
+        parallelize_module(block, mesh, plan, src_data_rank=None)
+    return model
+
+
+def load_parallel(
+    weights: str | Path, adapters: Sequence[str | Path], dtype: str, size: int
+) -> tuple[Transformer, Tokenizer]:
+    """This rank's part of a model that `size` ranks hold, its adapters merged in the order given, and the tokenizer.
+
+    Raises UserError for files that are missing or belong to another model.
+    """
+    kind, mesh = DTYPES[dtype], model_mesh(size)
+    tokenizer = Tokenizer.from_pretrained(weights)
+    with torch.device("meta"):
+        model = Transformer(ModelConfig.from_pretrained(weights))
+    checkpoint = open_checkpoint(weights)
+    if adapters:  # merged in the model's dtype, not in the file's
+        checkpoint = replace(checkpoint, tensors={name: cast(t, kind) for name, t in checkpoint.tensors.items()})
+    for adapter in adapters:
+        config, tensors = read_config(adapter), read_adapter(adapter)
+        check_tensors(model, tensors, config, adapter)
+        checkpoint = merge_checkpoint(checkpoint, config, tensors)
+    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    tied = {"lm_head.weight"} - wanted.keys()
+    stored = {name: t for name, t in checkpoint.tensors.items() if name not in tied and not COMPUTED.fullmatch(name)}
+    check_names(checkpoint, stored, wanted)
+    shard(model, mesh)
+    device = torch.device(mesh.device_type)
+    for name, parameter in list(model.named_parameters()):
+        place, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(place), leaf, read_part(checkpoint, name, parameter, kind, device))
+    return model.requires_grad_(False).eval(), tokenizer
+
+
+def cast(stored: Stored, dtype: torch.dtype) -> Stored:
+    return replace(stored, read=lambda rows: stored.read(rows).to(dtype))
+
+
+def read_part(
+    checkpoint: Checkpoint, name: str, parameter: Tensor, dtype: torch.dtype, device: torch.device
+) -> nn.Parameter:
+    """What this rank holds of one tensor, a few megabytes at a time; split ones come as DTensors."""
+    whole = list(checkpoint.tensors[name].shape)
+    part = [slice(0, size) for size in whole]
+    if isinstance(parameter, DTensor):
+        (placement,) = parameter.placements
+        if isinstance(placement, Shard):
+            size = whole[placement.dim] // parameter.device_mesh.size()
+            start = parameter.device_mesh.get_local_rank() * size
+            part[placement.dim] = slice(start, start + size)
+    held = torch.empty([s.stop - s.start for s in part], dtype=dtype, device=device)
+    for rows, piece in checkpoint.stream(name):
+        begin, end = max(rows.start, part[0].start), min(rows.stop, part[0].stop)
+        if begin < end:
+            inside = (slice(begin - rows.start, end - rows.start), *part[1:])
+            held[begin - part[0].start : end - part[0].start].copy_(piece[inside])
+    if isinstance(parameter, DTensor):
+        held = DTensor.from_local(held, parameter.device_mesh, parameter.placements, run_check=False)
+    return nn.Parameter(held, requires_grad=False)

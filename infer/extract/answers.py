@@ -1,0 +1,177 @@
+"""From what a model said to a note's record: values, where they stand in the note, codes.
+
+A record is what `python -m infer.extract` writes, one line a note; SCHEMA describes it as a JSON schema.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Sequence
+from typing import Any
+
+from infer import codes, tasks
+from infer.engine.settings import Generation
+
+_VALUE = {
+    "type": "object",
+    "required": ["text", "start", "end", "logprob"],
+    "properties": {
+        "text": {"type": "string", "description": "the value"},
+        "start": {
+            "type": ["integer", "null"],
+            "description": "its first character in the note; null: it stands nowhere there as whole words and numbers",
+        },
+        "end": {"type": ["integer", "null"], "description": "the character after its last"},
+        "logprob": {"type": "number", "description": "natural log-probability of its tokens, given what came before"},
+    },
+}
+_ANSWER: dict[str, Any] = {
+    "type": "object",
+    "required": ["answers", "not_relevant", "finish_reason"],
+    "properties": {
+        "answers": {"type": "array", "items": _VALUE},
+        "not_relevant": {"type": "boolean", "description": "the model said that the note does not answer this"},
+        "finish_reason": {
+            "enum": ["stop", "stop_string", "repetition", "length"],
+            "description": "why the answer ended; of several windows' the first that was cut short, if one was",
+        },
+        "raw": {
+            "type": "string",
+            "description": "the model's words, where no value could be read from them; of several windows the first's",
+        },
+    },
+}
+_OWN = {
+    **_ANSWER,
+    "required": ["question", *_ANSWER["required"]],
+    "properties": {"question": {"type": "string"}, **_ANSWER["properties"]},
+}
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "title": "One line of infer.extract's output: one note, in the order of the input",
+    "type": "object",
+    "required": ["id"],
+    "properties": {
+        "id": {"type": "string"},
+        "phenotypes": {"type": "object", "properties": {name: _ANSWER for name in tasks.PHENOTYPES}},
+        "diagnosis": {
+            "type": "object",
+            "required": ["text", "codes", "logprob", "finish_reason"],
+            "properties": {
+                "text": {"type": "string", "description": "the diagnosis as the model wrote it"},
+                "codes": {
+                    "type": "array",
+                    "description": "ICD-10-CM codes that the text names or comes nearest to, best first",
+                    "items": {
+                        "type": "object",
+                        "properties": {"code": {"type": "string"}, "description": {"type": "string"}},
+                    },
+                },
+                "logprob": {"type": "number", "description": "natural log-probability of its tokens and its end"},
+                "finish_reason": {"type": "string"},
+                "window": {
+                    "type": "integer",
+                    "description": "of a note read in windows: which one this was said about (the likeliest), from 0",
+                },
+            },
+        },
+        "answers": {"type": "array", "items": _OWN, "description": "to the record's own questions, in their order"},
+        "tokens": {
+            "type": "object",
+            "required": ["note", "prompt", "new"],
+            "properties": {
+                "note": {"type": "integer", "description": "of the note alone, as it was read"},
+                "prompt": {"type": "integer", "description": "of all its prompts, what they share counted in each"},
+                "new": {"type": "integer", "description": "generated, over all its answers and windows"},
+            },
+        },
+        "long": {
+            "type": "object",
+            "description": "what was done with a note beyond the limit; absent: it was read whole",
+            "required": ["did", "tokens"],
+            "properties": {
+                "did": {"enum": ["truncate", "windows"], "description": "read in part, or in overlapping windows"},
+                "tokens": {"type": "integer", "description": "of the whole note"},
+                "read": {"type": "integer", "description": "truncate: how many of them were read, from its beginning"},
+                "windows": {"type": "integer", "description": "windows: how many"},
+                "size": {"type": "integer", "description": "windows: tokens of each"},
+            },
+        },
+        "repairs": {
+            "type": "array",
+            "description": "with --repair: [start, end, new words] of each change, places in the original note",
+            "items": {"type": "array"},
+        },
+        "neighbours": {
+            "type": "array",
+            "items": {"type": "string"},
+            "description": "ids of the notes that were shown with the diagnosis question, best first (--retriever)",
+        },
+        "error": {"type": "string", "description": "why this note has no answers"},
+    },
+}
+
+
+def phenotype_record(out: Generation, note: str, decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """One question's answer: its values with their places in the note and their log-probabilities."""
+    values = tasks.parse_answer(out.text)
+    answers, at = [], 0
+    ends = token_ends(out, decode)
+    for value in values:
+        found = re.compile(tasks.words(value)).search(out.text, at)
+        begin, at = (found.start(), found.end()) if found else (0, len(out.text))
+        start, end = place(value, note)
+        answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out, ends, begin, at)})
+    not_relevant = bool(out.text.strip()) and not values
+    record = {"answers": answers, "not_relevant": not_relevant, "finish_reason": out.finish_reason}
+    if not values and not not_relevant:
+        record["raw"] = out.text
+    return record
+
+
+def diagnosis_record(out: Generation) -> dict[str, Any]:
+    """The diagnosis as written, and the codes of the classification that it names or comes nearest to."""
+    text = " ".join(out.text.split())
+    found = [{"code": code, "description": codes.describe(code)} for code in codes.lookup(text)]
+    return {
+        "text": text,
+        "codes": found,
+        "logprob": round(sum(out.logprobs), 4),
+        "finish_reason": out.finish_reason,
+    }
+
+
+def kept_logprobs(out: Generation, decode: Callable[[list[int]], str]) -> list[float]:
+    """The log-probabilities of an answer's tokens, but for those that were said after where it was cut short."""
+    if out.finish_reason in ("stop", "stop_string") or len(decode(out.tokens)) <= len(out.text):
+        return out.logprobs
+    begins = [0, *token_ends(out, decode)]
+    return [logprob for begin, logprob in zip(begins, out.logprobs, strict=False) if begin < len(out.text)]
+
+
+def place(value: str, note: str) -> tuple[int | None, int | None]:
+    """Where a value stands in the note as whole words and numbers (tasks.stands): as it is, else in another case;
+    whatever its spaces. "5 cm" has no place in "2.5 cm"."""
+    pattern = tasks.words(value)
+    if not pattern:
+        return None, None
+    for flags in (0, re.IGNORECASE):
+        found = re.search(tasks.EDGE + pattern + tasks.EDGE, note, flags)
+        if found:
+            return found.start(), found.end()
+    return None, None
+
+
+def token_ends(out: Generation, decode: Callable[[list[int]], str]) -> list[int]:
+    """Where in the text each token's characters end."""
+    return [len(decode(out.tokens[: n + 1])) for n in range(len(out.tokens))]
+
+
+def span_logprob(out: Generation, ends: Sequence[int], start: int, end: int) -> float:
+    """The sum over the tokens that spell out.text[start:end]."""
+    total, begin = 0.0, 0
+    for stop, logprob in zip(ends, out.logprobs, strict=True):
+        if begin < end and stop > start:
+            total += logprob
+        begin = max(begin, stop)
+    return round(total, 4)

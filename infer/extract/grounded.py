@@ -1,0 +1,207 @@
+"""Answers that cannot be invented: an automaton over bytes decides which tokens may come next.
+
+A phenotype's answer is "not relevant", or values separated by ", ": of its closed list where it has one, else spans of
+the note, from the start of a word or number to the end of one. A diagnosis is a line of ICD-10-CM, "description
+(code)".
+
+The automaton reads bytes, not tokens, so every way of cutting a span into tokens is allowed: a span may begin in the
+middle of what the note's own tokenisation made one token, and the model may spell it with the tokens it prefers. In the
+note, any white space is one space. A state is one of
+
+    ("begin", n)      n leading spaces so far             ("span", i)       the note's byte i comes next
+    ("value",)        a value begins                      ("one", j, i)     byte i of closed value j comes next
+    ("comma",)        a space, then a value               ("only", j, i)    byte i of a text that stands alone
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Sequence
+from functools import lru_cache
+from typing import Any
+
+from infer import codes, tasks
+from model.text.tokenizer import Fast, Tokenizer
+
+State = tuple[Any, ...]
+States = frozenset[State]
+
+
+class Vocabulary:
+    """The bytes of every ordinary token, as a tree: node = [ids that end here, {next byte: node}]."""
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self.bytes: dict[int, bytes] = {}
+        self.root: list[Any] = [[], {}]
+        for i in range(tokenizer.vocab_size):
+            spelt = token_bytes(tokenizer, i)
+            if not spelt:
+                continue
+            self.bytes[i] = spelt
+            node = self.root
+            for byte in spelt:
+                node = node[1].setdefault(byte, [[], {}])
+            node[0].append(i)
+
+
+def token_bytes(tokenizer: Tokenizer, i: int) -> bytes | None:
+    """What a token adds to the text; None for special tokens."""
+    engine = tokenizer.engine
+    piece = engine.model.id_to_token(i) if isinstance(engine, Fast) else engine.model.id_to_piece(i)  # type: ignore
+    if piece is None or i in tokenizer.stop_ids or engine.special(piece) == i:
+        return None
+    if getattr(engine, "byte_level", False):
+        alphabet = byte_alphabet()
+        return bytes(alphabet[letter] for letter in piece) if all(letter in alphabet for letter in piece) else None
+    found = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
+    if found:
+        return bytes([int(found[1], 16)])
+    return None if piece == "<unk>" else piece.replace("▁", " ").encode()
+
+
+@lru_cache(1)
+def byte_alphabet() -> dict[str, int]:
+    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on."""
+    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = [b for b in range(256) if b not in shown]
+    return {chr(b): b for b in shown} | {chr(0x100 + n): b for n, b in enumerate(others)}
+
+
+class Grammar:
+    """The legal answers to one question about one note. `values` is a closed list, `note` the text of spans (one of
+    the two), `alone` the answers that stand by themselves; `around` what comes before and after a note that was cut."""
+
+    def __init__(
+        self, vocabulary: Vocabulary, ends: Iterable[int], note: str = "", values: Sequence[str] = (),
+        alone: Sequence[str] = (tasks.NOT_RELEVANT,), around: tuple[str, str] = ("", ""),
+    ) -> None:  # fmt: skip
+        text = " ".join(note.split())
+        self.vocabulary, self.ends = vocabulary, sorted(ends)
+        self.note = text.encode()
+        self.values, self.alone = [v.encode() for v in values], [a.encode() for a in alone]
+        at = [0]
+        for letter in text:
+            at.append(at[-1] + len(letter.encode()))
+        # a span neither begins nor ends with a space, and holds no comma
+        before, after = "" if note[:1].isspace() else around[0], "" if note[-1:].isspace() else around[1]
+        found = (match.start() - len(before) for match in re.finditer(tasks.EDGE, before + text + after))
+        edges = [n for n in found if 0 <= n <= len(text)]
+        self.stops = frozenset(at[n] for n in edges if n > 0 and text[n - 1] != " ")
+        self.open: set[int] = set()  # the bytes before which a span can still end: none is begun that cannot
+        for i in range(len(self.note), 0, -1):
+            if i in self.stops or (i + 1 in self.open and self.note[i] != 44):
+                self.open.add(i)
+        starts = (at[n] for n in edges if n < len(text) and text[n] not in " ,")
+        self.starts = [start for start in starts if start + 1 in self.open]
+        self.memo: dict[States, list[int]] = {}
+        if not self.ends:  # a tokenizer without an end token: a line's end ends the answer
+            self.ends = list(vocabulary.root[1].get(10, [[], {}])[0])
+
+    def begin(self) -> States:
+        return frozenset([("begin", 0)])
+
+    def next(self, states: States) -> dict[int, States]:
+        """Which states each legal next byte leads to."""
+        found: dict[int, set[State]] = {}
+
+        def go(byte: int, state: State) -> None:
+            found.setdefault(byte, set()).add(state)
+
+        def value() -> None:
+            for start in self.starts:
+                go(self.note[start], ("span", start + 1))
+            for number, text in enumerate(self.values):
+                go(text[0], ("one", number, 1))
+
+        for state in states:
+            kind = state[0]
+            if kind == "begin":
+                if state[1] < 2:
+                    go(32, ("begin", state[1] + 1))
+                value()
+                for number, text in enumerate(self.alone):
+                    go(text[0], ("only", number, 1))
+            elif kind == "value":
+                value()
+            elif kind == "comma":
+                go(32, ("value",))
+            elif kind == "span":
+                if state[1] + 1 in self.open and self.note[state[1]] != 44:
+                    go(self.note[state[1]], ("span", state[1] + 1))
+            else:
+                text = (self.values if kind == "one" else self.alone)[state[1]]
+                if state[2] < len(text):
+                    go(text[state[2]], (kind, state[1], state[2] + 1))
+            if kind in ("span", "one") and self.whole(state):
+                go(44, ("comma",))
+        return {byte: frozenset(reached) for byte, reached in found.items()}
+
+    def whole(self, state: State) -> bool:
+        """Whether an answer may end here."""
+        if state[0] == "span":
+            return state[1] in self.stops
+        if state[0] in ("one", "only"):
+            return state[2] == len((self.values if state[0] == "one" else self.alone)[state[1]])
+        return False
+
+    def read(self, states: States, data: bytes) -> States:
+        for byte in data:
+            states = self.next(states).get(byte, frozenset())
+        return states
+
+    def allowed(self, states: States) -> list[int]:
+        """The tokens that keep the answer legal, and the end tokens where it is whole."""
+        if states not in self.memo:
+            ids = list(self.ends) if any(self.whole(state) for state in states) else []
+            stack = [(self.vocabulary.root, states)]
+            while stack:
+                node, here = stack.pop()
+                for byte, reached in self.next(here).items():
+                    below = node[1].get(byte)
+                    if below is not None:
+                        ids += below[0]
+                        stack.append((below, reached))
+            self.memo[states] = sorted(set(ids)) or list(self.ends)
+        return self.memo[states]
+
+    def complete(self, text: str) -> str:
+        """The longest beginning of `text` that is a whole answer ("" where none is): for one that was cut short."""
+        states, best, data = self.begin(), 0, text.encode()
+        for place, byte in enumerate(data, start=1):
+            states = self.next(states).get(byte, frozenset())
+            if any(self.whole(state) for state in states):
+                best = place
+        return data[:best].decode("utf-8", errors="ignore")
+
+
+class Grounded:
+    """A request's way through a grammar: what `infer.generate.Settings.constraint` asks for. It goes on where it is
+    asked about more of the same tokens; requests that share it get right answers too, later."""
+
+    def __init__(self, grammar: Grammar) -> None:
+        self.grammar, self.states = grammar, grammar.begin()
+        self.seen: list[int] = []
+
+    def allowed(self, tokens: Sequence[int]) -> list[int]:
+        if self.seen != list(tokens[: len(self.seen)]):
+            self.states, self.seen = self.grammar.begin(), []
+        for token in tokens[len(self.seen) :]:
+            self.states = self.grammar.read(self.states, self.grammar.vocabulary.bytes.get(token, b""))
+        self.seen = list(tokens)
+        return self.grammar.allowed(self.states)
+
+
+class Grounding:
+    """The grammars of a tokenizer: its vocabulary's tree is made once, the diagnosis's grammar too."""
+
+    def __init__(self, tokenizer: Tokenizer, ends: Iterable[int]) -> None:
+        self.vocabulary, self.ends = Vocabulary(tokenizer), sorted(ends)
+        lines = [f"{codes.CODES[code]} ({code})" for code in codes.CODES]
+        self.diagnosis = Grammar(self.vocabulary, self.ends, alone=lines)
+        closed = {name: p.values for name, p in tasks.PHENOTYPES.items() if p.values}
+        self.closed = {name: Grammar(self.vocabulary, self.ends, values=values) for name, values in closed.items()}
+
+    def of_note(self, note: str, around: tuple[str, str] = ("", "")) -> dict[str, Grammar]:
+        """The grammar of each question about one note; "" is a question of the note's own, answered in spans."""
+        spans = Grammar(self.vocabulary, self.ends, note=note, around=around)
+        return {"": spans, "diagnosis": self.diagnosis, **dict.fromkeys(tasks.PHENOTYPES, spans), **self.closed}

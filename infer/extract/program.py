@@ -1,0 +1,310 @@
+"""Answers for a file of notes: phenotypes with their places in the note, diagnoses with their ICD-10-CM codes.
+
+    python -m infer.extract --weights DIR [--adapter DIR] --task both --notes notes.jsonl --out answers.jsonl
+    torchrun --nproc-per-node 2 -m infer.extract …            the same job, its batches split over the ranks
+
+Notes are JSON lines with `id` and `text`, or a folder of .txt files. A record may bring `questions` of its own
+([{"question": "…"}, …]), which take the place of the task's. The output holds one JSON object a note in the input's
+order; its schema is written beside it (OUT.schema.json). The same command continues a job that was interrupted.
+
+With `--retriever NAME --index DIR` (python -m infer.retrieval.index) the diagnosis question is asked with the nearest
+notes of other patients and their diagnoses beside it; the record's `neighbours` are their ids.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal
+
+import tyro
+from tqdm import tqdm
+
+from infer.extract.answers import SCHEMA
+from infer.extract.job import Job, batches, begun, mark_of, stamp
+from infer.extract.notes import Note, fingerprint, read_notes
+from infer.retrieval.mended import mend
+from infer.retrieval.repair import read_repair
+from infer.tasks import QUESTION
+from model.support.cli import UserError
+from model.support.files import read_json, sha256_file, write_json
+
+if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
+    from infer.engine.memory import Plan
+    from infer.retrieval.neighbours import Neighbours
+
+ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
+LETTERS = 24_000  # characters of a batch's notes: some 6,000 tokens of prefix
+
+
+@dataclass(frozen=True)
+class Options:
+    """Extract phenotypes and diagnoses from notes."""
+
+    weights: str
+    """A model's folder or GGUF file."""
+    notes: Path
+    """JSON lines with `id` and `text`, or a folder of .txt files."""
+    out: Path
+    """JSON lines, one object a note, in the notes' order."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
+    task: Literal["phenotype", "diagnosis", "both"] = "both"
+    """What is asked: the eight phenotypes, the diagnosis, or both."""
+    form: Literal["auto", "template", "chat"] = "auto"
+    """How it is asked: our template (tuned models) or the model's own chat form (untuned); auto: the template where
+    an adapter is given or the model has no chat form."""
+    grounded: bool = False
+    """Allow only "not relevant", closed values, spans of the note, and existing ICD-10-CM codes."""
+    long: Literal["error", "truncate", "windows"] = "error"
+    """A note beyond the limit: record an error, read its beginning, or read overlapping windows and merge."""
+    max_input_tokens: int = 1500
+    """Tokens of a prompt, note and question together (the paper's limit)."""
+    max_new_tokens: int = 50
+    """Tokens of a phenotype's answer (the paper's limit)."""
+    max_new_diagnosis: int = 500
+    """Tokens of a diagnosis (the paper's limit)."""
+    batch: int = 8
+    """Notes at once."""
+    retriever: Literal["none", "bm25", "contriever", "medcpt", "specter2", "sgpt"] = "none"
+    """Show neighbours of the note with its diagnosis question, found by this retriever."""
+    index: Path | None = None
+    """The retriever's index of training notes (python -m infer.retrieval.index)."""
+    encoder_weights: Path | None = None
+    """The retriever's encoder folder (none for bm25)."""
+    neighbours: int = 3
+    """How many neighbours to show, as far as --max-input-tokens leaves room."""
+    neighbour_tokens: int = 64
+    """Tokens of each neighbour's text, from its beginning."""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
+    """What the model computes in; auto: what this machine decodes soonest in, measured."""
+    repair: Path | None = None
+    """A lexicon (JSON lines whose `text` is spelled well: training notes): mend the notes' spelling and expand their
+    abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
+    format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "auto"
+    """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
+    auto: wide, or what fits --memory."""
+    memory: str = ""
+    """Run within so much memory, for example 6GB: choose format, batch, cache and chunk, say so, and refuse before
+    loading what cannot fit. A retriever's encoder and index are not counted."""
+    fuse: bool = False
+    """On a CUDA device: compute by the Triton kernels (infer/engine/fuse.py). Elsewhere their definitions, slowly."""
+    tensor_parallel: int = 1
+    """Under torchrun: so many processes hold one model together (for models too large for one device)."""
+    limit: int | None = None
+    """Only the first notes."""
+    json: bool = False
+    """Print one JSON object (notes, errors, seconds) as the last line."""
+
+
+def main(options: Options) -> int:
+    rank, world = ranks()
+    for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "tensor_parallel"):
+        if getattr(options, name) < 1:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+    if options.limit is not None and options.limit < 1:
+        raise UserError(f"--limit is {options.limit}; it must be at least 1")
+    neighbours = open_neighbours(options)
+    together = options.tensor_parallel
+    if world % together:
+        raise UserError(
+            f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
+            f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
+        )
+    options = replace(options, dtype=settled(options, rank, world))
+    options, plan = planned(options)
+    if together > 1 and (options.format != "wide" or options.memory or options.fuse):
+        raise UserError("--tensor-parallel goes with none of --format, --memory and --fuse; leave it or them out")
+    own = (options.out, schema_of(options.out), mark_of(options.out))
+    if options.notes.resolve() in [path.resolve() for path in own]:
+        raise UserError(f"{options.notes}: the notes, and a file that --out {options.out} writes; choose another --out")
+    if options.out.suffix == ".txt" and options.notes.resolve() == options.out.parent.resolve():
+        raise UserError(f"{options.out}: would be one of the notes of {options.notes} itself; choose another --out")
+    next(source(options))  # refuses a missing or empty file before anything is made
+    job = Job(options.out, identity(options), rank // together, world // together, rank % together == 0)
+    check_schema(job)
+    finished = job.claim()
+    if rank == 0:
+        write_json(schema_of(options.out), SCHEMA)  # of a finished job too: it may be an older one's
+    began = time.perf_counter()
+    if not finished:
+        barrier(world)
+        extract(options, job, neighbours, plan)
+        barrier(world)
+        if rank == 0:
+            job.finish(sizes(options))
+        barrier(world)
+    if rank != 0:
+        return 0
+    notes, errors = job.count()
+    seconds = time.perf_counter() - began
+    if options.json:
+        print(json.dumps({"notes": notes, "errors": errors, "seconds": round(seconds, 2), "out": str(options.out)}))
+    else:
+        done = "already finished" if finished else f"{seconds:.1f} s"
+        print(f"{options.out}: {notes} notes, {errors} with an error, {done}")
+    return 1 if errors else 0
+
+
+def ranks() -> tuple[int, int]:
+    """(rank, number of processes) as torchrun tells them."""
+    given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
+    rank, world = (int(text) if text.isdecimal() else -1 for text in given.values())
+    if not 0 <= rank < world:
+        said = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise UserError(f"{said} in the environment: no rank of so many processes; torchrun sets both, else unset them")
+    return rank, world
+
+
+def planned(options: Options) -> tuple[Options, Plan | None]:
+    """The options with the format and batch that the memory allows, and the plan; None without --memory."""
+    if not options.memory:
+        return replace(options, format="wide" if options.format == "auto" else options.format), None
+    if options.long == "windows":
+        raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
+    from infer.engine.load import plan_for
+    from infer.engine.memory import Load
+
+    asked = ASKED[options.task]
+    new = (asked - (options.task != "phenotype")) * options.max_new_tokens
+    new += QUESTION * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
+    plan = plan_for(options, Load(options.max_input_tokens, new, asked, options.batch, options.grounded))
+    return replace(options, format=plan.form, batch=plan.batch), plan
+
+
+def settled(options: Options, rank: int, world: int) -> str:
+    """The dtype. "auto" is what the job began with where it goes on, else measured, on the first rank for all."""
+    if options.dtype != "auto":
+        return options.dtype
+    from infer.engine.load import DTYPES, dtype_for
+
+    names, choice = list(DTYPES), 0
+    if rank == 0:
+        choice = names.index(dtype_for(options, options.batch * ASKED[options.task], begun(options.out).get("dtype")))
+    if world > 1:
+        from infer.engine.parallel import of_first
+
+        choice = of_first(choice)
+    return names[choice]
+
+
+def schema_of(out: Path) -> Path:
+    return out.with_name(out.name + ".schema.json")
+
+
+def check_schema(job: Job) -> None:
+    """Refuse a file in the schema's place that is none of this job's: it would be overwritten."""
+    schema = schema_of(job.out)
+    if not os.path.lexists(schema) or begun(job.out).get("hash") == job.identity["hash"]:
+        return
+    try:
+        same = read_json(schema) == SCHEMA
+    except (UserError, OSError):  # no JSON, or a folder
+        same = False
+    if not same:
+        raise UserError(f"{schema}: exists and is no job's of ours; choose another --out or remove it")
+
+
+def source(options: Options) -> Iterator[Note]:
+    return islice(read_notes(options.notes), options.limit)
+
+
+def split(options: Options) -> Iterator[list[Note]]:
+    return batches(source(options), options.batch, LETTERS)
+
+
+def sizes(options: Options) -> Iterator[int]:
+    return (len(batch) for batch in split(options))
+
+
+def identity(options: Options) -> dict[str, object]:
+    """What decides the output's bytes."""
+    kept = ("task", "form", "grounded", "long", "max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch",
+            "dtype", "limit")  # fmt: skip
+    files = {"weights": stamp(options.weights), "adapter": [stamp(a) for a in options.adapter]}
+    if options.repair is not None:
+        files["repair"] = fingerprint(options.repair)
+    if options.index is not None:
+        kept = (*kept, "retriever", "neighbours", "neighbour_tokens")
+        files["index"] = [str(options.index), sha256_file(options.index / "manifest.json")]
+    if options.format != "wide":  # named only where it is on
+        kept = (*kept, "format")
+    kept = (*kept, *(name for name in ("memory", "fuse") if getattr(options, name)))
+    if options.tensor_parallel > 1:
+        kept = (*kept, "tensor_parallel")
+    return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
+
+
+def open_neighbours(options: Options) -> Neighbours | None:
+    """The index of `--retriever`. Raises UserError where the options or the index do not fit together."""
+    if options.retriever == "none":
+        if options.index is not None or options.encoder_weights is not None:
+            raise UserError("--index and --encoder-weights belong to a --retriever; name it (none is chosen)")
+        return None
+    if options.index is None:
+        raise UserError(f"--retriever {options.retriever} needs --index DIR; python -m infer.retrieval.index makes one")
+    if options.task == "phenotype":
+        raise UserError("neighbours are shown with the diagnosis question; ask with --task diagnosis or both")
+    if options.retriever == "bm25" and options.encoder_weights is not None:
+        raise UserError("--retriever bm25 has no weights; leave --encoder-weights out")
+    from infer.retrieval.index import Index
+    from infer.retrieval.neighbours import Neighbours
+
+    index = Index(options.index, options.retriever, options.encoder_weights)
+    return Neighbours(index, options.neighbours, options.neighbour_tokens)
+
+
+def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Plan | None) -> None:
+    """Answer what is not yet answered of this rank's batches."""
+    from infer.engine.generate import Generator
+    from infer.engine.load import load
+    from infer.extract.ask import Asker, Limits
+
+    counts = list(sizes(options))
+    done = job.resume(counts[job.rank :: job.world])
+    barrier(options.tensor_parallel)  # a model's processes have all read it before the first of them goes on writing
+    repair = None if options.repair is None else read_repair(options.repair)
+    if options.tensor_parallel > 1:
+        from infer.engine.parallel import load_parallel
+
+        model, tokenizer = load_parallel(options.weights, options.adapter, options.dtype, options.tensor_parallel)
+    else:
+        model, tokenizer = load(
+            options.weights, options.adapter, options.dtype, form=options.format, fused=options.fuse
+        )
+    form = options.form
+    if form == "auto":
+        form = "template" if options.adapter or tokenizer.form is None else "chat"
+    limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
+    kept = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
+    generator = Generator(model, tokenizer, **kept)
+    asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, options.batch)
+    answered = sum(counts[: done * job.world])  # by an earlier call: not of the rate
+    shown = {"total": sum(counts), "initial": answered, "unit": "note", "desc": "extracting"}
+    with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
+        for number, batch in islice(enumerate(split(options)), done * job.world, None):
+            if number % job.world == job.rank:
+                if repair is None:
+                    job.append(asker.records(batch))
+                else:
+                    notes, ways = zip(*(mend(note, repair) for note in batch), strict=True)
+                    job.append([way.restore(record) for way, record in zip(ways, asker.records(notes), strict=True)])
+            bar.update(len(batch))
+    job.append([])  # a rank that had no batch leaves an empty part: what is missing at the end is another machine's
+    if neighbours is not None and neighbours.index.cut:
+        print(f"{neighbours.index.cut} notes are longer than {options.retriever} reads; their beginnings were searched",
+              file=sys.stderr)  # fmt: skip
+
+
+def barrier(world: int) -> None:
+    """Wait for the other processes."""
+    if world > 1:
+        from infer.engine.parallel import wait
+
+        wait()

@@ -1,0 +1,1 @@
+"""Named activations of a forward pass, and the page that shows them."""

@@ -1,0 +1,110 @@
+"""The trace page: values and attention packed into one HTML file that needs nothing else.
+
+Attention is kept in 16 shades, evenly spaced in √weight (the finest is 0.004; the page says so), a byte each, over the
+keys that a position can see, deflated a layer at a time; the page inflates a layer when it is looked at. The page's
+script is allowed by its hash and nothing may be loaded, so whatever a note holds is text.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+import html
+import inspect
+import json
+import zlib
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from infer.extract.grounded import token_bytes
+from infer.inspect import values as trace_values
+from infer.inspect.recording import Tape
+from lora.layer import LoRALinear
+from model import Tokenizer, Transformer, attention, transformer
+
+PARTS = Path(__file__).parent / "trace_page"
+SCRIPTS = ("text.js", "figures.js", "page.js")
+SHADES = 15
+
+
+def pack_attention(patterns: Tape, rows: Sequence[int]) -> list[str]:
+    """For each layer: of every head and kept row, its weights over the keys 0 … row; √weight in 1/15, deflated."""
+    packed = []
+    for name in patterns:
+        pattern_HRT = patterns[name][0].float().cpu()
+        shade_HRT = (pattern_HRT.sqrt() * SHADES).round().to(torch.uint8).numpy()
+        seen_RT = np.arange(pattern_HRT.shape[2])[None] <= np.asarray(rows)[:, None]
+        packed.append(base64.b64encode(zlib.compress(shade_HRT[:, seen_RT].tobytes(), 6)).decode())
+    return packed
+
+
+def vocabulary(tokenizer: Tokenizer, ids: set[int]) -> dict[str, list[Any]]:
+    """Of each id: its bytes in hexadecimal, or (null, the special token's name)."""
+    found: dict[str, list[Any]] = {}
+    for i in sorted(ids):
+        spelt = token_bytes(tokenizer, i) if i < tokenizer.vocab_size else None
+        if spelt is not None:
+            found[str(i)] = [spelt.hex()]
+            continue
+        inside = i < tokenizer.vocab_size
+        found[str(i)] = [None, (tokenizer.piece(i) if inside else None) or f"id {i}"]
+    return found
+
+
+def used_ids(run: dict[str, Any]) -> set[int]:
+    """Every token id that a run's values name."""
+    ids = {*run["ids"], *run["came"], *run["attribution"]["rival"], *run["own"]}
+    ids |= {level[0] for step in run["lens"] for level in step}
+    return ids | {best[0] for one in run["predictions"] if one for best in one["best"]}
+
+
+def code() -> dict[str, dict[str, Any]]:
+    """Where each thing on the page is computed: file, line and the line itself."""
+    return {
+        "attention": place(attention.Pattern.forward, "F.softmax"),
+        "z": place(attention.PlainAttend.forward, "return torch.matmul(pattern_BHTS"),
+        "window": place(attention.Visible.block, "distance_BTS < window"),
+        "stream": place(transformer.Block.forward, "self.resid_mid("),
+        "lens": place(transformer.Transformer.head, "self.lm_head"),
+        "experts": place(transformer.Experts.forward, "torch.topk"),
+        "lora": place(LoRALinear.forward, "addmm_"),
+        "attribution": place(trace_values.components, "into_NHK = "),
+    }
+
+
+def place(function: Callable[..., Any], fragment: str) -> dict[str, Any]:
+    lines, first = inspect.getsourcelines(function)
+    offset = next(number for number, line in enumerate(lines) if fragment in line)
+    file = Path(inspect.getfile(function)).resolve().relative_to(Path(__file__).resolve().parents[2])
+    return {"file": file.as_posix(), "line": first + offset, "code": lines[offset].strip()}
+
+
+def run_values(
+    name: str, model: Transformer, tokenizer: Tokenizer, ids: list[int], start: int, own: list[int], rows: list[int]
+) -> dict[str, Any]:
+    """One model's part of the page. `own` is the answer that it gives by itself; `ids` may be another run's text."""
+    values, patterns = trace_values.measure(model, ids, start, rows)
+    layers = model.config.num_hidden_layers
+    run = {
+        "name": name, "family": model.config.model_type, "layers": layers, "heads": model.config.num_attention_heads,
+        "groups": model.config.num_key_value_heads, "windows": list(model.config.windows), "ids": ids, "start": start,
+        "own": own, "rows": rows, "attention": pack_attention(patterns, rows), **values,
+    }  # fmt: skip
+    return {**run, "vocabulary": vocabulary(tokenizer, used_ids(run))}
+
+
+def page(data: dict[str, Any]) -> str:
+    """The HTML of a trace. No character of the data can end its block or begin a tag."""
+    script = "\n".join((PARTS / name).read_text("utf-8") for name in SCRIPTS)
+    style = (PARTS / "style.css").read_text("utf-8")
+    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
+    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
+    for letter in "<>&":
+        text = text.replace(letter, f"\\u{ord(letter):04x}")
+    parts = {"HASH": allowed, "STYLE": style, "SCRIPT": script, "TITLE": html.escape(data["title"]), "DATA": text}
+    pieces = (PARTS / "page.html").read_text("utf-8").split("%%")  # text, name, text, name, …, text
+    return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))

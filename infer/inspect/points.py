@@ -1,0 +1,115 @@
+"""The table of names behind infer/inspect/recording.py: which module takes or gives each value of a forward pass."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from model import Transformer
+from model.attention import split_heads
+
+View = Callable[[nn.Module, Tensor], Tensor]
+
+
+@dataclass(frozen=True)
+class Point:
+    """A named value: what a module takes ("in", its first argument) or gives ("out"), seen through `view`."""
+
+    name: str
+    shape: str
+    what: str
+    module: str
+    side: str
+    view: View | None = None
+    derived: bool = False  # computed from what the module sees, so there is nothing to overwrite
+
+
+class Names(dict[str, str]):
+    """Name → shape and meaning; printed as a table in which `layers.N.` stands for every layer."""
+
+    def __str__(self) -> str:
+        rows = {re.sub(r"^layers\.\d+", "layers.N", name): what for name, what in self.items()}
+        width = max(map(len, rows), default=0)
+        return "\n".join(f"{name:{width}}  {what}" for name, what in rows.items())
+
+    __repr__ = __str__
+
+
+def _scale(norm: nn.Module, x_BTD: Tensor) -> Tensor:
+    return norm.scale(x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32)))
+
+
+def _heads(attention: nn.Module, v_BTD: Tensor) -> Tensor:
+    return split_heads(v_BTD, attention.head_dim)
+
+
+def head_results(attention: nn.Module, z_BHTK: Tensor) -> Tensor:
+    """What each head adds to the residual stream, result_BHTD: the output product of its part alone, without bias."""
+    joined_BTD = z_BHTK.transpose(1, 2).flatten(2)
+    nothing_D = attention.o_proj(torch.zeros_like(joined_BTD[:1, :1]))
+    alone = []
+    for head in range(z_BHTK.shape[1]):
+        own = slice(head * attention.head_dim, (head + 1) * attention.head_dim)
+        part_BTD = torch.zeros_like(joined_BTD)
+        part_BTD[..., own] = joined_BTD[..., own]
+        alone.append(attention.o_proj(part_BTD) - nothing_D)
+    return torch.stack(alone, dim=1)
+
+
+def _norm(name: str, module: str, what: str) -> list[Point]:
+    return [
+        Point(f"{name}.in", "BTD", f"what the {what} reads", module, "in"),
+        Point(f"{name}.scale", "BT1", f"the {what}'s factor, 1/√(mean(x²) + eps)", module, "in", _scale, True),
+        Point(f"{name}.out", "BTD", f"the {what}'s result: in · scale · weight", module, "out"),
+    ]
+
+
+def points(model: Transformer) -> dict[str, Point]:
+    """Every name of a model, in the order in which a forward pass computes them."""
+    found = [Point("embed", "BTD", "the tokens' embeddings", "model.embed_tokens", "out")]
+    for number, block in enumerate(model.model.layers):
+        name, at = f"layers.{number}", f"model.layers.{number}"
+        attn, attend = f"{at}.self_attn", f"{at}.self_attn.attend"
+        found += [Point(f"{name}.resid_pre", "BTD", "the residual stream before the block", at, "in")]
+        found += _norm(f"{name}.attn_norm", f"{at}.input_layernorm", "norm before attention")
+        found += [
+            Point(f"{name}.attn.q", "BHTK", "queries before they are turned by position", f"{attn}.rotate_q", "in"),
+            Point(f"{name}.attn.k", "BGTK", "keys before they are turned by position", f"{attn}.rotate_k", "in"),
+            Point(f"{name}.attn.v", "BGTK", "values", f"{attn}.v_proj", "out", _heads),
+            Point(f"{name}.attn.q_rot", "BHTK", "queries, turned", f"{attn}.rotate_q", "out"),
+            Point(f"{name}.attn.k_rot", "BGTK", "keys, turned", f"{attn}.rotate_k", "out"),
+            Point(f"{name}.attn.scores", "BHTS", "q·k/√K; the lowest number where unseen", f"{attend}.scores", "out"),
+            Point(f"{name}.attn.pattern", "BHTS", "each query's weights over the keys", f"{attend}.pattern", "out"),
+            Point(f"{name}.attn.z", "BHTK", "heads' outputs: the values that each one's pattern weighs", attend, "out"),
+            Point(f"{name}.attn.result", "BHTD", "what each head adds to the residual stream (without bias)", attend,
+                  "out", head_results, True),
+            Point(f"{name}.attn.out", "BTD", "what attention adds to the residual stream", attn, "out"),
+            Point(f"{name}.resid_mid", "BTD", "the residual stream after attention", f"{at}.resid_mid", "out"),
+        ]  # fmt: skip
+        found += _norm(f"{name}.mlp_norm", f"{at}.post_attention_layernorm", "norm before feed-forward")
+        found += _feed_forward(name, at, block) + [
+            Point(f"{name}.resid_post", "BTD", "the residual stream after the block", at, "out")
+        ]
+    found += _norm("final_norm", "model.norm", "last norm")
+    found += [Point("logits", "BTV", "the next token's logits", "", "out")]
+    return {point.name: point for point in found}
+
+
+def _feed_forward(name: str, at: str, block: nn.Module) -> list[Point]:
+    if hasattr(block, "block_sparse_moe"):
+        moe = f"{at}.block_sparse_moe"
+        return [
+            Point(f"{name}.mlp.router", "BTE", "the router's logits over the experts", f"{moe}.gate", "out"),
+            Point(f"{name}.mlp.out", "BTD", "what the experts add to the residual stream", moe, "out"),
+        ]
+    mlp = f"{at}.mlp"
+    return [
+        Point(f"{name}.mlp.gate", "BTF", "the gate before silu", f"{mlp}.gate_proj", "out"),
+        Point(f"{name}.mlp.up", "BTF", "what the gate multiplies", f"{mlp}.up_proj", "out"),
+        Point(f"{name}.mlp.hidden", "BTF", "silu(gate) · up", f"{mlp}.down_proj", "in"),
+        Point(f"{name}.mlp.out", "BTD", "what the MLP adds to the residual stream", mlp, "out"),
+    ]

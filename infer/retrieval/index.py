@@ -1,0 +1,276 @@
+"""An index of notes on disk; vectors are written batch by batch, and a build goes on where it was interrupted.
+
+    python -m infer.retrieval.index --encoder contriever --weights DIR --notes train.jsonl --out DIR
+    python -m infer.retrieval.index --encoder bm25 --notes train.jsonl --out DIR
+    python -m infer.retrieval.index --out DIR --ask "left breast mass, HER2 positive" [--weights DIR]      asks a
+    finished index
+
+DIR holds vectors.npy (memory-mapped; none for BM25), notes.jsonl (a copy of the records, readable by you alone) and
+manifest.json, which names the encoder and hashes its files and the notes; no index is read beside another encoder.
+The notes' texts themselves are held in memory, in building and in asking; vectors are not.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+from tqdm import tqdm
+
+from infer.retrieval.approximate import build_cells, library, search_cells
+from infer.retrieval.bm25 import BM25, words
+from infer.retrieval.encoder import Encoder, files
+from infer.retrieval.search import allowed, top_k
+from model.support.cli import UserError, run
+from model.support.files import check_writable, read_json, read_jsonl, sha256_file, sync_folder, write_json
+
+BATCH = 64
+
+
+@dataclass(frozen=True)
+class Options:
+    """Build an index of notes, or ask one."""
+
+    out: Path
+    """The index's folder."""
+    encoder: Literal["bm25", "contriever", "medcpt", "specter2", "sgpt"] = "bm25"
+    """The retriever."""
+    weights: Path | None = None
+    """The encoder's folder (none for bm25)."""
+    notes: Path | None = None
+    """JSON lines with `id` and `text` (and `title`, `patient`, `diagnosis` where known), or a folder of .txt files."""
+    dtype: Literal["float32", "float16"] = "float32"
+    """How vectors are kept; float16 takes half the disk and changes a score in its fourth digit."""
+    similarity: Literal["own", "dot", "euclidean"] = "own"
+    """How SPECTER2's vectors are compared: its own is Euclidean, and its authors report dot products too."""
+    faiss: bool = False
+    """Also keep an approximate index, and search in it: for many millions of notes (needs the package faiss-cpu)."""
+    ask: str | None = None
+    """Instead of building, print the notes nearest to this text."""
+    k: int = 5
+    """How many notes to print."""
+    json: bool = False
+    """Print one JSON object instead of lines."""
+
+    def __post_init__(self) -> None:
+        if self.k < 1:
+            raise UserError(f"--k {self.k}: at least 1")
+
+
+def records(path: Path) -> Iterator[dict[str, Any]]:
+    """The notes to index, each with `id` and `text`. Raises UserError for an id that stands twice."""
+    if path.is_dir():
+        found = [(file.name, {"id": file.stem, "text": read(file)}) for file in sorted(path.glob("*.txt"))]
+        if not found:
+            raise UserError(f"{path}: holds no .txt file; give a folder of notes or a JSON-lines file")
+    else:
+        found = read_jsonl(path, ("id", "text"))  # type: ignore[assignment]
+    seen = set()
+    for where, record in found:
+        if not isinstance(record["text"], str) or not isinstance(record["id"], str | int):
+            raise UserError(f"{path}:{where}: 'id' and 'text' must be text")
+        record["id"] = str(record["id"])
+        if record["id"] in seen:
+            raise UserError(f"{path}:{where}: the id {record['id']!r} stands twice; give each note its own")
+        seen.add(record["id"])
+        yield record
+
+
+def read(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
+
+
+def hash_files(path: Path) -> str:
+    """One hash of an encoder's model and tokenizer files."""
+    found = [f"{file.relative_to(path)} {sha256_file(file)}" for file in files(path)]
+    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+
+
+def build(options: Options) -> dict[str, Any]:
+    """Write the index; returns its manifest. An older index at `out` stands until the new one is whole."""
+    if options.notes is None:
+        raise UserError("--notes is missing: give the notes to index, or --ask TEXT to ask a finished index")
+    out, part = options.out, options.out.with_name(options.out.name + ".part")
+    check_writable(out)
+    if out.exists() and not (out / "manifest.json").exists():
+        raise UserError(f"{out}: exists and is no index; choose another --out")
+    dense = options.encoder != "bm25"
+    if dense and options.weights is None:
+        raise UserError(f"--encoder {options.encoder}: weights not given; give its folder with --weights")
+    if not dense and options.weights is not None:
+        raise UserError("--encoder bm25 has no weights; leave --weights out, or name the encoder that they are of")
+    if options.similarity != "own" and options.encoder != "specter2":
+        raise UserError(f"--similarity {options.similarity}: {options.encoder} has one of its own; leave it out")
+    if options.faiss and not dense:
+        raise UserError("--faiss is for vectors, and bm25 has none; leave it out")
+    if options.faiss:
+        library()
+    found = list(records(options.notes))
+    lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found).encode()
+    manifest: dict[str, Any] = {
+        "version": 1, "encoder": options.encoder, "count": len(found), "dtype": options.dtype if dense else None,
+        "notes_sha256": hashlib.sha256(lines).hexdigest(),
+        "encoder_sha256": hash_files(options.weights) if dense and options.weights else None,
+        **({"similarity": options.similarity} if options.similarity != "own" else {}),
+    }  # fmt: skip
+    if dense:
+        manifest |= embed(options, manifest, found, part)
+    else:
+        BM25([record["text"] for record in found])  # raises where there is nothing to index
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+    with open(part / "notes.jsonl", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+        file.write(lines)
+        file.flush()
+        os.fsync(file.fileno())
+    write_json(part / "manifest.json", manifest)
+    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))  # nobody's own backup
+    if out.exists():
+        os.replace(out, old / "was")
+    os.replace(part, out)
+    sync_folder(out.parent)
+    shutil.rmtree(old)
+    return manifest
+
+
+def embed(options: Options, manifest: dict[str, Any], found: list[dict[str, Any]], part: Path) -> dict[str, Any]:
+    """Encode what `part` does not yet hold, batch by batch; returns the manifest's entries for the vectors."""
+    assert options.weights is not None
+    encoder = Encoder.from_pretrained(options.weights, options.encoder)
+    state = part / "building.json"
+    if not state.exists() or read_json(state) != manifest:  # another job's remains
+        shutil.rmtree(part, ignore_errors=True)
+        part.mkdir()
+        write_json(state, manifest)
+    raw, dtype = part / "vectors.raw", np.dtype(options.dtype)
+    width = len(encoder.encode(["width"])[0])
+    encoder.cut = 0
+    row_bytes = width * dtype.itemsize
+    done = raw.stat().st_size // row_bytes // BATCH * BATCH if raw.exists() else 0
+    texts = [(record["title"], record["text"]) if record.get("title") else record["text"] for record in found]
+    for text in texts[:done]:
+        encoder.tokens(text, query=False)  # counts those that an interrupted run cut
+    with (
+        open(raw, "ab") as data,
+        tqdm(total=len(found), initial=done, unit="note", desc="indexing", disable=None) as bar,
+    ):
+        data.truncate(done * row_bytes)
+        for start in range(done, len(found), BATCH):
+            vectors_ND = encoder.encode(texts[start : start + BATCH])
+            data.write(vectors_ND.astype(dtype).tobytes())
+            data.flush()
+            bar.update(len(vectors_ND))
+        os.fsync(data.fileno())
+    np.save(part / "vectors.npy", np.memmap(raw, dtype=dtype, mode="r", shape=(len(found), width)))
+    raw.unlink()
+    state.unlink()
+    if encoder.cut:
+        print(f"{encoder.cut} notes are longer than {options.encoder} reads and were cut at its limit", file=sys.stderr)
+    made = {"width": width, "similarity": manifest.get("similarity", encoder.similarity), "cut": encoder.cut,
+            "vectors_sha256": sha256_file(part / "vectors.npy")}  # fmt: skip
+    if options.faiss:
+        build_cells(np.load(part / "vectors.npy", mmap_mode="r"), made["similarity"], part / "vectors.faiss")
+        made["faiss_sha256"] = sha256_file(part / "vectors.faiss")
+    return made
+
+
+class Index:
+    """A finished index: `search(text, k)` and `neighbours(note, k)`.
+
+    Raises UserError where the folder is no index, is damaged, or was built by another encoder.
+    """
+
+    def __init__(self, path: Path, encoder: str | None = None, weights: Path | None = None) -> None:
+        if not (path / "manifest.json").exists():
+            raise UserError(f"{path}: no such index; build it with python -m infer.retrieval.index")
+        manifest = read_json(path / "manifest.json")
+        if not isinstance(manifest, dict) or manifest.get("version") != 1:
+            raise UserError(f"{path}: no index of this version; build it again with python -m infer.retrieval.index")
+        if encoder is not None and encoder != manifest["encoder"]:
+            raise UserError(
+                f"{path}: was built by {manifest['encoder']}, not {encoder}; build one or name that encoder"
+            )
+        if sha256_file(path / "notes.jsonl") != manifest["notes_sha256"]:
+            raise UserError(f"{path}: its notes.jsonl was changed since; build the index again")
+        self.manifest, self.path = manifest, path
+        self.records = [record for _, record in read_jsonl(path / "notes.jsonl")]
+        if manifest["encoder"] == "bm25":
+            self.words = BM25([record["text"] for record in self.records])
+            return
+        if weights is None:
+            raise UserError(f"{path}: was built by {manifest['encoder']}; weights not given: give --weights DIR")
+        if hash_files(weights) != manifest["encoder_sha256"]:
+            raise UserError(f"{path}: was built by another encoder or tokenizer than {weights}; build the index again")
+        if sha256_file(path / "vectors.npy") != manifest["vectors_sha256"]:
+            raise UserError(f"{path}: its vectors.npy is damaged; build the index again")
+        if "faiss_sha256" in manifest and sha256_file(path / "vectors.faiss") != manifest["faiss_sha256"]:
+            raise UserError(f"{path}: its vectors.faiss is damaged; build the index again")
+        self.encoder = Encoder.from_pretrained(weights, manifest["encoder"])
+        self.vectors_ND = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
+
+    @property
+    def cut(self) -> int:
+        """Queries so far that were longer than the encoder reads."""
+        return 0 if self.manifest["encoder"] == "bm25" else self.encoder.cut
+
+    def search(self, text: str, k: int) -> list[tuple[dict[str, Any], float]]:
+        """The k nearest records with their scores, best first. Raises UserError for an empty query."""
+        if self.manifest["encoder"] == "bm25":
+            return [(self.records[row], score) for row, score in self.words.search(text, k)]
+        query_1D = self.encoder.encode([text], query=True)
+        if "faiss_sha256" in self.manifest:
+            rows, scores = search_cells(self.path / "vectors.faiss", query_1D, k, self.manifest["similarity"])
+        else:
+            rows, scores = top_k(query_1D, self.vectors_ND, k, self.manifest["similarity"])
+        return [(self.records[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
+
+    def neighbours(
+        self, note: Mapping[str, Any], k: int, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
+    ) -> list[dict[str, Any]]:
+        """The k nearest `wanted` records that may be shown beside `note` (see `retrieval.search.allowed`), best first;
+        none for a note without a word."""
+        if not words(note["text"]):
+            return []
+        depth = 4 * k + 16
+        while True:
+            found = [record for record, _ in self.search(note["text"], depth) if wanted(record)]
+            kept = [record for record in found if allowed(note, record)]
+            if len(kept) >= k or depth >= len(self.records):
+                return kept[:k]
+            depth *= 4
+
+
+def said(diagnosis: Any) -> str:
+    """A record's diagnosis for a line of text, whether it is a text or {"text", "code"}."""
+    text = diagnosis.get("text") if isinstance(diagnosis, Mapping) else diagnosis
+    return text if isinstance(text, str) else ""
+
+
+def main(options: Options) -> None:
+    if options.ask is None:
+        manifest = build(options)
+        print(json.dumps(manifest) if options.json else f"{options.out}: {manifest['count']} notes, {options.encoder}")
+        return
+    found = Index(options.out, weights=options.weights).search(options.ask, options.k)
+    rows = [{"id": record["id"], "score": score, "diagnosis": record.get("diagnosis")} for record, score in found]
+    if options.json:
+        print(json.dumps({"results": rows}, ensure_ascii=False))
+        return
+    for row in rows:
+        print(f"{row['score']:9.4f}  {row['id']}  {said(row['diagnosis'])}")
+
+
+if __name__ == "__main__":
+    run(main, Options)

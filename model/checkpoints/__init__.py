@@ -1,0 +1,1 @@
+"""Checkpoint files of other programs: read as untrusted input, streamed and checked."""

@@ -1,0 +1,237 @@
+"""Between checkpoint formats, and out of pickles, one tensor at a time.
+
+    python -m model.checkpoints.convert SRC DST [--to safetensors|native] [--dtype …]
+
+SRC may be what `Transformer.from_pretrained` loads (safetensors, Mistral's native files, GGUF), a folder of
+`pytorch_model*.bin` (BioMistral and ClinicalCamel are published so), or Qwen-7B's first version (`c_attn`, `w1`, `w2`,
+`qwen.tiktoken`).
+A .bin file is opened with `torch.load(weights_only=True, mmap=True)`: no code in it runs, and only the tensor in hand
+is in memory. DST takes its name when it is whole.
+"""
+
+from __future__ import annotations
+
+import pickle
+import re
+import shutil
+import sys
+import zipfile
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import torch
+import tyro
+from torch import Tensor
+
+from model.checkpoints.mistral import native_params, to_native
+from model.checkpoints.safetensors import NAMES, PLAIN_NAME, Stored, held
+from model.checkpoints.weights import (
+    COMPUTED,
+    MERGED,
+    Checkpoint,
+    check_names,
+    config_dict,
+    open_checkpoint,
+    write_checkpoint,
+)
+from model.config import ModelConfig
+from model.support.cli import UserError, run
+from model.support.files import read_json
+from model.text.tiktoken import tokenizer_json
+from model.text.tokenizer import Fast, Tokenizer, copy_tokenizer
+from model.transformer import Transformer
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class Options:
+    source: Annotated[str, tyro.conf.Positional]
+    """The checkpoint: a folder, or a .gguf file."""
+    target: Annotated[str, tyro.conf.Positional]
+    """The folder to write (an older one keeps its other files)."""
+    to: Literal["safetensors", "native"] = "safetensors"
+    """Hugging Face's files, or Mistral's own consolidated.safetensors and params.json."""
+    dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
+    """What to keep the weights in. Quantised blocks become float32 where nothing is asked for."""
+    max_shard_gb: float = 5.0
+    """The most a file of weights may hold, in gigabytes (2**30 bytes)."""
+
+
+def main(options: Options) -> None:
+    source, target = Path(options.source), Path(options.target)
+    if target.exists() and source.exists() and target.resolve() == source.resolve():
+        raise UserError(f"{target}: source and target are the same; write the new files somewhere else")
+    checkpoint, config = open_any(source)
+    raw = config.to_dict()
+    dtype, most = DTYPES.get(options.dtype), int(options.max_shard_gb * 2**30)
+    if options.to == "native":
+        tensors = to_native(checkpoint.tensors, config.head_dim)
+        written = replace(checkpoint, tensors=tensors)
+        write_checkpoint(written, native_params(raw), target, most, dtype, "consolidated", "params.json")
+    else:
+        write_checkpoint(checkpoint, raw, target, most, dtype)
+    if (source / MERGED).is_file():
+        shutil.copyfile(source / MERGED, target / MERGED)
+    try:
+        if (source / "qwen.tiktoken").is_file():
+            engine = Fast(tokenizer_json(source / "qwen.tiktoken"), str(source / "qwen.tiktoken"))
+            ends = engine.special("<|endoftext|>")
+            Tokenizer(engine, {"bos": None, "eos": ends, "pad": ends}, "", "chatml").save(target)
+        else:
+            copy_tokenizer(source, target)
+        Tokenizer.from_pretrained(target)  # files are copied unread: a damaged one is said
+    except UserError as error:  # the weights are whole without it
+        print(f"without a tokenizer that can be read: {error}", file=sys.stderr)
+    print(f"{target}: {len(checkpoint.tensors)} tensors, {config.model_type}, from {checkpoint.format}")
+
+
+def open_any(source: Path) -> tuple[Checkpoint, ModelConfig]:
+    """Any checkpoint's tensors under transformers' names, checked against its config as loading would."""
+    if (source / "config.json").is_file() and config_dict(source).get("model_type") == "qwen":
+        raw = config_dict(source)
+        checkpoint, config = from_qwen(_bin_or_safetensors(source), raw), ModelConfig.from_dict(qwen2_config(raw))
+    else:
+        config = ModelConfig.from_pretrained(source)
+        checkpoint = _bin_or_safetensors(source)
+    tensors = {name: stored for name, stored in checkpoint.tensors.items() if not COMPUTED.fullmatch(name)}
+    if config.tie_word_embeddings:
+        tensors.pop("lm_head.weight", None)
+    checkpoint = replace(checkpoint, tensors=tensors)
+    with torch.device("meta"):
+        wanted = Transformer(config)
+    check_names(checkpoint, tensors, {name: tuple(p.shape) for name, p in wanted.named_parameters()})
+    return checkpoint, config
+
+
+def _bin_or_safetensors(source: Path) -> Checkpoint:
+    files = sorted(source.glob("*.bin")) if source.is_dir() else []
+    files = [file for file in files if re.fullmatch(r"(pytorch_)?model.*\.bin", file.name)]
+    whole = source / "model.safetensors.index.json", source / "model.safetensors"
+    return open_bins(source, files) if files and not any(file.exists() for file in whole) else open_checkpoint(source)
+
+
+def open_bins(folder: Path, files: list[Path]) -> Checkpoint:
+    """The tensors of .bin files, mapped and not read. Raises UserError where a file is damaged or holds more than
+    tensors (then reading it would run code)."""
+    index = folder / "pytorch_model.bin.index.json"
+    if index.is_file():
+        named = read_json(index)
+        places = named.get("weight_map") if isinstance(named, dict) else None
+        names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
+        if missing := sorted(names - {file.name for file in files}):
+            raise UserError(f"{folder}: lacks {', '.join(missing)}, which its index names")
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, tensor in _load_bin(file).items():
+            if not isinstance(name, str) or not isinstance(tensor, Tensor):
+                raise UserError(f"{file}: holds {type(tensor).__name__} {name!r} where a weight should be")
+            if not PLAIN_NAME.fullmatch(name):
+                raise UserError(f"{file}: {name!r} is not a tensor's name (letters, digits, _ and - between dots)")
+            if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
+                kind = "without data" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
+                raise UserError(f"{file}: {name!r} is a tensor {kind}; weights are dense floating-point numbers")
+            if name in tensors:
+                raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is damaged")
+            tensors[name] = replace(held(tensor), where=file.name)
+    return Checkpoint(folder, "bin", tensors)
+
+
+def _load_bin(file: Path) -> Mapping[str, Any]:
+    _check_archive(file)
+    try:
+        try:
+            found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+            found = torch.load(file, map_location="cpu", weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise UserError(f"{file}: holds more than tensors, so reading it could run code; it is refused") from error
+    except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
+        if isinstance(error, PermissionError):
+            raise
+        raise UserError(f"{file}: not a file of weights, or damaged; download it again") from error
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: holds a {type(found).__name__}, not a dictionary of weights")
+    return found
+
+
+def _check_archive(file: Path) -> None:
+    """A .bin is a zip archive whose members are stored as they are: a mapped tensor is a place in the file. A packed
+    member would be mapped as the noise that it looks like, or unpacked to any size; public readers do not look."""
+    try:
+        with zipfile.ZipFile(file) as archive:
+            members = archive.infolist()
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):  # of torch before 1.6, or damaged
+        return
+    if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
+        raise UserError(f"{file}: is packed (compressed or encrypted) inside, as no file of weights is; it is refused")
+    if len({member.filename for member in members}) != len(members):
+        raise UserError(f"{file}: holds two members of one name; the file cannot be trusted")
+
+
+# Qwen-7B's first version: GPT-2's module names, q, k and v in one matrix, gate and up called w2 and w1.
+QWEN = {
+    "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head",
+    "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj",
+}  # fmt: skip
+
+
+def from_qwen(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Checkpoint:
+    """Its tensors under Qwen2's names; an unknown name stays, to be listed as unexpected."""
+    third = raw.get("kv_channels", 128) * raw.get("num_attention_heads", 0)
+    out: dict[str, Stored] = {}
+    for name, stored in checkpoint.tensors.items():
+        found = re.fullmatch(r"(?:transformer\.h\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        layer, stem, leaf = found.groups() if found else (None, "", "")
+        at = f"model.layers.{layer}." if layer else ""
+        if stem == "attn.c_attn":
+            for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
+                out[f"{at}self_attn.{part}.{leaf}"] = _rows(stored, number * third, third)
+        elif stem in QWEN:
+            out[f"{at}{QWEN[stem]}.{leaf}"] = stored
+        elif not name.endswith("rotary_emb.inv_freq"):
+            out[name] = stored
+    return replace(checkpoint, tensors=out, format="qwen")
+
+
+def _rows(stored: Stored, first: int, count: int) -> Stored:
+    """Some rows of a stored tensor, as a stored tensor."""
+
+    def read(rows: slice | None) -> Tensor:
+        rows = slice(0, count) if rows is None else rows
+        return stored.read(slice(first + rows.start, first + rows.stop))
+
+    shape = (max(0, min(count, stored.shape[0] - first)), *stored.shape[1:])
+    return replace(stored, shape=shape, read=read)
+
+
+def qwen2_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen-7B's config.json in Qwen2's words. Its gate and up are each half of `intermediate_size`."""
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "layer_norm_epsilon", "rotary_emb_base")  # fmt: skip
+    missing = [name for name in needed if raw.get(name) is None]
+    if missing:
+        raise UserError(f"config lacks {', '.join(missing)}, which Qwen's first version says")
+    if raw.get("rotary_pct", 1.0) != 1.0 or not raw.get("no_bias", True):
+        raise UserError("config: Qwen with partial rotary positions or biases throughout is not covered")
+    return {
+        "model_type": "qwen2",
+        **{name: raw[name] for name in needed[:2] + needed[3:5]},
+        "intermediate_size": raw["intermediate_size"] // 2,
+        "num_key_value_heads": raw["num_attention_heads"],
+        "head_dim": raw.get("kv_channels", 128),
+        "rms_norm_eps": raw["layer_norm_epsilon"],
+        "rope_theta": raw["rotary_emb_base"],
+        "max_position_embeddings": raw.get("seq_length") or raw.get("max_position_embeddings"),
+        "use_sliding_window": False,
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "bos_token_id": raw.get("bos_token_id"),
+        "eos_token_id": raw.get("eos_token_id"),
+    }
+
+
+if __name__ == "__main__":
+    run(main, Options)

@@ -1,0 +1,281 @@
+"""GGUF files (llama.cpp's format): header, config, tensors under transformers' names, dequantised as they are read.
+
+A file is a header of typed key/value pairs (config and tokenizer), a table of tensors, then their bytes in blocks: Q4_1
+keeps 32 numbers as 4-bit steps with one scale and one minimum. The `gguf` package turns blocks into fp32; the header is
+read here, because it comes from strangers and every length in it has to fit the file.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+import struct
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import gguf
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.checkpoints.mistral import is_rotary, permuted, to_halves
+from model.checkpoints.safetensors import Stored, fill
+from model.support.cli import UserError
+
+SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
+STRING, ARRAY = 8, 9
+PLAIN = {
+    gguf.GGMLQuantizationType.F32: torch.float32,
+    gguf.GGMLQuantizationType.F16: torch.float16,
+    gguf.GGMLQuantizationType.BF16: torch.bfloat16,
+    gguf.GGMLQuantizationType.F64: torch.float64,
+}
+FAMILIES = ("llama", "qwen2")  # llama.cpp files Mistral and Mixtral under llama
+NAMES = {
+    "token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm",
+    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
+}  # fmt: skip
+EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
+
+
+@dataclass(frozen=True)
+class GGUF:
+    """A file's metadata (arrays of numbers as NumPy arrays, of strings as lists) and tensors under the file's names."""
+
+    path: Path
+    fields: dict[str, Any]
+    tensors: dict[str, Stored]
+
+
+class _Header:
+    """Reads the header's values one after the other; none may reach past the end of the file."""
+
+    def __init__(self, path: Path, file: BinaryIO) -> None:
+        self.path, self.file = path, file
+        self.left = os.fstat(file.fileno()).st_size
+
+    def take(self, count: int) -> bytes:
+        self.left -= count
+        data = self.file.read(count) if self.left >= 0 else b""
+        if len(data) != count:
+            raise UserError(f"{self.path}: the header reaches past the end of the file; it was cut short or is damaged")
+        return data
+
+    def number(self, kind: str) -> Any:
+        return struct.unpack("<" + kind, self.take(struct.calcsize("<" + kind)))[0]
+
+    def text(self) -> str:
+        return self.take(self.number("Q")).decode("utf-8", errors="replace")
+
+    def value(self, kind: int) -> Any:
+        if kind in SCALARS:
+            return self.number(SCALARS[kind])
+        if kind == STRING:
+            return self.text()
+        if kind != ARRAY:
+            raise UserError(f"{self.path}: unknown kind of value {kind} in the header; the file is damaged")
+        inner, count = self.number("I"), self.number("Q")
+        if inner == ARRAY:
+            raise UserError(f"{self.path}: an array of arrays in the header; no covered model has one")
+        if inner in SCALARS:
+            dtype = np.dtype("<" + SCALARS[inner])
+            return np.frombuffer(self.take(count * dtype.itemsize), dtype)
+        if count > self.left:  # a string takes at least its length's eight bytes
+            raise UserError(f"{self.path}: an array longer than the file in the header; the file is damaged")
+        return [self.value(inner) for _ in range(count)]
+
+
+def open_gguf(path: Path) -> GGUF:
+    """Parse a file's header. Raises UserError where it is damaged, lies about lengths, or is not GGUF."""
+    try:
+        file = open(path, "rb")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    with file:
+        header = _Header(path, file)
+        if header.left < 24 or header.take(4) != b"GGUF":
+            raise UserError(f"{path}: not a GGUF file, or cut short; download it again")
+        if (version := header.number("I")) not in (2, 3):
+            raise UserError(f"{path}: GGUF version {version} (or big-endian); versions 2 and 3 are covered")
+        tensor_count, field_count = header.number("Q"), header.number("Q")
+        fields: dict[str, Any] = {}
+        for _ in range(field_count):
+            key = header.text()
+            if key in fields:
+                raise UserError(f"{path}: {key!r} stands twice in the header; the file cannot be trusted")
+            fields[key] = header.value(header.number("I"))
+        table = {}
+        for _ in range(tensor_count):
+            name = header.text()
+            if name in table:
+                raise UserError(f"{path}: {name!r} stands twice in the header; the file cannot be trusted")
+            dims = [header.number("Q") for _ in range(min(header.number("I"), 5))]
+            table[name] = (tuple(reversed(dims)), header.number("I"), header.number("Q"))
+        alignment = fields.get("general.alignment", 32)
+        if not isinstance(alignment, int) or alignment < 1:
+            raise UserError(f"{path}: general.alignment is {alignment!r}; the file is damaged")
+        start = -(-file.tell() // alignment) * alignment
+        size = os.fstat(file.fileno()).st_size
+    return GGUF(path, fields, {name: _stored(path, name, *entry, start, size) for name, entry in table.items()})
+
+
+def _stored(path: Path, name: str, shape: tuple[int, ...], code: int, offset: int, start: int, size: int) -> Stored:
+    """One tensor of the table, its place checked against the file's size."""
+    try:
+        kind = gguf.GGMLQuantizationType(code)
+        block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
+        if kind not in PLAIN:
+            gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
+    except (ValueError, KeyError, NotImplementedError) as error:
+        raise UserError(f"{path}: {name!r} is kept in a way (type {code}) that the gguf package cannot read") from error
+    if not shape or shape[-1] % block or not 0 < math.prod(shape) < 2**48:
+        raise UserError(f"{path}: {name!r} has the impossible shape {shape} for {kind.name}; the file is damaged")
+    row_bytes = shape[-1] // block * block_bytes
+    begin = start + offset
+    if begin + math.prod(shape[:-1]) * row_bytes > size:
+        raise UserError(f"{path}: {name!r} reaches past the end of the file; it was cut short")
+    return Stored(shape, kind.name, path.name, _reader(path, kind, shape, begin, row_bytes))
+
+
+def _reader(
+    path: Path, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], begin: int, row_bytes: int
+) -> Callable[[slice | None], Tensor]:
+    def read(rows: slice | None) -> Tensor:
+        """Rows of the first dimension, as the file's own floats or as fp32 out of its blocks."""
+        rows = slice(0, shape[0]) if rows is None else rows
+        inner = math.prod(shape[1:-1]) if len(shape) > 1 else 1
+        if len(shape) == 1:  # blocks run along the only dimension: take all of it
+            return read_blocks(0, 1)[0][rows]
+        wanted = (rows.stop - rows.start, *shape[1:])
+        return read_blocks(rows.start * inner, wanted[0] * inner).view(wanted)
+
+    def read_blocks(first: int, count: int) -> Tensor:
+        raw = torch.empty((count, row_bytes), dtype=torch.uint8)
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin + first * row_bytes)
+            fill(path, file, raw)
+        if kind in PLAIN:
+            return raw.view(PLAIN[kind])
+        return torch.from_numpy(gguf.dequantize(raw.numpy(), kind))
+
+    return read
+
+
+def gguf_config(file: GGUF) -> dict[str, Any]:
+    """The header in config.json's words. llama.cpp keeps no window for Mistral: its files are llamas, here as there."""
+    fields, family = file.fields, file.fields.get("general.architecture")
+    if family not in FAMILIES:
+        raise UserError(f"a GGUF file of architecture {family!r} is not covered; covered are {', '.join(FAMILIES)}")
+
+    def get(key: str, default: Any = None) -> Any:
+        value = fields.get(f"{family}.{key}", default)
+        if isinstance(value, (list, np.ndarray)):
+            raise UserError(f"{family}.{key} differs by layer, which is not covered")
+        return value
+
+    names = {
+        "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
+        "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
+        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    }  # fmt: skip
+    missing = [key for key in names.values() if get(key) is None]
+    if missing or "token_embd.weight" not in file.tensors:
+        raise UserError(f"the header lacks {', '.join(missing) or 'token_embd.weight'}; the file is damaged")
+    raw: dict[str, Any] = {name: get(key) for name, key in names.items()}
+    window, experts = get("attention.sliding_window"), get("expert_count", 0)
+    raw |= {
+        "model_type": "mixtral" if experts else "mistral" if family == "llama" and window else family,
+        "num_key_value_heads": get("attention.head_count_kv", raw["num_attention_heads"]),
+        "head_dim": get("attention.key_length") or raw["hidden_size"] // raw["num_attention_heads"],
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "max_position_embeddings": get("context_length"),
+        "rope_theta": get("rope.freq_base", 10000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope_scaling": _rope_scaling(file, get),
+        "sliding_window": window,
+    }
+    if get("rope.dimension_count", raw["head_dim"]) != raw["head_dim"]:
+        raise UserError("rotary positions on a part of each head are not covered")
+    if experts:
+        raw |= {"num_local_experts": experts, "num_experts_per_tok": get("expert_used_count")}
+    if family == "llama" and "blk.0.attn_q.bias" in file.tensors:
+        raw["attention_bias"] = True
+    for kind in ("bos", "eos", "padding"):
+        name = "pad" if kind == "padding" else kind
+        raw[f"{name}_token_id"] = fields.get(f"tokenizer.ggml.{kind}_token_id")
+    return raw
+
+
+def _rope_scaling(file: GGUF, get: Callable[..., Any]) -> dict[str, Any] | None:
+    kind, trained = get("rope.scaling.type"), get("rope.scaling.original_context_length")
+    if kind in (None, "none"):
+        return _llama3(file, get) if "rope_freqs.weight" in file.tensors else None
+    if kind not in ("linear", "yarn"):
+        raise UserError(f"rope scaling {kind!r} in a GGUF file is not covered")
+    found = {"rope_type": kind, "factor": get("rope.scaling.factor"), "original_max_position_embeddings": trained}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def _llama3(file: GGUF, get: Callable[..., Any]) -> dict[str, Any]:
+    """Llama-3's scaling from the divisors that the file keeps per rotary pair, or a UserError where they are others.
+
+    The file holds the result and not the rule; the rule's bounds (1 and 4 wavelengths of 8,192) are those of every
+    published Llama-3.1 to 3.3, and they are accepted only where they give the file's numbers.
+    """
+    from model.rotary import RopeScaling, frequencies
+
+    divisor = file.tensors["rope_freqs.weight"].read(None).double()
+    rule: dict[str, Any] = {
+        "rope_type": "llama3", "factor": float(divisor.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "original_max_position_embeddings": 8192,
+    }  # fmt: skip
+    theta, size = get("rope.freq_base", 10000.0), 2 * len(divisor)
+    scaled, _ = frequencies(size, theta, RopeScaling(**rule), torch.float64)
+    plain, _ = frequencies(size, theta, None, torch.float64)
+    if not torch.allclose(plain / scaled, divisor, rtol=1e-4):
+        raise UserError("rope_freqs.weight holds a rotary scaling other than Llama-3's, which is not covered")
+    return rule
+
+
+def from_gguf(file: GGUF, config: Mapping[str, Any]) -> dict[str, Stored]:
+    """Tensors under transformers' names; llama files keep q and k in pairs, qwen2 files in halves."""
+    pairs = file.fields["general.architecture"] == "llama"
+    out: dict[str, Stored] = {}
+    for name, stored in file.tensors.items():
+        if name == "rope_freqs.weight":
+            continue
+        layer, stem, leaf = _split(name)
+        if (merged := re.fullmatch(r"ffn_(gate|up|down)_exps", stem)) and len(stored.shape) == 3:
+            for expert in range(stored.shape[0]):
+                out[f"{layer}block_sparse_moe.experts.{expert}.{EXPERT[merged[1]]}.{leaf}"] = _one_of(stored, expert)
+            continue
+        single = re.fullmatch(r"ffn_(gate|up|down)\.(\d+)", stem)
+        known = f"block_sparse_moe.experts.{single[2]}.{EXPERT[single[1]]}" if single else NAMES.get(stem)
+        hf = f"{layer}{known}.{leaf}" if known else name
+        out[hf] = permuted(stored, config["head_dim"], to_halves) if pairs and is_rotary(hf) else stored
+    return out
+
+
+def _split(name: str) -> tuple[str, str, str]:
+    """`blk.3.attn_q.weight` → (`model.layers.3.`, `attn_q`, `weight`)."""
+    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(\w+)", name)
+    if not found:
+        return "", name, ""
+    return (f"model.layers.{found[1]}." if found[1] else ""), found[2], found[3]
+
+
+def _one_of(stored: Stored, expert: int) -> Stored:
+    """One expert's matrix of a tensor that stacks all of them (E, F, D)."""
+    _, F, D = stored.shape
+
+    def read(rows: slice | None) -> Tensor:
+        matrix = stored.read(slice(expert, expert + 1))[0]
+        return matrix if rows is None else matrix[rows]
+
+    return Stored((F, D), stored.dtype, stored.where, read)

@@ -1,0 +1,192 @@
+"""The safetensors format, read with distrust and written one tensor at a time.
+
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Public
+readers accept a name that stands twice and names such as `../../x`; here every promise of the header is checked
+against the file's size before a byte of a tensor is read. Bytes are read into the tensor, never mapped, so that
+resident memory is what was asked for.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, BinaryIO
+
+import torch
+from torch import Tensor
+
+from model.support.cli import UserError
+
+DTYPES: dict[str, torch.dtype] = {
+    "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
+    "I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+    "BOOL": torch.bool, "F8_E4M3": torch.float8_e4m3fn, "F8_E5M2": torch.float8_e5m2,
+}  # fmt: skip
+NAMES = {dtype: name for name, dtype in DTYPES.items()}
+LONGEST_HEADER = 100_000_000  # bytes; the public reader's own bound
+PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-|:]+(\.[A-Za-z0-9_\-|:]+)*")
+
+assert sys.byteorder == "little", "the format is little-endian, and bytes are read into tensors as they are"
+
+
+@dataclass(frozen=True)
+class Stored:
+    """A tensor that is in a file: its shape, the file's word for its dtype, and how to read it.
+
+    `read(None)` gives all of it, `read(slice(a, b))` the rows a to b of its first dimension.
+    """
+
+    shape: tuple[int, ...]
+    dtype: str
+    where: str
+    read: Callable[[slice | None], Tensor]
+
+
+def held(tensor: Tensor) -> Stored:
+    """A tensor in memory, for use where one in a file is."""
+
+    def read(rows: slice | None) -> Tensor:
+        return tensor if rows is None else tensor[rows]
+
+    return Stored(tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype)), "memory", read)
+
+
+def open_safetensors(path: Path) -> dict[str, Stored]:
+    """The tensors of one file, by name, none of them read. Raises UserError for a damaged or dishonest header."""
+    header, start, size = read_header(path)
+    stored, spans = {}, []
+    for name, entry in header.items():
+        if name == "__metadata__":
+            continue
+        shape, dtype, (begin, end) = _check_entry(path, name, entry, size - start)
+        spans.append((begin, end, name))
+        stored[name] = Stored(shape, dtype, path.name, _reader(path, DTYPES[dtype], shape, start + begin))
+    spans.sort()
+    reached = 0
+    for begin, end, name in spans:
+        if begin != reached:
+            raise UserError(f"{path}: {name!r} does not begin where the tensor before it ends; the header is damaged")
+        reached = end
+    if start + reached != size:
+        raise UserError(f"{path}: {size - start - reached} bytes after the last tensor; the file is damaged")
+    return stored
+
+
+def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
+    """(header, where the tensors' bytes begin, the file's size)."""
+    try:
+        with open(path, "rb") as file:
+            size = os.fstat(file.fileno()).st_size
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LONGEST_HEADER):
+                raise UserError(f"{path}: not a safetensors file, or cut short; download it again")
+            raw = file.read(length)
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    try:
+        header = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: unique(path, pairs))
+    except UserError:
+        raise
+    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
+        raise UserError(f"{path}: the header is not JSON; not a safetensors file, or damaged") from error
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: the header is not a JSON object; the file is damaged")
+    return header, 8 + length, size
+
+
+def unique(path: str | os.PathLike[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict, or a UserError where a name stands twice (readers differ in which counts)."""
+    found = dict(pairs)
+    if len(found) != len(pairs):
+        seen: set[str] = set()
+        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
+        raise UserError(f"{path}: {twice!r} stands twice in the header; the file cannot be trusted")
+    return found
+
+
+def _check_entry(path: Path, name: str, entry: Any, room: int) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+    """One header entry as (shape, dtype, (begin, end)), each checked."""
+    if not PLAIN_NAME.fullmatch(name):
+        raise UserError(f"{path}: {name!r} is not a tensor's name (letters, digits, _ and - between dots)")
+    try:
+        dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
+    except (TypeError, KeyError, ValueError) as error:
+        raise UserError(f"{path}: {name!r} lacks dtype, shape or data_offsets; the header is damaged") from error
+    if not isinstance(dtype, str) or dtype not in DTYPES:
+        raise UserError(f"{path}: {name!r} has dtype {dtype!r}; covered are {', '.join(DTYPES)}")
+    numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
+    if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
+        raise UserError(f"{path}: {name!r} has an impossible shape or place; the header is damaged")
+    if end > room:
+        raise UserError(f"{path}: {name!r} reaches {end - room} bytes past the end of the file; it was cut short")
+    if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
+        raise UserError(f"{path}: {name!r} holds {end - begin} bytes, not what shape {shape} in {dtype} takes")
+    return tuple(shape), dtype, (begin, end)
+
+
+def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Callable[[slice | None], Tensor]:
+    def read(rows: slice | None) -> Tensor:
+        first, wanted = (0, shape) if rows is None else (rows.start, (rows.stop - rows.start, *shape[1:]))
+        tensor = torch.empty(wanted, dtype=dtype)
+        row_bytes = math.prod(shape[1:]) * dtype.itemsize
+        with open(path, "rb", buffering=0) as file:
+            file.seek(begin + first * row_bytes)
+            fill(path, file, tensor)
+        return tensor
+
+    return read
+
+
+def fill(path: Path, file: BinaryIO, tensor: Tensor) -> None:
+    """Read the next bytes of a file into a contiguous tensor, as they are."""
+    if not tensor.numel():
+        return
+    view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
+    done = 0
+    while done < len(view):
+        count = file.readinto(view[done:])  # type: ignore[attr-defined]
+        if not count:
+            raise UserError(f"{path}: ended while being read; it was cut short")
+        done += count
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], produce: Callable[[str], Iterator[Tensor]]
+) -> None:
+    """Write a file of tensors whose shapes and dtypes are known before their bytes.
+
+    `produce(name)` yields the tensor in pieces, in order (whole, or rows at a time), so a checkpoint larger than memory
+    can be converted.
+    """
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    begin = 0
+    for name, (shape, dtype) in tensors.items():
+        end = begin + math.prod(shape) * dtype.itemsize
+        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        begin = end
+    raw = json.dumps(header, separators=(",", ":")).encode()
+    raw += b" " * (-len(raw) % 8)
+    with open(path, "wb") as file:
+        file.write(len(raw).to_bytes(8, "little") + raw)
+        for name, (_, dtype) in tensors.items():
+            for piece in produce(name):
+                flat = piece.detach().to("cpu", dtype).contiguous().reshape(-1)
+                if flat.numel():
+                    file.write(memoryview(flat.view(torch.uint8).numpy()))  # type: ignore[arg-type]
+            if file.tell() != 8 + len(raw) + header[name]["data_offsets"][1]:
+                raise AssertionError(f"{name}: the pieces do not add up to its shape")
+        file.flush()
+        os.fsync(file.fileno())
+
+
+def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
+    """Write tensors in memory to a file; wide dtypes first, so that every one lies at a multiple of its width."""
+    order = sorted(tensors, key=lambda name: -tensors[name].element_size())
+    plan = {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in order}
+    write_safetensors(path, plan, lambda name: iter([tensors[name]]))

@@ -1,0 +1,363 @@
+"""Checkpoints on disk: what a path holds, streamed into a model, and written back as transformers reads it.
+
+    open_checkpoint(path) → Checkpoint      names, shapes and reads under transformers' names, whatever the format
+    config_dict(path)                       its config in config.json's words
+    load_weights(model, path, …)            one tensor in flight, cast on the way
+    save_weights(state, config, path, …)    model.safetensors, or shards and their index
+
+A path is a folder (Hugging Face safetensors, Mistral's native files, or exactly one GGUF file), a .gguf file or a
+config.json. No pickle is ever opened: `python -m model.checkpoints.convert` turns .bin files into safetensors.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import math
+import os
+import re
+import warnings
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from model.checkpoints.mistral import from_native, native_config
+from model.checkpoints.safetensors import DTYPES, Stored, held, open_safetensors, unique, write_safetensors
+from model.support.cli import UserError, nearest
+from model.support.files import atomic_folder, read_json
+
+PIECE = 8 * 2**20  # numbers that are read and cast at a time
+LISTED = 100  # names in one message: a config of another model makes thousands
+Keep = Callable[[str, Iterator[tuple[slice, Tensor]]], "nn.Module | None"]
+MERGED = "merged.json"  # beside weights with adapters merged in: which ones (lora/origin.py)
+# What an older folder loses to a new checkpoint: its weights and config, in whatever number of shards.
+WEIGHTS = re.compile(
+    r"(model|consolidated)([-.]\d+(-of-\d+)?)?\.safetensors(\.index\.json)?|(config|params|merged)\.json"
+)
+# Buffers that older files carry and that are computed, not learnt.
+COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """Tensors that a path holds, under transformers' names, none of them read yet.
+
+    `tensors[name].shape` and `.dtype` are the file's; `read(name)` gives the tensor in the file's own float dtype
+    (fp32 out of quantised blocks), `read(name, rows=slice(a, b))` only those rows, for a rank's shard.
+    """
+
+    path: Path
+    format: str
+    tensors: dict[str, Stored]
+
+    def read(self, name: str, rows: slice | None = None) -> Tensor:
+        stored = self.tensors[name]
+        if rows is not None:
+            start, stop, step = rows.indices(stored.shape[0])
+            if step != 1:
+                raise ValueError("rows are a slice with step 1")
+            rows = slice(start, max(start, stop))
+        return stored.read(rows)
+
+    def stream(self, name: str) -> Iterator[tuple[slice, Tensor]]:
+        """(rows, their values), a few megabytes at a time, in order."""
+        shape = self.tensors[name].shape
+        if not shape:
+            yield slice(0, 1), self.read(name).reshape(1)
+            return
+        step = max(1, PIECE // max(1, math.prod(shape[1:])))
+        for start in range(0, shape[0], step):
+            rows = slice(start, min(start + step, shape[0]))
+            yield rows, self.read(name, rows)
+
+
+def find_format(path: str | os.PathLike[str]) -> tuple[str, Path]:
+    """("safetensors" | "native" | "gguf", the folder or file), or a UserError that says what the path lacks."""
+    path = Path(path)
+    if path.is_file() and path.suffix == ".gguf":
+        return "gguf", path
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder; give a folder with a model's files")
+    if not path.is_dir():
+        raise UserError(f"{path}: not a model; give a folder with config.json and safetensors, or a .gguf file")
+    if (path / "model.safetensors.index.json").exists() or (path / "model.safetensors").exists():
+        return "safetensors", path
+    if (path / "params.json").exists() and any(path.glob("consolidated*.safetensors")):
+        return "native", path
+    found = sorted(path.glob("*.gguf"))
+    if len(found) == 1:
+        return "gguf", found[0]
+    if found:
+        raise UserError(f"{path}: holds {len(found)} GGUF files; name the one to load")
+    if any(path.glob("*.bin")) or any(path.glob("*.pth")):
+        raise UserError(f"{path}: holds pickled weights; convert them: python -m model.checkpoints.convert {path} NEW")
+    if (path / "adapter_config.json").exists():
+        raise UserError(f"{path}: an adapter, not a model; give its base as the weights and this as the adapter")
+    raise UserError(f"{path}: holds no weights (model.safetensors, consolidated.safetensors or a .gguf file)")
+
+
+def config_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
+    """The config in config.json's words. A folder with a config.json and no weights, or the file itself, will do."""
+    path = Path(path)
+    if path.suffix == ".json" and not path.is_dir():
+        return _object(path)
+    try:
+        kind, where = find_format(path)
+    except UserError:
+        if (path / "config.json").is_file():
+            return _object(path / "config.json")
+        raise
+    if kind == "native":
+        return native_config(_object(where / "params.json"))
+    if kind == "gguf":
+        from model.checkpoints.gguf import gguf_config, open_gguf
+
+        return gguf_config(open_gguf(where))
+    return _object(where / "config.json")
+
+
+def _object(path: Path) -> dict[str, Any]:
+    found = read_json(path)
+    if not isinstance(found, dict):
+        raise UserError(f"{path}: not a JSON object")
+    return found
+
+
+def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
+    """Open whatever format `path` holds. Raises UserError for files that are missing, damaged or dishonest."""
+    kind, where = find_format(path)
+    if kind == "gguf":
+        from model.checkpoints.gguf import from_gguf, gguf_config, open_gguf
+
+        file = open_gguf(where)
+        return Checkpoint(where, kind, from_gguf(file, gguf_config(file)))
+    if kind == "native":
+        tensors = _open_files(where, "consolidated", sorted(where.glob("consolidated*.safetensors")))
+        return Checkpoint(where, kind, from_native(tensors, native_config(_object(where / "params.json"))))
+    return Checkpoint(where, kind, _open_files(where, "model", [where / "model.safetensors"]))
+
+
+def fingerprint(path: str | os.PathLike[str]) -> str:
+    """A name for the weights at `path`, whatever their format: a hash of every tensor's name, shape and first row in
+    fp32. Cheap (no tensor is read whole), and another as soon as training has moved any first row."""
+    checkpoint, digest = open_checkpoint(path), hashlib.sha256()
+    for name, stored in sorted(checkpoint.tensors.items()):
+        if not COMPUTED.fullmatch(name):
+            first = checkpoint.read(name, slice(0, 1)) if stored.shape else checkpoint.read(name)
+            digest.update(f"{name}{tuple(stored.shape)}".encode() + first.float().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def _open_files(folder: Path, stem: str, without_index: list[Path]) -> dict[str, Stored]:
+    """The tensors of one file, or of the shards that an index names; each name in exactly one place."""
+    index = folder / f"{stem}.safetensors.index.json"
+    named: dict[str, Any] | None = None
+    files = without_index
+    if index.exists():
+        named = _read_index(index)
+        files = [folder / file for file in sorted(set(named.values()))]
+    tensors: dict[str, Stored] = {}
+    for file in files:
+        for name, stored in open_safetensors(file).items():
+            if name in tensors:
+                raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is damaged")
+            tensors[name] = stored
+    if named is not None:
+        wrong = [name for name, file in named.items() if name not in tensors or tensors[name].where != file]
+        unnamed = [name for name in tensors if name not in named]
+        if wrong:
+            raise UserError(f"{index}: {wrong[0]!r} is not in {named[wrong[0]]} ({len(wrong)} such names)")
+        if unnamed:
+            raise UserError(f"{index}: lacks {unnamed[0]!r} of {tensors[unnamed[0]].where} ({len(unnamed)} such)")
+    return tensors
+
+
+def _read_index(index: Path) -> dict[str, str]:
+    read_json(index)  # its messages for what is not JSON
+    whole = json.loads(index.read_text("utf-8"), object_pairs_hook=lambda pairs: unique(index, pairs))
+    named = whole.get("weight_map") if isinstance(whole, dict) else None
+    if not isinstance(named, dict) or not named:
+        raise UserError(f"{index}: lacks weight_map, or it is empty; the index is damaged")
+    for name, file in named.items():
+        if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors", file):
+            raise UserError(f"{index}: {name!r} points to {file!r}, which is not a safetensors file of this folder")
+    return named
+
+
+def load_weights(
+    model: nn.Module,
+    path: str | os.PathLike[str],
+    dtype: torch.dtype = torch.float32,
+    device: str | torch.device = "cpu",
+    keep: Keep | None = None,
+) -> None:
+    """Give a model (built on meta or not) the checkpoint's weights, one tensor in flight, cast to `dtype` on the way.
+
+    `keep(name, pieces)` may hold a matrix in a way of its own: it gets its layer's name and its rows in order, a few
+    megabytes at a time, and returns the module that takes the layer's place, or None without reading.
+
+    Resident memory grows by the model in `dtype` and at most the largest tensor besides. Raises UserError listing every
+    missing and unexpected name and every shape that disagrees; warns of tensors that hold NaN or infinity.
+    """
+    checkpoint = open_checkpoint(path)
+    wanted = dict(model.named_parameters())
+    tensors = {name: stored for name, stored in checkpoint.tensors.items() if not COMPUTED.fullmatch(name)}
+    tied = "lm_head.weight" in tensors and "lm_head.weight" not in wanted
+    if tied:
+        del tensors["lm_head.weight"]
+    check_names(checkpoint, tensors, {name: tuple(p.shape) for name, p in wanted.items()})
+    if tied:
+        _check_tied(checkpoint)
+    for name in tqdm(tensors, desc="loading", unit="tensor", disable=None, leave=False):
+        place, _, leaf = name.rpartition(".")
+        if keep is not None and leaf == "weight" and wanted[name].dim() == 2:
+            module = keep(place, _pieces(checkpoint, name))
+            if module is not None:
+                parent, _, own = place.rpartition(".")
+                if isinstance(module, nn.Linear):
+                    module.bias = model.get_submodule(place).bias  # type: ignore[assignment]
+                setattr(model.get_submodule(parent), own, module)
+                continue
+        tensor, finite = _read_into(checkpoint, name, dtype, torch.device(device))
+        if not finite:
+            _warn_of(checkpoint, name)
+        parameter = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
+        setattr(model.get_submodule(place), leaf, parameter)
+
+
+def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]:
+    """A tensor's rows in order, a few megabytes at a time; a piece that is not finite is warned of."""
+    for rows, piece in checkpoint.stream(name):
+        if not _finite(piece):
+            _warn_of(checkpoint, name)
+        yield rows, piece
+
+
+def _warn_of(checkpoint: Checkpoint, name: str) -> None:
+    warnings.warn(f"{checkpoint.path}: {name} holds NaN or infinite numbers", stacklevel=3)
+
+
+def _read_into(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
+    """(the whole tensor, whether all of it is finite). One that needs no cast is read straight into place."""
+    stored = checkpoint.tensors[name]
+    if DTYPES.get(stored.dtype) == dtype and device.type == "cpu":
+        tensor = stored.read(None)
+        return tensor, _finite(tensor)
+    tensor, finite = torch.empty(stored.shape, dtype=dtype, device=device), True
+    for rows, piece in checkpoint.stream(name):
+        finite &= _finite(piece)
+        (tensor if stored.shape else tensor.view(1))[rows].copy_(piece)
+    return tensor, finite
+
+
+def _finite(tensor: Tensor) -> bool:
+    """Whether every number is finite: the least and the largest tell (NaN is both), in one pass without a copy."""
+    if not tensor.numel():
+        return True
+    least, largest = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return bool(least.isfinite() & largest.isfinite())
+
+
+def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]]) -> None:
+    """Compare what is there with what the config asks for; every disagreement goes into one UserError."""
+    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
+    wrong = [f"missing {name}{_hint(name)}" for name in missing]
+    for number, name in enumerate(surplus):
+        wrong.append(f"unexpected {name}{nearest(name, list(wanted)) if number < LISTED else ''}")
+    for name in sorted(wanted.keys() & tensors.keys()):
+        stored = tensors[name]
+        if stored.shape != wanted[name]:
+            wrong.append(f"{name} has shape {list(stored.shape)}, but the config asks for {list(wanted[name])}")
+        elif checkpoint.format != "gguf" and not DTYPES[stored.dtype].is_floating_point:
+            wrong.append(f"{name} is {stored.dtype}, not floating point: quantised files are not covered")
+    if len(wrong) > LISTED:
+        wrong[LISTED:] = [f"and {len(wrong) - LISTED} more"]
+    if wrong:
+        raise UserError(f"{checkpoint.path}: the weights are not those of the config: " + "; ".join(wrong))
+
+
+def _hint(name: str) -> str:
+    return " (tie_word_embeddings = true, if the model has no output matrix)" if name == "lm_head.weight" else ""
+
+
+def _check_tied(checkpoint: Checkpoint) -> None:
+    """A tied checkpoint may repeat the embedding as lm_head.weight, but not hold another matrix there."""
+    head, embedding = checkpoint.tensors["lm_head.weight"], checkpoint.tensors["model.embed_tokens.weight"]
+    same = head.shape == embedding.shape and all(
+        torch.equal(piece, checkpoint.read("model.embed_tokens.weight", rows).to(piece.dtype))
+        for rows, piece in checkpoint.stream("lm_head.weight")
+    )
+    if not same:
+        raise UserError(
+            f"{checkpoint.path}: config says tie_word_embeddings, but lm_head.weight is not the embedding; "
+            "set tie_word_embeddings to false"
+        )
+
+
+def save_weights(
+    state: Mapping[str, Tensor], config: Mapping[str, Any], path: str | os.PathLike[str], max_shard_bytes: int
+) -> None:
+    """Write tensors and config.json as transformers loads them: model.safetensors, or shards and their index.
+
+    The folder takes its name only when it is whole; a folder that was there keeps its other files (the tokenizer's)
+    and loses its old weights. A shard holds at least one tensor, so one may be larger than `max_shard_bytes`.
+    """
+    checkpoint = Checkpoint(Path(path), "memory", {name: held(tensor) for name, tensor in state.items()})
+    write_checkpoint(checkpoint, config, path, max_shard_bytes, None)
+
+
+def write_checkpoint(
+    checkpoint: Checkpoint, config: Mapping[str, Any], path: str | os.PathLike[str], max_shard_bytes: int,
+    dtype: torch.dtype | None, stem: str = "model", config_name: str = "config.json",
+) -> None:  # fmt: skip
+    """Stream a checkpoint into a new folder, in `dtype` (None: as it is; blocks of numbers become fp32)."""
+    plan = {
+        name: (stored.shape, dtype or DTYPES.get(stored.dtype) or _unblocked(stored.dtype))
+        for name, stored in checkpoint.tensors.items()
+    }
+    sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in plan.items()}
+    shards = split_shards(sizes, max_shard_bytes)
+
+    def produce(name: str) -> Iterator[Tensor]:
+        return (piece for _, piece in checkpoint.stream(name))  # cast as it is written
+
+    with atomic_folder(path, keep_others=True, drop=WEIGHTS) as folder:
+        for number, names in enumerate(tqdm(shards, desc="writing", unit="shard", disable=None, leave=False), start=1):
+            file = folder / _shard_name(stem, number, len(shards))
+            write_safetensors(file, {name: plan[name] for name in names}, produce)
+        if len(shards) > 1:
+            places = {name: _shard_name(stem, n, len(shards)) for n, names in enumerate(shards, 1) for name in names}
+            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+        named = dict(config)
+        if config_name == "config.json":
+            named["dtype"] = str(next(iter(plan.values()))[1]).removeprefix("torch.")
+        (folder / config_name).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+
+
+def split_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
+    """Names in order, in shards of at most `most` bytes (a larger tensor gets a shard of its own)."""
+    if most < 1:
+        raise UserError(f"max_shard_bytes is {most}; it must be at least 1")
+    shards: list[list[str]] = [[]]
+    filled = 0
+    for name, size in sizes.items():
+        if shards[-1] and filled + size > most:
+            shards.append([])
+            filled = 0
+        shards[-1].append(name)
+        filled += size
+    return shards
+
+
+def _shard_name(stem: str, number: int, count: int) -> str:
+    return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
+
+
+def _unblocked(name: str) -> torch.dtype:
+    return torch.float32 if name not in ("F8_E4M3", "F8_E5M2") else torch.bfloat16

@@ -1,0 +1,57 @@
+"""Which keys a query sees. Decided in one place, from absolute positions and never from indices:
+
+    same document,  and  key's branch is 0 (the shared prefix) or the query's own,  and  i − W < j ≤ i
+
+W keys, the query's own included. Documents share a row when short texts are packed for training. Branches are
+continuations of one prefix (a note and its questions) that do not see each other. Padding is document −1.
+
+Worked example: a note "a b c" with two questions "p q" and "r" in one row:
+
+    token     a  b  c  p  q  r
+    branch    0  0  0  1  1  2        q sees a b c p q;  r sees a b c r
+    position  0  1  2  3  4  3
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+from torch import Tensor
+
+
+@dataclass(frozen=True)
+class Layout:
+    """Which document and branch each token belongs to: int64 tensors of shape (B, T). Document −1 is padding."""
+
+    document_BT: Tensor
+    branch_BT: Tensor
+
+
+class Visible:
+    """Who sees whom, for one forward pass. Masks are built per window, when asked for."""
+
+    def __init__(self, query: tuple[Tensor, Layout | None], key: tuple[Tensor, Layout | None], offset: int) -> None:
+        (self.position_BT, self.layout), (self.key_position_BS, self.key_layout) = query, key
+        self.offset = offset  # index of the first query among the keys
+        self.memo: dict[Any, Any] = {}  # masks by window; what the fast path finds out once a pass
+
+    def mask(self, window: int | None) -> Tensor:
+        """The whole mask_BTS (bool, True: seen), kept for the layers that share the window."""
+        if window not in self.memo:
+            T, S = self.position_BT.shape[1], self.key_position_BS.shape[1]
+            self.memo[window] = self.block(window, slice(0, T), slice(0, S))
+        return self.memo[window]
+
+    def block(self, window: int | None, rows: slice, columns: slice) -> Tensor:
+        """The part of the mask for some queries and some keys."""
+        distance_BTS = self.position_BT[:, rows, None] - self.key_position_BS[:, None, columns]
+        seen_BTS = distance_BTS >= 0
+        if window is not None:
+            seen_BTS &= distance_BTS < window
+        if self.layout is not None and self.key_layout is not None:
+            document_B1S = self.key_layout.document_BT[:, None, columns]
+            branch_B1S = self.key_layout.branch_BT[:, None, columns]
+            seen_BTS &= self.layout.document_BT[:, rows, None] == document_B1S
+            seen_BTS &= (branch_B1S == 0) | (branch_B1S == self.layout.branch_BT[:, rows, None])
+        return seen_BTS

@@ -1,0 +1,300 @@
+"""Weights in 8 or 4 bits, for reading: a decoded token reads every weight once, so its time is their bytes.
+
+    int8     W[o, d] = q · scale[o]                          q in −127 … 127, one scale a row        8 bits a weight
+    int4-32  W[o, d] = (q − 8) · scale[o, g] + zero[o, g]    q in 0 … 15, g a group of 32 columns    5
+    int4-64, int4-128 (int4 is int4-64)                      the same with larger groups             4.5, 4.25
+    nf4      W[o, d] = NF4[q] · absmax[o, g]                 g of 64 columns, absmax in 8 bits       4.13
+
+Scales and zeros of int8 and int4 are chosen among bf16's numbers before the codes are, so the weight that the codes
+stand for is the same one whatever computes with it. A width that a format's groups do not divide takes the smaller
+groups that do, or int8. nf4 is the base of `lora/narrow.py` (QLoRA) to the bit: what was tuned is what is served.
+
+Products. The plain one, and the specification, is x · Wᵀ with W dequantised into x's dtype. torch's packed products for
+int8 and int4 dequantise in registers instead: they take bf16 inputs (with fp32 ones they are scalar code) and sum in
+fp32. `ready` packs a weight for them where `model.support.hardware.packed_pays` measured that they are sooner than an
+fp32 product; from then on its inputs are rounded to bf16, whatever the number of rows (fp64 inputs never). Packed
+products dequantise anew every four rows, so from PACKED_ROWS on a tile of W is dequantised once and multiplied as a
+matrix. """
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from functools import cache
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from model.quantize.blockwise import NF4, narrow_scales, nf4_codes, wide_scales
+from model.support.hardware import compute_dtype, packed_pays
+
+FORMATS = {"int8": 0, "int4": 64, "int4-32": 32, "int4-64": 64, "int4-128": 128, "nf4": 64}  # name → columns a group
+PACKED_ROWS = {"int8": 24, "int4": 96}  # measured crossovers; both sides scale with the machine, so they are constants
+PIECE = 2**20  # weights that are quantised or dequantised at a time: the pieces in flight stay in the caches
+BLOCK = 64  # rows that torch's packed layout keeps together
+
+
+def format_of(form: str, width: int) -> tuple[str, int]:
+    """("int8" | "int4" | "nf4", columns a group) in which rows of `width` are kept under the format `form`."""
+    kind, most = form.partition("-")[0], FORMATS[form]
+    if kind == "nf4" and width % most == 0:
+        return kind, most
+    if kind == "int4":
+        for group in (128, 64, 32):
+            if group <= most and width % group == 0:
+                return kind, group
+    return "int8", 0
+
+
+def bytes_of(form: str, rows: int, width: int) -> int:
+    """Bytes that a matrix takes in a format."""
+    kind, group = format_of(form, width)
+    if kind == "int8":
+        return rows * width + 2 * rows
+    groups = rows * (width // group)
+    return rows * width // 2 + (groups * 4 if kind == "int4" else groups + groups // 64 + 8)
+
+
+class NarrowWeight(nn.Module):
+    """A frozen matrix as codes and scales. `wide(dtype)` is the weight that they stand for, `product(x)` is x · Wᵀ.
+
+    codes   int8: (O, D) int8;  int4, nf4: (O, D / 2) uint8, two neighbours of a row a byte (the layouts of
+            kernels/four_bit.py), or, packed, torch's order of int4's
+    scales  int8: (O,) bf16;  int4: (D / group, O, 2) bf16, scale and zero;  nf4: (O · D / group,) uint8, with the two
+            tensors of the second quantisation (model/quantize/blockwise.py) in `scales_absmax` and `scales_mean`
+    """
+
+    codes: Tensor
+    scales: Tensor
+    scales_absmax: Tensor
+    scales_mean: Tensor
+
+    def __init__(
+        self, form: str, shape: Sequence[int], codes: Tensor, scales: Tensor,
+        second: tuple[Tensor, Tensor] | None = None,
+    ) -> None:  # fmt: skip
+        super().__init__()
+        self.form, self.shape, self.packed = form, (shape[0], shape[1]), False
+        self.kind, self.group = format_of(form, shape[1])
+        self.register_buffer("codes", codes, persistent=False)
+        self.register_buffer("scales", scales, persistent=False)
+        self.register_buffer("scales_absmax", second[0] if second else None, persistent=False)
+        self.register_buffer("scales_mean", second[1] if second else None, persistent=False)
+
+    @classmethod
+    def quantise(cls, pieces: Iterable[Tensor], shape: Sequence[int], form: str) -> NarrowWeight:
+        """From rows in order, in pieces of any float dtype, each forgotten before the next is asked for."""
+        kind, group = format_of(form, shape[1])
+        parts = []
+        for piece_MD in pieces:
+            for rows_MD in piece_MD.detach().split(max(1, PIECE // shape[1])):
+                parts.append(rows_codes(rows_MD, kind, group))
+        codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
+        if kind == "nf4":
+            scales, *second = narrow_scales(scales)
+            return cls(form, shape, codes.view(shape[0], -1), scales, (second[0], second[1]))
+        return cls(form, shape, codes, scales.transpose(0, 1).contiguous() if kind == "int4" else scales)
+
+    def codes_of(self, rows_MD: Tensor) -> tuple[Tensor, Tensor]:
+        """(codes, first scales) of some rows of the wide weight, for a rank that reads no others."""
+        return rows_codes(rows_MD, self.kind, self.group)
+
+    @classmethod
+    def join(cls, weights: list[NarrowWeight]) -> NarrowWeight:
+        """int8 or int4 weights of one format and width, one below the other; theirs become views of the joint one."""
+        first, O = weights[0], sum(weight.shape[0] for weight in weights)  # noqa: E741
+        dim = 1 if first.kind == "int4" else 0
+        codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights], dim=dim)
+        sizes = [weight.shape[0] for weight in weights]
+        for weight, own, steps in zip(weights, codes.split(sizes), scales.split(sizes, dim), strict=True):
+            weight.codes, weight.scales = own, steps
+        joint = cls(first.form, (O, first.shape[1]), codes, scales)
+        joint.packed = first.packed
+        return joint
+
+    def ready(self) -> NarrowWeight:
+        """Packed where that pays on this machine; returns itself."""
+        here = self.kind != "nf4" and self.codes.device.type == "cpu"
+        return self.pack() if here and packed_pays(self.kind) else self
+
+    def wide(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+        """The weight (some rows of it, in whole blocks of 64 where packed), computed in fp32 (fp64 for fp64)."""
+        accurate = torch.promote_types(dtype, torch.float32)
+        codes = self.codes[rows]
+        if self.kind == "int8":
+            return (codes.to(accurate) * self.scales[rows, None].to(accurate)).to(dtype)
+        if self.kind == "nf4":
+            scale_OG = self.absmax()[rows]
+            pairs_OD = F.embedding(codes.int(), nf4_pairs(codes.device).to(accurate)).flatten(1)
+            return pairs_OD.unflatten(1, (-1, self.group)).mul_(scale_OG[:, :, None].to(accurate)).flatten(1).to(dtype)
+        scale_OG, zero_OG = self.scales[:, rows].to(accurate).transpose(0, 1).unbind(-1)
+        q_OD = (from_torch_order(codes) if self.packed else unpack(codes)).to(accurate).sub_(8)
+        wide_OGg = q_OD.unflatten(1, (-1, self.group)).mul_(scale_OG[:, :, None]).add_(zero_OG[:, :, None])
+        return wide_OGg.flatten(1).to(dtype)
+
+    def absmax(self) -> Tensor:
+        """nf4's scales, (O, D / group) fp32."""
+        return wide_scales(self.scales, self.scales_absmax, self.scales_mean).view(self.shape[0], -1)
+
+    def product(self, x_ND: Tensor) -> Tensor:
+        """x · Wᵀ in x's dtype."""
+        if not self.packed or x_ND.dtype == torch.float64:
+            return F.linear(x_ND, self.wide(x_ND.dtype))
+        narrow_ND = x_ND.to(torch.bfloat16)
+        if x_ND.shape[0] > PACKED_ROWS[self.kind]:
+            return self.tiled(narrow_ND.to(compute_dtype()), x_ND.dtype)
+        if self.kind == "int8":
+            y_NO = torch._weight_int8pack_mm(narrow_ND, self.codes, self.scales)
+        else:
+            y_NO = torch._weight_int4pack_mm_for_cpu(narrow_ND, self.codes, self.group, self.scales.contiguous())
+        return y_NO.to(x_ND.dtype)
+
+    def tiled(self, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
+        """x · Wᵀ in `dtype` by tiles of W's rows, dequantised into x's dtype one at a time."""
+        O, D = self.shape  # noqa: E741
+        y_NO = x_ND.new_empty(x_ND.shape[0], O, dtype=dtype)
+        step = max(BLOCK, PIECE // D // BLOCK * BLOCK)
+        for start in range(0, O, step):
+            rows = slice(start, min(start + step, O))
+            y_NO[:, rows] = F.linear(x_ND, self.wide(x_ND.dtype, rows))
+        return y_NO
+
+    def pack(self) -> NarrowWeight:
+        """Make ready for torch's packed product, where there is one for this matrix; returns itself."""
+        suits = self.kind == "int8" or (self.kind == "int4" and self.shape[0] % BLOCK == 0)
+        if self.packed or not suits or self.codes.device.type != "cpu":
+            return self
+        if self.kind == "int4":
+            step = max(1, PIECE // self.shape[1] // BLOCK) * BLOCK
+            for rows in self.codes.split(step):  # in place: a block's bytes stay within the block
+                rows.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack(rows).int(), 1))
+        self.packed = True
+        return self
+
+
+class NarrowLinear(nn.Linear):
+    """nn.Linear over a narrow weight. Forward only; `weight` is None, `narrow` holds it."""
+
+    def __init__(self, narrow: NarrowWeight, bias: Tensor | None = None) -> None:
+        with torch.device("meta"):
+            super().__init__(narrow.shape[1], narrow.shape[0], bias=False)
+        self.weight = None  # type: ignore[assignment]
+        self.narrow = narrow
+        self.bias: nn.Parameter | None  # type: ignore[assignment]
+        self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
+
+    def forward(self, x_BTD: Tensor) -> Tensor:
+        y_BTO = self.narrow.product(x_BTD.flatten(0, -2)).unflatten(0, x_BTD.shape[:-1])
+        return y_BTO if self.bias is None else y_BTO + self.bias
+
+
+class NarrowEmbedding(nn.Embedding):
+    """nn.Embedding whose rows are kept in bf16 and given out in `dtype`."""
+
+    def __init__(self, rows_VD: Tensor, dtype: torch.dtype) -> None:
+        super().__init__(rows_VD.shape[0], rows_VD.shape[1], _weight=rows_VD)
+        self.weight.requires_grad_(False)
+        self.dtype = dtype
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return super().forward(tokens).to(self.dtype)
+
+
+def rows_codes(rows_MD: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+    if kind == "nf4":
+        return nf4_codes(rows_MD, group)
+    return to_int8(rows_MD) if kind == "int8" else to_int4(rows_MD, group)
+
+
+def up_to_bf16(x: Tensor) -> Tensor:
+    """Positive fp32 numbers as bf16, rounded up."""
+    near = x.to(torch.bfloat16)
+    above = (near.view(torch.int16) + 1).view(torch.bfloat16)
+    return torch.where(near.float() < x, above, near)
+
+
+def to_int8(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
+    """(q_OD int8, scale_O bf16); a weight is off by at most half a step. A row of zeros has the least scale."""
+    wide_OD = weight_OD.float()
+    scale_O = up_to_bf16((wide_OD.abs().amax(dim=1) / 127).clamp_min(1e-30))
+    return (wide_OD / scale_O.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale_O
+
+
+def to_int4(weight_OD: Tensor, group: int) -> tuple[Tensor, Tensor]:
+    """(codes (O, D / 2) uint8, the even column in the low half; steps_OG2 bf16, scale and zero).
+
+    A weight is off by at most half a step, or by what rounding its zero to bf16 moved its group's end.
+    """
+    wide_OGg = weight_OD.float().unflatten(1, (-1, group))
+    low_OG, high_OG = wide_OGg.aminmax(dim=2)
+    scale_OG = up_to_bf16(((high_OG - low_OG) / 15).clamp_min(1e-30))
+    zero_OG = (low_OG + 8 * scale_OG.float()).to(torch.bfloat16)
+    q_OGg = (wide_OGg - zero_OG.float()[..., None]).div_(scale_OG.float()[..., None]).round_().add_(8).clamp_(0, 15)
+    q_OD = q_OGg.flatten(1).to(torch.uint8)
+    return q_OD[:, ::2] | (q_OD[:, 1::2] << 4), torch.stack((scale_OG, zero_OG), dim=-1)
+
+
+def unpack(codes: Tensor) -> Tensor:
+    """(O, D / 2) bytes as (O, D) codes, the low half first."""
+    return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
+
+
+@cache
+def torch_order() -> tuple[Tensor, Tensor]:
+    """Which row of a block the low and the high half of byte j hold in torch's order, for each j: found by packing."""
+    row_O8 = torch.arange(BLOCK, dtype=torch.int32)[:, None].repeat(1, 8)
+    below = torch._convert_weight_to_int4pack_for_cpu(row_O8 % 16, 1).view(8, -1)[0].int()
+    above = torch._convert_weight_to_int4pack_for_cpu(row_O8 // 16, 1).view(8, -1)[0].int()
+    return (below & 15) + 16 * (above & 15), (below >> 4) + 16 * (above >> 4)
+
+
+def from_torch_order(codes: Tensor) -> Tensor:
+    """torch's packed int4 (whole blocks) as (O, D) codes."""
+    O, D = codes.shape[0], codes.shape[1] * 2  # noqa: E741
+    bytes_nJD = codes.view(O // BLOCK, D, BLOCK // 2).transpose(1, 2)
+    q_nBD = codes.new_empty(O // BLOCK, BLOCK, D)
+    low, high = torch_order()
+    q_nBD[:, low], q_nBD[:, high] = bytes_nJD & 15, bytes_nJD >> 4
+    return q_nBD.view(O, D)
+
+
+@cache
+def nf4_pairs(device: torch.device) -> Tensor:
+    """The two levels that each of the 256 bytes stands for, (256, 2)."""
+    levels, byte = torch.tensor(NF4), torch.arange(256)
+    return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).to(device)
+
+
+def narrow(model: nn.Module, form: str = "int8") -> nn.Module:
+    """Replace every linear layer of a model, the head among them, by a narrow one, in place; returns the model.
+
+    Embedding, norms and routers (which choose) stay. An adapted layer is refused with a ValueError: put the adapter on
+    the narrow model.
+    """
+    for path, module in list(model.named_modules()):
+        if isinstance(module, nn.Linear) and narrows(path):
+            if type(module) is not nn.Linear:
+                raise ValueError(f"{path} carries an adapter; put it on the narrow model, or merge it before")
+            weight = module.weight.detach()
+            held = NarrowWeight.quantise([weight], tuple(weight.shape), form).ready()
+            put(model, path, NarrowLinear(held, module.bias))
+    return narrow_head(model, form)
+
+
+def narrow_head(model: nn.Module, form: str) -> nn.Module:
+    """Give a model whose output matrix is its embedding a narrow copy of it as head, in place; returns the model."""
+    if getattr(model, "lm_head", model) is None:
+        rows_VD = model.model.embed_tokens.weight.detach()  # type: ignore[union-attr, operator]
+        held = NarrowWeight.quantise([rows_VD], (rows_VD.shape[0], rows_VD.shape[1]), form)
+        model.lm_head = NarrowLinear(held.ready())
+    return model
+
+
+def narrows(path: str) -> bool:
+    """Whether the linear layer of this name becomes narrow."""
+    return not path.endswith("block_sparse_moe.gate")
+
+
+def put(model: nn.Module, path: str, module: nn.Module) -> None:
+    parent, _, leaf = path.rpartition(".")
+    setattr(model.get_submodule(parent), leaf, module)

@@ -1,0 +1,1 @@
+"""What every program uses: command lines, atomic files, the hardware probe."""

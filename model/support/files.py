@@ -1,0 +1,208 @@
+"""Reading files from strangers and writing files that are never half there.
+
+Writing: everything is written beside its final name and renamed, so that a name either holds a whole file or the
+previous one. Reading: every mistake is a `UserError` that names the file and, for JSON lines, the line.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import hashlib
+import json
+import os
+import re
+import shutil
+import tempfile
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from model.support.cli import UserError
+
+
+@contextlib.contextmanager
+def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Path]:
+    """Yield a temporary path in `path`'s folder; on a clean exit sync it and rename it to `path`, else remove it.
+
+    `mode` sets the permissions (for example 0o600 for files that hold a note's text); by default the umask decides.
+    """
+    path = Path(path)
+    check_writable(path)
+    handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
+    os.close(handle)
+    beside = Path(name)
+    try:
+        yield beside
+        with open(beside, "rb") as written:
+            os.fsync(written.fileno())
+        os.chmod(beside, mode if mode is not None else 0o666 & ~_umask())
+        os.replace(beside, path)
+        sync_folder(path.parent)
+    finally:
+        beside.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def atomic_folder(
+    path: str | os.PathLike[str], keep_others: bool = False, drop: re.Pattern[str] | None = None
+) -> Iterator[Path]:
+    """Yield a new folder beside `path`; on a clean exit it takes `path`'s place. An older folder there is removed with
+    all that is in it; with `keep_others` the new one first gets what it lacks of that, but for names that match `drop`.
+    A file there is left alone: a UserError.
+
+    Everything in it is synced before it is renamed, so that a name never stands for files that a power cut emptied.
+    """
+    path = Path(path)
+    check_writable(path)
+    if path.exists() and not path.is_dir():
+        raise UserError(f"cannot write {path}: a file is there, and a folder would take its place; give another name")
+    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    try:
+        yield beside
+        if keep_others:
+            _link_others(path, beside, drop)
+        os.chmod(beside, 0o777 & ~_umask())
+        for entry in beside.rglob("*"):
+            if not entry.is_symlink():
+                sync_folder(entry)
+        sync_folder(beside)
+        if path.exists():
+            old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
+            os.replace(path, old / "was")
+            os.replace(beside, path)
+            shutil.rmtree(old)
+        else:
+            os.replace(beside, path)
+        sync_folder(path.parent)
+    finally:
+        shutil.rmtree(beside, ignore_errors=True)
+
+
+def _link_others(old: Path, new: Path, drop: re.Pattern[str] | None) -> None:
+    for entry in old.iterdir() if old.is_dir() else ():
+        if (new / entry.name).exists() or (drop is not None and drop.fullmatch(entry.name)):
+            continue
+        if entry.is_dir():
+            shutil.copytree(entry, new / entry.name, copy_function=_link)
+        else:
+            _link(entry, new / entry.name)
+
+
+def _link(source: str | Path, target: str | Path) -> None:
+    try:
+        os.link(source, target)
+    except OSError:  # a file system without hard links
+        shutil.copy2(source, target)
+
+
+def check_writable(path: Path) -> None:
+    """Make `path`'s folder, or raise a UserError that says why `path` cannot be written."""
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"cannot write {path}: {error.strerror}; choose another place for it") from error
+    if not os.access(path.parent, os.W_OK):
+        raise UserError(f"cannot write {path}: its folder is not writable; choose another place for it")
+
+
+def check_not_read(out: Path, *read: Path) -> None:
+    """Raise a UserError where `out` is one of the files that are read: what is made would take its place."""
+    if out.resolve() in [path.resolve() for path in read]:
+        raise UserError(f"{out}: is itself read; choose another --out")
+
+
+def sync_folder(folder: Path) -> None:
+    """Make the names in `folder` durable, or a file's content."""
+    handle = os.open(folder, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
+
+
+def _umask() -> int:
+    mask = os.umask(0)
+    os.umask(mask)
+    return mask
+
+
+def write_text(path: str | os.PathLike[str], text: str, mode: int | None = None) -> None:
+    """Write `text` as UTF-8, atomically."""
+    with atomic_file(path, mode) as beside:
+        beside.write_text(text, encoding="utf-8")
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    """Write `value` as indented UTF-8 JSON, atomically."""
+    write_text(path, json.dumps(value, indent=2, ensure_ascii=False) + "\n")
+
+
+def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
+    """Write one JSON object a line, atomically. Returns the number of lines."""
+    count = 0
+    with atomic_file(path) as beside, open(beside, "w", encoding="utf-8") as out:
+        for row in rows:
+            out.write(json.dumps(row, ensure_ascii=False) + "\n")
+            count += 1
+    return count
+
+
+def read_json(path: str | os.PathLike[str]) -> Any:
+    """The JSON value in a file. Raises UserError where it is missing or is not JSON."""
+    try:
+        text = Path(path).read_text(encoding="utf-8")
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as error:  # not JSON, too deep, or a number of thousands of digits
+        where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}: not JSON{where}; is the file whole?") from error
+
+
+def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for every line of a JSON-lines file; blank lines are passed over.
+
+    Raises UserError naming file and line where a line is not a JSON object or lacks a field of `required`, and
+    where the file holds no record at all.
+    """
+    fields = tuple(required)
+    number, records = 0, 0
+    try:
+        with open(path, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if not line.strip():
+                    continue
+                yield number, parse_json_line(path, number, line, fields)
+                records += 1
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file") from error
+    except IsADirectoryError as error:
+        raise UserError(f"{path}: a folder, not a JSON-lines file") from error
+    if not records:
+        raise UserError(f"{path}: empty: it holds no record; give one JSON object a line")
+
+
+def parse_json_line(path: str | os.PathLike[str], number: int, line: bytes, required: Iterable[str]) -> dict[str, Any]:
+    """One line of a JSON-lines file as an object with the `required` fields, or a UserError naming file and line."""
+    try:
+        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors begin with a mark
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from error
+    except (ValueError, RecursionError) as error:
+        column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
+        raise UserError(f"{path}:{number}: not JSON{column}; give one JSON object a line") from error
+    if not isinstance(record, dict):
+        raise UserError(f"{path}:{number}: a {type(record).__name__}, not a JSON object")
+    missing = [field for field in required if field not in record]
+    if missing:
+        raise UserError(f"{path}:{number}: lacks the field {', '.join(map(repr, missing))}")
+    return record
+
+
+def sha256_file(path: str | os.PathLike[str]) -> str:
+    """The SHA-256 of a file's bytes, as hexadecimal."""
+    with open(path, "rb") as data:
+        return hashlib.file_digest(data, "sha256").hexdigest()

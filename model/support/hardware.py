@@ -1,0 +1,146 @@
+"""What this machine can do, measured in about half a second: processors differ too much to assume anything.
+
+fp32 and bf16 matrix products differ by a factor of 100 either way between processors with and without bf16
+instructions, and reading memory is what bounds decoding; programs choose their compute dtype and print their limits
+from these three figures.
+"""
+
+from __future__ import annotations
+
+import platform
+import time
+from functools import cache
+from pathlib import Path
+
+import torch
+
+
+@cache
+def probe(device: str = "cpu") -> dict[str, float]:
+    """{"fp32_gflops", "bf16_gflops", "read_gb_per_s"} with torch's present number of threads.
+
+    Products are 512 × 576 by 576 × 1536 (a small model's MLP), best of several; reading is a sum over 256 MB.
+    """
+    return {
+        "fp32_gflops": product_rate(torch.float32, device),
+        "bf16_gflops": product_rate(torch.bfloat16, device),
+        "read_gb_per_s": read_rate(device),
+    }
+
+
+def product_rate(dtype: torch.dtype, device: str = "cpu", seconds: float = 0.1) -> float:
+    """GFLOP/s of a product that fits the caches, best of as many as the time allows (at least two)."""
+    rows, inner, columns = 512, 576, 1536
+    if dtype == torch.bfloat16:
+        rows = 64  # where bf16 is emulated, one such product already takes a tenth of a second
+    a, b = (torch.ones(shape, dtype=dtype, device=device) for shape in ((rows, inner), (columns, inner)))
+    best = min(timed(lambda: torch.nn.functional.linear(a, b), device, seconds))
+    return 2 * rows * inner * columns / best / 1e9
+
+
+def read_rate(device: str = "cpu", megabytes: int = 256) -> float:
+    """GB/s of reading a tensor much larger than the caches: the better of a sum and a matrix-vector product (some
+    libraries' products read slower than the processor does)."""
+    weight = torch.ones(megabytes * 2**20 // 4 // 4096, 4096, device=device)
+    vector = torch.ones(4096, device=device)
+    best = min(*timed(lambda: weight @ vector, device, 0.1), *timed(lambda: weight.sum(), device, 0.1))
+    return weight.numel() * 4 / best / 1e9
+
+
+def onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """x · Wᵀ + b in fp32 on a CPU by oneDNN, where torch's default is another library."""
+    return torch.ops.mkldnn._linear_pointwise(x_ND, weight_OD, bias_O, "none", [], "")
+
+
+@cache
+def onednn_suits() -> bool:
+    """Whether `onednn` is the sooner product here: torch's default library is MKL, which keeps its AVX-512 code for
+    Intel's processors, and the processor is another with AVX-512. A rule and not a measurement, which would fall
+    otherwise on a busy machine and change the last bits; `python -m eval.bench lookup` measures what it gains."""
+    wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+    return wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "GenuineIntel" not in processor()
+
+
+def suits_onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor | None) -> bool:
+    """Whether `onednn` is the sooner product of these two."""
+    if weight_OD is None or weight_OD.device.type != "cpu":
+        return False
+    return weight_OD.dtype == torch.float32 == x_ND.dtype and onednn_suits()
+
+
+def product(x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
+    """x · Wᵀ + b by the library that is sooner here, without a gradient (oneDNN sums several rows' products in longer
+    chains than the default: errors are one and a half times as large, tests/infer/engine/test_quantized_engine.py)."""
+    if suits_onednn(x_ND, weight_OD):
+        return onednn(x_ND, weight_OD, bias_O)
+    return torch.nn.functional.linear(x_ND, weight_OD, bias_O)
+
+
+def processor() -> str:
+    """What the system says of the processor, its maker among it."""
+    try:
+        return Path("/proc/cpuinfo").read_text(encoding="utf-8")
+    except OSError:
+        return platform.processor()
+
+
+def timed(call, device: str, seconds: float) -> list[float]:
+    """Seconds of each of at least three calls, for as long as `seconds` allows; the first is left out."""
+    taken: list[float] = []
+    began = time.perf_counter()
+    while len(taken) < 3 or time.perf_counter() - began < seconds:
+        start = time.perf_counter()
+        call()
+        if device != "cpu":
+            torch.cuda.synchronize()
+        taken.append(time.perf_counter() - start)
+    return taken[1:]
+
+
+@cache
+def compute_dtype(device: str = "cpu") -> torch.dtype:
+    """The dtype in which products are fastest here: bf16 on GPUs and on processors that have it, else fp32."""
+    if device != "cpu":
+        return torch.bfloat16
+    return torch.bfloat16 if product_rate(torch.bfloat16) > 1.2 * product_rate(torch.float32) else torch.float32
+
+
+@cache
+def decode_dtype(rows: int, device: str = "cpu") -> torch.dtype:
+    """The dtype in which decoding steps of `rows` rows are soonest: bf16 only where it is by a quarter for so many, for
+    a few, and for the one row that a batch ends with. (Some processors have fast bf16 products of many rows, and very
+    slow ones of one.) Weights are read from memory, as a step reads them."""
+    if device != "cpu":
+        return torch.bfloat16
+
+    def taken(dtype: torch.dtype, size: int) -> float:
+        x_ND = torch.ones(size, 2048, dtype=dtype)
+        weights = [torch.ones(4096, 2048, dtype=dtype) for _ in range(2)]  # more than most caches hold
+        best = onednn if dtype == torch.float32 and onednn_suits() else torch.nn.functional.linear
+        return min(timed(lambda: [best(x_ND, each) for each in weights], "cpu", 0.05))
+
+    sizes = sorted({1, min(4, rows), rows})
+    pays = all(1.25 * taken(torch.bfloat16, size) < taken(torch.float32, size) for size in sizes)
+    return torch.bfloat16 if pays else torch.float32
+
+
+@cache
+def packed_pays(kind: str) -> bool:
+    """Whether torch's packed product ("int8" or "int4") for one bf16 row beats the fp32 product that it stands for.
+
+    Measured over 16 million weights, more than caches hold in fp32; False where this torch lacks the product.
+    """
+    O, D, group = 4096, 4096, 64  # noqa: E741
+    narrow, row = torch.ones(1, D, dtype=torch.bfloat16), torch.ones(D)
+    try:
+        if kind == "int8":
+            codes, scale = torch.ones(O, D, dtype=torch.int8), torch.ones(O, dtype=torch.bfloat16)
+            packed = timed(lambda: torch._weight_int8pack_mm(narrow, codes, scale), "cpu", 0.05)
+        else:
+            codes = torch._convert_weight_to_int4pack_for_cpu(torch.ones(O, D, dtype=torch.int32), 1)
+            scale = torch.ones(D // group, O, 2, dtype=torch.bfloat16)
+            packed = timed(lambda: torch._weight_int4pack_mm_for_cpu(narrow, codes, group, scale), "cpu", 0.05)
+    except (AttributeError, NotImplementedError, RuntimeError):
+        return False
+    wide = torch.ones(O, D)
+    return min(packed) < min(timed(lambda: torch.mv(wide, row), "cpu", 0.05))

@@ -1,0 +1,77 @@
+"""`qwen.tiktoken`, the tokenizer of Qwen-7B's first version, as a tokenizer.json.
+
+A line is a piece in base64 and its rank. Byte-pair encoding by ranks always joins the neighbours whose joined piece
+has the lowest rank; the tokenizers library wants the pairs themselves. A piece's pair is what encoding by the ranks
+below its own leaves of it: exactly two parts.
+"""
+
+from __future__ import annotations
+
+import base64
+import binascii
+from pathlib import Path
+
+from model.support.cli import UserError
+from model.text.gguf import PATTERNS
+
+SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+
+def tokenizer_json(path: Path) -> str:
+    """The same tokenizer as tokenizer.json's text. Raises UserError for a damaged file."""
+    from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
+
+    ranks = read_ranks(path)
+    letters = byte_letters()
+    spelt = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
+    merges = []
+    for piece, rank in ranks.items():
+        if len(piece) > 1:
+            parts = encode_by_rank(ranks, piece, rank)
+            if len(parts) != 2:
+                raise UserError(f"{path}: the piece of rank {rank} cannot be built of two earlier ones; damaged")
+            merges.append((spelt[parts[0]], spelt[parts[1]]))
+    tokenizer = Tokenizer(models.BPE(vocab={spelt[piece]: rank for piece, rank in ranks.items()}, merges=merges))
+    tokenizer.normalizer = normalizers.NFC()
+    cut = pre_tokenizers.Split(Regex(PATTERNS["qwen2"]), behavior="isolated")
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
+    tokenizer.decoder = decoders.ByteLevel()
+    tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIALS])
+    return tokenizer.to_str()
+
+
+def read_ranks(path: Path) -> dict[bytes, int]:
+    """{piece: rank}, in order of rank from 0, with every single byte among them."""
+    ranks: dict[bytes, int] = {}
+    for number, line in enumerate(path.read_bytes().splitlines(), start=1):
+        if not line.strip():
+            continue
+        try:
+            piece, rank = line.split()
+            ranks[base64.b64decode(piece, validate=True)] = int(rank)
+        except (ValueError, binascii.Error) as error:
+            raise UserError(f"{path}:{number}: not a piece in base64 and its rank; the file is damaged") from error
+    if list(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
+        raise UserError(f"{path}: ranks do not run from 0 without gaps, or a byte is missing; the file is damaged")
+    return ranks
+
+
+def encode_by_rank(ranks: dict[bytes, int], piece: bytes, below: int) -> list[bytes]:
+    """The parts of `piece` when only pieces of a rank lower than `below` may be joined."""
+    parts = [bytes([byte]) for byte in piece]
+    while len(parts) > 1:
+        joined = [ranks.get(a + b, below) for a, b in zip(parts, parts[1:], strict=False)]
+        lowest = min(joined)
+        if lowest >= below:
+            break
+        at = joined.index(lowest)
+        parts[at : at + 2] = [parts[at] + parts[at + 1]]
+    return parts
+
+
+def byte_letters() -> list[str]:
+    """The letter that byte-level BPE spells each byte with: itself where it is printable, else one from U+0100 on."""
+    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    others = (byte for byte in range(256) if byte not in printable)
+    moved = {byte: chr(0x100 + number) for number, byte in enumerate(others)}
+    return [moved.get(byte, chr(byte)) for byte in range(256)]

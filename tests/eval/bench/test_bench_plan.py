@@ -1,0 +1,45 @@
+"""The planner's benchmark asks for what the planner says, leaves no category out, and trains on the longest row."""
+
+import sys
+
+import pytest
+
+from eval.bench import plan
+from eval.bench.__main__ import main
+from eval.bench.plan import GROUPS, SETTINGS, STEPS, recipe_file, rows
+from eval.bench.train import config_of
+from model.support.cli import UserError
+from train.recipe import Recipe, read_toml
+from train.report.plan import memory
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_every_setting_is_a_recipe_of_which_all_rows_are_trained_on(name, tmp_path):
+    stage, changes = SETTINGS[name]
+    recipe = Recipe(**read_toml(recipe_file(tmp_path, 0, stage, changes, "x")))
+    assert {key: getattr(recipe, key) for key in changes} == changes
+    assert recipe.steps == STEPS and (stage == "pretrain" or recipe.records == STEPS * recipe.batch_rows)
+
+
+def test_the_groups_hold_every_category_once():
+    planned = memory(config_of("tiny"), Recipe(data=("x",), out="x", weights="x"), 1, 100, 20, heap=True)
+    grouped = [part for parts in GROUPS.values() for part in parts]
+    assert sorted(grouped) == sorted(planned)
+
+
+def test_an_unknown_setting_is_named():
+    with pytest.raises(UserError, match="tuning, fp32"):
+        rows(only="tuninng")
+
+
+def test_a_benchmark_gets_the_command_lines_options(monkeypatch, capsys):
+    got = []
+
+    def rows(weights: str, notes: int = 3) -> list[dict]:
+        got.append((weights, notes))
+        print("measured", file=sys.stderr)
+        return []
+
+    monkeypatch.setattr(plan, "rows", rows)
+    assert main(["plan", "--weights", "w"]) == main(["plan", "--weights", "v", "--notes", "4"]) == 0
+    assert got == [("w", 3), ("v", 4)] and capsys.readouterr().err == "measured\nmeasured\n"

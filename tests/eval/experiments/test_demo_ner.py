@@ -1,0 +1,34 @@
+"""The disease-name score: distinct names, exact, over all records; an error counts as nothing said."""
+
+import json
+
+import pytest
+
+from eval.experiments.demo_ner import score
+from model.support.cli import UserError
+
+
+def write(path, rows):
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return str(path)
+
+
+def asked(*names):
+    return [{"question": "Which?", "answers": [{"text": name} for name in names]}]
+
+
+def test_names_are_counted_once_a_record_and_exactly(tmp_path):
+    gold = [{"id": "a", "questions": asked("flu", "flu", "colon cancer")}, {"id": "b", "questions": asked()},
+            {"id": "c", "questions": asked("gout")}, {"id": "d", "questions": asked()}]  # fmt: skip
+    said = [{"id": "b", "answers": asked()}, {"id": "a", "answers": asked("flu", "Colon cancer")},
+            {"id": "c", "error": "too long"}, {"id": "d", "answers": asked("flu")}]  # fmt: skip
+    found = score(write(tmp_path / "gold", gold), write(tmp_path / "said", said))
+    assert (found["names"], found["said"], found["right"]) == (3, 3, 1)
+    assert found["precision"] == found["recall"] == found["f1"] == pytest.approx(100 / 3)
+    assert (found["empty"], found["empty_right"]) == (2, 1)
+
+
+def test_a_missing_record_is_no_score(tmp_path):
+    gold = write(tmp_path / "gold", [{"id": "a", "questions": asked("x")}])
+    with pytest.raises(UserError, match="'a'"):
+        score(gold, write(tmp_path / "said", [{"id": "b", "answers": asked()}]))

@@ -1,0 +1,87 @@
+"""Table 6: none and every retriever, absent weights said, an interrupted run continued, the guard kept."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers
+
+from eval.experiments.retrieval_table import Options, row, table, text
+from eval.questions import Question
+from lora import LoRAConfig, add_lora, save_adapter
+from model import ModelConfig, Transformer
+from model.support.cli import UserError
+
+SMALL = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
+         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+         "windows": (None,), "max_position_embeddings": 4096, "eos_token_id": (257,)}  # fmt: skip
+
+
+def model_folder(folder):
+    model = Transformer(ModelConfig(**SMALL)).init_weights(0)
+    model.save_pretrained(folder / "base")
+    add_lora(model, LoRAConfig(r=2, alpha=4.0, target_modules=("q_proj",)))
+    save_adapter(model, folder / "adapter")
+    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
+    fast = Fast(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
+    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    fast.add_special_tokens(["<s>", "</s>"])
+    fast.save(str(folder / "base" / "tokenizer.json"))
+    names = {"bos_token": "<s>", "eos_token": "</s>"}
+    (folder / "base" / "tokenizer_config.json").write_text(json.dumps(names))
+
+
+def notes(path, start, count):
+    sites = [("left breast", "C50.912"), ("colon", "C18.9")]
+    rows = [{"id": f"n{i}", "patient": f"p{i // 2}", "text": f"Mass of the {sites[i % 2][0]}, seen on day {i} by us.",
+             "phenotypes": {}, "diagnosis": {"text": f"Neoplasm of {sites[i % 2][0]}", "code": sites[i % 2][1]}}
+            for i in range(start, start + count)]  # fmt: skip
+    path.write_text("".join(json.dumps(one) + "\n" for one in rows))
+    return path
+
+
+@pytest.mark.slow
+def test_the_table_has_every_row_and_goes_on_where_it_stopped(tmp_path):
+    torch.manual_seed(0)
+    model_folder(tmp_path)
+    train, heldout = notes(tmp_path / "train.jsonl", 0, 12), notes(tmp_path / "heldout.jsonl", 11, 3)
+    options = Options(
+        weights=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), data=train, notes=heldout,
+        out=tmp_path / "out", encoders=tmp_path / "encoders", encoder_steps=0, limit=2, grounded=True,
+        max_new_diagnosis=4,
+    )  # fmt: skip
+    result = table(options)
+    assert [one["name"] for one in result["rows"]] == ["none", "BM25", "Contriever", "MedCPT", "SPECTER2", "SGPT"]
+    assert [one["diagnosis"] is None for one in result["rows"]] == [False, False, True, True, True, True]
+    assert all("weights not given: put " in one["note"] for one in result["rows"][2:])
+    assert result["rows"][1]["recall_at"]["10"] > 0 and 0 < result["rows"][1]["ndcg"] <= 1
+    assert json.loads((tmp_path / "out" / "result.json").read_text()) == result
+    assert "against none" in text(result)
+    patients = {f"n{i}": f"p{i // 2}" for i in range(14)}
+    for line in (tmp_path / "out" / "answers-bm25.jsonl").read_text().splitlines():
+        record = json.loads(line)
+        assert record["neighbours"] and patients[record["id"]] not in [patients[one] for one in record["neighbours"]]
+    before = (tmp_path / "out" / "answers-bm25.jsonl").stat().st_mtime_ns
+    (tmp_path / "out" / "result.json").unlink()
+    assert table(options) == result and (tmp_path / "out" / "answers-bm25.jsonl").stat().st_mtime_ns == before
+
+
+def test_a_rows_difference_is_the_paired_one():
+    none = [Question(f"r{i}", f"p{i}", "diagnosis", ("x (C1)",), ("y (C2)",)) for i in range(4)]
+    shown = [Question(f"r{i}", f"p{i}", "diagnosis", ("x (C1)",), ("x (C1)",) if i else ("y (C2)",)) for i in range(4)]
+    made = row(none, shown)
+    assert made["diagnosis"]["exact_match"]["f1"] == 75 and made["difference"]["better"] == 3
+    assert made["difference"]["difference"] == pytest.approx(made["diagnosis"]["average_f1"]["f1"])
+
+
+def test_mistakes_are_named(tmp_path):
+    (tmp_path / "n.jsonl").write_text(json.dumps({"id": "a", "text": "b", "phenotypes": {}}) + "\n")
+    paths = {"data": tmp_path / "n.jsonl", "notes": tmp_path / "n.jsonl", "out": tmp_path / "o"}
+    with pytest.raises(UserError, match="no note with a diagnosis"):
+        table(Options(weights="w", adapter="a", **paths))
+    with pytest.raises(UserError, match="--limit -1"):
+        Options(weights="w", adapter="a", limit=-1, **paths)
+    assert not (tmp_path / "o").exists()

@@ -1,0 +1,106 @@
+"""make tables: from a finished demo only, its programs understand what they are given, and its results are shown."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+import tyro
+
+from eval.experiments import programs as experiments
+from eval.experiments import retrieval_table
+from eval.experiments.demo import SCALES
+from eval.experiments.programs import PARTS
+from eval.experiments.steps import Run
+from eval.experiments.tables import SIZES, Demo, Options, described, finished_demo, main, steps
+from eval.report.build import render
+from eval.report.given import read_parts
+from eval.report.paper import PAPER
+from eval.report.screenshot import from_place
+from eval.robustness.run_canaries import Canaries
+from eval.robustness.run_labels import Labels
+from eval.robustness.run_misspelling import Misspelling
+from model.support.cli import UserError
+from model.support.files import write_json
+
+KINDS = {"labels": Labels, "misspelling": Misspelling, "canaries": Canaries}
+
+
+@pytest.mark.parametrize("scale", SIZES)
+def test_every_experiment_is_one_that_its_program_takes(scale, tmp_path):
+    demo = Demo(tmp_path / "demo", scale)
+    write_json(demo.folder / "dtype.json", "bfloat16")
+    dtype = "bfloat16" if scale == "full" else "float32"
+    seen = set()
+    out, ours = tmp_path / "tables", SCALES[scale]
+    demos = [("", experiments.misspelling(demo, out, (0.0, 0.1), ours.misspelling_notes)),
+             ("", experiments.retrieval(demo, out, ours.retrieval_notes))]  # fmt: skip
+    for _, (program, *arguments) in [*demos, *steps(demo, SIZES[scale], out)]:
+        if program == "eval.robustness":
+            kind = KINDS[arguments[0]]
+            options = tyro.cli(kind, args=arguments[1:], config=(tyro.conf.OmitArgPrefixes,))
+            assert Path(options.out).parent == tmp_path / "tables" and options.weights == demo.weights
+            assert getattr(options, "dtype", dtype) == dtype and getattr(options, "grounded", True)
+            seen.add(kind)
+        else:
+            assert program == "eval.experiments.retrieval_table"
+            near = tyro.cli(retrieval_table.Options, args=arguments, config=(tyro.conf.OmitArgPrefixes,))
+            assert near.grounded and near.dtype == dtype and near.out.parent == tmp_path / "tables"
+    assert seen == set(KINDS.values())
+    assert all(Path(demo.recipe(stage)).is_file() for stage in ("instruct", "pretrain"))
+
+
+def test_only_a_finished_demo_of_the_scale_will_do(tmp_path):
+    with pytest.raises(UserError, match="no finished demo; run make demo SCALE=tiny first"):
+        main(Options(scale="tiny", run=tmp_path, out=tmp_path / "out"))
+    (tmp_path / "report.html").touch()
+    write_json(tmp_path / "made-of.json", {"scale": "nano"})
+    with pytest.raises(UserError, match="a demo of scale 'nano', not 'tiny'"):
+        finished_demo(tmp_path, "tiny")
+    write_json(tmp_path / "made-of.json", {"scale": "tiny"})
+    with pytest.raises(UserError, match="base/model: missing"):
+        finished_demo(tmp_path, "tiny")
+    assert not (tmp_path / "out").exists()
+
+
+def test_the_demos_files_are_named_as_seen_from_the_tables(tmp_path):
+    demo = tmp_path / "demo"
+    write_json(demo / "run.json", {"systems": [{"name": "a", "kind": "model", "predictions": {"heldout": "p/a.jsonl"}}],
+                                   "references": {"heldout": "heldout.jsonl"}, "curves": {"tuned": "t/m.jsonl"},
+                                   "retrieval": "retrieval/result.json", "steps": {}, "seconds": 1.0,
+                                   "peak_mb": 2.0})  # fmt: skip
+    out = tmp_path / "tables"
+    given = described(Run(out, "tiny", {"s": {"seconds": 2.0, "peak_mb": 9.0}}), Demo(demo, "tiny"))
+    assert (out / given["systems"][0]["predictions"]["heldout"]).resolve() == (demo / "p/a.jsonl").resolve()
+    assert {key: given[key] for key in PARTS} == {key: f"{folder}/result.json" for key, folder in PARTS.items()}
+    assert given["seconds"] == 3 and given["peak_mb"] == 9 and "quirks" not in given
+    write_json(tmp_path / "quirks" / "quirks.json", {})
+    given = described(Run(out, "tiny", {"s": {"seconds": 2.0, "peak_mb": 9.0}}), Demo(demo, "tiny"))
+    assert (out / given["quirks"]).resolve() == tmp_path / "quirks" / "quirks.json"
+
+
+def test_the_report_shows_and_plots_every_result(tmp_path, parts):
+    for key, part in parts.items():
+        write_json(tmp_path / f"{key}.json", part)
+    read = read_parts(tmp_path, {key: f"{key}.json" for key in parts})
+    assert read == json.loads(json.dumps(parts))
+    assert read_parts(tmp_path, {}) == dict.fromkeys(parts)
+    empty = {"title": "held out", "notes": 0, "patients": 0, "systems": [], "paired": []}
+    bare = {"sets": {"heldout": empty}, "curves": {}, "examples": [], "ledger": [], "paper": PAPER, "title": "T",
+            "seconds": None, "bits_per_byte": None}  # fmt: skip
+    page = render({**bare, **read})
+    assert page.count("<svg") == 6 and "Not part of this run" not in page
+    for said in ("40 of 400", "regained by repair", "2 of them were wrong", "1 of 1", "<td>0.123</td>", "25.0"):
+        assert said in page
+    assert "weights not given" in page and "0 (never planted)" in page
+    assert render({**bare, **dict.fromkeys(parts)}).count("Not part of this run") == 4
+    assert '<h2 id="t4"' in from_place(page, "t4") and '<h2 id="t3"' not in from_place(page, "t4")
+    with pytest.raises(UserError, match="did you mean 't4'"):
+        from_place(page, "t44")
+
+
+def test_sizes_hold_the_clean_rate_that_the_others_are_compared_with():
+    for sizes in SIZES.values():
+        assert 0.0 in sizes.label_rates and sizes.filter_rate in sizes.label_rates and 0.0 in sizes.misspelling_rates
+        assert 0 in sizes.canary_counts and max(sizes.canary_counts) <= sizes.canary_records

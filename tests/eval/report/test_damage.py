@@ -1,0 +1,137 @@
+"""Curves of F1 against damage: the same questions at every rate, slopes and recoveries with their intervals."""
+
+from __future__ import annotations
+
+import math
+
+import pytest
+
+from eval.experiments.steps import begin
+from eval.metrics.statistics import slope
+from eval.questions import Question
+from eval.robustness.filtering import ranking
+from eval.robustness.measure import average_f1, curve, recovery, text_table
+from eval.robustness.run_canaries import Canaries, run_canaries
+from eval.robustness.run_labels import Labels, auc, run_labels
+from eval.robustness.run_misspelling import Misspelling, run_misspelling
+from model.support.cli import UserError
+from model.support.files import write_jsonl
+
+
+def asked(right: int, of: int = 20) -> list[Question]:
+    """Twenty patients with a size and a diagnosis each; the first `right` are answered."""
+    made = []
+    for i in range(of):
+        said = ("2.5 cm",) if i < right else ("nowhere",)
+        made.append(Question(f"n{i}", f"p{i}", "tumor_size", ("2.5 cm",), said))
+        made.append(Question(f"n{i}", f"p{i}", "diagnosis", ("lung cancer",), ("lung cancer",)))
+        made.append(Question(f"n{i}", f"p{i}", "cancer_grade", (), ()))
+    return made
+
+
+def test_a_curve_holds_every_rates_figures_and_its_slope():
+    part = curve({"plain": {0.0: asked(20), 0.1: asked(15), 0.2: asked(10)}, "mended": {0.1: asked(18)}})
+    plain = part["series"]["plain"]
+    assert part["rates"] == plain["rates"] == [0.0, 0.1, 0.2] and part["series"]["mended"]["rates"] == [0.1]
+    assert [row["exact_match"]["f1"] for row in plain["phenotype"]] == [100, 75, 50]
+    assert plain["slope"]["phenotype"]["slope"] == pytest.approx(-25)  # points for ten points of rate
+    assert plain["slope"]["phenotype"]["low"] < -25 < plain["slope"]["phenotype"]["high"] < 0
+    assert plain["slope"]["diagnosis"]["slope"] == pytest.approx(0)
+    assert plain["phenotype, unanswerable"][0]["n"] == 20
+    assert "  10%   75.0" in text_table(part)
+
+
+def test_recovery_is_the_share_of_what_was_lost():
+    found = recovery(asked(20), asked(10), asked(16))
+    one = found["phenotype"]
+    assert [one[key] for key in ("lost", "regained", "share")] == pytest.approx([50, 30, 0.6])
+    assert one["low"] > 0 and one["p"] < 0.05
+    assert found["diagnosis"]["lost"] == 0 and found["diagnosis"]["share"] is None
+
+
+def test_the_average_is_the_papers_mean_of_three():
+    assert average_f1(Question("n", "p", "tumor_site", ("left lobe",), ("left lobe",))) == 100
+    half = average_f1(Question("n", "p", "tumor_site", ("left upper lobe",), ("left lobe",)))
+    assert 0 < half < 100
+
+
+def test_a_slope_of_one_patient_repeated_is_that_of_its_means():
+    values = [[100, 0, 50], [50, 0, 40], [0, 0, 30]]
+    found = slope([0, 1, 2], values, ["a", "b", "c"])
+    assert math.isclose(found["slope"], -20) and found["low"] < -20 < found["high"]
+    assert found == slope([0, 1, 2], values, ["a", "b", "c"])
+
+
+def test_loss_ranks_records_and_auc_is_the_chance_of_a_right_order():
+    losses = {"a": 1.0, "b": 3.0, "c": 2.0, "d": 3.0}
+    assert ranking(losses) == ["b", "d", "c", "a"]
+    assert auc(losses, {"b", "d"}) == 1 and auc(losses, {"a"}) == 0 and auc(losses, {"b"}) == pytest.approx(5 / 6)
+    assert auc(losses, set()) is None
+
+
+def test_steps_go_on_where_they_stopped_and_other_options_begin_anew(tmp_path):
+    done = []
+
+    def broken():
+        raise RuntimeError
+
+    run = begin(tmp_path / "run", {"scale": "tiny", "n": 1})
+    run.step("first", lambda: done.append(1))
+    with pytest.raises(RuntimeError):
+        run.step("second", broken)
+    again = begin(tmp_path / "run", {"scale": "tiny", "n": 1})
+    again.step("first", lambda: done.append("twice"))
+    again.step("second", lambda: done.append(2))
+    assert done == [1, 2] and again.took() >= 0 and again.scale == "tiny"
+    (tmp_path / "run" / "old").touch()
+    begin(tmp_path / "run", {"scale": "tiny", "n": 2}).step("first", lambda: done.append(3))
+    assert done == [1, 2, 3] and not (tmp_path / "run" / "old").exists()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "thesis.tex").touch()
+    with pytest.raises(UserError, match="no run of steps"):
+        begin(tmp_path / "other", {})
+    assert (tmp_path / "other" / "thesis.tex").exists()
+
+
+def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
+    write_jsonl(tmp_path / "bare.jsonl", [{"id": "a", "text": "t"}])
+    base = {"weights": "w", "notes": tmp_path / "bare.jsonl", "out": tmp_path / "out"}
+    with pytest.raises(UserError, match="must be among --rates"):
+        Labels(recipe="r", data=tmp_path / "bare.jsonl", filter_rate=0.25, **base)
+    with pytest.raises(UserError, match="between 0 and 1"):
+        Labels(recipe="r", data=tmp_path / "bare.jsonl", rates=(0.0, 1.5), **base)
+    with pytest.raises(UserError, match="same whole percent"):  # they would share one adapter
+        Labels(recipe="r", data=tmp_path / "bare.jsonl", rates=(0.0, 0.301, 0.3), **base)
+    with pytest.raises(UserError, match="same tenth of a percent"):
+        Misspelling(lexicon=tmp_path / "bare.jsonl", rates=(0.0, 0.1, 0.1001), **base)
+    for wrong in ({"phenotypes": {"tumor_size": "2 cm"}}, {"phenotypes": {"tumor_size": ["2 cm"]}}, {"phenotypes": []},
+                  {"phenotypes": {}, "diagnosis": "C61"}):  # fmt: skip
+        write_jsonl(tmp_path / "short.jsonl", [{"id": "a", "text": "t", **wrong}])
+        with pytest.raises(UserError, match="short.jsonl:1: the answers are not"):
+            run_labels(Labels(recipe="r", data=tmp_path / "short.jsonl", filter_rate=0, **base))
+    with pytest.raises(UserError, match="0 among them"):
+        Misspelling(lexicon=tmp_path / "bare.jsonl", rates=(0.1,), **base)
+    with pytest.raises(UserError, match="lacks the field 'phenotypes'"):
+        run_labels(Labels(recipe="r", data=tmp_path / "bare.jsonl", **base))
+    with pytest.raises(UserError, match="give annotated notes"):
+        run_misspelling(Misspelling(lexicon=tmp_path / "bare.jsonl", **base))
+    full = {"id": "a", "text": "t", "phenotypes": {"tumor_size": [{"text": "t"}]}}
+    write_jsonl(tmp_path / "full.jsonl", [full, {**full, "id": "b"}, {**full, "id": "c"}])
+    given = {**base, "data": tmp_path / "full.jsonl"}
+    with pytest.raises(UserError, match="bare.jsonl:1: no 'phenotypes'"):  # the test notes, before any tuning
+        run_labels(Labels(recipe="r", **given))
+    for run, options in ((run_labels, Labels(recipe="r.toml", **{**given, "notes": tmp_path / "full.jsonl"})),
+                         (run_canaries, Canaries("w", "r.toml", tmp_path / "full.jsonl", tmp_path / "out"))):
+        with pytest.raises(UserError, match="^r.toml: no such file; give a recipe"):
+            run(options)
+    write_jsonl(tmp_path / "lexicon.jsonl", [{"id": "a", "text": "t"}, {"id": "b", "text": 5}])
+    with pytest.raises(UserError, match="lexicon.jsonl:2: 'text' is not text"):  # before the plain answers
+        run_misspelling(Misspelling(lexicon=tmp_path / "lexicon.jsonl", **{**base, "notes": tmp_path / "full.jsonl"}))
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "file"])
+def test_a_place_that_cannot_hold_a_run_is_named(tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write \S+/steps.json: .*; choose another place"):
+        begin(tmp_path / out, {})

@@ -1,0 +1,126 @@
+"""Canaries stand where they were planted, deduplication leaves one of each, and exposure is Carlini's."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections import Counter
+
+import pytest
+import torch
+from tokenizers import Tokenizer as Fast
+from tokenizers import decoders, models, pre_tokenizers
+
+from eval.robustness.canaries import (
+    REFERENCES,
+    Canary,
+    deduplicate,
+    exposure,
+    make_canaries,
+    measure,
+    plant,
+    surprise,
+)
+from eval.robustness.run_canaries import Canaries, by_count, run_canaries
+from model import ModelConfig, Tokenizer, Transformer
+from model.support.cli import UserError
+from model.support.files import write_json, write_jsonl
+
+NOTES = [{"id": f"n{i}", "text": f"Note {i} of the clinic.\nA tumor of {i}.5 cm was seen today.\nSeen with nobody."}
+         for i in range(30)]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def tiny(tmp_path_factory):
+    """(model, tokenizer) over bytes, with weights large enough that texts differ."""
+    folder = tmp_path_factory.mktemp("tiny")
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    built = Fast(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
+    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
+    built.add_special_tokens(["</s>"])
+    built.save(str(folder / "tokenizer.json"))
+    write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
+    config = ModelConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
+                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4,
+                         windows=(None, None), max_position_embeddings=2048, eos_token_id=(256,))  # fmt: skip
+    model = Transformer(config).init_weights(0).double().requires_grad_(False)
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            parameter.mul_(8)
+    return model.eval(), Tokenizer.from_pretrained(folder)
+
+
+def test_a_canary_stands_in_as_many_notes_as_it_should_and_once_after_deduplication():
+    canaries = make_canaries((0, 1, 5, 20), each=3)
+    assert len({canary.name for canary in canaries}) == 12
+    planted = plant(NOTES, canaries)
+    held = Counter({c.name: sum(c.line() in note["text"].split("\n") for note in planted) for c in canaries})
+    assert all(held[canary.name] == canary.count for canary in canaries)
+    assert all(note["text"].endswith(old["text"]) for note, old in zip(planted, NOTES, strict=True))
+    single, dropped = deduplicate(planted)
+    left = "\n".join(note["text"] for note in single)
+    assert all(left.count(canary.line()) == min(canary.count, 1) for canary in canaries)
+    assert dropped == 3 * (4 + 19) and left.count("Seen with nobody.") == 30  # short lines stay
+    with pytest.raises(ValueError, match="31 notes, and there are 30"):
+        plant(NOTES, [Canary("A B", "1234567", 31)])
+
+
+def test_surprise_is_each_texts_own_loss_less_what_all_share(tiny):
+    model, tokenizer = tiny
+    texts = [f"Patient: A B. Record number: {number}." for number in ("1234567", "7654321", "12", "9876543")] * 20
+    found = surprise(model, tokenizer, texts)
+    shared = len("Patient: A B. Record number: ")
+    for text, nats in zip(texts, found, strict=True):
+        ids = torch.tensor([tokenizer.encode(text, bos=True)])
+        logp_TV = model(ids)[0].log_softmax(-1)
+        alone = [-float(logp_TV[i, ids[0, i + 1]]) for i in range(shared - 1, ids.shape[1] - 1)]
+        assert math.isclose(nats, sum(alone), rel_tol=1e-10)
+
+
+def test_exposure_is_highest_for_the_likeliest_and_a_number_never_seen_has_little(tiny):
+    assert exposure(1, 256) == 8 and exposure(256, 256) == 0 and exposure(3, 256) == pytest.approx(6.415, abs=1e-3)
+    model, tokenizer = tiny
+    found = measure(model, tokenizer, make_canaries((0,), each=12))
+    mean = sum(one["exposure"] for one in found) / 12
+    assert 0.5 < mean < 3 and not any(one["extracted"] for one in found)  # 1.44 by chance
+    assert all(1 <= one["rank"] <= REFERENCES + 1 for one in found)
+
+
+def test_a_model_that_was_trained_on_a_number_gives_it_away(tiny):
+    """Full training on one line: exposure at its highest, and greedy decoding writes the number."""
+    _, tokenizer = tiny
+    canary, control = make_canaries((1, 0), each=1)
+    torch.manual_seed(0)
+    model = Transformer(tiny[0].config).init_weights(0)
+    ids = torch.tensor([tokenizer.encode(canary.line(), bos=True)])
+    optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
+    for _ in range(150):
+        optimizer.zero_grad()
+        torch.nn.functional.cross_entropy(model(ids)[0, :-1], ids[0, 1:]).backward()
+        optimizer.step()
+    known, unknown = measure(model.requires_grad_(False).eval(), tokenizer, [canary, control])
+    assert known["rank"] == 1 and known["extracted"] and not unknown["extracted"]
+
+
+def test_counts_are_reported_with_intervals_over_canaries():
+    rows = by_count([{"name": f"c{i}", "count": i // 4, "rank": 1, "exposure": 8.0 * (i // 4), "extracted": i > 5}
+                     for i in range(8)])  # fmt: skip
+    assert [row["exposure"] for row in rows] == [0, 8] and [row["extracted"] for row in rows] == [0, 2]
+    assert rows[0]["low"] == 0 < rows[0]["high"] and rows[1]["low"] < 8 == rows[1]["high"]
+
+
+def test_mistakes_are_one_line(tmp_path):
+    write_jsonl(tmp_path / "few.jsonl", NOTES[:4])
+    recipe = "train/recipes/tiny-pretrain.toml"
+    with pytest.raises(UserError, match="r: no such file; give a recipe"):
+        run_canaries(Canaries(weights="w", recipe="r", data=tmp_path / "few.jsonl", out=tmp_path / "out"))
+    with pytest.raises(UserError, match="4 notes cannot hold a canary 16 times"):
+        run_canaries(Canaries(weights="w", recipe=recipe, data=tmp_path / "few.jsonl", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    write_jsonl(tmp_path / "odd.jsonl", [{"id": "a", "text": 5}])
+    with pytest.raises(UserError, match="odd.jsonl:1: 'text' is not text"):
+        run_canaries(Canaries(weights="w", recipe=recipe, data=tmp_path / "odd.jsonl", out=tmp_path / "out"))
+    assert not (tmp_path / "out").exists()
+    with pytest.raises(UserError, match="different numbers"):
+        Canaries(weights="w", recipe="r", data=tmp_path, out=tmp_path, counts=(4, 4))
+    assert json.loads((tmp_path / "few.jsonl").read_text().splitlines()[0])["id"] == "n0"

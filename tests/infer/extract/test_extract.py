@@ -1,0 +1,417 @@
+"""The product: order, places, bad notes, resuming after a kill to the same bytes, ranks, windows, others' files."""
+
+import contextlib
+import gc
+import io
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import tracemalloc
+from pathlib import Path
+
+import jsonschema
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+from tqdm import tqdm
+
+from infer import tasks
+from infer.engine.load import load
+from infer.extract.answers import place
+from infer.extract.job import END, Job, batches, stamp
+from infer.extract.notes import Note
+from infer.extract.program import Options, main
+from lora import LoRAConfig, add_lora, save_adapter
+from model.support.cli import UserError
+
+SMALL = {"max_new_tokens": 6, "max_new_diagnosis": 9, "batch": 3}
+
+
+def write_notes(path: Path, count: int = 8) -> Path:
+    lines = [
+        {"id": f"n{i}", "text": f"Tumor {i}.5 cm of the left breast" + " and more" * (i % 3)} for i in range(count)
+    ]
+    path.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    return path
+
+
+def records(path: Path) -> list[dict]:
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def extract(weights, notes, out, **options) -> int:
+    return main(Options(weights=str(weights), notes=notes, out=out, form="template", **{**SMALL, **options}))
+
+
+def test_one_record_a_note_in_order(weights, tmp_path):
+    assert extract(weights, write_notes(tmp_path / "n.jsonl"), tmp_path / "o.jsonl") == 0
+    found = records(tmp_path / "o.jsonl")
+    assert [r["id"] for r in found] == [f"n{i}" for i in range(8)]
+    for record in found:
+        assert list(record["phenotypes"]) == list(tasks.PHENOTYPES)
+        assert record["tokens"]["new"] > 0 and {"text", "codes", "logprob"} <= record["diagnosis"].keys()
+
+
+def closed(schema):
+    """The schema with no other keys than it names, so that what it leaves unsaid fails."""
+    if isinstance(schema, dict):
+        schema = {key: closed(part) for key, part in schema.items()}
+        return {**schema, "additionalProperties": False} if isinstance(schema.get("properties"), dict) else schema
+    return [closed(part) for part in schema] if isinstance(schema, list) else schema
+
+
+@pytest.mark.parametrize("long", ["error", "truncate", "windows"])
+def test_every_kind_of_record_is_what_the_schema_says(weights, tmp_path, long):
+    """Answered, own questions, too long, wrong; with --repair. Of a finished job too, whose schema was removed."""
+    lines = [{"id": "plain", "text": "tumor of the LUL"}, {"id": "wrong", "text": 5},
+             {"id": "own", "text": "a tumor", "questions": [{"question": "Which?"}, {"question": "Where?"}]},
+             {"id": "long", "text": "tumor of the breast " * 30}]  # fmt: skip
+    (tmp_path / "n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
+    options = {"max_input_tokens": 300, "long": long, "repair": write_notes(tmp_path / "lexicon.jsonl", 3)}
+    extract(weights, tmp_path / "n.jsonl", tmp_path / "o.jsonl", **options)
+    (tmp_path / "o.jsonl.schema.json").unlink()
+    extract(weights, tmp_path / "n.jsonl", tmp_path / "o.jsonl", **options)
+    schema = json.loads((tmp_path / "o.jsonl.schema.json").read_text())
+    jsonschema.Draft202012Validator.check_schema(schema)
+    plain, wrong, own, last = found = records(tmp_path / "o.jsonl")
+    for record in found:
+        jsonschema.validate(record, closed(schema))
+    assert plain.keys() >= {"phenotypes", "diagnosis", "tokens", "repairs"}
+    assert own["answers"][1]["question"] == "Where?"
+    assert "error" in wrong and ("error" in last) == (long == "error") == ("long" not in last)
+    if long != "error":
+        assert last["long"]["did"] == long
+    own["answers"][0].pop("question")
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(own, schema)
+
+
+def test_the_batch_does_not_change_answers(weights, tmp_path):
+    notes = write_notes(tmp_path / "n.jsonl")
+    extract(weights, notes, tmp_path / "a.jsonl", batch=1, dtype="float64")
+    extract(weights, notes, tmp_path / "b.jsonl", batch=8, dtype="float64")
+    assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
+
+
+def test_bad_notes_do_not_end_the_job(weights, tmp_path, capsys):
+    notes = tmp_path / "n.jsonl"
+    lines = [b'{"id": "good", "text": "a tumor"}', b'{"id": "empty", "text": "  "}', b'{"id": "number", "text": 5}',
+             b"not json", b"[1]", b'{"id": "none"}', b"\xff\xfe", b'{"id": "half", "text": "\\ud800"}',
+             json.dumps({"id": "long", "text": "word " * 400}).encode(), b'{"id": 7, "text": "last"}']  # fmt: skip
+    notes.write_bytes(b"\n".join(lines))
+    assert extract(weights, notes, tmp_path / "o.jsonl", max_input_tokens=300) == 1
+    found = records(tmp_path / "o.jsonl")
+    assert [("error" in r, r["id"]) for r in found] == [
+        (False, "good"), (True, "empty"), (True, "number"), (True, "line 4"), (True, "line 5"), (True, "none"),
+        (True, "line 7"), (True, "half"), (True, "long"), (False, "7"),
+    ]  # fmt: skip
+    assert "too long" in found[8]["error"] and "word word" not in found[8]["error"]
+    assert f"{tmp_path / 'o.jsonl'}: 10 notes, 8 with an error, " in capsys.readouterr().out.splitlines()[-1]
+    assert extract(weights, notes, tmp_path / "o.jsonl", max_input_tokens=300, json=True) == 1
+    said = json.loads(capsys.readouterr().out.splitlines()[-1])
+    assert (said["notes"], said["errors"], said["out"]) == (10, 8, str(tmp_path / "o.jsonl")) and said["seconds"] >= 0
+
+
+def test_a_job_that_goes_on_counts_what_was_answered_and_not_into_its_rate(weights, tmp_path, monkeypatch):
+    """tqdm's rate is of what comes after `initial`."""
+    bars = []
+
+    class Bar(tqdm):
+        def __init__(self, **shown):
+            super().__init__(**{**shown, "disable": False, "file": io.StringIO()})
+            bars.append(self)
+
+    monkeypatch.setattr("infer.extract.program.tqdm", Bar)
+    notes, out = write_notes(tmp_path / "n.jsonl"), tmp_path / "o.jsonl"
+    extract(weights, notes, out)
+    whole = out.read_bytes()
+    out.unlink()
+    (tmp_path / "o.jsonl.part").write_bytes(b"".join(whole.splitlines(keepends=True)[:7]))  # two batches and a note
+    extract(weights, notes, out)
+    assert out.read_bytes() == whole
+    assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 8, 8), (6, 8, 8)]
+
+
+def test_a_folder_of_texts(weights, tmp_path):
+    folder = tmp_path / "notes"
+    folder.mkdir()
+    for name in ("b", "a"):
+        (folder / f"{name}.txt").write_text(f"note {name}")
+    assert extract(weights, folder, tmp_path / "o.jsonl", task="diagnosis") == 0
+    assert [r["id"] for r in records(tmp_path / "o.jsonl")] == ["a", "b"]
+
+
+def test_own_questions(weights, tmp_path):
+    notes = tmp_path / "n.jsonl"
+    asked = [{"question": "Which disease?"}, {"question": "Which gene?"}]
+    notes.write_text(json.dumps({"id": "x", "text": "A text.", "questions": asked}) + "\n")
+    extract(weights, notes, tmp_path / "o.jsonl")
+    (record,) = records(tmp_path / "o.jsonl")
+    assert [a["question"] for a in record["answers"]] == ["Which disease?", "Which gene?"]
+
+
+@pytest.mark.parametrize("long", ["truncate", "windows"])
+def test_long_notes_say_what_was_done(weights, tmp_path, long):
+    notes = tmp_path / "n.jsonl"
+    notes.write_text(json.dumps({"id": "x", "text": "tumor of the breast " * 60}) + "\n")
+    assert extract(weights, notes, tmp_path / "o.jsonl", max_input_tokens=300, long=long) == 0
+    (record,) = records(tmp_path / "o.jsonl")
+    assert record["long"]["did"] == long and record["long"]["tokens"] > 300
+    if long == "windows":
+        assert record["long"]["windows"] >= 4
+
+
+def command(weights, notes, out) -> list[str]:
+    return [sys.executable, "-m", "infer.extract", "--weights", str(weights), "--notes", str(notes), "--out", str(out),
+            "--form", "template", "--max-new-tokens", "6", "--max-new-diagnosis", "9", "--batch", "2"]  # fmt: skip
+
+
+@pytest.mark.slow
+def test_killed_and_continued_gives_the_same_bytes(weights, tmp_path):
+    notes = write_notes(tmp_path / "n.jsonl", 60)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    subprocess.run(command(weights, notes, tmp_path / "whole.jsonl"), check=True, env=env, capture_output=True)
+    out, part = tmp_path / "cut.jsonl", tmp_path / "cut.jsonl.part"
+    kills = 0
+    for lines in (4, 20):
+        process = subprocess.Popen(command(weights, notes, out), env=env, stderr=subprocess.DEVNULL)
+        while process.poll() is None:
+            if part.exists() and part.read_bytes().count(b"\n") >= lines:
+                process.send_signal(signal.SIGKILL)
+                process.wait()
+                kills += 1
+            time.sleep(0)
+        if part.exists():
+            with open(part, "ab") as torn:
+                torn.write(b'{"id": "half a rec')
+    assert kills == 2 and not out.exists()
+    subprocess.run(command(weights, notes, out), check=True, env=env, capture_output=True)
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    assert not part.exists()
+
+
+def kill_all(word: str) -> int:
+    """SIGKILL every process that has `word` on its command line: torchrun and its ranks."""
+    found = [
+        int(file.parent.name) for file in Path("/proc").glob("[0-9]*/cmdline")
+        if file.exists() and word.encode() in file.read_bytes()
+    ]  # fmt: skip
+    for pid in found:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    return len(found)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds torchrun's ranks in /proc")
+def test_two_ranks_killed_and_continued_give_the_bytes_of_one(weights, tmp_path):
+    notes = write_notes(tmp_path / "n.jsonl", 101)
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    one = command(weights, notes, tmp_path / "one.jsonl")
+    subprocess.run(one, check=True, env=env, capture_output=True)
+    out = tmp_path / "two.jsonl"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    launch += command(weights, notes, out)[1:]
+    process, killed = subprocess.Popen(launch, env=env, stderr=subprocess.DEVNULL), 0
+    while process.poll() is None:
+        if sum(part.read_bytes().count(b"\n") for part in tmp_path.glob("two.jsonl.*.part")) >= 4:
+            killed += kill_all(str(out))
+        time.sleep(0)
+    parts = list(tmp_path.glob("two.jsonl.*.part"))
+    assert killed >= 3 and parts and not out.exists()
+    with open(parts[0], "ab") as torn:
+        torn.write(b'{"id": "half a rec')
+    done = subprocess.run(launch, env=env, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
+    assert not list(tmp_path.glob("*.part"))
+
+
+def test_another_job_s_output_is_left_alone(weights, tmp_path):
+    notes, out = write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    out.write_text("mine\n")
+    with pytest.raises(UserError, match="no job's of ours"):
+        extract(weights, notes, out)
+    assert out.read_text() == "mine\n"
+    out.unlink()
+    extract(weights, notes, out)
+    before = out.read_bytes()
+    assert extract(weights, notes, out) == 0  # finished already
+    schema = tmp_path / "o.jsonl.schema.json"
+    schema.write_text('{"title": "of an older version"}')
+    assert extract(weights, notes, out) == 0
+    assert set(records(out)[0]) <= set(json.loads(schema.read_text())["properties"])
+    with pytest.raises(UserError, match="another job"):
+        extract(weights, notes, out, max_new_tokens=7)
+    write_notes(notes, 3)
+    with pytest.raises(UserError, match="another job"):
+        extract(weights, notes, out)
+    assert out.read_bytes() == before
+
+
+def test_weights_that_were_trained_anew_are_another_job(weights, tmp_path):
+    """The same folder and files of the same sizes: their tensors tell, though only their two ends are read."""
+    folder, notes, out = tmp_path / "adapter", write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    for seed in (1, 2):
+        model, _ = load(weights)
+        save_adapter(add_lora(model, LoRAConfig(r=2, alpha=4), seed=seed), folder)
+        if seed == 1:
+            extract(weights, notes, out, adapter=(str(folder),))
+            assert extract(weights, notes, out, adapter=(str(folder),)) == 0
+    with pytest.raises(UserError, match=r"another job \(other adapter\)"):
+        extract(weights, notes, out, adapter=(str(folder),))
+    (tmp_path / "f").write_bytes(bytes(3 * END))
+    before = stamp(tmp_path / "f")
+    for byte in (0, END - 1, 2 * END, 3 * END - 1):
+        (tmp_path / "f").write_bytes(bytes(byte) + b"1" + bytes(3 * END - byte - 1))
+        assert stamp(tmp_path / "f") != before
+
+
+def test_ranks_merge_with_none_missing(tmp_path):
+    ranks = [Job(tmp_path / "o.jsonl", {}, rank, 3) for rank in range(3)]
+    ranks[0].append([{"id": "a"}, {"id": "b"}])
+    ranks[1].append([{"id": "c"}])
+    with pytest.raises(UserError, match=r"o.jsonl.2.part: not there; every rank must write into the same folder"):
+        ranks[0].finish([2, 1])
+    ranks[2].append([])  # three ranks and two batches
+    assert ranks[0].finish([2, 1]) == (3, 0)
+    assert [record["id"] for record in records(tmp_path / "o.jsonl")] == ["a", "b", "c"]
+
+
+@pytest.mark.slow
+def test_more_ranks_than_batches(weights, tmp_path):
+    notes, out = write_notes(tmp_path / "n.jsonl", 1), tmp_path / "o.jsonl"
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run([*launch, *command(weights, notes, out)[1:]], capture_output=True, text=True,
+                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert [record["id"] for record in records(out)] == ["n0"]
+
+
+def test_a_job_that_never_started_is_in_nobody_s_way(weights, tmp_path):
+    notes, out = write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    with pytest.raises(UserError):
+        extract(weights, notes, out, adapter=(str(tmp_path),))  # a folder without an adapter
+    assert extract(weights, notes, out) == 0
+
+
+def test_a_job_that_has_begun_has_its_schema(weights, tmp_path):
+    """Whoever reads what a killed job has answered so far can look up there what it means."""
+    notes, out = write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    with pytest.raises(UserError, match="no adapter_config.json"):
+        extract(weights, notes, out, adapter=(str(tmp_path),))
+    assert "phenotypes" in json.loads((tmp_path / "o.jsonl.schema.json").read_text())["properties"]
+
+
+def test_a_neighbour_s_parts_are_its_own(tmp_path):
+    """Outputs beside one another: o3 is not o32, and parts are parts with any number of ranks."""
+    for name in ("o32.part", "o3.x.part", "o3part", "xo3.part", ".o3.tmp.part"):
+        (tmp_path / name).write_text("theirs\n")
+    before = sorted(tmp_path.iterdir())
+    assert not Job(tmp_path / "o3", {}).claim()
+    (tmp_path / "o3.job.json").unlink()
+    for name in ("o3.part", "o3.0.part", "o3.12.part", "o3.merged.part"):
+        (tmp_path / name).write_text("theirs\n")
+        with pytest.raises(UserError, match="no job's of ours"):
+            Job(tmp_path / "o3", {}).claim()
+        (tmp_path / name).unlink()
+    assert sorted(tmp_path.iterdir()) == before
+
+
+def test_what_a_kill_at_the_very_end_left_is_cleared_when_the_job_is_called_again(tmp_path):
+    ranks = [Job(tmp_path / "o.jsonl", {}, rank, 2) for rank in range(2)]
+    assert not ranks[0].claim()
+    for rank in ranks:
+        rank.append([{"id": "a"}])
+    left = {rank.part: rank.part.read_bytes() for rank in ranks}
+    ranks[0].finish([1, 1])
+    for part, data in left.items():
+        part.write_bytes(data)
+    assert ranks[1].claim() and all(part.exists() for part in left)  # the first alone takes away
+    assert ranks[0].claim() and not list(tmp_path.glob("*.part"))
+    assert [record["id"] for record in records(tmp_path / "o.jsonl")] == ["a", "a"]
+
+
+def test_nothing_to_read(weights, tmp_path):
+    (tmp_path / "empty.jsonl").write_text("\n")
+    (tmp_path / "folder").mkdir()
+    for notes in (tmp_path / "missing.jsonl", tmp_path / "empty.jsonl", tmp_path / "folder"):
+        with pytest.raises(UserError):
+            extract(weights, notes, tmp_path / "o.jsonl")
+    assert not list(tmp_path.glob("o.jsonl*"))
+
+
+def test_places():
+    note = "A 2.5\ncm tumor; Grade 2. Breasts and breast"
+    assert place("2.5 cm", note) == (2, 8)
+    assert place("grade 2", note) == (16, 23)
+    assert note[slice(*place("breast", note))] == "breast" and place("breast", note)[0] == note.rindex("breast")
+    for value in ("absent", "5 cm", "east", "breas", "ade 2", ""):  # "5 cm" is not what the note says
+        assert place(value, note) == (None, None)
+    assert note[: place("2", note)[0]].endswith("Grade ")
+
+
+@given(st.text("25. cmC\n", max_size=12), st.text("25. cmC\n", min_size=1, max_size=5).filter(str.strip))
+def test_what_has_a_place_is_what_the_score_finds_in_the_note(note, value):
+    start, end = place(value, note)
+    assert (start is not None) == tasks.stands(value, note)
+    assert start is None or " ".join(note[start:end].split()).lower() == " ".join(value.split()).lower()
+
+
+@given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 5), st.integers(1, 80))
+def test_batches_hold_every_note_once(lengths, most, letters):
+    notes = [Note(str(i), "x" * n) for i, n in enumerate(lengths)]
+    found = list(batches(notes, most, letters))
+    assert [n for batch in found for n in batch] == notes
+    assert all(len(b) <= most and (len(b) == 1 or sum(len(n.text) for n in b) <= letters) for b in found)
+
+
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=6), st.integers(0, 200))
+def test_resuming_cuts_to_a_batch_wherever_the_kill_fell(tmp_path_factory, sizes, cut):
+    job = Job(tmp_path_factory.mktemp("job") / "o.jsonl", {})
+    ends = [0]
+    for number, size in enumerate(sizes):
+        job.append([{"id": f"{number}-{i}"} for i in range(size)])
+        ends.append(job.part.stat().st_size)
+    with open(job.part, "r+b") as data:
+        data.truncate(min(cut, ends[-1]))
+    done = job.resume(sizes)
+    assert job.part.stat().st_size == ends[done] and done == sum(end <= cut for end in ends) - 1
+
+
+class Bar(tqdm):
+    """The job's bar; from its start on, memory's peak is the notes' and not the loading's."""
+
+    def __init__(self, **shown):
+        tracemalloc.reset_peak()
+        super().__init__(**shown)
+
+
+def peak_of(weights, folder: Path, count: int, answered: bool) -> int:
+    """Bytes of Python's objects at most while `count` notes are read: of 20,000 letters, too long, or answered."""
+    folder.mkdir()
+    with open(folder / "n.jsonl", "w") as out:
+        for n in range(count):
+            note = {"id": f"n{n}", "text": f"{n} tumor " * (3 if answered else 2000), "questions": [{"question": "?"}]}
+            out.write(json.dumps(note) + "\n")
+    gc.collect()
+    tracemalloc.start()
+    try:
+        assert extract(weights, folder / "n.jsonl", folder / "o.jsonl", max_new_tokens=2) == (not answered)
+        return tracemalloc.get_traced_memory()[1]
+    finally:
+        tracemalloc.stop()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("answered", "few", "more"), [(False, 30, 180_000), (True, 60, 27_000)])
+def test_a_job_holds_a_batch_of_notes_and_not_all(weights, tmp_path, monkeypatch, answered, few, more):
+    """Four times the notes. Of long ones, 1.8 MB more text: less than a tenth of it more memory. Of answered ones less
+    than 150 bytes a note, where a record or a prompt takes several times that. (20,000 notes: eval.bench job.)"""
+    monkeypatch.setattr("infer.extract.program.tqdm", Bar)
+    peak_of(weights, tmp_path / "warm", 4 * few, answered)  # compiled patterns and other bounded caches
+    peaks = [peak_of(weights, tmp_path / str(count), count, answered) for count in (few, 4 * few)]
+    assert peaks[1] - peaks[0] < more

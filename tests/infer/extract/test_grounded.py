@@ -1,0 +1,182 @@
+"""A grounded answer is never invented: for random weights, any note, any temperature."""
+
+import json
+import re
+from copy import copy
+from dataclasses import replace
+
+import pytest
+from answering_models import tiny_model
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+
+from eval import score
+from infer import codes, tasks
+from infer.engine.generate import Generator, Settings
+from infer.extract import program as extract
+from infer.extract.answers import place
+from infer.extract.ask import FORMS, LONG, Asker, Limits
+from infer.extract.grounded import Grammar, Grounded, Grounding, Vocabulary
+from infer.extract.notes import Note
+
+letters, long_letters = (
+    st.text("abt er cm2.5-,\n+éß漢(", min_size=least, max_size=2 * least + 58).filter(str.strip) for least in (1, 40)
+)
+
+
+@pytest.fixture(scope="module", params=["bytes", "sentencepiece"])
+def either(request, tokenizer):
+    """A byte-level tokenizer, or Mistral's kind; with a chat form."""
+    found = copy(request.getfixturevalue("sentencepiece") if request.param == "sentencepiece" else tokenizer)
+    found.form = "mistral-v1" if request.param == "sentencepiece" else "alpaca"
+    return found
+
+
+def shorten(asker):
+    """Set the limit so that some 20 tokens of a note are read at once."""
+    asked = [len(asker.prompt("", *question)) for question in asker.questions(Note("n", ""))]
+    asker.limits = replace(asker.limits, input=max(asked) + 28)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    note=st.one_of(letters, long_letters), seed=st.integers(0, 99), hot=st.sampled_from([0.0, 3.0]),
+    new=st.integers(1, 12), form=st.sampled_from(FORMS), long=st.sampled_from(LONG),
+)  # fmt: skip
+def test_no_output_ever_breaks_it(either, note, seed, hot, new, form, long):
+    generator = Generator(tiny_model(seed % 5, vocab_size=either.vocab_size), either)
+    asker = Asker(generator, "both", form, Limits(1500, new, new * 9), long, grounded=True)
+    if long != "error":
+        shorten(asker)
+    asker.short, asker.wide = (replace(s, temperature=hot, seed=seed) for s in (asker.short, asker.wide))
+    (record,) = asker.records([Note("n", note)])
+    for name, phenotype in tasks.PHENOTYPES.items():
+        for answer in record["phenotypes"][name]["answers"]:
+            if phenotype.values:
+                assert answer["text"] in phenotype.values
+            else:
+                assert answer["text"] in " ".join(note.split())
+                assert place(answer["text"], note) != (None, None) and tasks.stands(answer["text"], note)
+    text = record["diagnosis"]["text"]
+    if text:
+        found = re.fullmatch(r"(.*) \(([^()]*)\)", text)
+        assert found and " ".join(codes.CODES[found[2]].split()) == found[1]
+
+
+@settings(deadline=None, max_examples=10)
+@given(note=letters, seed=st.integers(0, 99), hot=st.sampled_from([0.0, 3.0]), new=st.integers(1, 12))
+def test_requests_that_share_a_constraint_get_what_each_would_alone(note, seed, hot, new, tokenizer):
+    generator = Generator(tiny_model(seed % 5), tokenizer)
+    grammar = Grammar(Vocabulary(tokenizer), generator.stop_ids, note=note)
+    prompts, chosen = ["a", "tumor", "2.5 cm of"], Settings(new, temperature=hot, seed=seed)
+    together = generator.generate(prompts, chosen, constraint=Grounded(grammar))
+    for number, (prompt, out) in enumerate(zip(prompts, together, strict=True)):
+        alone = replace(chosen, seed=seed + number, constraint=Grounded(grammar))
+        assert out.tokens == generator.generate([prompt], alone)[0].tokens
+        ended = out.finish_reason == "stop"
+        assert grammar.read(grammar.begin(), out.text.encode()) or not out.text.isascii()  # a letter may be cut
+        assert not ended or grammar.complete(out.text) == out.text
+
+
+@settings(deadline=None, max_examples=25)
+@given(note=long_letters, form=st.sampled_from(FORMS), long=st.sampled_from(LONG[1:]))
+@example(note="2.5 " * 20, form="template", long="windows")  # cut everywhere
+def test_a_cut_note_offers_no_part_of_the_word_or_number_that_was_cut(either, note, form, long):
+    """Of "12.5 cm", a window that begins with "2.5 cm" holds no size."""
+    generator = Generator(tiny_model(vocab_size=either.vocab_size), either)
+    asker = Asker(generator, "phenotype", form, Limits(1500, 5, 5), long, grounded=True)
+    shorten(asker)
+    for part in asker.parts(Note("n", note)):
+        spans = asker.grounding.of_note(part.text, part.around)["tumor_size"]
+        offered = {spans.note[start:stop].decode() for start in spans.starts for stop in spans.stops if stop > start}
+        assert all(tasks.stands(value, note) for value in offered)
+
+
+@settings(deadline=None, max_examples=60)
+@given(note=letters, data=st.data())
+def test_every_spelling_of_a_span_is_allowed(either, note, data):
+    """Whatever tokens spell a span, each step allows the next of them, and the end after it."""
+    text = " ".join(note.split())
+    grammar = Grammar(Vocabulary(either), either.stop_ids, note=note)
+    words = re.finditer(r"\w+(?:(?<=\d)[.,](?=\d)\w+)*", text)  # words and numbers
+    inside = {n for found in words for n in range(found.start() + 1, found.end())}
+    edges = [n for n in range(len(text) + 1) if n not in inside]
+    start = data.draw(st.sampled_from(edges[:-1]))
+    end = data.draw(st.sampled_from([e for e in edges if e > start]))
+    span = text[start:end].strip()
+    if not span or "," in span or text[start] == " ":
+        return
+    follower, done = Grounded(grammar), []
+    for letter in (" " + span).encode():  # the finest spelling: one token a byte
+        ways = [i for i, spelt in grammar.vocabulary.bytes.items() if spelt == bytes([letter])]
+        assert ways and set(ways) <= set(follower.allowed(done))
+        done.append(ways[0])
+    assert set(either.stop_ids) <= set(follower.allowed(done))
+    coarse, done = Grounded(grammar), []
+    for token in either.encode(" " + span):  # and the tokenizer's own
+        assert token in coarse.allowed(done)
+        done.append(token)
+
+
+@settings(deadline=None, max_examples=40)
+@given(note=long_letters, steps=st.lists(st.integers(0, 9), max_size=40))
+@example(note="1,200 mm , 3", steps=[0, 0, 0, 0])
+def test_whatever_was_said_the_answer_can_still_become_whole(either, note, steps):
+    """No token leads where only the forced end is left: into a number with a comma, or the space before one."""
+    grammar = Grammar(Vocabulary(either), either.stop_ids, note=note, around=("1.", ".5"))
+    states = grammar.begin()
+    for step in steps:
+        ahead = grammar.next(states)
+        assert ahead or any(grammar.whole(state) for state in states)
+        if ahead:
+            states = ahead[sorted(ahead)[step % len(ahead)]]
+
+
+def test_what_is_not_in_the_note_is_refused(tokenizer):
+    grammar = Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note="a tumor of 2.5 cm, grade 2")
+
+    def legal(text):
+        states = grammar.read(grammar.begin(), text.encode())
+        return any(grammar.whole(state) for state in states)
+
+    for text in (" 2.5 cm", " tumor, 2.5 cm", " not relevant", " tumor of 2.5", "grade 2"):
+        assert legal(text), text
+    for text in (" 3 cm", " 5 cm", " of 2", " of 2.", " umor", " 2.5 c", " tumor, not relevant", " cm, grade 3",
+                 " tumor,", " ", " Tumor"):  # fmt: skip
+        assert not legal(text), text
+    assert grammar.complete(" tumor, gra") == " tumor"
+    assert grammar.complete(" not relev") == ""
+
+
+@pytest.mark.parametrize("name", ["hormone_receptor_status", "tumor_laterality"])
+def test_closed_lists(name, tokenizer):
+    grammar = Grounding(tokenizer, tokenizer.stop_ids).of_note("left right ER+")[name]
+    values = tasks.PHENOTYPES[name].values
+    assert grammar.complete(f" {values[0]}, {values[1]}") == f" {values[0]}, {values[1]}"
+    assert grammar.complete(" lefty") in ("", " left")
+
+
+def test_ungrounded_answers_are_invented(tokenizer):
+    """The property above is not empty: without the automaton random weights do invent."""
+    generator = Generator(tiny_model(), tokenizer)
+    (out,) = generator.generate(["a tumor of 2.5 cm"], Settings(max_new_tokens=12))
+    assert out.text.strip() not in "a tumor of 2.5 cm"
+
+
+def test_the_score_says_how_many_answers_were_invented(weights, tmp_path, capsys):
+    """A whole job with random weights: none where it was grounded, some where it was not."""
+    notes = tmp_path / "n.jsonl"
+    texts = ["Tumor of 2.5 cm, grade 2.", "A mass (3 x 1,200 mm) in the left breast; T2-N0.", "ER+/PR- carcinoma"]
+    right = {name: {"answers": [], "not_relevant": True} for name in tasks.PHENOTYPES}
+    lines = [{"id": str(n), "text": text, "phenotypes": right} for n, text in enumerate(texts)]
+    notes.write_text("".join(json.dumps(line) + "\n" for line in lines))
+    said = {}
+    for grounded in (True, False):
+        out = tmp_path / f"{grounded}.jsonl"
+        extract.main(extract.Options(weights=str(weights), notes=notes, out=out, form="template", task="phenotype",
+                                     grounded=grounded, max_new_tokens=12))  # fmt: skip
+        capsys.readouterr()
+        score.main(score.Options(predictions=out, references=notes, task="phenotype", json=True))
+        said[grounded] = json.loads(capsys.readouterr().out)
+    assert said[True]["invented"]["count"] == 0 < said[True]["invented"]["answers"]
+    assert said[False]["invented"]["count"] > 0

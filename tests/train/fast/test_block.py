@@ -1,0 +1,178 @@
+"""The fast block and attention by segments are the plain ones: results and gradients, in fp64 and against fp64."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from tiny_runs import CONFIG, RECIPE, tiny
+
+from infer.engine.fuse import FusedBlock
+from lora.adapter import adapted
+from lora.narrow import narrow_base
+from model.attention import PlainAttend
+from model.config import ModelConfig
+from model.mask import Visible
+from model.transformer import Block
+from train.data.dataset import Rows
+from train.data.rows import Row, collate, count, note_unit
+from train.distributed.sharding import Ranks
+from train.fast.attention import SegmentAttend, segments
+from train.fast.block import FastBlock, fast_blocks, training_blocks
+from train.loop import Trainer
+from train.loss import batch_loss
+
+WIDE = replace(CONFIG, windows=(None, None), qkv_bias=True)
+
+
+def step(model, batch, counts) -> dict[str, torch.Tensor]:
+    """The loss of a batch and every gradient."""
+    model.train()
+    loss, _ = batch_loss(model, batch, counts, note_loss=0.5)
+    loss.backward()
+    found = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+    assert all("lora_" in name for name in found)
+    return {"loss": loss.detach(), **found}
+
+
+def worst(ours: dict, theirs: dict) -> float:
+    assert ours.keys() == theirs.keys()
+    return max(float((ours[k].double() - theirs[k].double()).abs().max() / theirs[k].abs().max().clamp_min(1e-30))
+               for k in theirs)  # fmt: skip
+
+
+def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
+    """Its root mean square: unlike the largest one, hardly a matter of chance."""
+    return float((ours.double() - truth).pow(2).mean().sqrt())
+
+
+def batches(notes) -> tuple:
+    rows = Rows(notes, replace(RECIPE, packing="documents", block=800, note_loss=0.5), "instruct")
+    held = [rows[i] for i in range(3)]
+    return collate(held), count(held)
+
+
+@pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["window", "bias"])
+@pytest.mark.parametrize("base", ["", "int8", "nf4"])
+def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str):
+    """1e-12 in fp64; in fp32 and bf16 no further from fp64 over the same weights than twice the plain block, gradient
+    by gradient."""
+    if base == "nf4":  # its groups are 64 columns; other widths would be kept in int8
+        config = replace(config, hidden_size=64, intermediate_size=128, head_dim=16)
+    batch, counts = batches(notes)
+
+    def made(dtype: torch.dtype, fast: bool, wide: bool = False) -> dict[str, torch.Tensor]:
+        model = tiny(RECIPE, config, dtype)
+        model = model.double() if wide else model
+        model = narrow_base(model, base) if base else model
+        kinds = {layer.narrow.kind for layer in adapted(model).values() if layer.narrow is not None}
+        assert kinds == ({base} if base else set())
+        model = fast_blocks(model) if fast else model.use_attention("plain")
+        assert isinstance(model.model.layers[0], FastBlock) == fast
+        return step(model, batch, counts)
+
+    assert worst(made(torch.float64, True), made(torch.float64, False)) < 1e-12
+    for dtype in () if base else (torch.float32, torch.bfloat16):  # a narrow base's own values differ between dtypes
+        judge, plain, fast = made(dtype, False, wide=True), made(dtype, False), made(dtype, True)
+        assert plain["loss"].dtype == torch.float32 and judge["loss"].dtype == torch.float64
+        for name in judge.keys() - {"loss"}:
+            assert 0 < error(fast[name], judge[name]) <= 2 * error(plain[name], judge[name]), (dtype, name)
+
+
+def test_no_gradient_below_the_first_adapter_and_recomputed_blocks_agree(notes):
+    batch, counts = batches(notes)
+    found = []
+    for fast, again in ((False, False), (True, False), (True, True)):
+        model = tiny(replace(RECIPE, first_layer=0))
+        for name, p in model.named_parameters():
+            if "layers.0." in name:
+                p.requires_grad_(False)
+        model = fast_blocks(model) if fast else model
+        model.model.checkpoint_blocks = again
+        seen = []
+        runs = []
+        for number, block in enumerate(model.model.layers):
+            block.register_forward_pre_hook(lambda *_, number=number, runs=runs: runs.append(number))
+            block.register_forward_hook(lambda m, i, out, seen=seen: seen.append(out.requires_grad))
+        found.append(step(model, batch, counts))
+        assert seen[:2] == [False, True]
+        assert runs == [0, 1] + [1] * again, "a block that learns is computed once more in the backward pass"
+    assert worst(found[1], found[0]) < 1e-12 and worst(found[2], found[0]) < 1e-12
+
+
+def test_dropout_in_training_takes_the_plain_block(notes):
+    batch, counts = batches(notes)
+    found = []
+    for fast in (False, True):
+        model = tiny(replace(RECIPE, dropout=0.3))
+        model = fast_blocks(model) if fast else model
+        torch.manual_seed(0)
+        found.append(step(model, batch, counts))
+    assert worst(found[1], found[0]) < 1e-12
+
+
+def test_full_training_keeps_its_blocks():
+    model = fast_blocks(tiny(replace(RECIPE, full=True)))
+    assert not any(isinstance(block, FastBlock) for block in model.model.layers)
+
+
+pieces = st.lists(st.integers(1, 90), max_size=4).flatmap(
+    lambda branches: st.tuples(st.integers(0 if branches else 2, 150), st.just(branches)))  # fmt: skip
+
+
+@given(st.lists(st.lists(pieces, min_size=1, max_size=3), min_size=1, max_size=3), st.sampled_from([None, 5, 400]))
+@settings(deadline=None, max_examples=40)
+def test_segments_hold_exactly_the_pairs_that_see_each_other(rows, window):
+    """Attention by segments against the definition: result and gradients to 1e-12, whatever stands in the rows."""
+    made = [Row(tuple(note_unit("a", [np.zeros(n, int), *(np.zeros(k, int) for b in sizes for k in (b, 1))])
+                      for n, sizes in row)) for row in rows]  # fmt: skip
+    batch = collate(made)
+    B, T = batch.tokens.shape
+    visible = Visible((batch.positions, batch.layout), (batch.positions, batch.layout), 0)
+    real_B1T1 = (batch.layout.document_BT != -1)[:, None, :, None]
+    generator = torch.Generator().manual_seed(0)
+    q, k, v, grad = (torch.randn(B, H, T, 4, dtype=torch.float64, generator=generator) for H in (4, 2, 2, 4))
+    found = []
+    for attend in (PlainAttend(), SegmentAttend()):
+        inputs = [x.clone().requires_grad_() for x in (q, k, v)]
+        out = attend(*inputs, visible, window) * real_B1T1
+        found.append([out, *torch.autograd.grad(out, inputs, grad)])
+    by_segments = window is None or int(batch.positions.max()) < window
+    assert (segments(visible, window) is not None) == by_segments
+    for ours, theirs in zip(found[1], found[0], strict=True):
+        assert float((ours - theirs).detach().abs().max()) <= 1e-12 * float(theirs.detach().abs().max())
+
+
+def test_running_rows_are_one_document(documents):
+    rows = Rows(documents, replace(RECIPE, packing="concatenate", block=120), "pretrain")
+    batch = collate([rows[0]])
+    visible = Visible((batch.positions, batch.layout), (batch.positions, batch.layout), 0)
+    found = segments(visible, None)
+    assert found is not None and [s.trunk for s in found] == [slice(0, 120)]
+
+
+def test_a_run_with_the_gpus_kernels_takes_the_plain_steps(notes):
+    """`fuse = true`: on a CPU the kernels' definitions are computed, so the gradients must be the plain block's."""
+    batch, counts = batches(notes)
+    plain, fused = (step(model, batch, counts) for model in (tiny(RECIPE), training_blocks(tiny(RECIPE), fuse=True)))
+    assert isinstance(training_blocks(tiny(RECIPE), fuse=True).model.layers[0], FusedBlock)
+    assert worst(fused, plain) < 1e-12
+
+
+@pytest.mark.slow
+def test_compiled_blocks_train_as_the_plain_ones_do(notes, monkeypatch):
+    """`compile = true`, traced and differentiated ahead of time; inductor's code generation, most of the minute that a
+    compilation takes, is left out."""
+    monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend="aot_eager"))
+    found = []
+    for compiled in (False, True):
+        recipe = replace(RECIPE, r=3, batch_rows=1, steps=2, dropout=0.0, learning_rate=1e-2, compile=compiled)
+        made = Trainer(recipe, tiny(recipe), Rows(notes, recipe, "instruct"), None, Ranks(), {})
+        assert all((block._compiled_call_impl is not None) == compiled for block in made.model.model.layers)
+        for _ in range(2):
+            loss, norm, _ = made.gradients(0)  # of one row, so that no other length is compiled
+            found.append((loss, norm))
+            made.update(0, norm)
+    assert found[0][0] != found[1][0] and found[2:] == [pytest.approx(pair, rel=1e-10) for pair in found[:2]]

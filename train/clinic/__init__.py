@@ -1,0 +1,1 @@
+"""Synthetic cancer notes with their annotations."""

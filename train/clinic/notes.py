@@ -1,0 +1,400 @@
+"""From a case and a style to a note: which facts it states, in which words, among which distractions."""
+
+from __future__ import annotations
+
+import random
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+from infer.codes import describe
+from train.clinic.knowledge import GRADES
+from train.clinic.markup import TAG, answers, choose, fill, mark, mark_receptor, sentence, slots, unmark, upper
+from train.clinic.patients import Case, draw_case, draw_receptors
+from train.clinic.terms import Site, Style, Wording
+from train.clinic.varied import graded, placed, reshaped
+
+FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
+TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states it once
+SHOWN = {"size": 0.88, "grade": 0.85, "stage": 0.75, "rec": 0.85}  # chance that a note states a fact of its case
+SIDE_SHOWN = 0.8  # where the code does not hang on the side; else it is always told
+SAME_ORGAN = 0.4  # chance that the other cancers of a note may sit in the organ of its own
+RIVAL_SIDED = 0.6  # chance that another cancer is at least one with a side
+RIVAL_FACTS = (2, 2, 3)  # how many facts are told of another cancer
+KIN = (("small cell", "oat", "neuroendocrine"), ("squamous",), ("melanoma",), ("sarcoma",), ("lymphoma",), ("in situ",))
+_GROUP = re.compile(r"<(~?)(\|?)([^<>~|]+)>")
+_STOPS = re.compile(rf"(\w\.(?:{TAG})*)\.(?=\s|$)", re.M)  # an abbreviation's stop that ends its sentence too
+_A = re.compile(rf"\b([Aa]) ((?:{TAG})*(?:[aeio](?!ne\b)|un(?!i)))")  # "a adenoma" is "an adenoma"
+
+
+@dataclass
+class Writer:
+    """The state of one note while it is written. `shown` facts are to be stated, `stated` ones have been."""
+
+    case: Case
+    style: Style
+    rng: random.Random
+    world: Mapping[str, tuple[str, ...]]
+    shown: set[str] = field(default_factory=set)
+    stated: set[str] = field(default_factory=set)
+    told: set[str] = field(default_factory=set)
+
+    def __post_init__(self) -> None:
+        case, rng = self.case, self.rng
+        self.shown = {"dx", "hist", "site"}
+        if case.side and (case.coded_by_side or rng.random() < SIDE_SHOWN):
+            self.shown.add("side")
+        for fact, there in (("size", case.size), ("grade", case.grade), ("stage", case.stage), ("rec", case.receptors)):
+            if there and rng.random() < SHOWN[fact]:
+                self.shown.add(fact)
+        if case.histology.code == "C82.G":
+            self.shown.add("grade")  # its code depends on the grade
+        self.form = rng.choice(self.style.words["size"])
+        self.staging = rng.choices(("group", "tnm", "both"), (5, 3, 3))[0]
+        if not case.stage or case.stage.t == "-":
+            self.staging = "group"
+        self.man = case.sex == "M"
+        self.avoid = "" if rng.random() < SAME_ORGAN else case.cancer.name  # else a rival may sit in the same organ
+        self.op = choose(self.wording(case.cancer.operation), rng)
+
+    def body(self) -> str:
+        """The whole note, marked."""
+        text = _GROUP.sub(self.group, self.rng.choice(self.style.layouts))
+        lines = [" ".join(line.split()) for line in fill(choose(text, self.rng), self.slot).splitlines()]
+        kept = "\n".join(line for line in lines if line and not re.fullmatch(r"[^.:]{1,40}[:|]", line))
+        kept = _STOPS.sub(r"\1", re.sub(r" (?=[.;,](?:\s|$))", "", kept, flags=re.M))
+        return _A.sub(r"\1n \2", kept)
+
+    def group(self, match: re.Match[str]) -> str:
+        keys = match[3].split()
+        if match[1]:
+            self.rng.shuffle(keys)
+        told = [self.tell(key) for key in keys]
+        return ("\n" if match[2] else " ").join(one for one in told if one)
+
+    def tell(self, key: str) -> str:
+        """A sentence for the key, or '' where it is left out or its fact has been stated."""
+        if key.endswith("?"):
+            if self.rng.random() < 0.5:
+                return ""
+            key = key[:-1]
+        fact = key.removeprefix("l_")
+        if key in ("size", "d_size", "stage", "d_stage") and not self.case.size:
+            return ""  # a leukemia has neither size, margin nor TNM, and nobody writes that they are missing
+        if fact in FACTS:
+            if fact in self.stated:
+                return ""
+            if fact not in self.shown:
+                silent = self.style.bank.get("no_" + fact, ())
+                if not silent or self.rng.random() < 0.5 or not self.possible("no_" + fact):
+                    return ""
+                key = "no_" + fact
+        choices = self.possible(key)
+        if not choices:
+            return ""
+        self.told.add(template := self.rng.choice(choices))
+        told = fill(choose(template, self.rng), self.slot)
+        if fact in FACTS and key == fact or fact in self.shown:
+            self.stated.add(fact)
+        return sentence(told)
+
+    def possible(self, key: str) -> list[str]:
+        """The templates of a key whose facts can be stated now and that the note has not used."""
+        return [t for t in self.style.bank[key] if t not in self.told and self.fits(t)]
+
+    def fits(self, template: str) -> bool:
+        """Whether every slot of the template can be filled; `{need_…}` slots are conditions and fill with nothing."""
+        case = self.case
+        nodes = bool(case.stage and case.stage.n not in ("N0", "-"))
+        staged = "stage" in self.shown and case.stage is not None and case.stage.t != "-"
+        conditions = {
+            **dict.fromkeys(("size_old", "size_less"), "size" in self.shown and case.size >= 9),
+            **dict.fromkeys(("stage_old", "tnm_old"), staged),
+            "grade_old": "grade" in self.shown and len(self.other_grades()) > 0,
+            "rec_old": "rec" in self.shown,
+            "other_site": len(self.other_sites()) > 0,
+            "other_type": len(case.cancer.histologies) > 1,
+            "need_paired": case.side in ("left", "right"),
+            "need_breast": case.cancer.name == "breast cancer",
+            "need_tumor": case.size > 0,
+            "need_knife": case.cancer.surgical,
+            "need_nodes": nodes,
+            "need_clean": not nodes and case.cancer.name not in ("lymphoma", "leukemia"),
+            "need_local": case.cancer.surgical and not (case.stage and case.stage.m.startswith("M1")),
+        }
+        for slot in slots(template):
+            if slot in TELLING and (slot in self.stated or slot not in self.shown):
+                return False
+            if not conditions.get(slot, True):
+                return False
+        return True
+
+    def other_grades(self) -> list[int]:
+        """The grades of the case's system that are not its own; none where the type's name holds the grade."""
+        named = self.case.histology.names.full.startswith("high-grade")
+        return [] if named else [g for g in GRADES.get(self.case.cancer.grading, ()) if g != self.case.grade]
+
+    def other_sites(self) -> list[Site]:
+        """The places of the same organ where the tumour is not; none where the organ is all that is said."""
+        own = self.case.site
+        if not self.case.cancer.surgical or own.whole:
+            return []
+        return [s for s in self.case.cancer.sites if s.names != own.names and not s.whole]
+
+    # ---- the slots -------------------------------------------------------------------------------------------
+
+    def slot(self, name: str) -> str:
+        he = ("man", "male", "M", "he", "his", "him") if self.man else ("woman", "female", "F", "she", "her", "her")
+        plain = {
+            **dict(zip(("person", "sex", "S", "he", "his", "him"), he, strict=True)),
+            "age": str(self.case.age),
+            "loose": self.case.cancer.loose,
+            "op": self.op,
+            "disease": self.case.cancer.name,
+            "year": str(self.rng.randint(1996, 2019)),
+            "date": f"{self.rng.randint(1, 12)}/{self.rng.randint(1, 28)}/{self.rng.choice(('21', '22', '23', '24'))}",
+            "mm": str(self.rng.randint(2, 12)),
+            "n": str(self.rng.randint(2, 6)),
+            "g": str(self.rng.randint(1, 3)),
+            "kg": str(self.rng.randint(51, 104)),
+            "nodes": str(self.rng.randint(8, 24)),
+            "pct": str(self.rng.randrange(20, 100, 5)),
+            "any_side": self.rng.choice(self.style.words["left" if self.rng.random() < 0.5 else "right"]),
+        }
+        if name.startswith("need_"):
+            return ""
+        if name.endswith("rival"):
+            return self.rival({"her_rival": "F", "his_rival": "M"}.get(name, self.case.sex))
+        return plain[name] if name in plain else getattr(self, "slot_" + name)()
+
+    def slot_complaint(self) -> str:
+        return choose(self.wording(self.case.cancer.complaint), self.rng)
+
+    def wording(self, wording: Wording) -> str:
+        return wording.pick(self.style.terse, self.style.unseen)
+
+    def named(self, wording: Wording, kind: str) -> str:
+        """A type's ("hist") or a place's ("site") name in the style's words."""
+        words = choose(self.wording(wording), self.rng)
+        plain = not self.style.varied or "{S}" in words or words.startswith("high-gr")
+        return words if plain else reshaped(words, kind, self.rng, self.style.terse)
+
+    def grading(self, grade: int) -> str:
+        """A grade's name in the case's system and the style's words."""
+        system = self.case.cancer.grading
+        if system == "nuclear" and self.case.histology.names.short == "acinar":
+            system = "differentiation"
+        fixed = GRADES[system][grade]
+        return choose(graded(system, grade, fixed, self.rng) if self.style.varied else self.wording(fixed), self.rng)
+
+    def slot_hist(self) -> str:
+        self.stated.add("hist")
+        words = self.named(self.case.histology.names, "hist")
+        if words.startswith("high-gr"):  # the serous type is named by its grade
+            self.stated.add("grade")
+            first, rest = words.split(" ", 1)
+            words = mark("cancer_grade", first, "grade 3") + " " + rest
+        return mark("histological_type", words)
+
+    def slot_status(self) -> str:
+        return choose(self.wording(self.case.site.names), self.rng)
+
+    def slot_site(self) -> str:
+        self.stated.add("site")
+        words = self.named(self.case.site.names, "site")
+        if "{S}" in words:
+            if "side" not in self.shown:
+                words = choose(self.case.site.names.full, self.rng)
+            else:
+                self.stated.add("side")
+                letter = mark("tumor_laterality", self.case.side[0].upper(), self.case.side)
+                words = words.replace("{S}", letter)
+        return mark("tumor_site", words)
+
+    def slot_side(self) -> str:
+        self.stated.add("side")
+        return mark("tumor_laterality", self.rng.choice(self.style.words[self.case.side]), self.case.side)
+
+    def slot_where(self) -> str:
+        cancer = self.case.cancer
+        sided = "side" in self.shown and bool(self.case.side)
+        template = choose(self.wording(cancer.where if sided else cancer.nowhere), self.rng)
+        if self.case.side == "bilateral" and sided:
+            new = self.style.unseen
+            words = choose("[the two ovaries|ovary on either side]" if new else "[both ovaries|bilateral ovaries]",
+                           self.rng)  # fmt: skip
+            first, site = words.rsplit(" ", 1) if "either" not in words else ("on either side", "ovary")
+            site = mark("tumor_site", site)
+            self.stated |= {"site", "side"}
+            said = mark("tumor_laterality", first, "bilateral")
+            return f"{site} {said}" if "either" in words else f"{said} {site}"
+        if self.style.terse and cancer.name == "lung cancer" and "{S}" not in self.wording(self.case.site.names):
+            template = choose(cancer.where.new_short if sided else cancer.nowhere.short, self.rng)
+        if self.style.varied and not self.case.site.whole and cancer.name != "leukemia" and self.rng.random() < 0.5:
+            organ = cancer.loose if cancer.surgical and f" {cancer.loose}" in cancer.where.full else ""
+            template = placed(organ, sided, self.rng)
+        if self.case.site.whole and cancer.sided:
+            template = "{side} {site}" if sided else "{site}"
+        return fill(template, self.slot)
+
+    def slot_dx(self) -> str:
+        """The tumour with its place, as one noun phrase."""
+        join = self.rng.choice(self.style.words["join"])
+        if self.case.cancer.name == "leukemia":
+            join = "{hist} {where}"
+        self.stated.add("dx")
+        return re.sub(r"([,:;(-]) the ", r"\1 ", fill(join, self.slot))
+
+    def slot_grade(self) -> str:
+        self.stated.add("grade")
+        return mark("cancer_grade", self.grading(self.case.grade), f"grade {self.case.grade}")
+
+    def slot_grade_old(self) -> str:
+        return self.grading(self.rng.choice(self.other_grades()))
+
+    def slot_stage(self) -> str:
+        stage = self.case.stage
+        self.stated.add("stage")
+        tnm = "" if stage.t == "-" else self.tnm()
+        if self.staging == "tnm":
+            return mark("cancer_stage", tnm)
+        words = choose(self.rng.choice(self.style.words["stage"]), self.rng)
+        group = fill(words, lambda _: mark("cancer_stage", stage.group))
+        return f"{group} ({tnm})" if self.staging == "both" else group
+
+    def tnm(self) -> str:
+        stage = self.case.stage
+        gap = self.rng.choice(("", " "))
+        prefix = "p" if self.style.pathology else self.rng.choice(("", "p", "c"))
+        return gap.join((prefix + stage.t, stage.n, stage.m))
+
+    def slot_stage_old(self) -> str:
+        return self.rng.choice([s.group for s in self.case.cancer.stages if s.group != self.case.stage.group])
+
+    def slot_size(self) -> str:
+        self.stated.add("size")
+        return mark("tumor_size", self.measure(self.case.size))
+
+    def measure(self, mm: int) -> str:
+        """A length in the note's own form; two or three dimensions where the form has them."""
+        others = sorted((max(2, round(mm * self.rng.uniform(0.5, 0.95))) for _ in range(2)), reverse=True)
+
+        def shown(match: re.Match[str]) -> str:
+            value = {"a": mm, "b": others[0], "c": others[1]}[match[1]]
+            return f"{value / 10:.1f}" if "m" not in match[2] else str(value)
+
+        return re.sub(r"\{([abc])(m?)\}", shown, self.form)
+
+    def slot_size_any(self) -> str:
+        return self.measure(self.rng.randint(4, 60))
+
+    def slot_size_small(self) -> str:
+        return self.measure(self.rng.randint(3, 15))
+
+    def slot_size_spec(self) -> str:
+        return self.measure(self.rng.randint(max(60, self.case.size + 20), 240))
+
+    def slot_size_old(self) -> str:
+        old = self.case.size
+        while old == self.case.size:
+            old = max(3, round(self.case.size * self.rng.uniform(0.5, 1.6)))
+        return self.measure(old)
+
+    def slot_size_less(self) -> str:
+        return self.measure(self.rng.randint(3, self.case.size - 2))
+
+    def slot_rec(self) -> str:
+        self.stated.add("rec")
+        return self.receptors(self.case.receptors)
+
+    def slot_rec_old(self) -> str:
+        """The receptors of an earlier sample or tumour, at least one of them different; unmarked."""
+        old = self.case.receptors
+        while old == self.case.receptors:
+            old = draw_receptors(self.rng)
+        return unmark(self.receptors(old))[0]
+
+    def receptors(self, results: tuple[tuple[str, str], ...]) -> str:
+        """The results, in any order; in one of seven lists HER2 is still awaited."""
+        words = self.style.words
+        if all(status == "-" for _, status in results) and self.rng.random() < 0.5:
+            told = self.rng.choice(words["triple"])
+            for receptor, status in results:
+                told = mark_receptor(receptor, status, told)
+            return told
+        awaited = self.rng.random() < 0.14
+        listed = []
+        for receptor, status in results:
+            name = self.rng.choice(words[receptor])
+            if receptor == "HER2" and awaited:
+                listed.append(self.rng.choice(words["awaited"]).replace("{r}", name))
+                continue
+            kind = {"+": "positive", "-": "negative", " equivocal": "equivocal"}[status]
+            forms = words.get(f"{receptor}_{kind}") or words[kind]
+            said = fill(self.rng.choice(forms).replace("{r}", name), self.slot)
+            listed.append(mark_receptor(receptor, status, said))
+        if self.rng.random() < 0.3:
+            listed.reverse()
+        return self.rng.choice(words["listing"]).join(listed)
+
+    def slot_family(self) -> str:
+        return fill(choose(self.rng.choice(self.world["family"]), self.rng), self.slot)
+
+    def rival(self, sex: str) -> str:
+        """Another cancer, of the patient or a relative of this sex, in the style's own words; unmarked."""
+        rng = self.rng
+        sided = rng.random() < RIVAL_SIDED
+        while True:
+            case = draw_case(rng)
+            if case.sex == sex and case.cancer.name not in ("leukemia", self.avoid) and (case.side or not sided):
+                break
+        other = Writer(case, self.style, rng, self.world)
+        other.form = self.form
+        facts = [fact for fact in ("rec", "grade", "size", "stage") if fact in other.shown]
+        told = sorted(rng.sample(facts, min(len(facts), rng.choice(RIVAL_FACTS))))
+        phrase = ", ".join([other.slot("dx")] + [other.slot(fact) for fact in told if fact not in other.stated])
+        words = unmark(phrase)[0]
+        return words[4:] if words.startswith("the ") else words
+
+    def slot_other_site(self) -> str:
+        words = self.named(self.rng.choice(self.other_sites()).names, "site")
+        return words.replace("{S}", self.case.side[:1].upper() if self.case.side and "side" in self.shown else "")
+
+    def slot_other_type(self) -> str:
+        other = [h for h in self.case.cancer.histologies if h is not self.case.histology]
+        return self.named(self.rng.choice(other).names, "hist")
+
+    def slot_tnm_old(self) -> str:
+        other = self.rng.choice([s for s in self.case.cancer.stages if s.t != self.case.stage.t])
+        return f"c{other.t} {other.n} {other.m}"
+
+    def slot_benign(self) -> str:
+        near = {"kidney": "renal", "liver": "hepatic", "lymph nodes": "node", "ovary": "ovarian", "stomach": "gastric"}
+        barred = [near.get(self.case.cancer.loose, self.case.cancer.loose)] + ["ovarian"] * self.man
+        return choose(self.rng.choice([b for b in self.world["benign"] if not any(w in b for w in barred)]), self.rng)
+
+    def slot_other_side(self) -> str:
+        return self.rng.choice(self.style.words["left" if self.case.side == "right" else "right"])
+
+    def slot_other_hist(self) -> str:
+        """A type that the index tumour is not: none that shares a telling word with its own."""
+        own = self.case.histology.names
+        said = f"{own.full} {own.new_full} {'in situ' * (self.case.cancer.name == 'breast cancer')}"
+        kin = [group for group in KIN if any(word in said for word in group)]
+        barred = [word for group in kin for word in group]
+        return self.rng.choice([t for t in self.world["other_hist"] if not any(word in t for word in barred)])
+
+
+def write_note(case: Case, style: Style, world: Mapping[str, tuple[str, ...]], rng: random.Random) -> tuple[str, dict]:
+    """A note's text and its truth: {"phenotypes": …, "diagnosis": …} as in a record. Raises AssertionError where the
+    style leaves out the diagnosis or a fact it was to state (a mistake in the style)."""
+    writer = Writer(case, style, rng, world)
+    marked = writer.body()
+    if style.capitals:
+        marked = upper(marked)
+    text, spans = unmark(marked)
+    missing = (writer.shown & {"size", "grade", "stage", "rec"}) - writer.stated
+    assert not missing and "hist" in writer.stated, (style.name, case.cancer.name, missing)
+    phenotypes = answers(spans)
+    code = case.code(sided=bool(phenotypes["tumor_laterality"]))
+    return text, {"phenotypes": phenotypes, "diagnosis": {"text": describe(code), "code": code}}

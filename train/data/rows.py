@@ -1,0 +1,194 @@
+"""Rows: what one line of a batch holds. Pieces become units (one text, or a note with its questions), units are
+packed into rows, rows are padded into a batch.
+
+A unit with a shared prefix holds the note once (branch 0) and each question as a branch whose positions go on from
+the note; model/attention.py lets a branch see the note and itself. A worked example, note "a b c", questions "p q"
+answered "x" and "r" answered "y z", end token e:
+
+    token     a  b  c  p  q  x  r  y  z
+    branch    0  0  0  1  1  1  2  2  2
+    position  0  1  2  3  4  5  3  4  5
+    target    ·  ·  ·  ·  x  e  y  z  e
+
+The last token of a branch is only ever a target, so it takes no place in the row.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from model.mask import Layout
+
+IGNORE = -100  # no target here
+ANSWER, NOTE = 1, 2  # kinds of target; each kind's loss is a mean of its own
+
+
+@dataclass(frozen=True)
+class Unit:
+    """int64 arrays of one length T: tokens, positions, branch, target (IGNORE: none) and the target's kind."""
+
+    record: str
+    tokens: np.ndarray
+    positions: np.ndarray
+    branch: np.ndarray
+    target: np.ndarray
+    kind: np.ndarray
+    stretches: tuple[tuple[str, int, int], ...]  # (record, branch, tokens) in order
+
+
+@dataclass(frozen=True)
+class Row:
+    """Units side by side, each its own document."""
+
+    units: tuple[Unit, ...]
+
+    def __len__(self) -> int:
+        return sum(len(unit.tokens) for unit in self.units)
+
+    def targets(self, kind: int) -> int:
+        return int(sum((unit.kind == kind).sum() for unit in self.units))
+
+    def pairs(self) -> int:
+        """Tokens and the tokens that they see, without a window: a token at position p of a document sees p + 1."""
+        return int(sum((unit.positions + 1).sum() for unit in self.units))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Rows padded to one length: int64 tensors (B, T). Padding is document −1 with no target."""
+
+    tokens: Tensor
+    positions: Tensor
+    layout: Layout
+    target: Tensor
+    kind: Tensor
+    stretches: tuple[tuple[tuple[str, int, int], ...], ...]
+
+    def to(self, device: torch.device) -> Batch:
+        layout = Layout(self.layout.document_BT.to(device), self.layout.branch_BT.to(device))
+        moved = (self.tokens.to(device), self.positions.to(device), layout, self.target.to(device))
+        return Batch(*moved, self.kind.to(device), self.stretches)
+
+
+def text_units(record: str, ids: np.ndarray, block: int) -> list[Unit]:
+    """A text as units of at most `block` tokens. Every token but the first is a target exactly once."""
+    units = []
+    for start in range(0, len(ids) - 1, block):
+        part = ids[start : start + block + 1]
+        n = len(part) - 1
+        zeros, ones = np.zeros(n, np.int64), np.full(n, ANSWER)
+        stretches = ((record, start, n),)
+        units.append(Unit(record, part[:-1], np.arange(n), zeros, part[1:], ones, stretches))
+    return units
+
+
+def note_unit(record: str, pieces: Sequence[np.ndarray], loss_on: str = "answer", note_loss: bool = False) -> Unit:
+    """A note once, with all of its questions as branches."""
+    trunk, n = pieces[0], len(pieces[0])
+    target, kind = np.full(n, IGNORE), np.zeros(n, np.int64)
+    if n > 1 and (note_loss or loss_on == "all"):
+        target[:-1], kind[:-1] = trunk[1:], NOTE if note_loss else ANSWER
+    columns = [(trunk, np.arange(n), np.zeros(n, np.int64), target, kind)]
+    stretches = [(record, 0, n)] if n else []
+    for number, (prompt, answer) in enumerate(zip(pieces[1::2], pieces[2::2], strict=True), start=1):
+        columns.append(branch_columns(prompt, answer, n, number, loss_on))
+        stretches.append((record, number, len(columns[-1][0])))
+    tokens, positions, branch, target, kind = (np.concatenate(column) for column in zip(*columns, strict=True))
+    return Unit(record, tokens, positions, branch, target, kind, tuple(stretches))
+
+
+def branch_columns(prompt: np.ndarray, answer: np.ndarray, start: int, number: int, loss_on: str) -> tuple:
+    whole = np.concatenate([prompt, answer])
+    m = len(whole) - 1
+    target = whole[1:].copy()
+    if loss_on == "answer":
+        target[: len(prompt) - 1] = IGNORE
+    kind = np.where(target == IGNORE, 0, ANSWER)
+    return whole[:-1], np.arange(start, start + m), np.full(m, number), target, kind
+
+
+def question_units(
+    record: str, pieces: Sequence[np.ndarray], loss_on: str = "answer", note_loss: bool = False
+) -> list[Unit]:
+    """The same questions, each in a unit of its own that repeats the note (its own loss then counts once each)."""
+    units = []
+    for number in range(1, len(pieces) // 2 + 1):
+        alone = note_unit(record, [pieces[0], *pieces[2 * number - 1 : 2 * number + 1]], loss_on, note_loss)
+        stretches = tuple((record, number if branch else 0, length) for _, branch, length in alone.stretches)
+        units.append(Unit(record, alone.tokens, alone.positions, alone.branch, alone.target, alone.kind, stretches))
+    return units
+
+
+def pack(lengths: np.ndarray, block: int, window: int = 1024) -> list[list[int]]:
+    """Which units share a row of at most `block` tokens: best fit, longest first, within windows of the order.
+
+    Nothing is cut and nothing is dropped. Windows keep the cost linear; units of one row lie near each other.
+    """
+    rows: list[list[int]] = []
+    for start in range(0, len(lengths), window):
+        part = np.arange(start, min(start + window, len(lengths)))
+        room: list[int] = []
+        held: list[list[int]] = []
+        for unit in part[np.argsort(-lengths[part], kind="stable")]:
+            size = int(lengths[unit])
+            fits = [(left, row) for row, left in enumerate(room) if left >= size]
+            if fits:
+                _, row = min(fits)
+                held[row].append(int(unit))
+                room[row] -= size
+            else:
+                held.append([int(unit)])
+                room.append(block - size)
+        rows += held
+    return rows
+
+
+def collate(rows: Sequence[Row], pad_to: int = 1) -> Batch:
+    """Rows side by side, padded to the longest (rounded up to a multiple of `pad_to`)."""
+    longest = max(max((len(row) for row in rows), default=0), 1)
+    shape = (len(rows), -(-longest // pad_to) * pad_to)
+    tokens, positions, branch, kind = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
+    document, target = torch.full(shape, -1), torch.full(shape, IGNORE)
+    for r, row in enumerate(rows):
+        start = 0
+        for number, unit in enumerate(row.units):
+            part = slice(start, start + len(unit.tokens))
+            for into, values in ((tokens, unit.tokens), (positions, unit.positions), (branch, unit.branch),
+                                 (target, unit.target), (kind, unit.kind)):  # fmt: skip
+                into[r, part] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
+            document[r, part] = number
+            start = part.stop
+    stretches = tuple(tuple(s for unit in row.units for s in unit.stretches) for row in rows)
+    return Batch(tokens, positions, Layout(document, branch), target, kind, stretches)
+
+
+def order(seed: int, step: int, rows: int, batch: int) -> list[int]:
+    """The rows of one optimizer step: a function of (seed, step), whatever came before.
+
+    Passes over the data follow each other without a gap; each is a permutation drawn from (seed, pass).
+    """
+    return [shuffled(seed, place // rows, rows)[place % rows] for place in range(step * batch, (step + 1) * batch)]
+
+
+_order: dict[tuple[int, int, int], np.ndarray] = {}
+
+
+def shuffled(seed: int, turn: int, rows: int) -> np.ndarray:
+    """The permutation of one pass; the last two are kept."""
+    key = (seed, turn, rows)
+    if key not in _order:
+        while len(_order) > 1:
+            _order.pop(next(iter(_order)))
+        _order[key] = np.random.default_rng([seed, turn]).permutation(rows)
+    return _order[key]
+
+
+def count(rows: Iterable[Row]) -> dict[int, int]:
+    """Targets of each kind over the rows."""
+    held = list(rows)
+    return {kind: sum(row.targets(kind) for row in held) for kind in (ANSWER, NOTE)}

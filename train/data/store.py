@@ -1,0 +1,233 @@
+"""Token stores: records tokenised once, read from memory-mapped shards.
+
+A store is a folder: `manifest.json` (what it was made from: hashes of sources and tokenizer, the encoding's options,
+counts), `rejects.jsonl` (file, line and reason of each bad record), and for each shard `N.tokens.npy` (ids),
+`N.pieces.npy` (where each piece of tokens ends) and `N.records.npy` (where each record's pieces end), `N.names.json`.
+Nothing of it has to fit into memory but the piece lengths of one look-up.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+import multiprocessing
+import os
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from model.support.cli import UserError
+from model.support.files import atomic_folder, parse_json_line, read_json, sha256_file, write_json, write_jsonl
+from train.data.records import Pieces, document_pieces, note_pieces
+
+SHARD = 20_000  # records a shard
+REJECTS = 0.01  # more bad records than this share stop the run
+OPEN = 250  # shards held open at once: each keeps three files open, and systems allow 1,024
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """How records become ids; part of a store's identity."""
+
+    stage: str
+    tokenizer: str
+    template: str = "note-first"
+    tasks: str = "both"
+    append_eos: bool = True
+    empty_kept: float = 1.0
+
+    def encoder(self) -> Any:
+        from model.text.tokenizer import Tokenizer
+
+        tokenizer = Tokenizer.from_pretrained(self.tokenizer)
+        if self.stage == "pretrain":
+            return document_pieces(tokenizer)
+        return note_pieces(tokenizer, self.template, self.tasks, self.append_eos, self.empty_kept)
+
+
+def build_store(
+    files: Sequence[str], encoding: Encoding, out: str | Path, limit: int = 0, workers: int = 0,
+    identity: dict[str, Any] | None = None,
+) -> TokenStore:  # fmt: skip
+    """Tokenise JSON-lines files into a store at `out`, unless a store of just these contents is there already.
+
+    Records that cannot be used go to rejects.jsonl; more than 1 % of them raise a UserError that names the first, and
+    so do more than half of those read so far: such a file is of the other stage, and need not be read to its end.
+    `limit` takes the first so many records; `workers` processes share the work (0: as many as there are CPUs);
+    `identity` is what identity_of said already (None: the files are hashed here).
+    """
+    out = Path(out)
+    identity = identity or identity_of(files, encoding, limit)
+    if (out / "manifest.json").is_file() and read_json(out / "manifest.json").get("identity") == identity:
+        return TokenStore(out)
+    with atomic_folder(out) as folder:
+        shards, rejects = encode_shards(files, encoding, folder, limit, workers)
+        records = sum(shard["records"] for shard in shards)
+        check_rejects(rejects, records, out)
+        write_jsonl(folder / "rejects.jsonl", rejects)
+        tokens = sum(shard["tokens"] for shard in shards)
+        manifest = {"identity": identity, "shards": shards, "records": records, "tokens": tokens,
+                    "rejects": len(rejects)}  # fmt: skip
+        write_json(folder / "manifest.json", manifest)
+    return TokenStore(out)
+
+
+def identity_of(files: Sequence[str], encoding: Encoding, limit: int) -> dict[str, Any]:
+    """What a store's contents are a function of. Raises UserError where a file is missing."""
+    for file in files:
+        if not Path(file).is_file():
+            raise UserError(f"{file}: no such file")
+    return {
+        "sources": {str(file): sha256_file(file) for file in files},
+        "tokenizer": tokenizer_hash(encoding.tokenizer),
+        "stage": encoding.stage,
+        "template": encoding.template,
+        "tasks": encoding.tasks,
+        "append_eos": encoding.append_eos,
+        "empty_kept": encoding.empty_kept,
+        "limit": limit,
+    }
+
+
+def tokenizer_hash(path: str) -> str:
+    """The hash of a tokenizer's files (those of a model's folder that say how text becomes ids)."""
+    folder = Path(path)
+    names = sorted(file for file in folder.iterdir() if is_tokenizer_file(file)) if folder.is_dir() else [folder]
+    if not names or not names[0].is_file():
+        raise UserError(f"{path}: holds no tokenizer (tokenizer.json, tokenizer.model or a GGUF file)")
+    return "-".join(sha256_file(file)[:16] for file in names)
+
+
+def is_tokenizer_file(file: Path) -> bool:
+    return file.name in ("tokenizer.json", "tokenizer_config.json") or ".model" in file.name or file.suffix == ".gguf"
+
+
+def encode_shards(
+    files: Sequence[str], encoding: Encoding, folder: Path, limit: int, workers: int
+) -> tuple[list[dict[str, int]], list[dict[str, Any]]]:
+    lines = itertools.islice(numbered_lines(files), limit or None)
+    chunks = enumerate(iter(lambda: list(itertools.islice(lines, SHARD)), []))
+    first = list(itertools.islice(chunks, 2))
+    jobs = ((encoding, folder, number, chunk) for number, chunk in itertools.chain(first, chunks))
+    if len(first) < 2 or workers == 1:  # one shard: another process would only cost its start
+        return gathered(map(encode_job, jobs))
+    with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
+        return gathered(tqdm(pool.imap(encode_job, jobs), desc="tokenising", unit=" shards", disable=None))
+
+
+def gathered(done: Iterable[tuple[dict[str, int], list[dict[str, Any]]]]) -> tuple[list[dict[str, int]], list[dict]]:
+    """All shards and all rejects, or those up to where more than half of the records are rejects."""
+    shards: list[dict[str, int]] = []
+    rejects: list[dict[str, Any]] = []
+    for shard, bad in done:
+        shards.append(shard)
+        rejects += bad
+        if len(rejects) > sum(each["records"] for each in shards):
+            break
+    return shards, rejects
+
+
+def numbered_lines(files: Sequence[str]) -> Iterator[tuple[str, int, bytes]]:
+    """(file, number, line) of every line that is not blank. Raises UserError where a file has none."""
+    for file in files:
+        empty = True
+        with open(file, "rb") as lines:
+            for number, line in enumerate(lines, start=1):
+                if line.strip():
+                    empty = False
+                    yield str(file), number, line
+        if empty:
+            raise UserError(f"{file}: empty: it holds no record; give one JSON object a line")
+
+
+def encode_job(job: tuple) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    return encode_shard(*job)
+
+
+def encode_shard(
+    encoding: Encoding, folder: Path, number: int, lines: Sequence[tuple[str, int, bytes]]
+) -> tuple[dict[str, int], list[dict[str, Any]]]:
+    encode = encoding.encoder()
+    tokens: Pieces = []
+    piece_ends, record_ends, names, rejects = [0], [0], [], []
+    for file, line_number, line in lines:
+        try:
+            record = parse_json_line(file, line_number, line, ("id",))
+            pieces = encode(record)
+        except (ValueError, KeyError, TypeError, AttributeError) as error:  # UserError is a ValueError
+            reason = f"{type(error).__name__}: lacks {error}" if isinstance(error, KeyError) else str(error)
+            rejects.append({"file": file, "line": line_number, "reason": reason})
+            continue
+        for piece in pieces:
+            tokens.append(piece)
+            piece_ends.append(piece_ends[-1] + len(piece))
+        record_ends.append(record_ends[-1] + len(pieces))
+        names.append(str(record["id"]))
+    flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
+    narrow = np.uint16 if len(flat) == 0 or flat.max() < 2**16 else np.uint32
+    np.save(folder / f"{number}.tokens.npy", flat.astype(narrow))
+    np.save(folder / f"{number}.pieces.npy", np.asarray(piece_ends, np.int64))
+    np.save(folder / f"{number}.records.npy", np.asarray(record_ends, np.int64))
+    (folder / f"{number}.names.json").write_text(json.dumps(names), encoding="utf-8")
+    return {"records": len(names), "tokens": len(flat), "largest": int(flat.max(initial=0))}, rejects
+
+
+def check_rejects(rejects: list[dict[str, Any]], good: int, out: Path) -> None:
+    if len(rejects) > REJECTS * (good + len(rejects)):
+        listed = out.with_name(f"{out.name}-rejects.jsonl")
+        write_jsonl(listed, rejects)
+        worst = rejects[0]
+        where = "" if worst["reason"].startswith(worst["file"]) else f"{worst['file']}:{worst['line']}: "
+        raise UserError(
+            f"{where}{worst['reason']}; {len(rejects)} of {good + len(rejects)} records read "
+            f"cannot be used, more than 1 %: mend the file ({listed} lists them)"
+        )
+
+
+class TokenStore:
+    """A store opened for reading. `store[i]` gives record i's (name, pieces)."""
+
+    def __init__(self, path: str | Path) -> None:
+        self.path = Path(path)
+        self.manifest = read_json(self.path / "manifest.json")
+        counts = [shard["records"] for shard in self.manifest["shards"]]
+        self.first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
+        self.shards: dict[int, tuple] = {}
+
+    def __len__(self) -> int:
+        return int(self.first[-1])
+
+    def shard(self, number: int) -> tuple:
+        if number not in self.shards:
+            while len(self.shards) >= OPEN:
+                self.shards.pop(next(iter(self.shards)))
+            try:
+                arrays = [np.load(self.path / f"{number}.{kind}.npy", mmap_mode="r")
+                          for kind in ("tokens", "pieces", "records")]  # fmt: skip
+                names = json.loads((self.path / f"{number}.names.json").read_text("utf-8"))
+            except (ValueError, EOFError, OSError) as error:
+                raise UserError(f"{self.path}: shard {number} is damaged; remove this folder, and the run that made it "
+                                "tokenises again") from error  # fmt: skip
+            self.shards[number] = (*arrays, names)
+        return self.shards[number]
+
+    def __getitem__(self, index: int) -> tuple[str, Pieces]:
+        number = int(np.searchsorted(self.first, index, side="right")) - 1
+        tokens, pieces, records, names = self.shard(number)
+        local = index - int(self.first[number])
+        ends = pieces[records[local] : records[local + 1] + 1]
+        found = [np.asarray(tokens[a:b], dtype=np.int64) for a, b in itertools.pairwise(ends)]
+        return names[local], found
+
+    def piece_lengths(self) -> list[list[int]]:
+        """The lengths of every record's pieces."""
+        lengths = []
+        for number in range(len(self.manifest["shards"])):
+            _, pieces, records, _ = self.shard(number)
+            sizes = np.diff(pieces).tolist()
+            lengths += [sizes[a:b] for a, b in itertools.pairwise(records.tolist())]
+        return lengths

@@ -1,0 +1,111 @@
+"""A model put into memory row by row: built on the meta device, sharded while it is empty, then filled.
+
+Each rank reads its own rows of each tensor and no others, so a node reads the checkpoint once whatever the number of
+its ranks, and no rank holds a whole tensor of it. A packed base's codes are rows of whole quantisation blocks, so its
+shards end on blocks; its scales, which are small, are whole on every rank. Fresh weights are drawn whole, from (seed,
+name), and cut: drawing each rank's rows apart would give all ranks the same numbers.
+"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from lora.adapter import PREFIX, adapted
+from lora.layer import first_a
+from model.checkpoints.weights import COMPUTED, PIECE, Checkpoint, check_names
+from model.quantize.blockwise import narrow_scales
+from model.quantize.linear import NarrowWeight
+from model.support.cli import UserError
+from model.transformer import first_weight
+from train.distributed.sharding import Ranks, local, sum_over_ranks
+
+Read = Callable[[str, slice], Tensor]  # (a weight's name in the checkpoint, rows) → those rows
+TIED = ("lm_head.weight", "model.embed_tokens.weight")
+
+
+@torch.no_grad()
+def place(model: nn.Module, ranks: Ranks, read: Read, adapter: dict[str, Tensor] | None, seed: int) -> None:
+    """Fill every parameter of an empty model: weights from `read`, adapters from PEFT's tensors or freshly drawn."""
+    dtype = next(model.parameters()).dtype  # the embedding's: the base's
+    packed = {f"{path}.narrow.codes": layer for path, layer in adapted(model).items() if layer.narrow is not None}
+    for name, param in tqdm(list(model.named_parameters()), desc="loading", unit="tensor", leave=False,
+                            disable=None if ranks.first else True):  # fmt: skip
+        mine, into = ranks.rows(len(param)), local(param)
+        assert len(into) == mine.stop - mine.start, name
+        if ".lora_A." in name or ".lora_B." in name:
+            into.copy_(adapter_rows(name, param, adapter, seed)[mine])
+            continue
+        layer = packed.get(name)
+        weight, shape = (f"{layer.path}.weight", layer.narrow.shape) if layer else (name, param.shape)
+        step = max(1, PIECE // max(1, math.prod(shape[1:])))
+        scales = []
+        for start in range(mine.start, mine.stop, step):
+            rows = slice(start, min(start + step, mine.stop))
+            piece, place_of = finite(weight, read(weight, rows)), into[start - mine.start : rows.stop - mine.start]
+            if layer:
+                codes, absmax = layer.narrow.codes_of(piece.to(dtype))
+                place_of.copy_(codes.view_as(place_of))
+                scales.append(absmax.to(torch.float32))
+            else:
+                place_of.copy_(piece)
+        if layer:
+            put_scales(layer.narrow, scales, mine, ranks)
+
+
+def put_scales(held: NarrowWeight, scales: list[Tensor], mine: slice, ranks: Ranks) -> None:
+    """A packed weight's scales, whole on every rank: each adds its own to zeros, so none of them is rounded."""
+    whole_OG = torch.zeros(held.shape[0], held.scales.numel() // held.shape[0])
+    if scales:
+        whole_OG[mine] = torch.cat(scales).view(-1, whole_OG.shape[1])
+    whole = sum_over_ranks(whole_OG.to(ranks.device)).cpu().flatten()
+    if held.kind == "int8":
+        held.scales.copy_(whole)
+        return
+    for buffer, value in zip((held.scales, held.scales_absmax, held.scales_mean), narrow_scales(whole), strict=True):
+        buffer.copy_(value)
+
+
+def adapter_rows(name: str, param: Tensor, adapter: dict[str, Tensor] | None, seed: int) -> Tensor:
+    """The whole of one adapter matrix."""
+    path, kind, _ = name.rsplit(".", 2)
+    if adapter is not None:
+        return adapter[f"{PREFIX}{path}.{kind}.weight"]
+    return first_a(param.shape, param.dtype, seed, path) if kind == "lora_A" else torch.zeros(param.shape)
+
+
+def fresh(seed: int, shapes: dict[str, torch.Size], layers: int) -> Read:
+    """Rows of freshly drawn weights."""
+    return lambda name, rows: first_weight(name, shapes[name], seed, layers)[rows]
+
+
+def from_checkpoint(checkpoint: Checkpoint, shapes: dict[str, torch.Size], ranks: Ranks) -> Read:
+    """Rows of a checkpoint whose names and shapes are the model's. Raises UserError listing what disagrees."""
+    tensors = {name: stored for name, stored in checkpoint.tensors.items() if not COMPUTED.fullmatch(name)}
+    repeated = tensors.pop(TIED[0], None) if TIED[0] not in shapes else None
+    check_names(checkpoint, tensors, {name: tuple(shape) for name, shape in shapes.items()})
+    if repeated is not None:  # a tied checkpoint may repeat its embedding as the head; each rank looks at its rows
+        mine = ranks.rows(repeated.shape[0])
+        head, embedding = (checkpoint.read(name, mine) for name in TIED)
+        if head.shape != embedding.shape or not torch.equal(head, embedding):
+            raise UserError(f"{checkpoint.path}: config says tie_word_embeddings, but lm_head.weight is not the "
+                            "embedding; set tie_word_embeddings to false")  # fmt: skip
+    return checkpoint.read
+
+
+def finite(name: str, rows: Tensor) -> Tensor:
+    if rows.numel() and not rows.isfinite().all():
+        warnings.warn(f"{name} holds NaN or infinite numbers", stacklevel=2)
+    return rows
+
+
+def base_shapes(model: nn.Module) -> dict[str, torch.Size]:
+    """The names and shapes of a model's weights in its checkpoint, with whatever adapters and packing are on it."""
+    shapes = {name: p.shape for name, p in model.named_parameters() if ".lora_" not in name and ".narrow." not in name}
+    packed = {path: layer.narrow for path, layer in adapted(model).items() if layer.narrow is not None}
+    return shapes | {f"{path}.weight": torch.Size(held.shape) for path, held in packed.items()}

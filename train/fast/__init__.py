@@ -1,0 +1,1 @@
+"""The hand-written block and attention of training."""

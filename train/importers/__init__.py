@@ -1,0 +1,1 @@
+"""Records from tables, brat and CoNLL files."""

@@ -1,0 +1,78 @@
+"""AdamW whose two averages are kept in blocks of 8 bits (arXiv 2110.02861), in plain PyTorch.
+
+Each step widens a parameter's state, takes AdamW's step, and narrows it again. A block is 256 values of one row of a
+matrix, or what is left of the row: where rows are multiples of 256 wide these are bitsandbytes' blocks, and a block
+never lies on two ranks, so that sharding by rows changes no bit. Vectors, and matrices of fewer than 4,096 values, keep
+fp32 state. Paging the state to the host's memory is not done here.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from model.quantize.blockwise import dequantise, dynamic_table, quantise
+from train.distributed.sharding import local, sharded_like
+
+BLOCK = 256
+SMALL = 4096
+
+
+class AdamW8bit(torch.optim.Optimizer):
+    """torch.optim.AdamW with 8-bit state (decoupled weight decay, eps 1e-8 outside the root)."""
+
+    def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
+        super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
+        self.tables = {"mean": dynamic_table(signed=True), "square": dynamic_table(signed=False)}
+
+    @torch.no_grad()
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for group in self.param_groups:
+            for param in group["params"]:
+                if param.grad is not None:
+                    self.update(param, group)
+
+    def update(self, param: Tensor, group: dict[str, Any]) -> None:
+        """One parameter's step, on this rank's rows of it."""
+        state, mine = self.state[param], local(param)
+        mean, square = self.read(state, "mean", mine), self.read(state, "square", mine)
+        state["step"] = state.get("step", torch.zeros(())) + 1
+        beta1, beta2 = group["betas"]
+        grad, t = local(param.grad).to(mean.dtype), float(state["step"])
+        mean.lerp_(grad, 1 - beta1)
+        square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)
+        root = (square / (1 - beta2**t)).sqrt_().add_(group["eps"])
+        mine.mul_(1 - group["lr"] * group["weight_decay"])
+        mine.addcdiv_(mean.to(mine.dtype), root.to(mine.dtype), value=-group["lr"] / (1 - beta1**t))
+        self.write(state, "mean", mean, param)
+        self.write(state, "square", square, param)
+
+    def read(self, state: dict[str, Any], name: str, mine: Tensor) -> Tensor:
+        """The wide average of this rank's rows."""
+        if name in state:
+            return local(state[name])
+        if f"{name}_codes" in state:
+            codes, absmax = local(state[f"{name}_codes"]), local(state[f"{name}_absmax"])
+            rows, width = len(codes), codes.shape[1]  # whole blocks: the last one of a row is filled up with zeros
+            flat = dequantise(codes.flatten(), absmax.flatten(), self.tables[name], block_of(mine.shape[1]))
+            return flat.view(rows, width)[:, : mine.shape[1]].contiguous()
+        return torch.zeros_like(mine, dtype=torch.float32)
+
+    def write(self, state: dict[str, Any], name: str, value: Tensor, param: Tensor) -> None:
+        if param.dim() != 2 or param.numel() < SMALL:
+            state[name] = sharded_like(value, param, param.shape)
+            return
+        block = block_of(value.shape[1])
+        filled = torch.nn.functional.pad(value, (0, -value.shape[1] % block))
+        codes, absmax = quantise(filled, self.tables[name], block)
+        blocks = filled.shape[1] // block
+        for kind, held, width in (("codes", codes, filled.shape[1]), ("absmax", absmax, blocks)):
+            rows = held.view(len(value), width)
+            state[f"{name}_{kind}"] = sharded_like(rows, param, (param.shape[0], width))
+
+
+def block_of(columns: int) -> int:
+    """Values a block: 256, or as many as a narrower row has."""
+    return min(BLOCK, columns)

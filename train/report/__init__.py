@@ -1,0 +1,1 @@
+"""The run card, the memory plan, provenance."""
