@@ -158,9 +158,8 @@ def as_lora(model: nn.Module, path: str) -> LoRALinear:
     linear = model.get_submodule(path)
     if not isinstance(linear, LoRALinear):
         assert isinstance(linear, nn.Linear), path
-        parent, _, leaf = path.rpartition(".")
         linear = LoRALinear(linear, path)
-        setattr(model.get_submodule(parent), leaf, linear)
+        model.set_submodule(path, linear)
     return linear
 
 

@@ -27,14 +27,14 @@ def merge_lora(model: nn.Module, keep: bool = True) -> nn.Module:
     layers = adapted(model)
     if not any(layer.active for layer in layers.values()):
         raise UserError("lora: no adapter is active, so there is nothing to merge")
-    if any(layer.narrow is not None for layer in layers.values()):
-        raise UserError("lora: the base is narrow; merge into its checkpoint instead: python -m lora.merge")
+    if any(layer.quantized is not None for layer in layers.values()):
+        raise UserError("lora: the base is quantized; merge into its checkpoint instead: python -m lora.merge")
     for path, layer in layers.items():
         if layer.active is not None and layer.original is None:
             merged = merged_weight(layer.weight, layer.delta(layer.active))
             layer.original, layer.weight = layer.weight.detach(), nn.Parameter(merged, requires_grad=False)
         if not keep:
-            replace(model, path, plain(layer))
+            model.set_submodule(path, plain(layer))
     if not keep:
         model.__dict__.pop("lora_configs", None)
     return model
@@ -53,8 +53,3 @@ def plain(layer: LoRALinear) -> nn.Linear:
         linear = nn.Linear(layer.in_features, layer.out_features, bias=False)
     linear.weight, linear.bias = layer.weight, layer.bias
     return linear
-
-
-def replace(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

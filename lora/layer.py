@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.quantize.linear import NarrowWeight
+from model.quantize.linear import QuantizedWeight
 
 
 def seed_of(*parts: object) -> int:
@@ -63,17 +63,17 @@ def first_a(shape: torch.Size, dtype: torch.dtype, seed: int, path: str) -> Tens
     return torch.empty(shape, dtype=dtype).uniform_(-bound, bound, generator=generator)
 
 
-class NarrowProduct(torch.autograd.Function):
-    """x Wᵀ for a frozen narrow W: what is kept for the backward pass is W's packed form."""
+class QuantizedProduct(torch.autograd.Function):
+    """x Wᵀ for a frozen, quantized W: what is kept for the backward pass is W's packed form."""
 
     @staticmethod
-    def forward(ctx, x_ND: Tensor, weight: NarrowWeight):  # type: ignore[override]
+    def forward(ctx, x_ND: Tensor, weight: QuantizedWeight):  # type: ignore[override]
         ctx.weight = weight
         return weight.product(x_ND)
 
     @staticmethod
     def backward(ctx, grad_NO: Tensor):  # type: ignore[override]
-        return grad_NO @ ctx.weight.wide(grad_NO.dtype), None
+        return grad_NO @ ctx.weight.dequantize(grad_NO.dtype), None
 
 
 class LoRALinear(nn.Linear):
@@ -83,7 +83,7 @@ class LoRALinear(nn.Linear):
         with torch.device("meta"):
             super().__init__(linear.in_features, linear.out_features, bias=False)
         self.path = path
-        # None where the base is narrow, or the layer has no bias
+        # None where the base is quantized, or the layer has no bias
         self.weight = None if linear.weight is None else linear.weight.requires_grad_(False)  # type: ignore[assignment]
         self.bias = None if linear.bias is None else linear.bias.requires_grad_(False)  # type: ignore[assignment]
         self.lora_A, self.lora_B = nn.ParameterDict(), nn.ParameterDict()
@@ -92,13 +92,13 @@ class LoRALinear(nn.Linear):
         self.active: str | None = None
         self.plan: DropoutPlan | None = None
         self.original: Tensor | None = None  # the weight before a merge, kept so that unmerging is exact
-        # the weight's packed form, where the base is narrow (model/quantize/linear.py)
-        self.narrow: nn.Module | None = getattr(linear, "narrow", None)
+        # the weight's packed form, where the base is quantized (model/quantize/linear.py)
+        self.quantized: nn.Module | None = getattr(linear, "quantized", None)
 
     def add(self, name: str, r: int, scale: float, dropout: float, seed: int) -> None:
         """A new adapter of rank `r`, made active. Its start is a function of (seed, the module's name)."""
-        held = self.weight if self.weight is not None else self.narrow.codes  # type: ignore[union-attr]
-        dtype = torch.promote_types(held.dtype, torch.float32)  # narrow weights get fp32 adapters
+        held = self.weight if self.weight is not None else self.quantized.codes  # type: ignore[union-attr]
+        dtype = torch.promote_types(held.dtype, torch.float32)  # quantized weights get fp32 adapters
         a_RD = torch.empty(r, self.in_features, dtype=dtype, device=held.device)
         if a_RD.device.type != "meta":
             a_RD.copy_(first_a(a_RD.shape, dtype, seed, self.path))
@@ -107,8 +107,8 @@ class LoRALinear(nn.Linear):
         self.scale[name], self.dropout[name], self.active = scale, dropout, name
 
     def base(self, x_ND: Tensor) -> Tensor:
-        if self.narrow is not None:
-            y_NO = NarrowProduct.apply(x_ND, self.narrow)
+        if self.quantized is not None:
+            y_NO = QuantizedProduct.apply(x_ND, self.quantized)
             return y_NO if self.bias is None else y_NO + self.bias
         return F.linear(x_ND, self.weight, self.bias)
 

@@ -294,7 +294,7 @@ def _refuse_uncovered(raw: Mapping[str, Any]) -> None:
     if raw.get("hidden_act", "silu") != "silu":
         raise UserError(f"config: hidden_act {raw['hidden_act']!r} is not covered; these families use silu")
     if raw.get("quantization_config"):
-        raise UserError("config: quantised checkpoints (quantization_config) are not covered; give the full weights")
+        raise UserError("config: quantized checkpoints (quantization_config) are not covered; give the full weights")
     if raw.get("mlp_bias"):
         raise UserError("config: mlp_bias is not covered")
     if raw.get("attention_bias") and raw["model_type"] in ("mistral", "mixtral"):

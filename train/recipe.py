@@ -96,7 +96,7 @@ class Recipe:
     first_layer: int = 0
     """Adapters only from this decoder layer on: no gradient flows below it."""
     base: Literal["", "nf4", "int8"] = ""
-    """Keep the frozen base in this narrow format (empty: in dtype)."""
+    """Keep the frozen base in this quantized format (empty: in dtype)."""
 
     block: int = 1024
     """Largest number of tokens in a row."""

@@ -15,8 +15,8 @@ from torch import Tensor, nn
 from lora import add_lora
 from lora.adapter import adapted, check_tensors, pattern_value, read_adapter, read_config, write_adapter
 from lora.merge import OnDisk, merge_folders
-from lora.narrow import narrow_base
 from lora.origin import check_origin
+from lora.quantized import quantize_base
 from model.checkpoints.weights import config_dict, open_checkpoint, save_weights
 from model.config import ModelConfig
 from model.support.cli import UserError, guard
@@ -156,7 +156,7 @@ def load_model(
     model, adapter = empty
     if recipe.base == "nf4" and ranks.first:
         layers = adapted(model)
-        if odd := [path for path, layer in layers.items() if layer.narrow.kind != "nf4"]:
+        if odd := [path for path, layer in layers.items() if layer.quantized.kind != "nf4"]:
             print(f"base = nf4: {len(odd)} of {len(layers)} matrices are kept in int8, since 64 does not divide their "
                   f"width: {odd[0]}", file=sys.stderr)  # fmt: skip
     shapes = base_shapes(model)
@@ -192,9 +192,9 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[nn.Module, dict[st
             if not any(pattern_value({pattern: True}, path, False) for path in adapted(model)):
                 raise UserError(f"recipe: rank_pattern or alpha_pattern {pattern!r} fits no layer that has an adapter")
     if recipe.base:
-        for layer in adapted(narrow_base(model, recipe.base)).values():
-            codes = layer.narrow._buffers.pop("codes")  # parameters are what is sharded
-            layer.narrow.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
+        for layer in adapted(quantize_base(model, recipe.base)).values():
+            codes = layer.quantized._buffers.pop("codes")  # parameters are what is sharded
+            layer.quantized.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
     model.model.checkpoint_blocks = recipe.checkpoint_blocks
     model.use_attention("fast")
     if not recipe.compile:  # torch.compile fuses the plain block by itself

@@ -1,4 +1,4 @@
-"""Decoding one request, tokens per second: wide and narrow weights against transformers, llama.cpp and memory's rate.
+"""Decoding one request, tokens a second: wide and quantized weights against transformers, llama.cpp and memory's rate.
 
 Everything in a table was measured in turns in one run. A limit is the measured read rate over the bytes that a token
 reads: every weight once, in its format. Shapes: the weights given (SmolLM2-135M), a random model of 500M parameters,
@@ -21,7 +21,7 @@ from eval.bench.long import CONFIG as SHORT
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from model import ModelConfig, Transformer
-from model.quantize.linear import bytes_of, narrow
+from model.quantize.linear import bytes_of, quantize_model
 from model.support.hardware import read_rate
 
 HALF_BILLION = {
@@ -54,7 +54,7 @@ def rows(
         model = model.to_empty(device="cpu").init_weights(0).requires_grad_(False).eval()
         narrows = {}
         for form in ("int8", "int4"):
-            narrows[form] = narrow(Transformer(model.config).init_weights(0).requires_grad_(False).eval(), form)
+            narrows[form] = quantize_model(Transformer(model.config).init_weights(0).requires_grad_(False).eval(), form)
         found += compare("500M random", model, tokenizer, narrows, {}, prompt, new_tokens, repeats, setting)
     return [*found, past_the_window(tokenizer)]
 
@@ -63,7 +63,7 @@ def compare(
     name: str, model: Transformer, tokenizer: Any, narrows: dict[str, Transformer],
     peers: dict[str, Callable[[], float]], prompt: list[int], new: int, repeats: int, setting: str,
 ) -> list[dict[str, Any]]:  # fmt: skip
-    """fp32 and the narrow models against transformers in fp32, and the narrow ones against other peers."""
+    """fp32 and the quantized models against transformers in fp32, and the narrow ones against other peers."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:

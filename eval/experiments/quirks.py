@@ -122,12 +122,12 @@ def adapter(run: Run, stage: str, scale: str, size: Size, quirk: str, changed: d
 
 def loaded(run: Run, stage: str, quirk: str, base: str = "") -> Any:
     from lora import load_adapter
-    from lora.narrow import narrow_base
+    from lora.quantized import quantize_base
     from model import Transformer
 
     model = load_adapter(Transformer.from_pretrained(run.out / "base" / "model"),
                          run.out / name_of(stage, quirk) / "adapter")  # fmt: skip
-    return (narrow_base(model, base) if base else model).use_attention("fast").eval()
+    return (quantize_base(model, base) if base else model).use_attention("fast").eval()
 
 
 def held_out(run: Run, stage: str, size: Size, quirk: str, changed: dict[str, Any], model: Any) -> dict[str, float]:

@@ -11,7 +11,7 @@ What makes it fast, each idea on its own line:
 * Logits are computed where somebody reads them: one position a request, not one a token.
 
 LoRA adapters that are active and not merged stay beside the weights, exact. Modules that are not plain linear layers
-(quantised ones, experts) are called as they are. The blocks of a fused model (infer/engine/fuse.py) are computed by
+(quantized ones, experts) are called as they are. The blocks of a fused model (infer/engine/fuse.py) are computed by
 kernels instead: `FusedBlock` has Layer's three steps.
 """
 
@@ -26,7 +26,7 @@ from torch import Tensor, nn
 
 from infer.engine.fuse import FusedBlock
 from lora.layer import LoRALinear
-from model.quantize.linear import NarrowWeight
+from model.quantize.linear import QuantizedWeight
 from model.support.hardware import onednn, product, suits_onednn
 from model.transformer import RMSNorm, Transformer
 
@@ -39,20 +39,21 @@ class Fused:
     def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
         self.modules, self.weight, self.bias = modules, None, None
         self.mesh = getattr(modules[0].weight, "device_mesh", None) if hasattr(modules[0], "weight") else None
-        self.narrow: NarrowWeight | None = None
+        self.quantized: QuantizedWeight | None = None
         self.adapters: list[tuple[slice, Tensor, Tensor]] = []
-        if all(isinstance(getattr(module, "narrow", None), NarrowWeight) for module in modules):
-            self.narrow = joined([module.narrow for module in modules])
+        if all(isinstance(getattr(module, "quantized", None), QuantizedWeight) for module in modules):
+            self.quantized = joined([module.quantized for module in modules])
         elif all(type(module) in (nn.Linear, LoRALinear) and module.weight is not None for module in modules):
             weights = [local(module.weight).detach() for module in modules]
             self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
-        if self.weight is None and self.narrow is None:
+        if self.weight is None and self.quantized is None:
             return
         if any(module.bias is not None for module in modules):
             self.bias = torch.cat([local(m.bias).detach() for m in modules])  # the families bias all of them or none
         start = 0
         for module in modules:
-            rows = slice(start, start + (local(module.weight).shape[0] if self.narrow is None else module.out_features))
+            size = module.out_features if self.quantized is not None else local(module.weight).shape[0]
+            rows = slice(start, start + size)
             start = rows.stop
             if isinstance(module.weight, nn.Parameter) and len(modules) > 1:  # a view: nothing is held twice
                 if self.mesh is None:
@@ -66,8 +67,8 @@ class Fused:
                 )
 
     def __call__(self, x_ND: Tensor) -> Tensor:
-        if self.narrow is not None:
-            y_NO = self.narrow.product(x_ND)
+        if self.quantized is not None:
+            y_NO = self.quantized.product(x_ND)
             return self.adapt(x_ND, y_NO if self.bias is None else y_NO.add_(self.bias))
         if self.weight is None:
             parts = [module(x_ND) for module in self.modules]
@@ -94,12 +95,12 @@ class Fused:
         return y_NO
 
 
-def joined(weights: list[NarrowWeight]) -> NarrowWeight | None:
+def joined(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
     """Narrow weights as one; None where they cannot be: nf4's are rounded twice, each by itself."""
     if len(weights) == 1:
         return weights[0]
     same = len({(weight.kind, weight.group, weight.packed) for weight in weights}) == 1
-    return NarrowWeight.join(weights) if same and weights[0].kind != "nf4" else None
+    return QuantizedWeight.join(weights) if same and weights[0].kind != "nf4" else None
 
 
 def local(weight: Tensor) -> Tensor:

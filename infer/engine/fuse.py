@@ -39,15 +39,15 @@ class Int4Linear(nn.Module):
 
     def __init__(self, linear: nn.Linear, group: int = INT4_GROUP, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        narrow, zeros_OG = getattr(linear, "narrow", None), None
-        self.nf4 = narrow is not None and narrow.kind == "nf4"
-        if narrow is None:
+        quantized, zeros_OG = getattr(linear, "quantized", None), None
+        self.nf4 = quantized is not None and quantized.kind == "nf4"
+        if quantized is None:
             packed, scales_OG = to_int4(linear.weight.detach(), group)
         elif self.nf4:
-            packed, scales_OG = narrow.codes, narrow.absmax()
+            packed, scales_OG = quantized.codes, quantized.absmax()
         else:
-            packed = narrow.codes
-            scales_OG, zeros_OG = (steps_GO.t().contiguous() for steps_GO in narrow.scales.unbind(-1))
+            packed = quantized.codes
+            scales_OG, zeros_OG = (steps_GO.t().contiguous() for steps_GO in quantized.scales.unbind(-1))
         self.register_buffer("packed", packed, persistent=False)
         self.register_buffer("scales_OG", scales_OG, persistent=False)
         self.register_buffer("zeros_OG", zeros_OG, persistent=False)
@@ -85,7 +85,7 @@ def fusible(linear: nn.Module) -> bool:
         return False
     if isinstance(linear, LoRALinear):
         dropped = linear.training and linear.active is not None and linear.dropout[linear.active] > 0
-        if linear.narrow is not None or dropped:
+        if linear.quantized is not None or dropped:
             return False
     return not (torch.is_grad_enabled() and linear.weight.requires_grad)
 
@@ -207,8 +207,8 @@ def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
         fused = block if isinstance(block, FusedBlock) else FusedBlock(block)
         for part in [fused.self_attn] + ([fused.mlp] if hasattr(fused, "mlp") else []):
             for name, linear in list(part.named_children()):
-                narrow = getattr(linear, "narrow", None)
-                held = narrow is not None and narrow.kind != "int8" and not narrow.packed
+                quantized = getattr(linear, "quantized", None)
+                held = quantized is not None and quantized.kind != "int8" and not quantized.packed
                 wide = type(linear) in (nn.Linear, LoRALinear) and linear.weight is not None
                 if held or (four_bit and wide and linear.in_features % INT4_GROUP == 0):
                     setattr(part, name, Int4Linear(linear, dtype=model.dtype if held else None))

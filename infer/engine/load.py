@@ -18,7 +18,7 @@ from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_c
 from lora.origin import check_origin
 from model import ModelConfig, Tokenizer, Transformer
 from model.checkpoints.weights import load_weights
-from model.quantize.linear import FORMATS, NarrowEmbedding, NarrowLinear, NarrowWeight, narrows
+from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
 from model.support.cli import UserError, nearest
 from model.support.hardware import decode_dtype
 
@@ -36,8 +36,8 @@ def load(
     """The model with its adapters merged in the order given (each may have been trained on the merged ones before it),
     and its tokenizer. The last adapter stays beside the weights, exact, where they are narrower than fp32.
 
-    `form` (wide, or a name of model.narrow.FORMATS) keeps the linear layers' weights in 8 or 4 bits, the head's too,
-    quantised as it is read; the rest is in `dtype`. `fused`: the GPU's kernels in the blocks' place
+    `form` ("wide", or a name of FORMATS) keeps the linear layers' weights in 8 or 4 bits, the head's too,
+    quantized as it is read; the rest is in `dtype`. `fused`: the GPU's kernels in the blocks' place
     (infer/engine/fuse.py), for int4's and nf4's codes as they are. Raises UserError for files that are missing or
     belong to another model, and for an unknown dtype or format.
     """
@@ -55,7 +55,7 @@ def load(
     if form == "wide":
         model = Transformer.from_pretrained(weights, dtype=DTYPES[dtype], device=device)
     else:
-        model = load_narrow(weights, adapters[:-1], form, DTYPES[dtype], device)
+        model = load_quantized(weights, adapters[:-1], form, DTYPES[dtype], device)
         adapters = adapters[-1:]
     if tokenizer.vocab_size > model.config.vocab_size:
         raise UserError(
@@ -74,11 +74,11 @@ def load(
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def load_narrow(
+def load_quantized(
     weights: str | Path, merged: Sequence[str | Path], form: str, dtype: torch.dtype, device: str
 ) -> Transformer:
-    """A checkpoint read into narrow weights, a few megabytes of wide ones at a time; `merged` adapters are added in
-    fp32 to what is read. Memory grows by the narrow model and about one narrow matrix besides."""
+    """A checkpoint read into quantized weights, a few megabytes of wide ones at a time; `merged` adapters are added in
+    fp32 to what is read. Memory grows by the quantized model and about one quantized matrix besides."""
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_pretrained(weights))
     updates = [Update(model, adapter) for adapter in merged]
@@ -87,16 +87,16 @@ def load_narrow(
         module = model.get_submodule(path)
         if isinstance(module, nn.Embedding):
             return embedding(module, (piece for _, piece in pieces))
-        if not narrows(path):
+        if not is_quantizable(path):
             return None
         changed = (added(path, rows, piece) for rows, piece in pieces)
-        return narrowed(changed, (module.out_features, module.in_features))
+        return quantized(changed, (module.out_features, module.in_features))
 
-    def narrowed(pieces: Iterable[Tensor], shape: tuple[int, int]) -> NarrowLinear:
-        return NarrowLinear(NarrowWeight.quantise(pieces, shape, form).to(device).ready())
+    def quantized(pieces: Iterable[Tensor], shape: tuple[int, int]) -> QuantizedLinear:
+        return QuantizedLinear(QuantizedWeight.quantize(pieces, shape, form).to(device).ready())
 
     def embedding(module: nn.Embedding, pieces: Iterator[Tensor]) -> nn.Module:
-        """Its rows are looked up one by one, so bf16 costs no time; a tied model's head is quantised on the way."""
+        """Its rows are looked up one by one, so bf16 costs no time; a tied model's head is quantized on the way."""
         rows: list[Tensor] = []
 
         def kept() -> Iterator[Tensor]:
@@ -105,11 +105,11 @@ def load_narrow(
                 yield piece
 
         if model.lm_head is None:
-            model.lm_head = narrowed(kept(), (module.num_embeddings, module.embedding_dim))
+            model.lm_head = quantized(kept(), (module.num_embeddings, module.embedding_dim))
         else:
             for _ in kept():
                 pass
-        return NarrowEmbedding(torch.cat(rows).to(device), dtype)
+        return CastEmbedding(torch.cat(rows).to(device), dtype)
 
     def added(path: str, rows: slice, piece_MD: Tensor) -> Tensor:
         for update in updates:
@@ -138,7 +138,7 @@ def plan_for(options: Any, asked: Load) -> Plan:
 
 
 def dtype_for(options: Any, rows: int, known: str | None = None) -> str:
-    """A program's dtype; "auto" is settled here and said on stderr: fp32 beside narrow weights (whose products choose
+    """A program's dtype; "auto" is chosen here and said on stderr: fp32 beside quantized weights (whose products choose
     for themselves), else what steps of `rows` rows are soonest in. `known`: what a job that goes on had chosen."""
     if options.dtype != "auto":
         return options.dtype

@@ -78,9 +78,9 @@ def further_row(engine: Engine) -> float:
     """
     if engine.device.type != "cpu":
         return 1 / 64  # hundreds of operations a byte
-    narrow = None if engine.fused else engine.layers[0].qkv.narrow
-    if narrow is not None:  # packed weights are dequantised anew every four rows, others once a step
-        return 1 / 4 if narrow.packed else 1 / 32
+    quantized = None if engine.fused else engine.layers[0].qkv.quantized
+    if quantized is not None:  # packed weights are dequantized anew every four rows, others once a step
+        return 1 / 4 if quantized.packed else 1 / 32
     if engine.dtype == torch.bfloat16:
         return 1 / 16 if "bf16" in processor() else 1.0  # emulated: arithmetic is all there is
     return 1 / 8

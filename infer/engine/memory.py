@@ -3,7 +3,7 @@
     --memory 6GB      →  plan for 6.0 GB: int4-64, batch 8, cache float16, chunks of 512: weights 4.36 + cache 0.39 + …
 
 The sum is of what is held at once: weights, adapters, keys and values, the activations of one chunk of a prompt,
-logits, and the program itself. Ways are tried from the best answers to the least memory: wide weights before narrow
+logits, and the program itself. Ways are tried from the best answers to the least memory: wide weights before quantized
 ones, and with each, a full batch before a smaller one. A plan is a function of its arguments alone, so that a job that
 goes on after a kill goes on with the same one.
 """
@@ -20,7 +20,7 @@ import torch
 
 from lora.adapter import read_config
 from model import ModelConfig, Transformer
-from model.quantize.linear import bytes_of, narrows
+from model.quantize.linear import bytes_of, is_quantizable
 from model.support.cli import UserError
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
@@ -109,7 +109,8 @@ def weight_bytes(config: ModelConfig, form: str, dtype: torch.dtype) -> int:
     """Bytes of a model's parameters with its linear layers in a format, embedding and norms in `dtype`."""
     with torch.device("meta"):
         model = Transformer(config)
-    linear = {f"{path}.weight" for path, m in model.named_modules() if isinstance(m, torch.nn.Linear) and narrows(path)}
+    linears = (path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear))
+    linear = {f"{path}.weight" for path in linears if is_quantizable(path)}
     size = 0
     for name, parameter in model.named_parameters():
         if form != "wide" and name in linear:
@@ -124,7 +125,7 @@ def weight_bytes(config: ModelConfig, form: str, dtype: torch.dtype) -> int:
 
 
 def adapter_bytes(config: ModelConfig, adapters: Sequence[str | Path], form: str) -> int:
-    """Bytes of the adapter that stays beside narrow weights: in fp32, and B once more, scaled."""
+    """Bytes of the adapter that stays beside quantized weights: in fp32, and B once more, scaled."""
     if form == "wide" or not adapters:
         return 0
     own = read_config(adapters[-1])

@@ -55,7 +55,7 @@ class Options:
     to: Literal["safetensors", "native"] = "safetensors"
     """Hugging Face's files, or Mistral's own consolidated.safetensors and params.json."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
-    """What to keep the weights in. Quantised blocks become float32 where nothing is asked for."""
+    """What to keep the weights in. Quantized blocks become float32 where nothing is asked for."""
     max_shard_gb: float = 5.0
     """The most a file of weights may hold, in gigabytes (2**30 bytes)."""
 

@@ -1,4 +1,4 @@
-"""GGUF files (llama.cpp's format): header, config, tensors under transformers' names, dequantised as they are read.
+"""GGUF files (llama.cpp's format): header, config, tensors under transformers' names, dequantized as they are read.
 
 A file is a header of typed key/value pairs (config and tokenizer), a table of tensors, then their bytes in blocks: Q4_1
 keeps 32 numbers as 4-bit steps with one scale and one minimum. The `gguf` package turns blocks into fp32; the header is

@@ -48,7 +48,7 @@ class Checkpoint:
     """Tensors that a path holds, under transformers' names, none of them read yet.
 
     `tensors[name].shape` and `.dtype` are the file's; `read(name)` gives the tensor in the file's own float dtype
-    (fp32 out of quantised blocks), `read(name, rows=slice(a, b))` only those rows, for a rank's shard.
+    (fp32 out of quantized blocks), `read(name, rows=slice(a, b))` only those rows, for a rank's shard.
     """
 
     path: Path
@@ -218,10 +218,9 @@ def load_weights(
         if keep is not None and leaf == "weight" and wanted[name].dim() == 2:
             module = keep(place, _pieces(checkpoint, name))
             if module is not None:
-                parent, _, own = place.rpartition(".")
                 if isinstance(module, nn.Linear):
                     module.bias = model.get_submodule(place).bias  # type: ignore[assignment]
-                setattr(model.get_submodule(parent), own, module)
+                model.set_submodule(place, module)
                 continue
         tensor, finite = _read_into(checkpoint, name, dtype, torch.device(device))
         if not finite:
@@ -274,7 +273,7 @@ def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: M
         if stored.shape != wanted[name]:
             wrong.append(f"{name} has shape {list(stored.shape)}, but the config asks for {list(wanted[name])}")
         elif checkpoint.format != "gguf" and not DTYPES[stored.dtype].is_floating_point:
-            wrong.append(f"{name} is {stored.dtype}, not floating point: quantised files are not covered")
+            wrong.append(f"{name} is {stored.dtype}, not floating point: quantized files are not covered")
     if len(wrong) > LISTED:
         wrong[LISTED:] = [f"and {len(wrong) - LISTED} more"]
     if wrong:

@@ -2,12 +2,10 @@
 
 A block's values are divided by their largest magnitude and each becomes the index of the nearest entry of a table.
 `dynamic_table` has few entries near 1 and many near 0 (arXiv 2110.02861); `NF4` holds the normal distribution's
-quantiles (arXiv 2305.14314). Double quantisation keeps NF4's scales themselves in 8-bit blocks, less their mean.
+quantiles (arXiv 2305.14314). Double quantization keeps NF4's scales themselves in 8-bit blocks, less their mean.
 """
 
 from __future__ import annotations
-
-from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +22,7 @@ NF4_EDGES = (-0.8480964004993439, -0.6106329262256622, -0.4599952697753906, -0.3
 
 
 def dynamic_table(signed: bool = True) -> Tensor:
-    """The 256 entries of 8-bit dynamic quantisation, ascending."""
+    """The 256 entries of 8-bit dynamic quantization, ascending."""
     entries = [0.0, 1.0]
     for exponent in range(7):
         count = 2**exponent + 1 if signed else 2 ** (exponent + 1) + 1
@@ -42,7 +40,7 @@ def to_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
     return padded * (1.0 / absmax.clamp_min(1e-38))[:, None], absmax
 
 
-def quantise(x: Tensor, table: Tensor, block: int, grid: bool = False) -> tuple[Tensor, Tensor]:
+def quantize(x: Tensor, table: Tensor, block: int, grid: bool = False) -> tuple[Tensor, Tensor]:
     """x as (uint8 indices into the ascending table, flat; the blocks' scales in fp32).
 
     `grid` rounds to 1/32767 first, as bitsandbytes' look-up on a CPU does: to be bit-equal to it, not to be better.
@@ -54,31 +52,14 @@ def quantise(x: Tensor, table: Tensor, block: int, grid: bool = False) -> tuple[
     return torch.bucketize(shares.flatten()[: x.numel()], edges.to(x.device)).to(torch.uint8), absmax
 
 
-def dequantise(codes: Tensor, absmax: Tensor, table: Tensor, block: int) -> Tensor:
-    """The flat fp32 values of `quantise`'s result."""
+def dequantize(codes: Tensor, absmax: Tensor, table: Tensor, block: int) -> Tensor:
+    """The flat fp32 values of `quantize`'s result."""
     padded = F.pad(table.to(codes.device)[codes.int()], (0, -len(codes) % block)).view(-1, block)
     return (padded * absmax[:, None]).flatten()[: len(codes)]
 
 
-@dataclass(frozen=True)
-class DoubleNF4:
-    """A matrix in NF4: two values a byte (the first in the high half), and its blocks' scales in 8 bits."""
-
-    packed: Tensor
-    absmax_codes: Tensor
-    absmax_absmax: Tensor
-    offset: Tensor
-    shape: torch.Size
-
-
-def to_nf4(weight: Tensor, block: int = 64) -> DoubleNF4:
-    """Quantise twice, as bitsandbytes' quantize_4bit does with compress_statistics."""
-    packed, absmax = nf4_codes(weight, block)
-    return DoubleNF4(packed, *narrow_scales(absmax), weight.shape)
-
-
 def nf4_codes(weight: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """(two codes a byte, the blocks' scales in fp32): the first quantisation."""
+    """(two codes a byte, the blocks' scales in fp32): the first quantization."""
     shares, absmax = to_blocks(weight, block)
     edges = torch.tensor(NF4_EDGES, device=weight.device)
     codes = torch.bucketize(shares.flatten()[: weight.numel()], edges).to(torch.uint8)
@@ -86,19 +67,12 @@ def nf4_codes(weight: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
-def narrow_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(8-bit codes of scales less their mean, those codes' own scales, the mean): the second quantisation."""
+def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+    """(8-bit codes of scales less their mean, those codes' own scales, the mean): the second quantization."""
     offset = absmax.mean()
-    return *quantise(absmax - offset, dynamic_table(), 256, grid=True), offset
+    return *quantize(absmax - offset, dynamic_table(), 256, grid=True), offset
 
 
-def wide_scales(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
-    """The fp32 scales of `narrow_scales`' result."""
-    return dequantise(codes, absmax, dynamic_table(), 256) + offset
-
-
-def from_nf4(held: DoubleNF4, block: int = 64) -> Tensor:
-    """The fp32 matrix."""
-    codes = torch.stack([held.packed >> 4, held.packed & 15], dim=1).flatten()[: held.shape.numel()]
-    absmax = wide_scales(held.absmax_codes, held.absmax_absmax, held.offset)
-    return dequantise(codes, absmax, torch.tensor(NF4), block).view(held.shape)
+def dequantize_scales(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
+    """The fp32 scales of `quantize_scales`' result."""
+    return dequantize(codes, absmax, dynamic_table(), 256) + offset

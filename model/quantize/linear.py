@@ -7,13 +7,13 @@
 
 Scales and zeros of int8 and int4 are chosen among bf16's numbers before the codes are, so the weight that the codes
 stand for is the same one whatever computes with it. A width that a format's groups do not divide takes the smaller
-groups that do, or int8. nf4 is the base of `lora/narrow.py` (QLoRA) to the bit: what was tuned is what is served.
+groups that do, or int8. nf4 is the base of `lora/quantized.py` (QLoRA) to the bit: what was tuned is what is served.
 
-Products. The plain one, and the specification, is x · Wᵀ with W dequantised into x's dtype. torch's packed products for
-int8 and int4 dequantise in registers instead: they take bf16 inputs (with fp32 ones they are scalar code) and sum in
+Products. The plain one, and the specification, is x · Wᵀ with W dequantized into x's dtype. torch's packed products for
+int8 and int4 dequantize in registers instead: they take bf16 inputs (with fp32 ones they are scalar code) and sum in
 fp32. `ready` packs a weight for them where `model.support.hardware.packed_pays` measured that they are sooner than an
 fp32 product; from then on its inputs are rounded to bf16, whatever the number of rows (fp64 inputs never). Packed
-products dequantise anew every four rows, so from PACKED_ROWS on a tile of W is dequantised once and multiplied as a
+products dequantize anew every four rows, so from PACKED_ROWS on a tile of W is dequantized once and multiplied as a
 matrix. """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.quantize.blockwise import NF4, narrow_scales, nf4_codes, wide_scales
+from model.quantize.blockwise import NF4, dequantize_scales, nf4_codes, quantize_scales
 from model.support.hardware import compute_dtype, packed_pays
 
 FORMATS = {"int8": 0, "int4": 64, "int4-32": 32, "int4-64": 64, "int4-128": 128, "nf4": 64}  # name → columns a group
 PACKED_ROWS = {"int8": 24, "int4": 96}  # measured crossovers; both sides scale with the machine, so they are constants
-PIECE = 2**20  # weights that are quantised or dequantised at a time: the pieces in flight stay in the caches
+PIECE = 2**20  # weights that are quantized or dequantized at a time: the pieces in flight stay in the caches
 BLOCK = 64  # rows that torch's packed layout keeps together
 
 
@@ -55,13 +55,13 @@ def bytes_of(form: str, rows: int, width: int) -> int:
     return rows * width // 2 + (groups * 4 if kind == "int4" else groups + groups // 64 + 8)
 
 
-class NarrowWeight(nn.Module):
-    """A frozen matrix as codes and scales. `wide(dtype)` is the weight that they stand for, `product(x)` is x · Wᵀ.
+class QuantizedWeight(nn.Module):
+    """A frozen matrix as codes and scales. `dequantize(dtype)` is the weight, `product(x)` is x · Wᵀ.
 
     codes   int8: (O, D) int8;  int4, nf4: (O, D / 2) uint8, two neighbours of a row a byte (the layouts of
             kernels/four_bit.py), or, packed, torch's order of int4's
     scales  int8: (O,) bf16;  int4: (D / group, O, 2) bf16, scale and zero;  nf4: (O · D / group,) uint8, with the two
-            tensors of the second quantisation (model/quantize/blockwise.py) in `scales_absmax` and `scales_mean`
+            tensors of the second quantization (model/quantize/blockwise.py) in `scales_absmax` and `scales_mean`
     """
 
     codes: Tensor
@@ -82,7 +82,7 @@ class NarrowWeight(nn.Module):
         self.register_buffer("scales_mean", second[1] if second else None, persistent=False)
 
     @classmethod
-    def quantise(cls, pieces: Iterable[Tensor], shape: Sequence[int], form: str) -> NarrowWeight:
+    def quantize(cls, pieces: Iterable[Tensor], shape: Sequence[int], form: str) -> QuantizedWeight:
         """From rows in order, in pieces of any float dtype, each forgotten before the next is asked for."""
         kind, group = format_of(form, shape[1])
         parts = []
@@ -91,7 +91,7 @@ class NarrowWeight(nn.Module):
                 parts.append(rows_codes(rows_MD, kind, group))
         codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         if kind == "nf4":
-            scales, *second = narrow_scales(scales)
+            scales, *second = quantize_scales(scales)
             return cls(form, shape, codes.view(shape[0], -1), scales, (second[0], second[1]))
         return cls(form, shape, codes, scales.transpose(0, 1).contiguous() if kind == "int4" else scales)
 
@@ -100,7 +100,7 @@ class NarrowWeight(nn.Module):
         return rows_codes(rows_MD, self.kind, self.group)
 
     @classmethod
-    def join(cls, weights: list[NarrowWeight]) -> NarrowWeight:
+    def join(cls, weights: list[QuantizedWeight]) -> QuantizedWeight:
         """int8 or int4 weights of one format and width, one below the other; theirs become views of the joint one."""
         first, O = weights[0], sum(weight.shape[0] for weight in weights)  # noqa: E741
         dim = 1 if first.kind == "int4" else 0
@@ -112,12 +112,12 @@ class NarrowWeight(nn.Module):
         joint.packed = first.packed
         return joint
 
-    def ready(self) -> NarrowWeight:
+    def ready(self) -> QuantizedWeight:
         """Packed where that pays on this machine; returns itself."""
         here = self.kind != "nf4" and self.codes.device.type == "cpu"
         return self.pack() if here and packed_pays(self.kind) else self
 
-    def wide(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
+    def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """The weight (some rows of it, in whole blocks of 64 where packed), computed in fp32 (fp64 for fp64)."""
         accurate = torch.promote_types(dtype, torch.float32)
         codes = self.codes[rows]
@@ -134,32 +134,32 @@ class NarrowWeight(nn.Module):
 
     def absmax(self) -> Tensor:
         """nf4's scales, (O, D / group) fp32."""
-        return wide_scales(self.scales, self.scales_absmax, self.scales_mean).view(self.shape[0], -1)
+        return dequantize_scales(self.scales, self.scales_absmax, self.scales_mean).view(self.shape[0], -1)
 
     def product(self, x_ND: Tensor) -> Tensor:
         """x · Wᵀ in x's dtype."""
         if not self.packed or x_ND.dtype == torch.float64:
-            return F.linear(x_ND, self.wide(x_ND.dtype))
-        narrow_ND = x_ND.to(torch.bfloat16)
+            return F.linear(x_ND, self.dequantize(x_ND.dtype))
+        half_ND = x_ND.to(torch.bfloat16)
         if x_ND.shape[0] > PACKED_ROWS[self.kind]:
-            return self.tiled(narrow_ND.to(compute_dtype()), x_ND.dtype)
+            return self.tiled(half_ND.to(compute_dtype()), x_ND.dtype)
         if self.kind == "int8":
-            y_NO = torch._weight_int8pack_mm(narrow_ND, self.codes, self.scales)
+            y_NO = torch._weight_int8pack_mm(half_ND, self.codes, self.scales)
         else:
-            y_NO = torch._weight_int4pack_mm_for_cpu(narrow_ND, self.codes, self.group, self.scales.contiguous())
+            y_NO = torch._weight_int4pack_mm_for_cpu(half_ND, self.codes, self.group, self.scales.contiguous())
         return y_NO.to(x_ND.dtype)
 
     def tiled(self, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
-        """x · Wᵀ in `dtype` by tiles of W's rows, dequantised into x's dtype one at a time."""
+        """x · Wᵀ in `dtype` by tiles of W's rows, dequantized into x's dtype one at a time."""
         O, D = self.shape  # noqa: E741
         y_NO = x_ND.new_empty(x_ND.shape[0], O, dtype=dtype)
         step = max(BLOCK, PIECE // D // BLOCK * BLOCK)
         for start in range(0, O, step):
             rows = slice(start, min(start + step, O))
-            y_NO[:, rows] = F.linear(x_ND, self.wide(x_ND.dtype, rows))
+            y_NO[:, rows] = F.linear(x_ND, self.dequantize(x_ND.dtype, rows))
         return y_NO
 
-    def pack(self) -> NarrowWeight:
+    def pack(self) -> QuantizedWeight:
         """Make ready for torch's packed product, where there is one for this matrix; returns itself."""
         suits = self.kind == "int8" or (self.kind == "int4" and self.shape[0] % BLOCK == 0)
         if self.packed or not suits or self.codes.device.type != "cpu":
@@ -172,23 +172,23 @@ class NarrowWeight(nn.Module):
         return self
 
 
-class NarrowLinear(nn.Linear):
-    """nn.Linear over a narrow weight. Forward only; `weight` is None, `narrow` holds it."""
+class QuantizedLinear(nn.Linear):
+    """nn.Linear over a quantized weight. Forward only; `weight` is None, `quantized` holds it."""
 
-    def __init__(self, narrow: NarrowWeight, bias: Tensor | None = None) -> None:
+    def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
         with torch.device("meta"):
-            super().__init__(narrow.shape[1], narrow.shape[0], bias=False)
+            super().__init__(quantized.shape[1], quantized.shape[0], bias=False)
         self.weight = None  # type: ignore[assignment]
-        self.narrow = narrow
+        self.quantized = quantized
         self.bias: nn.Parameter | None  # type: ignore[assignment]
         self.bias = None if bias is None else nn.Parameter(bias.detach(), requires_grad=False)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
-        y_BTO = self.narrow.product(x_BTD.flatten(0, -2)).unflatten(0, x_BTD.shape[:-1])
+        y_BTO = self.quantized.product(x_BTD.flatten(0, -2)).unflatten(0, x_BTD.shape[:-1])
         return y_BTO if self.bias is None else y_BTO + self.bias
 
 
-class NarrowEmbedding(nn.Embedding):
+class CastEmbedding(nn.Embedding):
     """nn.Embedding whose rows are kept in bf16 and given out in `dtype`."""
 
     def __init__(self, rows_VD: Tensor, dtype: torch.dtype) -> None:
@@ -265,36 +265,31 @@ def nf4_pairs(device: torch.device) -> Tensor:
     return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).to(device)
 
 
-def narrow(model: nn.Module, form: str = "int8") -> nn.Module:
-    """Replace every linear layer of a model, the head among them, by a narrow one, in place; returns the model.
+def quantize_model(model: nn.Module, form: str = "int8") -> nn.Module:
+    """Replace every linear layer of a model, the head among them, by a quantized one, in place; returns the model.
 
     Embedding, norms and routers (which choose) stay. An adapted layer is refused with a ValueError: put the adapter on
-    the narrow model.
+    the quantized model.
     """
     for path, module in list(model.named_modules()):
-        if isinstance(module, nn.Linear) and narrows(path):
+        if isinstance(module, nn.Linear) and is_quantizable(path):
             if type(module) is not nn.Linear:
-                raise ValueError(f"{path} carries an adapter; put it on the narrow model, or merge it before")
+                raise ValueError(f"{path} carries an adapter; put it on the quantized model, or merge it before")
             weight = module.weight.detach()
-            held = NarrowWeight.quantise([weight], tuple(weight.shape), form).ready()
-            put(model, path, NarrowLinear(held, module.bias))
-    return narrow_head(model, form)
+            held = QuantizedWeight.quantize([weight], tuple(weight.shape), form).ready()
+            model.set_submodule(path, QuantizedLinear(held, module.bias))
+    return quantize_head(model, form)
 
 
-def narrow_head(model: nn.Module, form: str) -> nn.Module:
-    """Give a model whose output matrix is its embedding a narrow copy of it as head, in place; returns the model."""
+def quantize_head(model: nn.Module, form: str) -> nn.Module:
+    """Give a model whose output matrix is its embedding a quantized copy of it as head, in place; returns the model."""
     if getattr(model, "lm_head", model) is None:
         rows_VD = model.model.embed_tokens.weight.detach()  # type: ignore[union-attr, operator]
-        held = NarrowWeight.quantise([rows_VD], (rows_VD.shape[0], rows_VD.shape[1]), form)
-        model.lm_head = NarrowLinear(held.ready())
+        held = QuantizedWeight.quantize([rows_VD], (rows_VD.shape[0], rows_VD.shape[1]), form)
+        model.lm_head = QuantizedLinear(held.ready())
     return model
 
 
-def narrows(path: str) -> bool:
-    """Whether the linear layer of this name becomes narrow."""
+def is_quantizable(path: str) -> bool:
+    """Whether the linear layer of this name is quantized."""
     return not path.endswith("block_sparse_moe.gate")
-
-
-def put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, leaf = path.rpartition(".")
-    setattr(model.get_submodule(parent), leaf, module)

@@ -42,15 +42,15 @@ def run(main: Callable[[Options], int | None], options_type: type[Options], argv
     program = sys.modules["__main__"].__spec__
     name = program.name.removesuffix(".__main__") if program is not None else os.path.basename(sys.argv[0])
     prog = f"python -m {name}"
-    heard = os.environ.get("LOCAL_RANK", "0") == "0"
+    is_rank0 = os.environ.get("LOCAL_RANK", "0") == "0"
 
     def body() -> int | None:
         options = None
         try:
-            options = parse(options_type, argv, prog, config=(OmitArgPrefixes,), console_outputs=heard)
+            options = parse(options_type, argv, prog, config=(OmitArgPrefixes,), console_outputs=is_rank0)
             return main(options)
         except (UserError, OSError):
-            if not heard:
+            if not is_rank0:
                 time.sleep(PATIENCE)  # the first says it, and torchrun then ends the others
                 if options is None:  # one command line for all
                     return 2

@@ -1,4 +1,4 @@
-"""4-bit linear layers: the layout is what it says, and the result is as good as dequantising first, against fp64."""
+"""4-bit linear layers: the layout is what it says, and the result is as good as dequantizing first, against fp64."""
 
 # ruff: noqa: E741 - O is the output width
 
@@ -51,7 +51,7 @@ def compare(check, function, definition, arguments):
     st.sampled_from([0, 1, 8, 48]), st.sampled_from([32, 64, 128]), st.sampled_from(DTYPES), st.booleans(),
     st.booleans(), st.booleans(), st.sampled_from([0, 3]),
 )  # fmt: skip
-def test_int4_and_nf4_are_as_good_as_dequantising_first(
+def test_int4_and_nf4_are_as_good_as_dequantizing_first(
     device, as_good_as, N, groups, O, R, group, dtype, nf4, normed, zero, padding
 ):
     x, packed, scales, zeros, a, b, bias, norm = case(N, groups * group, O, R, group, dtype, device, padding)

@@ -15,7 +15,7 @@ from infer.engine.generate import Generator, Settings  # noqa: E402
 from infer.extract.grounded import Grammar, Grounded, Vocabulary  # noqa: E402
 from kernels import launch  # noqa: E402
 from lora import LoRAConfig, add_lora  # noqa: E402
-from model.quantize.linear import NarrowLinear, NarrowWeight, put  # noqa: E402
+from model.quantize.linear import QuantizedLinear, QuantizedWeight  # noqa: E402
 
 NOTE, OTHER = [(7 * n) % 240 for n in range(30)], [(11 * n) % 240 for n in range(20)]
 TREE = [[*NOTE, 3, 4], [*NOTE, *OTHER, 9], [*NOTE, *OTHER, 5, 6, 7], [200, 201]]  # two depths and one by itself
@@ -44,7 +44,8 @@ def made(changes, form, size=1.0):
     for path, module in list(model.named_modules()):
         if form is not None and type(module) is torch.nn.Linear and path != "lm_head":
             weight = module.weight.detach()
-            put(model, path, NarrowLinear(NarrowWeight.quantise([weight], tuple(weight.shape), form), module.bias))
+            quantized = QuantizedWeight.quantize([weight], tuple(weight.shape), form)
+            model.set_submodule(path, QuantizedLinear(quantized, module.bias))
     add_lora(model, LoRAConfig(r=3, alpha=8, target_modules="all-linear"), seed=1)
     for name, parameter in model.named_parameters():
         if "lora_B" in name:

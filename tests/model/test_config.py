@@ -71,7 +71,7 @@ REFUSED = {
     "rope is text": (raw_config("llama", rope_scaling="linear"), "rope_scaling"),
     "partial rotary": (raw_config("llama", rope_parameters={"partial_rotary_factor": 0.5}), "partial_rotary"),
     "gelu": (raw_config("llama", hidden_act="gelu"), "hidden_act"),
-    "quantised": (raw_config("llama", quantization_config={"bits": 4}), "quantis"),
+    "quantized": (raw_config("llama", quantization_config={"bits": 4}), "quantiz"),
     "mlp bias": (raw_config("llama", mlp_bias=True), "mlp_bias"),
     "mistral with bias": (raw_config("mistral", attention_bias=True), "attention_bias"),
     "mixtral without experts": (without("mixtral", "num_local_experts"), "num_local_experts"),

@@ -1,7 +1,7 @@
 """A model put into memory row by row: built on the meta device, sharded while it is empty, then filled.
 
 Each rank reads its own rows of each tensor and no others, so a node reads the checkpoint once whatever the number of
-its ranks, and no rank holds a whole tensor of it. A packed base's codes are rows of whole quantisation blocks, so its
+its ranks, and no rank holds a whole tensor of it. A packed base's codes are rows of whole quantization blocks, so its
 shards end on blocks; its scales, which are small, are whole on every rank. Fresh weights are drawn whole, from (seed,
 name), and cut: drawing each rank's rows apart would give all ranks the same numbers.
 """
@@ -19,8 +19,8 @@ from tqdm import tqdm
 from lora.adapter import PREFIX, adapted
 from lora.layer import first_a
 from model.checkpoints.weights import COMPUTED, PIECE, Checkpoint, check_names
-from model.quantize.blockwise import narrow_scales
-from model.quantize.linear import NarrowWeight
+from model.quantize.blockwise import quantize_scales
+from model.quantize.linear import QuantizedWeight
 from model.support.cli import UserError
 from model.transformer import first_weight
 from train.distributed.sharding import Ranks, local, sum_over_ranks
@@ -33,7 +33,7 @@ TIED = ("lm_head.weight", "model.embed_tokens.weight")
 def place(model: nn.Module, ranks: Ranks, read: Read, adapter: dict[str, Tensor] | None, seed: int) -> None:
     """Fill every parameter of an empty model: weights from `read`, adapters from PEFT's tensors or freshly drawn."""
     dtype = next(model.parameters()).dtype  # the embedding's: the base's
-    packed = {f"{path}.narrow.codes": layer for path, layer in adapted(model).items() if layer.narrow is not None}
+    packed = {f"{path}.quantized.codes": layer for path, layer in adapted(model).items() if layer.quantized is not None}
     for name, param in tqdm(list(model.named_parameters()), desc="loading", unit="tensor", leave=False,
                             disable=None if ranks.first else True):  # fmt: skip
         mine, into = ranks.rows(len(param)), local(param)
@@ -42,23 +42,23 @@ def place(model: nn.Module, ranks: Ranks, read: Read, adapter: dict[str, Tensor]
             into.copy_(adapter_rows(name, param, adapter, seed)[mine])
             continue
         layer = packed.get(name)
-        weight, shape = (f"{layer.path}.weight", layer.narrow.shape) if layer else (name, param.shape)
+        weight, shape = (f"{layer.path}.weight", layer.quantized.shape) if layer else (name, param.shape)
         step = max(1, PIECE // max(1, math.prod(shape[1:])))
         scales = []
         for start in range(mine.start, mine.stop, step):
             rows = slice(start, min(start + step, mine.stop))
             piece, place_of = finite(weight, read(weight, rows)), into[start - mine.start : rows.stop - mine.start]
             if layer:
-                codes, absmax = layer.narrow.codes_of(piece.to(dtype))
+                codes, absmax = layer.quantized.codes_of(piece.to(dtype))
                 place_of.copy_(codes.view_as(place_of))
                 scales.append(absmax.to(torch.float32))
             else:
                 place_of.copy_(piece)
         if layer:
-            put_scales(layer.narrow, scales, mine, ranks)
+            put_scales(layer.quantized, scales, mine, ranks)
 
 
-def put_scales(held: NarrowWeight, scales: list[Tensor], mine: slice, ranks: Ranks) -> None:
+def put_scales(held: QuantizedWeight, scales: list[Tensor], mine: slice, ranks: Ranks) -> None:
     """A packed weight's scales, whole on every rank: each adds its own to zeros, so none of them is rounded."""
     whole_OG = torch.zeros(held.shape[0], held.scales.numel() // held.shape[0])
     if scales:
@@ -67,7 +67,7 @@ def put_scales(held: NarrowWeight, scales: list[Tensor], mine: slice, ranks: Ran
     if held.kind == "int8":
         held.scales.copy_(whole)
         return
-    for buffer, value in zip((held.scales, held.scales_absmax, held.scales_mean), narrow_scales(whole), strict=True):
+    for buffer, value in zip((held.scales, held.scales_absmax, held.scales_mean), quantize_scales(whole), strict=True):
         buffer.copy_(value)
 
 
@@ -106,6 +106,7 @@ def finite(name: str, rows: Tensor) -> Tensor:
 
 def base_shapes(model: nn.Module) -> dict[str, torch.Size]:
     """The names and shapes of a model's weights in its checkpoint, with whatever adapters and packing are on it."""
-    shapes = {name: p.shape for name, p in model.named_parameters() if ".lora_" not in name and ".narrow." not in name}
-    packed = {path: layer.narrow for path, layer in adapted(model).items() if layer.narrow is not None}
+    own = (".lora_", ".quantized.")
+    shapes = {name: p.shape for name, p in model.named_parameters() if not any(part in name for part in own)}
+    packed = {path: layer.quantized for path, layer in adapted(model).items() if layer.quantized is not None}
     return shapes | {f"{path}.weight": torch.Size(held.shape) for path, held in packed.items()}

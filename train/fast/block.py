@@ -35,9 +35,9 @@ from train.fast.attention import SegmentAttend
 
 
 def matrix(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The frozen weight, widened for one product where it is kept narrow."""
-    narrow = getattr(linear, "narrow", None)
-    return linear.weight if narrow is None else narrow.wide(dtype)
+    """The frozen weight, widened for one product where it is quantized."""
+    quantized = getattr(linear, "quantized", None)
+    return linear.weight if quantized is None else quantized.dequantize(dtype)
 
 
 def adapters(linears: Sequence[nn.Linear]) -> list[Tensor | None]:

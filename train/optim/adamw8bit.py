@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from model.quantize.blockwise import dequantise, dynamic_table, quantise
+from model.quantize.blockwise import dequantize, dynamic_table, quantize
 from train.distributed.sharding import local, sharded_like
 
 BLOCK = 256
@@ -56,7 +56,7 @@ class AdamW8bit(torch.optim.Optimizer):
         if f"{name}_codes" in state:
             codes, absmax = local(state[f"{name}_codes"]), local(state[f"{name}_absmax"])
             rows, width = len(codes), codes.shape[1]  # whole blocks: the last one of a row is filled up with zeros
-            flat = dequantise(codes.flatten(), absmax.flatten(), self.tables[name], block_of(mine.shape[1]))
+            flat = dequantize(codes.flatten(), absmax.flatten(), self.tables[name], block_of(mine.shape[1]))
             return flat.view(rows, width)[:, : mine.shape[1]].contiguous()
         return torch.zeros_like(mine, dtype=torch.float32)
 
@@ -66,7 +66,7 @@ class AdamW8bit(torch.optim.Optimizer):
             return
         block = block_of(value.shape[1])
         filled = torch.nn.functional.pad(value, (0, -value.shape[1] % block))
-        codes, absmax = quantise(filled, self.tables[name], block)
+        codes, absmax = quantize(filled, self.tables[name], block)
         blocks = filled.shape[1] // block
         for kind, held, width in (("codes", codes, filled.shape[1]), ("absmax", absmax, blocks)):
             rows = held.view(len(value), width)

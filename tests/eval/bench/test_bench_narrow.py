@@ -1,4 +1,4 @@
-"""The benches of narrow weights on the smallest shapes: every row is whole, limits and ratios are numbers."""
+"""The benches of quantized weights on the smallest shapes: every row is whole, limits and ratios are numbers."""
 
 import pytest
 
@@ -6,7 +6,7 @@ from eval.bench.decode import compare, generator_of, ours_once, past_the_window,
 from eval.bench.load_7b import SHAPE
 from eval.bench.long import CONFIG
 from model import ModelConfig, Transformer
-from model.quantize.linear import narrow
+from model.quantize.linear import quantize_model
 from model.support.cli import UserError
 
 KEYS = {"name", "ours", "peer", "peer_name", "ratio", "limit", "share_of_limit", "unit", "setting"}
@@ -27,7 +27,7 @@ def model():
 @pytest.mark.slow
 def test_a_row_for_every_format_and_peer():
     pytest.importorskip("transformers")
-    narrows, peers = {"int4": narrow(model(), "int4")}, {"constant": lambda: 1.0}
+    narrows, peers = {"int4": quantize_model(model(), "int4")}, {"constant": lambda: 1.0}
     rows = compare("tiny", model(), NoText(), narrows, peers, [5, 6, 7], 4, 1, "here")
     assert [(row["name"][-4:], row["peer_name"][:8]) for row in rows] == [
         ("fp32", "transfor"), ("int4", "transfor"), ("int4", "constant")]  # fmt: skip

@@ -20,7 +20,7 @@ from infer.extract import program as extract
 from infer.extract.ask import Asker, Limits
 from infer.extract.notes import Note
 from lora import LoRAConfig, add_lora, save_adapter
-from model.quantize.linear import NarrowLinear, NarrowWeight, put
+from model.quantize.linear import QuantizedLinear, QuantizedWeight
 from model.support.cli import UserError
 
 MODELS = {
@@ -88,7 +88,8 @@ def test_narrow_weights_keep_their_codes_and_adapters_stay_beside_them(form, tok
     for path, module in list(model.named_modules()):  # not packed: no CPU's, as a GPU gets them
         if type(module) is torch.nn.Linear and path != "lm_head":
             weight = module.weight.detach()
-            put(model, path, NarrowLinear(NarrowWeight.quantise([weight], tuple(weight.shape), form), module.bias))
+            quantized = QuantizedWeight.quantize([weight], tuple(weight.shape), form)
+            model.set_submodule(path, QuantizedLinear(quantized, module.bias))
     plain, fused = pair(tokenizer, adapted(model))
     assert isinstance(fused.engine.layers[0].mlp.down_proj, Int4Linear) == (form != "int8")
     alike(plain, fused, [[1, 2, 3, *range(40)], [1, 2, 3], [*range(40), 7]])

@@ -1,4 +1,4 @@
-"""Generation from narrow weights is the plain model with the weights that the codes stand for, adapters on top."""
+"""Generation from quantized weights is the plain model with the weights that the codes stand for, adapters on top."""
 
 import subprocess
 import sys
@@ -17,7 +17,7 @@ from infer.engine.load import load
 from infer.engine.tree import Cache, plan
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
 from model import Transformer
-from model.quantize.linear import NarrowLinear, NarrowWeight, narrow, put
+from model.quantize.linear import QuantizedLinear, QuantizedWeight, quantize_model
 from model.support.cli import UserError
 from model.support.hardware import onednn, suits_onednn
 
@@ -25,12 +25,12 @@ WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 PROMPTS = [[1, 2, 3], [1, 2, 3, *range(40)], [9]]
 
 
-def widened(model):
-    """The same model with ordinary layers that hold the dequantised weights."""
+def dequantized(model):
+    """The same model with ordinary layers that hold the dequantized weights."""
     for path, module in list(model.named_modules()):
-        if type(module) is NarrowLinear:
+        if type(module) is QuantizedLinear:
             linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
-            linear.weight = torch.nn.Parameter(module.narrow.wide(torch.float64), requires_grad=False)
+            linear.weight = torch.nn.Parameter(module.quantized.dequantize(torch.float64), requires_grad=False)
             linear.bias = module.bias
             parent, _, leaf = path.rpartition(".")
             setattr(model.get_submodule(parent), leaf, linear)
@@ -40,9 +40,9 @@ def widened(model):
 @pytest.mark.parametrize("form", ["int8", "int4", "nf4"])
 @pytest.mark.parametrize("changes", [{}, {"tie_word_embeddings": True}, {"qkv_bias": True}, {"windows": (5, None)}])
 def test_narrow_weights_generate(tokenizer, form, changes):
-    model = narrow(tiny_model(**WIDTHS, **changes), form)
+    model = quantize_model(tiny_model(**WIDTHS, **changes), form)
     outs = Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=8)
-    plain = widened(narrow(tiny_model(**WIDTHS, **changes), form))
+    plain = dequantized(quantize_model(tiny_model(**WIDTHS, **changes), form))
     for prompt, out in zip(PROMPTS, outs, strict=True):
         tokens, logprobs = plain_greedy(plain, prompt, 8, tokenizer.stop_ids)
         assert out.tokens == tokens
@@ -74,10 +74,10 @@ def test_the_last_adapter_stays_exact_on_top_and_the_others_are_added_before_rou
     names = [name for name, module in wide.named_modules() if type(module) is torch.nn.Linear]
     for name in names:
         weight = wide.get_submodule(name).weight
-        expected = NarrowWeight.quantise([weight], tuple(weight.shape), form).wide(torch.float64)
-        assert torch.equal(model.get_submodule(name).narrow.wide(torch.float64), expected), name
-    plain = narrow(wide, form).double()
-    plain = widened(plain)
+        expected = QuantizedWeight.quantize([weight], tuple(weight.shape), form).dequantize(torch.float64)
+        assert torch.equal(model.get_submodule(name).quantized.dequantize(torch.float64), expected), name
+    plain = quantize_model(wide, form).double()
+    plain = dequantized(plain)
     load_adapter(plain, made[1])
     for prompt, out in zip(PROMPTS, Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=8), strict=True):
         assert out.tokens == plain_greedy(plain, prompt, 8, tokenizer.stop_ids)[0]
@@ -108,7 +108,7 @@ print((most() - before) * 1024 - kept)
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux reports it")
 def test_loading_holds_one_tensor_at_a_time(tmp_path, weights):
-    """A checkpoint of 200 MB in bf16 (its largest tensor 17 MB) is read with 100 MB beside the narrow model."""
+    """A checkpoint of 200 MB in bf16 (its largest tensor 17 MB) is read with 100 MB beside the quantized model."""
     model = tiny_model(dtype=torch.bfloat16, windows=(None,) * 4, num_hidden_layers=4, hidden_size=1024,
                        intermediate_size=8192, head_dim=128)  # fmt: skip
     model.save_pretrained(tmp_path / "large")
@@ -162,7 +162,8 @@ def test_the_kernels_take_narrow_layers_as_they_are(form):
     for path, module in list(model.named_modules()):
         if type(module) is torch.nn.Linear:
             weight = module.weight.detach()
-            put(model, path, NarrowLinear(NarrowWeight.quantise([weight], tuple(weight.shape), form), module.bias))
+            quantized = QuantizedWeight.quantize([weight], tuple(weight.shape), form)
+            model.set_submodule(path, QuantizedLinear(quantized, module.bias))
     tokens = torch.arange(30)[None]
     plain = model(tokens)
     fused = fuse(model)

@@ -86,7 +86,7 @@ def test_every_family_reads_bit_for_bit(family, arch, tmp_path):
 
 
 @pytest.mark.parametrize("kind", [gguf.GGMLQuantizationType.Q8_0, gguf.GGMLQuantizationType.Q4_1])
-def test_blocks_come_out_as_the_public_package_dequantises_them(kind, tmp_path):
+def test_blocks_come_out_as_the_public_package_dequantizes_them(kind, tmp_path):
     model = tiny("llama", torch.float32, hidden_size=64, head_dim=16, intermediate_size=96)
     checkpoint = open_checkpoint(write_gguf(model, tmp_path / "m.gguf", "llama", kind))
     up = model.model.layers[0].mlp.up_proj.weight.detach().numpy()

@@ -13,7 +13,7 @@ from test_ranks import launch
 from tiny_runs import CONFIG
 
 from lora import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter
-from lora.narrow import narrow_base
+from lora.quantized import quantize_base
 from model.transformer import Transformer
 from train.distributed.checkpoint import steps_saved
 from train.recipe import Recipe
@@ -92,9 +92,9 @@ def test_a_model_placed_row_by_row_is_the_one_loaded_whole(cases, alone):
         "new": lambda: add_lora(Transformer.from_pretrained(path), config, seed=3),
         "full": lambda: Transformer.from_pretrained(path, dtype=torch.float64),
         "tied": lambda: add_lora(Transformer.from_pretrained(tied), config, seed=3),
-        "nf4": lambda: narrow_base(add_lora(Transformer.from_pretrained(path, dtype=torch.bfloat16), config, seed=3),
+        "nf4": lambda: quantize_base(add_lora(Transformer.from_pretrained(path, dtype=torch.bfloat16), config, seed=3),
                                    "nf4"),
-        "int8": lambda: narrow_base(add_lora(Transformer.from_pretrained(path), config, seed=3), "int8"),
+        "int8": lambda: quantize_base(add_lora(Transformer.from_pretrained(path), config, seed=3), "int8"),
         "on": lambda: load_adapter(Transformer.from_pretrained(path), adapter),
         "fresh": lambda: Transformer(WIDE).init_weights(3),
     }  # fmt: skip

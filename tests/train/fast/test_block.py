@@ -11,7 +11,7 @@ from tiny_runs import CONFIG, RECIPE, tiny
 
 from infer.engine.fuse import FusedBlock
 from lora.adapter import adapted
-from lora.narrow import narrow_base
+from lora.quantized import quantize_base
 from model.attention import PlainAttend
 from model.config import ModelConfig
 from model.mask import Visible
@@ -66,15 +66,15 @@ def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str
     def made(dtype: torch.dtype, fast: bool, wide: bool = False) -> dict[str, torch.Tensor]:
         model = tiny(RECIPE, config, dtype)
         model = model.double() if wide else model
-        model = narrow_base(model, base) if base else model
-        kinds = {layer.narrow.kind for layer in adapted(model).values() if layer.narrow is not None}
+        model = quantize_base(model, base) if base else model
+        kinds = {layer.quantized.kind for layer in adapted(model).values() if layer.quantized is not None}
         assert kinds == ({base} if base else set())
         model = fast_blocks(model) if fast else model.use_attention("plain")
         assert isinstance(model.model.layers[0], FastBlock) == fast
         return step(model, batch, counts)
 
     assert worst(made(torch.float64, True), made(torch.float64, False)) < 1e-12
-    for dtype in () if base else (torch.float32, torch.bfloat16):  # a narrow base's own values differ between dtypes
+    for dtype in () if base else (torch.float32, torch.bfloat16):  # a quantized base's own values differ between dtypes
         judge, plain, fast = made(dtype, False, wide=True), made(dtype, False), made(dtype, True)
         assert plain["loss"].dtype == torch.float32 and judge["loss"].dtype == torch.float64
         for name in judge.keys() - {"loss"}:

@@ -30,12 +30,12 @@ def test_weights_adapters_gradients_and_state_are_the_built_models(full):
 
 @pytest.mark.parametrize(("base", "hidden", "kinds"), [("nf4", 64, {"nf4"}), ("nf4", 96, {"nf4", "int8"}),
                                                        ("int8", 96, {"int8"})])  # fmt: skip
-def test_a_narrow_base_is_counted_as_it_is_kept(base, hidden, kinds):
+def test_a_quantized_base_is_counted_as_it_is_kept(base, hidden, kinds):
     """A width that 64 does not divide is kept in int8, whatever was asked for."""
     config = replace(CONFIG, hidden_size=hidden, intermediate_size=128, head_dim=16)
     recipe = replace(RECIPE, base=base, r=3)
     model, _ = empty_model(recipe, config)
-    assert {layer.narrow.kind for layer in adapted(model).values()} == kinds
+    assert {layer.quantized.kind for layer in adapted(model).values()} == kinds
     held = [*model.named_parameters(), *model.named_buffers()]
     size = sum(tensor.nbytes for name, tensor in held if "lora_" not in name and "inv_freq" not in name)
     assert memory(config, recipe, 1, 100, 20)["weights"] == pytest.approx(size, rel=2e-3)

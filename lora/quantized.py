@@ -1,6 +1,6 @@
 """A frozen base in NF4 or int8 under wide adapters (QLoRA, arXiv 2305.14314).
 
-`narrow_base(model, "nf4")` turns the weight of every adapted layer into packed numbers. A forward or backward pass
+`quantize_base(model, "nf4")` turns the weight of every adapted layer into packed numbers. A forward or backward pass
 widens one layer's weight for one product and forgets it, so no wide copy stays. Merging needs the wide base: merge
 into the original checkpoint (`python -m lora.merge`).
 """
@@ -10,15 +10,15 @@ from __future__ import annotations
 from torch import nn
 
 from lora.adapter import adapted
-from model.quantize.linear import NarrowWeight
+from model.quantize.linear import QuantizedWeight
 from model.support.cli import UserError
 
 
-def narrow_base(model: nn.Module, kind: str) -> nn.Module:
+def quantize_base(model: nn.Module, kind: str) -> nn.Module:
     """Keep the adapted layers' base in "nf4" or "int8", in place. Raises UserError for another kind."""
     if kind not in ("nf4", "int8"):
         raise UserError(f"base {kind!r}; it is nf4 or int8")
     for layer in adapted(model).values():
-        layer.narrow = NarrowWeight.quantise([layer.weight], tuple(layer.weight.shape), kind)
+        layer.quantized = QuantizedWeight.quantize([layer.weight], tuple(layer.weight.shape), kind)
         layer.weight = None  # type: ignore[assignment]
     return model
