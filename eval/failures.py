@@ -21,7 +21,8 @@ from typing import Any
 
 from eval.metrics.text import clinical
 from eval.questions import Question, judged
-from infer.tasks import PHENOTYPES, stands
+from infer.extract.places import occurs_in
+from infer.tasks import PHENOTYPES
 
 CLASSES = {
     "empty": "said nothing at all",
@@ -80,7 +81,7 @@ def invented(one: Question, note: str) -> int:
     if one.name not in PHENOTYPES or PHENOTYPES[one.name].values:
         return 0
     held = f" {clinical(note)} "
-    return sum(not stands(answer, note) and f" {clinical(answer)} " not in held for answer in one.predicted)
+    return sum(not occurs_in(answer, note) and f" {clinical(answer)} " not in held for answer in one.predicted)
 
 
 def analyse(

@@ -20,10 +20,10 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 NOT_RELEVANT = "not relevant"
+SEPARATOR = "; "
+"""Between an answer's values. Not a comma: "2,5 cm" and "pT2, pN1a" are single values."""
 QUESTION = 64
 """Tokens of a question that a plan of memory counts with."""
-EDGE = r"(?!(?<=\w)\w)(?!(?<=\d[.,])\d)(?!(?<=\d)[.,]\d)"
-"""Where a span of a note may begin or end, as a regular expression: not inside a word or a number (2.5, 1,200)."""
 
 
 @dataclass(frozen=True)
@@ -73,27 +73,18 @@ def example(text: str, diagnosis: str) -> str:
 
 
 def answer(texts: Sequence[str]) -> str:
-    """The answer's text for the values found: joined by commas, or "not relevant" where there is none."""
-    return " " + (", ".join(texts) if texts else NOT_RELEVANT)
+    """The answer's text for the values found: joined by "; ", or "not relevant" where there is none."""
+    return " " + (SEPARATOR.join(texts) if texts else NOT_RELEVANT)
 
 
 def parse_answer(text: str) -> list[str]:
-    """The values in an answer's text: split on commas, duplicates dropped, order kept; [] for "not relevant"."""
-    values = dict.fromkeys(" ".join(part.split()) for part in text.split(","))
+    """The values in an answer's text: split at semicolons before white space, duplicates dropped, order kept; [] for
+    "not relevant"."""
+    values = dict.fromkeys(" ".join(part.split()) for part in re.split(r";(?=\s|$)", text))
     values.pop("", None)
     if [value.lower().rstrip(".") for value in values] == [NOT_RELEVANT]:
         return []
     return list(values)
-
-
-def words(value: str) -> str:
-    """A regular expression of a value's words, whatever space is between them."""
-    return r"\s+".join(map(re.escape, value.split()))
-
-
-def stands(value: str, note: str) -> bool:
-    """Whether a value stands in a note as a whole, whatever its case and spaces: "5 cm" does not stand in "2.5 cm"."""
-    return bool(re.search(EDGE + words(value) + EDGE, note, re.IGNORECASE))
 
 
 def diagnosis_answer(description: str, code: str) -> str:

@@ -1,4 +1,4 @@
-"""From what a model said to a note's record: values, where they stand in the note, codes.
+"""From what a model said to a note's record: values, where they were read in the note, codes.
 
 A record is what `python -m infer.extract` writes, one line a note; SCHEMA describes it as a JSON schema.
 """
@@ -11,6 +11,7 @@ from typing import Any
 
 from infer import codes, tasks
 from infer.engine.settings import Generation
+from infer.extract.places import Span, words
 
 _VALUE = {
     "type": "object",
@@ -19,9 +20,14 @@ _VALUE = {
         "text": {"type": "string", "description": "the value"},
         "start": {
             "type": ["integer", "null"],
-            "description": "its first character in the note; null: it stands nowhere there as whole words and numbers",
+            "description": "first character of the place in the note where it was read; null: no such place is known",
         },
         "end": {"type": ["integer", "null"], "description": "the character after its last"},
+        "ambiguous": {
+            "type": "array",
+            "description": "[start, end] of the other places where it may have been read; absent: there is none",
+            "items": {"type": "array", "items": {"type": "integer"}},
+        },
         "logprob": {"type": "number", "description": "natural log-probability of its tokens, given what came before"},
     },
 }
@@ -112,19 +118,32 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def phenotype_record(out: Generation, note: str, decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """One question's answer: its values with their places in the note and their log-probabilities."""
-    values = tasks.parse_answer(out.text)
-    answers, at = [], 0
+def said_values(text: str) -> list[tuple[str, Span]]:
+    """The values in an answer's text, each with its characters there."""
+    values, at = [], 0
+    for value in tasks.parse_answer(text):
+        found = re.compile(words(value)).search(text, at)
+        assert found is not None
+        at = found.end()
+        values.append((value, found.span()))
+    return values
+
+
+def phenotype_record(
+    out: Generation, places: Sequence[Sequence[Span]], decode: Callable[[list[int]], str]
+) -> dict[str, Any]:
+    """One question's answer: its values, where they were read and their log-probabilities. `places`: for every value
+    the place where it was read, then the others where it may have been; none where no place is known."""
+    answers = []
     ends = token_ends(out, decode)
-    for value in values:
-        found = re.compile(tasks.words(value)).search(out.text, at)
-        begin, at = (found.start(), found.end()) if found else (0, len(out.text))
-        start, end = place(value, note)
-        answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out, ends, begin, at)})
-    not_relevant = bool(out.text.strip()) and not values
+    for (value, said), spans in zip(said_values(out.text), places, strict=True):
+        start, end = spans[0] if spans else (None, None)
+        answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out.logprobs, ends, *said)})
+        if len(spans) > 1:
+            answers[-1]["ambiguous"] = [list(span) for span in spans[1:]]
+    not_relevant = bool(out.text.strip()) and not answers
     record = {"answers": answers, "not_relevant": not_relevant, "finish_reason": out.finish_reason}
-    if not values and not not_relevant:
+    if not answers and not not_relevant:
         record["raw"] = out.text
     return record
 
@@ -149,28 +168,15 @@ def kept_logprobs(out: Generation, decode: Callable[[list[int]], str]) -> list[f
     return [logprob for begin, logprob in zip(begins, out.logprobs, strict=False) if begin < len(out.text)]
 
 
-def place(value: str, note: str) -> tuple[int | None, int | None]:
-    """Where a value stands in the note as whole words and numbers (tasks.stands): as it is, else in another case;
-    whatever its spaces. "5 cm" has no place in "2.5 cm"."""
-    pattern = tasks.words(value)
-    if not pattern:
-        return None, None
-    for flags in (0, re.IGNORECASE):
-        found = re.search(tasks.EDGE + pattern + tasks.EDGE, note, flags)
-        if found:
-            return found.start(), found.end()
-    return None, None
-
-
 def token_ends(out: Generation, decode: Callable[[list[int]], str]) -> list[int]:
     """Where in the text each token's characters end."""
     return [len(decode(out.tokens[: n + 1])) for n in range(len(out.tokens))]
 
 
-def span_logprob(out: Generation, ends: Sequence[int], start: int, end: int) -> float:
-    """The sum over the tokens that spell out.text[start:end]."""
+def span_logprob(logprobs: Sequence[float], ends: Sequence[int], start: int, end: int) -> float:
+    """The sum over the tokens that spell the characters start to end of an answer; `ends` are all its tokens' ends."""
     total, begin = 0.0, 0
-    for stop, logprob in zip(ends, out.logprobs, strict=True):
+    for stop, logprob in zip(ends, logprobs, strict=False):  # only the first tokens may have been scored
         if begin < end and stop > start:
             total += logprob
         begin = max(begin, stop)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any
 
 from infer import tasks
 from infer.engine.generate import Generator
 from infer.engine.settings import Generation, Settings
-from infer.extract.answers import diagnosis_record, kept_logprobs, phenotype_record
+from infer.extract.answers import diagnosis_record, kept_logprobs, phenotype_record, said_values
+from infer.extract.evidence import Reading, decide, losses
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note
+from infer.extract.places import Span, edges, occurrences
 from infer.retrieval.neighbours import Neighbours
 from model.support.cli import UserError
 from model.text.tokenizer import to_characters
@@ -20,12 +23,12 @@ FORMS = ("template", "chat")
 LONG = ("error", "truncate", "windows")
 # How an untuned model is asked, after the note, in its own chat form.
 CHAT_PHENOTYPE = (
-    "{question} Answer with the value only, several separated by commas{values}. "
+    "{question} Answer with the value only, several separated by semicolons{values}. "
     'If the note does not say, answer "not relevant".'
 )
 CHAT_DIAGNOSIS = "{question} Answer with the ICD-10-CM description and its code in brackets only."
 CHAT_OTHER = (
-    '{question} Answer with the values only, separated by commas. If the note does not say, answer "not relevant".'
+    '{question} Answer with the values only, separated by semicolons. If the note does not say, answer "not relevant".'
 )
 
 
@@ -40,22 +43,39 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """A stretch of a note that is asked by itself; `done` says how it came from a note beyond the limit, `around` what
-    the note has before and after it: two characters, which tell a word or number that was cut."""
+    """What is asked about at once: a note's characters from `start` on, with the prompts of its questions. `done` says
+    how it came from a note beyond the limit."""
 
     note: Note
     text: str
+    prompts: list[list[int]]
+    tokens: int
+    """Of the whole note."""
+    start: int = 0
     done: dict[str, Any] | None = None
-    around: tuple[str, str] = ("", "")
+
+    @property
+    def end(self) -> int:
+        return self.start + len(self.text)
 
 
 @dataclass(frozen=True)
 class Request:
-    """A question about a part. `rooms`: in how many of a plan's questions (tasks.QUESTION tokens) it has room."""
+    """A question about a part. `slots`: how many of a plan's questions (tasks.QUESTION tokens) it is as long as."""
 
     prompt: list[int]
     settings: Settings
-    rooms: int = 1
+    slots: int = 1
+
+
+@dataclass(frozen=True)
+class Answer:
+    """What was said to one question about a part."""
+
+    part: Part
+    name: str
+    question: str
+    out: Generation
 
 
 class Asker:
@@ -96,11 +116,16 @@ class Asker:
             asked.append(("diagnosis", tasks.DIAGNOSIS_QUESTION))
         return asked
 
-    def prompt(self, text: str, name: str, question: str, shown: Sequence[str] = ()) -> list[int]:
-        """`shown`: other notes with their diagnoses, between the note and the question."""
+    def prompt(
+        self, text: str, name: str, question: str, shown: Sequence[str] = (), prefix: list[int] | None = None
+    ) -> list[int]:
+        """The ids of one question about a text. `shown`: other notes with their diagnoses, between the two. `prefix`:
+        the ids of tasks.prefix(text) with the begin token, where they are known (the template alone uses them)."""
         if self.form == "template":
+            if prefix is None:
+                prefix = self.tokenizer.encode(tasks.prefix(text), bos=True)
             pieces = [self.tokenizer.encode(piece) for piece in (*shown, tasks.branch(question))]
-            return [*self.tokenizer.encode(tasks.prefix(text), bos=True), *(i for piece in pieces for i in piece)]
+            return [*prefix, *(i for piece in pieces for i in piece)]
         if name == "diagnosis":
             asked = CHAT_DIAGNOSIS.format(question=question)
         elif name:
@@ -112,23 +137,41 @@ class Asker:
         content = "".join((tasks.prefix(text), *shown, asked))
         return self.tokenizer.encode_chat([{"role": "user", "content": content}])
 
-    def beside(self, note: Note, text: str, question: str) -> list[tuple[str, str]]:
-        """(id, text) of the neighbours shown with a note's diagnosis question, as many as the limit leaves room for."""
+    def prompts(self, note: Note, text: str, prefix: list[int] | None = None) -> list[list[int]]:
+        """The prompt of each of a note's questions about a text, which is encoded once (in a chat once a question)."""
+        if prefix is None and self.form == "template":
+            prefix = self.tokenizer.encode(tasks.prefix(text), bos=True)
+        return [self.prompt(text, name, question, prefix=prefix) for name, question in self.questions(note)]
+
+    def beside(self, note: Note, text: str, bare: list[int]) -> list[tuple[str, str]]:
+        """(id, text) of the neighbours shown with a note's diagnosis question, as many as the limit leaves room for;
+        `bare` is the prompt without them."""
         if self.neighbours is None:
             return []
         found = self.neighbours.of({"id": note.id, "text": note.text, "patient": note.patient})
-        room = self.limits.input - len(self.prompt(text, "diagnosis", question))
-        parts = self.neighbours.shown(self.tokenizer, found, room)
-        while parts and len(self.prompt(text, "diagnosis", question, [t for _, t in parts])) > self.limits.input:
+        parts = self.neighbours.shown(self.tokenizer, found, self.limits.input - len(bare))
+        while parts and len(self.with_neighbours(text, bare, parts)) > self.limits.input:
             parts.pop()  # a chat's pieces are encoded together and may take a token more than apart
         return parts
 
+    def with_neighbours(self, text: str, bare: list[int], parts: Sequence[tuple[str, str]]) -> list[int]:
+        """The diagnosis prompt `bare` with other notes before its question."""
+        question = tasks.DIAGNOSIS_QUESTION
+        prefix = bare[: len(bare) - len(self.tokenizer.encode(tasks.branch(question)))]
+        return self.prompt(text, "diagnosis", question, [shown for _, shown in parts], prefix)
+
     def parts(self, note: Note) -> list[Part]:
         """The note, or what `long` makes of one beyond the limit. Raises UserError where that is "error"."""
-        over = max(len(self.prompt(note.text, *asked)) for asked in self.questions(note)) - self.limits.input
+        prefix, spans = self.tokenizer.encode(tasks.prefix(note.text), bos=True, offsets=True)
+        indent = len(note.text) - len(note.text.lstrip())
+        size = len(note.text.strip())
+        spans = to_characters(tasks.prefix(note.text), spans)
+        spans = [(indent + start, indent + min(end, size)) for start, end in spans if start < min(end, size)]
+        tokens = len(spans)
+        prompts = self.prompts(note, note.text, prefix)
+        over = max(map(len, prompts)) - self.limits.input
         if over <= 0:
-            return [Part(note, note.text)]
-        tokens = len(self.tokenizer.encode(note.text))
+            return [Part(note, note.text, prompts, tokens)]
         if self.long == "error":
             raise UserError(
                 f"the note is too long by {over} tokens (limit {self.limits.input}); "
@@ -137,8 +180,6 @@ class Asker:
         size = tokens - over - 8  # a cut text may take a few tokens more than it had
         if size < 16:
             raise UserError(f"the limit of {self.limits.input} tokens leaves no room for the note")
-        _, spans = self.tokenizer.encode(note.text, offsets=True)
-        letters = to_characters(note.text, spans)
         if self.long == "truncate":
             starts, done = [0], {"did": "truncate", "tokens": tokens, "read": size}
         else:
@@ -146,45 +187,52 @@ class Asker:
             starts = [*range(0, max(1, tokens - size), step), max(0, tokens - size)]
             done = {"did": "windows", "tokens": tokens, "windows": len(starts), "size": size}
         parts = []
-        for start in dict.fromkeys(starts):
-            begin, end = letters[start][0], letters[min(start + size, tokens) - 1][1]
-            around = note.text[max(0, begin - 2) : begin], note.text[end : end + 2]
-            parts.append(Part(note, note.text[begin:end], done, around))
+        for first in dict.fromkeys(starts):
+            start, end = spans[first][0], spans[min(first + size, tokens) - 1][1]
+            text = note.text[start:end]
+            parts.append(Part(note, text, self.prompts(note, text), tokens, start, done))
         return parts
 
     def records(self, notes: Sequence[Note]) -> list[dict[str, Any]]:
         """One record a note, in order; what is wrong with a note becomes its record's `error`."""
         records: list[dict[str, Any]] = []
-        places: list[tuple[dict[str, Any], list[Part]]] = []
+        asked: list[tuple[dict[str, Any], list[Part]]] = []
         for note in notes:
             records.append({"id": note.id})
             try:
                 if note.error is not None:
                     raise UserError(note.error)
-                places.append((records[-1], self.parts(note)))
+                asked.append((records[-1], self.parts(note)))
             except UserError as error:
                 records[-1]["error"] = str(error)
-        asked = (self.requests(part, record) for record, parts in places for part in parts)
-        outs = (out for requests in self.slices(asked) for out in self.answers(requests))
-        for record, parts in places:
-            questions = self.questions(parts[0].note)
-            record |= self.record(parts, questions, [[next(outs) for _ in questions] for _ in parts])
+        requests = (self.requests(part, record) for record, parts in asked for part in parts)
+        outs = (out for batch in self.slices(requests) for out in self.answers(batch))
+        answers = [
+            [[Answer(part, *question, next(outs)) for question in self.questions(part.note)] for part in parts]
+            for _, parts in asked
+        ]
+        places = iter(self.places([answer for note in answers for part in note for answer in part]))
+        for (record, _), of_note in zip(asked, answers, strict=True):
+            record |= self.record(of_note, [[next(places) for _ in part] for part in of_note])
         return records
 
     def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:
         """Everything that is asked about a part; the neighbours that it is shown enter its record."""
-        grammars = self.grounding.of_note(part.text, part.around) if self.grounding else {}
+        grammars = {}
+        if self.grounding:  # the edges are the whole note's, so that a part offers no part of a word or number
+            at = (n - part.start for n in edges(part.note.text))
+            grammars = self.grounding.of_note(part.text, [n for n in at if 0 <= n <= len(part.text)])
         requests = []
-        for name, question in self.questions(part.note):
-            shown = self.beside(part.note, part.text, question) if name == "diagnosis" else []
+        for (name, question), prompt in zip(self.questions(part.note), part.prompts, strict=True):
             if name == "diagnosis" and self.neighbours is not None:
+                shown = self.beside(part.note, part.text, prompt)
+                prompt = self.with_neighbours(part.text, prompt, shown)
                 held = record.setdefault("neighbours", [])
                 held += [one for one, _ in shown if one not in held]
-            prompt = self.prompt(part.text, name, question, [text for _, text in shown])
             constraint = Grounded(grammars[name]) if grammars else None
-            rooms = 1 if name else -(-len(self.tokenizer.encode(question)) // tasks.QUESTION)
+            slots = 1 if name else -(-len(self.tokenizer.encode(question)) // tasks.QUESTION)
             chosen = self.wide if name == "diagnosis" else self.short
-            requests.append(Request(prompt, replace(chosen, constraint=constraint), rooms))
+            requests.append(Request(prompt, replace(chosen, constraint=constraint), slots))
         return requests
 
     def slices(self, asked: Iterable[list[Request]]) -> Iterator[list[Request]]:
@@ -192,18 +240,18 @@ class Asker:
         own questions, however many, take no more memory. A part's stay together where they can: they share its text."""
         most = self.batch * len(self.questions(Note("")))
         held: list[Request] = []
-        parts = rooms = 0
+        parts = slots = 0
         for requests in asked:
-            if held and (parts == self.batch or rooms + sum(request.rooms for request in requests) > most):
+            if held and (parts == self.batch or slots + sum(request.slots for request in requests) > most):
                 yield held
-                held, parts, rooms = [], 0, 0
+                held, parts, slots = [], 0, 0
             parts += 1
             for request in requests:
-                if held and rooms + request.rooms > most:
+                if held and slots + request.slots > most:
                     yield held
-                    held, parts, rooms = [], 1, 0
+                    held, parts, slots = [], 1, 0
                 held.append(request)
-                rooms += request.rooms
+                slots += request.slots
         if held:
             yield held
 
@@ -212,30 +260,60 @@ class Asker:
         found = self.generator.generate([request.prompt for request in requests], settings)
         return [whole(out, chosen) for out, chosen in zip(found, settings, strict=True)]
 
-    def record(
-        self, parts: list[Part], asked: list[tuple[str, str]], answers: list[list[Generation]]
-    ) -> dict[str, Any]:
-        """The answers to one note's questions, merged over its parts."""
-        note, record = parts[0].note, {}
-        for place, (name, question) in enumerate(asked):
-            outs = [of_part[place] for of_part in answers]
+    def places(self, answers: Sequence[Answer]) -> list[list[list[Span]]]:
+        """For every value of every answer the place in the note where it was read, then the others where it may have
+        been (infer/extract/evidence.py); nothing for a diagnosis, which is no span of the note."""
+        readings = [self.readings(answer) if answer.name != "diagnosis" else [] for answer in answers]
+        repeated = [reading for of_answer in readings for reading in of_answer if len(reading.spans) > 1]
+        lost = iter(losses(self.generator, repeated, self.batch))
+        return [
+            [decide(one.spans, next(lost)) if len(one.spans) > 1 else one.spans for one in of_answer]
+            for of_answer in readings
+        ]
+
+    def readings(self, answer: Answer) -> list[Reading]:
+        """Where each value of an answer may have been read."""
+        part, prompt = answer.part, partial(self.prompt, name=answer.name, question=answer.question)
+        return [
+            Reading(prompt, part.text, part.start, answer.out, said, candidates(answer, value))
+            for value, said in said_values(answer.out.text)
+        ]
+
+    def record(self, answers: list[list[Answer]], places: list[list[list[list[Span]]]]) -> dict[str, Any]:
+        """The answers to one note's questions (of each of its parts), merged over its parts."""
+        record: dict[str, Any] = {}
+        for of_parts, spans in zip(zip(*answers, strict=True), zip(*places, strict=True), strict=True):
+            name, question, outs = of_parts[0].name, of_parts[0].question, [answer.out for answer in of_parts]
             if name == "diagnosis":
                 record["diagnosis"] = best_diagnosis(outs, self.generator.decode)
                 continue
-            merged = merge([phenotype_record(out, note.text, self.generator.decode) for out in outs])
+            decode = self.generator.decode
+            merged = merge([phenotype_record(out, at, decode) for out, at in zip(outs, spans, strict=True)])
             if name:
                 record.setdefault("phenotypes", {})[name] = merged
             else:
                 record.setdefault("answers", []).append({"question": question, **merged})
-        flat = [out for of_part in answers for out in of_part]
+        part, flat = answers[0][0].part, [answer.out for of_part in answers for answer in of_part]
         record["tokens"] = {
-            "note": len(self.tokenizer.encode(note.text)),
+            "note": part.tokens,
             "prompt": sum(out.prompt_tokens for out in flat),
             "new": sum(len(out.tokens) for out in flat),
         }
-        if parts[0].done:
-            record["long"] = parts[0].done
+        if part.done:
+            record["long"] = part.done
         return record
+
+
+def candidates(answer: Answer, value: str) -> list[Span]:
+    """Where in its part of the note a value may have been read: as it is, else in another case. A closed list's values
+    are written in the list's case, which says nothing of the note's."""
+    part, known = answer.part, tasks.PHENOTYPES.get(answer.name)
+    closed = known is not None and bool(known.values)
+    for ignore_case in (True,) if closed else (False, True):
+        spans = occurrences(value, part.note.text, ignore_case)
+        if inside := [(start, end) for start, end in spans if part.start <= start and end <= part.end]:
+            return inside
+    return []
 
 
 def whole(out: Generation, settings: Settings) -> Generation:

@@ -1,7 +1,7 @@
 """Answers that cannot be invented: an automaton over bytes decides which tokens may come next.
 
-A phenotype's answer is "not relevant", or values separated by ", ": of its closed list where it has one, else spans of
-the note, from the start of a word or number to the end of one. A diagnosis is a line of ICD-10-CM, "description
+A phenotype's answer is "not relevant", or values separated by "; ": of its closed list where it has one, else spans of
+the note, from edge to edge (infer/extract/places.py). A diagnosis is a line of ICD-10-CM, "description
 (code)".
 
 The automaton reads bytes, not tokens, so every way of cutting a span into tokens is allowed: a span may begin in the
@@ -10,7 +10,7 @@ note, any white space is one space. A state is one of
 
     ("begin", n)      n leading spaces so far             ("span", i)       the note's byte i comes next
     ("value",)        a value begins                      ("one", j, i)     byte i of closed value j comes next
-    ("comma",)        a space, then a value               ("only", j, i)    byte i of a text that stands alone
+    ("separator", i)  byte i of "; " comes next           ("only", j, i)    byte i of a text that stands alone
 """
 
 from __future__ import annotations
@@ -21,10 +21,13 @@ from functools import lru_cache
 from typing import Any
 
 from infer import codes, tasks
+from infer.extract import places
 from model.text.tokenizer import Fast, Tokenizer
 
 State = tuple[Any, ...]
 States = frozenset[State]
+SEPARATOR = tasks.SEPARATOR.encode()
+SEMICOLON, SPACE = SEPARATOR
 
 
 class Vocabulary:
@@ -44,6 +47,18 @@ class Vocabulary:
             node[0].append(i)
 
 
+def byte_places(note: str) -> dict[int, int]:
+    """Where a note's characters begin, and its words end, in the bytes of its words joined by single spaces."""
+    at, size = {}, 0
+    for word in re.finditer(r"\S+", note):
+        size += bool(at)  # the space before
+        for n, character in enumerate(word[0], start=word.start()):
+            at[n] = size
+            size += len(character.encode())
+        at[word.end()] = size
+    return at
+
+
 def token_bytes(tokenizer: Tokenizer, i: int) -> bytes | None:
     """What a token adds to the text; None for special tokens."""
     engine = tokenizer.engine
@@ -52,7 +67,7 @@ def token_bytes(tokenizer: Tokenizer, i: int) -> bytes | None:
         return None
     if getattr(engine, "byte_level", False):
         alphabet = byte_alphabet()
-        return bytes(alphabet[letter] for letter in piece) if all(letter in alphabet for letter in piece) else None
+        return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else None
     found = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
     if found:
         return bytes([int(found[1], 16)])
@@ -69,30 +84,25 @@ def byte_alphabet() -> dict[str, int]:
 
 class Grammar:
     """The legal answers to one question about one note. `values` is a closed list, `note` the text of spans (one of
-    the two), `alone` the answers that stand by themselves; `around` what comes before and after a note that was cut."""
+    the two), `alone` the answers that stand by themselves. `edges` are the places in the note where a span may begin or
+    end; those of a part of a note are the whole note's, so that a word or number that was cut is never offered."""
 
     def __init__(
         self, vocabulary: Vocabulary, ends: Iterable[int], note: str = "", values: Sequence[str] = (),
-        alone: Sequence[str] = (tasks.NOT_RELEVANT,), around: tuple[str, str] = ("", ""),
+        alone: Sequence[str] = (tasks.NOT_RELEVANT,), edges: Iterable[int] | None = None,
     ) -> None:  # fmt: skip
-        text = " ".join(note.split())
         self.vocabulary, self.ends = vocabulary, sorted(ends)
-        self.note = text.encode()
         self.values, self.alone = [v.encode() for v in values], [a.encode() for a in alone]
-        at = [0]
-        for letter in text:
-            at.append(at[-1] + len(letter.encode()))
-        # a span neither begins nor ends with a space, and holds no comma
-        before, after = "" if note[:1].isspace() else around[0], "" if note[-1:].isspace() else around[1]
-        found = (match.start() - len(before) for match in re.finditer(tasks.EDGE, before + text + after))
-        edges = [n for n in found if 0 <= n <= len(text)]
-        self.stops = frozenset(at[n] for n in edges if n > 0 and text[n - 1] != " ")
-        self.open: set[int] = set()  # the bytes before which a span can still end: none is begun that cannot
-        for i in range(len(self.note), 0, -1):
-            if i in self.stops or (i + 1 in self.open and self.note[i] != 44):
+        self.note = b" ".join(word.encode() for word in note.split())
+        at = byte_places(note)
+        stops = {at[n] for n in (places.edges(note) if edges is None else edges) if n in at}
+        separators = {found.start() for found in re.finditer(rb";(?= |$)", self.note)}  # no span holds one
+        self.stops = frozenset(i for i in stops if i > 0 and self.note[i - 1] not in (SEMICOLON, SPACE))
+        self.open: set[int] = set()  # the bytes that a span may hold: from there it can still reach a stop
+        for i in reversed(range(len(self.note))):
+            if i not in separators and (i + 1 in self.stops or i + 1 in self.open):
                 self.open.add(i)
-        starts = (at[n] for n in edges if n < len(text) and text[n] not in " ,")
-        self.starts = [start for start in starts if start + 1 in self.open]
+        self.starts = sorted(i for i in stops & self.open if self.note[i] not in (SEMICOLON, SPACE))
         self.memo: dict[States, list[int]] = {}
         if not self.ends:  # a tokenizer without an end token: a line's end ends the answer
             self.ends = list(vocabulary.root[1].get(10, [[], {}])[0])
@@ -123,17 +133,18 @@ class Grammar:
                     go(text[0], ("only", number, 1))
             elif kind == "value":
                 value()
-            elif kind == "comma":
-                go(32, ("value",))
+            elif kind == "separator":
+                after = state[1] + 1
+                go(SEPARATOR[state[1]], ("separator", after) if after < len(SEPARATOR) else ("value",))
             elif kind == "span":
-                if state[1] + 1 in self.open and self.note[state[1]] != 44:
+                if state[1] in self.open:
                     go(self.note[state[1]], ("span", state[1] + 1))
             else:
                 text = (self.values if kind == "one" else self.alone)[state[1]]
                 if state[2] < len(text):
                     go(text[state[2]], (kind, state[1], state[2] + 1))
             if kind in ("span", "one") and self.whole(state):
-                go(44, ("comma",))
+                go(SEPARATOR[0], ("separator", 1))
         return {byte: frozenset(reached) for byte, reached in found.items()}
 
     def whole(self, state: State) -> bool:
@@ -167,10 +178,10 @@ class Grammar:
     def complete(self, text: str) -> str:
         """The longest beginning of `text` that is a whole answer ("" where none is): for one that was cut short."""
         states, best, data = self.begin(), 0, text.encode()
-        for place, byte in enumerate(data, start=1):
+        for end, byte in enumerate(data, start=1):
             states = self.next(states).get(byte, frozenset())
             if any(self.whole(state) for state in states):
-                best = place
+                best = end
         return data[:best].decode("utf-8", errors="ignore")
 
 
@@ -201,7 +212,7 @@ class Grounding:
         closed = {name: p.values for name, p in tasks.PHENOTYPES.items() if p.values}
         self.closed = {name: Grammar(self.vocabulary, self.ends, values=values) for name, values in closed.items()}
 
-    def of_note(self, note: str, around: tuple[str, str] = ("", "")) -> dict[str, Grammar]:
+    def of_note(self, note: str, edges: Iterable[int] | None = None) -> dict[str, Grammar]:
         """The grammar of each question about one note; "" is a question of the note's own, answered in spans."""
-        spans = Grammar(self.vocabulary, self.ends, note=note, around=around)
+        spans = Grammar(self.vocabulary, self.ends, note=note, edges=edges)
         return {"": spans, "diagnosis": self.diagnosis, **dict.fromkeys(tasks.PHENOTYPES, spans), **self.closed}

@@ -55,7 +55,10 @@ class Mended:
             return record
         asked = [*(record.get("phenotypes") or {}).values(), *record.get("answers", ())]
         for answer in (one for question in asked for one in question["answers"] if one["start"] is not None):
+            others = [self.answer(start, end, "") for start, end in answer.get("ambiguous", ())]
             answer |= self.answer(answer["start"], answer["end"], answer["text"])
+            if others:
+                answer["ambiguous"] = [[other["start"], other["end"]] for other in others]
         return {**record, "repairs": [[change.start, change.end, change.after] for change in self.changes]}
 
 

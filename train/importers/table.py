@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import Any
 
 from infer.codes import describe, lookup
+from infer.extract.places import occurrences
 from infer.tasks import DIAGNOSIS_QUESTION, NOT_RELEVANT, PHENOTYPES
 from model.support import cli as command
 from model.support.cli import UserError, nearest
@@ -58,16 +59,10 @@ def _plain(text: str) -> str:
 
 
 def span(text: str, answer: str) -> dict[str, Any]:
-    """The answer and where it first stands in the text (verbatim, else in any case); null where it does not."""
-    start = text.find(answer)
-    if start < 0:
-        found = re.search(rf"(?<!\w){re.escape(answer)}(?!\w)", text, re.I)
-        start = found.start() if found else -1
-    return (
-        {"text": answer, "start": start, "end": start + len(answer)}
-        if start >= 0
-        else {"text": answer, "start": None, "end": None}
-    )
+    """The answer and where it first occurs in the text (verbatim, else in any case); null where it does not."""
+    found = occurrences(answer, text) or occurrences(answer, text, ignore_case=True)
+    start, end = found[0] if found else (None, None)
+    return {"text": answer, "start": start, "end": end}
 
 
 def diagnosis(answer: str, where: str) -> dict[str, str]:

@@ -9,9 +9,10 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.engine.generate import Generation, Generator
-from infer.extract.answers import SCHEMA, phenotype_record
-from infer.extract.ask import Asker, Limits, best_diagnosis, merge
+from infer.extract.answers import SCHEMA, phenotype_record, said_values
+from infer.extract.ask import Answer, Asker, Limits, best_diagnosis, merge
 from infer.extract.notes import Note
+from infer.extract.places import occurrences
 from model.support.cli import UserError
 
 NOTE = "Left breast, 2.5 cm; the right one is clear. 2.5  CM again"
@@ -24,11 +25,13 @@ def said(text, tokenizer):
 
 
 def record(text, tokenizer):
-    return phenotype_record(said(text, tokenizer), NOTE, tokenizer.decode)
+    """Every value at its first place in NOTE, whatever its case."""
+    places = [occurrences(value, NOTE, ignore_case=True)[:1] for value, _ in said_values(text)]
+    return phenotype_record(said(text, tokenizer), places, tokenizer.decode)
 
 
 def test_each_value_has_its_place_and_the_log_probability_of_its_own_tokens(tokenizer):
-    text = " left, 2.5 cm, 3 cm, left"
+    text = " left; 2.5 cm; 3 cm; left"
     found = record(text, tokenizer)
     assert [(a["text"], a["start"], a["end"]) for a in found["answers"]] == [
         ("left", 0, 4), ("2.5 cm", 13, 19), ("3 cm", None, None)]  # fmt: skip
@@ -94,7 +97,7 @@ def test_windows_hold_all_of_a_long_note_overlap_and_keep_to_the_limit(pieces, l
     for number, part in enumerate(parts):
         assert text.count(part) == 1 and text.index(part) <= read - (number > 0)
         read = text.index(part) + len(part)
-    assert read == len(text)
+    assert read == len(text.rstrip())
     asker.long = "truncate"
     (short,) = asker.parts(Note("n", text))
     assert text.startswith(short.text) and (len(parts) > 1) == (short.done is not None)
@@ -202,7 +205,10 @@ def test_a_place_is_the_whole_note_s_whatever_window_said_it(tokenizer):
     asker = Asker(Generator(tiny_model(), tokenizer), "both", "template", Limits(200, 4, 6), "windows")
     parts = asker.parts(Note("n", text))
     assert [("7" in part.text) for part in parts] == [False] * (len(parts) - 1) + [True] and len(parts) > 2
-    asked = [("tumor_size", "Size?")]
-    answers = [[said(" 7" if "7" in part.text else " not relevant", tokenizer)] for part in parts]
-    (found,) = asker.record(parts, asked, answers)["phenotypes"]["tumor_size"]["answers"]
+    answers = [
+        [Answer(part, "tumor_size", "Size?", said(" 7" if "7" in part.text else " not relevant", tokenizer))]
+        for part in parts
+    ]
+    places = [asker.places(of_part) for of_part in answers]
+    (found,) = asker.record(answers, places)["phenotypes"]["tumor_size"]["answers"]
     assert (found["start"], found["end"]) == (len(text) - 1, len(text)) and found["end"] > len(parts[-1].text)

@@ -20,7 +20,6 @@ from tqdm import tqdm
 
 from infer import tasks
 from infer.engine.load import load
-from infer.extract.answers import place
 from infer.extract.job import END, Job, batches, stamp
 from infer.extract.notes import Note
 from infer.extract.program import Options, main
@@ -342,23 +341,6 @@ def test_nothing_to_read(weights, tmp_path):
         with pytest.raises(UserError):
             extract(weights, notes, tmp_path / "o.jsonl")
     assert not list(tmp_path.glob("o.jsonl*"))
-
-
-def test_places():
-    note = "A 2.5\ncm tumor; Grade 2. Breasts and breast"
-    assert place("2.5 cm", note) == (2, 8)
-    assert place("grade 2", note) == (16, 23)
-    assert note[slice(*place("breast", note))] == "breast" and place("breast", note)[0] == note.rindex("breast")
-    for value in ("absent", "5 cm", "east", "breas", "ade 2", ""):  # "5 cm" is not what the note says
-        assert place(value, note) == (None, None)
-    assert note[: place("2", note)[0]].endswith("Grade ")
-
-
-@given(st.text("25. cmC\n", max_size=12), st.text("25. cmC\n", min_size=1, max_size=5).filter(str.strip))
-def test_what_has_a_place_is_what_the_score_finds_in_the_note(note, value):
-    start, end = place(value, note)
-    assert (start is not None) == tasks.stands(value, note)
-    assert start is None or " ".join(note[start:end].split()).lower() == " ".join(value.split()).lower()
 
 
 @given(st.lists(st.integers(0, 50), max_size=40), st.integers(1, 5), st.integers(1, 80))

@@ -14,13 +14,13 @@ from eval import score
 from infer import codes, tasks
 from infer.engine.generate import Generator, Settings
 from infer.extract import program as extract
-from infer.extract.answers import place
 from infer.extract.ask import FORMS, LONG, Asker, Limits
 from infer.extract.grounded import Grammar, Grounded, Grounding, Vocabulary
 from infer.extract.notes import Note
+from infer.extract.places import edges, occurrences
 
 letters, long_letters = (
-    st.text("abt er cm2.5-,\n+éß漢(", min_size=least, max_size=2 * least + 58).filter(str.strip) for least in (1, 40)
+    st.text("abt er cm2.5-,;\n+éß漢(", min_size=least, max_size=2 * least + 58).filter(str.strip) for least in (1, 40)
 )
 
 
@@ -56,7 +56,7 @@ def test_no_output_ever_breaks_it(either, note, seed, hot, new, form, long):
                 assert answer["text"] in phenotype.values
             else:
                 assert answer["text"] in " ".join(note.split())
-                assert place(answer["text"], note) != (None, None) and tasks.stands(answer["text"], note)
+                assert (answer["start"], answer["end"]) in occurrences(answer["text"], note)
     text = record["diagnosis"]["text"]
     if text:
         found = re.fullmatch(r"(.*) \(([^()]*)\)", text)
@@ -87,9 +87,11 @@ def test_a_cut_note_offers_no_part_of_the_word_or_number_that_was_cut(either, no
     asker = Asker(generator, "phenotype", form, Limits(1500, 5, 5), long, grounded=True)
     shorten(asker)
     for part in asker.parts(Note("n", note)):
-        spans = asker.grounding.of_note(part.text, part.around)["tumor_size"]
+        (request,) = [r for r, (name, _) in zip(asker.requests(part, {}), asker.questions(part.note), strict=True)
+                      if name == "tumor_size"]  # fmt: skip
+        spans = request.settings.constraint.grammar
         offered = {spans.note[start:stop].decode() for start in spans.starts for stop in spans.stops if stop > start}
-        assert all(tasks.stands(value, note) for value in offered)
+        assert all(occurrences(value, note) for value in offered)
 
 
 @settings(deadline=None, max_examples=60)
@@ -98,13 +100,11 @@ def test_every_spelling_of_a_span_is_allowed(either, note, data):
     """Whatever tokens spell a span, each step allows the next of them, and the end after it."""
     text = " ".join(note.split())
     grammar = Grammar(Vocabulary(either), either.stop_ids, note=note)
-    words = re.finditer(r"\w+(?:(?<=\d)[.,](?=\d)\w+)*", text)  # words and numbers
-    inside = {n for found in words for n in range(found.start() + 1, found.end())}
-    edges = [n for n in range(len(text) + 1) if n not in inside]
-    start = data.draw(st.sampled_from(edges[:-1]))
-    end = data.draw(st.sampled_from([e for e in edges if e > start]))
+    at = edges(text)
+    start = data.draw(st.sampled_from(at[:-1]))
+    end = data.draw(st.sampled_from([n for n in at if n > start]))
     span = text[start:end].strip()
-    if not span or "," in span or text[start] == " ":
+    if not span or ";" in span or text[start] == " ":
         return
     follower, done = Grounded(grammar), []
     for letter in (" " + span).encode():  # the finest spelling: one token a byte
@@ -120,10 +120,10 @@ def test_every_spelling_of_a_span_is_allowed(either, note, data):
 
 @settings(deadline=None, max_examples=40)
 @given(note=long_letters, steps=st.lists(st.integers(0, 9), max_size=40))
-@example(note="1,200 mm , 3", steps=[0, 0, 0, 0])
+@example(note="1,200 mm ; 3", steps=[0, 0, 0, 0])
 def test_whatever_was_said_the_answer_can_still_become_whole(either, note, steps):
-    """No token leads where only the forced end is left: into a number with a comma, or the space before one."""
-    grammar = Grammar(Vocabulary(either), either.stop_ids, note=note, around=("1.", ".5"))
+    """No token leads where only the forced end is left: into a word that a separator cuts, or the space before one."""
+    grammar = Grammar(Vocabulary(either), either.stop_ids, note=note, edges=edges("1." + note + ".5"))
     states = grammar.begin()
     for step in steps:
         ahead = grammar.next(states)
@@ -139,12 +139,12 @@ def test_what_is_not_in_the_note_is_refused(tokenizer):
         states = grammar.read(grammar.begin(), text.encode())
         return any(grammar.whole(state) for state in states)
 
-    for text in (" 2.5 cm", " tumor, 2.5 cm", " not relevant", " tumor of 2.5", "grade 2"):
+    for text in (" 2.5 cm", " tumor; 2.5 cm", " 2.5 cm, grade 2", " not relevant", " tumor of 2.5", "grade 2"):
         assert legal(text), text
-    for text in (" 3 cm", " 5 cm", " of 2", " of 2.", " umor", " 2.5 c", " tumor, not relevant", " cm, grade 3",
-                 " tumor,", " ", " Tumor"):  # fmt: skip
+    for text in (" 3 cm", " 5 cm", " of 2", " of 2.", " umor", " 2.5 c", " tumor; not relevant", " cm; grade 3",
+                 " tumor;", " tumor, 2.5 cm", " ", " Tumor"):  # fmt: skip
         assert not legal(text), text
-    assert grammar.complete(" tumor, gra") == " tumor"
+    assert grammar.complete(" tumor; gra") == " tumor"
     assert grammar.complete(" not relev") == ""
 
 
@@ -152,8 +152,23 @@ def test_what_is_not_in_the_note_is_refused(tokenizer):
 def test_closed_lists(name, tokenizer):
     grammar = Grounding(tokenizer, tokenizer.stop_ids).of_note("left right ER+")[name]
     values = tasks.PHENOTYPES[name].values
-    assert grammar.complete(f" {values[0]}, {values[1]}") == f" {values[0]}, {values[1]}"
+    assert grammar.complete(f" {values[0]}; {values[1]}") == f" {values[0]}; {values[1]}"
     assert grammar.complete(" lefty") in ("", " left")
+
+
+@settings(deadline=None, max_examples=150)
+@given(note=letters, data=st.data())
+@example(note="2,5 cm; pT2, pN1a", data=None)
+def test_what_may_be_said_is_what_has_a_place(tokenizer, note, data):
+    """One definition: a value can be said where, and only where, it occurs in the note; but for our separator."""
+    text = " ".join(note.split())
+    grammar = Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note=note)
+    start = data.draw(st.integers(0, len(text) - 1)) if data else 0
+    value = text[start : data.draw(st.integers(start + 1, len(text)))].strip() if data else "2,5 cm"
+    if value and value[0] != ";" and value[-1] != ";" and "; " not in value and value != tasks.NOT_RELEVANT:
+        states = grammar.read(grammar.begin(), f" {value}".encode())
+        assert any(grammar.whole(state) for state in states) == bool(occurrences(value, note))
+        assert not states or tasks.parse_answer(f" {value}") == [value]
 
 
 def test_ungrounded_answers_are_invented(tokenizer):

@@ -68,7 +68,7 @@ def test_neighbours_are_named_and_only_the_diagnosis_sees_them(weights, index, t
 
 def test_the_prompt_is_note_then_neighbours_then_question(weights, index):
     ask = asker(weights, index, count=2)
-    parts = ask.beside(Note(**QUERY), QUERY["text"], tasks.DIAGNOSIS_QUESTION)
+    parts = ask.beside(Note(**QUERY), QUERY["text"], ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION))
     prompt = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, [text for _, text in parts])
     near, far = (" ".join(beginning(ask.tokenizer, NOTES[i]["text"], 64).split()) for i in (0, 3))
     assert ask.tokenizer.decode(prompt) == (
@@ -81,12 +81,12 @@ def test_the_prompt_is_note_then_neighbours_then_question(weights, index):
 
 def test_neighbours_take_the_room_that_is_left_and_never_the_notes(weights, index):
     ask = asker(weights, index)
-    bare = len(ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION))
+    bare = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION)
     counts = []
-    for most in range(bare, bare + 400, 7):
+    for most in range(len(bare), len(bare) + 400, 7):
         ask.limits = Limits(most)
         assert ask.parts(Note(**QUERY))[0].done is None
-        parts = ask.beside(Note(**QUERY), QUERY["text"], tasks.DIAGNOSIS_QUESTION)
+        parts = ask.beside(Note(**QUERY), QUERY["text"], bare)
         prompt = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, [text for _, text in parts])
         assert len(prompt) <= most
         counts.append(len(parts))

@@ -49,7 +49,8 @@ def test_training_and_inference_build_the_same_prompt(data, tmp_path):
     for row, record in zip(rows, near, strict=True):
         trunk, prompt, _ = encode(record)
         note = Note(row["id"], row["text"], patient=row["patient"])
-        shown = [text for _, text in ask.beside(note, row["text"], tasks.DIAGNOSIS_QUESTION)]
+        bare = ask.prompt(row["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION)
+        shown = [text for _, text in ask.beside(note, row["text"], bare)]
         asked = ask.prompt(row["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, shown)
         assert shown and [*trunk, *prompt] == asked
 

@@ -1,0 +1,74 @@
+"""Which of its occurrences a value was read from: hide each in turn, and see what the answer loses.
+
+A note may hold "2.5 cm" twice, of a cyst and of the tumor. The answer's tokens are scored again (forced, not generated)
+on the note without one of the two; where the occurrence that was read is missing, the value loses log-probability:
+
+    loss(span) = log p(value | note, question) − log p(value | note without span, question)
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from infer.engine.generate import Generator
+from infer.engine.settings import Generation, Settings
+from infer.extract.answers import span_logprob, token_ends
+from infer.extract.places import Span
+
+MARGIN = 0.5
+"""Nats between the two largest losses below which they do not decide (python -m eval.placing)."""
+
+
+@dataclass(frozen=True)
+class Reading:
+    """A value in an answer and the places where it may have been read. `prompt` gives the question's prompt over a
+    text; `text` is the note's from `start` on; `said` are the value's characters in `out.text`, `spans` the note's."""
+
+    prompt: Callable[[str], list[int]]
+    text: str
+    start: int
+    out: Generation
+    said: Span
+    spans: list[Span]
+
+    def without(self, span: Span) -> list[int]:
+        """The prompt over the text without one of the places."""
+        return self.prompt(self.text[: span[0] - self.start] + self.text[span[1] - self.start :])
+
+
+@dataclass(frozen=True)
+class Forced:
+    """A constraint (Settings.constraint) that allows one continuation only."""
+
+    tokens: Sequence[int]
+
+    def allowed(self, tokens: Sequence[int]) -> list[int]:
+        return [self.tokens[len(tokens)]]
+
+
+def losses(generator: Generator, readings: Sequence[Reading], batch: int) -> list[list[float]]:
+    """The loss of every place of every reading, in nats; `batch` texts are read at once."""
+    longest = generator.engine.config.max_position_embeddings
+    ends = [token_ends(reading.out, generator.decode) for reading in readings]
+    asked = []
+    for reading, at in zip(readings, ends, strict=True):
+        count = 1 + next(n for n, end in enumerate(at) if end >= reading.said[1])
+        forced = Settings(max_new_tokens=count, constraint=Forced(reading.out.tokens[:count]))
+        # a text with less in it may take a token more, which may be one too many: the first is left out then
+        asked += [(reading.without(span)[-(longest - count) :], forced) for span in reading.spans]
+    hidden: list[Generation] = []
+    for first in range(0, len(asked), batch):
+        hidden += generator.generate(*map(list, zip(*asked[first : first + batch], strict=True)))
+    outs = iter(hidden)
+    return [
+        [span_logprob(reading.out.logprobs, at, *reading.said) - span_logprob(next(outs).logprobs, at, *reading.said)
+         for _ in reading.spans]
+        for reading, at in zip(readings, ends, strict=True)
+    ]  # fmt: skip
+
+
+def decide(spans: list[Span], lost: Sequence[float], margin: float = MARGIN) -> list[Span]:
+    """The place with the largest loss, then the others whose loss is not smaller by more than `margin`."""
+    order = sorted(range(len(spans)), key=lambda n: -lost[n])
+    return [spans[n] for n in order if n == order[0] or lost[order[0]] - lost[n] <= margin]

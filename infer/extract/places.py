@@ -1,0 +1,113 @@
+"""Where a value may be in a note: the one definition of a span's edges, for grounded decoding, records and scores.
+
+A span begins and ends at the edge of a word, never inside a number and never between a number and its sign: "5 cm" is
+not in ".5 cm", "2·5 cm", "3-4 cm" or "> 5 cm", and "205 g" is not in "1'205 g". Word edges follow Unicode's UAX #29,
+with two differences: an apostrophe, colon or stop between letters is an edge, since notes leave out spaces
+("Site:breast"), and so is every syllable of Hangul, whose particles follow a noun without a space. Scripts without
+spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) have an edge after every character with its marks, as in UAX #29;
+katakana keeps together.
+"""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+
+Span = tuple[int, int]
+
+# Scripts that do not separate words (line break classes ID, CJ and SA), and Hangul syllables.
+_UNSPACED = (
+    (0x0E00, 0x0EFF), (0x1000, 0x109F), (0x1780, 0x17FF), (0x1950, 0x19FF), (0x1A20, 0x1AAF), (0x3005, 0x3007),
+    (0x3021, 0x3029), (0x3040, 0x309F), (0x3400, 0x4DBF), (0x4E00, 0x9FFF), (0xA9E0, 0xA9FF), (0xAA60, 0xAADF),
+    (0xAC00, 0xD7A3), (0xF900, 0xFAFF), (0x20000, 0x3FFFF),
+)  # fmt: skip
+_KATAKANA = ((0x30A0, 0x30FF), (0x31F0, 0x31FF), (0xFF66, 0xFF9F))
+
+_NO_SPACES = "".join(f"{chr(first)}-{chr(last)}" for first, last in _UNSPACED)
+_WORD, _LETTER = rf"[^\W{_NO_SPACES}]", rf"[^\W\d_{_NO_SPACES}]"  # of scripts with spaces
+_DIGIT = r"[\d²³¹⁰⁴-⁹₀-₉¼-¾⅐-⅞]"
+_BLANK = r"[^\S\r\n]"
+_COMPARISON = r"[<>≤≥≦≧⩽⩾＜＞]=?"
+_NUMBER = re.compile(
+    rf"""
+    (?:                                                     # comparisons:
+        (?<![-=–—<>]) {_COMPARISON}                         #   >5, but no arrow
+      | (?<![-=–—<>)\]]) (?<!{_WORD}) (?<![cm]m\s) (?<!\d\s)
+        {_COMPARISON} {_BLANK}+                             #   > 5, but neither "Size> 5" nor "6 cm > 5 cm"
+      | [~∼≈≃±∓√] {_BLANK}*
+    )?
+    (?: (?<!{_LETTER}) [-+−–－＋] )?                        # -5, but not of Ki-67
+    (?:                                                     # .5, but not of "breast.5 cm"
+        (?<![^\s(\[<>≤≥~≈=:/×*±+−{_NO_SPACES}-]) [.,·٫]
+      | (?<=\dx) [.,·٫]
+    )?
+    (?:
+        (?<!{_WORD}) {_DIGIT}+
+        (?:
+            (?:
+                [eE] [-+−]?                                 # 1e-5
+              | [^\w\s;|()\[\]{{}}<>"“”„]{{1,3}}            # 2.5, 1'205, 1/2, 3-4, 2:1, 10^-9
+              | [\u00a0\u2009\u202f] (?=\d\d\d(?!\d))      # 1 205, with a no-break or thin space
+              | {_BLANK}* (?:[-‒–—−~±/]|\+/-) {_BLANK}*     # 3 - 4, 2.5 ± 0.5
+              | {_BLANK} (?={_DIGIT}+[/⁄]{_DIGIT}|[¼-¾⅐-⅞]) # 1 1/2, 1 ½
+              | {_BLANK}* [x×*·] {_BLANK}* (?=10[\^⁰¹²³⁴-⁹⁻]) # 5 x 10^9
+            )
+            {_DIGIT}+
+        )*
+        (?: [%‰°′″] | \+(?!{_WORD}) | [十百千万萬億亿兆]+ )?  # 5%, 2+
+      | (?<={_LETTER}) {_DIGIT}+ (?:[-.,·/'’^–]{_DIGIT}+)+  # T2-3, C50.9
+      | [〇零一二三四五六七八九十百千万萬億亿兆两兩点點]{{2,}}
+    )
+    """,
+    re.VERBOSE,
+)
+
+
+def edges(text: str) -> list[int]:
+    """The places, 0 to len(text) in rising order, where a span of a text may begin or end."""
+    kinds = [""]  # before the text
+    found = []
+    for character in text:
+        kind = _kind(character, kinds[-1])
+        if kind != "mark" and not (kind and kind == kinds[-1]):
+            found.append(len(kinds) - 1)
+        kinds.append(kinds[-1] if kind == "mark" else kind)
+    found.append(len(text))
+    inside = {n for number in _NUMBER.finditer(text) for n in range(number.start() + 1, number.end())}
+    return [n for n in found if n not in inside]
+
+
+def _kind(character: str, before: str) -> str:
+    """What a character keeps together with: "word", "katakana", "mark" with whatever is before it, "" with nothing."""
+    code = ord(character)
+    if code < 128:
+        return "word" if character.isalnum() or character == "_" else ""
+    if unicodedata.category(character) in ("Mn", "Mc", "Me", "Cf"):
+        return "mark"
+    if any(first <= code <= last for first, last in _UNSPACED):
+        return ""
+    if any(first <= code <= last for first, last in _KATAKANA):
+        return "katakana"
+    return "word" if character.isalnum() else ""
+
+
+def words(value: str) -> str:
+    """A regular expression of a value's words, with any white space between them."""
+    return r"\s+".join(map(re.escape, value.split()))
+
+
+def occurrences(value: str, text: str, ignore_case: bool = False) -> list[Span]:
+    """Every (start, end) at which a value is in a text, from edge to edge, with any white space; some may overlap."""
+    pattern = words(value)
+    if not pattern:
+        return []
+    matches = list(re.finditer(f"(?=({pattern}))", text, re.IGNORECASE if ignore_case else 0))
+    if not matches:
+        return []
+    at = set(edges(text))
+    return [match.span(1) for match in matches if {*match.span(1)} <= at]
+
+
+def occurs_in(value: str, text: str) -> bool:
+    """Whether a value is in a text as whole words and numbers, in any case: "5 cm" is not in "2.5 cm"."""
+    return bool(occurrences(value, text, ignore_case=True))

@@ -1,0 +1,178 @@
+"""Where a repeated value was read: what the answer loses without each occurrence, and what a record says of it."""
+
+import json
+from copy import copy
+
+import pytest
+import torch
+from answering_models import tiny_model, write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from eval import placing
+from infer import tasks
+from infer.engine.generate import Generator, Settings
+from infer.extract.ask import FORMS, Answer, Asker, Limits
+from infer.extract.evidence import MARGIN, Forced, decide, losses
+from infer.extract.notes import Note
+from infer.extract.places import occurrences
+from infer.retrieval.mended import mend
+from infer.retrieval.repair import Change
+from model.support.files import write_jsonl
+
+NOTE = "A cyst of 2.5 cm. Tumor: 2.5 cm (not 12.5 cm); left, LEFT breast. 2.5 cm"
+
+
+def logprob(model, prompt, tokens):
+    """The specification: log p(tokens | prompt), token by token, from one forward pass of the plain model."""
+    logits_TV = model(torch.tensor([[*prompt, *tokens]]))[0, len(prompt) - 1 : -1]
+    return logits_TV.log_softmax(-1).gather(1, torch.tensor(tokens)[:, None])[:, 0].tolist()
+
+
+def answered(asker, note, name, text):
+    """An answer that the model is made to give."""
+    (part,) = asker.parts(Note("n", note))
+    question = tasks.PHENOTYPES[name].question
+    tokens = asker.tokenizer.encode(text)
+    forced = Settings(max_new_tokens=len(tokens), constraint=Forced(tokens))
+    (out,) = asker.generator.generate([asker.prompt(note, name, question)], forced)
+    assert out.tokens == tokens and out.text == text
+    return Answer(part, name, question, out)
+
+
+def asked(model, tokenizer, form="template", **options):
+    tokenizer = copy(tokenizer)
+    tokenizer.form = "alpaca"
+    return Asker(Generator(model, tokenizer), "phenotype", form, Limits(1500, 8, 8), **options)
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_losses_are_the_plain_models(tokenizer, form):
+    """log p(value | note) − log p(value | note without the occurrence), of the value's own tokens alone."""
+    model = tiny_model()
+    asker = asked(model, tokenizer, form)
+    answer = answered(asker, NOTE, "tumor_size", " cyst; 2.5 cm")
+    (first, reading) = asker.readings(answer)
+    assert len(first.spans) == 1 and reading.spans == [(10, 16), (25, 31), (len(NOTE) - 6, len(NOTE))]
+    (found,) = losses(asker.generator, [reading], 2)
+    tokens = asker.tokenizer.encode(" cyst; 2.5 cm")
+    own = len(tokens) - len(asker.tokenizer.encode("2.5 cm"))
+    assert asker.tokenizer.decode(tokens[own:]) == "2.5 cm"
+
+    def own_logprob(text):
+        return sum(logprob(model, asker.prompt(text, "tumor_size", answer.question), tokens)[own:])
+
+    for (start, end), lost in zip(reading.spans, found, strict=True):
+        assert lost == pytest.approx(own_logprob(NOTE) - own_logprob(NOTE[:start] + NOTE[end:]), abs=2e-4)
+    assert len(set(found)) == 3
+
+
+@given(st.lists(st.floats(-5, 5), min_size=2, max_size=5), st.floats(0, 5))
+def test_what_evidence_does_not_decide_stays_ambiguous(lost, margin):
+    spans = [(n, n + 1) for n in range(len(lost))]
+    kept = decide(spans, lost, margin)
+    assert lost[kept[0][0]] == max(lost)
+    assert set(kept) == {span for span in spans if max(lost) - lost[span[0]] <= margin} | {kept[0]}
+    assert sorted((-lost[start], start) for start, _ in kept) == [(-lost[start], start) for start, _ in kept]
+
+
+@settings(deadline=None, max_examples=12)
+@given(st.lists(st.sampled_from(["2.5 cm", "12.5 cm", "left", "Left", ",", "癌", "cyst"]), min_size=5, max_size=12),
+       st.integers(0, 9), st.booleans())  # fmt: skip
+def test_a_record_names_every_place_that_may_have_been_read(tokenizer, words, seed, grounded):
+    text = " ".join(words)
+    (record,) = asked(tiny_model(seed), tokenizer, grounded=grounded).records([Note("n", text)])
+    for name, one in record["phenotypes"].items():
+        for value in one["answers"]:
+            closed = bool(tasks.PHENOTYPES[name].values)
+            known = occurrences(value["text"], text, closed) or occurrences(value["text"], text, ignore_case=True)
+            places = [(value["start"], value["end"]), *map(tuple, value.get("ambiguous", ()))]
+            assert len(set(places)) == len(places)
+            assert set(places) <= set(known) if known else places == [(None, None)]
+            assert len(known) != 1 or places == known
+
+
+def test_a_value_is_placed_in_the_window_that_said_it(tokenizer):
+    """"7 cm" is in every window; each window's answer is read in its own."""
+    asker = asked(tiny_model(), tokenizer, long="windows")
+    note = Note("n", "A breast of 7 cm. " * 40)
+    asker.limits = Limits(200, 8, 8)
+    parts = asker.parts(note)
+    assert len(parts) > 2
+    tokens = tokenizer.encode(" 7 cm")
+    for part in parts:
+        assert part.text == note.text[part.start : part.end]
+        prompts = dict(zip((name for name, _ in asker.questions(note)), part.prompts, strict=True))
+        forced = Settings(max_new_tokens=len(tokens), constraint=Forced(tokens))
+        (out,) = asker.generator.generate([prompts["tumor_size"]], forced)
+        ((places,),) = asker.places([Answer(part, "tumor_size", tasks.PHENOTYPES["tumor_size"].question, out)])
+        assert places and all(part.start <= start and end <= part.end for start, end in places)
+        assert all(note.text[start:end] == "7 cm" for start, end in places)
+
+
+def counting(tokenizer, encoded):
+    """The tokenizer, noting every text that it encodes."""
+
+    class Counting(type(tokenizer)):
+        def encode(self, text, *arguments, **options):
+            encoded.append(text)
+            return super().encode(text, *arguments, **options)
+
+    found = copy(tokenizer)
+    found.__class__ = Counting
+    return found
+
+
+@pytest.mark.parametrize("long", [False, True])
+def test_a_note_is_encoded_once(tokenizer, long):
+    """By the check of its length, the prompts of all questions and the count of its tokens together; a window once."""
+    encoded: list[str] = []
+    note = "Margins are clear. " * (40 if long else 2) + "Unique."
+    asker = Asker(Generator(tiny_model(), counting(tokenizer, encoded)), "both", "template", Limits(1500, 4, 4),
+                  "windows", grounded=True)  # fmt: skip
+    asker.limits = Limits(200, 4, 4) if long else asker.limits
+    encoded.clear()
+    (record,) = asker.records([Note("n", note)])
+    assert record["tokens"]["note"] == len(tokenizer.encode(note))
+    whole = [text for text in encoded if "Unique." in text and len(text) >= len(note)]
+    assert len(whole) == 1
+    windows = record["long"]["windows"] if long else 0
+    assert sum("Margins" in text for text in encoded) == 1 + windows
+
+
+def test_ambiguous_places_are_the_original_notes_after_repair():
+    note = Note("n", "tumr 5 cm, tumr 5 cm")
+    changes = [Change(0, 4, "tumr", "tumor"), Change(11, 15, "tumr", "tumor")]
+    repaired, way = mend(note, type("Two", (), {"changes": staticmethod(lambda text: changes)}))
+    assert repaired.text == "tumor 5 cm, tumor 5 cm"
+    answer = {"text": "tumor", "start": 12, "end": 17, "logprob": 0.0, "ambiguous": [[0, 5]]}
+    record = way.restore({"id": "n", "phenotypes": {"tumor_site": {"answers": [answer]}}})
+    (found,) = record["phenotypes"]["tumor_site"]["answers"]
+    assert (found["start"], found["end"], found["ambiguous"]) == (11, 15, [[0, 4]])
+
+
+def test_the_measuring_program_counts_repeated_values(tmp_path, capsys):
+    """`python -m eval.placing` over three notes: which values it takes, and its shares from their losses."""
+    weights = write_model(tmp_path / "model")
+
+    def note(name, text, *answers):
+        spans = {which: [{"text": value, "start": start, "end": end}] for which, value, start, end in answers}
+        return {"id": name, "text": text, "phenotypes": spans}
+
+    left = NOTE.index("left")
+    write_jsonl(tmp_path / "n.jsonl", [
+        note("a", NOTE, ("tumor_size", "2.5 cm", 25, 31), ("tumor_laterality", "left", left, left + 4)),
+        note("b", "left breast, 3 cm", ("tumor_size", "3 cm", 13, 17), ("tumor_laterality", "left", 0, 4)),
+        note("c", "lt, left or left breast", ("tumor_laterality", "left", 0, 2)),  # named otherwise: none of the two
+    ])  # fmt: skip
+    options = placing.Options(str(weights), tmp_path / "n.jsonl", out=tmp_path / "o.json", dtype="float64")
+    placing.main(options)
+    found = json.loads((tmp_path / "o.json").read_text())
+    rows = found["rows"]
+    assert [(row["id"], row["phenotype"], len(row["spans"])) for row in rows] == [
+        ("a", "tumor_size", 3), ("a", "tumor_laterality", 2)]  # fmt: skip
+    best = [row["spans"][max(range(len(row["losses"])), key=row["losses"].__getitem__)] for row in rows]
+    assert found["right"] == 50.0 * sum(one == row["right"] for one, row in zip(best, rows, strict=True))
+    assert (found["first"], found["last"], found["values"]) == (50.0, 0.0, 2)
+    assert found["margins"][0]["decided"] == 100.0 and any(row["margin"] == MARGIN for row in found["margins"])
+    assert "2 repeated values of 3 notes" in capsys.readouterr().out
