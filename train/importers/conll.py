@@ -51,9 +51,9 @@ def main(options: Options) -> None:
     write_jsonl(options.out, found)
     mentions = [answer["text"] for record in found for asked in record["questions"] for answer in asked["answers"]]
     empty = sum(not asked["answers"] for record in found for asked in record["questions"])
-    commas = sum("," in text for text in mentions)
+    commas = sum("; " in text for text in mentions)
     print(f"{options.out}: {len(found)} records, {len(mentions)} mentions, {empty} questions not relevant; "
-          f"{commas} mentions hold a comma, which an answer cannot")  # fmt: skip
+          f"{commas} mentions hold a semicolon, which divides answers")  # fmt: skip
 
 
 def records(path: Path, size: int = 3) -> Iterator[dict[str, Any]]:

@@ -248,7 +248,7 @@ def test_short_forms_of_predictions_are_taken():
         },
         "diagnosis": "C18.7",
     }
-    for status in (["ER+", "HER2-"], {"answers": "ER+, HER2-"}, {"answers": ["ER+", {"text": "HER2-"}]}):
+    for status in (["ER+", "HER2-"], {"answers": "ER+; HER2-"}, {"answers": ["ER+", {"text": "HER2-"}]}):
         mine["phenotypes"]["hormone_receptor_status"] = status
         questions, _ = pair([note(0, "a")], [mine])
         assert figures([q for q in questions if q.task == "phenotype"])["exact_match"]["f1"] == 100
@@ -257,7 +257,7 @@ def test_short_forms_of_predictions_are_taken():
 def test_short_forms_of_right_answers_are_taken(tmp_path):
     """A file of one's own need not know our records: text for a phenotype is not taken letter by letter."""
     mine = {"id": "n7", "text": TEXT, "phenotypes": {"tumor_size": "2.5 cm", "cancer_stage": "not relevant",
-            "hormone_receptor_status": "ER+, HER2-", "tumor_site": None}, "diagnosis": "C18.7"}  # fmt: skip
+            "hormone_receptor_status": "ER+; HER2-", "tumor_site": None}, "diagnosis": "C18.7"}  # fmt: skip
     write_jsonl(tmp_path / "gold.jsonl", [mine])
     (tmp_path / "gold.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "gold.jsonl").read_bytes())
     (record,) = read_references(tmp_path / "gold.jsonl")
