@@ -25,6 +25,7 @@ def main(options: Options) -> int:
     letters = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
     how = plan_for(options, Load(letters + 64, options.max_new_tokens))
     model, tokenizer = load(options.weights, options.adapter, options.dtype, form=how.form, fused=options.fuse)
+    tokenizer.put_begin(options.bos)
     prompt: str | list[int] = options.prompt
     if options.chat:
         prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
@@ -51,6 +52,8 @@ class Options:
     """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
     chat: bool = False
     """Ask in the model's own chat form."""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """Put the begin token before the prompt; auto: as the tokenizer's files say. (A chat's form has its own.)"""
     max_new_tokens: int = 50
     """At most so many new tokens."""
     temperature: float = 0.0

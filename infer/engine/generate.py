@@ -54,7 +54,8 @@ class Generator:
     ) -> None:  # fmt: skip
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
         self.deterministic, self.lookup, self.further = deterministic, lookup, further_row(self.engine)
-        self.stop_ids = frozenset(tokenizer.stop_ids) | frozenset(model.config.eos_token_id)
+        ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
+        self.stop_ids = frozenset(i for i in ends if i < model.config.vocab_size)
 
     def generate(
         self,

@@ -93,7 +93,7 @@ class Asker:
         self.batch = batch
         self.grounding = Grounding(self.tokenizer, generator.stop_ids) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
-            raise UserError("the tokenizer does not say its chat form; ask with --form template")
+            raise UserError("the model has no chat template, so no chat form; ask with --form template")
         question = max(len(self.prompt("", *asked)) for asked in self.questions(Note("")))
         if length - longest <= question:
             option = "--max-new-tokens" if longest == limits.phenotype else "--max-new-diagnosis"

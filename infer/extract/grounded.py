@@ -22,7 +22,7 @@ from typing import Any
 
 from infer import codes, tasks
 from infer.extract import places
-from model.text.tokenizer import Fast, Tokenizer
+from model.text.tokenizer import Tokenizer
 
 State = tuple[Any, ...]
 States = frozenset[State]
@@ -62,7 +62,7 @@ def byte_places(note: str) -> dict[int, int]:
 def token_bytes(tokenizer: Tokenizer, i: int) -> bytes | None:
     """What a token adds to the text; None for special tokens."""
     engine = tokenizer.engine
-    piece = engine.model.id_to_token(i) if isinstance(engine, Fast) else engine.model.id_to_piece(i)  # type: ignore
+    piece = engine.piece(i)
     if piece is None or i in tokenizer.stop_ids or engine.special(piece) == i:
         return None
     if getattr(engine, "byte_level", False):

@@ -39,8 +39,8 @@ from model.checkpoints.weights import (
 from model.config import ModelConfig
 from model.support.cli import UserError, run
 from model.support.files import read_json
-from model.text.tiktoken import tokenizer_json
-from model.text.tokenizer import Fast, Tokenizer, copy_tokenizer
+from model.text.tiktoken import open_qwen
+from model.text.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -77,9 +77,7 @@ def main(options: Options) -> None:
         shutil.copyfile(source / MERGED, target / MERGED)
     try:
         if (source / "qwen.tiktoken").is_file():
-            engine = Fast(tokenizer_json(source / "qwen.tiktoken"), str(source / "qwen.tiktoken"))
-            ends = engine.special("<|endoftext|>")
-            Tokenizer(engine, {"bos": None, "eos": ends, "pad": ends}, "", "chatml").save(target)
+            open_qwen(source).save(target)
         else:
             copy_tokenizer(source, target)
         Tokenizer.from_pretrained(target)  # files are copied unread: a damaged one is said

@@ -12,9 +12,29 @@ import binascii
 from pathlib import Path
 
 from model.support.cli import UserError
-from model.text.gguf import PATTERNS
+from model.support.files import read_json
+from model.text.engines import QWEN2, Fast, byte_letters
+from model.text.tokenizer import Tokenizer
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
+
+# what the chat model's own code writes; its files hold no template
+CHAT = (
+    "{% if messages[0].role != 'system' %}"
+    "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
+    "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
+    "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
+)
+
+
+def open_qwen(folder: Path) -> Tokenizer:
+    """The tokenizer of Qwen-7B's folder: with a chat template where its generation_config.json names ChatML."""
+    path, settings = folder / "qwen.tiktoken", folder / "generation_config.json"
+    engine = Fast(tokenizer_json(path), str(path))
+    chats = settings.is_file() and read_json(settings).get("chat_format") == "chatml"
+    ends = [engine.controls["<|im_end|>"]] if chats else []
+    end = engine.special("<|endoftext|>")
+    return Tokenizer(engine, {"eos": end, "pad": end}, {"default": CHAT} if chats else {}, stops=ends)
 
 
 def tokenizer_json(path: Path) -> str:
@@ -33,7 +53,7 @@ def tokenizer_json(path: Path) -> str:
             merges.append((spelt[parts[0]], spelt[parts[1]]))
     tokenizer = Tokenizer(models.BPE(vocab={spelt[piece]: rank for piece, rank in ranks.items()}, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
-    cut = pre_tokenizers.Split(Regex(PATTERNS["qwen2"]), behavior="isolated")
+    cut = pre_tokenizers.Split(Regex(QWEN2), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens([AddedToken(piece, special=True, normalized=False) for piece in SPECIALS])
@@ -67,11 +87,3 @@ def encode_by_rank(ranks: dict[bytes, int], piece: bytes, below: int) -> list[by
         at = joined.index(lowest)
         parts[at : at + 2] = [parts[at] + parts[at + 1]]
     return parts
-
-
-def byte_letters() -> list[str]:
-    """The letter that byte-level BPE spells each byte with: itself where it is printable, else one from U+0100 on."""
-    printable = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = (byte for byte in range(256) if byte not in printable)
-    moved = {byte: chr(0x100 + number) for number, byte in enumerate(others)}
-    return [moved.get(byte, chr(byte)) for byte in range(256)]

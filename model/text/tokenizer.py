@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import re
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
@@ -19,25 +19,38 @@ from model.text import chat
 from model.text.engines import Engine, Fast, SentencePiece, Span
 from model.text.gguf import from_gguf
 
-# Ends of a turn or text that models of the covered families emit, beside their config's eos.
-STOPS = ("<|im_end|>", "<|endoftext|>", "<|eot_id|>", "<|end_of_text|>")
-CONFIG_FILES = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "generation_config.json")
+TEMPLATES = "additional_chat_templates"
+NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 
 class Tokenizer:
     """`encode`, `decode` and `encode_chat` over one of the engines.
 
-    `bos_id`, `eos_id` and `pad_id` are ids or None; `stop_ids` are the ids that end generation; `vocab_size` counts the
-    tokenizer's ids (a model's own vocabulary may be padded to more).
+    `bos_id`, `eos_id` and `pad_id` are ids or None; `begin` are the ids that a text begins with when a model reads it,
+    none where the tokenizer's own files put none; `stop_ids` are the ids that end generation; `vocab_size` counts the
+    tokenizer's ids (a model's own vocabulary may be padded to more). `templates` are the model's chat templates by
+    name, `names` the special tokens' texts that they are given, `form` how chats are written (model/text/chat.py).
     """
 
-    def __init__(self, engine: Engine, specials: Mapping[str, int | None], template: str, form: str | None) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        specials: Mapping[str, int | None],
+        templates: Mapping[str, str] | None = None,
+        form: str | None = None,
+        begin: Sequence[int] = (),
+        stops: Sequence[int] = (),
+        names: Mapping[str, str] | None = None,
+    ) -> None:
         self.engine = engine
         self.bos_id, self.eos_id, self.pad_id = (specials.get(name) for name in ("bos", "eos", "pad"))
-        self.template, self.form = template, form
-        self.vocab_size = engine.size
-        ends = [self.eos_id, *(engine.special(piece) for piece in STOPS)]
-        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in ends if i is not None))
+        self.templates = dict(templates or {})
+        self.form = chat.OWN if self.templates else form
+        self.begin, self.vocab_size = tuple(begin), engine.size
+        self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in (self.eos_id, *stops) if i is not None))
+        spelt = {f"{name}_token": engine.piece(i) for name, i in specials.items() if i is not None}
+        self.names = dict(names) if names is not None else {name: piece for name, piece in spelt.items() if piece}
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
@@ -49,18 +62,38 @@ class Tokenizer:
         path = Path(path)
         file = path if path.is_file() else _find(path)
         if file.suffix == ".gguf":
-            return cls(*from_gguf(file))
-        try:
-            raw = file.read_bytes()
-            engine: Engine = Fast(raw.decode(), str(file)) if file.suffix == ".json" else SentencePiece(raw, file.name)
-        except UnicodeDecodeError as error:
-            raise UserError(f"{file}: not UTF-8 text; the file is damaged") from error
-        settings = _settings(file.parent)
-        specials = {name: _special(engine, settings, name) for name in ("bos", "eos", "pad")}
-        template = settings.get("chat_template")
-        template = template if isinstance(template, str) else ""
-        form = chat.guess_form(file.name, template, settings.get("model_type"), engine.special)
-        return cls(engine, specials, template, form)
+            engine, specials, templates, puts, stops = from_gguf(file)
+            begin = [specials["bos"]] if puts and specials["bos"] is not None else []
+            return cls(engine, specials, templates, None, begin, [*stops, *_stops(file.parent)])
+        return cls._from_files(file)
+
+    @classmethod
+    def _from_files(cls, file: Path) -> Tokenizer:
+        folder = file.parent
+        settings, templates = _settings(folder), _templates(folder)
+        names = {f"{name}_token": piece for name in NAMES if (piece := _spelt(settings.get(f"{name}_token")))}
+        listed = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
+        more = [_spelt(token) for token in (listed.values() if isinstance(listed, dict) else listed)]
+        named = dict.fromkeys([*names.values(), *(piece for piece in more if piece)])
+        added, said = _added(folder, settings, named), "\0".join(templates.values())
+        configured = (folder / "tokenizer_config.json").is_file()
+        if file.suffix == ".json":
+            engine: Engine = Fast(_read_text(file), str(file), added, named, said)
+        else:
+            # transformers' "legacy"; where no such file says how, every stretch is a text of its own
+            each = bool(settings.get("legacy", not configured))
+            engine = SentencePiece(file.read_bytes(), file.name, added, each, said)
+        specials = {name: _special(folder, engine, settings, name) for name in ("bos", "eos", "pad")}
+        if isinstance(engine, Fast):
+            begin = engine.begin  # transformers reads no add_bos_token beside a tokenizer.json
+        else:
+            puts = bool(settings.get("add_bos_token", not configured))
+            begin = (specials["bos"],) if puts and specials["bos"] is not None else ()
+            own = {f"{name}_token": engine.piece(i) for name, i in specials.items() if i is not None}
+            names = {**{name: piece for name, piece in own.items() if piece}, **names}
+        found = re.search(r"\.model\.v([1237])$", file.name)  # mistral-common's names
+        form = f"mistral-v{found[1]}" if found else None
+        return cls(engine, specials, templates, form, begin, _stops(folder), names)
 
     @overload
     def encode(self, text: str, bos: bool = ..., eos: bool = ..., offsets: Literal[False] = ...) -> list[int]: ...
@@ -72,13 +105,14 @@ class Tokenizer:
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, offsets: bool = False
     ) -> list[int] | tuple[list[int], list[Span]]:
-        """Ids of a text, with the begin and end tokens on request (where the tokenizer has them).
+        """Ids of a text; with `bos` after what the model's files put before a text, with `eos` the end token after it.
 
-        With `offsets`, also (start, end) of every token in the text's UTF-8 bytes; they follow each other without gaps
-        (but where a normaliser rewrote the text), and begin and end tokens get empty spans. `to_characters` turns them
-        into character positions. Raises UserError for text that is not Unicode (half a surrogate pair).
+        With `offsets`, also (start, end) of every token in the text's UTF-8 bytes: they follow each other without gaps,
+        but where a normalizer rewrote the text they are the library's own (whole characters). Begin and end tokens get
+        empty spans. `to_characters` turns them into character positions. Raises UserError for text that is not
+        Unicode (half a surrogate pair), or where a regular expression of the tokenizer's file fails on it.
         """
-        before = [self.bos_id] if bos and self.bos_id is not None else []
+        before = list(self.begin) if bos else []
         after = [self.eos_id] if eos and self.eos_id is not None else []
         try:
             data = text.encode("utf-8")
@@ -86,14 +120,14 @@ class Tokenizer:
             raise UserError(f"half a surrogate pair at character {error.start}: the text is not Unicode") from error
         if not offsets:
             return before + self.engine.ids(text) + after
-        ids, pieces, spans = self.engine.pieces(text)
-        found = byte_spans(data, pieces, getattr(self.engine, "byte_level", False)) or _to_bytes(text, spans or [])
-        if len(found) != len(ids):
-            raise UserError("this tokenizer rewrites the text and does not say where its tokens stand in it")
+        ids, found = self.engine.spans(text)
         return before + ids + after, [(0, 0)] * len(before) + found + [(len(data), len(data))] * len(after)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; special tokens leave nothing. Raises UserError for an id out of range."""
+        """The text of some ids; tokens that their file marks special leave nothing.
+
+        Raises UserError for an id out of range.
+        """
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise UserError(f"token id {wrong} is not one of the tokenizer's {self.vocab_size}")
@@ -103,8 +137,18 @@ class Tokenizer:
         """Ids of a conversation, ready for the model's turn (forms: model/text/chat.py; None: the tokenizer's own)."""
         form = form or self.form
         if form is None:
-            raise UserError(f"the tokenizer does not say its chat form; name one of {', '.join(chat.FORMS)}")
+            raise UserError(
+                f"the model has no chat template, so no chat form; give a plain prompt, or name a form that it was "
+                f"tuned on: {', '.join(chat.FORMS)}"
+            )
         return chat.encode_chat(self, messages, form)
+
+    def put_begin(self, how: str) -> None:
+        """`begin` by a user's choice: "yes" the begin token, "no" nothing, "auto" what the files say."""
+        if how == "yes" and self.bos_id is None:
+            raise UserError("--bos yes: the tokenizer has no begin token")
+        if how != "auto":
+            self.begin = (self.bos_id,) if how == "yes" and self.bos_id is not None else ()
 
     def special_id(self, piece: str) -> int:
         """The id of a special token, or a UserError where the tokenizer has none of that text."""
@@ -119,20 +163,22 @@ class Tokenizer:
         folder.mkdir(parents=True, exist_ok=True)
         names: dict[str, Any] = {}
         for key, i in (("bos_token", self.bos_id), ("eos_token", self.eos_id), ("pad_token", self.pad_id)):
-            names[key] = None if i is None else self.piece(i)
-        if self.template:
-            names["chat_template"] = self.template
-        if self.form:
-            names["chat_form"] = self.form
+            names[key] = None if i is None else self.engine.piece(i)
+        if list(self.templates) == ["default"]:
+            names["chat_template"] = self.templates["default"]
+        elif self.templates:
+            names["chat_template"] = [{"name": name, "template": text} for name, text in self.templates.items()]
         kind = "PreTrainedTokenizerFast" if isinstance(self.engine, Fast) else "LlamaTokenizer"
         for name, data in self.engine.files.items():
             (folder / name).write_bytes(data)
-        write_json(folder / "tokenizer_config.json", {"tokenizer_class": kind, "add_bos_token": False, **names})
+        settings = {"tokenizer_class": kind, "add_bos_token": bool(self.begin), **self.engine.settings, **names}
+        write_json(folder / "tokenizer_config.json", settings)
+        if set(self.stop_ids) - {self.eos_id} and not (folder / "generation_config.json").is_file():
+            write_json(folder / "generation_config.json", {"eos_token_id": list(self.stop_ids)})
 
     def piece(self, i: int) -> str:
         """A token as its file spells it: with "Ġ" or "▁" for a space, a special token by its name."""
-        engine = self.engine
-        return engine.model.id_to_token(i) if isinstance(engine, Fast) else engine.model.id_to_piece(i)  # type: ignore
+        return self.engine.piece(i) or ""
 
 
 def _find(folder: Path) -> Path:
@@ -156,30 +202,99 @@ def _version(name: str) -> int:
     return int(found[1]) if found else 0
 
 
+def _json(file: Path) -> dict[str, Any]:
+    read = read_json(file) if file.is_file() else {}
+    return read if isinstance(read, dict) else {}
+
+
 def _settings(folder: Path) -> dict[str, Any]:
-    """What the files beside a tokenizer say of its special tokens, the first file that says so counting."""
-    found: dict[str, Any] = {}
-    for name in (*CONFIG_FILES, "config.json"):
-        if (folder / name).is_file():
-            read = read_json(folder / name)
-            found = {**(read if isinstance(read, dict) else {}), **found}
-    if "chat_template" not in found and (folder / "chat_template.jinja").is_file():
-        try:
-            found["chat_template"] = (folder / "chat_template.jinja").read_text("utf-8")
-        except UnicodeDecodeError as error:
-            raise UserError(f"{folder / 'chat_template.jinja'}: not UTF-8 text; the file is damaged") from error
+    """tokenizer_config.json, the older special_tokens_map.json over it where transformers reads that, and the special
+    tokens' ids of generation_config.json and config.json."""
+    settings = _json(folder / "tokenizer_config.json")
+    if "added_tokens_decoder" not in settings:
+        settings |= _json(folder / "special_tokens_map.json")
+    for name in ("generation_config.json", "config.json"):
+        ids = {key: value for key, value in _json(folder / name).items() if key.endswith("_token_id")}
+        settings = {**ids, **settings}
+    return settings
+
+
+def _stops(folder: Path) -> list[int]:
+    """The end tokens that a model's configurations list, all of them."""
+    found: list[int] = []
+    for name in ("config.json", "generation_config.json"):
+        ids = _json(folder / name).get("eos_token_id")
+        found += [i for i in (ids if isinstance(ids, list) else [ids]) if type(i) is int and i >= 0]
     return found
 
 
-def _special(engine: Engine, settings: Mapping[str, Any], name: str) -> int | None:
+def _templates(folder: Path) -> dict[str, str]:
+    """The chat templates by name, from the first place that has some: files of their own, then tokenizer_config.json
+    (a text, or a list of names and texts). Transformers' order."""
+    files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
+    files |= {file.stem: file for file in sorted((folder / TEMPLATES).glob("*.jinja"))}
+    if files:
+        return {name: _read_text(file) for name, file in files.items()}
+    found = _json(folder / "tokenizer_config.json").get("chat_template")
+    if isinstance(found, str):
+        return {"default": found}
+    try:
+        listed = {one["name"]: one["template"] for one in found} if isinstance(found, list) else found or {}
+    except (TypeError, KeyError) as error:
+        raise UserError(f"{folder}: chat_template in tokenizer_config.json lists no names and templates") from error
+    return {str(name): text for name, text in listed.items() if isinstance(text, str)}
+
+
+def _read_text(file: Path) -> str:
+    try:
+        return file.read_text("utf-8")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{file}: not UTF-8 text; the file is damaged") from error
+
+
+def _spelt(token: Any) -> str | None:
+    """A special token's text: written plainly, or as an object."""
+    token = token.get("content") if isinstance(token, dict) else token
+    return token if isinstance(token, str) and token else None
+
+
+def _added(folder: Path, settings: Mapping[str, Any], named: Iterable[str]) -> list[dict[str, Any]]:
+    """Tokens beside the vocabulary, as tokenizer.json lists them: added_tokens_decoder, or the older added_tokens.json
+    (there a token is special if the settings name it)."""
+    special = set(named)
+    try:
+        if "added_tokens_decoder" in settings:
+            found = [{**token, "id": int(i)} for i, token in settings["added_tokens_decoder"].items()]
+        else:
+            plain = {"single_word": False, "lstrip": False, "rstrip": False}
+            found = [
+                {"id": int(i), "content": text, **plain, "normalized": text not in special, "special": text in special}
+                for text, i in _json(folder / "added_tokens.json").items()
+            ]
+        keys = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
+        found = [{key: token.get(key, key == "normalized") for key in keys} for token in found]
+    except (TypeError, ValueError, AttributeError) as error:
+        raise UserError(f"{folder}: added tokens are listed without texts and ids; the files are damaged") from error
+    if any(not isinstance(token["content"], str) or not token["content"] or token["id"] < 0 for token in found):
+        raise UserError(f"{folder}: an added token has no text or no id; the files are damaged")
+    return found
+
+
+def _special(folder: Path, engine: Engine, settings: Mapping[str, Any], name: str) -> int | None:
     """A special token's id: by its text, else by the model config's id, else SentencePiece's own."""
-    piece = settings.get(f"{name}_token")
-    piece = piece.get("content") if isinstance(piece, dict) else piece
-    if isinstance(piece, str):
-        return engine.special(piece) if engine.special(piece) is not None else _plain_id(engine, piece)
-    if f"{name}_token" in settings:  # an explicit null
+    key = f"{name}_token"
+    piece = _spelt(settings.get(key))
+    if piece is not None:
+        found = engine.id_of(piece)
+        if found is None and name == "eos":
+            raise UserError(
+                f"{folder}: the vocabulary lacks the eos_token {piece!r} that tokenizer_config.json names, so no text "
+                "would end; use the tokenizer files of one model"
+            )
+        return found
+    if key in settings:  # an explicit null
         return None
-    by_id = settings.get(f"{name}_token_id")
+    by_id = settings.get(f"{key}_id")
     by_id = by_id[0] if isinstance(by_id, list) and by_id else by_id
     if isinstance(by_id, int) and 0 <= by_id < engine.size:
         return by_id
@@ -187,56 +302,6 @@ def _special(engine: Engine, settings: Mapping[str, Any], name: str) -> int | No
         own = getattr(engine.model, f"{name}_id")()
         return own if own >= 0 else None
     return None
-
-
-def _plain_id(engine: Engine, piece: str) -> int | None:
-    """The id of a piece that the vocabulary holds without marking it special (pad = unk, for one)."""
-    if isinstance(engine, Fast):
-        return engine.model.token_to_id(piece)
-    assert isinstance(engine, SentencePiece)
-    found = engine.model.piece_to_id(piece)
-    return found if engine.model.id_to_piece(found) == piece else None
-
-
-def byte_spans(data: bytes, pieces: Sequence[str], byte_level: bool) -> list[Span] | None:
-    """Where each piece stands in the text's bytes, by walking along both; None where they do not match.
-
-    A byte-level piece spells one byte a character. Other pieces spell a space as "▁" (a "▁" of the text stays one),
-    what the vocabulary lacks as bytes `<0xE2>`, and may begin with a space that the text does not have.
-    """
-    if byte_level:
-        spans, at = [], 0
-        for piece in pieces:
-            spans.append((at, at + len(piece)))
-            at += len(piece)
-        return spans if at == len(data) else None
-    return _walk(data, pieces, True) or _walk(data, pieces, False)
-
-
-def _walk(data: bytes, pieces: Sequence[str], dummy_space: bool) -> list[Span] | None:
-    spans, at = [], 0
-    for number, piece in enumerate(pieces):
-        start = at
-        if re.fullmatch(r"<0x[0-9A-F]{2}>", piece) and data[at : at + 1] == bytes([int(piece[3:5], 16)]):
-            at += 1
-        else:
-            for place, letter in enumerate(piece):
-                if letter == "▁" and number == place == 0 and dummy_space:
-                    continue
-                spelt = b" " if letter == "▁" and data[at : at + 1] == b" " else letter.encode()
-                if not data.startswith(spelt, at):
-                    return None
-                at += len(spelt)
-        spans.append((start, at))
-    return spans if at == len(data) else None
-
-
-def _to_bytes(text: str, spans: Sequence[Span]) -> list[Span]:
-    """Character spans as byte spans."""
-    at = [0]
-    for letter in text:
-        at.append(at[-1] + len(letter.encode()))
-    return [(at[start], at[end]) for start, end in spans]
 
 
 def to_characters(text: str, spans: Sequence[Span]) -> list[Span]:
@@ -257,5 +322,9 @@ def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
         return
     folder.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
-        if names.fullmatch(file.name) or file.name in CONFIG_FILES:
+        if names.fullmatch(file.name) or file.name in SETTINGS:
             shutil.copyfile(file, folder / file.name)
+    if (source / TEMPLATES).is_dir():
+        (folder / TEMPLATES).mkdir(exist_ok=True)
+        for file in (source / TEMPLATES).glob("*.jinja"):
+            shutil.copyfile(file, folder / TEMPLATES / file.name)

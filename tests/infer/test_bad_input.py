@@ -102,7 +102,7 @@ def test_a_model_without_a_chat_form(tmp_path, capsys):
     assert "ask with --form template" in capsys.readouterr().err
     options = generate.Options(weights=str(weights), prompt="A tumor", chat=True)
     assert guard(lambda: generate.main(options), "infer.generate") == 2
-    assert "does not say its chat form" in capsys.readouterr().err
+    assert "has no chat template" in capsys.readouterr().err
 
 
 NOTES = {  # a line: (id, what the error says, or None)

