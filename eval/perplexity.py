@@ -28,7 +28,8 @@ from lora.origin import check_origin
 from model import Tokenizer, Transformer
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import check_writable, read_jsonl, write_json
+from model.support.files import read_jsonl, write_json
+from model.support.lock import output
 
 
 @dataclass(frozen=True)
@@ -49,6 +50,8 @@ class Options:
     """Print one JSON object."""
     out: Path | None = None
     """Write that object to this file."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
     def __post_init__(self) -> None:
         if self.block < 2:
@@ -126,8 +129,11 @@ def read_texts(path: Path, limit: int = 0) -> list[str]:
 
 def main(options: Options) -> None:
     texts = read_texts(options.text, options.documents)
-    if options.out is not None:
-        check_writable(options.out)
+    with output(options.out, options.overwrite):
+        report(options, texts)
+
+
+def report(options: Options, texts: list[str]) -> None:
     if options.adapter is not None:
         check_origin(options.weights, [options.adapter])
     model, tokenizer = Transformer.from_pretrained(options.weights), Tokenizer.from_pretrained(options.weights)

@@ -13,6 +13,8 @@ model's own chat form where not.
 
 from __future__ import annotations
 
+import hashlib
+import json
 import re
 import resource
 import time
@@ -30,10 +32,11 @@ from eval.report.build import terminal_table, write
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.extract.ask import Asker, Limits
-from infer.extract.notes import Note
+from infer.extract.notes import checked
 from model.support import cli as command
 from model.support.cli import UserError, nearest
-from model.support.files import read_json, read_jsonl, write_json, write_jsonl
+from model.support.files import read_json, write_json, write_jsonl
+from model.support.lock import claim, hold, is_empty, sweep
 from model.text.chat import FORMS
 
 BASELINES = Path(__file__).with_name("baselines.toml")
@@ -70,6 +73,8 @@ class Options:
     """Tokens of a diagnosis (the paper's limit)."""
     dtype: str = "float32"
     """float32, bfloat16 or float64."""
+    overwrite: bool = False
+    """Replace the row of this name."""
 
     def __post_init__(self) -> None:
         known = ("auto", "template", *FORMS)
@@ -110,7 +115,7 @@ def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) 
     with tqdm(total=len(records), unit="note", desc="asking", disable=None) as bar:
         for start in range(0, len(records), options.batch):
             part = records[start : start + options.batch]
-            yield from asker.records([Note(record["id"], record["text"]) for record in part])
+            yield from asker.records([checked(record["id"], record["text"], ()) for record in part])
             bar.update(len(part))
 
 
@@ -141,21 +146,38 @@ def main(options: Options) -> None:
     records = read_references(options.data)
     if not any(record.get("phenotypes") or record.get("diagnosis") for record in records):
         raise UserError(f"{options.data}: holds no question; give annotated notes")
-    held = options.out / "data.jsonl"
-    if held.exists() and [record for _, record in read_jsonl(held)] != records:
-        raise UserError(f"{options.out}: holds a run on other notes; give another --out")
-    if (options.out / "run.json").exists() and not held.exists():
-        raise UserError(f"{options.out}: holds another program's run; give another --out")
-    asked = records[: options.limit] if options.limit else records
     name = options.name or (
         entry["title"] if entry else Path(options.adapter[-1] if options.adapter else options.weights).name
     )
     form = options.form if options.form != "auto" or entry is None else entry["form"]
-    began = time.monotonic()
+    out = options.out
+    with hold(out):
+        out.mkdir(exist_ok=True)
+        claim(out, out / "made-of.json", {"program": "eval.run", "data": digest(records)}, begun=not is_empty(out))
+        sweep(out)
+        file = file_of(out, name, options.overwrite)
+        write_jsonl(out / "data.jsonl", records)
+        ask(options, records[: options.limit] if options.limit else records, name, form, file)
+
+
+def digest(records: Sequence[dict[str, Any]]) -> str:
+    return hashlib.sha256(json.dumps(records, sort_keys=True).encode()).hexdigest()
+
+
+def file_of(out: Path, name: str, overwrite: bool) -> str:
+    """Where a row's answers lie. Raises UserError where the folder has a row of that name, or of that file."""
     file = f"predictions/{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.jsonl"
+    rows = read_json(out / "run.json")["systems"] if (out / "run.json").exists() else []
+    for row in rows:
+        if row["predictions"]["data"] == file and not (overwrite and row["name"] == name):
+            raise UserError(f"{out}: has the row {row['name']!r} already; give --name, or --overwrite to replace it")
+    return file
+
+
+def ask(options: Options, asked: Sequence[dict[str, Any]], name: str, form: str, file: str) -> None:
+    """Write the model's answers and its row, and the report."""
+    began = time.monotonic()
     write_jsonl(options.out / file, predictions(options, asked, form))
-    if not held.exists():
-        write_jsonl(held, records)
     seconds = time.monotonic() - began
     row = {
         "name": name,

@@ -31,7 +31,8 @@ from lora.origin import check_origin
 from model import Tokenizer, Transformer
 from model.checkpoints.weights import fingerprint
 from model.support.cli import UserError, nearest, run
-from model.support.files import check_writable, read_json, write_text
+from model.support.files import read_json, write_text
+from model.support.lock import output
 
 ROWS = 640  # tokens up to which every position's attention is kept
 LIMIT = 8_000_000  # bytes of a page
@@ -45,6 +46,8 @@ class Options:
     """A model's folder or GGUF file."""
     out: Path
     """The page (HTML); it holds the prompt's text and is readable by its owner only."""
+    overwrite: bool = False
+    """Replace a page that is there."""
     prompt: str | None = None
     """The text to read."""
     note: Path | None = None
@@ -82,6 +85,12 @@ class Side:
 
 def main(options: Options) -> int:
     check(options)
+    with output(options.out, options.overwrite):
+        trace(options)
+    return 0
+
+
+def trace(options: Options) -> None:
     mark = parity(options) if options.parity else None
     data: dict[str, Any] = {"title": f"Trace: {Path(options.weights).name}", "runs": [], "said": [],
                             "parity": mark, "code": trace_html.code()}  # fmt: skip
@@ -100,7 +109,6 @@ def main(options: Options) -> int:
             data["runs"].append(one_run(side, ids, start, answer, data["said"]))
         first = first or side
     finish(options, data)
-    return 0
 
 
 def check(options: Options) -> None:
@@ -109,7 +117,6 @@ def check(options: Options) -> None:
         raise UserError("give either --prompt TEXT or --note FILE")
     if options.max_new_tokens < 0:
         raise UserError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 0")
-    check_writable(options.out)
     if options.out.is_dir():
         raise UserError(f"{options.out} is a folder; give --out a file, for example trace.html")
     for adapter in options.adapter:

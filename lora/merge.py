@@ -22,6 +22,7 @@ from model.checkpoints.safetensors import Stored, open_safetensors
 from model.checkpoints.weights import Checkpoint, config_dict, open_checkpoint, write_checkpoint
 from model.config import ModelConfig
 from model.support.cli import UserError, run
+from model.support.lock import output
 from model.text.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer
 
@@ -36,6 +37,8 @@ class Options:
     """The adapter's folder (PEFT's two files)."""
     out: str
     """The merged model's folder."""
+    overwrite: bool = False
+    """Replace a model that is there; the folder's other files stay."""
 
 
 class OnDisk(Mapping[str, Tensor]):
@@ -98,12 +101,13 @@ def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | Non
 
 
 def main(options: Options) -> int:
-    merge_folders(options.weights, options.adapter, options.out)
-    try:
-        copy_tokenizer(options.weights, options.out)
-        Tokenizer.from_pretrained(options.out)  # files are copied unread: a damaged one is said
-    except UserError as error:  # the weights are whole without it
-        print(f"without a tokenizer that can be read: {error}", file=sys.stderr)
+    with output(options.out, options.overwrite):
+        merge_folders(options.weights, options.adapter, options.out)
+        try:
+            copy_tokenizer(options.weights, options.out)
+            Tokenizer.from_pretrained(options.out)  # files are copied unread: a damaged one is said
+        except UserError as error:  # the weights are whole without it
+            print(f"without a tokenizer that can be read: {error}", file=sys.stderr)
     print(options.out)
     return 0
 

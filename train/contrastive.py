@@ -34,6 +34,7 @@ from infer.retrieval.encoder import pad, pool
 from model.checkpoints.safetensors import write_safetensors
 from model.support.cli import UserError, run
 from model.support.files import atomic_folder, read_json, read_jsonl, write_json, write_text
+from model.support.lock import output
 
 SHORTEST = 32  # word pieces: a shorter text has no two crops worth telling apart
 CROP = (0.2, 0.6)  # the share of a text that a crop holds
@@ -48,6 +49,8 @@ class Options:
     """JSON lines with `text` (and `patient`, where known)."""
     out: Path
     """The encoder's folder; load it as kind contriever."""
+    overwrite: bool = False
+    """Replace an encoder that is there."""
     steps: int = 400
     """Optimizer steps."""
     batch: int = 64
@@ -222,7 +225,8 @@ def main(options: Options) -> None:
     config = options.out / "config.json"
     if options.out.exists() and not (config.is_file() and "BertModel" in read_json(config).get("architectures", ())):
         raise UserError(f"{options.out}: exists and is no encoder; choose another --out")
-    loss = train(options)
+    with output(options.out, options.overwrite):
+        loss = train(options)
     chance = math.log(options.batch)
     print(f"{options.out}: {options.steps} steps, loss {loss:.3f} at the end (a guess: {chance:.3f})")
 

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
+import shutil
 import sys
 import time
 from dataclasses import asdict, replace
@@ -21,6 +23,7 @@ from model.checkpoints.weights import config_dict, open_checkpoint, save_weights
 from model.config import ModelConfig
 from model.support.cli import UserError, guard
 from model.support.files import atomic_folder
+from model.support.lock import claim, hold, is_empty, sweep
 from model.text.tokenizer import copy_tokenizer
 from model.transformer import Transformer
 from train.data.dataset import Rows
@@ -60,9 +63,11 @@ def train(recipe: Recipe, stage: str) -> Path:
     ranks = Ranks.join(recipe.device)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
-    trainer = prepare(recipe, stage, ranks)
-    trainer.run()
-    return finish(trainer, stage, began)
+    with contextlib.ExitStack() as stack:
+        ranks.together(lambda: stack.enter_context(hold(recipe.out)) if ranks.first else None)
+        trainer = prepare(recipe, stage, ranks)
+        trainer.run()
+        return finish(trainer, stage, began)
 
 
 def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
@@ -83,6 +88,7 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     run = identity(recipe, stage, sources)
     if recipe.resume:  # before any store is made: a run that is refused keeps the other run's
         ranks.together(lambda: check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed))
+    ranks.together(lambda: take(Path(recipe.out), list(sources)) if ranks.first else None)
     rows, valid = stores(recipe, stage, encoding, ranks, sources)
     recipe.steps_of(len(rows))
     for store in [part.store for part in (rows, valid) if part is not None]:
@@ -92,6 +98,17 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
                             " is the tokenizer of another model")  # fmt: skip
     model, base = load_model(recipe, config, ranks, empty)
     return Trainer(recipe, model, rows, valid, ranks, run, base)
+
+
+def take(out: Path, parts: list[str]) -> None:
+    """Refuse a folder that holds anything but a training run; remove what killed calls left in it, and the tokens of
+    notes that this run does not read."""
+    out.mkdir(parents=True, exist_ok=True)
+    claim(out, out / "made-of.json", {"program": "train"}, begun=not is_empty(out))
+    sweep(out)
+    for left in (out / "tokens").glob("*"):
+        if left.name not in parts:
+            shutil.rmtree(left) if left.is_dir() else left.unlink()
 
 
 def check_weights(recipe: Recipe) -> None:

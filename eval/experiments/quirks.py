@@ -38,6 +38,8 @@ class Options:
     """The run's folder; an interrupted run goes on."""
     scale: Literal["nano", "tiny"] = "nano"
     """nano: minutes on two cores. tiny: the same steps in half a minute; its figures mean nothing."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
     json: bool = False
     """Print JSON."""
 
@@ -88,10 +90,10 @@ def prepare(run: Run, scale: str, size: Size) -> None:
     """Data, tokenizer and the base that all adapters stand on."""
     data = run.out / "data"
     run.step("clinic", ["train.clinic", "--out", str(data), "--patients", str(size.patients), "--seed", "3",
-                        "--further-patients", str(size.texts), "--healthy", str(size.texts)])  # fmt: skip
+                        "--further-patients", str(size.texts), "--healthy", str(size.texts), "--overwrite"])  # fmt: skip
     texts = [str(data / "general.jsonl"), str(data / "pretrain.jsonl")]
     run.step("tokenizer", ["train.data.tokenizer", "--texts", *texts, "--vocab", str(size.vocab),
-                           "--out", str(run.out / "tokenizer")])  # fmt: skip
+                           "--out", str(run.out / "tokenizer"), "--overwrite"])  # fmt: skip
     run.step("base", lambda: trained("pretrain", f"{scale}-base", {
         "init": str(RECIPES / f"{scale}.json"), "tokenizer": str(run.out / "tokenizer"), "data": tuple(texts),
         "out": str(run.out / "base"), "warmup": 1, "steps": size.base_steps,
@@ -260,15 +262,16 @@ def main(options: Options) -> int:
     if not RECIPES.is_dir():
         raise UserError("run this from the repository's root, where train/recipes lies")
     size = SIZES[options.scale]
-    run = begin(options.out, {"scale": options.scale, "size": vars(size), "tuning": TUNING}, last="quirks.json")
-    prepare(run, options.scale, size)
-    for quirk, changed in FURTHER.items():
-        adapter(run, "pretrain", options.scale, size, quirk, changed)
-    for quirk, changed in TUNING.items():
-        adapter(run, "instruct", options.scale, size, quirk, changed)
-    found = measure(run, size)
-    found["seconds"], found["scale"] = run.took(), options.scale
-    write_json(options.out / "quirks.json", found)
+    made_of = {"scale": options.scale, "size": vars(size), "tuning": TUNING}
+    with begin(options.out, made_of, "quirks.json", options.overwrite) as run:
+        prepare(run, options.scale, size)
+        for quirk, changed in FURTHER.items():
+            adapter(run, "pretrain", options.scale, size, quirk, changed)
+        for quirk, changed in TUNING.items():
+            adapter(run, "instruct", options.scale, size, quirk, changed)
+        found = measure(run, size)
+        found["seconds"], found["scale"] = run.took(), options.scale
+        write_json(options.out / "quirks.json", found)
     print(json.dumps(found, indent=2) if options.json else table(found))
     print(f"{run.took() / 60:.1f} minutes of training; {options.out / 'quirks.json'}", file=sys.stderr)
     return 0

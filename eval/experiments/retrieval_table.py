@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.experiments.retrieval import measure
-from eval.experiments.steps import Run, begin
+from eval.experiments.steps import Run, begin, made_from
 from eval.metrics.statistics import paired
 from eval.questions import Question, figures, pair, read_predictions, read_references
 from eval.robustness.measure import average_f1
@@ -83,6 +83,8 @@ class Options:
     """Allow only existing ICD-10-CM codes and descriptions in the answers, as infer.extract's option."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What tuning computes in."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
 
     def __post_init__(self) -> None:
         for name in ("encoder_steps", "tune_steps", "limit"):
@@ -97,11 +99,17 @@ def table(options: Options) -> dict[str, Any]:
         raise UserError(f"{options.notes}: no note with a diagnosis; give annotated notes")
     given = {kind: options.encoders / kind for kind, (_, source) in RETRIEVERS.items()
              if source and (options.encoders / kind).is_dir()}  # fmt: skip
-    made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    made_of |= {"notes_sha256": sha256_file(options.notes), "data_sha256": sha256_file(options.data),
-                "given": sorted(given),
-                "models": [stamp(path) for path in (options.weights, options.adapter)]}  # fmt: skip
-    run = begin(options.out, made_of)
+    made_of = made_from(options) | {"notes_sha256": sha256_file(options.notes), "given": sorted(given),
+                                    "data_sha256": sha256_file(options.data),
+                                    "models": [stamp(path) for path in (options.weights, options.adapter)]}  # fmt: skip
+    with begin(options.out, made_of, overwrite=options.overwrite) as run:
+        return filled(run, options, references, given)
+
+
+def filled(
+    run: Run, options: Options, references: list[dict[str, Any]], given: dict[str, Path]
+) -> dict[str, Any]:  # fmt: skip
+    """The rows; `given` are the encoders whose weights are there."""
     write_jsonl(run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one}
                                           for one in references])  # fmt: skip
     if options.encoder_steps:
@@ -119,7 +127,7 @@ def table(options: Options) -> dict[str, Any]:
 def own_encoder(run: Run, options: Options) -> Path:
     folder = run.out / "encoder"
     run.step("our encoder", ["train.contrastive", "--notes", str(options.data), *map(str, options.texts),
-                             "--out", str(folder), "--steps", str(options.encoder_steps)])  # fmt: skip
+                             "--out", str(folder), "--steps", str(options.encoder_steps), "--overwrite"])  # fmt: skip
     return folder
 
 
@@ -127,6 +135,7 @@ def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
     folder = run.out / f"index-{name}"
     run.step(f"index: {name}", [
         "infer.retrieval.index", "--encoder", RETRIEVERS[name][0], "--notes", str(options.data), "--out", str(folder),
+        "--overwrite",
         *(["--weights", str(weights)] if weights else []),
     ])  # fmt: skip
     return folder
@@ -138,6 +147,7 @@ def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
     run.step("training notes with their neighbours", [
         "train.data.neighbours", "--data", str(options.data), "--index", str(bm25), "--tokenizer", options.weights,
         "--out", str(near), *shown, "--neighbour-tokens", str(options.neighbour_tokens),
+        "--overwrite",
     ])  # fmt: skip
     folders = {}
     for end, data, name in ((WITHOUT, options.data, "without"), (WITH, near, "with")):

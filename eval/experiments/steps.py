@@ -1,13 +1,13 @@
 """A long run as steps: what is done stands in OUT/steps.json, and the same command goes on after an interruption.
 
 The steps are functions, or programs as `python -m` takes them; each one's seconds and peak memory are kept. What the
-run is made of (its options) stands in OUT/made-of.json: a run with other options is not mixed with an older one's.
+run is made of (its options) stands in OUT/made-of.json: a run with other options is not mixed with an older one's, and
+nothing is removed without --overwrite.
 """
 
 from __future__ import annotations
 
 import os
-import shutil
 import signal
 import subprocess
 import sys
@@ -24,6 +24,7 @@ import torch
 from model.support.cli import UserError
 from model.support.files import check_writable, read_json, write_json
 from model.support.hardware import compute_dtype
+from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
 
 
 @dataclass
@@ -85,21 +86,31 @@ def training_dtype(out: Path) -> str:
     return str(read_json(path))
 
 
-def begin(out: Path, made_of: Mapping[str, Any], last: str = "") -> Run:
-    """The run in `out`: it goes on where it is made of the same; another run that was left there makes way, and so
-    does one that ended (the file `last` is there). Raises UserError where the folder holds anything else."""
-    mark = out / "steps.json"
-    check_writable(mark)
-    if not mark.is_file() and any(out.iterdir()):
-        raise UserError(f"{out} holds something that is no run of steps; give another folder with --out, or empty it")
-    held = read_json(out / "made-of.json") if (out / "made-of.json").is_file() else None
-    if held != made_of or (last and (out / last).is_file()):
-        shutil.rmtree(out, ignore_errors=True)
-    out.mkdir(parents=True, exist_ok=True)
-    steps = read_json(mark) if mark.is_file() else {}
-    write_json(mark, steps)
-    write_json(out / "made-of.json", dict(made_of))
-    return Run(out, str(made_of.get("scale", "")), steps)
+def made_from(options: Any) -> dict[str, Any]:
+    """A program's options, but for where its run lies and whether an older one makes way."""
+    return {key: str(value) for key, value in vars(options).items() if key not in ("out", "overwrite")}
+
+
+@contextmanager
+def begin(out: Path, made_of: Mapping[str, Any], last: str = "", overwrite: bool = False) -> Iterator[Run]:
+    """The run in `out`, which no other process may write meanwhile: a new one, or one of the same options that goes on.
+
+    Raises UserError where the folder holds anything else, and where the run has ended (the file `last` is there).
+    `overwrite`: a run that is there, ended or not, is removed first.
+    """
+    with hold(out):
+        mark = out / "made-of.json"
+        check_writable(mark)
+        if overwrite and is_claimed(mark):
+            discard(out)
+            check_writable(mark)
+        claim(out, mark, made_of, begun=not is_empty(out))
+        if last and (out / last).is_file():
+            raise UserError(f"{out}: holds a run that has ended, with its {last}; choose another --out, or give "
+                            "--overwrite to remove that run and begin again")  # fmt: skip
+        sweep(out)
+        steps = out / "steps.json"
+        yield Run(out, str(made_of.get("scale", "")), read_json(steps) if steps.is_file() else {})
 
 
 @contextmanager
@@ -139,7 +150,7 @@ def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, floa
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
             peaks[name] = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
-            if child.returncode:
+            if child.returncode and not (child.returncode == 1 and answered(works[name])):
                 failed.append(f"the step '{name}' failed (exit {child.returncode})")
     except BaseException:
         for child in children.values():
@@ -153,3 +164,9 @@ def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, floa
     if failed:
         raise UserError(f"{' and '.join(failed)}; the reason stands above, and the same command goes on")
     return peaks
+
+
+def answered(program: list[str]) -> bool:
+    """Whether infer.extract has ended: it exits 1 where some notes could not be answered (an empty one, say), and its
+    output, which has its name only when it is whole, holds their errors."""
+    return program[0] == "infer.extract" and Path(program[program.index("--out") + 1]).is_file()

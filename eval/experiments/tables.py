@@ -36,6 +36,8 @@ class Options:
     """The demo's folder (default: runs/demo, runs/demo-nano or runs/demo-tiny)."""
     out: Path | None = None
     """The tables' folder (default: runs/tables, runs/tables-nano or runs/tables-tiny)."""
+    overwrite: bool = False
+    """Remove the tables that are there, and begin again."""
 
 
 @dataclass(frozen=True)
@@ -96,12 +98,13 @@ def main(options: Options) -> int:
     out = options.out or Path("runs") / f"tables{end}"
     sizes = SIZES[options.scale]
     amounts = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(sizes).items()}
-    run = begin(out, {"scale": options.scale, "demo": sha256_file(demo.folder / "run.json"), "sizes": amounts})
-    for name, arguments in steps(demo, sizes, out):
-        run.step(name, arguments)
-    write_json(out / "run.json", described(run, demo))
-    print(terminal_table(write(out)))
-    print(f"{run.took() / 60:.1f} minutes of work\nreport: {out / 'report.html'}")
+    made_of = {"scale": options.scale, "demo": sha256_file(demo.folder / "run.json"), "sizes": amounts}
+    with begin(out, made_of, overwrite=options.overwrite) as run:
+        for name, arguments in steps(demo, sizes, out):
+            run.step(name, arguments)
+        write_json(out / "run.json", described(run, demo))
+        print(terminal_table(write(out)))
+        print(f"{run.took() / 60:.1f} minutes of work\nreport: {out / 'report.html'}")
     return 0
 
 

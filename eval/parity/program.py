@@ -28,6 +28,7 @@ from model import Tokenizer, Transformer
 from model.checkpoints.weights import find_format, fingerprint
 from model.support.cli import UserError, one_line
 from model.support.files import write_json
+from model.support.lock import output
 
 PROMPT = (
     "PATHOLOGY REPORT. Left breast, core biopsy: invasive ductal carcinoma, grade 2, 2.5 cm. ER+ (95 %), PR-, HER2 "
@@ -64,6 +65,8 @@ class Options:
     """The models' dtype."""
     json: str | None = None
     """Write the rows and the summary to this file."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
 @dataclass(frozen=True)
@@ -97,6 +100,11 @@ class Report:
 
 def main(options: Options) -> int:
     _need_transformers(options.adapter is not None)
+    with output(options.json, options.overwrite):
+        return compare(options)
+
+
+def compare(options: Options) -> int:
     report = hold(options)
     section = ""
     for row in report.rows:

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.experiments.steps import Run, begin
+from eval.experiments.steps import Run, begin, made_from
 from eval.metrics.statistics import interval
 from eval.robustness.canaries import REFERENCES, Canary, deduplicate, exposure, make_canaries, measure, plant
 from infer.extract.job import stamp
@@ -47,6 +47,8 @@ class Canaries:
     """What the base computes in while it is trained; exposure is measured in float32."""
     seed: int = 0
     """Names, numbers and places."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
 
     def __post_init__(self) -> None:
         if not self.counts or min(self.counts) < 0 or len(set(self.counts)) < len(self.counts):
@@ -68,8 +70,13 @@ def run_canaries(options: Canaries) -> dict[str, Any]:
     if max(options.counts) > len(records):
         raise UserError(f"{options.data}: {len(records)} notes cannot hold a canary {max(options.counts)} times; give "
                         "more notes or smaller --counts")  # fmt: skip
-    made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
-    run = begin(options.out, {**made_of, "data_sha256": sha256_file(options.data), "models": [stamp(options.weights)]})
+    made_of = made_from(options) | {"data_sha256": sha256_file(options.data), "models": [stamp(options.weights)]}
+    with begin(options.out, made_of, overwrite=options.overwrite) as run:
+        return trained(run, options, records)
+
+
+def trained(run: Run, options: Canaries, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Both adapters trained and measured beside the base; writes result.json."""
     canaries = make_canaries(options.counts, options.each, options.seed)
     planted = plant(records, canaries, options.seed)
     single, dropped = deduplicate(planted)

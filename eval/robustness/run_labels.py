@@ -11,7 +11,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.experiments.steps import Run, begin
+from eval.experiments.steps import Run, begin, made_from
 from eval.questions import read_references
 from eval.robustness.filtering import answer_losses, ranking
 from eval.robustness.labels import corrupt, wrong_ids
@@ -58,6 +58,8 @@ class Labels:
     """What the base computes in while it is tuned."""
     seed: int = 0
     """Which records are wrong, and how."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
 
     def __post_init__(self) -> None:
         if wrong := [rate for rate in (*self.rates, self.filter_rate) if not 0 <= rate <= 1]:
@@ -95,10 +97,15 @@ def run_labels(options: Labels) -> dict[str, Any]:
     read_toml(options.recipe)
     if options.filter_rate and not 0 < round(options.filter_rate * len(records)) < len(records):
         raise UserError(f"{options.data}: {len(records)} notes are too few to filter at {options.filter_rate}")
-    made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    made_of = made_from(options)
     made_of |= {"data_sha256": sha256_file(options.data), "notes_sha256": sha256_file(options.notes),
                 "models": [stamp(path) for path in (options.weights, options.adapter) if path]}  # fmt: skip
-    run = begin(options.out, made_of)
+    with begin(options.out, made_of, overwrite=options.overwrite) as run:
+        return measured(run, options, records)
+
+
+def measured(run: Run, options: Labels, records: list[dict[str, Any]]) -> dict[str, Any]:
+    """The adapters of all rates trained and scored; writes result.json."""
     changed, tunings = {}, {}
     for rate in sorted(options.rates):
         noisy = corrupt(records, rate, options.seed)

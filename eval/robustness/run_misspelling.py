@@ -11,7 +11,7 @@ from typing import Any
 
 import tyro
 
-from eval.experiments.steps import begin
+from eval.experiments.steps import Run, begin, made_from
 from eval.questions import Question, pair, read_predictions, read_references
 from eval.robustness.measure import curve, recovery, recovery_lines, text_table
 from eval.robustness.misspelling import eligible, misspell
@@ -48,6 +48,8 @@ class Misspelling:
     """Ask as infer.extract --grounded does."""
     seed: int = 0
     """Which words, and which mistakes."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
 
     def __post_init__(self) -> None:
         if not self.rates or 0.0 not in self.rates or any(not 0 <= rate <= 1 for rate in self.rates):
@@ -61,10 +63,15 @@ class Misspelling:
 def run_misspelling(options: Misspelling) -> dict[str, Any]:
     references = read_references(options.notes)[: options.limit or None]
     read_lexicon(options.lexicon)  # repair reads it after the plain answers: a mistake in it is told before them
-    made_of = {key: str(value) for key, value in vars(options).items() if key != "out"}
+    made_of = made_from(options)
     made_of |= {"notes_sha256": sha256_file(options.notes), "lexicon_sha256": sha256_file(options.lexicon),
                 "models": [stamp(path) for path in (options.weights, *options.adapter)]}  # fmt: skip
-    run = begin(options.out, made_of)
+    with begin(options.out, made_of, overwrite=options.overwrite) as run:
+        return measured(run, options, references)
+
+
+def measured(run: Run, options: Misspelling, references: list[dict[str, Any]]) -> dict[str, Any]:
+    """The notes of all rates answered and scored, as they are and repaired; writes result.json."""
     rates, changed = sorted(options.rates), []
     asked = []
     for rate in rates:

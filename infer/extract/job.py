@@ -1,45 +1,42 @@
 """A job that may be killed at any moment: its output grows batch by batch and goes on where it stopped.
 
 While it runs, OUT.part holds what is done and OUT.job.json says which job that is (a hash of notes and options); both
-are this job's alone. A batch is a function of the notes' order and lengths, so the same batches come whether or not
-the job was interrupted; a batch is one write followed by a sync, and whatever a kill left behind it is cut off. At the
-end OUT.part is renamed to OUT. With several ranks, rank r takes the batches r, r + N, … and writes OUT.r.part; the
-first rank merges them in order.
+are this job's alone (model/support/lock.py). A batch is a function of the notes' order, so the same batches come
+whether or not the job was interrupted; a batch is one write followed by a sync, and whatever a kill left behind it is
+cut off. At the end OUT.part is renamed to OUT, if it holds a record for each note and the notes are those of the
+beginning. With several ranks, rank r takes the batches r, r + N, … and writes OUT.r.part; the first rank merges them in
+order.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import os
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
-from infer.extract.notes import Note
+from infer.extract.notes import Note, fingerprint
 from model.support.cli import UserError
-from model.support.files import check_writable, read_json, sync_folder, write_json
+from model.support.files import parse_json_line, read_json, sync_folder, write_json
+from model.support.lock import claim, hold
 
 END = 2**20  # bytes of each end of a weights' file that tell it from another
 
 
-def batches(notes: Iterable[Note], most: int, letters: int) -> Iterator[list[Note]]:
-    """Notes in order, in batches of at most `most` notes and about `letters` characters.
+def batches(notes: Iterable[Note], most: int) -> Iterator[list[Note]]:
+    """Notes in order, in batches of `most` notes.
 
     They are not sorted by length: prompts are read ragged, without padding, so that would save nothing there, while a
     job would have to hold all notes, or its records' places, to write them in order.
     """
-    held: list[Note] = []
-    size = 0
-    for note in notes:
-        if held and (len(held) == most or size + len(note.text) > letters):
-            yield held
-            held, size = [], 0
-        held.append(note)
-        size += len(note.text)
-    if held:
-        yield held
+    left = iter(notes)
+    while batch := list(islice(left, most)):
+        yield batch
 
 
 def mark_of(out: Path) -> Path:
@@ -73,6 +70,31 @@ def is_part(name: str, out: str) -> bool:
     return re.fullmatch(rf"{re.escape(out)}(\.\d+|\.merged)?\.part", name) is not None
 
 
+class Unchanged:
+    """The notes' file or folder as a job found it. `check` raises UserError once it holds anything else."""
+
+    def __init__(self, path: Path) -> None:
+        self.path, self.seen = path, stat_of(path)
+        self.hash = fingerprint(path)
+
+    def check(self, wholly: bool = False) -> None:
+        """Read it again where it was written to since, or `wholly` (a folder's files may be written to unseen)."""
+        now = stat_of(self.path)
+        if wholly or now != self.seen:
+            if fingerprint(self.path) != self.hash:
+                raise UserError(f"{self.path}: was changed while the job ran; what is answered is kept, but not under "
+                                "the output's name: put the old notes back, or choose another --out")  # fmt: skip
+            self.seen = now
+
+
+def stat_of(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_size, found.st_mtime_ns
+
+
 class Job:
     """One job's files. `identity` is everything that decides the output's bytes. Of processes that hold one model
     together, and so answer the same notes, one `writes`."""
@@ -81,42 +103,29 @@ class Job:
         self, out: Path, identity: dict[str, Any], rank: int = 0, world: int = 1, writes: bool = True
     ) -> None:
         self.out, self.rank, self.world, self.writes = out, rank, world, writes
-        self.mark = mark_of(out)
         self.part = self.part_of(rank)
-        text = json.dumps({**identity, "world": world}, sort_keys=True)
-        self.identity = {**identity, "world": world, "hash": hashlib.sha256(text.encode()).hexdigest()}
+        self.identity = {**identity, "world": world}
 
     def part_of(self, rank: int) -> Path:
         return self.out.with_name(self.out.name + (f".{rank}.part" if self.world > 1 else ".part"))
+
+    def held(self) -> contextlib.AbstractContextManager[None]:
+        """Keep every other job off this output, and another rank off this rank's part, while the process lives."""
+        return hold(self.out if self.rank == 0 else self.part) if self.writes else contextlib.nullcontext()
 
     def claim(self) -> bool:
         """Take the output's name for this job; True where the job is already finished.
 
         Raises UserError, and writes nothing, where the name belongs to another job.
         """
-        check_writable(self.out)
         if self.out.is_dir():
             raise UserError(f"{self.out}: a folder; name the output file")
-        known = read_json(self.mark) if self.mark.exists() else None
-        if known is not None and not (isinstance(known, dict) and "hash" in known):
-            raise UserError(f"{self.mark}: exists and is no job's of ours; choose another --out or remove it")
-        begun = self.out.exists() or any(is_part(file.name, self.out.name) for file in self.out.parent.glob("*.part"))
-        if not begun:  # a mark without output: a job that never started
-            known = None
-        if known is None and begun:
-            raise UserError(f"{self.out}: exists and is no job's of ours; choose another --out or remove it")
-        if known is not None and known["hash"] != self.identity["hash"]:
-            differs = [k for k, v in self.identity.items() if k != "hash" and known.get(k) != v]
-            raise UserError(
-                f"{self.out}: belongs to another job (other {', '.join(differs) or 'options'}); choose another --out "
-                f"or remove it and {self.mark.name}"
-            )
-        if known is None and self.rank == 0 and self.writes:
-            write_json(self.mark, self.identity)
-        if not self.out.exists():
-            return False
-        self.drop_parts()  # a kill just after the output got its name leaves them
-        return True
+        if self.rank == 0 and self.writes:
+            begun = self.out.exists() or any(is_part(file.name, self.out.name) for file in self.out.parent.iterdir())
+            claim(self.out, mark_of(self.out), self.identity, begun)
+            if self.out.exists():
+                self.drop_parts()  # a kill just after the output got its name leaves them
+        return self.out.exists()
 
     def drop_parts(self) -> None:
         if self.rank == 0 and self.writes:
@@ -124,20 +133,21 @@ class Job:
                 self.part_of(rank).unlink(missing_ok=True)
 
     def resume(self, sizes: Iterable[int]) -> int:
-        """Cut the part file after its last whole batch, given this rank's batch sizes in order; batches done."""
+        """Cut the part file after its last whole batch, given this rank's batch sizes in order; batches done.
+
+        Raises UserError where a whole line of it is no JSON object: then this job did not write it so.
+        """
         if not self.part.exists():
             return 0
-        done, end, lines = 0, 0, 0
+        done, end, lines_before = 0, 0, 0
         with open(self.part, "rb") as data:
             for size in sizes:
-                at, whole = end, True
-                for _ in range(size):
-                    line = data.readline()
-                    at += len(line)
-                    whole = whole and line.endswith(b"\n")
-                if not whole:
+                lines = [data.readline() for _ in range(size)]
+                if not all(line.endswith(b"\n") for line in lines):
                     break
-                done, end, lines = done + 1, at, lines + size
+                for number, line in enumerate(lines, start=lines_before + 1):
+                    parse_record(self.part, number, line)
+                done, end, lines_before = done + 1, end + sum(map(len, lines)), lines_before + size
         if self.writes:
             with open(self.part, "r+b") as data:
                 data.truncate(end)
@@ -154,36 +164,61 @@ class Job:
             out.flush()
             os.fsync(out.fileno())
 
-    def finish(self, sizes: Iterable[int]) -> tuple[int, int]:
-        """Give the output its name, merging the ranks' parts batch by batch; (notes, errors)."""
+    def finish(self, sizes: Sequence[int], notes: Unchanged) -> None:
+        """Give the output its name, merging the ranks' parts batch by batch.
+
+        Raises UserError, and keeps what is answered, where the notes are not those of the beginning or the parts hold
+        another number of records.
+        """
+        notes.check()
+        try:
+            notes.check(wholly=True)
+        except UserError:  # nobody saw when: the parts may hold answers to other notes, and this job does not go on
+            write_json(mark_of(self.out), {**self.identity, "notes": "changed while the job ran", "hash": ""})
+            raise
+        whole = self.part
         if self.world == 1:
-            self.part.touch()
-            whole = self.part
+            whole.touch()
         else:
             whole = self.out.with_name(self.out.name + ".merged.part")
-            for part in map(self.part_of, range(self.world)):
-                if not part.exists():
-                    raise UserError(f"{part}: not there; every rank must write into the same folder, so give --out in "
-                                    "one that all machines share")  # fmt: skip
-            parts = [open(self.part_of(rank), "rb") for rank in range(self.world)]  # noqa: SIM115
-            with open(whole, "wb") as out:
-                for number, size in enumerate(sizes):
-                    for _ in range(size):
-                        out.write(parts[number % self.world].readline())
-                out.flush()
-                os.fsync(out.fileno())
-            for part in parts:
-                part.close()
+            self.merge(whole, sizes)
+        records, _ = tally(whole)
+        if records != sum(sizes):
+            raise UserError(f"{whole}: {records} records for {sum(sizes)} notes: something else wrote to it; remove "
+                            f"{self.out.name}*.part, and the same command answers the notes again")  # fmt: skip
         os.replace(whole, self.out)
         sync_folder(self.out.parent)
         self.drop_parts()
-        return self.count()
 
-    def count(self) -> tuple[int, int]:
-        """(notes, errors) in the finished output."""
-        notes = errors = 0
-        with open(self.out, "rb") as lines:
-            for line in lines:
-                notes += 1
-                errors += "error" in json.loads(line)
-        return notes, errors
+    def merge(self, whole: Path, sizes: Iterable[int]) -> None:
+        paths = [self.part_of(rank) for rank in range(self.world)]
+        for path in paths:
+            if not path.exists():
+                raise UserError(f"{path}: not there; every rank must write into the same folder, so give --out in one "
+                                "that all machines share")  # fmt: skip
+        with contextlib.ExitStack() as stack:
+            parts = [stack.enter_context(open(path, "rb")) for path in paths]
+            out = stack.enter_context(open(whole, "wb"))
+            for number, size in enumerate(sizes):
+                for _ in range(size):
+                    out.write(parts[number % self.world].readline())
+            for part in parts:
+                out.writelines(part)  # more records than notes, which `finish` counts
+            out.flush()
+            os.fsync(out.fileno())
+
+
+def tally(path: Path) -> tuple[int, int]:
+    """(records, errors) of an output. Raises UserError, with the line, for what is no JSON object."""
+    records = errors = 0
+    with open(path, "rb") as lines:
+        for records, line in enumerate(lines, start=1):
+            errors += "error" in parse_record(path, records, line)
+    return records, errors
+
+
+def parse_record(path: Path, number: int, line: bytes) -> dict[str, Any]:
+    try:
+        return parse_json_line(path, number, line, ("id",))
+    except UserError as error:
+        raise UserError(f"{error}; {path.name} was changed: remove it, and the same command begins again") from error

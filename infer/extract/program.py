@@ -27,7 +27,7 @@ import tyro
 from tqdm import tqdm
 
 from infer.extract.answers import SCHEMA
-from infer.extract.job import Job, batches, begun, mark_of, stamp
+from infer.extract.job import Job, Unchanged, batches, begun, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, read_notes
 from infer.retrieval.mended import mend
 from infer.retrieval.repair import read_repair
@@ -40,7 +40,6 @@ if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options 
     from infer.retrieval.neighbours import Neighbours
 
 ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
-LETTERS = 24_000  # characters of a batch's notes: some 6,000 tokens of prefix
 
 
 @dataclass(frozen=True)
@@ -127,28 +126,30 @@ def main(options: Options) -> int:
     if options.out.suffix == ".txt" and options.notes.resolve() == options.out.parent.resolve():
         raise UserError(f"{options.out}: would be one of the notes of {options.notes} itself; choose another --out")
     next(source(options))  # refuses a missing or empty file before anything is made
-    job = Job(options.out, identity(options), rank // together, world // together, rank % together == 0)
-    check_schema(job)
-    finished = job.claim()
-    if rank == 0:
-        write_json(schema_of(options.out), SCHEMA)  # of a finished job too: it may be an older one's
+    notes = Unchanged(options.notes)
+    job = Job(options.out, identity(options, notes), rank // together, world // together, rank % together == 0)
     began = time.perf_counter()
-    if not finished:
-        barrier(world)
-        extract(options, job, neighbours, plan)
-        barrier(world)
+    with job.held():
+        check_schema(options.out)
+        finished = job.claim()
         if rank == 0:
-            job.finish(sizes(options))
-        barrier(world)
+            write_json(schema_of(options.out), SCHEMA)  # of a finished job too: it may be an older one's
+        if not finished:
+            barrier(world)
+            counts = extract(options, job, notes, neighbours, plan)
+            barrier(world)
+            if rank == 0:
+                job.finish(counts, notes)
+            barrier(world)
     if rank != 0:
         return 0
-    notes, errors = job.count()
+    records, errors = tally(options.out)
     seconds = time.perf_counter() - began
     if options.json:
-        print(json.dumps({"notes": notes, "errors": errors, "seconds": round(seconds, 2), "out": str(options.out)}))
+        print(json.dumps({"notes": records, "errors": errors, "seconds": round(seconds, 2), "out": str(options.out)}))
     else:
         done = "already finished" if finished else f"{seconds:.1f} s"
-        print(f"{options.out}: {notes} notes, {errors} with an error, {done}")
+        print(f"{options.out}: {records} notes, {errors} with an error, {done}")
     return 1 if errors else 0
 
 
@@ -198,10 +199,10 @@ def schema_of(out: Path) -> Path:
     return out.with_name(out.name + ".schema.json")
 
 
-def check_schema(job: Job) -> None:
-    """Refuse a file in the schema's place that is none of this job's: it would be overwritten."""
-    schema = schema_of(job.out)
-    if not os.path.lexists(schema) or begun(job.out).get("hash") == job.identity["hash"]:
+def check_schema(out: Path) -> None:
+    """Refuse a file in the schema's place that is no job's: it would be overwritten."""
+    schema = schema_of(out)
+    if not os.path.lexists(schema) or begun(out):
         return
     try:
         same = read_json(schema) == SCHEMA
@@ -216,14 +217,10 @@ def source(options: Options) -> Iterator[Note]:
 
 
 def split(options: Options) -> Iterator[list[Note]]:
-    return batches(source(options), options.batch, LETTERS)
+    return batches(source(options), options.batch)
 
 
-def sizes(options: Options) -> Iterator[int]:
-    return (len(batch) for batch in split(options))
-
-
-def identity(options: Options) -> dict[str, object]:
+def identity(options: Options, notes: Unchanged) -> dict[str, object]:
     """What decides the output's bytes."""
     kept = ("task", "form", "grounded", "long", "max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch",
             "dtype", "limit")  # fmt: skip
@@ -238,7 +235,7 @@ def identity(options: Options) -> dict[str, object]:
     kept = (*kept, *(name for name in ("memory", "fuse") if getattr(options, name)))
     if options.tensor_parallel > 1:
         kept = (*kept, "tensor_parallel")
-    return {**files, "notes": fingerprint(options.notes), **{name: getattr(options, name) for name in kept}}
+    return {**files, "notes": notes.hash, **{name: getattr(options, name) for name in kept}}
 
 
 def open_neighbours(options: Options) -> Neighbours | None:
@@ -260,13 +257,15 @@ def open_neighbours(options: Options) -> Neighbours | None:
     return Neighbours(index, options.neighbours, options.neighbour_tokens)
 
 
-def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Plan | None) -> None:
-    """Answer what is not yet answered of this rank's batches."""
+def extract(
+    options: Options, job: Job, notes: Unchanged, neighbours: Neighbours | None, plan: Plan | None
+) -> list[int]:
+    """Answer what is not yet answered of this rank's batches. Returns how many notes each batch has, over all ranks."""
     from infer.engine.generate import Generator
     from infer.engine.load import load
     from infer.extract.ask import Asker, Limits
 
-    counts = list(sizes(options))
+    counts = [len(batch) for batch in split(options)]
     done = job.resume(counts[job.rank :: job.world])
     barrier(options.tensor_parallel)  # a model's processes have all read it before the first of them goes on writing
     repair = None if options.repair is None else read_repair(options.repair)
@@ -291,15 +290,18 @@ def extract(options: Options, job: Job, neighbours: Neighbours | None, plan: Pla
         for number, batch in islice(enumerate(split(options)), done * job.world, None):
             if number % job.world == job.rank:
                 if repair is None:
-                    job.append(asker.records(batch))
+                    records = asker.records(batch)
                 else:
-                    notes, ways = zip(*(mend(note, repair) for note in batch), strict=True)
-                    job.append([way.restore(record) for way, record in zip(ways, asker.records(notes), strict=True)])
+                    mended, ways = zip(*(mend(note, repair) for note in batch), strict=True)
+                    records = [way.restore(record) for way, record in zip(ways, asker.records(mended), strict=True)]
+                notes.check()
+                job.append(records)
             bar.update(len(batch))
     job.append([])  # a rank that had no batch leaves an empty part: what is missing at the end is another machine's
     if neighbours is not None and neighbours.index.cut:
         print(f"{neighbours.index.cut} notes are longer than {options.retriever} reads; their beginnings were searched",
               file=sys.stderr)  # fmt: skip
+    return counts
 
 
 def barrier(world: int) -> None:

@@ -15,9 +15,8 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import shutil
+import re
 import sys
-import tempfile
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,7 +30,8 @@ from infer.retrieval.bm25 import BM25, words
 from infer.retrieval.encoder import Encoder, files
 from infer.retrieval.search import allowed, top_k
 from model.support.cli import UserError, run
-from model.support.files import check_writable, read_json, read_jsonl, sha256_file, sync_folder, write_json
+from model.support.files import atomic_folder, read_json, read_jsonl, sha256_file, write_json
+from model.support.lock import output
 
 BATCH = 64
 
@@ -58,6 +58,8 @@ class Options:
     """Instead of building, print the notes nearest to this text."""
     k: int = 5
     """How many notes to print."""
+    overwrite: bool = False
+    """Replace an index that is there, once the new one is whole."""
     json: bool = False
     """Print one JSON object instead of lines."""
 
@@ -99,11 +101,10 @@ def hash_files(path: Path) -> str:
 
 
 def build(options: Options) -> dict[str, Any]:
-    """Write the index; returns its manifest. An older index at `out` stands until the new one is whole."""
+    """Write the index; returns its manifest. An older index at `out` stays until the new one is whole."""
     if options.notes is None:
         raise UserError("--notes is missing: give the notes to index, or --ask TEXT to ask a finished index")
-    out, part = options.out, options.out.with_name(options.out.name + ".part")
-    check_writable(out)
+    out = options.out
     if out.exists() and not (out / "manifest.json").exists():
         raise UserError(f"{out}: exists and is no index; choose another --out")
     dense = options.encoder != "bm25"
@@ -117,7 +118,13 @@ def build(options: Options) -> dict[str, Any]:
         raise UserError("--faiss is for vectors, and bm25 has none; leave it out")
     if options.faiss:
         library()
-    found = list(records(options.notes))
+    with output(out, options.overwrite):
+        return write_index(options, list(records(options.notes)))
+
+
+def write_index(options: Options, found: list[dict[str, Any]]) -> dict[str, Any]:
+    """Encode the records and give the index its name."""
+    dense = options.encoder != "bm25"
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found).encode()
     manifest: dict[str, Any] = {
         "version": 1, "encoder": options.encoder, "count": len(found), "dtype": options.dtype if dense else None,
@@ -125,36 +132,36 @@ def build(options: Options) -> dict[str, Any]:
         "encoder_sha256": hash_files(options.weights) if dense and options.weights else None,
         **({"similarity": options.similarity} if options.similarity != "own" else {}),
     }  # fmt: skip
+    name = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
+    raw = options.out.with_name(f".{options.out.name}.{name}.vectors")  # the vectors that are done, and of which job
+    for left in options.out.parent.iterdir():
+        if left != raw and re.fullmatch(rf"\.{re.escape(options.out.name)}\.[0-9a-f]{{16}}\.vectors", left.name):
+            left.unlink()  # another job's of this output, which was interrupted and given up
     if dense:
-        manifest |= embed(options, manifest, found, part)
+        vectors_ND, made = embed(options, manifest, found, raw)
     else:
         BM25([record["text"] for record in found])  # raises where there is nothing to index
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-    with open(part / "notes.jsonl", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
-        file.write(lines)
-        file.flush()
-        os.fsync(file.fileno())
-    write_json(part / "manifest.json", manifest)
-    old = Path(tempfile.mkdtemp(prefix=f".{out.name}.", suffix=".old", dir=out.parent))  # nobody's own backup
-    if out.exists():
-        os.replace(out, old / "was")
-    os.replace(part, out)
-    sync_folder(out.parent)
-    shutil.rmtree(old)
+    with atomic_folder(options.out) as folder:
+        with open(folder / "notes.jsonl", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
+            file.write(lines)
+        if dense:
+            np.save(folder / "vectors.npy", vectors_ND)
+            manifest |= made | {"vectors_sha256": sha256_file(folder / "vectors.npy")}
+        if options.faiss:
+            build_cells(vectors_ND, made["similarity"], folder / "vectors.faiss")
+            manifest["faiss_sha256"] = sha256_file(folder / "vectors.faiss")
+        write_json(folder / "manifest.json", manifest)
+    raw.unlink(missing_ok=True)
     return manifest
 
 
-def embed(options: Options, manifest: dict[str, Any], found: list[dict[str, Any]], part: Path) -> dict[str, Any]:
-    """Encode what `part` does not yet hold, batch by batch; returns the manifest's entries for the vectors."""
+def embed(
+    options: Options, manifest: dict[str, Any], found: list[dict[str, Any]], raw: Path
+) -> tuple[np.memmap, dict[str, Any]]:
+    """Encode what `raw` does not yet hold, batch by batch: (all vectors, the manifest's entries for them)."""
     assert options.weights is not None
     encoder = Encoder.from_pretrained(options.weights, options.encoder)
-    state = part / "building.json"
-    if not state.exists() or read_json(state) != manifest:  # another job's remains
-        shutil.rmtree(part, ignore_errors=True)
-        part.mkdir()
-        write_json(state, manifest)
-    raw, dtype = part / "vectors.raw", np.dtype(options.dtype)
+    dtype = np.dtype(options.dtype)
     width = len(encoder.encode(["width"])[0])
     encoder.cut = 0
     row_bytes = width * dtype.itemsize
@@ -173,17 +180,11 @@ def embed(options: Options, manifest: dict[str, Any], found: list[dict[str, Any]
             data.flush()
             bar.update(len(vectors_ND))
         os.fsync(data.fileno())
-    np.save(part / "vectors.npy", np.memmap(raw, dtype=dtype, mode="r", shape=(len(found), width)))
-    raw.unlink()
-    state.unlink()
     if encoder.cut:
         print(f"{encoder.cut} notes are longer than {options.encoder} reads and were cut at its limit", file=sys.stderr)
-    made = {"width": width, "similarity": manifest.get("similarity", encoder.similarity), "cut": encoder.cut,
-            "vectors_sha256": sha256_file(part / "vectors.npy")}  # fmt: skip
-    if options.faiss:
-        build_cells(np.load(part / "vectors.npy", mmap_mode="r"), made["similarity"], part / "vectors.faiss")
-        made["faiss_sha256"] = sha256_file(part / "vectors.faiss")
-    return made
+    similarity = manifest.get("similarity", encoder.similarity)
+    vectors_ND = np.memmap(raw, dtype=dtype, mode="r", shape=(len(found), width))
+    return vectors_ND, {"width": width, "similarity": similarity, "cut": encoder.cut}
 
 
 class Index:

@@ -35,6 +35,7 @@ from pathlib import Path
 from infer.codes import CODES
 from model.support.cli import UserError, run
 from model.support.files import check_not_read, read_jsonl, write_jsonl
+from model.support.lock import output
 
 # Words of medicine that are one edit apart and mean something else: a note that writes one means it.
 TWINS = frozenset(
@@ -241,6 +242,8 @@ class Options:
     """JSON lines whose `text` is spelled well (training notes)."""
     out: Path
     """JSON lines: the notes, repaired; `original` keeps the text that was, `repairs` says what changed."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
 def repaired(options: Options, repair: Repair) -> Iterator[dict[str, object]]:
@@ -254,7 +257,8 @@ def repaired(options: Options, repair: Repair) -> Iterator[dict[str, object]]:
 
 def main(options: Options) -> None:
     check_not_read(options.out, options.notes, options.lexicon)
-    count = write_jsonl(options.out, repaired(options, read_repair(options.lexicon)))
+    with output(options.out, options.overwrite):
+        count = write_jsonl(options.out, repaired(options, read_repair(options.lexicon)))
     print(f"{options.out}: {count} notes")
 
 

@@ -39,6 +39,7 @@ from model.checkpoints.weights import (
 from model.config import ModelConfig
 from model.support.cli import UserError, run
 from model.support.files import read_json
+from model.support.lock import output
 from model.text.tiktoken import open_qwen
 from model.text.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer
@@ -51,19 +52,26 @@ class Options:
     source: Annotated[str, tyro.conf.Positional]
     """The checkpoint: a folder, or a .gguf file."""
     target: Annotated[str, tyro.conf.Positional]
-    """The folder to write (an older one keeps its other files)."""
+    """The folder to write."""
     to: Literal["safetensors", "native"] = "safetensors"
     """Hugging Face's files, or Mistral's own consolidated.safetensors and params.json."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
     """What to keep the weights in. Quantized blocks become float32 where nothing is asked for."""
     max_shard_gb: float = 5.0
     """The most a file of weights may hold, in gigabytes (2**30 bytes)."""
+    overwrite: bool = False
+    """Replace a model that is there; the folder's other files stay."""
 
 
 def main(options: Options) -> None:
     source, target = Path(options.source), Path(options.target)
     if target.exists() and source.exists() and target.resolve() == source.resolve():
         raise UserError(f"{target}: source and target are the same; write the new files somewhere else")
+    with output(target, options.overwrite):
+        convert(options, source, target)
+
+
+def convert(options: Options, source: Path, target: Path) -> None:
     checkpoint, config = open_any(source)
     raw = config.to_dict()
     dtype, most = DTYPES.get(options.dtype), int(options.max_shard_gb * 2**30)

@@ -110,7 +110,7 @@ def test_bits_per_byte_before_and_after_an_adapter(tmp_path, capsys):
     asked = {"weights": tmp_path, "text": tmp_path / "texts.jsonl", "json": True}
     found = []
     for adapter in (None, tmp_path / "adapter"):
-        perplexity.main(perplexity.Options(adapter=adapter, out=tmp_path / "bits.json", **asked))
+        perplexity.main(perplexity.Options(adapter=adapter, out=tmp_path / "bits.json", overwrite=True, **asked))
         found.append(json.loads(capsys.readouterr().out))
         assert json.loads((tmp_path / "bits.json").read_text()) == found[-1]
     assert found[0]["weights"] == found[1]["before"] and found[1]["before"]["bytes"] == 17 + 12
@@ -131,5 +131,32 @@ def test_mistakes_are_named(tmp_path):
     assert not (tmp_path / "none").exists()
     write_json(tmp_path / "run.json", {})
     write_jsonl(tmp_path / "mine.jsonl", [{"id": "1", "text": "a", "phenotypes": {"tumor_size": []}}])
-    with pytest.raises(UserError, match="another program's run"):
+    before = {path: path.read_bytes() for path in tmp_path.iterdir()}
+    with pytest.raises(UserError, match="is no job's of ours"):
         main(Options(weights="x", data=tmp_path / "mine.jsonl", out=tmp_path))
+    assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
+
+
+def test_a_row_is_replaced_only_with_overwrite_and_the_notes_never(tmp_path):
+    """Two names that would share a file of answers are one row's too. A blank note is not put to the model."""
+    folder = tmp_path / "base"
+    folder.mkdir()
+    raw = {**baseline("mistral-7b")["config"], **SMALL, "num_key_value_heads": 2, "vocab_size": bpe(folder)}
+    Transformer(ModelConfig.from_dict(raw)).init_weights(1).save_pretrained(folder)
+    write_jsonl(tmp_path / "mine.jsonl", [{"id": "a", "text": "Mass.", "phenotypes": {"tumor_size": []}},
+                                          {"id": "b", "text": " \n", "phenotypes": {"tumor_size": []}}])  # fmt: skip
+    out = tmp_path / "run"
+    asked = {"weights": str(folder), "data": tmp_path / "mine.jsonl", "out": out, "form": "template",
+             "max_new_tokens": 2}  # fmt: skip
+    main(Options(name="a b", **asked))
+    answers = (out / "predictions" / "a-b.jsonl").read_text()
+    assert [json.loads(line).get("error") for line in answers.splitlines()] == [None, "the note is empty"]
+    for name in ("a b", "a-b"):
+        with pytest.raises(UserError, match="has the row 'a b' already; give --name, or --overwrite"):
+            main(Options(name=name, **asked))
+    main(Options(name="a b", overwrite=True, **asked))
+    main(Options(name="c", **asked))
+    assert [row["name"] for row in json.loads((out / "run.json").read_text())["systems"]] == ["a b", "c"]
+    write_jsonl(tmp_path / "mine.jsonl", [{"id": "a", "text": "Other.", "phenotypes": {"tumor_size": []}}])
+    with pytest.raises(UserError, match=r"another job \(other data\)"):
+        main(Options(name="d", overwrite=True, **asked))

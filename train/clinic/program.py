@@ -57,6 +57,7 @@ from tqdm import tqdm
 from infer.tasks import PHENOTYPES
 from model.support.cli import UserError
 from model.support.files import read_jsonl, sha256_file, write_json, write_jsonl
+from model.support.lock import output
 from train.clinic import styles as clinic_styles
 from train.clinic import unseen as clinic_unseen
 from train.clinic.general import general_note
@@ -78,6 +79,8 @@ class Options:
 
     out: Path
     """Folder for the files."""
+    overwrite: bool = False
+    """Write although the folder is not empty."""
     patients: int = 300
     """Annotated patients: 64 % to train, 6 % to valid, 15 % each to heldout and unseen; one to three notes each."""
     seed: int = 0
@@ -183,6 +186,11 @@ def documents(options: Options, train: list[dict]) -> dict[str, list[dict]]:
 
 
 def main(options: Options) -> None:
+    with output(options.out, options.overwrite):
+        write_files(options)
+
+
+def write_files(options: Options) -> None:
     splits = annotated(options)
     files = splits | documents(options, splits["train"])
     counts = {name: write_jsonl(options.out / f"{name}.jsonl", rows) for name, rows in files.items()}

@@ -21,6 +21,7 @@ from infer.retrieval.index import Index
 from infer.retrieval.neighbours import Neighbours
 from model.support.cli import UserError, run
 from model.support.files import check_not_read, read_jsonl, write_jsonl
+from model.support.lock import output
 from model.text.tokenizer import Tokenizer
 
 
@@ -42,6 +43,8 @@ class Options:
     """How many, as infer.extract's option."""
     neighbour_tokens: int = 64
     """Tokens of each neighbour's text, as infer.extract's option."""
+    overwrite: bool = False
+    """Replace a file that is there."""
     room: int = 1000
     """Tokens that all neighbours of a note may take together (infer.extract gives them what its limit leaves)."""
 
@@ -59,7 +62,8 @@ def main(options: Options) -> None:
     check_not_read(options.out, options.data)
     near = Neighbours(Index(options.index, weights=options.encoder_weights), options.neighbours,
                       options.neighbour_tokens)  # fmt: skip
-    count = write_jsonl(options.out, beside(options, near, Tokenizer.from_pretrained(options.tokenizer)))
+    with output(options.out, options.overwrite):
+        count = write_jsonl(options.out, beside(options, near, Tokenizer.from_pretrained(options.tokenizer)))
     print(f"{options.out}: {count} notes, {near.index.manifest['encoder']}")
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from infer import tasks
 from model.support.cli import UserError, run
 from model.support.files import atomic_folder, read_jsonl, write_json
+from model.support.lock import output
 
 SPECIAL = 3 + 256  # unknown, begin, end, and a piece for every byte
 
@@ -33,6 +34,8 @@ class Options:
     """Number of pieces, the 259 special and byte pieces among them."""
     split_digits: bool = True
     """Every digit is a piece of its own."""
+    overwrite: bool = False
+    """Replace a tokenizer that is there."""
 
 
 def texts_of(files: tuple[str, ...]) -> Iterator[str]:
@@ -79,7 +82,8 @@ def train_tokenizer(options: Options) -> Path:
 
 
 def main(options: Options) -> int:
-    print(train_tokenizer(options))
+    with output(options.out, options.overwrite):
+        print(train_tokenizer(options))
     return 0
 
 

@@ -128,15 +128,13 @@ def newest_whole(folder: Path) -> Path | None:
 
 
 def keep(folder: Path, last: int, best: int | None, stale: list[Path]) -> None:
-    """Remove all but the last `last` checkpoints and the best one; what an interrupted write left behind; and `stale`
-    ones, which are damaged or of a run that was given up."""
+    """Remove all but the last `last` checkpoints and the best one, and `stale` ones, which are damaged or of a run that
+    was given up."""
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     for path in steps_saved(folder)[:-last]:
         if step_of(path) != best:
             shutil.rmtree(path)
-    for left in [*folder.glob(".step-*.part"), *folder.glob(".step-*.old")]:
-        shutil.rmtree(left, ignore_errors=True)
 
 
 def check_unchanged(folder: Path, identity: dict[str, Any], allowed: bool) -> None:

@@ -17,6 +17,7 @@ from typing import Any
 from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import check_not_read, write_jsonl
+from model.support.lock import output
 from train.importers.table import diagnosis, label, remarks
 
 _ENTITY = re.compile(r"(T\d+)\t(\S+) (\d+ \d+(?:;\d+ \d+)*)\t(.*)")
@@ -32,6 +33,8 @@ class Options:
     """JSON-lines file to write."""
     types: tuple[str, ...] = ()
     """Entity types and what they are, as TYPE=phenotype, TYPE=diagnosis, or TYPE= to pass a type over."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
     def __post_init__(self) -> None:
         for pair in self.types:
@@ -110,7 +113,8 @@ def records(folder: Path, types: dict[str, str]) -> list[dict[str, Any]]:
 def main(options: Options) -> None:
     check_not_read(options.out, *options.folder.glob("*.txt"), *options.folder.glob("*.ann"))
     made = records(options.folder, dict(pair.split("=", 1) for pair in options.types))
-    write_jsonl(options.out, made)
+    with output(options.out, options.overwrite):
+        write_jsonl(options.out, made)
     print(f"{options.out}: {remarks(made)}")
 
 

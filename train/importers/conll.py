@@ -21,6 +21,7 @@ from typing import Any
 from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import check_not_read, write_jsonl
+from model.support.lock import output
 
 Token = tuple[str, str]
 CLOSES, OPENS, TIGHT = set(",.;:!?)]}%"), set("([{$"), set("-/'’–")
@@ -38,6 +39,8 @@ class Options:
     """Sentences a record."""
     limit: int = 0
     """Only the first records (0: all)."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
     def __post_init__(self) -> None:
         if self.sentences < 1 or self.limit < 0:
@@ -48,7 +51,8 @@ def main(options: Options) -> None:
     check_not_read(options.out, options.iob)
     found = list(records(options.iob, options.sentences))
     found = found[: options.limit] if options.limit else found
-    write_jsonl(options.out, found)
+    with output(options.out, options.overwrite):
+        write_jsonl(options.out, found)
     mentions = [answer["text"] for record in found for asked in record["questions"] for answer in asked["answers"]]
     empty = sum(not asked["answers"] for record in found for asked in record["questions"])
     commas = sum("; " in text for text in mentions)

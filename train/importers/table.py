@@ -30,6 +30,7 @@ from infer.tasks import DIAGNOSIS_QUESTION, NOT_RELEVANT, PHENOTYPES
 from model.support import cli as command
 from model.support.cli import UserError, nearest
 from model.support.files import check_not_read, write_jsonl
+from model.support.lock import output
 
 
 @dataclass(frozen=True)
@@ -40,6 +41,8 @@ class Options:
     """CSV file with a header: text, type or question, answer; id and patient where there are any."""
     out: Path
     """JSON-lines file to write."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
 def label(name: str, where: str) -> str:
@@ -149,7 +152,8 @@ def remarks(made: list[dict[str, Any]]) -> str:
 def main(options: Options) -> None:
     check_not_read(options.out, options.table)
     made = records(options.table)
-    write_jsonl(options.out, made)
+    with output(options.out, options.overwrite):
+        write_jsonl(options.out, made)
     print(f"{options.out}: {remarks(made)}")
 
 

@@ -11,6 +11,7 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from eval.experiments.retrieval_table import Options, row, table, text
 from eval.questions import Question
+from eval.robustness.run_misspelling import Misspelling, run_misspelling
 from lora import LoRAConfig, add_lora, save_adapter
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
@@ -85,3 +86,21 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="--limit -1"):
         Options(weights="w", adapter="a", limit=-1, **paths)
     assert not (tmp_path / "o").exists()
+
+
+@pytest.mark.slow
+def test_a_note_that_cannot_be_answered_does_not_stop_an_experiment(tmp_path):
+    """infer.extract exits 1 for it, every time: the step has ended, and the note's questions count as unanswered."""
+    model_folder(tmp_path)
+    heldout = notes(tmp_path / "heldout.jsonl", 0, 3)
+    rows = [json.loads(line) | {"phenotypes": {"tumor_size": []}} for line in heldout.read_text().splitlines()]
+    rows[1]["text"] = " "
+    heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    options = Misspelling(
+        weights=str(tmp_path / "base"), adapter=(str(tmp_path / "adapter"),), notes=heldout, lexicon=heldout,
+        out=tmp_path / "out", rates=(0.0, 0.4), max_new_diagnosis=4,
+    )  # fmt: skip
+    result = run_misspelling(options)
+    answers = [json.loads(line) for line in (tmp_path / "out" / "plain.jsonl").read_text().splitlines()]
+    assert [record.get("error") for record in answers] == [None, "the note is empty", None] * 2
+    assert [row["n"] for row in result["series"]["as misspelled"]["diagnosis"]] == [3, 3]

@@ -1,4 +1,5 @@
-"""A run of steps that is ended leaves no program behind, at whichever moment the signal comes."""
+"""A run of steps that is ended leaves no program behind, at whichever moment the signal comes; it goes on where it
+stopped, and what else its folder holds stays."""
 
 from __future__ import annotations
 
@@ -11,8 +12,9 @@ from pathlib import Path
 
 import pytest
 
-from eval.experiments.steps import Run
+from eval.experiments.steps import Run, begin
 from model.support.cli import UserError
+from model.support.files import read_json, write_json
 
 
 def children():
@@ -57,3 +59,70 @@ def test_programs_beside_one_another_are_done_once_and_the_failed_one_again(tmp_
     with pytest.raises(UserError, match=r"the step 'four' failed \(exit 1\); the reason"):
         run.beside({"four": ["timeit", "-n1", "-r1", "1/0"], "five": quick})
     assert "four" not in run.steps
+
+
+def left_alone(folder):
+    return {str(path.relative_to(folder)): path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_steps_go_on_where_they_stopped(tmp_path):
+    done = []
+
+    def broken():
+        raise RuntimeError
+
+    with pytest.raises(RuntimeError), begin(tmp_path / "run", {"scale": "tiny", "n": 1}) as run:
+        run.step("first", lambda: done.append(1))
+        write_json(tmp_path / "run" / ".notes.jsonl.abcdefg1.part", "what a kill left")
+        run.step("second", broken)
+    with begin(tmp_path / "run", {"scale": "tiny", "n": 1}) as again:
+        again.step("first", lambda: done.append("twice"))
+        again.step("second", lambda: done.append(2))
+    assert done == [1, 2] and again.took() >= 0 and again.scale == "tiny"
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["made-of.json", "steps.json"]
+
+
+@pytest.mark.parametrize("how", ["of other options", "ended"])
+def test_a_run_that_is_there_is_removed_only_with_overwrite(tmp_path, how):
+    out, made_of = tmp_path / "run", {"n": 1}
+    with begin(out, {"n": 1 if how == "ended" else 2}):
+        write_json(out / "report.html", "minutes of work")
+    before = left_alone(tmp_path)
+    said = "holds a run that has ended, with its report.html" if how == "ended" else r"another job \(other n\)"
+    for last in ("report.html", "report.html" if how == "ended" else ""):
+        with pytest.raises(UserError, match=said), begin(out, made_of, last):
+            pass
+        assert left_alone(tmp_path) == before
+    with begin(out, made_of, "report.html", overwrite=True) as run:
+        assert not (out / "report.html").exists() and not run.steps
+
+
+@pytest.mark.parametrize("overwrite", [False, True])
+@pytest.mark.parametrize("theirs", ["thesis.tex", "steps.json", "made-of.json", "folder/thesis.tex", ".git"])
+def test_a_folder_of_something_else_is_never_removed(tmp_path, theirs, overwrite):
+    """steps.json and made-of.json are names that others give their files too."""
+    file = tmp_path / "out" / theirs
+    file.parent.mkdir(parents=True)
+    file.write_text('{"mine": 1}')
+    (tmp_path / "to-out").symlink_to("out")
+    before = left_alone(tmp_path)
+    for out, said in (("out", "is no job's of ours"), ("to-out", "a symbolic link")):
+        with pytest.raises(UserError, match=said), begin(tmp_path / out, {}, "report.html", overwrite):
+            pass
+        assert left_alone(tmp_path) == before
+
+
+@pytest.mark.parametrize("out", ["/proc/x", "file"])
+def test_a_place_that_cannot_hold_a_run_is_named(tmp_path, out):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^cannot write \S+: .*; choose another place"), begin(tmp_path / out, {}):
+        pass
+
+
+def test_two_runs_never_share_a_folder(tmp_path):
+    with begin(tmp_path / "run", {"n": 1}) as run:
+        run.step("first", lambda: None)
+        for overwrite in (False, True):
+            with pytest.raises(UserError, match="is writing it"), begin(tmp_path / "run", {"n": 1}, "", overwrite):
+                pass
+        assert run.steps.keys() == read_json(tmp_path / "run" / "steps.json").keys()

@@ -6,7 +6,6 @@ import math
 
 import pytest
 
-from eval.experiments.steps import begin
 from eval.metrics.statistics import slope
 from eval.questions import Question
 from eval.robustness.filtering import ranking
@@ -69,30 +68,6 @@ def test_loss_ranks_records_and_auc_is_the_chance_of_a_right_order():
     assert auc(losses, set()) is None
 
 
-def test_steps_go_on_where_they_stopped_and_other_options_begin_anew(tmp_path):
-    done = []
-
-    def broken():
-        raise RuntimeError
-
-    run = begin(tmp_path / "run", {"scale": "tiny", "n": 1})
-    run.step("first", lambda: done.append(1))
-    with pytest.raises(RuntimeError):
-        run.step("second", broken)
-    again = begin(tmp_path / "run", {"scale": "tiny", "n": 1})
-    again.step("first", lambda: done.append("twice"))
-    again.step("second", lambda: done.append(2))
-    assert done == [1, 2] and again.took() >= 0 and again.scale == "tiny"
-    (tmp_path / "run" / "old").touch()
-    begin(tmp_path / "run", {"scale": "tiny", "n": 2}).step("first", lambda: done.append(3))
-    assert done == [1, 2, 3] and not (tmp_path / "run" / "old").exists()
-    (tmp_path / "other").mkdir()
-    (tmp_path / "other" / "thesis.tex").touch()
-    with pytest.raises(UserError, match="no run of steps"):
-        begin(tmp_path / "other", {})
-    assert (tmp_path / "other" / "thesis.tex").exists()
-
-
 def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     write_jsonl(tmp_path / "bare.jsonl", [{"id": "a", "text": "t"}])
     base = {"weights": "w", "notes": tmp_path / "bare.jsonl", "out": tmp_path / "out"}
@@ -128,10 +103,3 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     with pytest.raises(UserError, match="lexicon.jsonl:2: 'text' is not text"):  # before the plain answers
         run_misspelling(Misspelling(lexicon=tmp_path / "lexicon.jsonl", **{**base, "notes": tmp_path / "full.jsonl"}))
     assert not (tmp_path / "out").exists()
-
-
-@pytest.mark.parametrize("out", ["/proc/x", "file"])
-def test_a_place_that_cannot_hold_a_run_is_named(tmp_path, out):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^cannot write \S+/steps.json: .*; choose another place"):
-        begin(tmp_path / out, {})

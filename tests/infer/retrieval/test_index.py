@@ -97,11 +97,13 @@ def test_a_build_that_was_killed_continues_to_the_same_bytes(tmp_path, monkeypat
     with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
         patch.setattr(index.Encoder, "encode", dies)
         build(options)
-    with open(tmp_path / "cut.part" / "vectors.raw", "ab") as torn:
+    (raw,) = tmp_path.glob(".cut.*.vectors")
+    assert raw.stat().st_size == index.BATCH * 16 * 4
+    with open(raw, "ab") as torn:
         torn.write(b"half a row")
     again = build(options)
     assert again["vectors_sha256"] == whole["vectors_sha256"]
-    assert not (tmp_path / "cut.part").exists()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cut", "enc", "notes.jsonl", "whole"]
 
 
 def test_the_guard_never_gives_the_note_its_patient_or_a_near_duplicate(tmp_path):
@@ -130,17 +132,19 @@ def test_what_does_not_fit_is_refused_and_the_old_index_stays(tmp_path):
     notes, out = notes_file(tmp_path / "notes.jsonl", 10), tmp_path / "i"
     build(Options(out=out, encoder="contriever", weights=weights, notes=notes))
     (tmp_path / "i.old" / "kept").mkdir(parents=True)  # a backup of the user's, say
-    build(Options(out=out, encoder="contriever", weights=weights, notes=notes))
+    with pytest.raises(UserError, match="give --overwrite to replace it"):
+        build(Options(out=out, encoder="contriever", weights=weights, notes=notes))
+    build(Options(out=out, encoder="contriever", weights=weights, notes=notes, overwrite=True))
     assert sorted(path.name for path in tmp_path.iterdir()) == ["enc", "i", "i.old", "notes.jsonl", "other"]
     before = (out / "manifest.json").read_bytes()
     twice = tmp_path / "twice.jsonl"
     twice.write_text(notes.read_text() + notes.read_text())
     with pytest.raises(UserError, match=r"twice.jsonl:11: the id 'n0' stands twice"):
-        build(Options(out=out, encoder="contriever", weights=weights, notes=twice))
+        build(Options(out=out, encoder="contriever", weights=weights, notes=twice, overwrite=True))
     with pytest.raises(UserError, match="weights not given"):
         build(Options(out=out, encoder="sgpt", notes=notes))
     with pytest.raises(UserError, match="model_type 'bert'"):
-        build(Options(out=out, encoder="sgpt", weights=weights, notes=notes))
+        build(Options(out=out, encoder="sgpt", weights=weights, notes=notes, overwrite=True))
     assert (out / "manifest.json").read_bytes() == before
     with pytest.raises(UserError, match="another encoder or tokenizer"):
         Index(out, weights=other)
