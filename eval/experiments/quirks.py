@@ -90,7 +90,8 @@ def prepare(run: Run, scale: str, size: Size) -> None:
     """Data, tokenizer and the base that all adapters stand on."""
     data = run.out / "data"
     run.step("clinic", ["train.clinic", "--out", str(data), "--patients", str(size.patients), "--seed", "3",
-                        "--further-patients", str(size.texts), "--healthy", str(size.texts), "--overwrite"])  # fmt: skip
+                        "--further-patients", str(size.texts), "--healthy", str(size.texts),
+                        "--overwrite"])  # fmt: skip
     texts = [str(data / "general.jsonl"), str(data / "pretrain.jsonl")]
     run.step("tokenizer", ["train.data.tokenizer", "--texts", *texts, "--vocab", str(size.vocab),
                            "--out", str(run.out / "tokenizer"), "--overwrite"])  # fmt: skip
