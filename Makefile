@@ -3,11 +3,13 @@
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   SCALE=full|nano|tiny       the demo's size
+#   OPTIONS=--overwrite        more options of the program that demo, tables or demo-ner runs
 #   JOBS=2                     processes that make test-fast shares its tests out to
 #   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
 
 PYTHON      ?= python3
 SCALE       ?= full
+OPTIONS     ?=
 TORCH_INDEX ?=
 JOBS        ?= 2
 VENV        := .venv
@@ -22,13 +24,13 @@ help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
 
 demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: from nothing)
-	$(PY) -m eval.experiments.demo --scale $(SCALE)
+	$(PY) -m eval.experiments.demo --scale $(SCALE) $(OPTIONS)
 
 tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE as the demo's)
-	$(PY) -m eval.experiments.tables --scale $(SCALE)
+	$(PY) -m eval.experiments.tables --scale $(SCALE) $(OPTIONS)
 
 demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
-	$(PY) -m eval.experiments.demo_ner
+	$(PY) -m eval.experiments.demo_ner $(OPTIONS)
 
 test: $(VENV)/.all browser  ## every test, with the public programs that we are held against
 	$(PYTEST)

@@ -140,16 +140,16 @@ def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path, capsys):
     for key in ours:
         torch.testing.assert_close(loaded[key], ours[key], rtol=1e-6, atol=1e-7)  # the order of a sum over r
     with pytest.raises(UserError, match="the base itself"):
-        main(Options(str(weights), str(tmp_path / "adapter"), str(weights)))
+        main(Options(str(weights), str(tmp_path / "adapter"), str(weights), overwrite=True))
     (tmp_path / "notes.jsonl").write_text("all I have")
     with pytest.raises(UserError, match="a file is there"):
-        main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "notes.jsonl")))
+        main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "notes.jsonl"), overwrite=True))
     assert (tmp_path / "notes.jsonl").read_text() == "all I have"
     (weights / "tokenizer.json").write_text("{")
     assert main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "again"))) == 0
     assert "again/tokenizer.json: not a tokenizer.json" in capsys.readouterr().err
     (weights / "tokenizer.json").unlink()  # weights alone are merged too
-    assert main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "again"))) == 0
+    assert main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "again"), overwrite=True)) == 0
     assert "without a tokenizer that can be read: " in capsys.readouterr().err
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
         tmp_path / "merged" / "model.safetensors").read_bytes()  # fmt: skip

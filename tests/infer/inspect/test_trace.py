@@ -197,12 +197,12 @@ def test_a_long_text_says_what_was_left_out(made, tmp_path, monkeypatch, capsys)
     assert run["rows"] == run["steps"] and len(run["predictions"]) == len(run["ids"])
     assert "are left out" in capsys.readouterr().out and "are left out" in data_of(out)["said"][0]
     monkeypatch.setattr(trace, "LIMIT", len(out.read_text()) - 50)
-    trace.main(trace.Options(made.weights, out, prompt="size 2.5 cm " * 5, max_new_tokens=3))
+    trace.main(trace.Options(made.weights, out, prompt="size 2.5 cm " * 5, max_new_tokens=3, overwrite=True))
     assert data_of(out)["runs"][0]["attention"] is None and "attention maps" in capsys.readouterr().out
     before = out.read_text()
     monkeypatch.setattr(trace, "LIMIT", 10)
     with pytest.raises(UserError, match="give a shorter text"):
-        trace.main(trace.Options(made.weights, out, prompt="size", max_new_tokens=1))
+        trace.main(trace.Options(made.weights, out, prompt="size", max_new_tokens=1, overwrite=True))
     assert out.read_text() == before
 
 
@@ -216,10 +216,10 @@ def test_a_parity_file_shows_its_first_stage_and_belongs_to_its_weights(made, tm
     assert data_of(out)["parity"]["first"] == {"name": "layer 1 v", "error": 0.5}
     write_json(tmp_path / "p.json", {**held, "fingerprint": fingerprint(made.at / "other")})
     with pytest.raises(UserError, match="about other weights"):
-        trace.main(trace.Options(made.weights, out, prompt="a", parity=tmp_path / "p.json"))
+        trace.main(trace.Options(made.weights, out, prompt="a", parity=tmp_path / "p.json", overwrite=True))
     write_json(tmp_path / "p.json", [1])
     with pytest.raises(UserError, match="not a file that"):
-        trace.main(trace.Options(made.weights, out, prompt="a", parity=tmp_path / "p.json"))
+        trace.main(trace.Options(made.weights, out, prompt="a", parity=tmp_path / "p.json", overwrite=True))
 
 
 @pytest.mark.parametrize(

@@ -85,7 +85,7 @@ def test_a_tokenizer_that_cannot_be_read_is_said_and_the_weights_are_written(tmp
         (tmp_path / "m" / "tokenizer.json").unlink(missing_ok=True)
         if content is not None:
             (tmp_path / "m" / "tokenizer.json").write_text(content)
-        main(Options(str(tmp_path / "m"), str(tmp_path / "new")))
+        main(Options(str(tmp_path / "m"), str(tmp_path / "new"), overwrite=True))
         (line,) = capsys.readouterr().err.splitlines()
         assert line.startswith("without a tokenizer that can be read: ") and said in line
         assert (tmp_path / "new" / "model.safetensors").is_file()
