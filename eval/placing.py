@@ -26,6 +26,7 @@ from infer.extract.places import Span
 from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_jsonl, write_json
+from model.support.lock import output
 
 MARGINS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
 
@@ -48,6 +49,8 @@ class Options:
     """Notes at once."""
     out: Path | None = None
     """JSON file for the figures and every value's losses (no text of a note)."""
+    overwrite: bool = False
+    """Replace a file that is there."""
 
 
 def gold_answers(asker: Asker, record: Mapping[str, Any]) -> Iterator[tuple[Answer, list[Span | None]]]:
@@ -115,6 +118,11 @@ def main(options: Options) -> None:
     if not records:
         raise UserError(f"{options.notes}: no note with annotated phenotypes")
     records = records[: options.limit or None]
+    with output(options.out, options.overwrite):
+        report(options, records)
+
+
+def report(options: Options, records: list[dict[str, Any]]) -> None:
     model, tokenizer = load(options.weights, list(options.adapter), options.dtype)
     asker = Asker(Generator(model, tokenizer), "phenotype", "template", Limits(), batch=options.batch)
     rows = measure(asker, tqdm(records, unit="note", desc="placing", disable=None))

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import perplexity
+from eval import perplexity, placing
 from eval import run as eval_run
 from eval.bench import __main__ as bench
 from eval.experiments import demo, demo_ner, quirks, retrieval_table, tables
@@ -79,6 +79,7 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     "eval.parity.program": (False, lambda g, out: parity.main(parity.Options("none", json=str(out)))),
     "eval.perplexity": (False, lambda g, out: perplexity.main(
         perplexity.Options(g / "none", g / "notes.jsonl", out=out))),
+    "eval.placing": (False, lambda g, out: placing.main(placing.Options(str(g / "model"), g / "notes.jsonl", out=out))),
     "eval.robustness.run_canaries": (True, lambda g, out: run_canaries(Canaries(
         str(g / "model"), str(ROOT / "train/recipes/tiny-pretrain.toml"), g / "notes.jsonl", out, (0, 1)))),
     "eval.robustness.run_labels": (True, experiment(Labels, run_labels)),
