@@ -150,7 +150,7 @@ class Generator:
             if not alive:
                 return
             if len(alive) < len(active):
-                cache.keep(alive)
+                cache.retain(alive)
                 active = [active[row] for row in alive]
             guesses = self.guess(active)
             T = 1 + max(map(len, guesses))

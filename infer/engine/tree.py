@@ -7,14 +7,15 @@ is then computed once a batch:
                  │          └─ question 2 → answer          a *leaf* is a prompt's own end and what it generates
                  └─ note 2 ─── …
 
-Each leaf's queries look at their ancestors' keys and at their own. A node's keys are stored once and meet the queries
-of all leaves below as rows of one product; the partial results o_i over disjoint keys with L_i = log Σ exp(score) merge
-exactly (arXiv 2402.05099):   L = log Σ exp(L_i),   o = Σ exp(L_i − L) o_i.
+Each leaf's queries see their ancestors' keys and their own. A node's keys are stored once and meet the queries of all
+leaves below as rows of one product; a level's nodes are padded to one length, so that a level is one product for the
+scores and one for the values, however many notes there are. The scores of all levels and of the leaves' own slots lie
+side by side in one tensor, and one softmax over it is the definition's.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
 
 import torch
@@ -61,6 +62,82 @@ class Leaf:
     tokens: list[int]
     start: int
     prompt: int
+
+
+@dataclass
+class Level:
+    """Adjacent nodes of one depth: their keys and values padded to one length, side by side.
+
+    `leaf_Mn` are the leaves below each node (M nodes, at most n leaves each; the places beyond a node's own repeat a
+    leaf), `place_r` is where each of the leaves `rows` lies among them, flattened. Those below none of the nodes lie
+    anywhere: `below_r` is False, and the mask hides the level from them.
+    """
+
+    nodes: list[Node]
+    keys: list[Tensor]  # k_MGSK of each layer
+    values: list[Tensor]  # v_MGSK
+    first_M: Tensor  # the position of each node's first held token
+    length_M: Tensor  # held tokens of each node
+    rows: slice = field(default_factory=lambda: slice(0))
+    leaf_Mn: Tensor | None = None
+    place_r: Tensor | None = None
+    below_r: Tensor | None = None
+    even: bool = False  # every leaf once, in order: nothing needs to be gathered
+
+    def index(self) -> None:
+        """Find `rows` and the index tensors from the nodes' ranges of leaves."""
+        ranges = [node.leaves for node in self.nodes]
+        start, stop = ranges[0].start, ranges[-1].stop
+        n = max(map(len, ranges))
+        self.rows = slice(start, stop)
+        places = {leaf: m * n + i for m, below in enumerate(ranges) for i, leaf in enumerate(below)}
+        device = self.first_M.device
+        leaves = [[below[min(i, len(below) - 1)] - start for i in range(n)] for below in ranges]
+        self.leaf_Mn = torch.tensor(leaves, device=device)
+        self.place_r = torch.tensor([places.get(leaf, 0) for leaf in range(start, stop)], device=device)
+        self.below_r = torch.tensor([leaf in places for leaf in range(start, stop)], device=device)
+        self.even = len(places) == stop - start == self.leaf_Mn.numel()
+
+    def retain(self) -> None:
+        """Free the nodes that have no leaf left, and index the others anew."""
+        kept = [m for m, node in enumerate(self.nodes) if len(node.leaves)]
+        if len(kept) < len(self.nodes):
+            self.nodes = [self.nodes[m] for m in kept]
+            longest = int(self.length_M[kept].max()) if kept else 0
+            for store in (self.keys, self.values):
+                for layer, held_MGSK in enumerate(store):
+                    store[layer] = held_MGSK[kept, :, :longest]
+            self.first_M, self.length_M = self.first_M[kept], self.length_M[kept]
+        if kept:
+            self.index()
+
+    def product(self, x_rGMA: Tensor, y_MGAB: Tensor) -> Tensor:
+        """Each leaf's rows times its node's matrix: (r, G, M, A) × (nodes, G, A, B) → (r, G, M, B)."""
+        nodes, n = self.leaf_Mn.shape
+        r, G, M, A = x_rGMA.shape
+        x_MnGMA = (x_rGMA if self.even else x_rGMA[self.leaf_Mn.flatten()]).view(nodes, n, G, M, A)
+        out_MGnMB = torch.matmul(x_MnGMA.transpose(1, 2).reshape(nodes, G, n * M, A), y_MGAB)
+        out_MnGMB = out_MGnMB.view(nodes, G, n, M, -1).transpose(1, 2)
+        if self.even:
+            return out_MnGMB.flatten(0, 1)
+        return out_MnGMB.flatten(0, 1)[self.place_r].masked_fill_(~self.below_r[:, None, None, None], 0)
+
+
+def levels_of(nodes: list[Node]) -> Iterator[list[Node]]:
+    """Nodes that become a Level: of one depth, adjacent, and of lengths alike enough that padding at most doubles."""
+    depth = [node for node in nodes if node.parent is None]
+    while depth:
+        group: list[Node] = []
+        for node in (node for node in depth if len(node.leaves)):
+            lengths = [len(each.keys[0][0]) for each in (*group, node)]
+            if group and max(lengths) * len(lengths) > 2 * sum(lengths):
+                yield group
+                group = []
+            group.append(node)
+        if group:
+            yield group
+        above = {id(node) for node in depth}
+        depth = [node for node in nodes if id(node.parent) in above]
 
 
 def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Node], list[Leaf]]:
@@ -124,6 +201,7 @@ class Cache:
         self.values: list[Tensor] = []  # v_NGCK
         self.capacity = 0
         self._read_nodes()
+        self.levels = [self._pad(group) for group in levels_of(nodes)]
 
     # ---- reading the nodes -------------------------------------------------------------------------------------
 
@@ -199,8 +277,10 @@ class Cache:
         position_NT = self.start_N[:, None] + slots_NT
         S = int(self.length_N.max()) + T
         key_position_NS = self.start_N[:, None] + torch.arange(S, device=tokens_NT.device)
-        masks = {window: self._own_mask(window, slots_NT, S) for window in self.windows if not self.engine.fused}
-        pieces = {window: self._reach(window, position_NT) for window in self.windows}
+        reach = {window: self._reach(window, position_NT) for window in self.windows}
+        masks = {}
+        if not self.engine.fused:  # the kernels mask by themselves
+            masks = {window: self._mask(window, position_NT, slots_NT, S, reach[window]) for window in self.windows}
         rows_N1 = torch.arange(N, device=tokens_NT.device)[:, None]
         even = bool((self.length_N == self.length_N[0]).all())
         at = int(self.length_N[0])
@@ -218,89 +298,115 @@ class Cache:
             window = self.engine.layers[layer].window
             q_NHTK = q_NHK.unflatten(0, (N, T)).transpose(1, 2)
             if self.engine.fused:
-                prefixes = [(rows, n.keys[layer][:, s], n.values[layer][:, s], at) for n, rows, s, at in pieces[window]]
+                prefixes = self._prefixes(layer, reach[window])
                 held = keys[..., :S].mT, values[:, :, :S]
                 out_NHTK = tree_attention(q_NHTK, *held, position_NT, key_position_NS, window, prefixes)
             else:
-                out_NHTK = self._attend(layer, q_NHTK, S, masks[window], pieces[window])
+                out_NHTK = self._attend(layer, q_NHTK, S, masks[window], reach[window])
             return out_NHTK.transpose(1, 2).flatten(0, 1)
 
         x_ND = self.engine.forward(tokens_NT.flatten(), position_NT.flatten(), attend)
         self.length_N = self.length_N + count_N
         return x_ND.view(N, T, -1)
 
-    def _attend(self, layer: int, q_NHTK: Tensor, S: int, mask_NTS: Tensor | None, pieces: list) -> Tensor:
+    def _attend(
+        self, layer: int, q_NHTK: Tensor, S: int, hidden_NTA: Tensor | None, reach: list[tuple[Level, int]]
+    ) -> Tensor:
+        """Attention of the leaves' new tokens over all A keys within reach: every level's, then the S own slots."""
         N, H, T, K = q_NHTK.shape
         k_NGKS = self.keys[layer][:, :, :, :S].to(q_NHTK.dtype)  # the cache may be narrower
         v_NGSK = self.values[layer][:, :, :S].to(q_NHTK.dtype)
-        if not pieces and N == 1 and T > 16:  # one prompt being read: it has no padding
+        if not reach and N == 1 and T > 16:  # one prompt being read: it has no padding
             slot_S = torch.arange(S, device=q_NHTK.device)
             window = self.engine.layers[layer].window
             return causal(q_NHTK[0], k_NGKS[0].mT, v_NGSK[0], S - T, slot_S, window).transpose(0, 1)[None]
-        if not pieces and T > 16:
-            mask = None if mask_NTS is None else mask_NTS[:, None]
-            return F.scaled_dot_product_attention(
-                q_NHTK, share(k_NGKS.transpose(2, 3), H), share(v_NGSK, H), attn_mask=mask
-            )
         G = k_NGKS.shape[1]
         q_NGMK = (q_NHTK * self.engine.scale).reshape(N, G, H // G * T, K)
+        sizes = [level.keys[layer].shape[2] - begin for level, begin in reach]
+        score_NGMA = q_NGMK.new_empty(N, G, H // G * T, sum(sizes) + S)
+        at = 0
+        for (level, begin), size in zip(reach, sizes, strict=True):
+            k_mGSK = level.keys[layer][:, :, begin:].to(q_NHTK.dtype)
+            score_NGMA[level.rows, ..., at : at + size] = level.product(q_NGMK[level.rows], k_mGSK.mT)
+            at += size
+        score_NGMA[..., at:] = torch.matmul(q_NGMK, k_NGKS)
+        if hidden_NTA is not None:
+            score_NGMA.view(N, G, -1, T, at + S).masked_fill_(hidden_NTA[:, None, None], float("-inf"))
         wide = torch.promote_types(q_NHTK.dtype, torch.float32)
-        score_NGMS = torch.matmul(q_NGMK, k_NGKS)
-        if mask_NTS is not None:
-            score_NGMS = score_NGMS.view(N, G, -1, T, S).masked_fill(~mask_NTS[:, None, None], float("-inf"))
-            score_NGMS = score_NGMS.view(N, G, -1, S)
-        if not pieces:
-            return torch.matmul(score_NGMS.softmax(-1, dtype=wide).to(v_NGSK.dtype), v_NGSK).view(N, H, T, K)
-        out_NGMK, logsum_NGM1 = weigh(score_NGMS, v_NGSK, wide)
-        for node, rows, keys, mask_nTS in pieces:
-            n = rows.stop - rows.start
-            k_GSK, v_GSK = (held[layer][:, keys].to(q_NHTK.dtype) for held in (node.keys, node.values))
-            q_GMK = q_NGMK[rows].transpose(0, 1).reshape(G, -1, K)
-            score_GMS = torch.matmul(q_GMK, k_GSK.transpose(1, 2))
-            if mask_nTS is not None:
-                seen = mask_nTS[:, None, :, :]  # the heads of a group see alike
-                score_GMS = (
-                    score_GMS.view(G, n, -1, T, score_GMS.shape[-1])
-                    .masked_fill(~seen, float("-inf"))
-                    .view(score_GMS.shape)
-                )
-            part_GMK, sum_GM1 = weigh(score_GMS, v_GSK, wide)
-            part_nGMK = part_GMK.view(G, n, -1, K).transpose(0, 1)
-            sum_nGM1 = sum_GM1.view(G, n, -1, 1).transpose(0, 1)
-            total = torch.logaddexp(logsum_NGM1[rows], sum_nGM1)
-            merged = out_NGMK[rows] * (logsum_NGM1[rows] - total).exp() + part_nGMK * (sum_nGM1 - total).exp()
-            out_NGMK[rows], logsum_NGM1[rows] = merged.to(out_NGMK.dtype), total
-        return out_NGMK.view(N, H, T, K).to(q_NHTK.dtype)  # the merge is in fp32 where that is wider
+        weight_NGMA = score_NGMA.softmax(-1, dtype=wide).to(v_NGSK.dtype)
+        out_NGMK = torch.matmul(weight_NGMA[..., at:], v_NGSK)
+        at = 0
+        for (level, begin), size in zip(reach, sizes, strict=True):
+            v_mGSK = level.values[layer][:, :, begin:].to(q_NHTK.dtype)
+            out_NGMK[level.rows].add_(level.product(weight_NGMA[level.rows, ..., at : at + size], v_mGSK))
+            at += size
+        return out_NGMK.view(N, H, T, K)
 
-    def _own_mask(self, window: int | None, slots_NT: Tensor, S: int) -> Tensor | None:
-        """Which of its own slots each query sees; None where all see all."""
+    def _mask(
+        self, window: int | None, position_NT: Tensor, slots_NT: Tensor, S: int, reach: list[tuple[Level, int]]
+    ) -> Tensor | None:
+        """hidden_NTA, true where a query does not see a key (as `_attend` lays keys out); None where all see all."""
         N, T = slots_NT.shape
+        parts = []
+        for level, begin in reach:
+            length = level.keys[0].shape[2]
+            index_S = torch.arange(begin, length, device=slots_NT.device)
+            held_MS = index_S < level.length_M[:, None]
+            node_r = torch.div(level.place_r, level.leaf_Mn.shape[1], rounding_mode="floor")
+            seen_rTS = (held_MS[node_r] & level.below_r[:, None])[:, None].expand(-1, T, -1)
+            if window is not None:
+                key_position_rS = level.first_M[node_r, None] + index_S
+                seen_rTS = seen_rTS & (key_position_rS[:, None] > position_NT[level.rows][..., None] - window)
+            seen_NTS = seen_rTS.new_zeros(N, T, length - begin)
+            seen_NTS[level.rows] = seen_rTS
+            parts.append(seen_NTS)
         slot_S = torch.arange(S, device=slots_NT.device)
-        if T == 1 and bool((slots_NT == S - 1).all()) and (window is None or window >= S):
-            return None
         seen_NTS = slot_S <= slots_NT[..., None]
-        return seen_NTS if window is None else seen_NTS & (slot_S > slots_NT[..., None] - window)
+        parts.append(seen_NTS if window is None else seen_NTS & (slot_S > slots_NT[..., None] - window))
+        hidden_NTA = ~torch.cat(parts, dim=-1)
+        return hidden_NTA if bool(hidden_NTA.any()) else None
 
-    def _reach(self, window: int | None, position_NT: Tensor) -> list[tuple[Node, slice, slice, Tensor | None]]:
-        """(node, leaves, keys, mask) of the nodes that some leaf below them can still see; for the kernels, which mask
-        by themselves, the keys' positions in the mask's place."""
+    def _reach(self, window: int | None, position_NT: Tensor) -> list[tuple[Level, int]]:
+        """(level, the first key) of the levels that some leaf below them can still see through the window."""
+        if window is None:
+            return [(level, 0) for level in self.levels]
+        oldest = int(position_NT.min()) - window + 1
         found = []
-        for node in self.nodes:
-            if not len(node.leaves):
-                continue
-            rows = slice(node.leaves.start, node.leaves.stop)
-            oldest_nT = None if window is None else position_NT[rows] - window + 1
-            first = node.first if oldest_nT is None else max(node.first, int(oldest_nT.min()))
-            if first >= node.end:
-                continue
-            mask = None
-            if self.engine.fused:
-                mask = torch.arange(first, node.end, device=position_NT.device)
-            elif oldest_nT is not None:
-                seen_nTS = torch.arange(first, node.end, device=position_NT.device) >= oldest_nT[..., None]
-                mask = None if bool(seen_nTS.all()) else seen_nTS
-            found.append((node, rows, slice(first - node.first, None), mask))
+        for level in self.levels:
+            begin = max(0, oldest - int(level.first_M.max()))
+            if begin < level.keys[0].shape[2] and oldest < max(node.end for node in level.nodes):
+                found.append((level, begin))
         return found
+
+    def _prefixes(self, layer: int, reach: list[tuple[Level, int]]) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
+        """(leaves, k_GSK, v_GSK, the keys' positions) of every node in reach, as the kernels take them."""
+        found = []
+        for level, begin in reach:
+            for m, node in enumerate(level.nodes):
+                if node.first + begin >= node.end:
+                    continue
+                held = slice(begin, node.end - node.first)
+                position_S = torch.arange(node.first + begin, node.end, device=level.first_M.device)
+                leaves = slice(node.leaves.start, node.leaves.stop)
+                found.append((leaves, level.keys[layer][m, :, held], level.values[layer][m, :, held], position_S))
+        return found
+
+    def _pad(self, nodes: list[Node]) -> Level:
+        """The nodes' keys and values in one tensor a layer, one layer at a time; the nodes give theirs up."""
+        lengths = [node.keys[0].shape[1] for node in nodes]
+        device = self.engine.device
+        first_M = torch.tensor([node.first for node in nodes], device=device)
+        level = Level(nodes, [], [], first_M, torch.tensor(lengths, device=device))
+        for layer in range(len(self.engine.layers)):
+            for store, name in ((level.keys, "keys"), (level.values, "values")):
+                held = [getattr(node, name)[layer] for node in nodes]
+                padded_MGSK = held[0].new_zeros(len(nodes), held[0].shape[0], max(lengths), held[0].shape[2])
+                for m, (node, kept_GSK) in enumerate(zip(nodes, held, strict=True)):
+                    padded_MGSK[m, :, : lengths[m]] = kept_GSK
+                    getattr(node, name)[layer] = kept_GSK[:, :0]
+                store.append(padded_MGSK)
+        level.index()
+        return level
 
     def _lay(self, k_NGKC: Tensor) -> Tensor:
         """As the scores' product reads keys, slot beside slot; the kernels read a key's numbers beside one another."""
@@ -329,8 +435,8 @@ class Cache:
             self.keys[layer : layer + 1], self.values[layer : layer + 1] = [k_NGKC], [v_NGCK]
         self.capacity = room
 
-    def keep(self, rows: list[int]) -> None:
-        """Go on with these leaves only (in rising order)."""
+    def retain(self, rows: list[int]) -> None:
+        """Drop all other leaves; `rows` must be ascending. Nodes without leaves free their keys and values."""
         index = torch.tensor(rows, dtype=torch.int64, device=self.engine.device)
         S = int(self.length_N.max())
         self.keys = [self._lay(k[index, :, :, : S + ROOM]) for k in self.keys]
@@ -340,18 +446,9 @@ class Cache:
         for node in self.nodes:
             below = [new for new, old in enumerate(rows) if old in node.leaves]
             node.leaves = range(below[0], below[-1] + 1) if below else range(0)
-            if not below:
-                node.keys, node.values = [], []
-
-
-def weigh(score: Tensor, values: Tensor, wide: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(softmax(score) · values, log Σ exp(score)), zeros and −∞ for a query that sees nothing here."""
-    score = score.to(wide)
-    top = score.amax(-1, keepdim=True).clamp_min(torch.finfo(wide).min)
-    weight = (score - top).exp_()
-    total = weight.sum(-1, keepdim=True)
-    out = torch.matmul(weight.to(values.dtype), values) / total.clamp_min(torch.finfo(wide).tiny)
-    return out, top + total.log()
+        for level in self.levels:
+            level.retain()
+        self.levels = [level for level in self.levels if level.nodes]
 
 
 def causal(

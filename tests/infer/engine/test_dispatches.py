@@ -1,0 +1,56 @@
+"""How many operations a step gives to torch: it must not grow with the number of notes that are decoded together."""
+
+import pytest
+import torch
+from answering_models import tiny_model
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from infer.engine.forward import Engine
+from infer.engine.tree import Cache, plan
+
+LAYERS = 2
+
+
+class Count(TorchDispatchMode):
+    """Counts operations; views are free and are left out."""
+
+    VIEWS = ("view", "transpose", "slice", "select", "unsqueeze", "expand", "permute", "_unsafe_view", "split", "t.",
+             "alias", "detach", "chunk", "unbind", "as_strided", "squeeze")  # fmt: skip
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if not str(func).removeprefix("aten.").startswith(self.VIEWS):
+            self.total += 1
+        return func(*args, **(kwargs or {}))
+
+
+def decode_dispatches(notes: int, questions: int, layers: int, window: int | None = None) -> int:
+    """Operations of one decoding step of `notes` notes, each with `questions` questions."""
+    model = tiny_model(windows=(window,) * layers, dtype=torch.float32, num_hidden_layers=layers)
+    prompts = [
+        [5 + note, *range(20, 60 + note), 200 + question, 7, 8]
+        for note in range(notes)
+        for question in range(questions)
+    ]
+    nodes, leaves = plan(prompts)
+    with torch.inference_mode():
+        cache = Cache(Engine(model), nodes, leaves)
+        longest = max(len(leaf.tokens) for leaf in leaves)
+        tokens_NT = torch.tensor([[*leaf.tokens, *[0] * (longest - len(leaf.tokens))] for leaf in leaves])
+        cache.step(tokens_NT, torch.tensor([len(leaf.tokens) for leaf in leaves]))
+        with Count() as count:
+            cache.step(torch.full((len(leaves), 1), 9), torch.ones(len(leaves), dtype=torch.int64))
+    return count.total
+
+
+@pytest.mark.parametrize("window", [None, 16])
+def test_a_layer_of_a_step_of_72_rows_takes_at_most_60_dispatches(window):
+    per_layer = (decode_dispatches(8, 9, 4, window) - decode_dispatches(8, 9, 2, window)) / 2
+    assert 10 < per_layer <= 60
+
+
+def test_more_notes_take_no_more_dispatches():
+    assert decode_dispatches(8, 9, 2) == decode_dispatches(2, 9, 2)
