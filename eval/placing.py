@@ -20,7 +20,7 @@ from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.engine.settings import Generation, Settings
 from infer.extract.ask import Answer, Asker, Limits
-from infer.extract.evidence import MARGIN, Forced, Reading, decide, losses
+from infer.extract.evidence import MARGIN, MOST, Forced, Reading, decide, losses
 from infer.extract.notes import Note
 from infer.extract.places import Span
 from model.support import cli as command
@@ -28,7 +28,7 @@ from model.support.cli import UserError
 from model.support.files import read_jsonl, write_json
 from model.support.lock import output
 
-MARGINS = (0.0, 0.25, 0.5, 1.0, 2.0, 4.0)
+MARGINS = (0.0, 0.1, 0.25, 0.5, 1.0, 2.0, 4.0)
 
 
 @dataclass(frozen=True)
@@ -79,7 +79,7 @@ def measure(asker: Asker, records: Iterable[Mapping[str, Any]]) -> list[dict[str
         readings: list[Reading] = []
         for answer, right in gold_answers(asker, record):
             for reading, place in zip(asker.readings(answer), right, strict=True):
-                if len(reading.spans) > 1 and place in reading.spans:
+                if 1 < len(reading.spans) <= MOST and place in reading.spans:
                     readings.append(reading)
                     rows.append({"id": record["id"], "phenotype": answer.name, "spans": reading.spans, "right": place})
         lost = losses(asker.generator, readings, asker.batch)

@@ -11,7 +11,7 @@ from infer import tasks
 from infer.engine.generate import Generator
 from infer.engine.settings import Generation, Settings
 from infer.extract.answers import diagnosis_record, kept_logprobs, phenotype_record, said_values
-from infer.extract.evidence import Reading, decide, losses
+from infer.extract.evidence import MOST, Reading, decide, losses
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note
 from infer.extract.places import Span, edges, occurrences
@@ -264,10 +264,10 @@ class Asker:
         """For every value of every answer the place in the note where it was read, then the others where it may have
         been (infer/extract/evidence.py); nothing for a diagnosis, which is no span of the note."""
         readings = [self.readings(answer) if answer.name != "diagnosis" else [] for answer in answers]
-        repeated = [reading for of_answer in readings for reading in of_answer if len(reading.spans) > 1]
+        repeated = [one for of_answer in readings for one in of_answer if 1 < len(one.spans) <= MOST]
         lost = iter(losses(self.generator, repeated, self.batch))
         return [
-            [decide(one.spans, next(lost)) if len(one.spans) > 1 else one.spans for one in of_answer]
+            [decide(one.spans, next(lost)) if 1 < len(one.spans) <= MOST else one.spans for one in of_answer]
             for of_answer in readings
         ]
 

@@ -18,6 +18,9 @@ from infer.extract.places import Span
 
 MARGIN = 0.5
 """Nats between the two largest losses below which they do not decide (python -m eval.placing)."""
+MOST = 8
+"""Occurrences that are hidden in turn: each costs a reading of the note from there on. Of a value with more, none is
+decided."""
 
 
 @dataclass(frozen=True)

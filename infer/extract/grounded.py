@@ -96,13 +96,9 @@ class Grammar:
         self.note = b" ".join(word.encode() for word in note.split())
         at = byte_places(note)
         stops = {at[n] for n in (places.edges(note) if edges is None else edges) if n in at}
-        separators = {found.start() for found in re.finditer(rb";(?= |$)", self.note)}  # no span holds one
         self.stops = frozenset(i for i in stops if i > 0 and self.note[i - 1] not in (SEMICOLON, SPACE))
-        self.open: set[int] = set()  # the bytes that a span may hold: from there it can still reach a stop
-        for i in reversed(range(len(self.note))):
-            if i not in separators and (i + 1 in self.stops or i + 1 in self.open):
-                self.open.add(i)
-        self.starts = sorted(i for i in stops & self.open if self.note[i] not in (SEMICOLON, SPACE))
+        self.last = max(self.stops, default=0)  # a span goes no further
+        self.starts = sorted(i for i in stops if i < self.last and self.note[i] not in (SEMICOLON, SPACE))
         self.memo: dict[States, list[int]] = {}
         if not self.ends:  # a tokenizer without an end token: a line's end ends the answer
             self.ends = list(vocabulary.root[1].get(10, [[], {}])[0])
@@ -137,7 +133,7 @@ class Grammar:
                 after = state[1] + 1
                 go(SEPARATOR[state[1]], ("separator", after) if after < len(SEPARATOR) else ("value",))
             elif kind == "span":
-                if state[1] in self.open:
+                if state[1] < self.last:
                     go(self.note[state[1]], ("span", state[1] + 1))
             else:
                 text = (self.values if kind == "one" else self.alone)[state[1]]

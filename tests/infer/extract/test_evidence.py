@@ -13,7 +13,7 @@ from eval import placing
 from infer import tasks
 from infer.engine.generate import Generator, Settings
 from infer.extract.ask import FORMS, Answer, Asker, Limits
-from infer.extract.evidence import MARGIN, Forced, decide, losses
+from infer.extract.evidence import MARGIN, MOST, Forced, decide, losses
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
 from infer.retrieval.mended import mend
@@ -108,6 +108,14 @@ def test_a_value_is_placed_in_the_window_that_said_it(tokenizer):
         ((places,),) = asker.places([Answer(part, "tumor_size", tasks.PHENOTYPES["tumor_size"].question, out)])
         assert places and all(part.start <= start and end <= part.end for start, end in places)
         assert all(note.text[start:end] == "7 cm" for start, end in places)
+
+
+def test_a_value_that_occurs_too_often_to_be_tried_keeps_all_its_places(tokenizer):
+    asker = asked(tiny_model(), tokenizer)
+    few, many = (answered(asker, "1 cm " * count, "tumor_size", " 1 cm") for count in (MOST, MOST + 1))
+    (((first, *_),), (places,)) = asker.places([few, many])
+    assert first in occurrences("1 cm", "1 cm " * MOST)
+    assert places == occurrences("1 cm", "1 cm " * (MOST + 1))
 
 
 def counting(tokenizer, encoded):

@@ -122,7 +122,7 @@ def test_every_spelling_of_a_span_is_allowed(either, note, data):
 @given(note=long_letters, steps=st.lists(st.integers(0, 9), max_size=40))
 @example(note="1,200 mm ; 3", steps=[0, 0, 0, 0])
 def test_whatever_was_said_the_answer_can_still_become_whole(either, note, steps):
-    """No token leads where only the forced end is left: into a word that a separator cuts, or the space before one."""
+    """No token leads where only the forced end is left: into a word or number without an end."""
     grammar = Grammar(Vocabulary(either), either.stop_ids, note=note, edges=edges("1." + note + ".5"))
     states = grammar.begin()
     for step in steps:

@@ -84,6 +84,13 @@ def test_span_of_an_answer_that_stands_nowhere():
     assert span("LEFT breast", "left")["end"] == 4
 
 
+@pytest.mark.parametrize(("text", "answer", "start"), [
+    ("Cyst of 2.5 cm. Tumor of 5 cm.", "5 cm", 25), ("Only a cyst of 2.5 cm.", "5 cm", None),
+    ("Cleft palate repaired. Tumor in the left breast.", "left", 36), ("左乳癌，左側", "左側", 4)])  # fmt: skip
+def test_an_answer_is_placed_at_whole_words_and_numbers(text, answer, start):
+    assert span(text, answer)["start"] == start
+
+
 @pytest.mark.parametrize(
     ("content", "said"),
     [
