@@ -164,7 +164,9 @@ def _held(options: Options, ours: Transformer, dtype: torch.dtype) -> Report:
             rows += generation_rows(ours, peer, tokens[:1], options.new_tokens)
         if tokenizer is not None:
             lines = Path(options.text).read_text("utf-8").splitlines() if options.text else [*LINES, options.prompt]
-            rows += tokenizer_rows(tokenizer, _their_tokenizer(options.weights), lines)
+            ends = [_ids(part.eos_token_id) for part in (peer.config, peer.generation_config)]
+            theirs = _their_tokenizer(options.weights)
+            rows += tokenizer_rows(tokenizer, theirs, lines, ours.config.eos_token_id, sum(ends, []))
         if options.adapter:
             rows += adapter_rows(options.adapter, ours, peer, tokens, None if exact else wide)
     return Report(options.weights, ours.config.model_type, tokens.shape[1], ours.config.window, rows)
@@ -245,6 +247,10 @@ def _their_tokenizer(weights: str) -> Any | None:
     if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
+
+
+def _ids(value: Any) -> list[int]:
+    return value if isinstance(value, list) else [] if value is None else [value]
 
 
 def _need_transformers(adapter: bool) -> None:

@@ -155,14 +155,15 @@ class SentencePiece:
         """Stretches of a text, each with the model that encodes it or, for an added word, its id."""
         at = 0
         for found in self.words.finditer(text):
-            yield from self._cut(text[at : found.start()], self.model if self.each or first and at == 0 else self.bare)
+            yield from self._cut(text[at : found.start()], first and at == 0)
             yield found[0], self.added[found[0]]
             at = found.end()
-        yield from self._cut(text[at:], self.model if self.each or first and at == 0 else self.bare)
+        yield from self._cut(text[at:], first and at == 0)
 
-    def _cut(self, text: str, model: Any) -> Iterator[tuple[str, Any]]:
+    def _cut(self, text: str, first: bool) -> Iterator[tuple[str, Any]]:
         """A stretch cut inside every control token that the library would form of it."""
         at = 0
+        model = self.model if first or self.each and not text.startswith(" ") else self.bare
         for found in self.forming.finditer(text):
             yield text[at : found.start() + 1], model
             at, model = found.start() + 1, self.bare
