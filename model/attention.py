@@ -17,16 +17,16 @@ from model.rotary import Rotate
 
 
 class Scores(nn.Module):
-    """q·k/√K of every query and key, the lowest number where a query does not see the key."""
+    """q·k/√K for every query and key; the dtype's lowest number where the query does not see the key."""
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        score_BHTS = torch.matmul(q_BHTK, share(k_BGSK, q_BHTK.shape[1]).transpose(2, 3)) * q_BHTK.shape[-1] ** -0.5
+        score_BHTS = torch.matmul(q_BHTK, repeat_kv(k_BGSK, q_BHTK.shape[1]).transpose(2, 3)) * q_BHTK.shape[-1] ** -0.5
         unseen_B1TS = ~visible.mask(window)[:, None]
         return score_BHTS.masked_fill(unseen_B1TS, torch.finfo(score_BHTS.dtype).min)
 
 
 class Pattern(nn.Module):
-    """Each query's weights over the keys: a softmax of its scores in at least fp32, in the scores' dtype."""
+    """Softmax of the scores over the keys, computed in at least fp32, returned in the scores' dtype."""
 
     def forward(self, score_BHTS: Tensor) -> Tensor:
         wide = torch.promote_types(score_BHTS.dtype, torch.float32)
@@ -34,21 +34,21 @@ class Pattern(nn.Module):
 
 
 class PlainAttend(nn.Module):
-    """Softmax attention as the definition has it: all scores in memory. `scores` and `pattern` are modules of their own
-    so that what they give can be observed and overwritten (infer/inspect/recording.py)."""
+    """Softmax attention by its definition, with all scores in memory. `scores` and `pattern` are modules so that
+    forward hooks can record and replace their outputs (infer/inspect/recording.py)."""
 
     def __init__(self) -> None:
         super().__init__()
         self.scores, self.pattern = Scores(), Pattern()
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)  # a cache may keep them narrower
+        k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)  # a cache may store a narrower dtype
         pattern_BHTS = self.pattern(self.scores(q_BHTK, k_BGSK, visible, window))
-        return torch.matmul(pattern_BHTS, share(v_BGSK, q_BHTK.shape[1]))
+        return torch.matmul(pattern_BHTS, repeat_kv(v_BGSK, q_BHTK.shape[1]))
 
 
-def share(x_BGSK: Tensor, heads: int) -> Tensor:
-    """Give each of `heads` query heads its group's keys or values: (B, G, S, K) → (B, H, S, K)."""
+def repeat_kv(x_BGSK: Tensor, heads: int) -> Tensor:
+    """Repeat each key/value head for the query heads of its group: (B, G, S, K) → (B, H, S, K), H = `heads`."""
     B, G, S, K = x_BGSK.shape
     return x_BGSK[:, :, None].expand(B, G, heads // G, S, K).reshape(B, heads, S, K) if heads != G else x_BGSK
 
@@ -60,7 +60,7 @@ def split_heads(x_BTD: Tensor, size: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Project, turn by position, attend, project back. `rotate_q`, `rotate_k` and `attend` can be observed by hooks."""
+    """Project, rotate, attend, project back. `rotate_q`, `rotate_k` and `attend` are modules for hooks to read."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -1,4 +1,4 @@
-"""The key/value cache: what every layer has computed for past tokens, bounded by the window.
+"""The key/value cache: every layer's keys and values of past tokens, bounded by the window.
 
 Each slot holds one token of each row, with its position, document and branch, so that masks need no index arithmetic.
 New tokens go into the next slots. When the buffer is full, slots that no later query can see (position ≤ next − W)
@@ -20,9 +20,8 @@ from model.mask import Layout
 class KVCache:
     """Keys and values of past tokens, for every layer.
 
-    `dtype` is what they are kept in (default: the dtype that the layers give); `slack` is how many slots beyond the
-    window are kept before old ones are dropped. `length` is the number of filled slots; `seen` counts the tokens ever
-    appended to a row.
+    `dtype`: stored dtype (default: that of the layers' keys and values). `slack`: slots beyond the window, so that old
+    ones are dropped many at a time. `length`: filled slots. `seen`: tokens appended to a row so far.
     """
 
     def __init__(self, config: ModelConfig, dtype: torch.dtype | None = None, slack: int = 256) -> None:
@@ -32,19 +31,19 @@ class KVCache:
         self.position_BS: Tensor | None = None
         self.document_BS: Tensor | None = None
         self.branch_BS: Tensor | None = None
-        self.has_layout = False  # whether some token came with a document or branch of its own
+        self.has_layout = False  # whether any token was appended with a layout
         self.length, self.seen, self.dropped = 0, 0, 0
         self._moved_from, self._new, self._floor = 0, 0, 0
 
     @property
     def next_position_B1(self) -> Tensor:
-        """The position after the furthest one of each row, without padding: where a plain continuation goes on."""
+        """The position after each row's last, padding aside: where a plain continuation starts."""
         assert self.position_BS is not None and self.document_BS is not None
         live = self.position_BS[:, : self.length].masked_fill(self.document_BS[:, : self.length] < 0, -1)
         return live.max(dim=1, keepdim=True).values + 1
 
     def extend(self, position_BT: Tensor, layout: Layout | None) -> None:
-        """Enter T new tokens' positions; every layer then calls `append` once with their keys and values."""
+        """Reserve slots for T new tokens. Every layer then calls `append` once with their keys and values."""
         B, T = position_BT.shape
         if self.position_BS is not None and self.position_BS.shape[0] != B:
             raise ValueError(f"the cache holds {self.position_BS.shape[0]} rows, not {B}")
@@ -61,7 +60,7 @@ class KVCache:
         self._new = T
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values; returns all that are held, (k_BGSK, v_BGSK)."""
+        """Store a layer's new keys and values. Returns all stored ones, (k_BGSK, v_BGSK)."""
         out = []
         for store, new in ((self.keys, k_BGTK), (self.values, v_BGTK)):
             store[layer] = self._join(store[layer], new.to(self.dtype or new.dtype), 2, self.length - self._new)
@@ -69,11 +68,11 @@ class KVCache:
         return out[0], out[1]
 
     def bytes(self) -> int:
-        """Bytes held by keys and values."""
+        """Bytes allocated for keys and values."""
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
 
     def rows(self, index: Tensor) -> None:
-        """Keep these rows only, in this order (a row may be taken more than once)."""
+        """Select rows: row i becomes the old row index[i]. A row may be repeated or left out."""
         for store in (self.keys, self.values):
             for layer, held in enumerate(store):
                 store[layer] = None if held is None else held[index]
@@ -82,12 +81,13 @@ class KVCache:
             setattr(self, name, None if held is None else held[index])
 
     def truncate(self, length: int) -> None:
-        """Forget the slots from `length` on (tokens that were tried and not taken).
+        """Drop the slots from `length` on (rejected draft tokens).
 
-        Not further back than the last time that slots were dropped: what earlier tokens saw is gone by then.
+        Raises ValueError below the length at which old slots were last dropped: the keys that a token before that
+        point sees through the window are no longer stored.
         """
         if not self._floor <= length <= self.length:
-            raise ValueError(f"cannot truncate {self.length} slots to {length}: {self._floor} is the least")
+            raise ValueError(f"cannot truncate {self.length} slots to {length}: the least is {self._floor}")
         self.seen -= self.length - length
         self.length = length
 
@@ -100,7 +100,7 @@ class KVCache:
         """The first slot that some new token can still see through the window."""
         assert self.position_BS is not None and self.document_BS is not None and self.window is not None
         next_B1 = position_BT
-        if layout is not None:  # padding looks at nothing
+        if layout is not None:  # padding sees no key
             next_B1 = position_BT.masked_fill(layout.document_BT < 0, torch.iinfo(torch.int64).max)
         next_B1 = next_B1.min(dim=1, keepdim=True).values
         held = slice(0, self.length)
@@ -109,7 +109,7 @@ class KVCache:
         return int(needed_S.int().argmax()) if bool(needed_S.any()) else self.length
 
     def _join(self, held: Tensor | None, new: Tensor, dim: int, kept: int | None = None) -> Tensor:
-        """`new` after the held slots that stay, in a buffer with room to spare."""
+        """Write `new` after the slots that stay, in a buffer that grows with spare slots."""
         before = self.length if kept is None else kept
         if kept is None:
             before -= self._moved_from

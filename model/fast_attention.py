@@ -1,10 +1,11 @@
-"""The attention of attention.py sooner: O(T·W) time, O(T) memory. `PlainAttend` there is the specification.
+"""Attention in O(T·W) time and O(T) memory. `PlainAttend` in attention.py is the specification.
 
 * A few queries (decoding): all query heads of a key/value head are rows of one product, so nothing is copied.
-* A text whose tokens see all that came before: the fused kernel's own triangle, without a mask.
-* Else blocks of queries against the keys in their reach. Where positions run on with the index, a block's mask depends
-  on distances alone: one is made, and serves every block of every layer. Elsewhere (packed documents, branches,
-  padding) the reach of a block is found from its documents and positions, so documents in order cost their own squares.
+* One document within the window: SDPA with `is_causal`, without a mask.
+* Otherwise blocks of queries against the range of keys that they can see. Where positions are contiguous, a block's
+  mask depends on distances alone, so one mask serves every block of every layer. Elsewhere (packed documents,
+  branches, padding) the range comes from the block's documents and positions: packed documents cost the sum of their
+  squares.
 """
 
 from __future__ import annotations
@@ -13,16 +14,16 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from model.attention import share
+from model.attention import repeat_kv
 from model.mask import Visible
 
 BLOCK = 512  # queries at once: large enough for the matrix product, small enough for the mask
-LEAST = 128  # with a narrow window
-KEPT = 2**24  # numbers of all masks of a pass, up to which the layers share those that are not of distances alone
+LEAST = 128  # queries at once with a narrow window
+KEPT = 2**24  # largest B · T · S for which masks that differ between rows are kept for all layers
 
 
 class FastAttend(nn.Module):
-    """The same numbers sooner."""
+    """Same result as PlainAttend up to rounding, via SDPA in blocks."""
 
     few = 16  # up to so many queries a row, one grouped product beats the fused kernel on a CPU
 
@@ -31,8 +32,8 @@ class FastAttend(nn.Module):
         k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)
         if T <= self.few:
             return self.grouped(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
-        k_BHSK, v_BHSK = share(k_BGSK, H), share(v_BGSK, H)
-        if T == S and (window is None or window >= S) and runs_on(visible):
+        k_BHSK, v_BHSK = repeat_kv(k_BGSK, H), repeat_kv(v_BGSK, H)
+        if T == S and (window is None or window >= S) and contiguous(visible):
             return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
         blocks = []
         step = BLOCK if window is None else min(BLOCK, max(LEAST, window // 2))  # keys in reach: W + step − 1
@@ -43,7 +44,7 @@ class FastAttend(nn.Module):
                 q_BHTK[:, :, rows], k_BHSK[:, :, columns], v_BHSK[:, :, columns],
                 attn_mask=bias(visible, window, rows, columns, q_BHTK.dtype),
             )  # fmt: skip
-            blocks.append(out_BHtK.transpose(1, 2))  # as the kernel lays it out and as the next product reads it
+            blocks.append(out_BHtK.transpose(1, 2))  # the layout that SDPA writes and o_proj reads
         return (torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]).transpose(1, 2)
 
     def grouped(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BTS: Tensor) -> Tensor:
@@ -58,23 +59,23 @@ class FastAttend(nn.Module):
         return torch.matmul(pattern_BGRTS.view(score_BGMS.shape), v_BGSK).view(B, H, T, K)
 
 
-def runs_on(visible: Visible) -> bool:
-    """Whether every row is one text whose positions rise by one with the index. Found out once a pass."""
+def contiguous(visible: Visible) -> bool:
+    """Whether every row is one document whose positions rise by one with the index. Computed once a forward pass."""
     if visible.layout is not None or torch.compiler.is_compiling():
         return False
-    if "runs on" not in visible.memo:
+    if "contiguous" not in visible.memo:
         j_BS = visible.key_position_BS  # the queries are the last of the keys
         steps_S = torch.arange(j_BS.shape[1], device=j_BS.device)
-        visible.memo["runs on"] = bool((j_BS - j_BS[:, :1] == steps_S).all())
-    return visible.memo["runs on"]
+        visible.memo["contiguous"] = bool((j_BS - j_BS[:, :1] == steps_S).all())
+    return visible.memo["contiguous"]
 
 
 def reach(visible: Visible, window: int | None, rows: slice) -> slice:
-    """A range of keys that holds every key seen by these queries."""
+    """A range of keys that includes every key seen by these queries."""
     S = visible.key_position_BS.shape[1]
     if torch.compiler.is_compiling():  # a range found from tensors would break the graph
         return slice(0, S)
-    if runs_on(visible):
+    if contiguous(visible):
         first = 0 if window is None else max(0, visible.offset + rows.start - window + 1)
         return slice(first, visible.offset + rows.stop)
     key = ("reach", window, rows.start, rows.stop)
@@ -93,8 +94,8 @@ def reach(visible: Visible, window: int | None, rows: slice) -> slice:
 
 def bias(visible: Visible, window: int | None, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
     """0 where a query sees a key and −∞ elsewhere: bias_B1TS, or bias_11TS where it depends on distances alone."""
-    alike = runs_on(visible)
-    # where alike, the lengths say it all: the last query sees the last key
+    alike = contiguous(visible)
+    # contiguous: the lengths alone determine the mask, as the last query sees the last key
     key = ("bias", window, rows.stop - rows.start, columns.stop - columns.start, None if alike else rows.start, dtype)
     if key in visible.memo:
         return visible.memo[key]

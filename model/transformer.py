@@ -9,7 +9,7 @@ hidden states only what it needs, so that logits for tokens that nobody looks at
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -142,7 +142,7 @@ class Decoder(nn.Module):
     ) -> Tensor:
         if positions_BT is None:
             positions_BT = plain_positions(tokens_BT, cache, layout)
-        visible = see(positions_BT, cache, layout)
+        visible = visibility(positions_BT, cache, layout)
         x_BTD = self.embed_tokens(tokens_BT)
         rotary = self.rotary(positions_BT, x_BTD.dtype)
         for layer in self.layers:
@@ -154,17 +154,17 @@ class Decoder(nn.Module):
 
 
 def plain_positions(tokens_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> Tensor:
-    """0, 1, 2 … for each row, going on from the cache. A layout has to come with positions of its own."""
+    """0, 1, 2 … for each row, continuing from the cache. A layout has no default: its documents restart at 0."""
     if layout is not None:
-        raise ValueError("a layout needs positions: pass positions=, restarting where a document begins")
+        raise ValueError("a layout needs positions: pass positions=, restarting at 0 with each document")
     steps_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
     if cache is None or cache.length == 0:
         return steps_1T.expand(tokens_BT.shape)
     return cache.next_position_B1 + steps_1T
 
 
-def see(positions_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> Visible:
-    """Who sees whom among these tokens and the cached ones; enters the tokens' positions into the cache."""
+def visibility(positions_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> Visible:
+    """Which of these and the cached tokens each token sees. Stores the tokens' positions in the cache."""
     if cache is None:
         return Visible((positions_BT, layout), (positions_BT, layout), 0)
     cache.extend(positions_BT, layout)
@@ -174,17 +174,6 @@ def see(positions_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> V
     new = slice(cache.length - T, cache.length)
     queries = Layout(cache.document_BS[:, new], cache.branch_BS[:, new]) if cache.has_layout else None
     return Visible((positions_BT, queries), (cache.position_BS[:, held], keys), cache.length - T)
-
-
-def first_weight(name: str, shape: torch.Size, seed: int, layers: int) -> Tensor:
-    """A fresh weight, fp32: a function of (seed, name), so that it does not depend on what is drawn beside it."""
-    import zlib
-
-    if len(shape) < 2:
-        return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
-    generator = torch.Generator().manual_seed((seed * 2654435761 + zlib.crc32(name.encode())) % 2**63)
-    out = name.endswith(("o_proj.weight", "down_proj.weight", "w2.weight"))
-    return torch.randn(shape, generator=generator) * 0.02 * ((2 * layers) ** -0.5 if out else 1.0)
 
 
 class Transformer(nn.Module):
@@ -237,13 +226,6 @@ class Transformer(nn.Module):
         """The dtype of the residual stream."""
         return self.model.norm.weight.dtype
 
-    def init_weights(self, seed: int) -> Transformer:
-        """Normal(0, 0.02) matrices, residual outputs scaled by 1/√(2L), norms at one: a function of (seed, name)."""
-        with torch.no_grad():
-            for name, weight in self.named_parameters():
-                weight.copy_(first_weight(name, weight.shape, seed, self.config.num_hidden_layers))
-        return self
-
     @classmethod
     def from_pretrained(
         cls, path: str | os.PathLike[str], dtype: torch.dtype = torch.float32, device: str | torch.device = "cpu"
@@ -264,5 +246,4 @@ class Transformer(nn.Module):
         """Write safetensors and config.json that transformers loads, atomically, in shards of at most this size."""
         from model.checkpoints.weights import save_weights
 
-        state: Mapping[str, Tensor] = {name: p.detach() for name, p in self.state_dict().items()}
-        save_weights(state, self.config.to_dict(), path, max_shard_bytes)
+        save_weights(self.state_dict(), self.config.to_dict(), path, max_shard_bytes)

@@ -23,6 +23,7 @@ from infer.engine.load import load
 from model import ModelConfig, Transformer
 from model.quantize.linear import bytes_of, quantize_model
 from model.support.hardware import read_rate
+from model.support.init import init_weights
 
 HALF_BILLION = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 1280, "intermediate_size": 3584,
@@ -51,10 +52,10 @@ def rows(
         del model, narrows
         with torch.device("meta"):
             model = Transformer(ModelConfig.from_dict(HALF_BILLION))
-        model = model.to_empty(device="cpu").init_weights(0).requires_grad_(False).eval()
+        model = init_weights(model.to_empty(device="cpu"), 0).requires_grad_(False).eval()
         narrows = {}
         for form in ("int8", "int4"):
-            narrows[form] = quantize_model(Transformer(model.config).init_weights(0).requires_grad_(False).eval(), form)
+            narrows[form] = quantize_model(init_weights(Transformer(model.config), 0).requires_grad_(False).eval(), form)
         found += compare("500M random", model, tokenizer, narrows, {}, prompt, new_tokens, repeats, setting)
     return [*found, past_the_window(tokenizer)]
 
@@ -173,7 +174,7 @@ def llama_cpp(weights: str, prompt: list[int], new: int) -> dict[str, Callable[[
 def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> dict[str, Any]:
     """Time of a token between six and eight windows over that between two and four: 1 where the cost is flat."""
     config = ModelConfig.from_dict({**SHORT, "sliding_window": window})
-    generator = generator_of(Transformer(config).init_weights(0).requires_grad_(False).eval(), tokenizer)
+    generator = generator_of(init_weights(Transformer(config), 0).requires_grad_(False).eval(), tokenizer)
     steps, taken = generator.run(generator.states([[100] * 16], None, {"max_new_tokens": new})), []
     began = time.perf_counter()
     for _ in steps:

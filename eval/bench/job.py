@@ -15,6 +15,7 @@ from typing import Any
 
 from eval.bench.seven_b import write_tokenizer
 from eval.experiments.steps import program
+from model.support.init import init_weights
 
 CONFIG = {
     "model_type": "mistral", "vocab_size": 32000, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 1,
@@ -30,7 +31,7 @@ def rows(sizes: tuple[int, ...] = (200, 2000, 20000), batch: int = 32) -> list[d
     found: list[dict[str, Any]] = []
     with tempfile.TemporaryDirectory(prefix="bench-job-") as scratch:
         weights = Path(scratch) / "model"
-        Transformer(ModelConfig.from_dict(CONFIG)).init_weights(0).save_pretrained(weights)
+        init_weights(Transformer(ModelConfig.from_dict(CONFIG)), 0).save_pretrained(weights)
         write_tokenizer(weights)
         for size in sizes:
             notes = write_notes(Path(scratch) / f"{size}.jsonl", size)

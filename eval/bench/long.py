@@ -14,6 +14,8 @@ import time
 from concurrent.futures import ProcessPoolExecutor
 from typing import Any
 
+from model.support.init import init_weights
+
 CONFIG = {
     "model_type": "mistral", "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
     "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
@@ -28,7 +30,7 @@ def rows(tokens: int = 8192, window: int = 512, short: int = 256, repeats: int =
 
     with tempfile.TemporaryDirectory() as folder:
         config = ModelConfig.from_dict({**CONFIG, "sliding_window": window})
-        Transformer(config).init_weights(0).save_pretrained(folder)
+        init_weights(Transformer(config), 0).save_pretrained(folder)
 
         def run(kind: str, T: int, times: int = repeats) -> tuple[float, float]:
             with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:

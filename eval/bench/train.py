@@ -99,7 +99,7 @@ def save_base(size: str, folder: Path, dtype: torch.dtype) -> None:
     """A checkpoint of fresh weights, one tensor in memory at a time."""
     from model.checkpoints.safetensors import Stored
     from model.checkpoints.weights import Checkpoint, write_checkpoint
-    from model.transformer import first_weight
+    from model.support.init import first_weight
 
     config = config_of(size)
     with torch.device("meta"):

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from infer.engine.forward import Engine
 from infer.engine.fuse import read_attention, tree_attention
-from model.attention import share
+from model.attention import repeat_kv
 
 SHARED = 8  # tokens: a shorter common stretch is cheaper to compute again than to attend to apart
 OWN = 64  # tokens: a longer private stretch gets a node, so that leaves of a batch stay of similar length
@@ -461,7 +461,7 @@ def causal(
     """
     T, S = q_HTK.shape[1], len(key_position_S)
     if S == T and (window is None or window >= T) and not grouped(q_HTK):
-        k_1HSK, v_1HSK = (share(kept_GSK[None].to(q_HTK.dtype), len(q_HTK)) for kept_GSK in (k_GSK, v_GSK))
+        k_1HSK, v_1HSK = (repeat_kv(kept_GSK[None].to(q_HTK.dtype), len(q_HTK)) for kept_GSK in (k_GSK, v_GSK))
         out_1HTK = F.scaled_dot_product_attention(q_HTK[None].contiguous(), k_1HSK, v_1HSK, is_causal=True)
         return out_1HTK[0].transpose(0, 1)
     outs = []
@@ -488,7 +488,7 @@ def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tenso
     (H, T, K), (G, S, _) = q_HTK.shape, k_GSK.shape
     k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a node may keep them narrower
     if not grouped(q_HTK):
-        k_1HSK, v_1HSK = share(k_GSK[None], H), share(v_GSK[None], H)
+        k_1HSK, v_1HSK = repeat_kv(k_GSK[None], H), repeat_kv(v_GSK[None], H)
         return F.scaled_dot_product_attention(q_HTK[None].contiguous(), k_1HSK, v_1HSK, attn_mask=seen_TS)[0]
     q_GMK = (q_HTK * K**-0.5).reshape(G, H // G * T, K)
     score_HTS = torch.matmul(q_GMK, k_GSK.transpose(1, 2)).view(H, T, S).masked_fill_(~seen_TS, float("-inf"))

@@ -11,6 +11,7 @@ from eval.perplexity import measure, read_texts, windows
 from eval.questions import Question
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
+from model.support.init import init_weights
 
 
 def asked(*answers, gold="2 cm"):
@@ -58,7 +59,7 @@ def tiny():
         rope_theta=1e4,
         windows=(None,),
     )
-    return Transformer(config).init_weights(0).eval()
+    return init_weights(Transformer(config), 0).eval()
 
 
 def test_a_model_that_knows_nothing_needs_the_vocabularys_bits():

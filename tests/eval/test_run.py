@@ -13,6 +13,7 @@ from lora import LoRAConfig, add_lora, save_adapter
 from model import ModelConfig, Tokenizer, Transformer
 from model.support.cli import UserError
 from model.support.files import write_json, write_jsonl
+from model.support.init import init_weights
 from train.importers.table import records
 
 NAMES = list(tomllib.loads(BASELINES.read_text()))
@@ -59,7 +60,7 @@ def test_every_baseline_answers_and_gets_its_row(name, tmp_path):
     grouped = entry["config"]["num_key_value_heads"] != entry["config"]["num_attention_heads"]
     raw = {**entry["config"], **SMALL, "num_key_value_heads": 2 if grouped else 4, "vocab_size": size}
     torch.manual_seed(0)
-    Transformer(ModelConfig.from_dict(raw)).init_weights(1).save_pretrained(folder)
+    init_weights(Transformer(ModelConfig.from_dict(raw)), 1).save_pretrained(folder)
     kept = json.loads((folder / "config.json").read_text())
     for field in set(entry["config"]) - set(SMALL) - {"num_key_value_heads", "vocab_size", "rope_theta", "hidden_act"}:
         assert kept.get(field) == entry["config"][field], field
@@ -99,7 +100,7 @@ def test_memory_plans_follow_from_the_configs(name):
 
 def test_bits_per_byte_before_and_after_an_adapter(tmp_path, capsys):
     raw = {**baseline("mistral-7b")["config"], **SMALL, "num_key_value_heads": 2, "vocab_size": bpe(tmp_path)}
-    model = Transformer(ModelConfig.from_dict(raw)).init_weights(1)
+    model = init_weights(Transformer(ModelConfig.from_dict(raw)), 1)
     model.save_pretrained(tmp_path)
     add_lora(model, LoRAConfig(r=2, alpha=64), seed=1)
     for name, parameter in model.named_parameters():
@@ -142,7 +143,7 @@ def test_a_row_is_replaced_only_with_overwrite_and_the_notes_never(tmp_path):
     folder = tmp_path / "base"
     folder.mkdir()
     raw = {**baseline("mistral-7b")["config"], **SMALL, "num_key_value_heads": 2, "vocab_size": bpe(folder)}
-    Transformer(ModelConfig.from_dict(raw)).init_weights(1).save_pretrained(folder)
+    init_weights(Transformer(ModelConfig.from_dict(raw)), 1).save_pretrained(folder)
     write_jsonl(tmp_path / "mine.jsonl", [{"id": "a", "text": "Mass.", "phenotypes": {"tumor_size": []}},
                                           {"id": "b", "text": " \n", "phenotypes": {"tumor_size": []}}])  # fmt: skip
     out = tmp_path / "run"

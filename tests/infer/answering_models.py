@@ -9,6 +9,7 @@ from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
 from model import KVCache, ModelConfig, Tokenizer, Transformer
+from model.support.init import init_weights
 
 CONFIG = ModelConfig(
     vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
@@ -19,7 +20,7 @@ CONFIG = ModelConfig(
 
 def tiny_model(seed: int = 0, windows=(None, None), dtype=torch.float64, **changes) -> Transformer:
     """Random weights, large enough that logits differ and greedy text does not stand still."""
-    model = Transformer(replace(CONFIG, windows=windows, **changes)).init_weights(seed).to(dtype)
+    model = init_weights(Transformer(replace(CONFIG, windows=windows, **changes)), seed).to(dtype)
     with torch.no_grad():
         for name, parameter in model.named_parameters():
             if parameter.dim() > 1:

@@ -10,6 +10,7 @@ from kernels.four_bit import int4_weight
 from lora import LoRAConfig, add_lora
 from model import KVCache, ModelConfig, Transformer
 from model.mask import Layout
+from model.support.init import init_weights
 
 BASE = {
     "model_type": "mistral", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
@@ -25,7 +26,7 @@ FAMILIES = {
 
 def tiny(dtype, device, adapted=True, **changes) -> Transformer:
     """Random weights and adapters whose B is not zero."""
-    model = Transformer(ModelConfig.from_dict({**BASE, **changes})).init_weights(3)
+    model = init_weights(Transformer(ModelConfig.from_dict({**BASE, **changes})), 3)
     if adapted:
         feed = "w3" if model.config.num_local_experts else "up_proj"
         add_lora(model, LoRAConfig(r=3, alpha=6, dropout=0.0, target_modules=("q_proj", "v_proj", "o_proj", feed)))

@@ -10,6 +10,7 @@ from tiny_adapters import CONFIG
 
 from lora import LoRAConfig, add_lora, save_adapter
 from model import Transformer
+from model.support.init import init_weights
 
 RESET = Path("/proc/self/clear_refs")  # "5" sets a process's peak of resident memory to what it is now
 MERGE = """
@@ -34,7 +35,7 @@ def write(layers: int, folder: Path) -> Path:
     """A model of so many layers of 17 MB and an adapter of 4 MB for each."""
     config = replace(CONFIG, hidden_size=512, intermediate_size=2048, head_dim=128, num_hidden_layers=layers,
                      windows=(None,) * layers)  # fmt: skip
-    model = Transformer(config).init_weights(0)
+    model = init_weights(Transformer(config), 0)
     model.save_pretrained(folder / "base", max_shard_bytes=30 * 2**20)
     save_adapter(add_lora(model, LoRAConfig(r=128)), folder / "adapter")
     return folder

@@ -5,6 +5,7 @@ import torch
 from lora import LoRAConfig, add_lora
 from lora.adapter import adapted
 from model import ModelConfig, Transformer
+from model.support.init import init_weights
 
 CONFIG = ModelConfig(
     vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
@@ -14,7 +15,7 @@ TOKENS = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(1
 
 
 def base(dtype=torch.float32) -> Transformer:
-    model = Transformer(CONFIG).init_weights(3)
+    model = init_weights(Transformer(CONFIG), 3)
     with torch.no_grad():
         for param in model.parameters():
             if param.dim() == 2:

@@ -6,6 +6,7 @@ Weights of N(0, 0.02) would make attention nearly uniform and hide a wrong mask,
 import torch
 
 from model import ModelConfig, Transformer
+from model.support.init import init_weights
 
 BASE = {
     "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
@@ -46,7 +47,7 @@ def raw_config(family: str, **changes) -> dict:
 
 
 def tiny(family: str = "mistral", dtype: torch.dtype = torch.float64, seed: int = 0, **changes) -> Transformer:
-    model = Transformer(ModelConfig.from_dict(raw_config(family, **changes))).init_weights(seed)
+    model = init_weights(Transformer(ModelConfig.from_dict(raw_config(family, **changes))), seed)
     generator = torch.Generator().manual_seed(seed + 1)
     with torch.no_grad():
         for parameter in model.parameters():

@@ -9,6 +9,7 @@ import pytest
 from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers, processors
 
+from model.support.init import init_weights
 from model.transformer import Transformer
 from train.data.store import Encoding, TokenStore, build_store
 
@@ -73,7 +74,7 @@ def options(data, tmp_path_factory) -> dict:
     from tiny_runs import CONFIG
 
     folder = tmp_path_factory.mktemp("weights")
-    Transformer(CONFIG).init_weights(1).save_pretrained(folder)
+    init_weights(Transformer(CONFIG), 1).save_pretrained(folder)
     for file in (data / "tok").iterdir():
         shutil.copy(file, folder)
     return {"data": [str(data / "notes.jsonl")], "valid_data": [str(data / "notes.jsonl")], "weights": str(folder),

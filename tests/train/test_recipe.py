@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from model.support.cli import UserError
+from model.support.init import init_weights
 from train.distributed.sharding import Ranks
 from train.optim.optimizer import rate
 from train.recipe import Recipe, parse, read_toml
@@ -101,7 +102,7 @@ def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path)
     from model.transformer import Transformer
     from train.session import empty_model
 
-    held = add_lora(Transformer(CONFIG).init_weights(1), LoRAConfig(r=2, alpha=6.0, dropout=0.25))
+    held = add_lora(init_weights(Transformer(CONFIG), 1), LoRAConfig(r=2, alpha=6.0, dropout=0.25))
     save_adapter(held, tmp_path / "adapter")
     model, tensors = empty_model(Recipe(**GOOD, adapter=str(tmp_path / "adapter"), r=8, dropout=0.5), CONFIG)
     for layer in adapted(model).values():

@@ -19,6 +19,7 @@ from safetensors.torch import save_file
 
 from lora import LoRAConfig, add_lora
 from model.config import ModelConfig
+from model.support.init import init_weights
 from model.transformer import Transformer
 from train.data.dataset import Rows
 from train.data.store import TokenStore
@@ -39,7 +40,7 @@ RECIPE = Recipe(data=("x",), out="x", weights="x", packing="none", block=400)
 
 def tiny(recipe: Recipe, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> Transformer:
     """A model whose adapters already do something (B is not zero), so that every gradient counts."""
-    model = Transformer(config).init_weights(1).to(dtype).use_attention("fast")
+    model = init_weights(Transformer(config), 1).to(dtype).use_attention("fast")
     if recipe.full:
         return model.requires_grad_(True)
     add_lora(model, LoRAConfig(recipe.r, recipe.alpha, recipe.dropout), seed=2)

@@ -22,7 +22,7 @@ from model.checkpoints.weights import COMPUTED, PIECE, Checkpoint, check_names
 from model.quantize.blockwise import quantize_scales
 from model.quantize.linear import QuantizedWeight
 from model.support.cli import UserError
-from model.transformer import first_weight
+from model.support.init import first_weight
 from train.distributed.sharding import Ranks, local, sum_over_ranks
 
 Read = Callable[[str, slice], Tensor]  # (a weight's name in the checkpoint, rows) → those rows

@@ -8,6 +8,7 @@ from eval.bench.long import CONFIG
 from model import ModelConfig, Transformer
 from model.quantize.linear import quantize_model
 from model.support.cli import UserError
+from model.support.init import init_weights
 
 KEYS = {"name", "ours", "peer", "peer_name", "ratio", "limit", "share_of_limit", "unit", "setting"}
 
@@ -21,7 +22,7 @@ class NoText:
 
 def model():
     config = ModelConfig.from_dict({**CONFIG, "sliding_window": None, "num_hidden_layers": 1})
-    return Transformer(config).init_weights(0).requires_grad_(False).eval()
+    return init_weights(Transformer(config), 0).requires_grad_(False).eval()
 
 
 @pytest.mark.slow

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from eval.bench import train
+from model.support.init import init_weights
 from model.transformer import Transformer
 
 KEYS = {"name", "ours", "peer", "peer_name", "ratio", "limit", "share_of_limit", "unit", "setting"}
@@ -31,7 +32,7 @@ def test_each_side_begins_with_the_same_loss(kind, base, tmp_path):
 
 def test_the_base_is_the_models_own_start(tmp_path):
     train.save_base("tiny", tmp_path, torch.float32)
-    expected = Transformer(train.config_of("tiny")).init_weights(0).state_dict()
+    expected = init_weights(Transformer(train.config_of("tiny")), 0).state_dict()
     found = Transformer.from_pretrained(tmp_path).state_dict()
     assert all(torch.equal(found[name], expected[name]) for name in expected)
 

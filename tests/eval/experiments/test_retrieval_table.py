@@ -15,6 +15,7 @@ from eval.robustness.run_misspelling import Misspelling, run_misspelling
 from lora import LoRAConfig, add_lora, save_adapter
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
+from model.support.init import init_weights
 
 SMALL = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
          "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
@@ -22,7 +23,7 @@ SMALL = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hid
 
 
 def model_folder(folder):
-    model = Transformer(ModelConfig(**SMALL)).init_weights(0)
+    model = init_weights(Transformer(ModelConfig(**SMALL)), 0)
     model.save_pretrained(folder / "base")
     add_lora(model, LoRAConfig(r=2, alpha=4.0, target_modules=("q_proj",)))
     save_adapter(model, folder / "adapter")

@@ -25,6 +25,7 @@ from eval.robustness.run_canaries import Canaries, by_count, run_canaries
 from model import ModelConfig, Tokenizer, Transformer
 from model.support.cli import UserError
 from model.support.files import write_json, write_jsonl
+from model.support.init import init_weights
 
 NOTES = [{"id": f"n{i}", "text": f"Note {i} of the clinic.\nA tumor of {i}.5 cm was seen today.\nSeen with nobody."}
          for i in range(30)]  # fmt: skip
@@ -43,7 +44,7 @@ def tiny(tmp_path_factory):
     config = ModelConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
                          num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4,
                          windows=(None, None), max_position_embeddings=2048, eos_token_id=(256,))  # fmt: skip
-    model = Transformer(config).init_weights(0).double().requires_grad_(False)
+    model = init_weights(Transformer(config), 0).double().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
             parameter.mul_(8)
@@ -91,7 +92,7 @@ def test_a_model_that_was_trained_on_a_number_gives_it_away(tiny):
     _, tokenizer = tiny
     canary, control = make_canaries((1, 0), each=1)
     torch.manual_seed(0)
-    model = Transformer(tiny[0].config).init_weights(0)
+    model = init_weights(Transformer(tiny[0].config), 0)
     ids = torch.tensor([tokenizer.encode(canary.line(), bos=True)])
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     for _ in range(150):

@@ -20,6 +20,7 @@ from model import Transformer
 from model.quantize.linear import QuantizedLinear, QuantizedWeight, quantize_model
 from model.support.cli import UserError
 from model.support.hardware import onednn, suits_onednn
+from model.support.init import init_weights
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
 PROMPTS = [[1, 2, 3], [1, 2, 3, *range(40)], [9]]
@@ -140,7 +141,7 @@ def test_onednns_products_give_logits_as_exact_as_the_plain_path(rows, monkeypat
     monkeypatch.setattr("model.support.hardware.onednn_suits", lambda: True)
     widths = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
               "head_dim": 64, "num_hidden_layers": 3, "windows": (None,) * 3}  # fmt: skip
-    exact = Transformer(replace(CONFIG, **widths)).init_weights(0).requires_grad_(False)
+    exact = init_weights(Transformer(replace(CONFIG, **widths)), 0).requires_grad_(False)
     for parameter in exact.parameters():
         if parameter.dim() > 1:
             parameter.mul_(2)  # attention that is not uniform

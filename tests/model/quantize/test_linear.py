@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lora import LoRAConfig, add_lora
 from model import ModelConfig, Transformer
 from model.quantize.linear import FORMATS, PACKED_ROWS, QuantizedWeight, bytes_of, format_of, quantize_model
+from model.support.init import init_weights
 
 CONFIG = ModelConfig(
     vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
@@ -104,7 +105,7 @@ def test_joined_weights_are_the_weights_one_below_the_other(form, pack):
 
 @pytest.mark.parametrize(("form", "size", "most"), [("int8", 0.30, 0.02), ("int4-32", 0.20, 0.2), ("nf4", 0.18, 0.2)])
 def test_a_narrow_model_is_near_and_smaller(form, size, most):
-    model = Transformer(CONFIG).init_weights(0).requires_grad_(False)
+    model = init_weights(Transformer(CONFIG), 0).requires_grad_(False)
     tokens = torch.arange(20)[None]
     before = model(tokens)
     wide = sum(p.numel() * p.element_size() for p in model.parameters() if p.dim() == 2) - 64 * 64 * 4
@@ -116,10 +117,10 @@ def test_a_narrow_model_is_near_and_smaller(form, size, most):
 
 
 def test_adapters_are_put_on_the_narrow_model():
-    model = add_lora(Transformer(CONFIG).init_weights(0), LoRAConfig(r=2, alpha=4))
+    model = add_lora(init_weights(Transformer(CONFIG), 0), LoRAConfig(r=2, alpha=4))
     with pytest.raises(ValueError, match="quantized model"):
         quantize_model(model)
-    model = quantize_model(Transformer(CONFIG).init_weights(0), "int4").requires_grad_(False)
+    model = quantize_model(init_weights(Transformer(CONFIG), 0), "int4").requires_grad_(False)
     base = model(torch.arange(9)[None])
     add_lora(model, LoRAConfig(r=2, alpha=4))
     assert torch.equal(model(torch.arange(9)[None]), base)  # B starts at zero

@@ -11,6 +11,7 @@ from tiny_runs import RECIPE, tiny
 
 from eval.experiments.quirks import moved
 from model.support.cli import UserError
+from model.support.init import init_weights
 from model.transformer import Block
 from train.data.dataset import Rows
 from train.data.rows import ANSWER, IGNORE, NOTE, Row, collate, count, order, pack, text_units
@@ -118,7 +119,7 @@ def test_no_gradient_reaches_below_the_first_adapter(notes):
     from lora import LoRAConfig, add_lora
     from model.transformer import Transformer
 
-    model = Transformer(tiny(RECIPE).config).init_weights(1).double().use_attention("fast")
+    model = init_weights(Transformer(tiny(RECIPE).config), 1).double().use_attention("fast")
     add_lora(model, LoRAConfig(r=2, layers=(1,)))
     seen = []
     for number, block in enumerate(model.model.layers):

@@ -17,6 +17,7 @@ import model.checkpoints.safetensors as files
 from model.checkpoints.weights import config_dict
 from model.config import ModelConfig
 from model.support.cli import UserError
+from model.support.init import init_weights
 from model.transformer import Transformer
 from train import session
 from train.distributed.checkpoint import steps_saved, whole
@@ -56,7 +57,7 @@ def placed(name: str, options: dict, ranks: Ranks) -> dict[str, torch.Tensor]:
 def stepped(optimizer: str, ranks: Ranks) -> dict[str, torch.Tensor]:
     """Weights and optimizer state after three steps on gradients that are the same on any number of ranks."""
     recipe = Recipe(data=("x",), out="x", weights="x", optimizer=optimizer, full=True, weight_decay=0.1)
-    model = Transformer(WIDE).init_weights(1).requires_grad_(True)
+    model = init_weights(Transformer(WIDE), 1).requires_grad_(True)
     if ranks.world > 1:
         shard(model, ranks)
     optimizers = make_optimizers(model, recipe)

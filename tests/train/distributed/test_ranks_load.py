@@ -30,10 +30,10 @@ def folder_of(model: Transformer, tokenizer: Path, folder: Path) -> str:
 @pytest.fixture(scope="module")
 def cases(data, tmp_path_factory) -> dict:
     root = tmp_path_factory.mktemp("cases")
-    wide = folder_of(Transformer(WIDE).init_weights(5), data / "tok", root / "wide")
-    tied = folder_of(Transformer(replace(WIDE, tie_word_embeddings=True)).init_weights(5), data / "tok", root / "tied")
-    small = folder_of(Transformer(CONFIG).init_weights(1), data / "tok", root / "small")
-    adapted = add_lora(Transformer(WIDE).init_weights(5), LoRAConfig(r=4), seed=9)
+    wide = folder_of(init_weights(Transformer(WIDE), 5), data / "tok", root / "wide")
+    tied = folder_of(init_weights(Transformer(replace(WIDE, tie_word_embeddings=True)), 5), data / "tok", root / "tied")
+    small = folder_of(init_weights(Transformer(CONFIG), 1), data / "tok", root / "small")
+    adapted = add_lora(init_weights(Transformer(WIDE), 5), LoRAConfig(r=4), seed=9)
     with torch.no_grad():
         for name, param in adapted.named_parameters():
             if "lora_B" in name:
@@ -96,7 +96,7 @@ def test_a_model_placed_row_by_row_is_the_one_loaded_whole(cases, alone):
                                    "nf4"),
         "int8": lambda: quantize_base(add_lora(Transformer.from_pretrained(path), config, seed=3), "int8"),
         "on": lambda: load_adapter(Transformer.from_pretrained(path), adapter),
-        "fresh": lambda: Transformer(WIDE).init_weights(3),
+        "fresh": lambda: init_weights(Transformer(WIDE), 3),
     }  # fmt: skip
     for name, build in made.items():
         model = build()
