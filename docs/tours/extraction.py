@@ -1,0 +1,83 @@
+# %% [markdown]
+# # One extraction, step by step
+# A synthetic note → nine questions → prompts → their tree → answers under a grammar → the note's record. With a run
+# of `make demo` its tuned model answers; without one, random weights do: the answers are then wrong, but still spans of
+# the note, values of a closed list and existing codes, as the grammar ensures. The note comes with its true answers.
+# %%
+import json
+import tempfile
+from os.path import commonprefix
+from pathlib import Path
+
+import torch
+
+from infer import Generator, tasks
+from infer.engine.load import load
+from infer.engine.tree import plan
+from infer.extract.answers import phenotype_record
+from infer.extract.ask import Asker, Limits, Part
+from infer.extract.grounded import Grammar
+from infer.extract.notes import Note
+from model import ModelConfig, Tokenizer, Transformer
+from model.support.init import init_weights
+from model.support.source import ROOT, check, show
+from train.clinic.program import patient_notes
+from train.data.tokenizer import Options, train_tokenizer
+
+written = next(patient_notes("p", number=1, seed=0))
+note = Note(written["id"], written["text"])
+runs = sorted(Path("runs").glob("demo*/tuned/adapter"))
+if runs:
+    recipe = json.loads((runs[0].parent / "run.json").read_text())["recipe"]
+    merged = [recipe["adapter"]] if recipe["merge_adapter"] else []
+    model, tokenizer = load(recipe["weights"], [*merged, runs[0]], "float64", device="cpu")
+else:
+    with tempfile.TemporaryDirectory() as folder:
+        texts = Path(folder) / "texts.jsonl"
+        texts.write_text("".join(json.dumps(one) + "\n" for n in range(9) for one in patient_notes("p", n, 0)))
+        tokenizer = Tokenizer.from_pretrained(train_tokenizer(Options((str(texts),), f"{folder}/tokenizer", 512)))
+    config = ModelConfig.from_dict(json.loads((ROOT / "train/recipes/tiny.json").read_text()))
+    model = init_weights(Transformer(config), 0).double().requires_grad_(False)
+show(patient_notes, "write_note(", model=runs[0] if runs else "random weights", note=written["text"])
+
+# %% [markdown]
+# ## Questions to prompts to a tree
+# Eight phenotypes and the diagnosis. The note comes first, so all nine prompts share it. What they share is computed
+# once: a node's keys serve all branches below it.
+# %%
+generator = Generator(model, tokenizer)
+asker = Asker(generator, "both", "template", Limits(diagnosis=100), grounded=True)
+questions = asker.questions(note)
+requests = asker.requests(Part(note, note.text), {})
+prompts = [request.prompt for request in requests]
+show(Asker.prompt, "tasks.prefix(text), bos=True", tokens_of_each_prompt=[len(prompt) for prompt in prompts])
+prefix, branch = tokenizer.encode(tasks.prefix(note.text), bos=True), tokenizer.encode(tasks.branch(questions[0][1]))
+check("tokens of the note + tokens of the first question", len(prefix) + len(branch), len(prompts[0]))
+nodes, leaves = plan(prompts)
+computed = sum(len(part.tokens) for part in (*nodes, *leaves))
+show(Generator.run, "plan(", leaves=len(leaves), computed_tokens=f"{computed} in place of {sum(map(len, prompts))}")
+check("tokens that all prompts begin with", len(commonprefix(prompts)), len(nodes[0].tokens))
+
+# %% [markdown]
+# ## Answers under a grammar, and the record
+# At every step only the tokens are allowed that keep the answer legal: here a span of the note. The answer's
+# log-probability is the model's own, as if nothing had been forbidden. In the record each value has its place in the
+# note (start, end), and the diagnosis its code.
+# %%
+outs = asker.answers(requests)
+number = list(tasks.PHENOTYPES).index("tumor_site")
+asked, out = requests[number], outs[number]
+grammar = asked.settings.constraint.grammar
+first = grammar.allowed(grammar.begin())
+show(Grammar.allowed, "ids += below[0]", allowed_first=f"{len(first)} of {tokenizer.vocab_size}", answer=repr(out.text))
+logits_TV = model(torch.tensor([asked.prompt + out.tokens]))[0, len(asked.prompt) - 1 :]
+logprob_T = logits_TV.log_softmax(-1)[range(len(out.tokens)), out.tokens]
+check("Σ log p of the answer's tokens, by the plain forward pass", float(logprob_T.sum()), sum(out.logprobs), 1e-9)
+record = asker.record([Part(note, note.text)], questions, [outs])
+show(phenotype_record, "place(value, note)", diagnosis=record["diagnosis"]["codes"][:1])
+for name, phenotype in tasks.PHENOTYPES.items():
+    found = [(value["text"], value["start"], value["end"]) for value in record["phenotypes"][name]["answers"]]
+    print(f"    {name}: {found}; true: {[one['text'] for one in written['phenotypes'][name]]}")
+    for text, start, end in found:
+        said_in_note = start is not None and note.text[start:end].split() == text.split()
+        assert text in phenotype.values if phenotype.values else said_in_note, f"{name}: not an allowed answer"
