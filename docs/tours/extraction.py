@@ -15,7 +15,7 @@ from infer import Generator, tasks
 from infer.engine.load import load
 from infer.engine.tree import plan
 from infer.extract.answers import phenotype_record
-from infer.extract.ask import Asker, Limits, Part
+from infer.extract.ask import Asker, Limits
 from infer.extract.grounded import Grammar
 from infer.extract.notes import Note
 from model import ModelConfig, Tokenizer, Transformer
@@ -48,7 +48,7 @@ show(patient_notes, "write_note(", model=runs[0] if runs else "random weights", 
 generator = Generator(model, tokenizer)
 asker = Asker(generator, "both", "template", Limits(diagnosis=100), grounded=True)
 questions = asker.questions(note)
-requests = asker.requests(Part(note, note.text), {})
+requests = asker.requests(asker.parts(note)[0], {})
 prompts = [request.prompt for request in requests]
 show(Asker.prompt, "tasks.prefix(text), bos=True", tokens_of_each_prompt=[len(prompt) for prompt in prompts])
 prefix, branch = tokenizer.encode(tasks.prefix(note.text), bos=True), tokenizer.encode(tasks.branch(questions[0][1]))
@@ -73,8 +73,8 @@ show(Grammar.allowed, "ids += below[0]", allowed_first=f"{len(first)} of {tokeni
 logits_TV = model(torch.tensor([asked.prompt + out.tokens]))[0, len(asked.prompt) - 1 :]
 logprob_T = logits_TV.log_softmax(-1)[range(len(out.tokens)), out.tokens]
 check("Σ log p of the answer's tokens, by the plain forward pass", float(logprob_T.sum()), sum(out.logprobs), 1e-9)
-record = asker.record([Part(note, note.text)], questions, [outs])
-show(phenotype_record, "place(value, note)", diagnosis=record["diagnosis"]["codes"][:1])
+(record,) = asker.records([note])
+show(phenotype_record, "start, end = ", diagnosis=record["diagnosis"]["codes"][:1])
 for name, phenotype in tasks.PHENOTYPES.items():
     found = [(value["text"], value["start"], value["end"]) for value in record["phenotypes"][name]["answers"]]
     print(f"    {name}: {found}; true: {[one['text'] for one in written['phenotypes'][name]]}")

@@ -55,7 +55,8 @@ def rows(
         model = init_weights(model.to_empty(device="cpu"), 0).requires_grad_(False).eval()
         narrows = {}
         for form in ("int8", "int4"):
-            narrows[form] = quantize_model(init_weights(Transformer(model.config), 0).requires_grad_(False).eval(), form)
+            base = init_weights(Transformer(model.config), 0).requires_grad_(False).eval()
+            narrows[form] = quantize_model(base, form)
         found += compare("500M random", model, tokenizer, narrows, {}, prompt, new_tokens, repeats, setting)
     return [*found, past_the_window(tokenizer)]
 

@@ -14,6 +14,7 @@ from tiny_runs import CONFIG
 
 from lora import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter
 from lora.quantized import quantize_base
+from model.support.init import init_weights
 from model.transformer import Transformer
 from train.distributed.checkpoint import steps_saved
 from train.recipe import Recipe
