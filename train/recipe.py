@@ -17,7 +17,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lora import LoRAConfig
 from model.config import ModelConfig
 from model.support import cli as command
-from model.support.cli import UserError, nearest
+from model.support.cli import UserError, nearest, one_line
 from train.data.store import Encoding
 
 
@@ -215,12 +215,12 @@ class Recipe:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A recipe file's keys. Raises UserError for what is not TOML, not a key of Recipe, or of another type."""
+    if not Path(path).is_file():
+        raise UserError(f"{path}: no such file; give a recipe, for example train/recipes/cancerllm.toml")
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (FileNotFoundError, IsADirectoryError) as error:
-        raise UserError(f"{path}: no such file; give a recipe, for example train/recipes/cancerllm.toml") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not a TOML file: {error}") from error
+    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, too deep, or a number of thousands of digits
+        raise UserError(f"{path}: not a TOML file: {one_line(error)}") from error
     known = {field.name: {} if field.default is MISSING else field.default for field in fields(Recipe)}
     for key, value in raw.items():
         if key not in known:

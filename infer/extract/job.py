@@ -55,7 +55,7 @@ def stamp(path: str | Path) -> list[Any]:
     where = Path(path)
     found: list[Any] = [str(where)]
     for file in sorted(f for f in where.iterdir() if f.is_file()) if where.is_dir() else [where]:
-        if file.exists():
+        if file.is_file():
             size = file.stat().st_size
             with open(file, "rb") as data:
                 digest = hashlib.sha256(data.read(END))

@@ -88,6 +88,8 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read(file: Path) -> str:
+    if not file.is_file():
+        raise UserError(f"{file}: a folder, pipe or device, not a file; take it out of the folder")
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:
