@@ -28,7 +28,7 @@ from lora.origin import check_origin
 from model import Tokenizer, Transformer
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import read_jsonl, write_json
+from model.support.files import check_regular, read_jsonl, write_json
 from model.support.lock import output
 
 
@@ -113,6 +113,7 @@ def _nats(model: Transformer, ids: Sequence[int], skip: int) -> float:
 def read_texts(path: Path, limit: int = 0) -> list[str]:
     """The documents of a .jsonl file's "text" fields, or a text file as one document."""
     if path.suffix != ".jsonl":
+        check_regular(path)
         try:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.support.cli import UserError
+from model.support.files import check_regular
 
 
 @dataclass(frozen=True)
@@ -64,9 +65,12 @@ def text_files(folder: Path) -> list[Path]:
 def text_file(file: Path) -> Note:
     name = file.stem.encode("utf-8", "backslashreplace").decode()  # a name need not be UTF-8
     try:
+        check_regular(file)
         return checked(name, file.read_bytes().decode("utf-8-sig"), ())
     except UnicodeDecodeError as error:
         return Note(name, error=f"not UTF-8 text (byte {error.start})")
+    except UserError:
+        return Note(name, error="the file is a pipe, socket or device")
     except OSError as error:
         return Note(name, error=f"the file cannot be read: {error.strerror}")
 
@@ -115,8 +119,9 @@ def fingerprint(path: Path) -> str:
         if path.is_dir():
             digest.update(os.fsencode(file.name) + b"\0")
         try:
+            check_regular(file)
             with open(file, "rb") as data:
                 digest.update(hashlib.file_digest(data, "sha256").digest())
-        except OSError:  # its record will say so
+        except (UserError, OSError):  # its record will say so
             digest.update(b"unread")
     return digest.hexdigest()

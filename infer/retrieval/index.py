@@ -30,7 +30,7 @@ from infer.retrieval.bm25 import BM25, words
 from infer.retrieval.encoder import Encoder, files
 from infer.retrieval.search import allowed, top_k
 from model.support.cli import UserError, run
-from model.support.files import atomic_folder, read_json, read_jsonl, sha256_file, write_json
+from model.support.files import atomic_folder, check_regular, read_json, read_jsonl, sha256_file, write_json
 from model.support.lock import output
 
 BATCH = 64
@@ -88,8 +88,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def read(file: Path) -> str:
-    if not file.is_file():
-        raise UserError(f"{file}: a folder, pipe or device, not a file; take it out of the folder")
+    check_regular(file)
     try:
         return file.read_text(encoding="utf-8")
     except UnicodeDecodeError as error:

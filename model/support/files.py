@@ -149,6 +149,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
 
 def read_json(path: str | os.PathLike[str]) -> Any:
     """The JSON value in a file. Raises UserError where it is missing or is not JSON."""
+    check_regular(path)
     try:
         text = Path(path).read_text(encoding="utf-8")
     except FileNotFoundError as error:
@@ -162,6 +163,12 @@ def read_json(path: str | os.PathLike[str]) -> Any:
         raise UserError(f"{path}: not JSON{where}; is the file whole?") from error
 
 
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise a UserError for a pipe, socket or device: opening one may wait forever, reading one may never end."""
+    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
+        raise UserError(f"{path}: a pipe, socket or device, not a file; copy what it gives into a file")
+
+
 def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for every line of a JSON-lines file; blank lines are passed over.
 
@@ -170,6 +177,7 @@ def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> It
     """
     fields = tuple(required)
     number, records = 0, 0
+    check_regular(path)
     try:
         with open(path, "rb") as lines:
             for number, line in enumerate(lines, start=1):
