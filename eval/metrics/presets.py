@@ -25,8 +25,9 @@ Words = list[str]
 @dataclass(frozen=True)
 class Preset:
     """`form` is what exact match compares; BLEU and ROUGE each have words and a definition (None: not computed).
-    `nothing` is the answer that counts as no answer at all (None: a text like any other). `choices` says all of it in
-    words, and `signature` is what a score carries."""
+    `nothing` is the answer that counts as no answer at all (None: a text like any other). `separator` stands between
+    the answers of a text; in a list it is looked for too where `splits_lists`. `choices` says all of it in words, and
+    `signature` is what a score carries."""
 
     name: str
     form: Callable[[str], str]
@@ -36,10 +37,13 @@ class Preset:
     rouge: Callable[[Words, Words], float]
     choices: str
     nothing: str | None = None
+    separator: str = ","
+    splits_lists: bool = False
+    version: int = 1
 
     @property
     def signature(self) -> str:
-        return f"preset:{self.name}|{self.choices}|v:1"
+        return f"preset:{self.name}|{self.choices}|v:{self.version}"
 
 
 def folded(answer: str) -> str:
@@ -58,14 +62,15 @@ def _at_each_space(answer: str) -> Words:
     return answer.split(" ")
 
 
-_SETS = "set:comma-split,dedup,max-match|avg:macro"
+_RULES = "dedup,max-match|avg:macro"
+_SETS = f"set:comma-split,{_RULES}"
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
         Preset("clinical", text.clinical, _clinical, pairs.bleu_sacrebleu, _clinical, pairs.rouge_l_coco,
                "em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|"
-               + _SETS,
-               nothing="not relevant"),
+               f"set:semicolon-split,{_RULES}",
+               nothing="not relevant", separator=";", splits_lists=True, version=2),
         Preset("cancerllm", text.released, _stemmed, pairs.bleu_coco, _stemmed, pairs.rouge_l_coco,
                f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}"),
         Preset("cancerllm-released", text.released, _stemmed, None, _stemmed, pairs.rouge_1_sets,

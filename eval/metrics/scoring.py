@@ -6,7 +6,7 @@
 
 and averages over questions × 100. Two receptors right of three, none wrong: precision 1, recall 2/3, F1 0.8.
 
-    >>> result = score(["ER+, PR-"], [["ER+", "PR-", "HER2-"]])
+    >>> result = score(["ER+; PR-"], [["ER+", "PR-", "HER2-"]])
     >>> result.exact_match
     Figures(precision=100.0, recall=66.66666666666666, f1=80.0)
 """
@@ -48,10 +48,11 @@ class Scores:
 def score(
     predictions: Sequence[str | Sequence[str]], references: Sequence[str | Sequence[str]], preset: str = "clinical"
 ) -> Scores:
-    """Score answers: one item a question in both lists, each a list of answers or one text that is split on commas.
+    """Score answers: one item a question in both lists, each a list of answers or one text that is split: at "; " under
+    `clinical`, at commas under the others, as the paper's scripts do (give a list of one where commas belong to it).
 
-    A diagnosis whose commas belong to it is given as a list of one. `preset` is a name or another score's signature.
-    Raises ValueError where one is no list, where they differ in length or are empty, or where the preset is not known.
+    `preset` is a name or another score's signature. Raises UserError where one is no list, where they differ in length
+    or are empty, or where the preset is not known.
     """
     made = chosen(preset)
     if isinstance(predictions, str) or isinstance(references, str):
@@ -93,8 +94,10 @@ def question(predicted: str | Sequence[str], gold: str | Sequence[str], preset: 
 
 
 def answers(given: str | Sequence[str], preset: Preset) -> list[str]:
-    """The distinct answers: a text is split on commas; blanks, and the preset's word for no answer, are no answer."""
-    parts: Iterable[str] = given.split(",") if isinstance(given, str) else given
+    """The distinct answers of a text or a list; blanks, and the preset's word for no answer, are no answer."""
+    parts: Iterable[str] = [given] if isinstance(given, str) else given
+    if isinstance(given, str) or preset.splits_lists:
+        parts = [part for text in parts for part in text.split(preset.separator)]
     found = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if preset.nothing is not None:
         found = [answer for answer in found if answer.lower().rstrip(".") != preset.nothing]
