@@ -25,8 +25,8 @@ Words = list[str]
 @dataclass(frozen=True)
 class Preset:
     """`form` is what exact match compares; BLEU and ROUGE each have words and a definition (None: not computed).
-    `nothing` is the answer that counts as no answer at all (None: a text like any other). `separator` stands between
-    the answers of a text; in a list it is looked for too where `splits_lists`. `choices` says all of it in words, and
+    `nothing` is the answer that counts as no answer at all (None: a text like any other). `separator` (a regular
+    expression) divides a text into answers; a list's items too where `splits_lists`. `choices` says all of it in words, and
     `signature` is what a score carries."""
 
     name: str
@@ -70,7 +70,7 @@ PRESETS: dict[str, Preset] = {
         Preset("clinical", text.clinical, _clinical, pairs.bleu_sacrebleu, _clinical, pairs.rouge_l_coco,
                "em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|"
                f"set:semicolon-split,{_RULES}",
-               nothing="not relevant", separator=";", splits_lists=True, version=2),
+               nothing="not relevant", separator=r";(?=\s|$)", splits_lists=True, version=2),
         Preset("cancerllm", text.released, _stemmed, pairs.bleu_coco, _stemmed, pairs.rouge_l_coco,
                f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}"),
         Preset("cancerllm-released", text.released, _stemmed, None, _stemmed, pairs.rouge_1_sets,

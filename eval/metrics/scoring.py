@@ -14,6 +14,7 @@ and averages over questions × 100. Two receptors right of three, none wrong: pr
 from __future__ import annotations
 
 import math
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -97,7 +98,7 @@ def answers(given: str | Sequence[str], preset: Preset) -> list[str]:
     """The distinct answers of a text or a list; blanks, and the preset's word for no answer, are no answer."""
     parts: Iterable[str] = [given] if isinstance(given, str) else given
     if isinstance(given, str) or preset.splits_lists:
-        parts = [part for text in parts for part in text.split(preset.separator)]
+        parts = [part for text in parts for part in re.split(preset.separator, text)]
     found = list(dict.fromkeys(part.strip() for part in parts if part.strip()))
     if preset.nothing is not None:
         found = [answer for answer in found if answer.lower().rstrip(".") != preset.nothing]

@@ -1,105 +1,147 @@
-"""How far a mean can be trusted: intervals and tests that draw patients, because one patient's questions hang together.
+"""How far a mean can be trusted: one interval, over patients, because one patient's questions hang together.
 
-`interval` is the percentile bootstrap over patients. Where it would claim certainty (every patient alike at 0 or 100,
-or one patient alone) the exact binomial bound on patients takes its place: 10 patients all right say "at least 69 %",
-not "100 ± 0".
+`interval` adds two patients of average size to those that were seen, one with every answer right and one with every
+answer wrong, and takes the cluster-robust t-interval of the mean of all, with n - 1 degrees of freedom for n patients.
+With one binary question a patient this is close to Agresti and Coull's interval; the added patients keep it from zero
+width where all patients are alike, and keep its coverage near 0 and 100, where the plain t-interval covers 83 to 88 %
+(simulated; tests/eval/metrics/test_statistics.py holds this one to at least 93 %). `paired` is the same interval of
+differences, whose bounds are -100 and 100, and its p-value inverts it: p < 0.05 where 0 lies outside. Fewer than 10
+patients have no interval.
+
+It says how the mean varies between samples of *patients*; another training of the same model varies beyond it.
 
     >>> low, high = interval([100.0] * 10, list("abcdefghij"))
     >>> round(low, 1), high
-    (69.2, 100.0)
+    (72.8, 100.0)
+    >>> low, high = interval([100.0] * 9 + [90.0], list("abcdefghij"))
+    >>> round(low, 1), high
+    (72.0, 100.0)
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Sequence
+from dataclasses import dataclass
+from functools import cache
 
 import numpy as np
 
-DRAWS = 2000
+FEWEST = 10
+"""Patients below which no interval is given."""
+Interval = tuple[float, float] | tuple[None, None]
+
+
+@dataclass(frozen=True)
+class _Estimate:
+    """The mean of n patients and of two more at the bounds, with its standard error."""
+
+    centre: float
+    error: float
+    patients: int
+
+    def interval(self, bounds: tuple[float, float]) -> Interval:
+        if self.patients < FEWEST:
+            return None, None
+        reach = t_quantile(self.patients - 1) * self.error
+        return max(bounds[0], self.centre - reach), min(bounds[1], self.centre + reach)
+
+    def p(self) -> float | None:
+        """Of a true mean of 0."""
+        return None if self.patients < FEWEST else t_beyond(self.centre / self.error, self.patients - 1)
 
 
 def interval(
-    values: Sequence[float], patients: Sequence[Hashable], level: float = 0.95, seed: int = 0
-) -> tuple[float, float]:
-    """The interval of the mean of `values` (percent), resampling whole patients. The same input gives the same bits."""
-    sums, counts = _by_patient(values, patients)
-    n, tail = len(sums), (1 - level) / 2
-    means = sums / counts
-    if (means == 100).all():
-        return 100 * tail ** (1 / n), 100.0
-    if (means == 0).all():
-        return 0.0, 100 * (1 - tail ** (1 / n))
-    if n == 1:
-        return 0.0, 100.0
-    drawn = _draws(n, seed)
-    low, high = np.quantile((drawn @ sums) / (drawn @ counts), (tail, 1 - tail))
-    if low == high:  # patients alike, though not at a bound
-        room = 100 * (1 - tail ** (1 / n))
-        low, high = max(0.0, low - room), min(100.0, high + room)
-    return float(low), float(high)
+    values: Sequence[float], patients: Sequence[Hashable], bounds: tuple[float, float] = (0.0, 100.0)
+) -> Interval:
+    """The 95 % interval of the mean of `values` (each within `bounds`); (None, None) below 10 patients."""
+    return _estimate(values, patients, bounds).interval(bounds)
 
 
-def paired(a: Sequence[float], b: Sequence[float], patients: Sequence[Hashable], seed: int = 0) -> dict[str, float]:
-    """What system B adds to system A on the same questions: the difference of means, its interval, and the p-value of a
-    test that flips the sign of whole patients' differences (all 2^n flips up to 12 patients, else 10,000 drawn
-    ones)."""
-    difference, counts = _by_patient([y - x for x, y in zip(a, b, strict=True)], patients)
-    n = len(difference)
-    observed = float(difference.sum() / counts.sum())
-    drawn = _draws(n, seed)
-    low, high = np.quantile((drawn @ difference) / (drawn @ counts), (0.025, 0.975))
-    if low == high:  # every patient alike, or one alone: no certainty, but the binomial bound on patients
-        room = 100 * (1 - 0.025 ** (1 / n))
-        low, high = max(-100.0, observed - room), min(100.0, observed + room)
-    if n <= 12:
-        signs = 1.0 - 2.0 * ((np.arange(2**n)[:, None] >> np.arange(n)) & 1)
-        extreme, total = _extreme(signs, difference), 2**n
-    else:
-        signs = np.random.default_rng(seed).choice((-1.0, 1.0), size=(10_000, n))
-        extreme, total = _extreme(signs, difference) + 1, 10_001
+def paired(a: Sequence[float], b: Sequence[float], patients: Sequence[Hashable]) -> dict[str, float | None]:
+    """What system B adds to system A on the same questions (percent): the difference of means, its interval and the
+    p-value that inverts it, and how many questions are better and worse."""
+    difference = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
+    bounds = (-100.0, 100.0)
+    estimate = _estimate(difference, patients, bounds)
+    low, high = estimate.interval(bounds)
     return {
-        "difference": observed,
-        "low": float(low),
-        "high": float(high),
-        "p": extreme / total,
-        "n": len(a),
-        "patients": n,
-        "better": int((np.asarray(b) > np.asarray(a)).sum()),
-        "worse": int((np.asarray(b) < np.asarray(a)).sum()),
+        "difference": float(difference.mean()),
+        "low": low,
+        "high": high,
+        "p": estimate.p(),
+        "n": len(difference),
+        "patients": estimate.patients,
+        "better": int((difference > 0).sum()),
+        "worse": int((difference < 0).sum()),
     }
 
 
 def slope(
-    x: Sequence[float], values: Sequence[Sequence[float]], patients: Sequence[Hashable], seed: int = 0
-) -> dict[str, float]:
+    x: Sequence[float], values: Sequence[Sequence[float]], patients: Sequence[Hashable]
+) -> dict[str, float | None]:
     """The least-squares slope of the mean against x, where the same questions were answered at every x (`values[i]` at
-    x[i]), with the interval from resampling whole patients.
+    x[i], percent): the mean of each question's own slope, with the interval of that mean.
 
     >>> falling = slope([0, 1, 2], [[100, 100], [50, 60], [0, 20]], ["a", "b"])
-    >>> falling["slope"], falling["low"], falling["high"]
-    (-45.0, -50.0, -40.0)
+    >>> falling["slope"], falling["low"]
+    (-45.0, None)
     """
-    sums_XP, counts = zip(*(_by_patient(row, patients) for row in values), strict=True)
     centred = np.asarray(x, dtype=float) - np.mean(x)
     weights_X = centred / (centred**2).sum()
-    means = np.asarray([sums.sum() for sums in sums_XP]) / counts[0].sum()
-    drawn = _draws(len(counts[0]), seed)
-    means_DX = (drawn @ np.asarray(sums_XP).T) / (drawn @ counts[0])[:, None]
-    low, high = np.quantile(means_DX @ weights_X, (0.025, 0.975))
-    return {"slope": float(means @ weights_X), "low": float(low), "high": float(high)}
+    steepest = 100 * np.abs(weights_X).sum() / 2
+    slopes = weights_X @ np.asarray(values, dtype=float)
+    low, high = interval(slopes.tolist(), patients, (-steepest, steepest))
+    return {"slope": float(slopes.mean()), "low": low, "high": high}
 
 
-def _extreme(signs: np.ndarray, difference: np.ndarray) -> int:
-    return int((np.abs(signs @ difference) >= abs(difference.sum()) - 1e-9).sum())
+def format_interval(low: float | None, high: float | None, digits: int = 1) -> str:
+    """The interval in brackets; nothing where there is none."""
+    return "" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
-def _by_patient(values: Sequence[float], patients: Sequence[Hashable]) -> tuple[np.ndarray, np.ndarray]:
+def format_p(p: float | None) -> str:
+    return "" if p is None else f"p = {p:.4f}" if p >= 1e-4 else "p < 0.0001"
+
+
+def _estimate(
+    values: Sequence[float] | np.ndarray, patients: Sequence[Hashable], bounds: tuple[float, float]
+) -> _Estimate:
     places = {patient: place for place, patient in enumerate(dict.fromkeys(patients))}
-    index = np.array([places[patient] for patient in patients], dtype=int)
-    counts = np.bincount(index, minlength=len(places)).astype(float)
-    return np.bincount(index, weights=np.asarray(values, dtype=float), minlength=len(places)), counts
+    index = [places[patient] for patient in patients]
+    sums_P = np.bincount(index, weights=np.asarray(values, dtype=float))
+    counts_P = np.bincount(index).astype(float)
+    typical = counts_P.mean()
+    sums_P = np.append(sums_P, np.asarray(bounds) * typical)
+    counts_P = np.append(counts_P, (typical, typical))
+    centre = sums_P.sum() / counts_P.sum()
+    residuals_P = sums_P - centre * counts_P
+    n = len(sums_P)
+    error = math.sqrt((residuals_P**2).sum() * n / (n - 1)) / counts_P.sum()
+    return _Estimate(float(centre), error, len(places))
 
 
-def _draws(n: int, seed: int) -> np.ndarray:
-    """How often each of n patients is drawn, one row a resample."""
-    return np.random.default_rng(seed).multinomial(n, np.full(n, 1 / n), size=DRAWS).astype(float)
+# Student's t with a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+
+
+def t_beyond(t: float, degrees: int) -> float:
+    """The probability of a value as far from 0 as t, on either side."""
+    angle = math.atan2(abs(t), math.sqrt(degrees))
+    sine, cosine = math.sin(angle), math.cos(angle)
+    odd = degrees % 2
+    term, total = (cosine, 0.0) if odd else (1.0, 0.0)
+    for k in range(2 + odd, degrees + 1, 2):
+        total += term
+        term *= (k - 1) / k * cosine**2
+    within = 2 / math.pi * (angle + sine * total) if odd else sine * total
+    return max(0.0, 1 - within)
+
+
+@cache
+def t_quantile(degrees: int, level: float = 0.95) -> float:
+    """The t within which `level` of the distribution lies."""
+    low, high = 0.0, 1000.0
+    for _ in range(80):
+        middle = (low + high) / 2
+        low, high = (middle, high) if t_beyond(middle, degrees) > 1 - level else (low, middle)
+    return high

@@ -169,7 +169,7 @@ _NUMBER_WORD = re.compile(
     rf"(?<![^\W\d_])(?:(?P<ten>{'|'.join(_TENS)})[{_JOINT}\s](?P<one>{'|'.join(_ONES[1:10])})|"
     rf"(?P<word>{'|'.join(_NUMBERS)}))(?![^\W_])"
 )
-_TIMES = re.compile(r"(?<=\d)(\s*(?:mm|cm|μm)?\s*)[x*]\s*(?=\.?\d)")
+_TIMES = re.compile(r"(?<=\d)((?:\s*(?:mm|cm|μm))?)x(?=\s*\.?\d)|(?<=\d)\s*\*\s*(?=\.?\d)")
 _RATIO = re.compile(r"(?<![\w.,/⁄])(\d{1,9})/(0*[1-9]\d{0,8})(?=\s*-?\s*(?:[cmμu]m|centim|millim|microm))")
 
 
@@ -265,18 +265,20 @@ def _rational(value: Fraction) -> str:
 
 # Quantities, in tokens joined by spaces.
 
-_NUMBER = r"(?<!\S)\d[\d.⁄]*(?!\S)"
+_NUMBER = r"(?<!\S)(?<!\^ )\d[\d.⁄]*(?!\S)"  # not an exponent
 _UNIT = r"(?:mm|cm|μm)(?!\S)"
 _UNIT_WORDS = (
     (re.compile(r"(?<!\S)centimet(?:er|re)s?(?!\S)"), "cm"),
     (re.compile(r"(?<!\S)millimet(?:er|re)s?(?!\S)"), "mm"),
-    (re.compile(r"(?<!\S)(?:micromet(?:er|re)s?|microns?)(?!\S)|(?<=\d )um(?!\S)"), "μm"),
+    (re.compile(r"(?<!\S)(?:micromet(?:er|re)s?|microns?)(?!\S)"), "μm"),
+    (re.compile(rf"({_NUMBER}) um(?!\S)"), r"\1 μm"),
     (re.compile(rf"(?<!\S)(?:sq|square) ({_UNIT})"), r"\1 ^ 2"),
     (re.compile(rf"(?<!\S)cubic ({_UNIT})"), r"\1 ^ 3"),
     (re.compile(rf"(?<!\S)({_UNIT}) squared(?!\S)|(?<!\S)(mm|cm|μm)2(?!\S)"), r"\1\2 ^ 2"),
     (re.compile(rf"(?<!\S)({_UNIT}) cubed(?!\S)|(?<!\S)(mm|cm|μm)3(?!\S)"), r"\1\2 ^ 3"),
-    (re.compile(r"(?<=\d) cc(?!\S)"), " cm ^ 3"),
+    (re.compile(rf"({_NUMBER}) cc(?!\S)"), r"\1 cm ^ 3"),
     (re.compile(r"(?<!\S)(?:percent|per cent)(?!\S)"), "%"),
+    (re.compile(rf"({_NUMBER}(?: {_UNIT})?) x(?=(?:0|[1-9]\d*)(?:\.\d*[1-9])?(?!\S))"), r"\1 x "),
     (re.compile(rf"({_NUMBER}(?: {_UNIT})?) by (?={_NUMBER})"), r"\1 x "),
     (re.compile(rf"({_NUMBER}(?: {_UNIT})?) to (?={_NUMBER})"), r"\1 - "),
     (re.compile(rf"({_NUMBER}) % - (?={_NUMBER} %)"), r"\1 - "),
