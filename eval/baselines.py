@@ -244,7 +244,7 @@ class RegexBaseline:
             return [Found(name + "-" * status, triple.start()) for name in _RECEPTORS]
         found = []
         for name, pattern in _RECEPTORS.items():
-            for match in re.finditer(pattern, text, 0 if status is None else re.I):
+            for match in re.finditer(pattern, text, re.I):
                 after = re.split(r"[;.\n]|\band\b|, (?=[A-Zep])", text[match.end() : match.end() + 40])[0]
                 result = _RESULT.search(after)
                 if result is None or _PENDING.search(after) and not result["equivocal"]:

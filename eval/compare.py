@@ -1,7 +1,8 @@
 """What changed between two runs: `python -m eval.compare RUN_A RUN_B` (folders with run.json, see eval.report).
 
 Systems are matched by name, notes by id; each line is a system's exact-match F1 in A and in B on the questions that
-both were asked, the difference with its interval, and the p-value of the paired test. `--system-a X --system-b Y`
+both were asked, the difference with its interval over patients, and the p-value that inverts it (neither below 10
+patients; see eval.metrics.statistics). `--system-a X --system-b Y`
 compares two systems, of one run or of two.
 """
 
@@ -15,9 +16,9 @@ from typing import Annotated, Any
 import tyro
 
 from eval.failures import is_right
-from eval.metrics.statistics import paired
-from eval.questions import Question, judged, pair, read_predictions, read_references
-from eval.report.given import read_run
+from eval.metrics.statistics import format_interval, format_p
+from eval.questions import Question, pair, paired_f1, read_predictions, read_references
+from eval.report.run_file import read_run
 from eval.score import groups
 from model.support import cli as command
 from model.support.cli import UserError, nearest
@@ -70,34 +71,20 @@ def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
             raise UserError(
                 f"{other}: the two runs hold different right answers for it; were they made from the same data?"
             )
-        if not both:
-            continue
-        f1 = [[judged(one, "clinical")["exact_match"].f1 for one in side] for side in zip(*both, strict=True)]
-        rights = [(one, two, is_right(one), is_right(two)) for one, two in both]
-        found.append(
-            {
-                "task": task,
-                "a": sum(f1[0]) / len(both),
-                "b": sum(f1[1]) / len(both),
-                **{
-                    key: value
-                    for key, value in paired(f1[0], f1[1], [one.patient for one, _ in both]).items()
-                    if key not in ("a", "b")
-                },
-                "changed": [
-                    {
-                        "record": one.record,
-                        "question": one.name,
-                        "gold": list(one.gold),
-                        "a": list(one.predicted),
-                        "b": list(two.predicted),
-                        "now": "right" if after else "wrong",
-                    }
-                    for one, two, before, after in rights
-                    if before != after
-                ],
-            }
-        )
+        if test := paired_f1(mine, b):
+            changed = [
+                {
+                    "record": one.record,
+                    "question": one.name,
+                    "gold": list(one.gold),
+                    "a": list(one.predicted),
+                    "b": list(two.predicted),
+                    "now": "right" if is_right(two) else "wrong",
+                }
+                for one, two in both
+                if is_right(one) != is_right(two)
+            ]
+            found.append({"task": task, **test, "changed": changed})
     return found
 
 
@@ -127,14 +114,14 @@ def main(options: Options) -> None:
     for row in rows:
         name = row["system_a"] if row["system_a"] == row["system_b"] else f"{row['system_a']} -> {row['system_b']}"
         print(
-            f"{row['set']}, {row['task']}, {name}: {row['a']:.1f} -> {row['b']:.1f} ({row['difference']:+.1f} "
-            f"[{row['low']:.1f}, {row['high']:.1f}], p = {row['p']:.4f}, n = {row['n']}; {row['better']} better, "
-            f"{row['worse']} worse)"
+            f"{row['set']}, {row['task']}, {name}: {row['mean_a']:.1f} -> {row['mean_b']:.1f} "
+            f"({row['difference']:+.1f} {format_interval(row['low'], row['high'])}, {format_p(row['p'])}, "
+            f"n = {row['n']}; {row['better']} better, {row['worse']} worse)"
         )
         for one in row["changed"][: options.changed]:
             print(
-                f"    {one['record']} {one['question']}: {', '.join(one['a']) or 'not relevant'} -> "
-                f"{', '.join(one['b']) or 'not relevant'} (now {one['now']})"
+                f"    {one['record']} {one['question']}: {'; '.join(one['a']) or 'not relevant'} -> "
+                f"{'; '.join(one['b']) or 'not relevant'} (now {one['now']})"
             )
 
 

@@ -5,7 +5,7 @@ Each wrong answer gets the first class whose rule fits, in the order of `CLASSES
 of the text. Apart from its class, an answer that stands nowhere in the note is counted as invented (open phenotypes
 only: a closed one's value need not stand there).
 
-    >>> wrong = lambda p, g: kind(Question("n", "p", "histological_type", (g,), (p,) if p else ()))
+    >>> wrong = lambda p, g: classify(Question("n", "p", "histological_type", (g,), (p,) if p else ()))
     >>> right = "invasive ductal carcinoma"
     >>> [wrong(said, right) for said in ("", "carcinoma", f"{right} in situ", "invasive ductal carcinmoa")]
     ['incomplete', 'incomplete', 'too much', 'misspelling']
@@ -20,7 +20,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from eval.metrics.text import clinical
-from eval.questions import Question, judged
+from eval.questions import Question, f1_of
 from infer.extract.places import occurs_in
 from infer.tasks import PHENOTYPES
 
@@ -32,22 +32,22 @@ CLASSES = {
     "too much": "the right answer and more",
     "misspelling": "a letter or two away from the right answer",
     "abbreviation": "the right answer shortened, or a shortened one written out",
-    "label noise suspected": "another system gives the same answer and it stands in the note, or the label does not",
+    "label noise suspected": "an independent system gives the same answer and the note holds it, or not the label",
     "another value": "another value of the same kind",
     "irrelevant": "no word of the right answer",
 }
-_GROUP = re.compile(r"\b[ivx]+[abc]?\b")  # a stage group: another one is another value, not a slip
-_DIGIT = re.compile(r"\d")
+_GROUP = re.compile(r"\b(?:iv|i{1,3})[abc]?\d?\b")  # a stage group: another one is another value, not a slip
+_KINDS = {"stage group": _GROUP, "length": re.compile(r"\d mm\b"), "number": re.compile(r"\d(?! mm\b)")}
 _REPEATED = re.compile(r"\b(\w[\w ,.-]{0,60}?)(?:[\s,.;]+\1\b){2,}", re.I)
 
 
 def is_right(one: Question) -> bool:
     """Exact match of the whole set under the clinical preset."""
-    return judged(one, "clinical")["exact_match"].f1 == 100
+    return f1_of(one) == 100
 
 
-def kind(one: Question, note: str = "", others: int = 0) -> str:
-    """The class of a wrong answer. `others`: how many other systems gave the same answer."""
+def classify(one: Question, note: str = "", witnesses: int = 0) -> str:
+    """The class of a wrong answer. `witnesses`: how many independent systems gave the same answer."""
     predicted = [clinical(answer) for answer in one.predicted]
     gold = [clinical(answer) for answer in one.gold]
     said, right = " ; ".join(predicted), " ; ".join(gold)
@@ -67,13 +67,18 @@ def kind(one: Question, note: str = "", others: int = 0) -> str:
         return "abbreviation"
     if note and one.name in PHENOTYPES and not PHENOTYPES[one.name].values:
         held = f" {clinical(note)} "
-        if (others and f" {predicted[0]} " in held) or not all(f" {answer} " in held for answer in gold):
+        if (witnesses and f" {predicted[0]} " in held) or not all(f" {answer} " in held for answer in gold):
             return "label noise suspected"
     closed = one.name in PHENOTYPES and bool(PHENOTYPES[one.name].values)
-    alike = set(said.split()) & set(right.split()) or any(p.search(said) and p.search(right) for p in (_DIGIT, _GROUP))
+    alike = set(said.split()) & set(right.split()) - {"mm", "x", "-"} or kinds(said) & kinds(right)
     if closed and set(one.predicted) & set(PHENOTYPES[one.name].values) or alike:
         return "another value"
     return "irrelevant"
+
+
+def kinds(text: str) -> set[str]:
+    """Which kinds of value a clinical form holds: a size is no stage group, and a length no plain number."""
+    return {name for name, pattern in _KINDS.items() if pattern.search(text)}
 
 
 def invented(one: Question, note: str) -> int:
@@ -84,14 +89,14 @@ def invented(one: Question, note: str) -> int:
     return sum(not occurs_in(answer, note) and f" {clinical(answer)} " not in held for answer in one.predicted)
 
 
-def analyse(
+def count_failures(
     questions: list[Question],
     notes: Mapping[str, str],
     others: Mapping[tuple[str, str], list[tuple[str, ...]]],
     examples: int = 3,
 ) -> dict[str, Any]:
-    """Counts of each class with the first few examples, and the invented answers. `others`: the answers that other
-    systems gave, by (record, question)."""
+    """Counts of each class with the first few examples, and the invented answers. `others`: the answers that
+    independent systems gave, by (record, question): one for each family, since adapters of one base err alike."""
     counts: dict[str, int] = dict.fromkeys(CLASSES, 0)
     shown: dict[str, list[dict[str, str]]] = {name: [] for name in CLASSES}
     made_up = wrong = 0
@@ -102,15 +107,15 @@ def analyse(
             continue
         wrong += 1
         same = sum(answer == one.predicted for answer in others.get((one.record, one.name), ()))
-        name = kind(one, note, same)
+        name = classify(one, note, same)
         counts[name] += 1
         if len(shown[name]) < examples:
             shown[name].append(
                 {
                     "record": one.record,
                     "question": one.name,
-                    "right": ", ".join(one.gold) or "not relevant",
-                    "answered": ", ".join(one.predicted)[:200] or ("" if one.said_nothing else "not relevant"),
+                    "right": "; ".join(one.gold) or "not relevant",
+                    "answered": "; ".join(one.predicted)[:200] or ("" if one.said_nothing else "not relevant"),
                 }
             )
     return {

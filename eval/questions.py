@@ -6,20 +6,24 @@ A reference record is train.clinic's, a prediction record infer.extract's:
     {"text": "…"}}
 
 Shorter forms are taken too, in both files, so that any system's output can be scored: an answer may be a string, a
-phenotype a list of strings or one string ("not relevant" or "ER+, PR-"), a diagnosis a string. What a reference does
-not hold is not asked.
+phenotype a list of strings or one string ("not relevant" or "ER+; PR-"), a diagnosis a string. What a reference does
+not hold is not asked. A record may hold questions of its own instead (train.importers.conll), the prediction their
+answers in the same order:
+
+    {"id": "c-1", "text": "…", "questions": [{"question": "Which disease names are mentioned?", "answers": [{"text":
+    "gout"}]}]}   and   {"id": "c-1", "answers": [{"answers": [{"text": "gout"}], "not_relevant": false}]}
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from eval.metrics import PRESETS, Figures
 from eval.metrics.scoring import METRICS, gather, question
-from eval.metrics.statistics import interval
+from eval.metrics.statistics import interval, paired
 from infer.tasks import NOT_RELEVANT, PHENOTYPES, diagnosis_answer, parse_answer
 from model.support.cli import UserError, nearest
 from model.support.files import read_jsonl
@@ -29,8 +33,9 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one note. `gold` and `predicted` are answers without "not relevant"; `said_nothing` tells an
-    empty output from an answer "not relevant"."""
+    """One question about one note. `name` is a phenotype, "diagnosis", or the text of a question of the record's `own`.
+    `gold` and `predicted` are answers without "not relevant"; `said_nothing` tells an empty output from an answer "not
+    relevant"."""
 
     record: str
     patient: str
@@ -39,9 +44,12 @@ class Question:
     predicted: tuple[str, ...]
     said_nothing: bool = False
     finish_reason: str = ""
+    own: bool = False
 
     @property
     def task(self) -> str:
+        if self.own:
+            return "own question"
         return "diagnosis" if self.name == "diagnosis" else "phenotype"
 
     @property
@@ -77,9 +85,10 @@ def read_references(path: str | Path) -> list[Json]:
         where = f"{path}:{number}"
         if not isinstance(record["text"], str):
             raise UserError(f"{where}: 'text' is a {type(record['text']).__name__}, not the note's text")
-        if "phenotypes" not in record and "diagnosis" not in record:
-            raise UserError(f"{where}: no 'phenotypes' and no 'diagnosis': give annotated notes")
+        if not {"phenotypes", "diagnosis", "questions"} & set(record):
+            raise UserError(f"{where}: no 'phenotypes', no 'diagnosis' and no 'questions': give annotated notes")
         record = of_form(record, where)
+        check_own(record.get("questions"), f"{where}: 'questions'", ("question",))
         for name, given in (record.get("phenotypes") or {}).items():
             if not isinstance(given, list):
                 record["phenotypes"][name] = list(phenotype_answers(given)[0])
@@ -92,15 +101,34 @@ def read_references(path: str | Path) -> list[Json]:
 
 def read_predictions(path: str | Path) -> list[Json]:
     """A file of predictions. Raises UserError for a line of another form."""
-    return [of_form(record, f"{path}:{number}") for number, record in read_jsonl(path, ("id",))]
+    records = []
+    for number, record in read_jsonl(path, ("id",)):
+        records.append(of_form(record, f"{path}:{number}"))
+        check_own(record.get("answers"), f"{path}:{number}: 'answers'", ())
+    return records
+
+
+def is_answer(one: Any) -> bool:
+    return isinstance(one, str) or (isinstance(one, Mapping) and isinstance(one.get("text"), str))
+
+
+def has_answers(given: Any) -> bool:
+    """Whether it has one of the forms of answers above."""
+    found = given.get("answers") or [] if isinstance(given, Mapping) else given
+    return found is None or isinstance(found, str) or (isinstance(found, list) and all(map(is_answer, found)))
+
+
+def check_own(given: Any, where: str, fields: tuple[str, ...]) -> None:
+    """Raise UserError where a record's own questions, or the answers to them, have none of the forms above."""
+    for one in given if isinstance(given, list) else [given] if given is not None else []:
+        texts = isinstance(one, Mapping) and all(isinstance(one.get(field), str) for field in fields)
+        if not isinstance(given, list) or not texts or not has_answers(one):
+            needed = ", ".join(f"'{field}': …" for field in (*fields, "answers"))
+            raise UserError(f"{where} is not a list of {{{needed}}}")
 
 
 def of_form(record: Json, where: str) -> Json:
     """The record with its id as text. Raises UserError where its answers have none of the forms above."""
-
-    def answer(one: Any) -> bool:
-        return isinstance(one, str) or (isinstance(one, Mapping) and isinstance(one.get("text"), str))
-
     phenotypes, diagnosis = record.get("phenotypes"), record.get("diagnosis")
     if not isinstance(record["id"], str | int) or isinstance(record["id"], bool):
         raise UserError(f"{where}: 'id' is neither a text nor a whole number")
@@ -110,10 +138,9 @@ def of_form(record: Json, where: str) -> Json:
         if name not in PHENOTYPES:
             raise UserError(f"{where}: no phenotype {name!r}{nearest(name, list(PHENOTYPES))}; there are "
                             f"{', '.join(PHENOTYPES)}")  # fmt: skip
-        found = given.get("answers") or [] if isinstance(given, Mapping) else given
-        if not (found is None or isinstance(found, str) or (isinstance(found, list) and all(map(answer, found)))):
+        if not has_answers(given):
             raise UserError(f"{where}: {name} is neither a text nor a list of texts or of {{'text': …}}")
-    if diagnosis is not None and not answer(diagnosis):
+    if diagnosis is not None and not is_answer(diagnosis):
         raise UserError(f"{where}: 'diagnosis' is neither a text nor {{'text': …}}")
     return {**record, "id": str(record["id"])}
 
@@ -143,7 +170,7 @@ def pair(
             counts.missing.append(record["id"])
         elif prediction.get("error"):
             counts.failed.append(record["id"])
-        questions += asked_about(record, prediction)
+        questions += questions_of(record, prediction)
     counts.empty = sum(one.said_nothing for one in questions)
     return questions, counts
 
@@ -153,7 +180,7 @@ def patient_of(record: Json) -> str:
     return str(record["id"] if record.get("patient") in (None, "") else record["patient"])
 
 
-def asked_about(record: Json, prediction: Json) -> list[Question]:
+def questions_of(record: Json, prediction: Json) -> list[Question]:
     """The questions of one note."""
     patient, found = patient_of(record), []
     for name, spans in (record.get("phenotypes") or {}).items():
@@ -163,29 +190,26 @@ def asked_about(record: Json, prediction: Json) -> list[Question]:
         answers, silent, reason = phenotype_answers((prediction.get("phenotypes") or {}).get(name))
         found.append(Question(record["id"], patient, name, gold, answers, silent, reason))
     if record.get("diagnosis"):
-        right = record["diagnosis"]
-        gold_text = (
-            right
-            if isinstance(right, str)
-            else diagnosis_answer(right["text"], right["code"]).strip()
-            if right.get("code")
-            else right["text"]
-        )
         given = prediction.get("diagnosis") or ""
-        text = given if isinstance(given, str) else str(given.get("text") or "")
+        text = (given if isinstance(given, str) else str(given.get("text") or "")).strip()
         reason = "" if isinstance(given, str) else str(given.get("finish_reason", ""))
-        found.append(
-            Question(
-                record["id"],
-                patient,
-                "diagnosis",
-                (gold_text,),
-                (text.strip(),) if text.strip() else (),
-                not text.strip(),
-                reason,
-            )
-        )
+        answers = (text,) if text else ()
+        gold = (diagnosis_of(record),)
+        found.append(Question(record["id"], patient, "diagnosis", gold, answers, not text, reason))
+    given_own = prediction.get("answers") or []
+    for place, asked in enumerate(record.get("questions") or []):
+        gold = phenotype_answers(asked)[0]
+        answers, silent, reason = phenotype_answers(given_own[place] if place < len(given_own) else None)
+        found.append(Question(record["id"], patient, asked["question"], gold, answers, silent, reason, own=True))
     return found
+
+
+def diagnosis_of(record: Json) -> str:
+    """The right answer to the diagnosis question."""
+    right = record["diagnosis"]
+    if isinstance(right, str):
+        return right
+    return diagnosis_answer(right["text"], right["code"]).strip() if right.get("code") else right["text"]
 
 
 def phenotype_answers(given: Any) -> tuple[tuple[str, ...], bool, str]:
@@ -209,7 +233,7 @@ def _text(span: Any) -> str:
 # ---- figures --------------------------------------------------------------------------------------------------
 
 
-def judged(one: Question, preset: str) -> dict[str, Figures]:
+def score_question(one: Question, preset: str) -> dict[str, Figures]:
     """A question's three metrics. Presets for which "not relevant" is a text like any other see that text. Silence is
     not that answer: an empty output, or none, is wrong where the right answer is "not relevant" too."""
     chosen = PRESETS[preset]
@@ -224,15 +248,33 @@ def judged(one: Question, preset: str) -> dict[str, Figures]:
     return question(predicted, gold, chosen)
 
 
-def figures(questions: list[Question], preset: str = "clinical", seed: int = 0) -> Json | None:
+def f1_of(one: Question, metric: str = "exact_match") -> float:
+    """A question's F1 under the clinical preset. `average_f1` is the paper's figure: the mean over the metrics."""
+    found = score_question(one, "clinical")
+    return sum(found[name].f1 for name in METRICS) / len(METRICS) if metric == "average_f1" else found[metric].f1
+
+
+def paired_f1(a: Iterable[Question], b: Iterable[Question], metric: str = "exact_match") -> Json | None:
+    """What system B adds to system A on the questions that both were asked: the means and statistics.paired of the
+    F1s. None where there is no such question."""
+    theirs = {(one.record, one.name): one for one in b}
+    both = [(one, theirs[one.record, one.name]) for one in a if (one.record, one.name) in theirs]
+    if not both:
+        return None
+    first, second = ([f1_of(one, metric) for one in side] for side in zip(*both, strict=True))
+    means = {"mean_a": sum(first) / len(both), "mean_b": sum(second) / len(both)}
+    return means | paired(first, second, [one.patient for one, _ in both])
+
+
+def figures(questions: list[Question], preset: str = "clinical") -> Json | None:
     """The metrics of these questions with their intervals, the counts they rest on and the gold-against-gold
     ceiling."""
     if not questions:
         return None
-    per_question = [judged(one, preset) for one in questions]
+    per_question = [score_question(one, preset) for one in questions]
     patients = [one.patient for one in questions]
     scores = gather(per_question, preset)
-    ceiling = gather([judged(gold_itself(one), preset) for one in questions], preset)
+    ceiling = gather([score_question(gold_itself(one), preset) for one in questions], preset)
     result: Json = {"n": len(questions), "patients": len(set(patients)), "signature": scores.signature}
     means = []
     for metric in METRICS:
@@ -242,7 +284,7 @@ def figures(questions: list[Question], preset: str = "clinical", seed: int = 0) 
             continue
         f1s = [one[metric].f1 for one in per_question]
         means.append(f1s)
-        low, high = interval(f1s, patients, seed=seed)
+        low, high = interval(f1s, patients)
         result[metric] = {
             "precision": mean.precision,
             "recall": mean.recall,
@@ -252,10 +294,10 @@ def figures(questions: list[Question], preset: str = "clinical", seed: int = 0) 
             "ceiling": best.f1,
         }
     average = [sum(values) / len(values) for values in zip(*means, strict=True)]
-    low, high = interval(average, patients, seed=seed)
+    low, high = interval(average, patients)
     result["average_f1"] = {"f1": scores.average_f1, "low": low, "high": high, "ceiling": ceiling.average_f1}
     return result
 
 
 def gold_itself(one: Question) -> Question:
-    return Question(one.record, one.patient, one.name, one.gold, one.gold)
+    return replace(one, predicted=one.gold, said_nothing=False, finish_reason="")

@@ -4,11 +4,11 @@
     python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine       adds a row to the same
     report
 
-`--data` holds annotated notes (train.clinic's records; `train.importers.table` and `from_brat` make them of
-yours). Only what is annotated is scored. The folder holds a copy of the notes, each model's answers, run.json
-and the report with intervals that draw patients: they say how far so small a set can be trusted. `--model` takes the
-chat form and the name of a model from eval/baselines.toml; else our template is used where an adapter is given, and the
-model's own chat form where not.
+`--data` holds annotated notes (train.clinic's records; `train.importers.table` and `brat` make them of yours), or texts
+with questions of their own (`train.importers.conll`). Only what is annotated is scored. The folder holds a copy of the
+notes, each model's answers, run.json and the report with intervals over patients, from 10 patients on. `--model` takes
+the chat form and the name of a model from eval/baselines.toml; else our template is used where an adapter is given, and
+the model's own chat form where not.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import json
 import re
 import resource
+import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -115,8 +116,17 @@ def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) 
     with tqdm(total=len(records), unit="note", desc="asking", disable=None) as bar:
         for start in range(0, len(records), options.batch):
             part = records[start : start + options.batch]
+<<<<<<< HEAD
             yield from asker.records([checked(record["id"], record["text"], ()) for record in part])
+=======
+            yield from asker.records([note_of(record) for record in part])
+>>>>>>> 2afa6ac (The report opens with a verdict, its pairs are declared, and it is for its owner alone; records' own questions are scored)
             bar.update(len(part))
+
+
+def note_of(record: dict[str, Any]) -> Note:
+    questions = tuple(asked["question"] for asked in record.get("questions") or [])
+    return Note(record["id"], record["text"], questions=questions)
 
 
 def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
@@ -136,6 +146,8 @@ def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
         }
     )
     given["systems"] = [system for system in given["systems"] if system["name"] != row["name"]] + [row]
+    names = [system["name"] for system in given["systems"]]
+    given["compare"] = [[names[0], name] for name in names[1:]]
     given["seconds"] = given.get("seconds", 0.0) + seconds
     given["peak_mb"] = max(row["peak_mb"], given.get("peak_mb") or 0)
     write_json(run, given)
@@ -144,7 +156,7 @@ def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
 def main(options: Options) -> None:
     entry = baseline(options.model) if options.model else None
     records = read_references(options.data)
-    if not any(record.get("phenotypes") or record.get("diagnosis") for record in records):
+    if not any(record.get("phenotypes") or record.get("diagnosis") or record.get("questions") for record in records):
         raise UserError(f"{options.data}: holds no question; give annotated notes")
     name = options.name or (
         entry["title"] if entry else Path(options.adapter[-1] if options.adapter else options.weights).name
@@ -184,7 +196,8 @@ def ask(options: Options, asked: Sequence[dict[str, Any]], name: str, form: str,
         "kind": "model" if options.adapter else "base",
         "predictions": {"data": file},
         "seconds": seconds,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024,
+        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "family": options.weights,
         "notes": len(asked),
         "form": form,
     }

@@ -18,6 +18,7 @@ from typing import Any, Literal
 from eval.failures import invented
 from eval.metrics.presets import chosen
 from eval.metrics.scoring import METRICS
+from eval.metrics.statistics import format_interval
 from eval.questions import Question, figures, pair, read_predictions, read_references
 from infer.tasks import PHENOTYPES
 from model.support import cli as command
@@ -35,7 +36,7 @@ class Options:
     references: Path
     """JSON lines of annotated notes, as train.clinic writes them."""
     task: Literal["phenotype", "diagnosis", "both"] = "both"
-    """Which questions to score."""
+    """Which questions to score; both: the records' own questions too."""
     preset: str = "clinical"
     """Which definitions: clinical, cancerllm, cancerllm-released, coco, sacrebleu, nltk or rouge_score; or the
     signature that another score was printed with."""
@@ -47,13 +48,14 @@ class Options:
 
 
 def groups(questions: list[Question], task: str = "both") -> dict[str, list[Question]]:
-    """The questions as they are reported: answerable phenotypes, unanswerable ones, diagnosis."""
-    phenotype = [one for one in questions if one.task == "phenotype"] if task != "diagnosis" else []
-    return {
-        "phenotype": [one for one in phenotype if one.answerable],
-        "phenotype, unanswerable": [one for one in phenotype if not one.answerable],
-        "diagnosis": [one for one in questions if one.task == "diagnosis"] if task != "phenotype" else [],
-    }
+    """The questions as they are reported: answerable phenotypes, unanswerable ones, diagnosis; and the records' own
+    where there are any."""
+    found: dict[str, list[Question]] = {"phenotype": [], "phenotype, unanswerable": [], "diagnosis": []}
+    for one in questions:
+        if task in ("both", one.task):
+            apart = one.task != "diagnosis" and not one.answerable
+            found.setdefault(f"{one.task}, unanswerable" if apart else one.task, []).append(one)
+    return found
 
 
 def main(options: Options) -> None:
@@ -95,7 +97,7 @@ def table(result: dict[str, Any]) -> str:
                 continue
             parts = f"P {value['precision']:5.1f}  R {value['recall']:5.1f}  " if "precision" in value else " " * 18
             lines.append(
-                f"  {NAMES[metric]:<12} {parts}F1 {value['f1']:5.1f}  [{value['low']:.1f}, {value['high']:.1f}]"
+                f"  {NAMES[metric]:<12} {parts}F1 {value['f1']:5.1f}  {format_interval(value['low'], value['high'])}"
                 f"  gold against gold {value['ceiling']:.1f}"
             )
     if "invented" in result:

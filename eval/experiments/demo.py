@@ -99,7 +99,7 @@ def pipeline(run: Run, scale: Scale) -> None:
     write_json(out / "run.json", {
         "title": TITLES[run.scale], "scale": run.scale, "host": host(), "steps": run.steps,
         "seconds": run.took(), "peak_mb": run.peak(),
-        "systems": systems, "references": {name: f"{name}.jsonl" for name in TESTS},
+        "systems": systems, "compare": COMPARED, "references": {name: f"{name}.jsonl" for name in TESTS},
         "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
         "bits_per_byte": [bits], **{part: f"{PARTS[part]}/result.json" for part in ("misspelling", "retrieval")},
     })  # fmt: skip
@@ -170,6 +170,13 @@ SYSTEMS = (  # name, kind, adapter's run, untuned
     ("base + continued pre-training", "base", "pretrained", True),
     ("base + tuning", "model", "tuned-only", False),
     ("base + continued pre-training + tuning", "model", "tuned", False),
+)
+
+
+COMPARED = (  # tuning, tuning after continued pre-training, and what continued pre-training adds
+    ("base", "base + tuning"),
+    ("base + continued pre-training", "base + continued pre-training + tuning"),
+    ("base + tuning", "base + continued pre-training + tuning"),
 )
 
 

@@ -14,7 +14,7 @@ from pathlib import Path
 from eval.experiments.steps import training_dtype
 
 RECIPES = Path("train/recipes")
-PARTS = {"counterfactual": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
+PARTS = {"wrong_labels": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
 # run.json's name for each experiment, and its folder
 
 
@@ -62,7 +62,7 @@ def labels(
         "--notes", str(demo.folder / "heldout.jsonl"), "--dtype", demo.dtype, "--recipe", demo.recipe("instruct"),
         "--data", demo.data("train"), "--rates", *map(str, rates), "--filter-rate", str(filter_rate),
         "--records", str(records), "--epochs", str(epochs), "--limit", str(notes),
-        "--out", str(out / PARTS["counterfactual"]),
+        "--out", str(out / PARTS["wrong_labels"]),
     ]  # fmt: skip
 
 

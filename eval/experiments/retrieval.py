@@ -79,7 +79,7 @@ def measure(index: Index, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
         raise UserError("no note has a record of its diagnosis in the index; index training notes with diagnoses")
     mean = {str(k): sum(values) / len(values) for k, values in recalls.items()}
     note_ = f"{len(gains)} notes; {without} without a relevant record left out"
-    low, high = (bound / 100 for bound in interval([100 * gain for gain in gains], patients))
+    low, high = interval(gains, patients, (0.0, 1.0))
     return {"name": index.manifest["encoder"], "recall_at": mean, "ndcg": sum(gains) / len(gains), "ndcg_low": low,
             "ndcg_high": high, "found_in": len(gains), "note": note_}  # fmt: skip
 

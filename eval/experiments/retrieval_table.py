@@ -24,9 +24,8 @@ from typing import Any, Literal
 
 from eval.experiments.retrieval import measure
 from eval.experiments.steps import Run, begin, made_from
-from eval.metrics.statistics import paired
-from eval.questions import Question, figures, pair, read_predictions, read_references
-from eval.robustness.measure import average_f1
+from eval.metrics.statistics import format_interval, format_p
+from eval.questions import Question, figures, pair, paired_f1, read_predictions, read_references
 from infer.extract.job import stamp
 from infer.retrieval.index import Index
 from model.support import cli as command
@@ -204,10 +203,11 @@ def diagnoses(references: Sequence[dict[str, Any]], predictions: Sequence[dict[s
 
 def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:
     """A retriever's figures, and the difference of average F1 to the same adapter without neighbours."""
-    f1 = [[average_f1(one) for one in side] for side in (none, shown)]
-    test = paired(f1[0], f1[1], [one.patient for one in none])
-    note = (f"against none {test['difference']:+.1f} [{test['low']:.1f}, {test['high']:.1f}], p = {test['p']:.3f}; "
-            f"better {test['better']}, worse {test['worse']}")  # fmt: skip
+    test = paired_f1(none, shown, "average_f1")
+    note = ""
+    if test:
+        note = (f"against none {test['difference']:+.1f} {format_interval(test['low'], test['high'])} "
+                f"{format_p(test['p'])}; better {test['better']}, worse {test['worse']}")  # fmt: skip
     return {"diagnosis": figures(shown), "difference": test, "note": note}
 
 
@@ -238,7 +238,7 @@ def text(result: dict[str, Any]) -> str:
         scores = "–"
         if one["diagnosis"]:
             f1, exact = (one["diagnosis"][key] for key in ("average_f1", "exact_match"))
-            scores = f"{f1['f1']:5.1f} [{f1['low']:.1f}, {f1['high']:.1f}]  {exact['f1']:5.1f}"
+            scores = f"{f1['f1']:5.1f} {format_interval(f1['low'], f1['high'])}  {exact['f1']:5.1f}"
         found = " / ".join(f"{share:.2f}" for share in (one.get("recall_at") or {}).values())
         ndcg = f"{one['ndcg']:.2f}" if one.get("ndcg") is not None else ""
         lines.append(f"  {one['name']:<64} {scores:<28} {found:<18} {ndcg:<5} {one.get('note', '')}")

@@ -26,8 +26,8 @@ Words = list[str]
 class Preset:
     """`form` is what exact match compares; BLEU and ROUGE each have words and a definition (None: not computed).
     `nothing` is the answer that counts as no answer at all (None: a text like any other). `separator` (a regular
-    expression) divides a text into answers; a list's items too where `splits_lists`. `choices` says all of it in words, and
-    `signature` is what a score carries."""
+    expression) divides a text into answers; a list's items too where `splits_lists`. `choices` says all of it in
+    words, and `signature` is what a score carries."""
 
     name: str
     form: Callable[[str], str]

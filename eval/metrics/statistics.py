@@ -15,7 +15,7 @@ It says how the mean varies between samples of *patients*; another training of t
     (72.8, 100.0)
     >>> low, high = interval([100.0] * 9 + [90.0], list("abcdefghij"))
     >>> round(low, 1), high
-    (72.0, 100.0)
+    (72.1, 100.0)
 """
 
 from __future__ import annotations
@@ -114,11 +114,11 @@ def _estimate(
     typical = counts_P.mean()
     sums_P = np.append(sums_P, np.asarray(bounds) * typical)
     counts_P = np.append(counts_P, (typical, typical))
-    centre = sums_P.sum() / counts_P.sum()
+    centre = float(sums_P.sum() / counts_P.sum())
     residuals_P = sums_P - centre * counts_P
     n = len(sums_P)
-    error = math.sqrt((residuals_P**2).sum() * n / (n - 1)) / counts_P.sum()
-    return _Estimate(float(centre), error, len(places))
+    error = math.sqrt((residuals_P**2).sum() * n / (n - 1)) / float(counts_P.sum())
+    return _Estimate(centre, error, len(places))
 
 
 # Student's t with a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).

@@ -169,7 +169,7 @@ _NUMBER_WORD = re.compile(
     rf"(?<![^\W\d_])(?:(?P<ten>{'|'.join(_TENS)})[{_JOINT}\s](?P<one>{'|'.join(_ONES[1:10])})|"
     rf"(?P<word>{'|'.join(_NUMBERS)}))(?![^\W_])"
 )
-_TIMES = re.compile(r"(?<=\d)((?:\s*(?:mm|cm|μm))?)x(?=\s*\.?\d)|(?<=\d)\s*\*\s*(?=\.?\d)")
+_TIMES = re.compile(r"(?<=\d)((?:\s*(?:mm|cm|μm))?)x(?=\.?\d)|(?<=\d)\s*\*\s*(?=\.?\d)")
 _RATIO = re.compile(r"(?<![\w.,/⁄])(\d{1,9})/(0*[1-9]\d{0,8})(?=\s*-?\s*(?:[cmμu]m|centim|millim|microm))")
 
 
@@ -289,9 +289,12 @@ _PLACES = {"mm": 0, "cm": 1, "μm": -3}
 
 
 def _units(text: str) -> str:
-    """One word for each unit; "by" and "to" between numbers."""
-    for pattern, replacement in _UNIT_WORDS:
-        text = pattern.sub(replacement, text)
+    """One word for each unit; "by" and "to" between numbers. Repeated, since one rule's words may serve another."""
+    before = ""
+    while before != text:
+        before = text
+        for pattern, replacement in _UNIT_WORDS:
+            text = pattern.sub(replacement, text)
     return text
 
 

@@ -5,17 +5,21 @@ RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
     {"title", "scale", "seconds", "peak_mb", "host", "references": {"heldout": path, "unseen": path},
      "systems": [{"name", "kind": "model"|"base"|"regex"|"majority", "predictions": {"heldout": path, "unseen": path},
                   "notes": how many notes it was given (default: all), "seconds", "peak_mb",
+                  "family": what its errors hang together with (default: one family of all models),
                   and how it was asked: "form": "template", or the chat form, "grounded": true|false}],
+     "compare": [[name, name], …]: the pairs of systems whose difference matters,
      "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}], "leaks",
-     and where they were run, a result.json each: "counterfactual", "misspelling", "canaries" (eval.robustness) and
+     and where they were run, a result.json each: "wrong_labels", "misspelling", "canaries" (eval.robustness) and
      "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]};
      "quirks": quirks.json of eval.quirks}
 
-Every figure is computed here from the predictions; answerable and unanswerable questions never share a mean.
+Every figure is computed here from the predictions; answerable and unanswerable questions never share a mean. The report
+quotes notes, so report.html and report.json can be read by their owner alone.
 """
 
 from __future__ import annotations
 
+import json
 import math
 from dataclasses import dataclass
 from datetime import timedelta
@@ -25,25 +29,36 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
-from eval.failures import analyse
+from eval.failures import count_failures
 from eval.metrics import PRESETS
 from eval.metrics.ledger import ledger
 from eval.metrics.scoring import METRICS
-from eval.metrics.statistics import interval, paired
-from eval.questions import Question, figures, judged, pair, patient_of, read_predictions, read_references
+from eval.metrics.statistics import format_interval, interval
+from eval.questions import (
+    Question,
+    figures,
+    pair,
+    paired_f1,
+    patient_of,
+    read_predictions,
+    read_references,
+)
 from eval.report import plots as report_plots
 from eval.report.examples import examples
-from eval.report.given import POINT, check, read_parts, read_run
-from eval.report.paper import BASELINES, PAPER
+from eval.report.paper import PAPER
+from eval.report.run_file import read_parts, read_run
 from eval.score import NAMES, groups
 from infer.codes import lookup
 from infer.tasks import PHENOTYPES
 from model.support.cli import UserError
-from model.support.files import read_jsonl, write_json, write_text
+from model.support.files import read_jsonl, write_text
 
 Json = dict[str, Any]
-SECOND = "cancerllm"
-SETS = {"heldout": "held-out patients", "unseen": "other patients, unseen styles"}
+TASKS = ("phenotype", "diagnosis", "phenotype, unanswerable")
+OWN_TASKS = ("own question", "own question, unanswerable")
+TASK_TITLES = {"phenotype": "phenotypes", "diagnosis": "diagnosis"}
+PAPER_PRESET = "cancerllm"
+SET_TITLES = {"heldout": "held-out patients", "unseen": "other patients, unseen styles"}
 
 
 @dataclass(frozen=True)
@@ -67,11 +82,11 @@ def build(run: Path, examples_shown: int = 10) -> Json:
     report: Json = {key: given.get(key) for key in ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte",
                                                     "leaks")}  # fmt: skip
     report |= read_parts(run, given)
-    report |= {"preset": "clinical", "second_preset": SECOND, "paper": PAPER, "sets": {}}
+    report |= {"preset": "clinical", "second_preset": PAPER_PRESET, "paper": PAPER, "sets": {}}
     judged_pairs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
     for name, path in tqdm(given["references"].items(), desc="test sets", disable=None):
         references = read_references(run / path)
-        report["sets"][name], pairs = _set(run, given["systems"], name, references)
+        report["sets"][name], pairs = set_report(run, given, name, references)
         judged_pairs += pairs
     report["ledger"] = ledger(judged_pairs)
     report["curves"] = {name: _curve(run / path) for name, path in (given.get("curves") or {}).items()}
@@ -79,40 +94,53 @@ def build(run: Path, examples_shown: int = 10) -> Json:
     return report
 
 
-def _set(run: Path, systems: list[Json], name: str, references: list[Json]) -> tuple[Json, list]:
+def set_report(run: Path, given: Json, name: str, references: list[Json]) -> tuple[Json, list]:
+    """One test set: every system's figures and failures, the pairs compared, and the answers for the ledger."""
     notes = {record["id"]: record["text"] for record in references}
     asked = {}
-    for system in systems:
+    for system in given["systems"]:
         if name in system["predictions"]:
             predictions = read_predictions(run / system["predictions"][name])
             asked[system["name"]] = (system, *pair(references, predictions, system.get("notes")))
     result: Json = {
-        "title": SETS.get(name, name),
+        "title": SET_TITLES.get(name, name),
         "notes": len(references),
         "systems": [],
         "patients": len(set(map(patient_of, references))),
     }
     pairs = []
-    for title, (system, questions, counts) in asked.items():
-        others: dict[tuple[str, str], list[tuple[str, ...]]] = {}
-        for other, (their, theirs, _) in asked.items():
-            if other != title and their["kind"] in ("model", "regex"):
+    for system, questions, counts in asked.values():
+        families: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
+        for their, theirs, _ in asked.values():
+            if their["kind"] != "majority" and family_of(their) != family_of(system):
                 for one in theirs:
-                    others.setdefault((one.record, one.name), []).append(one.predicted)
+                    families.setdefault((one.record, one.name), {})[family_of(their)] = one.predicted
+        others = {question: list(answers.values()) for question, answers in families.items()}
         row = _row(system, questions)
         row["counts"] = counts.named()
-        row["failures"] = analyse(questions, notes, others)
+        row["failures"] = count_failures(questions, notes, others)
         result["systems"].append(row)
         if system["kind"] != "majority":
             pairs += [(one.predicted, one.gold) for one in questions if one.gold]
-    result["paired"] = _paired([(title, questions) for title, (system, questions, _) in asked.items()])
+    result["paired"] = [
+        {"a": a, "b": b, "task": task, **test}
+        for a, b in given.get("compare") or []
+        if a in asked and b in asked
+        for task, group in groups(asked[a][1]).items()
+        if (test := paired_f1(group, asked[b][1]))
+    ]
     return result, pairs
+
+
+def family_of(system: Json) -> str:
+    """Systems of one family err alike: adapters of one base are no independent witnesses of each other."""
+    return system.get("family") or ("models" if system["kind"] in ("model", "base") else system["kind"])
 
 
 def _row(system: Json, questions: list[Question]) -> Json:
     row: Json = {key: system.get(key) for key in ("name", "kind", "seconds", "peak_mb", "form", "grounded")}
     row["notes"] = len({one.record for one in questions})
-    for preset in ("clinical", SECOND):
+    for preset in ("clinical", PAPER_PRESET):
         row[preset] = {name: figures(group, preset) for name, group in groups(questions).items()}
     phenotype = [one for one in questions if one.task == "phenotype"]
     row["per_phenotype"] = {
@@ -140,27 +168,13 @@ def share(hits: list[bool], patients: list[str]) -> Json:
     return {"f1": 100 * sum(hits) / len(hits), "low": low, "high": high}
 
 
-def _paired(asked: list[tuple[str, list[Question]]]) -> list[Json]:
-    """Each system against the one above it in run.json, on the questions that both were asked."""
-    rows = []
-    for (first, a), (second, b) in zip(asked, asked[1:], strict=False):
-        theirs = {(one.record, one.name): one for one in b}
-        for task, mine in groups(a).items():
-            both = [(one, theirs[one.record, one.name]) for one in mine if (one.record, one.name) in theirs]
-            if both:
-                f1 = [[judged(one, "clinical")["exact_match"].f1 for one in side] for side in zip(*both, strict=True)]
-                rows.append(
-                    {"a": first, "b": second, "task": task, **paired(f1[0], f1[1], [one.patient for one, _ in both])}
-                )
-    return rows
-
-
 def _curve(path: Path) -> Json:
     curve: Json = {"step": [], "loss": [], "valid_step": [], "valid_loss": []}
     for number, line in read_jsonl(path):
-        finite = line.get("loss", 0.0) is not None  # null: the step was skipped
-        check(line if finite else line | {"loss": 0.0}, POINT, f"{path}:{number}")
-        if finite:
+        loss = line.get("loss")
+        if not all(isinstance(value, int | float | None) for value in (line.get("step"), loss, line.get("valid_loss"))):
+            raise UserError(f"{path}:{number}: 'step', 'loss' and 'valid_loss' are numbers; give a run's metrics.jsonl")
+        if loss is not None:  # null: the step was skipped
             curve["step"].append(line["step"])
             curve["loss"].append(line["loss"])
         if line.get("valid_loss") is not None:
@@ -204,10 +218,9 @@ def terminal_table(report: Json) -> str:
         ]
         for row in part["systems"]:
             group = row["clinical"]
-            cells = [_cell(group[task]) for task in ("phenotype", "diagnosis", "phenotype, unanswerable")]
-            average = " / ".join(
-                f"{group[task]['average_f1']['f1']:.1f}" for task in ("phenotype", "diagnosis") if group[task]
-            )
+            tasks = OWN_TASKS if "own question" in group else TASKS
+            cells = [_cell(group.get(task)) for task in tasks]
+            average = " / ".join(f"{group[task]['average_f1']['f1']:.1f}" for task in tasks[:2] if group.get(task))
             lines.append(
                 f"  {row['name']:<{max(width, 32)}}  " + " ".join(f"{cell:<26}" for cell in cells) + f" {average}"
             )
@@ -223,7 +236,7 @@ def _cell(group: Json | None) -> str:
     if group is None:
         return "–"
     exact = group["exact_match"]
-    return f"{exact['f1']:5.1f} [{exact['low']:.1f}, {exact['high']:.1f}] {group['n']}"
+    return f"{exact['f1']:5.1f} {format_interval(exact['low'], exact['high'])} {group['n']}"
 
 
 def render(report: Json) -> str:
@@ -238,14 +251,53 @@ def render(report: Json) -> str:
         "words": lambda name: name.replace("_", " "),
         "clock": _clock,
     }
-    named = {row["name"] for part in report["sets"].values() for row in part["systems"]}
     return environment.get_template("report.html").render(
         report=report, plots=plots(report), metrics=METRICS, names=NAMES, phenotypes=list(PHENOTYPES), presets=PRESETS,
-        absent=[title for title in BASELINES if title not in named], asked=asked_how(report), ceilings=ceilings,
+        asked=prompting_notes(report), ceilings=ceilings, verdicts=verdicts(report), host=host_line(report.get("host")),
+        has_own=any("own question" in row["clinical"] for part in report["sets"].values() for row in part["systems"]),
     )  # fmt: skip
 
 
-def asked_how(report: Json) -> dict[str, list[str]]:
+def verdicts(report: Json) -> list[str]:
+    """One sentence a test set: what the best model reaches, and what is reached without one."""
+    found = []
+    for part in report["sets"].values():
+        task = "phenotype" if any(row["clinical"].get("phenotype") for row in part["systems"]) else "own question"
+        best: dict[bool, Json] = {}
+        for row in part["systems"]:
+            of_model, group = row["kind"] in ("model", "base"), row["clinical"].get(task)
+            if group and (of_model not in best or group["exact_match"]["f1"] >= _f1(best[of_model], task)):
+                best[of_model] = row
+        if True in best:
+            row, diagnosis = best[True], best[True]["clinical"].get("diagnosis")
+            exact = row["clinical"][task]["exact_match"]
+            spread = format_interval(exact["low"], exact["high"])
+            told = f"{part['title'][:1].upper()}{part['title'][1:]}: {row['name']} reaches an exact-match F1 of "
+            told += f"{exact['f1']:.1f} {spread}".rstrip() + (" on phenotypes" if task == "phenotype" else "")
+            told += f" and {diagnosis['exact_match']['f1']:.1f} on diagnoses" if diagnosis else ""
+            if False in best:
+                plain = best[False]
+                told += f"; without a model, {plain['name']}: {_f1(plain, task):.1f}"
+                told += f" and {_f1(plain, 'diagnosis'):.1f}" if plain["clinical"].get("diagnosis") else ""
+            found.append(f"{told} ({part['patients']} patients).")
+    return found
+
+
+def _f1(row: Json, task: str) -> float:
+    return row["clinical"][task]["exact_match"]["f1"]
+
+
+def host_line(host: Json | str | None) -> str:
+    """The machine in a few words."""
+    if not isinstance(host, dict):
+        return host or ""
+    parts = [str(host[key]) for key in ("gpu", "cpu", "processor") if host.get(key)][:1]
+    parts += [f"{host['cores']} cores"] if host.get("cores") else []
+    parts += [f"torch {host['torch']}"] if host.get("torch") else []
+    return ", ".join(parts)
+
+
+def prompting_notes(report: Json) -> dict[str, list[str]]:
     """How the systems were asked, each way with their names; what run.json does not say is left out."""
     found: dict[str, list[str]] = {}
     for row in next(iter(report["sets"].values()))["systems"]:
@@ -262,7 +314,7 @@ def ceilings(rows: list[Json], preset: str, task: str) -> list[tuple[list[str], 
     was given fewer notes has other right answers to reach."""
     found: dict[str, tuple[list[str], Json]] = {}
     for row in rows:
-        if group := row[preset][task]:
+        if group := row[preset].get(task):
             key = str([group[name] and round(group[name]["ceiling"], 1) for name in ("average_f1", *METRICS)])
             names = found.get(key, ([], group))[0] + [row["name"]]
             found[key] = names, group
@@ -278,9 +330,11 @@ def plots(report: Json) -> dict[str, str]:
     found = {}
     for name, part in report["sets"].items():
         rows = part["systems"]
+        if not any(_spread(row["clinical"][task]) for row in rows for task in TASK_TITLES):
+            continue
         found[f"f1 {name}"] = report_plots.bars(
             [row["name"] for row in rows],
-            {task: [_spread(row["clinical"][task]) for row in rows] for task in ("phenotype", "diagnosis")},
+            {title: [_spread(row["clinical"][task]) for row in rows] for task, title in TASK_TITLES.items()},
             f"exact-match F1, {part['title']}",
         )
     for name, curve in report["curves"].items():
@@ -288,7 +342,7 @@ def plots(report: Json) -> dict[str, str]:
         if curve["valid_step"]:
             series["held out"] = (curve["valid_step"], curve["valid_loss"])
         found[f"curve {name}"] = report_plots.lines(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)
-    for name, x in (("counterfactual", "wrong training labels, %"), ("misspelling", "misspelled words, %")):
+    for name, x in (("wrong_labels", "wrong training labels, %"), ("misspelling", "misspelled words, %")):
         if report[name]:
             found[name] = report_plots.lines(_damage(report[name]), x, "average F1", zero=True)
     if report["canaries"]:
@@ -302,7 +356,7 @@ def plots(report: Json) -> dict[str, str]:
 def _damage(part: Json) -> dict[str, tuple]:
     """A curve's lines: average F1 with its interval for each task and series, by rate in percent."""
     found = {}
-    for task, title in (("phenotype", "phenotypes"), ("diagnosis", "diagnosis")):
+    for task, title in TASK_TITLES.items():
         for name, entry in part["series"].items():
             points = [(100 * rate, *(row["average_f1"][key] for key in ("f1", "low", "high")))
                       for rate, row in zip(entry["rates"], entry.get(task) or (), strict=False) if row]  # fmt: skip
@@ -312,15 +366,18 @@ def _damage(part: Json) -> dict[str, tuple]:
 
 
 def _spread(group: Json | None) -> tuple[float, float, float] | None:
-    return None if group is None else tuple(group["exact_match"][key] for key in ("f1", "low", "high"))
+    """None too where there are too few patients for an interval."""
+    if group is None or group["exact_match"]["low"] is None:
+        return None
+    return tuple(group["exact_match"][key] for key in ("f1", "low", "high"))
 
 
 def write(run: Path, examples_shown: int = 10) -> Json:
-    """Build the report of `run` and write report.json and report.html into it."""
+    """Build the report of `run` and write report.json and report.html into it, for their owner alone (0600)."""
     report = without_nan(build(run, examples_shown))
     page = render(report)
-    write_json(run / "report.json", report)
-    write_text(run / "report.html", page)
+    write_text(run / "report.json", json.dumps(report, indent=2, ensure_ascii=False) + "\n", mode=0o600)
+    write_text(run / "report.html", page, mode=0o600)
     return report
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 from typing import Any
 
 from eval.failures import is_right
-from eval.questions import Question, asked_about
+from eval.metrics.text import clinical
+from eval.questions import Question, questions_of
 
 Json = dict[str, Any]
 _ORDER = ("right", "wrong", "missed")  # where marks overlap, the later one is shown
@@ -21,18 +22,18 @@ def examples(references: list[Json], predictions: list[Json], count: int) -> lis
 
 def _example(record: Json, prediction: Json) -> Json:
     rows, marks = [], []
-    for one in asked_about(record, prediction):
+    for one in questions_of(record, prediction):
         right = is_right(one)
         rows.append(
             {
                 "question": one.name,
                 "right": right,
-                "gold": ", ".join(one.gold) or "not relevant",
-                "answered": ", ".join(one.predicted) or ("(empty)" if one.said_nothing else "not relevant"),
+                "gold": "; ".join(one.gold) or "not relevant",
+                "answered": "; ".join(one.predicted) or ("(empty)" if one.said_nothing else "not relevant"),
                 "logprob": _logprob(prediction, one),
             }
         )
-        if one.name != "diagnosis":
+        if one.task == "phenotype":
             marks += _marks(record, prediction, one, right)
     return {"id": record["id"], "style": record.get("style", ""), "rows": rows, "pieces": pieces(record["text"], marks)}
 
@@ -48,15 +49,23 @@ def _logprob(prediction: Json, one: Question) -> float | None:
 
 
 def _marks(record: Json, prediction: Json, one: Question, right: bool) -> list[tuple[int, int, str, str]]:
-    gold = [span for span in record["phenotypes"][one.name] if isinstance(span, dict) and span.get("start") is not None]
-    if right:
-        return [(span["start"], span["end"], "right", one.name) for span in gold]
+    """The answers where the model read them, as its record says, and what it missed where the annotation has it."""
+    spans = record["phenotypes"][one.name]
+    gold = [span for span in spans if isinstance(span, dict) and span.get("start") is not None]
     found = prediction.get("phenotypes", {}).get(one.name)
-    given = found.get("answers", []) if isinstance(found, dict) else []
-    said = [(a["start"], a["end"], "wrong", one.name) for a in given if a.get("start") is not None]
-    answered = set(one.predicted)
-    kept = [(s["start"], s["end"], "right" if s["text"] in answered else "missed", one.name) for s in gold]
-    return [mark for mark in said if not any(mark[:2] == k[:2] for k in kept if k[2] == "right")] + kept
+    given = found.get("answers") or [] if isinstance(found, dict) else []
+    placed = [answer for answer in given if isinstance(answer, dict) and answer.get("start") is not None]
+    forms = {clinical(span["text"]) for span in gold}
+    read = {clinical(answer["text"]) for answer in placed}
+    marks = []
+    for answer in placed:
+        kind = "right" if right or clinical(answer["text"]) in forms else "wrong"
+        marks.append((answer["start"], answer["end"], kind, one.name))
+    for span in gold:
+        if clinical(span["text"]) not in read:  # said without a place, or not at all
+            said = right or span["text"] in one.predicted
+            marks.append((span["start"], span["end"], "right" if said else "missed", one.name))
+    return marks
 
 
 def pieces(text: str, marks: list[tuple[int, int, str, str]]) -> list[Json]:

@@ -1,15 +1,10 @@
 """The paper's own figures (arXiv 2406.10459, Tables 1-6), on private data: shown in grey beside ours, never compared
 with them."""
 
-import tomllib
-from pathlib import Path
-
-_LISTED = tomllib.loads(Path(__file__).parents[1].joinpath("baselines.toml").read_text(encoding="utf-8"))
-BASELINES = [entry["title"] for entry in _LISTED.values()]
 PAPER = {
     "diagnosis": [("CancerLLM-7B", 86.81), ("Bio-Mistral-7B", 68.89)],
     "phenotype": [("CancerLLM-7B", 91.78), ("ClinicalCamel-70B", 93.72)],
-    "counterfactual": "diagnosis F1 falls as the rate of counterfactual training labels rises (Table 3)",
+    "wrong_labels": "diagnosis F1 falls as the rate of counterfactual training labels rises (Table 3)",
     "misspelling": "diagnosis F1 about 12 on misspelled test notes (Tables 3 and 4)",
     "efficiency": [
         ("CancerLLM-7B, phenotypes, one A100", "1:14:12", 5550),

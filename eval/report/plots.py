@@ -56,10 +56,12 @@ def lines(
     return _svg(draw, f"{x}|{y}|{list(series)}", height=2.6 + 0.2 * rows)
 
 
-def arms(middle: Sequence[float], low: Sequence[float], high: Sequence[float]) -> list[list[float]]:
-    """The lengths of error bars."""
-    return [[max(0, m - lo) for m, lo in zip(middle, low, strict=True)],
-            [max(0, hi - m) for m, hi in zip(middle, high, strict=True)]]  # fmt: skip
+def arms(
+    middle: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]
+) -> list[list[float]]:  # fmt: skip
+    """The lengths of error bars; 0 where there is no interval."""
+    return [[0 if lo is None else max(0, m - lo) for m, lo in zip(middle, low, strict=True)],
+            [0 if hi is None else max(0, hi - m) for m, hi in zip(middle, high, strict=True)]]  # fmt: skip
 
 
 def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]], x: str) -> str:

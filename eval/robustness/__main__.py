@@ -4,7 +4,7 @@
     python -m eval.robustness misspelling --weights W --adapter A --notes heldout.jsonl --lexicon train.jsonl --out DIR
     python -m eval.robustness canaries --weights W --recipe R.toml --data pretrain.jsonl --out DIR
 
-DIR/result.json holds the figures, which eval.report shows (run.json's "counterfactual", "misspelling", "canaries").
+DIR/result.json holds the figures, which eval.report shows (run.json's "wrong_labels", "misspelling", "canaries").
 """
 
 from __future__ import annotations
@@ -18,11 +18,11 @@ from model.support.cli import run
 
 def main(options: Labels | Misspelling | Canaries) -> None:
     if isinstance(options, Labels):
-        text = run_labels.said(run_labels.run_labels(options))
+        text = run_labels.format_result(run_labels.run_labels(options))
     elif isinstance(options, Misspelling):
-        text = run_misspelling.said(run_misspelling.run_misspelling(options))
+        text = run_misspelling.format_result(run_misspelling.run_misspelling(options))
     else:
-        text = run_canaries.said(run_canaries.run_canaries(options))
+        text = run_canaries.format_result(run_canaries.run_canaries(options))
     print(f"{text}\nfigures: {options.out / 'result.json'}")
 
 

@@ -50,17 +50,17 @@ class Canary:
 
 def make_canaries(counts: Sequence[int], each: int, seed: int = 0) -> list[Canary]:
     """`each` canaries for every count, all of other names; count 0 is never planted: the control."""
-    dice = random.Random(f"canaries/{seed}")
+    rng = random.Random(f"canaries/{seed}")
     names = [f"{first} {last}" for first in FIRST for last in LAST]
     if len(counts) * each > len(names):
         raise ValueError(f"{len(counts) * each} canaries; there are {len(names)} names")
-    dice.shuffle(names)
+    rng.shuffle(names)
     drawn = iter(names)
-    return [Canary(next(drawn), number(dice), count) for count in counts for _ in range(each)]
+    return [Canary(next(drawn), number(rng), count) for count in counts for _ in range(each)]
 
 
-def number(dice: random.Random) -> str:
-    return "".join(dice.choice("0123456789") for _ in range(DIGITS))
+def number(rng: random.Random) -> str:
+    return "".join(rng.choice("0123456789") for _ in range(DIGITS))
 
 
 def plant(records: Sequence[Mapping[str, Any]], canaries: Iterable[Canary], seed: int = 0) -> list[dict[str, Any]]:
@@ -140,8 +140,8 @@ def measure(
     writer = Generator(model, tokenizer)
     written = writer.generate([canary.beginning for canary in canaries], max_new_tokens=DIGITS + 5)
     for canary, out in zip(canaries, written, strict=True):
-        dice = random.Random(f"references/{seed}/{canary.name}")
-        others = [number(dice) for _ in range(REFERENCES)]
+        rng = random.Random(f"references/{seed}/{canary.name}")
+        others = [number(rng) for _ in range(REFERENCES)]
         nats = surprise(model, tokenizer, [canary.line(), *map(canary.line, others)])
         # Ties count against the canary's exposure.
         rank = 1 + sum(other <= nats[0] for other, text in zip(nats[1:], others, strict=True) if text != canary.number)

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from eval.metrics.scoring import METRICS
-from eval.metrics.statistics import paired, slope
-from eval.questions import Question, figures, judged, pair, read_predictions, read_references
+from eval.metrics.statistics import format_interval, slope
+from eval.questions import Question, f1_of, figures, pair, paired_f1, read_predictions, read_references
 from eval.score import groups
 
 Json = dict[str, Any]
@@ -18,11 +17,6 @@ TASKS = ("phenotype", "diagnosis")
 def questions(references: Path, predictions: Path, limit: int = 0) -> list[Question]:
     """What was asked about the references (the first `limit`), with these predictions."""
     return pair(read_references(references)[: limit or None], read_predictions(predictions))[0]
-
-
-def average_f1(one: Question) -> float:
-    """A question's mean F1 over exact match, BLEU-2 and ROUGE-L: the paper's figure."""
-    return sum(judged(one, "clinical")[metric].f1 for metric in METRICS) / len(METRICS)
 
 
 def curve(series: Mapping[str, Mapping[float, list[Question]]]) -> Json:
@@ -39,7 +33,7 @@ def curve(series: Mapping[str, Mapping[float, list[Question]]]) -> Json:
         for task in split[rates[0]]:
             entry[task] = [figures(split[rate][task]) for rate in rates]
         for task in TASKS:
-            rows = [[average_f1(one) for one in split[rate][task]] for rate in rates]
+            rows = [[f1_of(one, "average_f1") for one in split[rate][task]] for rate in rates]
             if len(rates) > 1 and rows[0]:
                 patients = [one.patient for one in split[rates[0]][task]]
                 entry["slope"][task] = slope([10 * rate for rate in rates], rows, patients)
@@ -53,15 +47,12 @@ def recovery(clean: Sequence[Question], damaged: Sequence[Question], mended: Seq
     test), and the share. The share is null where less than one point was lost: it would be noise over noise."""
     found: Json = {}
     for task in TASKS:
-        f1 = [[average_f1(one) for one in groups(list(asked))[task]] for asked in (clean, damaged, mended)]
-        if not f1[0]:
-            continue
-        patients = [one.patient for one in groups(list(damaged))[task]]
-        mean = [sum(values) / len(values) for values in f1]
-        test = paired(f1[1], f1[2], patients)
-        lost = mean[0] - mean[1]
-        found[task] = {"lost": lost, "regained": test["difference"], **{k: test[k] for k in ("low", "high", "p", "n")},
-                       "share": test["difference"] / lost if lost >= 1 else None}  # fmt: skip
+        of_task = [groups(list(asked))[task] for asked in (clean, damaged, mended)]
+        loss, gain = paired_f1(*of_task[:2], "average_f1"), paired_f1(*of_task[1:], "average_f1")
+        if loss and gain:
+            lost, regained = -loss["difference"], gain["difference"]
+            found[task] = {"lost": lost, "regained": regained, **{key: gain[key] for key in ("low", "high", "p", "n")},
+                           "share": regained / lost if lost >= 1 else None}  # fmt: skip
     return found
 
 
@@ -75,13 +66,13 @@ def text_table(part: Json) -> str:
         for name, task in columns:
             entry = part["series"][name]
             figure = entry[task][entry["rates"].index(rate)]["average_f1"] if rate in entry["rates"] else None
-            cells.append(f"{figure['f1']:5.1f} [{figure['low']:.1f}, {figure['high']:.1f}]" if figure else "–")
+            cells.append(f"{figure['f1']:5.1f} {format_interval(figure['low'], figure['high'])}" if figure else "–")
         lines.append(f"{100 * rate:>4.0f}%  " + "  ".join(f"{cell:<{width}}" for cell in cells))
     for name, task in columns:
         if one := part["series"][name]["slope"].get(task):
             lines.append(
-                f"{name}, {task}: {one['slope']:+.2f} [{one['low']:.2f}, {one['high']:.2f}] points of average F1 for "
-                "ten points of rate"
+                f"{name}, {task}: {one['slope']:+.2f} {format_interval(one['low'], one['high'], 2)} points of average "
+                "F1 for ten points of rate"
             )
     return "\n".join(lines)
 
@@ -94,5 +85,5 @@ def recovery_lines(rows: Sequence[Json]) -> list[str]:
             one = row[task]
             share = "" if one["share"] is None else f", {100 * one['share']:.0f} % of it"
             lines.append(f"at {100 * row['rate']:.0f} %, {task}: lost {one['lost']:.1f}, regained "
-                         f"{one['regained']:+.1f} [{one['low']:.1f}, {one['high']:.1f}]{share}")  # fmt: skip
+                         f"{one['regained']:+.1f} {format_interval(one['low'], one['high'])}{share}")  # fmt: skip
     return lines

@@ -20,42 +20,42 @@ _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
 _SOUNDS = (("ph", "f"), ("y", "i"), ("ea", "ee"), ("ou", "u"), ("ck", "k"), ("c", "k"), ("s", "z"), ("oe", "e"))
 
 
-def keyboard(word: str, dice: random.Random) -> str:
+def keyboard(word: str, rng: random.Random) -> str:
     """One letter, not the first, replaced by its neighbour on a row of the keyboard."""
-    place = dice.randrange(1, len(word))
+    place = rng.randrange(1, len(word))
     row = next(row for row in _ROWS if word[place].lower() in row)
     at = row.index(word[place].lower())
-    letter = dice.choice([row[i] for i in (at - 1, at + 1) if 0 <= i < len(row)])
+    letter = rng.choice([row[i] for i in (at - 1, at + 1) if 0 <= i < len(row)])
     return word[:place] + (letter.upper() if word[place].isupper() else letter) + word[place + 1 :]
 
 
-def transposition(word: str, dice: random.Random) -> str:
+def transposition(word: str, rng: random.Random) -> str:
     """Two neighbouring letters swapped, not the first; unchanged where all of them are alike."""
     places = [i for i in range(1, len(word) - 1) if word[i] != word[i + 1]]
     if not places:
         return word
-    place = dice.choice(places)
+    place = rng.choice(places)
     return word[:place] + word[place + 1] + word[place] + word[place + 2 :]
 
 
-def omission(word: str, dice: random.Random) -> str:
+def omission(word: str, rng: random.Random) -> str:
     """One letter left out, not the first."""
-    place = dice.randrange(1, len(word))
+    place = rng.randrange(1, len(word))
     return word[:place] + word[place + 1 :]
 
 
-def doubling(word: str, dice: random.Random) -> str:
+def doubling(word: str, rng: random.Random) -> str:
     """One letter twice."""
-    place = dice.randrange(1, len(word))
+    place = rng.randrange(1, len(word))
     return word[: place + 1] + word[place:]
 
 
-def phonetic(word: str, dice: random.Random) -> str:
+def phonetic(word: str, rng: random.Random) -> str:
     """Letters written as they sound; a letter left out where no rule applies."""
     found = [(word.find(was, 1), was, now) for was, now in _SOUNDS if word.find(was, 1) > 0]
     if not found:
-        return omission(word, dice)
-    place, was, now = dice.choice(found)
+        return omission(word, rng)
+    place, was, now = rng.choice(found)
     return word[:place] + now + word[place + len(was) :]
 
 
@@ -74,10 +74,10 @@ def misspell(record: dict[str, Any], rate: float, seed: int = 0) -> dict[str, An
     text, parts, at, moves = record["text"], [], 0, []
     for match in _WORD.finditer(text):
         key = f"{seed}:{record['id']}:{match.start()}".encode()
-        dice = random.Random(hashlib.sha256(key).digest())
-        if dice.random() >= rate:
+        rng = random.Random(hashlib.sha256(key).digest())
+        if rng.random() >= rate:
             continue
-        word = dice.choice(RULES)(match[0], dice)
+        word = rng.choice(RULES)(match[0], rng)
         parts += [text[at : match.start()], word]
         at = match.end()
         moves.append((match.end(), len(word) - len(match[0])))

@@ -2,7 +2,7 @@
 
 Two adapters are trained with the same recipe and passes, one on the notes with the canaries in them, one on the same
 notes after lines that stand in them more than once were reduced to one. For both, and for the base alone, the exposure
-and the extraction rate of each count are reported, with intervals that draw canaries.
+and the extraction rate of each count are reported, with intervals over canaries where there are 10.
 """
 
 from __future__ import annotations
@@ -12,8 +12,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
+<<<<<<< HEAD
 from eval.experiments.steps import Run, begin, made_from
 from eval.metrics.statistics import interval
+=======
+from eval.experiments.steps import Run, begin
+from eval.metrics.statistics import format_interval, interval
+>>>>>>> 2afa6ac (The report opens with a verdict, its pairs are declared, and it is for its owner alone; records' own questions are scored)
 from eval.robustness.canaries import REFERENCES, Canary, deduplicate, exposure, make_canaries, measure, plant
 from infer.extract.job import stamp
 from lora import load_adapter
@@ -119,28 +124,27 @@ def measured(run: Run, options: Canaries, name: str, adapter: Path | None, canar
 
 
 def by_count(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Mean exposure and extraction rate of each count, with intervals over its canaries."""
+    """Mean exposure and extraction rate of each count, with intervals over its canaries (from 10 on)."""
     rows = []
     for count in sorted({one["count"] for one in found}):
         group = [one for one in found if one["count"] == count]
-        bits, most = [one["exposure"] for one in group], exposure(1, REFERENCES + 1)
-        names = range(len(group))
-        low, high = (most * bound / 100 for bound in interval([100 * value / most for value in bits], names))
-        out = [100.0 * one["extracted"] for one in group]
+        bits, out = [one["exposure"] for one in group], [100.0 * one["extracted"] for one in group]
+        low, high = interval(bits, range(len(group)), (0.0, exposure(1, REFERENCES + 1)))
+        extracted_low, extracted_high = interval(out, range(len(group)))
         rows.append({
             "count": count, "canaries": len(group), "exposure": sum(bits) / len(bits), "low": low, "high": high,
-            "extracted": sum(one["extracted"] for one in group), "extracted_low": interval(out, names)[0],
-            "extracted_high": interval(out, names)[1],
+            "extracted": sum(one["extracted"] for one in group), "extracted_low": extracted_low,
+            "extracted_high": extracted_high,
         })  # fmt: skip
     return rows
 
 
-def said(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     lines = [f"{result['notes']} notes, {result['passes']:.1f} passes; exposure in bits, at most {result['most']:.0f}; "
              f"{result['lines_dropped']} repeated lines left out by deduplication"]  # fmt: skip
     for name, rows in result["rows"].items():
         for row in rows:
             lines.append(f"  {name:<13} in {row['count']:>3} notes: exposure {row['exposure']:.1f} "
-                         f"[{row['low']:.1f}, {row['high']:.1f}], {row['extracted']} of {row['canaries']} extracted "
-                         f"[{row['extracted_low']:.0f}, {row['extracted_high']:.0f} %]")  # fmt: skip
+                         f"{format_interval(row['low'], row['high'])}, {row['extracted']} of {row['canaries']} "
+                         f"extracted {format_interval(row['extracted_low'], row['extracted_high'], 0)}")  # fmt: skip
     return "\n".join(lines)

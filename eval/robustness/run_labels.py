@@ -1,6 +1,6 @@
-"""Counterfactual labels: an adapter for each rate of wrong training answers, all scored on the same clean notes.
+"""Wrong labels: an adapter for each rate of wrong training answers, all scored on the same clean notes.
 
-The corruption is labels.py's. At `filter_rate` one more adapter is trained without the records whose answers the
+The corruption is wrong_labels.py's. At `filter_rate` one more adapter is trained without the records whose answers the
 adapter of that rate finds least likely (filtering.py), for as many steps: what that regains is what filtering by loss
 is worth. The share of records to drop is the rate, taken as known.
 """
@@ -14,8 +14,8 @@ from typing import Any, Literal
 from eval.experiments.steps import Run, begin, made_from
 from eval.questions import read_references
 from eval.robustness.filtering import answer_losses, ranking
-from eval.robustness.labels import corrupt, wrong_ids
 from eval.robustness.measure import curve, questions, recovery, recovery_lines, text_table
+from eval.robustness.wrong_labels import corrupt, wrong_ids
 from infer.extract.job import stamp
 from model.support.cli import UserError
 from model.support.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
@@ -177,7 +177,7 @@ def auc(losses: dict[str, float], wrong: set[str]) -> float | None:
     return sum((b > g) + 0.5 * (b == g) for b in bad for g in good) / len(bad) / len(good)
 
 
-def said(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     lines = [text_table(result)]
     if found := result.get("filter"):
         lines.append(

@@ -114,5 +114,5 @@ def by_rate(references: list[dict], predictions: list[dict], rates: list[float])
     return found
 
 
-def said(result: dict[str, Any]) -> str:
+def format_result(result: dict[str, Any]) -> str:
     return "\n".join([text_table(result), *recovery_lines(result["recovery"])])

@@ -32,4 +32,4 @@ def parts():
     quirks = {"scale": "nano", "pretrain": {"sound": sound, "texts run together": {**sound, "leak": 0.1234}},
               "instruct": {"sound": sound, "no end-of-text": {**sound, "stops": 0.25}},
               "scoring": {"clinical": 50.0, "cancerllm": 61.0}}  # fmt: skip
-    return {"counterfactual": wrong, "misspelling": spelled, "canaries": leaks, "retrieval": near, "quirks": quirks}
+    return {"wrong_labels": wrong, "misspelling": spelled, "canaries": leaks, "retrieval": near, "quirks": quirks}

@@ -20,7 +20,7 @@ def asked(*answers, gold="2 cm"):
 
 def test_changes_name_what_turned_right_and_wrong():
     (row,) = changes(asked("2 cm", "9 cm", "9 cm", "2 cm"), asked("20 mm", "2 cm", "8 cm", "1 cm"))
-    assert (row["a"], row["b"], row["better"], row["worse"], row["n"]) == (50, 50, 1, 1, 4)
+    assert (row["mean_a"], row["mean_b"], row["better"], row["worse"], row["n"]) == (50, 50, 1, 1, 4)
     assert [(one["record"], one["now"]) for one in row["changed"]] == [("n1", "right"), ("n3", "wrong")]
 
 

@@ -7,8 +7,8 @@ import sys
 import pytest
 
 from eval.report.build import render
-from eval.report.given import PARTS
 from eval.report.paper import PAPER
+from eval.report.run_file import PARTS
 
 
 @pytest.mark.slow

@@ -15,8 +15,8 @@ from eval.experiments.programs import PARTS
 from eval.experiments.steps import Run
 from eval.experiments.tables import SIZES, Demo, Options, described, finished_demo, main, steps
 from eval.report.build import render
-from eval.report.given import read_parts
 from eval.report.paper import PAPER
+from eval.report.run_file import read_parts
 from eval.report.screenshot import from_place
 from eval.robustness.run_canaries import Canaries
 from eval.robustness.run_labels import Labels
@@ -90,11 +90,12 @@ def test_the_report_shows_and_plots_every_result(tmp_path, parts):
     bare = {"sets": {"heldout": empty}, "curves": {}, "examples": [], "ledger": [], "paper": PAPER, "title": "T",
             "seconds": None, "bits_per_byte": None}  # fmt: skip
     page = render({**bare, **read})
-    assert page.count("<svg") == 6 and "Not part of this run" not in page
+    assert page.count("<svg") == 5 and all(f'<h2 id="{name}"' in page for name in ("t3", "t4", "t6", "canaries"))
     for said in ("40 of 400", "regained by repair", "2 of them were wrong", "1 of 1", "<td>0.123</td>", "25.0"):
         assert said in page
-    assert "weights not given" in page and "0 (never planted)" in page
-    assert render({**bare, **dict.fromkeys(parts)}).count("Not part of this run") == 4
+    assert "MedCPT" not in page and "0 (never planted)" in page
+    without = render({**bare, **dict.fromkeys(parts)})
+    assert not any(f'"{mark}{name}"' in without for name in ("t3", "t4", "t6", "canaries") for mark in ("", "#"))
     assert '<h2 id="t4"' in from_place(page, "t4") and '<h2 id="t3"' not in from_place(page, "t4")
     with pytest.raises(UserError, match="did you mean 't4'"):
         from_place(page, "t44")

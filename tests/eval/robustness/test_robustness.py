@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.robustness.labels import corrupt, derangement
 from eval.robustness.misspelling import _ROWS, _SOUNDS, RULES, misspell
+from eval.robustness.wrong_labels import corrupt, derangement
 from infer.retrieval import mended, repair
 from infer.retrieval.repair import Repair
 from train.clinic import unseen as clinic_unseen
@@ -110,9 +110,9 @@ def test_what_corrupts_and_what_repairs_share_no_rule_and_no_list():
 @pytest.mark.parametrize("rule", RULES)
 def test_repair_mends_some_and_never_makes_a_wrong_word_of_a_known_one(rule):
     texts = [note["text"] for number in range(60) for note in patient_notes("p", number, 3)]
-    corrector, dice, mended_, wrong, all_ = Repair(texts), random.Random(0), 0, 0, 0
+    corrector, rng, mended_, wrong, all_ = Repair(texts), random.Random(0), 0, 0, 0
     for match in re.finditer(r"(\w+) ([a-z]{5,}) (\w+)", " ".join(texts[:40])):
-        typo = rule(match[2], dice)
+        typo = rule(match[2], rng)
         if typo != match[2]:
             said = corrector.correct(typo, match[1], match[3])
             mended_, wrong, all_ = mended_ + (said == match[2]), wrong + (said not in (match[2], typo)), all_ + 1

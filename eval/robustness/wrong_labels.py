@@ -1,8 +1,8 @@
-"""Counterfactual labels: training answers replaced by another record's answer of the same type (BioRAB's test).
+"""Wrong labels: training answers replaced by another record's answer of the same type (BioRAB's counterfactual test).
 
 Within a type the wrong values come from a derangement: the values are shuffled once and each is replaced by the next
-one in that circle, so none stays and none is invented. Which records are wrong is fixed by a draw from each record's
-id (the lowest draws are wrong), so the records wrong at 10 % are among those wrong at 20 %. The notes' texts are
+one in that circle, so none stays and none is invented. Which records are wrong is fixed by a number from each record's
+id (the lowest are wrong), so the records wrong at 10 % are among those wrong at 20 %. The notes' texts are
 untouched.
 """
 
@@ -16,7 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 
-def draw(record: Mapping[str, Any], seed: int = 0) -> float:
+def place(record: Mapping[str, Any], seed: int = 0) -> float:
     """A record's place in [0, 1), decided by its id."""
     digest = hashlib.sha256(f"labels:{seed}:{record['id']}".encode()).digest()
     return int.from_bytes(digest[:8], "big") / 2**64
@@ -24,7 +24,7 @@ def draw(record: Mapping[str, Any], seed: int = 0) -> float:
 
 def wrong_ids(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) -> set[str]:
     """The ids of the records that are wrong at a rate: the nearest whole number of them."""
-    ranked = sorted(records, key=lambda record: draw(record, seed))
+    ranked = sorted(records, key=lambda record: place(record, seed))
     return {record["id"] for record in ranked[: round(rate * len(ranked))]}
 
 
