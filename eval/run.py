@@ -33,7 +33,7 @@ from eval.report.build import terminal_table, write
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.extract.ask import Asker, Limits
-from infer.extract.notes import checked
+from infer.extract.notes import Note, checked
 from model.support import cli as command
 from model.support.cli import UserError, nearest
 from model.support.files import read_json, write_json, write_jsonl
@@ -116,17 +116,13 @@ def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) 
     with tqdm(total=len(records), unit="note", desc="asking", disable=None) as bar:
         for start in range(0, len(records), options.batch):
             part = records[start : start + options.batch]
-<<<<<<< HEAD
-            yield from asker.records([checked(record["id"], record["text"], ()) for record in part])
-=======
             yield from asker.records([note_of(record) for record in part])
->>>>>>> 2afa6ac (The report opens with a verdict, its pairs are declared, and it is for its owner alone; records' own questions are scored)
             bar.update(len(part))
 
 
 def note_of(record: dict[str, Any]) -> Note:
     questions = tuple(asked["question"] for asked in record.get("questions") or [])
-    return Note(record["id"], record["text"], questions=questions)
+    return checked(record["id"], record["text"], questions)
 
 
 def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:

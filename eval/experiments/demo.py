@@ -91,7 +91,7 @@ def pipeline(run: Run, scale: Scale) -> None:
     adapters(run)
     systems = extract(run, scale)
     demo = Demo(out, run.scale)
-    run.beside({
+    run.run_in_parallel({
         "table 4: misspelled notes": experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes),
         "table 6: BM25": experiments.retrieval(demo, out, scale.retrieval_notes),
     })  # fmt: skip
@@ -159,7 +159,7 @@ def adapters(run: Run) -> None:
     demo = Demo(run.out, run.scale)
     on, first = ["--weights", demo.weights], ["--adapter", demo.adapter("pretrained")]
     run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", on))
-    run.beside({
+    run.run_in_parallel({
         "tuning, without it": recipe(run, "instruct", "tuned-only", "train", on),
         "tuning, after it": recipe(run, "instruct", "tuned", "train", on + first),
     })
@@ -183,7 +183,7 @@ COMPARED = (  # tuning, tuning after continued pre-training, and what continued 
 def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     """Every system's predictions for both test sets. Returns run.json's "systems"."""
     systems, demo = baselines(run), Demo(run.out, run.scale)
-    run.beside({
+    run.run_in_parallel({
         f"extraction: {name}": [
             "infer.extract", "--weights", demo.weights, "--task", "both",
             "--notes", str(run.out / f"tests{'-few' if untuned else ''}.jsonl"),

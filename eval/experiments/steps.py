@@ -48,7 +48,7 @@ class Run:
 
         self._do([name], alone)
 
-    def beside(self, works: Mapping[str, list[str]]) -> None:
+    def run_in_parallel(self, works: Mapping[str, list[str]]) -> None:
         """Do programs two at a time, each with half of the cores: small products, which wait for one another's ends
         when they are divided over cores, are sooner that way (two tunings of a 135M base: 1.3 times). The time that two
         took together is divided between them, so that seconds add up. On a GPU they run one after the other."""

@@ -12,13 +12,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-<<<<<<< HEAD
 from eval.experiments.steps import Run, begin, made_from
-from eval.metrics.statistics import interval
-=======
-from eval.experiments.steps import Run, begin
 from eval.metrics.statistics import format_interval, interval
->>>>>>> 2afa6ac (The report opens with a verdict, its pairs are declared, and it is for its owner alone; records' own questions are scored)
 from eval.robustness.canaries import REFERENCES, Canary, deduplicate, exposure, make_canaries, measure, plant
 from infer.extract.job import stamp
 from lora import load_adapter
@@ -94,7 +89,7 @@ def trained(run: Run, options: Canaries, records: list[dict[str, Any]]) -> dict[
             "--dtype", options.dtype, "--data", str(run.out / "data" / f"{name}.jsonl"),
             *(["--steps", "0", "--epochs", str(options.epochs)] if options.epochs else []),
         ]  # fmt: skip
-    run.beside(trainings)
+    run.run_in_parallel(trainings)
     for name in ("planted", "deduplicated"):
         rows[name] = measured(run, options, name, run.out / name / "adapter", canaries)
     card = read_json(run.out / "planted" / "run.json")

@@ -111,7 +111,7 @@ def measured(run: Run, options: Labels, records: list[dict[str, Any]]) -> dict[s
         noisy = corrupt(records, rate, options.seed)
         changed[rate] = sum(new != old for new, old in zip(noisy, records, strict=True))
         tunings[f"{name_of(rate)}: tuning"] = tuning(run, options, name_of(rate), noisy)
-    run.beside(tunings)
+    run.run_in_parallel(tunings)
     asked = {rate: answered(run, options, name_of(rate)) for rate in sorted(options.rates)}
     result: dict[str, Any] = {"what": "labels", "damaged": "training records with wrong answers"}
     series = {"trained on wrong labels": asked}

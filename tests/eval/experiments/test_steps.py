@@ -50,14 +50,14 @@ def test_a_signal_while_a_program_starts_ends_it_too(tmp_path, number):
 def test_programs_beside_one_another_are_done_once_and_the_failed_one_again(tmp_path, capfd):
     run = Run(tmp_path)
     quick = ["timeit", "-n1", "-r1", "pass"]
-    run.beside({"one": quick, "two": quick, "three": quick})
+    run.run_in_parallel({"one": quick, "two": quick, "three": quick})
     assert list(run.steps) == ["one", "two", "three"] and run.steps["one"]["seconds"] == run.steps["two"]["seconds"]
     assert run.took() < 10 and run.peak("two") > 1
     assert "· one, beside two\n" in capfd.readouterr().err
-    run.beside({"one": quick, "two": quick, "three": quick})
+    run.run_in_parallel({"one": quick, "two": quick, "three": quick})
     assert "·" not in capfd.readouterr().err
     with pytest.raises(UserError, match=r"the step 'four' failed \(exit 1\); the reason"):
-        run.beside({"four": ["timeit", "-n1", "-r1", "1/0"], "five": quick})
+        run.run_in_parallel({"four": ["timeit", "-n1", "-r1", "1/0"], "five": quick})
     assert "four" not in run.steps
 
 

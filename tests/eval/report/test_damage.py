@@ -4,13 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-<<<<<<< HEAD
-from eval.metrics.statistics import slope
-from eval.questions import Question
-=======
-from eval.experiments.steps import begin
 from eval.questions import Question, f1_of
->>>>>>> 2afa6ac (The report opens with a verdict, its pairs are declared, and it is for its owner alone; records' own questions are scored)
 from eval.robustness.filtering import ranking
 from eval.robustness.measure import curve, recovery, text_table
 from eval.robustness.run_canaries import Canaries, run_canaries

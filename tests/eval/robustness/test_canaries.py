@@ -104,10 +104,12 @@ def test_a_model_that_was_trained_on_a_number_gives_it_away(tiny):
 
 
 def test_counts_are_reported_with_intervals_over_canaries():
-    rows = by_count([{"name": f"c{i}", "count": i // 4, "rank": 1, "exposure": 8.0 * (i // 4), "extracted": i > 5}
-                     for i in range(8)])  # fmt: skip
+    rows = by_count([{"name": f"c{i}", "count": i // 10, "rank": 1, "exposure": 8.0 * (i // 10), "extracted": i > 17}
+                     for i in range(20)])  # fmt: skip
     assert [row["exposure"] for row in rows] == [0, 8] and [row["extracted"] for row in rows] == [0, 2]
     assert rows[0]["low"] == 0 < rows[0]["high"] and rows[1]["low"] < 8 == rows[1]["high"]
+    (few,) = by_count([{"name": "c", "count": 1, "rank": 1, "exposure": 8.0, "extracted": True}] * 9)
+    assert few["low"] is few["high"] is few["extracted_low"] is few["extracted_high"] is None
 
 
 def test_mistakes_are_one_line(tmp_path):
