@@ -59,6 +59,8 @@ class Options:
     form: Literal["auto", "template", "chat"] = "auto"
     """How it is asked: our template (tuned models) or the model's own chat form (untuned); auto: the template where
     an adapter is given or the model has no chat form."""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """Put the begin token before our template; auto: as the tokenizer's files say. (A chat's form has its own.)"""
     grounded: bool = False
     """Allow only "not relevant", closed values, spans of the note, and existing ICD-10-CM codes."""
     long: Literal["error", "truncate", "windows"] = "error"
@@ -235,6 +237,8 @@ def identity(options: Options, notes: Unchanged) -> dict[str, object]:
     kept = (*kept, *(name for name in ("memory", "fuse") if getattr(options, name)))
     if options.tensor_parallel > 1:
         kept = (*kept, "tensor_parallel")
+    if options.bos != "auto":
+        kept = (*kept, "bos")
     return {**files, "notes": notes.hash, **{name: getattr(options, name) for name in kept}}
 
 
@@ -277,6 +281,7 @@ def extract(
         model, tokenizer = load(
             options.weights, options.adapter, options.dtype, form=options.format, fused=options.fuse
         )
+    tokenizer.put_begin(options.bos)
     form = options.form
     if form == "auto":
         form = "template" if options.adapter or tokenizer.form is None else "chat"

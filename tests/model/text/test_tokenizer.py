@@ -231,3 +231,13 @@ def test_a_tokenizer_without_content_or_with_gaps(tmp_path):
     (tmp_path / "chat_template.jinja").write_bytes(b"\xff")
     with pytest.raises(UserError, match="chat_template.jinja"):
         Tokenizer.from_pretrained(tmp_path)
+
+
+def test_the_begin_token_by_a_users_choice(smollm):
+    again = Tokenizer.from_pretrained(SMOLLM2)
+    for how, begin in (("auto", []), ("yes", [again.bos_id]), ("no", [])):
+        again.put_begin(how)
+        assert again.encode("a", bos=True) == [*begin, *smollm.encode("a")]
+    again.bos_id = None
+    with pytest.raises(UserError, match="--bos yes: the tokenizer has no begin token"):
+        again.put_begin("yes")
