@@ -167,7 +167,7 @@ def test_a_wrong_is_caught_and_named(what, tmp_path):
 
 
 def test_key_value_heads_in_the_wrong_order(tmp_path, monkeypatch):
-    monkeypatch.setattr("model.attention.share", swapped_heads)
+    monkeypatch.setattr("model.attention.repeat_kv", swapped_heads)
     assert first_difference("mistral", lambda model: model, tmp_path) == A
 
 
