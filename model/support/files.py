@@ -7,17 +7,23 @@ previous one. Reading: every mistake is a `UserError` that names the file and, f
 from __future__ import annotations
 
 import contextlib
+import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
 import tempfile
+import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from model.support.cli import UserError
+
+LONGEST_LINE = 2**25
+"""Bytes of the longest line that is read."""
+_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # every half of a pair, and every pair
 
 
 @contextlib.contextmanager
@@ -151,7 +157,7 @@ def read_json(path: str | os.PathLike[str]) -> Any:
     """The JSON value in a file. Raises UserError where it is missing or is not JSON."""
     check_regular(path)
     try:
-        text = Path(path).read_text(encoding="utf-8")
+        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
@@ -169,44 +175,84 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: a pipe, socket or device, not a file; copy what it gives into a file")
 
 
-def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for every line of a JSON-lines file; blank lines are passed over.
+def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
+    """Yield (number from 1, line) for every line that is not blank; a file named .gz is decompressed.
 
-    Raises UserError naming file and line where a line is not a JSON object or lacks a field of `required`, and
-    where the file holds no record at all.
+    Of a line beyond LONGEST_LINE only its first LONGEST_LINE + 1 bytes are held, which `parse_json_line` refuses.
+    Raises UserError where the file cannot be read, and where it holds no line.
     """
-    fields = tuple(required)
-    number, records = 0, 0
+    number, found = 0, False
     check_regular(path)
     try:
-        with open(path, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if not line.strip():
-                    continue
-                yield number, parse_json_line(path, number, line, fields)
-                records += 1
+        with (gzip.open if str(path).endswith(".gz") else open)(path, "rb") as lines:
+            while line := lines.readline(LONGEST_LINE + 1):
+                number += 1
+                rest = line
+                while rest and not rest.endswith(b"\n"):
+                    rest = lines.readline(LONGEST_LINE + 1)
+                if line.strip():
+                    found = True
+                    yield number, line
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file") from error
     except IsADirectoryError as error:
         raise UserError(f"{path}: a folder, not a JSON-lines file") from error
-    if not records:
+    except (gzip.BadGzipFile, EOFError, zlib.error) as error:
+        raise UserError(f"{path}: not a whole gzip file (after line {number})") from error
+    if not found:
         raise UserError(f"{path}: empty: it holds no record; give one JSON object a line")
 
 
-def parse_json_line(path: str | os.PathLike[str], number: int, line: bytes, required: Iterable[str]) -> dict[str, Any]:
-    """One line of a JSON-lines file as an object with the `required` fields, or a UserError naming file and line."""
+def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+    """Yield (line number from 1, object) for every line of a JSON-lines file (or .jsonl.gz); blank lines are passed
+    over. Raises UserError as `numbered_lines` and `parse_json_line` do."""
+    fields = tuple(required)
+    for number, line in numbered_lines(path):
+        yield number, parse_json_line(path, number, line, fields)
+
+
+def parse_json_line(
+    path: str | os.PathLike[str], number: int, line: bytes, required: Iterable[str] = ()
+) -> dict[str, Any]:
+    """One line of a JSON-lines file as an object with the `required` fields; `id` and `patient` as text.
+
+    Raises UserError, naming file and line, for what is no JSON object, for half of a surrogate pair or NaN (both can be
+    read and not be written again), for an id that is neither text nor a whole number, and for a line beyond
+    LONGEST_LINE.
+    """
+    where, constants = f"{path}:{number}", []
+    if len(line) > LONGEST_LINE:
+        raise UserError(f"{where}: a line of more than {LONGEST_LINE:,} bytes; is a line end missing?")
     try:
-        record = json.loads(line.decode("utf-8-sig" if number == 1 else "utf-8"))  # some editors begin with a mark
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors begin with a mark
+        record = json.loads(text, parse_constant=constants.append)
+        if _HALF_PAIR.search(text):
+            json.dumps(record, ensure_ascii=False).encode()
     except UnicodeDecodeError as error:
-        raise UserError(f"{path}:{number}: not UTF-8 text (byte {error.start} of the line)") from error
+        raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from error
+    except UnicodeEncodeError as error:
+        raise UserError(
+            f"{where}: holds half a surrogate pair (an escape \\ud800 … \\udfff alone); not Unicode"
+        ) from error
     except (ValueError, RecursionError) as error:
         column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        raise UserError(f"{path}:{number}: not JSON{column}; give one JSON object a line") from error
+        cause = "give one JSON object a line"
+        if b"\r" in line.strip():
+            cause = "its lines end in a carriage return alone; save it with line feeds"
+        raise UserError(f"{where}: not JSON{column}; {cause}") from error
+    if constants:
+        raise UserError(f"{where}: {constants[0]} is not a JSON number; write null")
     if not isinstance(record, dict):
-        raise UserError(f"{path}:{number}: a {type(record).__name__}, not a JSON object")
+        raise UserError(f"{where}: a {type(record).__name__}, not a JSON object; give one object a line")
     missing = [field for field in required if field not in record]
     if missing:
-        raise UserError(f"{path}:{number}: lacks the field {', '.join(map(repr, missing))}")
+        raise UserError(f"{where}: lacks the field {', '.join(map(repr, missing))}")
+    for field in {"id", "patient"} & record.keys():
+        value = record[field]
+        if isinstance(value, int) and not isinstance(value, bool):
+            record[field] = str(value)
+        elif not isinstance(value, str) and (value is not None or field in required):
+            raise UserError(f"{where}: {field!r} is neither text nor a whole number")
     return record
 
 

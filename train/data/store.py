@@ -12,7 +12,7 @@ import itertools
 import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,7 +21,15 @@ import numpy as np
 from tqdm import tqdm
 
 from model.support.cli import UserError
-from model.support.files import atomic_folder, parse_json_line, read_json, sha256_file, write_json, write_jsonl
+from model.support.files import (
+    atomic_folder,
+    numbered_lines,
+    parse_json_line,
+    read_json,
+    sha256_file,
+    write_json,
+    write_jsonl,
+)
 from train.data.records import Pieces, document_pieces, note_pieces
 
 SHARD = 20_000  # records a shard
@@ -109,7 +117,8 @@ def is_tokenizer_file(file: Path) -> bool:
 def encode_shards(
     files: Sequence[str], encoding: Encoding, folder: Path, limit: int, workers: int
 ) -> tuple[list[dict[str, int]], list[dict[str, Any]]]:
-    lines = itertools.islice(numbered_lines(files), limit or None)
+    lines = ((str(file), number, line) for file in files for number, line in numbered_lines(file))
+    lines = itertools.islice(lines, limit or None)
     chunks = enumerate(iter(lambda: list(itertools.islice(lines, SHARD)), []))
     first = list(itertools.islice(chunks, 2))
     jobs = ((encoding, folder, number, chunk) for number, chunk in itertools.chain(first, chunks))
@@ -129,19 +138,6 @@ def gathered(done: Iterable[tuple[dict[str, int], list[dict[str, Any]]]]) -> tup
         if len(rejects) > sum(each["records"] for each in shards):
             break
     return shards, rejects
-
-
-def numbered_lines(files: Sequence[str]) -> Iterator[tuple[str, int, bytes]]:
-    """(file, number, line) of every line that is not blank. Raises UserError where a file has none."""
-    for file in files:
-        empty = True
-        with open(file, "rb") as lines:
-            for number, line in enumerate(lines, start=1):
-                if line.strip():
-                    empty = False
-                    yield str(file), number, line
-        if empty:
-            raise UserError(f"{file}: empty: it holds no record; give one JSON object a line")
 
 
 def encode_job(job: tuple) -> tuple[dict[str, int], list[dict[str, Any]]]:

@@ -1,11 +1,17 @@
-"""Writing takes nothing that is not ours: a file in a folder's place stays, a folder's other files are kept."""
+"""Writing takes nothing that is not ours: a file in a folder's place stays, a folder's other files are kept. Reading:
+what is read from a JSON line can be written again, and every mistake is named with its line."""
 
+import gzip
+import json
 import os
 
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
+from model.support import files
 from model.support.cli import UserError
-from model.support.files import atomic_folder
+from model.support.files import atomic_folder, parse_json_line, read_json, read_jsonl
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
@@ -33,3 +39,70 @@ def test_nothing_is_changed_where_the_work_fails(tmp_path):
     with pytest.raises(ZeroDivisionError), atomic_folder(tmp_path / "model") as new:
         (new / "config.json").write_text(str(1 / 0))
     assert (tmp_path / "model" / "config.json").read_text() == "old" and os.listdir(tmp_path) == ["model"]
+
+
+VALUES = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats(allow_infinity=True) | st.text(st.characters()),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(st.characters()), inner, max_size=3),
+    max_leaves=8,
+)
+
+
+@given(st.dictionaries(st.sampled_from(["id", "patient", "text", "x"]) | st.text(st.characters()), VALUES))
+def test_a_json_line_that_is_read_can_be_written_and_compared(record):
+    """Half of a surrogate pair anywhere (keys too), NaN and infinities, ids of any type: read whole or refused."""
+    line = json.dumps(record).encode()
+    try:
+        read = parse_json_line("f", 7, line)
+    except UserError as error:
+        odd = not encodes(record) or any(word in line for word in (b"NaN", b"Infinity"))
+        assert str(error).startswith("f:7: ") and (odd or "neither text nor a whole number" in str(error))
+        assert encodes(str(error))
+        return
+    json.dumps(read, allow_nan=False)
+    assert encodes(read) and all(isinstance(read.get(name), str | None) for name in ("id", "patient"))
+    ids = {name: str(record[name]) for name in ("id", "patient") if record.get(name) is not None}
+    assert read == record | ids
+
+
+def encodes(value):
+    try:
+        return bool(json.dumps(value, ensure_ascii=False).encode())
+    except UnicodeEncodeError:
+        return False
+
+
+WRONG = {
+    b'{"id": 1}\r{"id": 2}\r': "f:1: not JSON .*lines end in a carriage return alone",
+    b'{"id": "a"}\n[1]\n': "f:2: a list, not a JSON object",
+    b'{"id": "a"}\n\n{"id": 1.5}\n': "f:3: 'id' is neither text nor a whole number",
+    b'{"id": null}\n': "f:1: 'id' is neither text",
+    b'{"id": "a", "x": -Infinity}\n': "f:1: -Infinity is not a JSON number",
+    b'{"id": "a"}\n{"x": 1}': "f:2: lacks the field 'id'",
+    b" \n": "empty",
+}
+
+
+@pytest.mark.parametrize("content", WRONG)
+def test_a_wrong_line_is_named(content, tmp_path):
+    (tmp_path / "f").write_bytes(content)
+    with pytest.raises(UserError, match=WRONG[content]):
+        list(read_jsonl(tmp_path / "f", ("id",)))
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_a_line_beyond_the_limit_is_refused_and_the_next_is_found(packed, tmp_path, monkeypatch):
+    monkeypatch.setattr(files, "LONGEST_LINE", 100)
+    lines = [b'{"id": "%d"}\n' % n for n in range(3)]
+    lines[1] = b'{"id": "' + b"x" * 350 + b'"}\n'
+    path = tmp_path / ("f.gz" if packed else "f")
+    path.write_bytes(gzip.compress(b"".join(lines)) if packed else b"".join(lines))
+    held = list(files.numbered_lines(path))
+    assert [number for number, _ in held] == [1, 2, 3] and held[2][1] == lines[2] and len(held[1][1]) == 101
+    with pytest.raises(UserError, match=r":2: a line of more than 100 bytes"):
+        list(read_jsonl(path))
+
+
+def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
+    (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
+    assert read_json(tmp_path / "config.json") == {"a": 1}
