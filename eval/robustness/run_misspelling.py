@@ -5,6 +5,7 @@ The corruption is misspelling.py's, the repair infer.extract's. All rates are as
 
 from __future__ import annotations
 
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +63,11 @@ class Misspelling:
 
 def run_misspelling(options: Misspelling) -> dict[str, Any]:
     references = read_references(options.notes)[: options.limit or None]
+    given, references = len(references), [record for record in references if record["text"].strip()]
+    if not references:
+        raise UserError(f"{options.notes}: every note is empty")
+    if len(references) < given:
+        print(f"{options.notes}: {given - len(references)} of {given} notes are empty and left out", file=sys.stderr)
     read_lexicon(options.lexicon)  # repair reads it after the plain answers: a mistake in it is told before them
     made_of = made_from(options)
     made_of |= {"notes_sha256": sha256_file(options.notes), "lexicon_sha256": sha256_file(options.lexicon),
@@ -93,7 +99,12 @@ def measured(run: Run, options: Misspelling, references: list[dict[str, Any]]) -
         ])  # fmt: skip
         series[name] = by_rate(references, read_predictions(answers), rates)
     result: dict[str, Any] = {"what": "misspelling", "damaged": "words misspelled", **curve(series)}
-    result |= {"changed": changed, "of": sum(eligible(record["text"]) for record in references), "seconds": run.took()}
+    result |= {
+        "empty_notes": given - len(references),
+        "changed": changed,
+        "of": sum(eligible(record["text"]) for record in references),
+        "seconds": run.took(),
+    }
     clean = series[PLAIN][0.0]
     result["recovery"] = [{"rate": rate, **recovery(clean, series[PLAIN][rate], series[REPAIRED][rate])}
                           for rate in rates]  # fmt: skip

@@ -13,7 +13,7 @@ from infer.engine.settings import Generation, Settings
 from infer.extract.answers import diagnosis_record, kept_logprobs, phenotype_record, said_values
 from infer.extract.evidence import MOST, Reading, decide, losses
 from infer.extract.grounded import Grounded, Grounding
-from infer.extract.notes import Note
+from infer.extract.notes import Note, refusal
 from infer.extract.places import Span, edges, occurrences
 from infer.retrieval.neighbours import Neighbours
 from model.support.cli import UserError
@@ -200,8 +200,8 @@ class Asker:
         for note in notes:
             records.append({"id": note.id})
             try:
-                if note.error is not None:
-                    raise UserError(note.error)
+                if reason := refusal(note):
+                    raise UserError(reason)
                 asked.append((records[-1], self.parts(note)))
             except UserError as error:
                 records[-1]["error"] = str(error)

@@ -1,4 +1,5 @@
-"""Reading the notes of a job, one at a time: JSON lines or a folder of .txt files. A bad note is not the job's end.
+"""Reading the notes of a job, one at a time: JSON lines, a table or a folder of .txt files. A bad note is not the job's
+end.
 
 A note's text is what stands in its file, line ends included, so that an answer's place can be looked up there; only a
 byte order mark at a file's beginning is no part of it. Ids need not be unique: each note gets its own record.
@@ -6,17 +7,20 @@ byte order mark at a file's beginning is no part of it. Ids need not be unique: 
 
 from __future__ import annotations
 
-import codecs
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 from model.support.cli import UserError
-from model.support.files import check_regular
+from model.support.files import check_regular, numbered_lines, parse_json_line
+from model.support.tables import Table
+
+LONGEST = 1_000_000
+"""Characters of the longest note that is read (some 250,000 tokens)."""
 
 
 @dataclass(frozen=True)
@@ -30,43 +34,74 @@ class Note:
     patient: str | None = None
 
 
-def read_notes(path: Path) -> Iterator[Note]:
-    """Notes in the file's order (a folder's: by name). Raises UserError where there is nothing to read."""
+def refusal(note: Note) -> str | None:
+    """Why a model is not asked about a note, before it is tokenised; None where it is."""
+    if note.error is not None:
+        return note.error
+    if not note.text.strip():
+        return "the note is empty"
+    if len(note.text) > LONGEST:
+        return f"the note has {len(note.text):,} characters, more than {LONGEST:,}; divide it"
+    return None
+
+
+def read_notes(path: Path, text_column: str = "text", id_column: str = "id") -> Iterator[Note]:
+    """Notes in the file's order (a folder's: by name). `text_column` and `id_column` name a table's columns or a JSON
+    object's fields. Raises UserError where there is nothing to read, or a file of another form."""
+    name = path.name.lower().removesuffix(".gz")
     if path.is_dir():
         files = text_files(path)
         if not files:
-            raise UserError(f"{path}: holds no .txt file; give a folder of notes or a JSON-lines file")
-        for file in files:
-            yield text_file(file)
-        return
-    if not path.is_file():
+            raise UserError(f"{path}: holds no .txt file; give a folder of notes, JSON lines or a table")
+        yield from map(text_file, files)
+    elif not path.is_file():
         raise UserError(
-            f"{path}: no such file or folder; give JSON lines with 'id' and 'text', or a folder of .txt files"
+            f"{path}: no such file or folder; give JSON lines with 'id' and 'text', a table, or a folder of .txt files"
         )
-    if path.suffix == ".txt":
+    elif path.suffix.lower() == ".txt":
         yield text_file(path)
-        return
-    count = 0
-    with open(path, "rb") as lines:
-        for number, line in enumerate(lines, start=1):
-            if number == 1:
-                line = line.removeprefix(codecs.BOM_UTF8)
-            if line.strip():
-                count += 1
-                yield json_line(line, number)
-    if not count:
-        raise UserError(f"{path}: empty: it holds no note; give one JSON object a line")
+    elif name.endswith((".csv", ".tsv")):
+        yield from table_notes(path, text_column.lower(), id_column.lower())
+    elif name.endswith((".jsonl", ".ndjson")):
+        for number, line in numbered_lines(path):
+            yield json_note(line, number, text_column, id_column)
+    else:
+        raise UserError(f"{path}: notes are read from JSON lines (.jsonl, .ndjson), tables (.csv, .tsv), each also as "
+                        ".gz, a .txt file or a folder of them; write it as one of these")  # fmt: skip
 
 
 def text_files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.glob("*.txt") if not file.is_dir())
+    """A folder's visible .txt files (in any case), by name."""
+    files = (file for file in folder.iterdir() if file.suffix.lower() == ".txt" and not file.is_dir())
+    return sorted(file for file in files if not file.name.startswith("."))
+
+
+def passed_over(folder: Path) -> str:
+    """What a folder holds beside its notes, each kind with its count and first name; "" where there is nothing."""
+    read = set(text_files(folder))
+    return listed(kinds(path for path in sorted(folder.iterdir()) if path not in read))
+
+
+def kinds(paths: Iterable[Path]) -> dict[str, list[str]]:
+    """Names by what they are: hidden files ("._…" of macOS), sub-folders, files by their ending."""
+    found: dict[str, list[str]] = {}
+    for path in paths:
+        kind = "sub-folders" if path.is_dir() else f"{path.suffix or 'other'} files"
+        found.setdefault("hidden files" if path.name.startswith(".") else kind, []).append(path.name)
+    return found
+
+
+def listed(groups: Mapping[str, list[str]]) -> str:
+    """Each group's count and first name, in one line."""
+    said = (f"{len(names)} {kind} ({names[0]}{', …' * (len(names) > 1)})" for kind, names in groups.items())
+    return ", ".join(said)
 
 
 def text_file(file: Path) -> Note:
     name = file.stem.encode("utf-8", "backslashreplace").decode()  # a name need not be UTF-8
     try:
         check_regular(file)
-        return checked(name, file.read_bytes().decode("utf-8-sig"), ())
+        return checked(Note(name, file.read_bytes().decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         return Note(name, error=f"not UTF-8 text (byte {error.start})")
     except UserError:
@@ -75,41 +110,48 @@ def text_file(file: Path) -> Note:
         return Note(name, error=f"the file cannot be read: {error.strerror}")
 
 
-def json_line(line: bytes, number: int) -> Note:
+def table_notes(path: Path, text: str, name: str) -> Iterator[Note]:
+    table = Table(path)
+    for column, option in ((text, "text"), (name, "id")):
+        if column not in table.columns and column != "id":
+            raise UserError(f"{path}: its header names no column {column!r}; --{option}-column says which holds the "
+                            f"{option}")  # fmt: skip
+    for line, row in table.rows(text, name, "patient"):
+        yield checked(Note(row.get(name, "").strip() or f"line {line}", row[text], patient=row.get("patient") or None))
+
+
+def json_note(line: bytes, number: int, text_column: str, id_column: str) -> Note:
     name = f"line {number}"
     try:
-        record: Any = json.loads(line.decode("utf-8"))
-    except UnicodeDecodeError as error:
-        return Note(name, error=f"not UTF-8 text (byte {error.start} of line {number})")
-    except (ValueError, RecursionError):  # a number of more digits than Python reads is no JSONDecodeError
-        return Note(name, error=f"line {number} is not JSON")
-    if not isinstance(record, dict):
-        return Note(name, error=f"line {number} is not a JSON object")
-    given = record.get("id")
-    if isinstance(given, (str, int)) and not isinstance(given, bool) and str(given).strip() and unicode(str(given)):
+        record: Any = parse_json_line("line", number, line)
+    except UserError as error:
+        return Note(id_in(line, id_column) or name, error=str(error).replace("line:", "line ", 1))
+    given = record.get(id_column)
+    if isinstance(given, (str, int)) and str(given).strip():
         name = str(given)
+    text = record.get(text_column)
+    if not isinstance(text, str):
+        return Note(name, error=f"{text_column!r} is missing or is not text; --text-column names another field")
     asked = record.get("questions", [])
     texts = [q.get("question") if isinstance(q, dict) else q for q in asked] if isinstance(asked, list) else [None]
-    if not all(isinstance(text, str) and text.strip() and unicode(text) for text in texts):
+    if not all(isinstance(question, str) and question.strip() for question in texts):
         return Note(name, error="'questions' is not a list of questions ({\"question\": text})")
-    patient = record.get("patient")
-    return checked(name, record.get("text"), tuple(texts), None if patient is None else str(patient))
+    return checked(Note(name, text, None, tuple(texts), record.get("patient")))
 
 
-def checked(name: str, text: Any, questions: tuple[str, ...], patient: str | None = None) -> Note:
-    if not isinstance(text, str):
-        return Note(name, error="'text' is missing or is not text")
-    if not text.strip():
-        return Note(name, error="the note is empty")
-    if not unicode(text):
-        at = next(n for n, letter in enumerate(text) if "\ud800" <= letter <= "\udfff")
-        return Note(name, error=f"half a surrogate pair at character {at}: the text is not Unicode")
-    return Note(name, text, None, questions, patient)
+def id_in(line: bytes, id_column: str) -> str | None:
+    """The id on a line that is refused for another reason."""
+    try:
+        given = json.loads(line)[id_column]
+        given.encode()
+    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+        return None
+    return given.strip() or None
 
 
-def unicode(text: str) -> bool:
-    """Whether a text can be written: JSON's escapes can name half of a surrogate pair."""
-    return not any("\ud800" <= letter <= "\udfff" for letter in text)
+def checked(note: Note) -> Note:
+    reason = refusal(note)
+    return note if reason is None else Note(note.id, error=reason)
 
 
 def fingerprint(path: Path) -> str:

@@ -3,9 +3,10 @@
     python -m infer.extract --weights DIR [--adapter DIR] --task both --notes notes.jsonl --out answers.jsonl
     torchrun --nproc-per-node 2 -m infer.extract …            the same job, its batches split over the ranks
 
-Notes are JSON lines with `id` and `text`, or a folder of .txt files. A record may bring `questions` of its own
-([{"question": "…"}, …]), which take the place of the task's. The output holds one JSON object a note in the input's
-order; its schema is written beside it (OUT.schema.json). The same command continues a job that was interrupted.
+Notes are JSON lines or a CSV table with `id` and `text` (`--id-column`, `--text-column` name others), or a folder of
+.txt files. A JSON record may bring `questions` of its own ([{"question": "…"}, …]), which take the place of the task's.
+The output holds one JSON object a note in the input's order; its schema is written beside it (OUT.schema.json). The
+same command continues a job that was interrupted.
 
 With `--retriever NAME --index DIR` (python -m infer.retrieval.index) the diagnosis question is asked with the nearest
 notes of other patients and their diagnoses beside it; the record's `neighbours` are their ids.
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from infer.extract.answers import SCHEMA
 from infer.extract.job import Job, Unchanged, batches, begun, mark_of, stamp, tally
-from infer.extract.notes import Note, fingerprint, read_notes
+from infer.extract.notes import Note, fingerprint, passed_over, read_notes
 from infer.retrieval.mended import mend
 from infer.retrieval.repair import read_repair
 from infer.tasks import QUESTION
@@ -49,9 +50,13 @@ class Options:
     weights: str
     """A model's folder or GGUF file."""
     notes: Path
-    """JSON lines with `id` and `text`, or a folder of .txt files."""
+    """JSON lines (.jsonl, .jsonl.gz) or a table (.csv) with `id` and `text`, or a folder of .txt files."""
     out: Path
     """JSON lines, one object a note, in the notes' order."""
+    text_column: str = "text"
+    """The column or field that holds a note's text."""
+    id_column: str = "id"
+    """The column or field that holds a note's id."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
     task: Literal["phenotype", "diagnosis", "both"] = "both"
@@ -128,6 +133,8 @@ def main(options: Options) -> int:
     if options.out.suffix == ".txt" and options.notes.resolve() == options.out.parent.resolve():
         raise UserError(f"{options.out}: would be one of the notes of {options.notes} itself; choose another --out")
     next(source(options))  # refuses a missing or empty file before anything is made
+    if rank == 0 and options.notes.is_dir() and (rest := passed_over(options.notes)):
+        print(f"{options.notes}: not read: {rest}", file=sys.stderr)
     notes = Unchanged(options.notes)
     job = Job(options.out, identity(options, notes), rank // together, world // together, rank % together == 0)
     began = time.perf_counter()
@@ -215,7 +222,7 @@ def check_schema(out: Path) -> None:
 
 
 def source(options: Options) -> Iterator[Note]:
-    return islice(read_notes(options.notes), options.limit)
+    return islice(read_notes(options.notes, options.text_column, options.id_column), options.limit)
 
 
 def split(options: Options) -> Iterator[list[Note]]:
@@ -235,6 +242,7 @@ def identity(options: Options, notes: Unchanged) -> dict[str, object]:
     if options.format != "wide":  # named only where it is on
         kept = (*kept, "format")
     kept = (*kept, *(name for name in ("memory", "fuse") if getattr(options, name)))
+    kept = (*kept, *(f"{name}_column" for name in ("text", "id") if getattr(options, f"{name}_column") != name))
     if options.tensor_parallel > 1:
         kept = (*kept, "tensor_parallel")
     if options.bos != "auto":

@@ -1,13 +1,19 @@
 """Every door of infer: a mistake is one clear line and exit 2, nothing overwritten; a bad note is one error record."""
 
 import codecs
+import csv
+import gzip
+import io
 import json
 import os
+import tempfile
 from pathlib import Path
 
 import pytest
 import torch
 from answering_models import write_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from infer import generate
 from infer.engine.generate import Generator
@@ -50,7 +56,14 @@ DOORS = {  # what is wrong: (files beside the notes, options, what the line says
                                 "choose another --out"),
     "the job's file is the input": ({"o.jsonl.job.json": GOOD.encode()}, {"notes": "o.jsonl.job.json"},
                                     "choose another --out"),
-    "the part is the input": ({"o.jsonl.part": GOOD.encode()}, {"notes": "o.jsonl.part"}, "no job's of ours"),
+    "the part is the input": ({"o.jsonl.part": GOOD.encode()}, {"notes": "o.jsonl.part"}, "write it as one of these"),
+    "notes as a JSON array": ({"n.json": b"[" + GOOD.encode() + b"]"}, {"notes": "n.json"}, "write it as one of these"),
+    "a table without the text's column": ({"n.csv": b"id,note\n1,A tumor\n"}, {"notes": "n.csv"}, "--text-column"),
+    "a table without the id's column": ({"n.csv": b"id,text\n1,A tumor\n"}, {"notes": "n.csv", "id_column": "row"},
+                                        "--id-column"),
+    "a torn table": ({"n.csv": b'id,text\n1,A tumor\n2,"A'}, {"notes": "n.csv"}, "a quotation mark missing"),
+    "half a gzip file": ({"n.jsonl.gz": gzip.compress(GOOD.encode() * 99)[:60]}, {"notes": "n.jsonl.gz"},
+                         "not a whole gzip file"),
     "an output of somebody else": ({"o.jsonl": b"mine"}, {}, "no job's of ours"),
     "a mark of somebody else": ({"o.jsonl.job.json": b'{"mine": 1}'}, {}, "no job's of ours"),
     "a schema of somebody else": ({"o.jsonl.schema.json": b'{"mine": 1}'}, {}, "no job's of ours"),
@@ -108,20 +121,22 @@ def test_a_model_without_a_chat_form(tmp_path, capsys):
 NOTES = {  # a line: (id, what the error says, or None)
     b'{"id": "", "text": "A tumor"}': ("line 1", None),
     b'{"id": null, "text": "A tumor"}': ("line 2", None),
-    b'{"id": true, "text": "A tumor"}': ("line 3", None),
+    b'{"id": true, "text": "A tumor"}': ("line 3", "'id' is neither text nor a whole number"),
     b'{"id": "same", "text": "A tumor"}': ("same", None),
     b'{"id": "same", "text": "Another"}': ("same", None),
-    b'{"id": "\\ud800", "text": "A tumor"}': ("line 6", None),
+    b'{"id": "\\ud800", "text": "A tumor"}': ("line 6", "half a surrogate pair"),
     b'{"id": "nul", "text": "A\\u0000 tumor\\u0000"}': ("nul", None),
     b'{"id": "crlf", "text": "A\\r\\ntumor"}\r': ("crlf", None),
-    b'{"id": "half", "text": "A \\udc00 tumor"}': ("half", "half a surrogate pair at character 2"),
-    b'{"id": "asked", "text": "A tumor", "questions": ["\\ud800?"]}': ("asked", "'questions' is not a list"),
+    b'{"id": "half", "text": "A \\udc00 tumor"}': ("half", "half a surrogate pair"),
+    b'{"id": "asked", "text": "A tumor", "questions": ["\\ud800?"]}': ("asked", "half a surrogate pair"),
     b'{"id": "list", "text": ["A tumor"]}': ("list", "'text' is missing or is not text"),
     b'{"id": "null", "text": null}': ("null", "'text' is missing or is not text"),
-    b'{"id": ' + b"9" * 5000 + b', "text": "A tumor"}': ("line 13", "line 13 is not JSON"),
-    b"[" * 100_000: ("line 14", "line 14 is not JSON"),
+    b'{"id": ' + b"9" * 5000 + b', "text": "A tumor"}': ("line 13", "line 13: not JSON"),
+    b"[" * 100_000: ("line 14", "line 14: not JSON"),
     b'{"id": "blank", "text": "\\u00a0\\n"}': ("blank", "the note is empty"),
-    b'{"id": "bytes", "text": "\xff"}': ("line 16", "not UTF-8 text"),
+    b'{"id": "nan", "text": "A tumor", "weight": NaN}': ("nan", "NaN is not a JSON number"),
+    b'{"id": "long", "text": "' + b"A tumor " * 125_001 + b'"}': ("long", "more than 1,000,000"),
+    b'{"id": "bytes", "text": "\xff"}': ("line 18", "not UTF-8 text"),
 }
 
 
@@ -134,7 +149,7 @@ def test_a_bad_note_is_one_error_record(weights, tmp_path):
         assert error is None and "error" not in record or error in record["error"], name
 
 
-def test_a_folder_s_texts_as_they_stand(weights, tmp_path):
+def test_a_folder_s_texts_as_they_stand(weights, tmp_path, capsys):
     """A byte order mark is no part of a note, a line's end is: places are those of the file."""
     folder = tmp_path / "notes"
     folder.mkdir()
@@ -145,14 +160,36 @@ def test_a_folder_s_texts_as_they_stand(weights, tmp_path):
         odd.write("A tumor")
     (folder / "e.txt").write_text(" ")
     (folder / "f.txt").mkdir()
+    (folder / "g.TXT").write_text("A tumor")
+    for other in ("._a.txt", ".b.txt", "h.md", "i.md"):
+        (folder / other).write_text("A tumor")
     notes = list(read_notes(folder))
     assert notes[0].text == "Tumor\r\nof 2.5 cm"
     assert [(note.id, note.error) for note in notes] == [
         ("a", None), ("b", "not UTF-8 text (byte 0)"), ("c", "the file cannot be read: No such file or directory"),
-        ("d\\udcff", None), ("e", "the note is empty"),
+        ("d\\udcff", None), ("e", "the note is empty"), ("g", None),
     ]  # fmt: skip
     assert extract.main(asked(weights, tmp_path, notes=folder, task="diagnosis")) == 1
-    assert len(records(tmp_path / "o.jsonl")) == 5
+    assert len(records(tmp_path / "o.jsonl")) == 6
+    assert (
+        "not read: 2 hidden files (._a.txt, …), 1 sub-folders (f.txt), 2 .md files (h.md, …)" in capsys.readouterr().err
+    )
+
+
+CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"), min_size=1).filter(str.strip)
+
+
+@settings(max_examples=50, deadline=None)
+@given(st.lists(st.tuples(CELLS.map(str.strip), CELLS), min_size=1), st.sampled_from([",", ";", "\t"]), st.booleans())
+def test_notes_of_a_table_and_of_json_lines_are_those_written(notes, delimiter, packed):
+    """Whatever the cells hold: delimiters, quotation marks, every kind of line end, a byte order mark."""
+    table, lines = io.StringIO(newline=""), "".join(json.dumps({"Nr": a, "Note": b}) + "\n" for a, b in notes)
+    csv.writer(table, delimiter=delimiter).writerows([("Nr", "ward", "Note"), *((a, "", b) for a, b in notes)])
+    with tempfile.TemporaryDirectory() as folder:
+        for name, content in (("n.csv", table.getvalue()), ("n.jsonl", lines)):
+            path = Path(folder) / (name + ".gz" * packed)
+            path.write_bytes(gzip.compress(content.encode()) if packed else content.encode("utf-8-sig"))
+            assert [(note.id, note.text) for note in read_notes(path, "Note", "Nr")] == notes
 
 
 def test_a_limit_beyond_the_model_s_length_is_the_model_s(tmp_path):
