@@ -19,7 +19,14 @@ import re
 from collections import Counter
 from pathlib import Path
 
-_CODE = re.compile(r"\b([CD]\d[0-9A-Z])\.?([0-9A-Z]{0,4})\b", re.IGNORECASE)
+_CODE = re.compile(
+    r"""(?<![\w.]) (?:
+        [A-Z]\d[0-9A-Z] \. (?:[0-9AXZ][0-9A-Z]{0,5})? -?    # dotted, of any chapter: C50.911, Z85.3, C18.-
+      | [CD]\d[0-9AB] [0-9A-Z]{0,5}                         # without a dot, of this chapter: c180
+      | (?<=[(\[]) [A-Z]\d[0-9A-Z]{1,5} (?=[)\]])           # alone in brackets, of any chapter: (Z853)
+    ) (?!\w|\.\w)""",
+    re.IGNORECASE | re.VERBOSE,
+)
 _WORD = re.compile(r"[a-z0-9]+")
 
 
@@ -70,20 +77,29 @@ _COUNTS = Counter(word for words in _SETS.values() for word in words)
 _RARITY = {word: math.log(1 + len(CODES) / count) for word, count in _COUNTS.items()}
 
 
+def written(text: str) -> list[tuple[int, int]]:
+    """Where codes of any chapter are written in a text, as (start, end); they need not exist."""
+    return [match.span() for match in _CODE.finditer(text)]
+
+
+def described(text: str) -> list[str]:
+    """The codes whose description is the text, whatever its case and punctuation; billable ones first."""
+    return sorted(_BY_WORDS.get(tuple(_words(text)), ()), key=lambda code: not is_billable(code))
+
+
 def lookup(text: str, limit: int = 5) -> list[str]:
     """The codes that a text names, best first; [] where nothing fits.
 
-    In this order: codes written in the text (dotted or not, any case: "c50411", "carcinoma (C50.411)"); codes whose
-    description is the text, whatever its case and punctuation (billable ones first); else at most `limit` codes by
+    In this order: codes written in the text (dotted or not, any case: "c50411", "carcinoma (C50.411)"), and nothing
+    else where one is written, known or not; codes whose description is the text; else at most `limit` codes by
     similarity, the cosine of the two sets of words with a word weighted by how few descriptions hold it.
     """
-    written = [found for match in _CODE.finditer(text) if (found := canonical(match[0]))]
-    if written:
-        return list(dict.fromkeys(written))
-    words = _words(text)
-    if tuple(words) in _BY_WORDS:
-        return sorted(_BY_WORDS[tuple(words)], key=lambda code: not is_billable(code))
-    asked = frozenset(words) & _RARITY.keys()
+    if spans := written(text):
+        known = [found for start, end in spans if (found := canonical(text[start:end]))]
+        return list(dict.fromkeys(known))
+    if exact := described(text):
+        return exact
+    asked = frozenset(_words(text)) & _RARITY.keys()
     if not asked:
         return []
     norm = math.sqrt(sum(_RARITY[word] ** 2 for word in asked))

@@ -156,7 +156,7 @@ def _row(system: Json, questions: list[Question]) -> Json:
         patients = [one.patient for one in codes]
         row["code"] = {
             "n": len(codes),
-            "exact": share([p[:1] == g[:1] for p, g in said], patients),
+            "exact": share([p != [] and p[:1] == g[:1] for p, g in said], patients),
             "category": share([p != [] and g != [] and p[0][:3] == g[0][:3] for p, g in said], patients),
         }
     return row

@@ -100,7 +100,6 @@ def measured(run: Run, options: Misspelling, references: list[dict[str, Any]]) -
         series[name] = by_rate(references, read_predictions(answers), rates)
     result: dict[str, Any] = {"what": "misspelling", "damaged": "words misspelled", **curve(series)}
     result |= {
-        "empty_notes": given - len(references),
         "changed": changed,
         "of": sum(eligible(record["text"]) for record in references),
         "seconds": run.took(),

@@ -1,26 +1,30 @@
 """Your own labelled set from brat's standoff files: `python -m train.importers.brat --folder DIR --out my.jsonl`.
 
-Every NAME.txt with its NAME.ann makes one record. Entities ("T1<TAB>TumorSize 19 25<TAB>2.5 cm") are answers; their
-type is a phenotype's name in any spelling (tumor_size, TumorSize) or is mapped: `--types Size=tumor_size Dx=diagnosis`.
-Every phenotype that is annotated anywhere in the folder is asked of every text: where a text has none of it, the answer
-is "not relevant". Of several diagnoses in a text the first is asked for, the others are kept beside it. A discontinuous
-entity gives its parts joined by spaces. Relations, events, attributes and notes are passed over.
+Every NAME.txt with its NAME.ann, in sub-folders too, makes one record. Entities ("T1<TAB>TumorSize 19 25<TAB>2.5 cm")
+are answers; their type is a phenotype's name in any spelling (tumor_size, TumorSize) or is mapped: `--types
+Size=tumor_size Dx=diagnosis`. Every phenotype that is annotated anywhere in the folder is asked of every text: where a
+text has none of it, the answer is "not relevant". Of several diagnoses in a text the first is asked for, the others are
+kept beside it. A discontinuous entity is its parts joined by spaces; where more than white space lies between them, its
+place is `fragments`, [[start, end], …]. Other annotations (relations, events, attributes, notes) are counted.
 """
 
 from __future__ import annotations
 
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
+from infer.extract.notes import kinds, listed
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import check_not_read, write_jsonl
-from model.support.lock import output
-from train.importers.table import diagnosis, label, remarks
+from model.support.files import check_not_read
+from train.importers.record import Record, diagnosis, label, read_text, write
 
 _ENTITY = re.compile(r"(T\d+)\t(\S+) (\d+ \d+(?:;\d+ \d+)*)\t(.*)")
+OTHER = "annotations that are no entities, not read"
+LINE_ENDS = r"texts whose offsets count \r\n as one character: their records have \n"
+MARK = "texts whose offsets do not count the byte order mark"
 
 
 @dataclass(frozen=True)
@@ -28,7 +32,7 @@ class Options:
     """Make records of a folder of brat annotations."""
 
     folder: Path
-    """Folder that holds NAME.txt and NAME.ann."""
+    """Folder that holds NAME.txt and NAME.ann, or sub-folders of them."""
     out: Path
     """JSON-lines file to write."""
     types: tuple[str, ...] = ()
@@ -42,68 +46,105 @@ class Options:
                 raise UserError(f"--types {pair}: write TYPE=phenotype")
 
 
-def read(path: Path) -> str:
-    """A file's text as it is: offsets count every character, "\\r" too."""
-    try:
-        return path.read_bytes().decode("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+@dataclass(frozen=True)
+class Entity:
+    where: str
+    name: str
+    type: str
+    spans: tuple[tuple[int, int], ...]
+    said: str
+
+    def fits(self, text: str) -> bool:
+        inside = all(0 <= start < end <= len(text) for start, end in self.spans)
+        return inside and self.words(text) == self.said.split()
+
+    def words(self, text: str) -> list[str]:
+        return " ".join(text[start:end] for start, end in self.spans).split()
+
+    def answer(self, text: str) -> Record:
+        words, start, end = self.words(text), self.spans[0][0], self.spans[-1][1]
+        if words == text[start:end].split():
+            return {"text": " ".join(words), "start": start, "end": end}
+        return {"text": " ".join(words), "start": None, "end": None, "fragments": [list(span) for span in self.spans]}
 
 
-def entities(path: Path, text: str, types: dict[str, str]) -> list[tuple[str, dict[str, Any]]]:
-    """(phenotype or diagnosis, {"text", "start", "end"}) of an .ann file, in the text's order."""
+def entities(path: Path, notices: Counter[str]) -> list[Entity]:
+    """The entities of an .ann file, in the text's order."""
     found = []
-    for number, line in enumerate(read(path).removeprefix("\ufeff").split("\n"), 1):
-        where = f"{path}:{number}"
+    for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.startswith("T"):
+            notices[OTHER] += bool(line.strip())
             continue
         match = _ENTITY.fullmatch(line.rstrip())
         if match is None:
-            raise UserError(f"{where}: not an entity; brat writes ID<TAB>TYPE START END<TAB>TEXT")
-        spans = [tuple(map(int, part.split())) for part in match[3].split(";")]
-        said = " ".join(text[start:end] for start, end in spans)
-        if any(not 0 <= start < end <= len(text) for start, end in spans) or said.split() != match[4].split():
-            raise UserError(f"{where}: {match[1]} does not stand at its offsets; is this the .txt that was annotated?")
-        kind = types.get(match[2])
-        if kind is None:
-            kind = label(
-                re.sub(r"(?<=[a-z])(?=[A-Z])", "_", match[2]), f"{where} (or say what it is: --types {match[2]}=…)"
-            )
-        if kind:
-            found.append((kind, {"text": " ".join(said.split()), "start": spans[0][0], "end": spans[-1][1]}))
-    return sorted(found, key=lambda item: item[1]["start"])
+            raise UserError(f"{path}:{number}: not an entity; brat writes ID<TAB>TYPE START END<TAB>TEXT")
+        spans = tuple((int(start), int(end)) for start, end in (part.split() for part in match[3].split(";")))
+        found.append(Entity(f"{path}:{number}", match[1], match[2], spans, match[4]))
+    return sorted(found, key=lambda entity: entity.spans)
 
 
-def records(folder: Path, types: dict[str, str]) -> list[dict[str, Any]]:
-    """One record a text, in the order of their names."""
+def annotated(path: Path, found: list[Entity], notices: Counter[str]) -> str:
+    """The text that the offsets are of: the file's as it is, else with "\\n" for "\\r\\n", else without its byte order
+    mark."""
+    raw = read_text(path, keep_mark=True)
+    for text in dict.fromkeys((raw, raw.replace("\r\n", "\n"), raw.removeprefix("\ufeff"),
+                               raw.replace("\r\n", "\n").removeprefix("\ufeff"))):  # fmt: skip
+        if all(entity.fits(text) for entity in found):
+            notices[LINE_ENDS] += text.count("\r") < raw.count("\r")
+            notices[MARK] += raw[:1] == "\ufeff" != text[:1]
+            return text
+    wrong = next(entity for entity in found if not entity.fits(raw))
+    raise UserError(
+        f"{wrong.where}: {wrong.name} does not stand at its offsets; is {path} the text that was annotated?"
+    )
+
+
+def pairs(folder: Path) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
+    """(text, annotation) of every name that has both, and the folder's other files by what they are."""
+    files = sorted(path for path in folder.rglob("*") if not path.is_dir())
+    seen = {end: {path.with_suffix(""): path for path in files if path.suffix.lower() == end and path.name[0] != "."}
+            for end in (".txt", ".ann")}  # fmt: skip
+    texts, annotations = seen.values()
+    both = [(path, annotations[name]) for name, path in texts.items() if name in annotations]
+    groups = {
+        "texts without an .ann": [path.name for name, path in texts.items() if name not in annotations],
+        "annotations without a .txt": [path.name for name, path in annotations.items() if name not in texts],
+    }
+    used = {*texts.values(), *annotations.values()}
+    groups |= kinds(path for path in files if path not in used)
+    return both, {kind: names for kind, names in groups.items() if names}
+
+
+def records(folder: Path, types: dict[str, str], notices: Counter[str] | None = None) -> list[Record]:
+    """One record a text, in the order of their names; `notices` counts what was not read or read in another way."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
-    pairs = [
-        (path, path.with_suffix(".ann")) for path in sorted(folder.glob("*.txt")) if path.with_suffix(".ann").exists()
-    ]
-    if not pairs:
+    both, _ = pairs(folder)
+    if not both:
         raise UserError(f"{folder}: holds no NAME.txt with a NAME.ann beside it")
     types = {name: label(kind, f"--types {name}={kind}") if kind else "" for name, kind in types.items()}
+    notices = Counter() if notices is None else notices
     made, asked = [], set()
-    for text_path, ann_path in pairs:
-        text = read(text_path)
-        record: dict[str, Any] = {
-            "id": text_path.stem,
-            "patient": text_path.stem,
-            "style": "",
-            "text": text,
-            "phenotypes": {},
-        }
-        for kind, one in entities(ann_path, text, types):
+    for text_path, ann_path in both:
+        found = entities(ann_path, notices)
+        text = annotated(text_path, found, notices)
+        name = text_path.relative_to(folder).with_suffix("").as_posix()
+        record: Record = {"id": name, "patient": name, "style": "", "text": text, "phenotypes": {}}
+        for entity in found:
+            kind = types.get(entity.type)
+            if kind is None:
+                spelled = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", entity.type)
+                kind = label(spelled, f"{entity.where} (or say what it is: --types {entity.type}=…)")
+            one = entity.answer(text)
             if kind == "diagnosis":
-                found = diagnosis(one["text"], str(ann_path))
-                if record.setdefault("diagnosis", found) != found:
-                    record.setdefault("further_diagnoses", []).append(found)
-                continue
-            asked.add(kind)
-            given = record["phenotypes"].setdefault(kind, [])
-            if one["text"] not in [other["text"] for other in given]:
-                given.append(one)
+                code = diagnosis(one["text"], f"{entity.where} (or pass its type over: --types {entity.type}=)")
+                if record.setdefault("diagnosis", code) != code:
+                    record.setdefault("further_diagnoses", []).append(code)
+            elif kind:
+                asked.add(kind)
+                given = record["phenotypes"].setdefault(kind, [])
+                if one["text"] not in [other["text"] for other in given]:
+                    given.append(one)
         made.append(record)
     for record in made:
         record["phenotypes"] = {name: record["phenotypes"].get(name, []) for name in sorted(asked)}
@@ -111,11 +152,13 @@ def records(folder: Path, types: dict[str, str]) -> list[dict[str, Any]]:
 
 
 def main(options: Options) -> None:
-    check_not_read(options.out, *options.folder.glob("*.txt"), *options.folder.glob("*.ann"))
-    made = records(options.folder, dict(pair.split("=", 1) for pair in options.types))
-    with output(options.out, options.overwrite):
-        write_jsonl(options.out, made)
-    print(f"{options.out}: {remarks(made)}")
+    check_not_read(
+        options.out, *(path for path in options.folder.rglob("*") if path.suffix.lower() in (".txt", ".ann"))
+    )
+    notices: Counter[str] = Counter()
+    made = records(options.folder, dict(pair.split("=", 1) for pair in options.types), notices)
+    rest = listed(pairs(options.folder)[1])
+    write(options.out, options.overwrite, made, notices, rest and f"not read: {rest}")
 
 
 if __name__ == "__main__":

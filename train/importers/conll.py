@@ -1,8 +1,10 @@
 """Questions from any named-entity corpus: `python -m train.importers.conll --iob F.tsv --out F.jsonl`.
 
-The file is IOB (CoNLL): one token and its tag a line (first and last column), a blank line between sentences; IOB1,
-IOB2 and files of several entity types are read. Three consecutive sentences make a record, and every entity type of
-the file one question about it; the answer is all mentions of that type, or "not relevant" where there is none:
+The file is CoNLL's: one token and its tag a line (first and last column, divided by tabs where the file has any, else
+by spaces), a blank line between sentences, "-DOCSTART-" or "# newdoc" between documents; other lines that begin with
+"#" are comments. Tags are IO, IOB1, BIO (IOB2), BIOES or BILOU, of several entity types. Three consecutive sentences of
+a document make a record, and every entity type of the file one question about it; the answer is all mentions of that
+type, or "not relevant" where there is none:
 
     {"id": "test-7", "text": "…", "questions": [{"question": "Which disease names are mentioned?",
      "answers": [{"text": "colorectal cancer", "start": 52, "end": 69}, …]}]}
@@ -13,17 +15,19 @@ and infer.extract.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import check_not_read, write_jsonl
-from model.support.lock import output
+from model.support.files import check_not_read
+from train.importers.record import Record, read_text, write
 
 Token = tuple[str, str]
+Sentence = list[Token]
+TAG = re.compile(r"O|[BIESLU](-.+)?")
 CLOSES, OPENS, TIGHT = set(",.;:!?)]}%"), set("([{$"), set("-/'’–")
 
 
@@ -50,24 +54,21 @@ class Options:
 def main(options: Options) -> None:
     check_not_read(options.out, options.iob)
     found = list(records(options.iob, options.sentences))
-    found = found[: options.limit] if options.limit else found
-    with output(options.out, options.overwrite):
-        write_jsonl(options.out, found)
-    mentions = [answer["text"] for record in found for asked in record["questions"] for answer in asked["answers"]]
-    empty = sum(not asked["answers"] for record in found for asked in record["questions"])
-    commas = sum("; " in text for text in mentions)
-    print(f"{options.out}: {len(found)} records, {len(mentions)} mentions, {empty} questions not relevant; "
-          f"{commas} mentions hold a semicolon, which divides answers")  # fmt: skip
+    write(options.out, options.overwrite, found[: options.limit or None])
 
 
-def records(path: Path, size: int = 3) -> Iterator[dict[str, Any]]:
-    """Question records of groups of `size` sentences. Raises UserError naming file and line for what is not IOB."""
-    sentences = list(read_iob(path))
-    types = sorted({tag[2:] or "entity" for sentence in sentences for _, tag in sentence if tag != "O"})
+def records(path: Path, size: int = 3) -> Iterator[Record]:
+    """Question records of groups of `size` sentences of a document. Raises UserError naming file and line for what is
+    not IOB."""
+    documents = read_iob(path)
+    types = sorted(
+        {tag[2:] or "entity" for sentences in documents for one in sentences for _, tag in one if tag != "O"}
+    )
     if not types:
         raise UserError(f"{path}: marks no entity; the last column has to hold tags such as B-Disease, I-Disease and O")
-    for number, start in enumerate(range(0, len(sentences), size)):
-        text, spans = group(sentences[start : start + size])
+    groups = (sentences[at : at + size] for sentences in documents for at in range(0, len(sentences), size))
+    for number, sentences in enumerate(groups):
+        text, spans = group(sentences)
         asked = []
         for kind in types:
             answers = [{"text": text[a:b], "start": a, "end": b} for a, b, of in spans if of == kind]
@@ -79,27 +80,31 @@ def question(kind: str) -> str:
     return f"Which {kind.replace('_', ' ').lower()} names are mentioned?"
 
 
-def read_iob(path: Path) -> Iterator[list[Token]]:
-    """Sentences as (token, tag)."""
-    try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    sentence: list[Token] = []
-    for number, line in enumerate([*lines, ""], start=1):
-        parts = line.split()
-        if parts and parts[0] == "-DOCSTART-":
-            continue
-        if not parts:
-            if sentence:
-                yield sentence
-            sentence = []
-            continue
-        if len(parts) < 2 or not (parts[-1] == "O" or parts[-1][:2] in ("B-", "I-", "B", "I")):
-            raise UserError(f"{path}:{number}: not a token and its tag (O, B-TYPE or I-TYPE)")
-        sentence.append((parts[0], parts[-1]))
+def read_iob(path: Path) -> list[list[Sentence]]:
+    """Documents of sentences of (token, tag)."""
+    lines = re.split(r"\r\n|\r|\n", read_text(path))  # a token may hold any other separator of Unicode
+    tokens = [line for line in lines if line.strip(" \t") and not line.startswith(("#", "-DOCSTART-"))]
+    tabs = any("\t" in line for line in tokens)
+
+    def columns(line: str) -> list[str]:
+        return [part.strip(" ") for part in line.split("\t")] if tabs else re.findall("[^ ]+", line)
+
+    width = len(columns(tokens[0])) if tokens else 0
+    documents: list[list[Sentence]] = [[[]]]
+    for number, line in enumerate(lines, start=1):
+        parts = columns(line)
+        is_token = len(parts) == width >= 2 and TAG.fullmatch(parts[-1]) is not None and parts[0] != ""
+        if line.startswith(("-DOCSTART-", "# newdoc")):
+            documents.append([[]])
+        elif not line.strip(" \t"):
+            documents[-1].append([])
+        elif is_token:
+            documents[-1][-1].append((parts[0], parts[-1]))
+        elif not line.startswith("#"):
+            cause = f"{len(parts)} columns where the first token has {width}" if len(parts) != width else "no such tag"
+            raise UserError(f"{path}:{number}: not a token and its tag ({cause}); tags are O, B-TYPE, I-TYPE and those "
+                            "of BIOES or BILOU, and tabs divide the columns of tokens with spaces")  # fmt: skip
+    return [[sentence for sentence in sentences if sentence] for sentences in documents]
 
 
 def group(sentences: Sequence[Sequence[Token]]) -> tuple[str, list[tuple[int, int, str]]]:
@@ -129,15 +134,19 @@ def spaced(before: str, token: str, text: str) -> bool:
 
 
 def entities(tags: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    """(first, last, type) of each entity; an I- after another type or after O begins one (IOB1)."""
+    """(first, last, type) of each entity, in any of the schemes: B, S and U begin one, and so does what follows another
+    type, O or an end (IO, IOB1); E, L, S and U end one."""
     first, kind = 0, ""
     for index, tag in enumerate([*tags, "O"]):
-        now = "" if tag == "O" else tag[2:] or "entity"
-        if kind and (tag.startswith("B") or now != kind):
+        mark, now = tag[0], "" if tag == "O" else tag[2:] or "entity"
+        if kind and (mark in "BSU" or now != kind):
             yield first, index - 1, kind
             kind = ""
         if now and not kind:
             first, kind = index, now
+        if kind and mark in "ELSU":
+            yield first, index, kind
+            kind = ""
 
 
 if __name__ == "__main__":

@@ -1,10 +1,17 @@
 """brat's standoff files become records; an annotation that does not fit its text is refused."""
 
+import json
+import tempfile
+from collections import Counter
+from pathlib import Path
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from model.support.cli import UserError
-from train.importers.brat import records
-from train.importers.table import remarks
+from train.importers.brat import LINE_ENDS, MARK, Options, main, records
+from train.importers.record import remarks
 
 TEXT = "Left breast, tumour 2.5 cm\nand 3 mm apart. ER positive."
 
@@ -38,6 +45,64 @@ def test_offsets_count_carriage_returns(tmp_path):
     text = "one\r\ntwo 3 cm"
     made = records(folder(tmp_path, "T1\ttumor_size 9 13\t3 cm\n", text), {})
     assert made[0]["phenotypes"]["tumor_size"][0]["text"] == "3 cm"
+
+
+PIECES = st.lists(st.sampled_from(["2.5 cm", " ", "\r\n", "\n", "\u2028", "\u00e4\u0308", "\U0001f600"]), max_size=6)
+
+
+@given(PIECES, PIECES, st.booleans(), st.booleans())
+def test_an_entity_stands_at_its_place_whatever_line_ends_and_marks_its_offsets_count(before, after, mark, lf):
+    """brat counts the characters of the text as its own reader gave them, with "\\r\\n" as one or two."""
+    before, after = "".join(before), "".join(after)
+    text = "\ufeff" * mark + before + "T4 x" + after
+    counted = text.replace("\r\n", "\n") if lf else text
+    start = counted.index("T4 x")
+    notices = Counter()
+    with tempfile.TemporaryDirectory() as folder:
+        (Path(folder) / "a.txt").write_bytes(text.encode())
+        (Path(folder) / "a.ann").write_text(f"T1\ttumor_size {start} {start + 4}\tT4 x\n")
+        (made,) = records(Path(folder), {}, notices)
+    (answer,) = made["phenotypes"]["tumor_size"]
+    assert made["text"][answer["start"] : answer["end"]] == "T4 x" and made["text"] in (text, counted)
+    assert notices[LINE_ENDS] == (lf and "\r" in before) and notices[MARK] == 0
+
+
+def test_offsets_without_the_mark(tmp_path):
+    notices = Counter()
+    (made, _) = records(folder(tmp_path, "T1\ttumor_size 20 26\t2.5 cm\n", "\ufeff" + TEXT), {}, notices)
+    assert made["text"] == TEXT and notices[MARK] == 1
+
+
+def test_parts_with_words_between_them_are_fragments(tmp_path):
+    made = records(folder(tmp_path, "T1\ttumor_site 0 4;13 19\tLeft tumour\n"), {})
+    assert made[0]["phenotypes"]["tumor_site"] == [
+        {"text": "Left tumour", "start": None, "end": None, "fragments": [[0, 4], [13, 19]]}
+    ]
+
+
+def test_every_file_is_read_or_counted_with_a_name(tmp_path, capsys):
+    """Sub-folders and endings in capitals are read; what has no partner and other files are named."""
+    notes = tmp_path / "notes"
+    pair = [("a.txt", "2 cm"), ("a.ann", "T1\ttumor_size 0 4\t2 cm\nR1\tOf Arg1:T1\n#1\tNote T1\tx\n")]
+    for name, content in [*pair, *((f"x/y/{name}", content) for name, content in pair), ("B.TXT", "x"), ("B.ANN", ""),
+                          ("c.txt", "x"), ("d.txt", "x"), ("x/e.ann", ""), ("._a.txt", "x"), ("tools.conf", "x"),
+                          ("README", "x")]:  # fmt: skip
+        (notes / name).parent.mkdir(parents=True, exist_ok=True)
+        (notes / name).write_text(content)
+    main(Options(notes, tmp_path / "o.jsonl"))
+    made = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
+    assert [record["id"] for record in made] == ["B", "a", "x/y/a"]
+    said = capsys.readouterr().out
+    assert "4 annotations that are no entities, not read" in said and said.endswith(
+        "not read: 2 texts without an .ann (c.txt, …), 1 annotations without a .txt (e.ann), 1 hidden files (._a.txt), "
+        "1 other files (README), 1 .conf files (tools.conf)\n"
+    )
+
+
+@pytest.mark.parametrize("said", ["breast cancer", "C50.999"])
+def test_a_diagnosis_without_a_code_names_the_line_and_the_way_out(tmp_path, said):
+    with pytest.raises(UserError, match=r"a.ann:1 \(or pass its type over: --types Dx=\): .*ICD-10-CM"):
+        records(folder(tmp_path, f"T1\tDx 0 {len(said)}\t{said}\n", said), {"Dx": "diagnosis"})
 
 
 def test_a_mark_at_the_start_hides_no_entity(tmp_path):
