@@ -19,7 +19,8 @@ from infer import generate
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.extract import program as extract
-from infer.extract.notes import read_notes
+from infer.extract.ask import Asker, Limits
+from infer.extract.notes import LONGEST, Note, read_notes
 from lora import LoRAConfig, add_lora, save_adapter
 from model.support.cli import UserError, guard
 
@@ -147,6 +148,14 @@ def test_a_bad_note_is_one_error_record(weights, tmp_path):
     assert [record["id"] for record in found] == [name for name, _ in NOTES.values()]
     for record, (name, error) in zip(found, NOTES.values(), strict=True):
         assert error is None and "error" not in record or error in record["error"], name
+
+
+def test_a_model_is_never_asked_about_an_empty_note_whoever_asks(weights):
+    """Notes that did not come from read_notes, as eval.run's."""
+    asker = Asker(Generator(*load(weights)), "diagnosis", "template", Limits(300, 3, 3))
+    found = asker.records([Note("a", " \n\u00a0"), Note("b", "A tumor"), Note("c", "x" * (LONGEST + 1))])
+    assert ["error" in record for record in found] == [True, False, True]
+    assert found[0]["error"] == "the note is empty" and "1,000,001 characters" in found[2]["error"]
 
 
 def test_a_folder_s_texts_as_they_stand(weights, tmp_path, capsys):

@@ -158,7 +158,7 @@ def main(options: Options) -> None:
     notices: Counter[str] = Counter()
     made = records(options.folder, dict(pair.split("=", 1) for pair in options.types), notices)
     rest = listed(pairs(options.folder)[1])
-    write(options.out, options.overwrite, made, notices, rest and f"not read: {rest}")
+    write(made, options.out, options.overwrite, notices, rest and f"not read: {rest}")
 
 
 if __name__ == "__main__":

@@ -54,7 +54,7 @@ class Options:
 def main(options: Options) -> None:
     check_not_read(options.out, options.iob)
     found = list(records(options.iob, options.sentences))
-    write(options.out, options.overwrite, found[: options.limit or None])
+    write(found[: options.limit or None], options.out, options.overwrite)
 
 
 def records(path: Path, size: int = 3) -> Iterator[Record]:

@@ -12,7 +12,7 @@ from infer.codes import canonical, describe, described, written
 from infer.extract.places import occurrences
 from infer.tasks import DIAGNOSIS_QUESTION, PHENOTYPES, parse_answer
 from model.support.cli import UserError, nearest
-from model.support.files import write_jsonl
+from model.support.files import check_regular, write_jsonl
 from model.support.lock import output
 
 Record = dict[str, Any]
@@ -20,6 +20,7 @@ Record = dict[str, Any]
 
 def read_text(path: Path, keep_mark: bool = False) -> str:
     """A file's text as it is, line ends included; with `keep_mark` a byte order mark at its beginning too."""
+    check_regular(path)
     try:
         return path.read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
     except FileNotFoundError as error:
@@ -81,7 +82,7 @@ def _without(text: str, start: int, end: int) -> str:
 
 
 def write(
-    out: Path, overwrite: bool, made: list[Record], notices: Mapping[str, int] | None = None, more: str = ""
+    made: list[Record], out: Path, overwrite: bool, notices: Mapping[str, int] | None = None, more: str = ""
 ) -> None:
     """Write the records and say their number, what training cannot learn to copy, and what was not read."""
     with output(out, overwrite):

@@ -88,7 +88,7 @@ def main(options: Options) -> None:
     check_not_read(options.out, options.table)
     notices: Counter[str] = Counter()
     made = records(options.table, options.separator, notices)
-    write(options.out, options.overwrite, made, notices, Table(options.table).unread(*COLUMNS))
+    write(made, options.out, options.overwrite, notices, Table(options.table).unread(*COLUMNS))
 
 
 if __name__ == "__main__":

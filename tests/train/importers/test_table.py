@@ -176,7 +176,7 @@ def test_a_long_cell_is_read(tmp_path):
     ("Cyst of 2.5 cm. Tumor of 5 cm.", "5 cm", 25), ("Only a cyst of 2.5 cm.", "5 cm", None),
     ("Cleft palate repaired. Tumor in the left breast.", "left", 36), ("左乳癌，左側", "左側", 4)])  # fmt: skip
 def test_an_answer_is_placed_at_whole_words_and_numbers(text, answer, start):
-    assert span(text, answer)["start"] == start
+    assert place(text, answer)["start"] == start
 
 
 @pytest.mark.parametrize(
