@@ -70,7 +70,7 @@ PRESETS: dict[str, Preset] = {
         Preset("clinical", text.clinical, _clinical, pairs.bleu_sacrebleu, _clinical, pairs.rouge_l_coco,
                "em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|"
                f"set:semicolon-split,{_RULES}",
-               nothing="not relevant", separator=r";(?=\s|$)", splits_lists=True, version=2),
+               nothing="not relevant", separator=r";+(?=\s|$)", splits_lists=True, version=2),
         Preset("cancerllm", text.released, _stemmed, pairs.bleu_coco, _stemmed, pairs.rouge_l_coco,
                f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}"),
         Preset("cancerllm-released", text.released, _stemmed, None, _stemmed, pairs.rouge_1_sets,
