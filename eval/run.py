@@ -122,7 +122,7 @@ def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) 
 
 def note_of(record: dict[str, Any]) -> Note:
     questions = tuple(asked["question"] for asked in record.get("questions") or [])
-    return checked(record["id"], record["text"], questions)
+    return checked(Note(record["id"], record["text"], None, questions))
 
 
 def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
