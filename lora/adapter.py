@@ -322,19 +322,19 @@ def config_from(raw: dict[str, Any]) -> LoRAConfig:
 
 
 def read_adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a PEFT folder, by PEFT's keys. Raises UserError where the file is missing or damaged."""
+    """The tensors of a PEFT folder, by PEFT's keys. Raises UserError where the file is missing or corrupt."""
     where = adapter_file(path)
     try:
         with safe_open(where, framework="pt") as data:
             return {key: data.get_tensor(key) for key in data.keys()}
     except SafetensorError as error:
-        raise UserError(f"{where}: damaged or not a safetensors file ({error})") from error
+        raise UserError(f"{where}: corrupt or not a safetensors file ({error})") from error
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
     """Load PEFT's files onto `model` in place as an active, trainable adapter. Returns the model.
 
-    Raises UserError where the files are damaged, belong to another model, or ask for what is not covered.
+    Raises UserError where the files are corrupt, belong to another model, or ask for what is not covered.
     """
     config, tensors = read_config(path), read_adapter(path)
     check_tensors(model, tensors, config, path)
@@ -368,4 +368,4 @@ def check_tensors(
                 f"{path}: {key} is {tuple(tensor.shape)} where this model needs {shape}; it was made for another model"
             )
         if not tensor.isfinite().all():
-            raise UserError(f"{path}: {key} holds values that are not finite; the file is damaged")
+            raise UserError(f"{path}: {key} holds values that are not finite; the file is corrupt")

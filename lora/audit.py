@@ -50,7 +50,7 @@ def effective_rank(sigma_R: Tensor) -> float:
 
 
 def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
-    """One row a module. Raises UserError where files are missing, damaged, or do not belong together."""
+    """One row a module. Raises UserError where files are missing, corrupt, or do not belong together."""
     config, tensors = read_config(adapter), read_adapter(adapter)
     base = open_checkpoint(weights) if weights else None
     rows = []
@@ -58,7 +58,7 @@ def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
         module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
         a_RD, b_OR = tensors[key], tensors.get(f"{PREFIX}{module}.lora_B.weight")
         if b_OR is None:
-            raise UserError(f"{adapter}: lacks the lora_B of {module}; the adapter is damaged")
+            raise UserError(f"{adapter}: lacks the lora_B of {module}; the adapter is corrupt")
         if not (a_RD.isfinite().all() and b_OR.isfinite().all()) or a_RD.shape[:1] != b_OR.shape[1:]:
             raise UserError(f"{adapter}: {module} holds values that are not finite, or A and B of different ranks")
         sigma_R = singular_values(a_RD, b_OR, config.scale(module))

@@ -30,7 +30,7 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 }
 
 
-# The largest sizes that are believed (2**20 where nothing is said): a damaged file must not fill the memory.
+# The largest sizes that are believed (2**20 where nothing is said): a corrupt file must not fill the memory.
 MOST = {"num_hidden_layers": 1024, "num_local_experts": 1024, "vocab_size": 2**31, "max_position_embeddings": 2**31,
         "sliding_window": 2**31}  # fmt: skip
 
@@ -204,7 +204,7 @@ def _count(name: str, value: Any) -> int:
         raise UserError(f"config: {name} is {value!r}; it must be a whole number of at least 1")
     most = MOST.get(name, 2**20)
     if value > most:
-        raise UserError(f"config: {name} is {value}, more than {most}; the file is damaged")
+        raise UserError(f"config: {name} is {value}, more than {most}; the file is corrupt")
     return value
 
 

@@ -88,7 +88,7 @@ def convert(options: Options, source: Path, target: Path) -> None:
             open_qwen(source).save(target)
         else:
             copy_tokenizer(source, target)
-        Tokenizer.from_pretrained(target)  # files are copied unread: a damaged one is said
+        Tokenizer.from_pretrained(target)  # files are copied unread: a corrupt one is said
     except UserError as error:  # the weights are whole without it
         print(f"without a tokenizer that can be read: {error}", file=sys.stderr)
     print(f"{target}: {len(checkpoint.tensors)} tensors, {config.model_type}, from {checkpoint.format}")
@@ -120,7 +120,7 @@ def _bin_or_safetensors(source: Path) -> Checkpoint:
 
 
 def open_bins(folder: Path, files: list[Path]) -> Checkpoint:
-    """The tensors of .bin files, mapped and not read. Raises UserError where a file is damaged or holds more than
+    """The tensors of .bin files, mapped and not read. Raises UserError where a file is corrupt or holds more than
     tensors (then reading it would run code)."""
     index = folder / "pytorch_model.bin.index.json"
     if index.is_file():
@@ -140,7 +140,7 @@ def open_bins(folder: Path, files: list[Path]) -> Checkpoint:
                 kind = "without data" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
                 raise UserError(f"{file}: {name!r} is a tensor {kind}; weights are dense floating-point numbers")
             if name in tensors:
-                raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is damaged")
+                raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is corrupt")
             tensors[name] = replace(held(tensor), where=file.name)
     return Checkpoint(folder, "bin", tensors)
 
@@ -157,7 +157,7 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
         if isinstance(error, PermissionError):
             raise
-        raise UserError(f"{file}: not a file of weights, or damaged; download it again") from error
+        raise UserError(f"{file}: not a file of weights, or corrupt; download it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: holds a {type(found).__name__}, not a dictionary of weights")
     return found
@@ -169,7 +169,7 @@ def _check_archive(file: Path) -> None:
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):  # of torch before 1.6, or damaged
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):  # of torch before 1.6, or corrupt
         return
     if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
         raise UserError(f"{file}: is packed (compressed or encrypted) inside, as no file of weights is; it is refused")

@@ -24,6 +24,7 @@ from torch import Tensor
 from model.checkpoints.mistral import is_rotary, permuted, to_halves
 from model.checkpoints.safetensors import Stored, fill
 from model.support.cli import UserError
+from model.support.files import open_regular
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -64,7 +65,7 @@ class _Header:
         self.left -= count
         data = self.file.read(count) if self.left >= 0 else b""
         if len(data) != count:
-            raise UserError(f"{self.path}: the header reaches past the end of the file; it was cut short or is damaged")
+            raise UserError(f"{self.path}: the header reaches past the end of the file; it was cut short or is corrupt")
         return data
 
     def number(self, kind: str) -> Any:
@@ -79,7 +80,7 @@ class _Header:
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
-            raise UserError(f"{self.path}: unknown kind of value {kind} in the header; the file is damaged")
+            raise UserError(f"{self.path}: unknown kind of value {kind} in the header; the file is corrupt")
         inner, count = self.number("I"), self.number("Q")
         if inner == ARRAY:
             raise UserError(f"{self.path}: an array of arrays in the header; no covered model has one")
@@ -87,17 +88,13 @@ class _Header:
             dtype = np.dtype("<" + SCALARS[inner])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype)
         if count > self.left:  # a string takes at least its length's eight bytes
-            raise UserError(f"{self.path}: an array longer than the file in the header; the file is damaged")
+            raise UserError(f"{self.path}: an array longer than the file in the header; the file is corrupt")
         return [self.value(inner) for _ in range(count)]
 
 
 def open_gguf(path: Path) -> GGUF:
-    """Parse a file's header. Raises UserError where it is damaged, lies about lengths, or is not GGUF."""
-    try:
-        file = open(path, "rb")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    with file:
+    """Parse a file's header. Raises UserError where it is corrupt, lies about lengths, or is not GGUF."""
+    with open_regular(path) as file:
         header = _Header(path, file)
         if header.left < 24 or header.take(4) != b"GGUF":
             raise UserError(f"{path}: not a GGUF file, or cut short; download it again")
@@ -119,7 +116,7 @@ def open_gguf(path: Path) -> GGUF:
             table[name] = (tuple(reversed(dims)), header.number("I"), header.number("Q"))
         alignment = fields.get("general.alignment", 32)
         if not isinstance(alignment, int) or alignment < 1:
-            raise UserError(f"{path}: general.alignment is {alignment!r}; the file is damaged")
+            raise UserError(f"{path}: general.alignment is {alignment!r}; the file is corrupt")
         start = -(-file.tell() // alignment) * alignment
         size = os.fstat(file.fileno()).st_size
     return GGUF(path, fields, {name: _stored(path, name, *entry, start, size) for name, entry in table.items()})
@@ -135,7 +132,7 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], code: int, offset: in
     except (ValueError, KeyError, NotImplementedError) as error:
         raise UserError(f"{path}: {name!r} is kept in a way (type {code}) that the gguf package cannot read") from error
     if not shape or shape[-1] % block or not 0 < math.prod(shape) < 2**48:
-        raise UserError(f"{path}: {name!r} has the impossible shape {shape} for {kind.name}; the file is damaged")
+        raise UserError(f"{path}: {name!r} has the impossible shape {shape} for {kind.name}; the file is corrupt")
     row_bytes = shape[-1] // block * block_bytes
     begin = start + offset
     if begin + math.prod(shape[:-1]) * row_bytes > size:
@@ -186,7 +183,7 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
     }  # fmt: skip
     missing = [key for key in names.values() if get(key) is None]
     if missing or "token_embd.weight" not in file.tensors:
-        raise UserError(f"the header lacks {', '.join(missing) or 'token_embd.weight'}; the file is damaged")
+        raise UserError(f"the header lacks {', '.join(missing) or 'token_embd.weight'}; the file is corrupt")
     raw: dict[str, Any] = {name: get(key) for name, key in names.items()}
     window, experts = get("attention.sliding_window"), get("expert_count", 0)
     raw |= {

@@ -1,7 +1,7 @@
-"""The safetensors format, read with distrust and written one tensor at a time.
+"""The safetensors format, validated before reading and written one tensor at a time.
 
 A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Public
-readers accept a name that stands twice and names such as `../../x`; here every promise of the header is checked
+readers accept a name that is there twice and names such as `../../x`; here every entry of the header is checked
 against the file's size before a byte of a tensor is read. Bytes are read into the tensor, never mapped, so that
 resident memory is what was asked for.
 """
@@ -22,6 +22,7 @@ import torch
 from torch import Tensor
 
 from model.support.cli import UserError
+from model.support.files import open_regular, parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -58,7 +59,7 @@ def held(tensor: Tensor) -> Stored:
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of one file, by name, none of them read. Raises UserError for a damaged or dishonest header."""
+    """The tensors of one file, by name, none of them read. Raises UserError for a corrupt or contradictory header."""
     header, start, size = read_header(path)
     stored, spans = {}, []
     for name, entry in header.items():
@@ -71,43 +72,28 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
     reached = 0
     for begin, end, name in spans:
         if begin != reached:
-            raise UserError(f"{path}: {name!r} does not begin where the tensor before it ends; the header is damaged")
+            raise UserError(f"{path}: {name!r} does not begin where the tensor before it ends; the header is corrupt")
         reached = end
     if start + reached != size:
-        raise UserError(f"{path}: {size - start - reached} bytes after the last tensor; the file is damaged")
+        raise UserError(f"{path}: {size - start - reached} bytes after the last tensor; the file is corrupt")
     return stored
 
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """(header, where the tensors' bytes begin, the file's size)."""
+    with open_regular(path) as file:
+        size = os.fstat(file.fileno()).st_size
+        length = int.from_bytes(file.read(8), "little")
+        if size < 8 or length > min(size - 8, LONGEST_HEADER):
+            raise UserError(f"{path}: not a safetensors file, or cut short; download it again")
+        raw = file.read(length)
     try:
-        with open(path, "rb") as file:
-            size = os.fstat(file.fileno()).st_size
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8 or length > min(size - 8, LONGEST_HEADER):
-                raise UserError(f"{path}: not a safetensors file, or cut short; download it again")
-            raw = file.read(length)
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    try:
-        header = json.loads(raw.decode("utf-8"), object_pairs_hook=lambda pairs: unique(path, pairs))
-    except UserError:
-        raise
-    except (ValueError, RecursionError) as error:  # not UTF-8, not JSON, or a number of thousands of digits
-        raise UserError(f"{path}: the header is not JSON; not a safetensors file, or damaged") from error
+        header = parse_json(path, raw.decode("utf-8"), unique=True)
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: the header is not JSON; not a safetensors file, or corrupt") from error
     if not isinstance(header, dict):
-        raise UserError(f"{path}: the header is not a JSON object; the file is damaged")
+        raise UserError(f"{path}: the header is not a JSON object; the file is corrupt")
     return header, 8 + length, size
-
-
-def unique(path: str | os.PathLike[str], pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    """A JSON object's pairs as a dict, or a UserError where a name stands twice (readers differ in which counts)."""
-    found = dict(pairs)
-    if len(found) != len(pairs):
-        seen: set[str] = set()
-        twice = next(name for name, _ in pairs if name in seen or seen.add(name))  # type: ignore[func-returns-value]
-        raise UserError(f"{path}: {twice!r} stands twice in the header; the file cannot be trusted")
-    return found
 
 
 def _check_entry(path: Path, name: str, entry: Any, room: int) -> tuple[tuple[int, ...], str, tuple[int, int]]:
@@ -117,12 +103,14 @@ def _check_entry(path: Path, name: str, entry: Any, room: int) -> tuple[tuple[in
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: {name!r} lacks dtype, shape or data_offsets; the header is damaged") from error
+        raise UserError(f"{path}: {name!r} lacks dtype, shape or data_offsets; the header is corrupt") from error
     if not isinstance(dtype, str) or dtype not in DTYPES:
         raise UserError(f"{path}: {name!r} has dtype {dtype!r}; covered are {', '.join(DTYPES)}")
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        raise UserError(f"{path}: {name!r} has an impossible shape or place; the header is damaged")
+        raise UserError(f"{path}: {name!r} has an impossible shape or place; the header is corrupt")
+    if math.prod(n or 1 for n in shape) >= 2**48:  # also beside a 0, where it takes no bytes
+        raise UserError(f"{path}: {name!r} has the impossible shape {shape}; the header is corrupt")
     if end > room:
         raise UserError(f"{path}: {name!r} reaches {end - room} bytes past the end of the file; it was cut short")
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:

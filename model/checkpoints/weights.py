@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from model.checkpoints.mistral import from_native, native_config
-from model.checkpoints.safetensors import DTYPES, Stored, held, open_safetensors, unique, write_safetensors
+from model.checkpoints.safetensors import DTYPES, Stored, held, open_safetensors, write_safetensors
 from model.support.cli import UserError, nearest
 from model.support.files import atomic_folder, read_json
 
@@ -129,7 +129,7 @@ def _object(path: Path) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open whatever format `path` holds. Raises UserError for files that are missing, damaged or dishonest."""
+    """Open whatever format `path` holds. Raises UserError for files that are missing, corrupt or dishonest."""
     kind, where = find_format(path)
     if kind == "gguf":
         from model.checkpoints.gguf import from_gguf, gguf_config, open_gguf
@@ -165,7 +165,7 @@ def _open_files(folder: Path, stem: str, without_index: list[Path]) -> dict[str,
     for file in files:
         for name, stored in open_safetensors(file).items():
             if name in tensors:
-                raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is damaged")
+                raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is corrupt")
             tensors[name] = stored
     if named is not None:
         wrong = [name for name, file in named.items() if name not in tensors or tensors[name].where != file]
@@ -178,11 +178,10 @@ def _open_files(folder: Path, stem: str, without_index: list[Path]) -> dict[str,
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    read_json(index)  # its messages for what is not JSON
-    whole = json.loads(index.read_text("utf-8"), object_pairs_hook=lambda pairs: unique(index, pairs))
+    whole = read_json(index, unique=True)
     named = whole.get("weight_map") if isinstance(whole, dict) else None
     if not isinstance(named, dict) or not named:
-        raise UserError(f"{index}: lacks weight_map, or it is empty; the index is damaged")
+        raise UserError(f"{index}: lacks weight_map, or it is empty; the index is corrupt")
     for name, file in named.items():
         if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors", file):
             raise UserError(f"{index}: {name!r} points to {file!r}, which is not a safetensors file of this folder")

@@ -1,38 +1,43 @@
-"""Reading files from strangers and writing files that are never half there.
+"""Reading untrusted files and writing files atomically.
 
-Writing: everything is written beside its final name and renamed, so that a name either holds a whole file or the
+Writing: everything is written beside its final name and renamed, so that a name holds either a whole file or the
 previous one. Reading: every mistake is a `UserError` that names the file and, for JSON lines, the line.
 """
 
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import gzip
 import hashlib
 import json
 import os
 import re
 import shutil
+import stat
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from model.support.cli import UserError
 
 LONGEST_LINE = 2**25
 """Bytes of the longest line that is read."""
 _HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # every half of a pair, and every pair
+LONGEST_JSON = 2**28  # bytes; a sanity limit, tokenizers of 256,000 pieces take 35 MB
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
 @contextlib.contextmanager
 def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on a clean exit sync it and rename it to `path`, else remove it.
 
-    `mode` sets the permissions (for example 0o600 for files that hold a note's text); by default the umask decides.
+    `mode` sets the permissions (for example 0o600 for files that hold a note's text); by default the umask decides. A
+    symbolic link stays, and the file that it points to is replaced.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     check_writable(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
@@ -54,11 +59,11 @@ def atomic_folder(
 ) -> Iterator[Path]:
     """Yield a new folder beside `path`; on a clean exit it takes `path`'s place. An older folder there is removed with
     all that is in it; with `keep_others` the new one first gets what it lacks of that, but for names that match `drop`.
-    A file there is left alone: a UserError.
+    A symbolic link stays, and the folder that it points to is replaced. A file there is left alone: a UserError.
 
     Everything in it is synced before it is renamed, so that a name never stands for files that a power cut emptied.
     """
-    path = Path(path)
+    path = Path(os.path.realpath(path))
     check_writable(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot write {path}: a file is there, and a folder would take its place; give another name")
@@ -72,16 +77,26 @@ def atomic_folder(
             if not entry.is_symlink():
                 sync_folder(entry)
         sync_folder(beside)
-        if path.exists():
+        if not path.exists():
+            os.replace(beside, path)
+        elif not exchange(beside, path):
+            # two renames; killed between them, the older folder is .NAME.*.old/was (model/support/lock.py puts it back)
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, old / "was")
             os.replace(beside, path)
             shutil.rmtree(old)
-        else:
-            os.replace(beside, path)
         sync_folder(path.parent)
     finally:
         shutil.rmtree(beside, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Exchange two names in one step, so that neither is missing at any time; False where the system cannot."""
+    try:
+        renameat2 = ctypes.CDLL(None).renameat2
+    except (AttributeError, OSError):  # no Linux, or a C library before 2018
+        return False
+    return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def _link_others(old: Path, new: Path, drop: re.Pattern[str] | None) -> None:
@@ -153,17 +168,49 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
     return count
 
 
-def read_json(path: str | os.PathLike[str]) -> Any:
-    """The JSON value in a file. Raises UserError where it is missing or is not JSON."""
-    check_regular(path)
+def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
+    """Open a file for reading bytes. Raises UserError where it is missing, a folder, or nothing that ends: reading a
+    FIFO or a device that came with someone's files could wait forever."""
     try:
-        text = Path(path).read_text(encoding="utf-8-sig")  # some editors begin with a byte order mark
-    except FileNotFoundError as error:
+        if not stat.S_ISREG(os.stat(path).st_mode):
+            kind = "a folder" if os.path.isdir(path) else "a pipe, socket or device"
+            raise UserError(f"{path}: {kind}, not a file")
+        return open(path, "rb", buffering)  # type: ignore[return-value]
+    except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file") from error
+
+
+def read_json(
+    path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bool = False
+) -> Any:
+    """The JSON value in a file of at most `most` bytes. Raises UserError where it is missing, longer or not JSON, and
+    with `unique` where an object has a name twice (readers differ in which one counts)."""
+    with open_regular(path) as file:
+        if (size := os.fstat(file.fileno()).st_size) > most:
+            raise UserError(f"{path}: {size} bytes, more than the {most} that such a file may have; it is corrupt")
+        raw = file.read()
+    try:
+        text = raw.decode("utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+    return parse_json(path, text, unique)
+
+
+def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) -> Any:
+    """A file's text as JSON, or a UserError that names the place."""
+
+    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+        found: dict[str, Any] = {}
+        for name, value in pairs:
+            if name in found:
+                raise UserError(f"{path}: {name!r} is there twice; the file cannot be trusted")
+            found[name] = value
+        return found
+
     try:
-        return json.loads(text)
+        return json.loads(text, object_pairs_hook=once if unique else None)
+    except UserError:
+        raise
     except (ValueError, RecursionError) as error:  # not JSON, too deep, or a number of thousands of digits
         where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}: not JSON{where}; is the file whole?") from error
@@ -258,5 +305,5 @@ def parse_json_line(
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal."""
-    with open(path, "rb") as data:
+    with open_regular(path) as data:
         return hashlib.file_digest(data, "sha256").hexdigest()

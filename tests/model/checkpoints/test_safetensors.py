@@ -40,7 +40,7 @@ HOSTILE = {
     "name empty": ({"": entry()}, b"\0" * 8, "not a tensor's name"),
     "past the end": ({"a": entry((4,), 0, 16)}, b"\0" * 8, "past the end"),
     "bytes do not fit the shape": ({"a": entry((3,))}, b"\0" * 8, "not what shape"),
-    "shape overflows": ({"a": entry((2**40, 2**40))}, b"\0" * 8, "not what shape"),
+    "shape overflows": ({"a": entry((2**40, 2**40))}, b"\0" * 8, "impossible shape"),
     "negative": ({"a": entry((-2,))}, b"\0" * 8, "impossible"),
     "true is no size": ({"a": entry((True, 2))}, b"\0" * 8, "impossible"),
     "end before begin": ({"a": entry((2,), 8, 0)}, b"\0" * 8, "not what shape"),

@@ -4,14 +4,19 @@ what is read from a JSON line can be written again, and every mistake is named w
 import gzip
 import json
 import os
+import signal
+import sys
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lora.adapter import read_adapter, read_config
+from model import ModelConfig, Transformer
+from model.checkpoints.convert import open_any
 from model.support import files
 from model.support.cli import UserError
-from model.support.files import atomic_folder, parse_json_line, read_json, read_jsonl
+from model.support.files import atomic_file, atomic_folder, parse_json_line, read_json, read_jsonl
 
 
 def test_a_file_is_not_replaced_by_a_folder(tmp_path):
@@ -106,3 +111,97 @@ def test_a_line_beyond_the_limit_is_refused_and_the_next_is_found(packed, tmp_pa
 def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
     (tmp_path / "config.json").write_bytes(b'\xef\xbb\xbf{"a": 1}')
     assert read_json(tmp_path / "config.json") == {"a": 1}
+
+
+def killed(folder, steps: int, way: str) -> int:
+    """Replace a folder in another process, which ends without a word after so many changes of names."""
+    if child := os.fork():
+        return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    left = steps
+
+    def hook(event, arguments):  # the last is the look-up of the system call that exchanges two names
+        nonlocal left
+        if event in ("os.rename", "os.remove", "os.rmdir", "os.link", "shutil.rmtree", "ctypes.dlsym"):
+            left -= 1
+            if left < 0:
+                os._exit(9)
+
+    if way == "renames":
+        files.exchange = lambda *names: False  # as on a file system that cannot exchange them
+    sys.addaudithook(hook)
+    try:
+        with atomic_folder(folder, keep_others=True) as new:
+            (new / "config.json").write_text("new")
+    finally:
+        os._exit(0)
+
+
+@pytest.mark.parametrize("way", ["exchange", "renames"])
+def test_killed_at_any_step_a_name_holds_the_old_folder_or_the_new_one(tmp_path, way):
+    """Only two renames, where the system has nothing better, leave a moment without: the old folder is beside it."""
+    ends = set()
+    for steps in range(30):
+        folder = tmp_path / str(steps)
+        (folder / "model").mkdir(parents=True)
+        for name in ("config.json", "tokenizer.json"):
+            (folder / "model" / name).write_text("old")
+        code = killed(folder / "model", steps, way)
+        if (folder / "model").exists():
+            held = [(folder / "model" / name).read_text() for name in ("config.json", "tokenizer.json")]
+        else:
+            assert way == "renames"
+            (was,) = folder.glob(".model.*.old/was")
+            held = [(was / name).read_text() for name in ("config.json", "tokenizer.json")]
+        assert held in (["old", "old"], ["new", "old"])
+        ends.add((code, held[0], (folder / "model").exists()))
+        if code == 0:
+            assert os.listdir(folder) == ["model"]
+            break
+    assert {(9, "old", True), (9, "new", True), (0, "new", True)} <= ends
+    assert ((9, "old", False) in ends) == (way == "renames")
+
+
+def test_a_symbolic_link_stays_and_what_it_points_to_is_replaced(tmp_path):
+    (tmp_path / "disk" / "model").mkdir(parents=True)
+    (tmp_path / "disk" / "notes.json").write_text("old")
+    for name in ("model", "notes.json"):
+        (tmp_path / name).symlink_to(tmp_path / "disk" / name)
+    with atomic_folder(tmp_path / "model") as new:
+        (new / "config.json").write_text("new")
+    with atomic_file(tmp_path / "notes.json") as new:
+        new.write_text("new")
+    assert (tmp_path / "disk" / "model" / "config.json").read_text() == "new"
+    assert (tmp_path / "disk" / "notes.json").read_text() == "new"
+    assert (tmp_path / "model").is_symlink() and (tmp_path / "notes.json").is_symlink()
+
+
+@pytest.mark.parametrize("name, read", [
+    ("config.json", ModelConfig.from_pretrained), ("model.safetensors", Transformer.from_pretrained),
+    ("model.safetensors.index.json", Transformer.from_pretrained), ("m.gguf", Transformer.from_pretrained),
+    ("pytorch_model.bin", open_any), ("consolidated.00.pth", open_any), ("params.json", open_any),
+    ("adapter_config.json", read_config), ("adapter_model.safetensors", read_adapter),
+    ("adapter_model.bin", read_adapter)])  # fmt: skip
+def test_a_pipe_or_device_among_the_files_is_never_opened(tmp_path, name, read):
+    others = {"params.json": "consolidated.00.pth", "consolidated.00.pth": "params.json"}
+    (tmp_path / others.get(name, "config.json")).write_text('{"model_type": "llama"}')
+    (tmp_path / name).unlink(missing_ok=True)
+    signal.alarm(20)  # a hang is a failure
+    try:
+        for make in (os.mkfifo, lambda path: os.symlink("/dev/zero", path)):
+            make(tmp_path / name)
+            with pytest.raises(UserError):
+                read(tmp_path)
+            (tmp_path / name).unlink()
+    finally:
+        signal.alarm(0)
+
+
+def test_json_has_a_largest_size_and_one_meaning(tmp_path):
+    (tmp_path / "a.json").write_text('{"a": 1, "b": {"a": 2, "a": 3}}')
+    assert read_json(tmp_path / "a.json")["b"] == {"a": 3}
+    with pytest.raises(UserError, match="'a' is there twice"):
+        read_json(tmp_path / "a.json", unique=True)
+    with pytest.raises(UserError, match="31 bytes, more than the 30"):
+        read_json(tmp_path / "a.json", most=30)
+    (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf{}")
+    assert read_json(tmp_path / "marked.json") == {}, "some editors begin with a byte-order mark"
