@@ -234,8 +234,9 @@ def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dic
         "lora_alpha": config.alpha if config.alpha != int(config.alpha) else int(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        "exclude_modules": config.exclude_modules if isinstance(config.exclude_modules, str)
-                           else list(config.exclude_modules) or None,
+        "exclude_modules": config.exclude_modules
+        if isinstance(config.exclude_modules, str)
+        else list(config.exclude_modules) or None,
         "use_rslora": config.rslora,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,

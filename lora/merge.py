@@ -8,7 +8,6 @@ are the originals that an in-memory merge keeps (fold.py).
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -18,12 +17,12 @@ from torch import Tensor
 
 from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_config
 from lora.origin import adapter_file, check_origin, note_merge
+from model.checkpoints.convert import add_tokenizer
 from model.checkpoints.safetensors import Stored, open_safetensors
-from model.checkpoints.weights import Checkpoint, config_dict, open_checkpoint, write_checkpoint
+from model.checkpoints.weights import Checkpoint, config_dict, new_checkpoint, open_checkpoint, select, write_checkpoint
 from model.config import ModelConfig
 from model.support.cli import UserError, run
 from model.support.lock import output
-from model.text.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer
 
 
@@ -60,14 +59,14 @@ class OnDisk(Mapping[str, Tensor]):
 def merged_rows(
     stored: Stored, adapter: Mapping[str, Tensor], module: str, scale: float, dtype: torch.dtype | None
 ) -> Stored:
-    """A tensor on disk plus its layer's update in at least fp32, made row by row as it is read; in `dtype`."""
+    """A tensor on disk plus its layer's update, made row by row as it is read; in `dtype`, or unrounded (None)."""
 
     def read(rows: slice | None) -> Tensor:
         base = stored.read(rows)
         wide = torch.promote_types(base.dtype, torch.float32)
         a_RD, b_OR = (adapter[f"{PREFIX}{module}.lora_{kind}.weight"] for kind in "AB")
         b_PR = b_OR if rows is None else b_OR[rows]
-        return (b_PR.to(wide) @ a_RD.to(wide)).mul_(scale).add_(base.to(wide)).to(dtype or base.dtype)
+        return (b_PR.to(wide) @ a_RD.to(wide)).mul_(scale).add_(base.to(wide)).to(dtype or wide)
 
     return replace(stored, read=read)
 
@@ -85,8 +84,9 @@ def merge_checkpoint(
     return replace(checkpoint, tensors=tensors)
 
 
-def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | None = None) -> None:
-    """Write the base at `weights` with the adapter folded in to `out`, in `dtype` (None: as the base's files are)."""
+def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | None = None, tokenizer: str = "") -> None:
+    """Write the base at `weights` with the adapter folded in to `out`, in `dtype` (None: as the base's files are), and
+    a tokenizer (empty: the base's)."""
     if Path(out).resolve() == Path(weights).resolve():
         raise UserError(f"--out {out}: the base itself; choose another folder")
     raw = config_dict(weights)
@@ -95,19 +95,16 @@ def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | Non
     config, tensors = read_config(adapter), OnDisk(adapter)
     check_origin(weights, [adapter])
     check_tensors(model, tensors, config, adapter)
-    merged = merge_checkpoint(open_checkpoint(weights), config, tensors, dtype)
-    write_checkpoint(merged, raw, out, 5 * 2**30, dtype)
-    note_merge(Path(out), weights, adapter)
+    base = select(open_checkpoint(weights), {name: tuple(p.shape) for name, p in model.named_parameters()})
+    with new_checkpoint(out) as folder:
+        write_checkpoint(merge_checkpoint(base, config, tensors), raw, folder, 5 * 2**30, dtype)
+        note_merge(folder, weights, adapter)
+        add_tokenizer(tokenizer or weights, folder, out)
 
 
 def main(options: Options) -> int:
     with output(options.out, options.overwrite):
         merge_folders(options.weights, options.adapter, options.out)
-        try:
-            copy_tokenizer(options.weights, options.out)
-            Tokenizer.from_pretrained(options.out)  # files are copied unread: a damaged one is said
-        except UserError as error:  # the weights are whole without it
-            print(f"without a tokenizer that can be read: {error}", file=sys.stderr)
     print(options.out)
     return 0
 

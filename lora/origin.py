@@ -21,6 +21,14 @@ from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
 
 TRAINED_ON = "trained_on.json"
+OTHER_FORMATS = {
+    "adapter_model.bin": "a pickle; convert it: python -m model.checkpoints.convert {path} NEW",
+    "adapters.safetensors": "an adapter of MLX, whose matrices are transposed; fuse it into its base with mlx_lm.fuse "
+    "and give the model that this writes",
+    "adapters.npz": "an adapter of MLX; fuse it into its base with mlx_lm.fuse and give the model that this writes",
+    "lora.safetensors": "an adapter of mistral-finetune, in the rotary layout of Mistral's own files; merge it there "
+    "into its base and give the model that this writes",
+}
 
 
 def norms(weights: str | os.PathLike[str]) -> str:
@@ -34,6 +42,9 @@ def norms(weights: str | os.PathLike[str]) -> str:
 def adapter_file(path: str | os.PathLike[str]) -> Path:
     """The file of a PEFT folder's tensors. Raises UserError where there is none."""
     where = Path(path) / "adapter_model.safetensors"
+    for name, remedy in OTHER_FORMATS.items():
+        if not where.exists() and (Path(path) / name).exists():
+            raise UserError(f"{path}: {name} is {remedy.format(path=path)}")
     if not where.is_file():
         raise UserError(f"{where}: no such file; an adapter is a folder with adapter_config.json beside it")
     return where

@@ -19,7 +19,7 @@ from lora.adapter import adapted, check_tensors, pattern_value, read_adapter, re
 from lora.merge import OnDisk, merge_folders
 from lora.origin import check_origin
 from lora.quantized import quantize_base
-from model.checkpoints.weights import config_dict, open_checkpoint, save_weights
+from model.checkpoints.weights import config_dict, new_checkpoint, open_checkpoint, save_weights
 from model.config import ModelConfig
 from model.support.cli import UserError, guard
 from model.support.files import atomic_folder
@@ -230,8 +230,7 @@ def merged_base(recipe: Recipe, ranks: Ranks) -> str:
     folder = Path(recipe.out) / "base"
 
     def merge() -> None:
-        merge_folders(recipe.weights, recipe.adapter, str(folder), getattr(torch, recipe.dtype))
-        copy_tokenizer(recipe.tokenizer or recipe.weights, folder)
+        merge_folders(recipe.weights, recipe.adapter, str(folder), getattr(torch, recipe.dtype), recipe.tokenizer)
 
     ranks.together(lambda: merge() if ranks.first and not merged_before(recipe) else None)
     return str(folder)
@@ -247,8 +246,9 @@ def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]]) -> 
 
 def save_model(state: dict[str, torch.Tensor], config: ModelConfig, path: Path, tokenizer: str) -> None:
     """A model's folder as transformers and this repository load it, with the tokenizer's files."""
-    save_weights(state, config.to_dict(), path, 5 * 2**30)
-    copy_tokenizer(tokenizer, path)
+    with new_checkpoint(path) as folder:
+        save_weights(state, config.to_dict(), folder, 5 * 2**30)
+        copy_tokenizer(tokenizer, folder)
 
 
 def finish(trainer: Trainer, stage: str, began: float) -> Path:

@@ -61,7 +61,7 @@ def write(path: Path, layers: int, width: int, shard: int = 5 * 10**9) -> int:
 
     from model import ModelConfig, Transformer
     from model.checkpoints.safetensors import Stored
-    from model.checkpoints.weights import Checkpoint, write_checkpoint
+    from model.checkpoints.weights import Checkpoint, new_checkpoint, write_checkpoint
 
     heads = max(1, width // 128)
     smaller = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
@@ -84,7 +84,8 @@ def write(path: Path, layers: int, width: int, shard: int = 5 * 10**9) -> int:
         return Stored(shape, "BF16", "memory", read)
 
     checkpoint = Checkpoint(path, "memory", {name: stored(shape) for name, shape in shapes.items()})
-    write_checkpoint(checkpoint, config.to_dict(), path, shard, None)
+    with new_checkpoint(path) as folder:
+        write_checkpoint(checkpoint, config.to_dict(), folder, shard, None)
     return size
 
 

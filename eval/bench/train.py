@@ -98,7 +98,7 @@ def config_of(size: str) -> ModelConfig:
 def save_base(size: str, folder: Path, dtype: torch.dtype) -> None:
     """A checkpoint of fresh weights, one tensor in memory at a time."""
     from model.checkpoints.safetensors import Stored
-    from model.checkpoints.weights import Checkpoint, write_checkpoint
+    from model.checkpoints.weights import Checkpoint, new_checkpoint, write_checkpoint
     from model.support.init import first_weight
 
     config = config_of(size)
@@ -112,7 +112,8 @@ def save_base(size: str, folder: Path, dtype: torch.dtype) -> None:
         )
 
     tensors = {name: stored(name) for name in shapes}
-    write_checkpoint(Checkpoint(folder, "memory", tensors), config.to_dict(), folder, 5 * 10**9, dtype)
+    with new_checkpoint(folder) as new:
+        write_checkpoint(Checkpoint(folder, "memory", tensors), config.to_dict(), new, 5 * 10**9, dtype)
 
 
 def measured(asked: dict[str, Any]) -> dict[str, Any]:

@@ -32,7 +32,7 @@ from lora.adapter import check_tensors, read_adapter, read_config
 from lora.merge import merge_checkpoint
 from model import ModelConfig, Tokenizer, Transformer
 from model.checkpoints.safetensors import Stored
-from model.checkpoints.weights import COMPUTED, Checkpoint, check_names, open_checkpoint
+from model.checkpoints.weights import Checkpoint, open_checkpoint, select
 from model.support.cli import UserError
 
 OUTPUTS, INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3"), ("o_proj", "down_proj", "w2")
@@ -109,11 +109,8 @@ def load_parallel(
     for adapter in adapters:
         config, tensors = read_config(adapter), read_adapter(adapter)
         check_tensors(model, tensors, config, adapter)
-        checkpoint = merge_checkpoint(checkpoint, config, tensors)
-    wanted = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    tied = {"lm_head.weight"} - wanted.keys()
-    stored = {name: t for name, t in checkpoint.tensors.items() if name not in tied and not COMPUTED.fullmatch(name)}
-    check_names(checkpoint, stored, wanted)
+        checkpoint = merge_checkpoint(checkpoint, config, tensors, kind)
+    checkpoint = select(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
     shard(model, mesh)
     device = torch.device(mesh.device_type)
     for name, parameter in list(model.named_parameters()):

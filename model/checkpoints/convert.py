@@ -3,10 +3,10 @@
     python -m model.checkpoints.convert SRC DST [--to safetensors|native] [--dtype …]
 
 SRC may be what `Transformer.from_pretrained` loads (safetensors, Mistral's native files, GGUF), a folder of
-`pytorch_model*.bin` (BioMistral and ClinicalCamel are published so), or Qwen-7B's first version (`c_attn`, `w1`, `w2`,
-`qwen.tiktoken`).
-A .bin file is opened with `torch.load(weights_only=True, mmap=True)`: no code in it runs, and only the tensor in hand
-is in memory. DST takes its name when it is whole.
+`pytorch_model*.bin` (BioMistral and ClinicalCamel are published so), `consolidated.00.pth` with params.json (Mistral's
+first files), an adapter's `adapter_model.bin`, or Qwen-7B's first version (`c_attn`, `w1`, `w2`, `qwen.tiktoken`).
+A .bin or .pth file is opened with `torch.load(weights_only=True, mmap=True)`: no code in it runs, and only the tensor
+in hand is in memory. DST takes its name when all of it is there, the tokenizer too.
 """
 
 from __future__ import annotations
@@ -25,25 +25,27 @@ import torch
 import tyro
 from torch import Tensor
 
-from model.checkpoints.mistral import native_params, to_native
-from model.checkpoints.safetensors import NAMES, PLAIN_NAME, Stored, held
+from model.checkpoints.mistral import from_native, native_params, to_native
+from model.checkpoints.safetensors import NAMES, PLAIN_NAME, Stored, held, save_tensors
 from model.checkpoints.weights import (
-    COMPUTED,
     MERGED,
     Checkpoint,
-    check_names,
     config_dict,
+    find_format,
+    new_checkpoint,
     open_checkpoint,
+    select,
     write_checkpoint,
 )
 from model.config import ModelConfig
 from model.support.cli import UserError, run
-from model.support.files import read_json
+from model.support.files import atomic_folder, open_regular, read_json
 from model.support.lock import output
 from model.text.tiktoken import open_qwen
 from model.text.tokenizer import Tokenizer, copy_tokenizer
 from model.transformer import Transformer
 
+BINS = r"(pytorch_)?model.*\.bin"
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -68,58 +70,88 @@ def main(options: Options) -> None:
     if target.exists() and source.exists() and target.resolve() == source.resolve():
         raise UserError(f"{target}: source and target are the same; write the new files somewhere else")
     with output(target, options.overwrite):
-        convert(options, source, target)
+        if (source / "adapter_model.bin").is_file():
+            convert_adapter(source, target)
+        else:
+            convert(options, source, target)
 
 
 def convert(options: Options, source: Path, target: Path) -> None:
     checkpoint, config = open_any(source)
     raw = config.to_dict()
     dtype, most = DTYPES.get(options.dtype), int(options.max_shard_gb * 2**30)
-    if options.to == "native":
-        tensors = to_native(checkpoint.tensors, config.head_dim)
-        written = replace(checkpoint, tensors=tensors)
-        write_checkpoint(written, native_params(raw), target, most, dtype, "consolidated", "params.json")
-    else:
-        write_checkpoint(checkpoint, raw, target, most, dtype)
-    if (source / MERGED).is_file():
-        shutil.copyfile(source / MERGED, target / MERGED)
-    try:
-        if (source / "qwen.tiktoken").is_file():
-            open_qwen(source).save(target)
+    with new_checkpoint(target) as folder:
+        if options.to == "native":
+            tensors = to_native(checkpoint.tensors, config.head_dim)
+            written = replace(checkpoint, tensors=tensors)
+            write_checkpoint(written, native_params(raw), folder, most, dtype, "consolidated", "params.json")
         else:
-            copy_tokenizer(source, target)
-        Tokenizer.from_pretrained(target)  # files are copied unread: a corrupt one is said
-    except UserError as error:  # the weights are whole without it
-        print(f"without a tokenizer that can be read: {error}", file=sys.stderr)
+            write_checkpoint(checkpoint, raw, folder, most, dtype)
+        if (source / MERGED).is_file():
+            shutil.copyfile(source / MERGED, folder / MERGED)
+        add_tokenizer(source, folder, target)
     print(f"{target}: {len(checkpoint.tensors)} tensors, {config.model_type}, from {checkpoint.format}")
+
+
+def add_tokenizer(source: str | Path, folder: Path, target: str | Path) -> None:
+    """Put `source`'s tokenizer beside the weights in `folder`, which will be called `target`. One that is missing or
+    cannot be read is a line on stderr: the weights are whole without it."""
+    try:
+        if (Path(source) / "qwen.tiktoken").is_file():
+            open_qwen(Path(source)).save(folder)
+        else:
+            copy_tokenizer(source, folder)
+        Tokenizer.from_pretrained(folder)  # files are copied unread
+    except UserError as error:
+        said = str(error).replace(str(folder), str(target))
+        print(f"without a tokenizer that can be read: {said}", file=sys.stderr)
+
+
+def convert_adapter(source: Path, target: Path) -> None:
+    """adapter_model.bin as adapter_model.safetensors, with the folder's other files as they are."""
+    tensors = {name: stored.read(None) for name, stored in open_bins(source, [source / "adapter_model.bin"]).items()}
+    if not (source / "adapter_config.json").is_file():
+        raise UserError(f"{source}: lacks adapter_config.json, which belongs to adapter_model.bin")
+    with atomic_folder(target, keep_others=True) as folder:
+        save_tensors(folder / "adapter_model.safetensors", tensors)
+        shutil.copyfile(source / "adapter_config.json", folder / "adapter_config.json")
+    print(f"{target}: {len(tensors)} tensors of an adapter")
 
 
 def open_any(source: Path) -> tuple[Checkpoint, ModelConfig]:
     """Any checkpoint's tensors under transformers' names, checked against its config as loading would."""
     if (source / "config.json").is_file() and config_dict(source).get("model_type") == "qwen":
         raw = config_dict(source)
-        checkpoint, config = from_qwen(_bin_or_safetensors(source), raw), ModelConfig.from_dict(qwen2_config(raw))
+        checkpoint, config = from_qwen(open_source(source), raw), ModelConfig.from_dict(qwen2_config(raw))
     else:
-        config = ModelConfig.from_pretrained(source)
-        checkpoint = _bin_or_safetensors(source)
-    tensors = {name: stored for name, stored in checkpoint.tensors.items() if not COMPUTED.fullmatch(name)}
-    if config.tie_word_embeddings:
-        tensors.pop("lm_head.weight", None)
-    checkpoint = replace(checkpoint, tensors=tensors)
+        checkpoint = open_source(source)
+        config = ModelConfig.from_pretrained(source / "params.json" if checkpoint.format == "pth" else source)
     with torch.device("meta"):
         wanted = Transformer(config)
-    check_names(checkpoint, tensors, {name: tuple(p.shape) for name, p in wanted.named_parameters()})
-    return checkpoint, config
+    return select(checkpoint, {name: tuple(p.shape) for name, p in wanted.named_parameters()}), config
 
 
-def _bin_or_safetensors(source: Path) -> Checkpoint:
-    files = sorted(source.glob("*.bin")) if source.is_dir() else []
-    files = [file for file in files if re.fullmatch(r"(pytorch_)?model.*\.bin", file.name)]
-    whole = source / "model.safetensors.index.json", source / "model.safetensors"
-    return open_bins(source, files) if files and not any(file.exists() for file in whole) else open_checkpoint(source)
+def open_source(source: Path) -> Checkpoint:
+    """What can be loaded, or else the tensors of pickled files."""
+    try:
+        find_format(source)
+    except UserError:
+        bins = sorted(file for file in source.glob("*.bin") if re.fullmatch(BINS, file.name))
+        native = sorted(source.glob("consolidated*.pth"))
+        if bins:
+            return Checkpoint(source, "bin", open_bins(source, bins))
+        if len(native) > 1:
+            raise UserError(f"{source}: {len(native)} parts of matrices that were split over as many devices "
+                            "(consolidated.*.pth); give the model in Hugging Face's files") from None  # fmt: skip
+        if native:
+            return Checkpoint(
+                source, "pth", from_native(open_bins(source, native), config_dict(source / "params.json"))
+            )
+        raise
+    return open_checkpoint(source)
 
 
-def open_bins(folder: Path, files: list[Path]) -> Checkpoint:
+def open_bins(folder: Path, files: list[Path]) -> dict[str, Stored]:
     """The tensors of .bin files, mapped and not read. Raises UserError where a file is corrupt or holds more than
     tensors (then reading it would run code)."""
     index = folder / "pytorch_model.bin.index.json"
@@ -140,12 +172,13 @@ def open_bins(folder: Path, files: list[Path]) -> Checkpoint:
                 kind = "without data" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
                 raise UserError(f"{file}: {name!r} is a tensor {kind}; weights are dense floating-point numbers")
             if name in tensors:
-                raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is corrupt")
+                raise UserError(f"{file}: {name!r} is in {tensors[name].where} too; the checkpoint is corrupt")
             tensors[name] = replace(held(tensor), where=file.name)
-    return Checkpoint(folder, "bin", tensors)
+    return tensors
 
 
 def _load_bin(file: Path) -> Mapping[str, Any]:
+    open_regular(file).close()
     _check_archive(file)
     try:
         try:

@@ -2,7 +2,8 @@
 
 A file is a header of typed key/value pairs (config and tokenizer), a table of tensors, then their bytes in blocks: Q4_1
 keeps 32 numbers as 4-bit steps with one scale and one minimum. The `gguf` package turns blocks into fp32; the header is
-read here, because it comes from strangers and every length in it has to fit the file.
+read here, because it is untrusted and every length in it has to fit the file. A model may be split into several files:
+the first has the fields of all.
 """
 
 from __future__ import annotations
@@ -21,7 +22,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.checkpoints.mistral import is_rotary, permuted, to_halves
+from model.checkpoints.mistral import head_size, is_rotary, permuted, to_halves
 from model.checkpoints.safetensors import Stored, fill
 from model.support.cli import UserError
 from model.support.files import open_regular
@@ -43,6 +44,15 @@ NAMES = {
     "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
 }  # fmt: skip
 EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
+# The architecture's keys that are read, or that say nothing about the arithmetic; any other one is refused.
+KEYS = {
+    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
+    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
+    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.sliding_window", "attention.causal",
+    "expert_count", "expert_used_count", "rope.dimension_count", "rope.freq_base", "rope.scale_linear",
+    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length",
+    "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -93,7 +103,31 @@ class _Header:
 
 
 def open_gguf(path: Path) -> GGUF:
-    """Parse a file's header. Raises UserError where it is corrupt, lies about lengths, or is not GGUF."""
+    """Parse the header of a file, or of all files of a split model, given its first one. Raises UserError where one is
+    missing, corrupt, contradicts its own length, or is not GGUF."""
+    first = _open_file(path)
+    count, whole = first.fields.get("split.count", 1), first.fields.get("split.tensors.count")
+    if not isinstance(count, int) or count <= 1:
+        return first
+    named = re.fullmatch(r"(.+)-00001-of-\d{5}\.gguf", path.name)
+    if named is None or first.fields.get("split.no") != 0:
+        raise UserError(
+            f"{path}: one of {count} parts; give the first, NAME-00001-of-{count:05d}.gguf, beside the others"
+        )
+    tensors = dict(first.tensors)
+    for number in range(2, count + 1):
+        part = _open_file(path.with_name(f"{named[1]}-{number:05d}-of-{count:05d}.gguf"))
+        if part.fields.get("split.no") != number - 1 or part.fields.get("split.count") != count:
+            raise UserError(f"{part.path}: is not part {number} of {count} of the model that {path.name} begins")
+        if twice := sorted(tensors.keys() & part.tensors.keys()):
+            raise UserError(f"{part.path}: {twice[0]!r} is in another part too; the files cannot be trusted")
+        tensors |= part.tensors
+    if whole is not None and whole != len(tensors):
+        raise UserError(f"{path}: its {count} parts hold {len(tensors)} tensors, not {whole}; one is of another model")
+    return GGUF(path, first.fields, tensors)
+
+
+def _open_file(path: Path) -> GGUF:
     with open_regular(path) as file:
         header = _Header(path, file)
         if header.left < 24 or header.take(4) != b"GGUF":
@@ -105,13 +139,13 @@ def open_gguf(path: Path) -> GGUF:
         for _ in range(field_count):
             key = header.text()
             if key in fields:
-                raise UserError(f"{path}: {key!r} stands twice in the header; the file cannot be trusted")
+                raise UserError(f"{path}: {key!r} is there twice in the header; the file cannot be trusted")
             fields[key] = header.value(header.number("I"))
         table = {}
         for _ in range(tensor_count):
             name = header.text()
             if name in table:
-                raise UserError(f"{path}: {name!r} stands twice in the header; the file cannot be trusted")
+                raise UserError(f"{path}: {name!r} is there twice in the header; the file cannot be trusted")
             dims = [header.number("Q") for _ in range(min(header.number("I"), 5))]
             table[name] = (tuple(reversed(dims)), header.number("I"), header.number("Q"))
         alignment = fields.get("general.alignment", 32)
@@ -176,6 +210,11 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
             raise UserError(f"{family}.{key} differs by layer, which is not covered")
         return value
 
+    unknown = sorted(
+        key for key in fields if key.startswith(f"{family}.") and key.removeprefix(f"{family}.") not in KEYS
+    )
+    if unknown:
+        raise UserError(f"{unknown[0]} = {fields[unknown[0]]!r} may change what the model computes and is not covered")
     names = {
         "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
         "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
@@ -189,7 +228,7 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
     raw |= {
         "model_type": "mixtral" if experts else "mistral" if family == "llama" and window else family,
         "num_key_value_heads": get("attention.head_count_kv", raw["num_attention_heads"]),
-        "head_dim": get("attention.key_length") or raw["hidden_size"] // raw["num_attention_heads"],
+        "head_dim": get("attention.key_length") or head_size(raw["hidden_size"], raw["num_attention_heads"]),
         "vocab_size": file.tensors["token_embd.weight"].shape[0],
         "max_position_embeddings": get("context_length"),
         "rope_theta": get("rope.freq_base", 10000.0),
@@ -199,6 +238,10 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
     }
     if get("rope.dimension_count", raw["head_dim"]) != raw["head_dim"]:
         raise UserError("rotary positions on a part of each head are not covered")
+    if get("attention.value_length", raw["head_dim"]) != raw["head_dim"]:
+        raise UserError("values of another size than keys (attention.value_length) are not covered")
+    if get("attention.causal", True) is not True:
+        raise UserError("attention.causal = false (an encoder) is not covered")
     if experts:
         raw |= {"num_local_experts": experts, "num_experts_per_tok": get("expert_used_count")}
     if family == "llama" and "blk.0.attn_q.bias" in file.tensors:
@@ -210,12 +253,25 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
 
 
 def _rope_scaling(file: GGUF, get: Callable[..., Any]) -> dict[str, Any] | None:
-    kind, trained = get("rope.scaling.type"), get("rope.scaling.original_context_length")
-    if kind in (None, "none"):
-        return _llama3(file, get) if "rope_freqs.weight" in file.tensors else None
-    if kind not in ("linear", "yarn"):
+    """As llama.cpp reads it: a factor without a type is linear, 2023's files call it scale_linear, and attn_factor
+    multiplies YaRN's own gain on cosine and sine."""
+    factor, attention = get("rope.scaling.factor") or get("rope.scale_linear"), get("rope.scaling.attn_factor", 1.0)
+    kind = get("rope.scaling.type", "linear" if factor else "none")
+    if kind not in ("none", "linear", "yarn"):
         raise UserError(f"rope scaling {kind!r} in a GGUF file is not covered")
-    found = {"rope_type": kind, "factor": get("rope.scaling.factor"), "original_max_position_embeddings": trained}
+    if kind != "yarn" and attention != 1.0:
+        raise UserError(f"rope.scaling.attn_factor {attention!r} beside rope scaling {kind!r} is not covered")
+    if kind == "none" or kind == "linear" and factor in (None, 1.0):
+        return _llama3(file, get) if "rope_freqs.weight" in file.tensors else None
+    found = {
+        "rope_type": kind, "factor": factor,
+        "original_max_position_embeddings": get("rope.scaling.original_context_length"),
+        "beta_fast": get("rope.scaling.yarn_beta_fast"), "beta_slow": get("rope.scaling.yarn_beta_slow"),
+    }  # fmt: skip
+    if attention != 1.0:
+        if not all(isinstance(number, float) and number > 0 for number in (factor, attention)):
+            raise UserError(f"rope.scaling.factor {factor!r} or attn_factor {attention!r} is no number above 0")
+        found["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
     return {key: value for key, value in found.items() if value is not None}
 
 

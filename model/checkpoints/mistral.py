@@ -89,23 +89,45 @@ def from_native(files: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[
     return out
 
 
+def head_size(width: Any, heads: Any) -> int:
+    """A head's size where a file leaves it out. Raises UserError where the width does not divide."""
+    if not isinstance(width, int) or not isinstance(heads, int) or heads < 1 or width % heads:
+        raise UserError(f"a width of {width!r} does not divide by {heads!r} heads; the config is corrupt")
+    return width // heads
+
+
+# params.json's keys that are read, or that say nothing about the arithmetic; others are refused unless they are empty.
+REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps")
+KEYS = {*REQUIRED, "n_kv_heads", "head_dim", "rope_theta", "sliding_window", "tied_embeddings", "moe", "causal",
+        "max_position_embeddings", "max_seq_len", "max_batch_size", "model_type"}  # fmt: skip
+MOE_KEYS = {"num_experts", "num_experts_per_tok"}
+
+
 def native_config(params: Mapping[str, Any]) -> dict[str, Any]:
     """params.json in config.json's words. A native file without a window has none; nothing else is guessed."""
-    required = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps")
-    missing = [key for key in required if key not in params]
+    missing = [key for key in REQUIRED if key not in params]
     if missing:
         raise UserError(f"params.json lacks {', '.join(missing)}")
-    for key in ("quantization", "vision_encoder", "lora", "yarn"):
-        if params.get(key):
-            raise UserError(f"params.json: {key!r} is not covered")
     moe = params.get("moe") or {}
+    for where, found, known in (("", params, KEYS), ("moe.", moe, MOE_KEYS)):
+        if not isinstance(found, Mapping):
+            raise UserError(f"params.json: {where[:-1]} is {found!r}; it must be an object")
+        unknown = [key for key, value in found.items() if key not in known and value not in (None, False, {}, [])]
+        if unknown:
+            raise UserError(
+                f"params.json: {where + unknown[0]!r} may change what the model computes; it is not covered"
+            )
+    if params.get("causal") not in (None, True):
+        raise UserError("params.json: causal = false is not covered")
+    if lacking := sorted(MOE_KEYS - moe.keys()) if moe else []:
+        raise UserError(f"params.json: moe lacks {lacking[0]}")
     raw = {
         "model_type": "mixtral" if moe else "mistral",
         "hidden_size": params["dim"],
         "num_hidden_layers": params["n_layers"],
         "num_attention_heads": params["n_heads"],
         "num_key_value_heads": params.get("n_kv_heads", params["n_heads"]),
-        "head_dim": params.get("head_dim", params["dim"] // params["n_heads"]),
+        "head_dim": params.get("head_dim") or head_size(params["dim"], params["n_heads"]),
         "intermediate_size": params["hidden_dim"],
         "vocab_size": params["vocab_size"],
         "rms_norm_eps": params["norm_eps"],

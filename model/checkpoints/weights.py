@@ -5,12 +5,14 @@
     load_weights(model, path, …)            one tensor in flight, cast on the way
     save_weights(state, config, path, …)    model.safetensors, or shards and their index
 
-A path is a folder (Hugging Face safetensors, Mistral's native files, or exactly one GGUF file), a .gguf file or a
-config.json. No pickle is ever opened: `python -m model.checkpoints.convert` turns .bin files into safetensors.
+A path is a folder (Hugging Face safetensors, Mistral's native files, or one GGUF model, in parts or whole), a .gguf
+file or a config.json. No pickle is opened: `python -m model.checkpoints.convert` turns .bin and .pth files into
+safetensors.
 """
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
 import math
@@ -18,7 +20,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -80,7 +82,7 @@ def find_format(path: str | os.PathLike[str]) -> tuple[str, Path]:
     """("safetensors" | "native" | "gguf", the folder or file), or a UserError that says what the path lacks."""
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
-        return "gguf", path
+        return "gguf", first_part(path)
     if not path.exists():
         raise UserError(f"{path}: no such file or folder; give a folder with a model's files")
     if not path.is_dir():
@@ -89,23 +91,29 @@ def find_format(path: str | os.PathLike[str]) -> tuple[str, Path]:
         return "safetensors", path
     if (path / "params.json").exists() and any(path.glob("consolidated*.safetensors")):
         return "native", path
-    found = sorted(path.glob("*.gguf"))
+    found = sorted({first_part(file) for file in path.glob("*.gguf")})
     if len(found) == 1:
         return "gguf", found[0]
     if found:
-        raise UserError(f"{path}: holds {len(found)} GGUF files; name the one to load")
+        raise UserError(f"{path}: holds {len(found)} GGUF models ({', '.join(f.name for f in found)}); name one")
+    if (path / "adapter_config.json").exists() or (path / "lora.safetensors").exists():
+        raise UserError(f"{path}: an adapter, not a model; give its base as the weights and this as the adapter")
     if any(path.glob("*.bin")) or any(path.glob("*.pth")):
         raise UserError(f"{path}: holds pickled weights; convert them: python -m model.checkpoints.convert {path} NEW")
-    if (path / "adapter_config.json").exists():
-        raise UserError(f"{path}: an adapter, not a model; give its base as the weights and this as the adapter")
     raise UserError(f"{path}: holds no weights (model.safetensors, consolidated.safetensors or a .gguf file)")
+
+
+def first_part(file: Path) -> Path:
+    """The first file of a GGUF model that is split (NAME-00002-of-00003.gguf), or the file itself."""
+    found = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file.name)
+    return file.with_name(f"{found[1]}-00001-of-{found[2]}.gguf") if found else file
 
 
 def config_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
     """The config in config.json's words. A folder with a config.json and no weights, or the file itself, will do."""
     path = Path(path)
     if path.suffix == ".json" and not path.is_dir():
-        return _object(path)
+        return native_config(_object(path)) if path.name == "params.json" else _object(path)
     try:
         kind, where = find_format(path)
     except UserError:
@@ -161,20 +169,33 @@ def _open_files(folder: Path, stem: str, without_index: list[Path]) -> dict[str,
     if index.exists():
         named = _read_index(index)
         files = [folder / file for file in sorted(set(named.values()))]
+        if (other := [file for file in without_index if file.name == f"{stem}.safetensors" and file not in files]) and (
+            other[0].exists()
+        ):
+            raise UserError(
+                f"{folder}: two models: {other[0].name}, and {files[0].name} … that {index.name} names; public readers "
+                "take the one or the other, so remove what is not meant"
+            )
     tensors: dict[str, Stored] = {}
     for file in files:
         for name, stored in open_safetensors(file).items():
             if name in tensors:
-                raise UserError(f"{file}: {name!r} stands in {tensors[name].where} too; the checkpoint is corrupt")
+                raise UserError(f"{file}: {name!r} is in {tensors[name].where} too; the checkpoint is corrupt")
             tensors[name] = stored
-    if named is not None:
+    if named is not None:  # writers have listed tied heads and rotary buffers without writing them, and the other way
         wrong = [name for name, file in named.items() if name not in tensors or tensors[name].where != file]
-        unnamed = [name for name in tensors if name not in named]
+        wrong = [name for name in wrong if name in tensors or not _is_optional(name)]
+        unnamed = [name for name in tensors if name not in named and not _is_optional(name)]
         if wrong:
             raise UserError(f"{index}: {wrong[0]!r} is not in {named[wrong[0]]} ({len(wrong)} such names)")
         if unnamed:
             raise UserError(f"{index}: lacks {unnamed[0]!r} of {tensors[unnamed[0]].where} ({len(unnamed)} such)")
     return tensors
+
+
+def _is_optional(name: str) -> bool:
+    """Whether a model may do without: a tied head, or a buffer that is computed."""
+    return name == "lm_head.weight" or COMPUTED.fullmatch(name) is not None
 
 
 def _read_index(index: Path) -> dict[str, str]:
@@ -201,18 +222,12 @@ def load_weights(
     megabytes at a time, and returns the module that takes the layer's place, or None without reading.
 
     Resident memory grows by the model in `dtype` and at most the largest tensor besides. Raises UserError listing every
-    missing and unexpected name and every shape that disagrees; warns of tensors that hold NaN or infinity.
+    missing and unexpected name and every shape that disagrees; warns of tensors that hold NaN or infinity, in the file
+    or once they are in `dtype`.
     """
-    checkpoint = open_checkpoint(path)
     wanted = dict(model.named_parameters())
-    tensors = {name: stored for name, stored in checkpoint.tensors.items() if not COMPUTED.fullmatch(name)}
-    tied = "lm_head.weight" in tensors and "lm_head.weight" not in wanted
-    if tied:
-        del tensors["lm_head.weight"]
-    check_names(checkpoint, tensors, {name: tuple(p.shape) for name, p in wanted.items()})
-    if tied:
-        _check_tied(checkpoint)
-    for name in tqdm(tensors, desc="loading", unit="tensor", disable=None, leave=False):
+    checkpoint = select(open_checkpoint(path), {name: tuple(p.shape) for name, p in wanted.items()})
+    for name in tqdm(checkpoint.tensors, desc="loading", unit="tensor", disable=None, leave=False):
         place, _, leaf = name.rpartition(".")
         if keep is not None and leaf == "weight" and wanted[name].dim() == 2:
             module = keep(place, _pieces(checkpoint, name))
@@ -221,10 +236,9 @@ def load_weights(
                     module.bias = model.get_submodule(place).bias  # type: ignore[assignment]
                 model.set_submodule(place, module)
                 continue
-        tensor, finite = _read_into(checkpoint, name, dtype, torch.device(device))
-        if not finite:
-            _warn_of(checkpoint, name)
-        parameter = nn.Parameter(tensor, requires_grad=wanted[name].requires_grad)
+        parameter = nn.Parameter(
+            _read_into(checkpoint, name, dtype, torch.device(device)), requires_grad=wanted[name].requires_grad
+        )
         setattr(model.get_submodule(place), leaf, parameter)
 
 
@@ -236,29 +250,75 @@ def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]
         yield rows, piece
 
 
-def _warn_of(checkpoint: Checkpoint, name: str) -> None:
-    warnings.warn(f"{checkpoint.path}: {name} holds NaN or infinite numbers", stacklevel=3)
+def _warn_of(checkpoint: Checkpoint, name: str, what: str = "holds NaN or infinite numbers") -> None:
+    warnings.warn(f"{checkpoint.path}: {name} {what}", stacklevel=4)
 
 
-def _read_into(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, bool]:
-    """(the whole tensor, whether all of it is finite). One that needs no cast is read straight into place."""
+def _read_into(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+    """The whole tensor; one that needs no cast is read straight into place. What is not finite is warned of."""
     stored = checkpoint.tensors[name]
     if DTYPES.get(stored.dtype) == dtype and device.type == "cpu":
         tensor = stored.read(None)
-        return tensor, _finite(tensor)
-    tensor, finite = torch.empty(stored.shape, dtype=dtype, device=device), True
+        if not _finite(tensor):
+            _warn_of(checkpoint, name)
+        return tensor
+    tensor, finite, overflow = torch.empty(stored.shape, dtype=dtype, device=device), True, 0
     for rows, piece in checkpoint.stream(name):
-        finite &= _finite(piece)
-        (tensor if stored.shape else tensor.view(1))[rows].copy_(piece)
-    return tensor, finite
+        part, lost = cast(piece, dtype)
+        finite, overflow = finite and _finite(piece), overflow + lost
+        (tensor if stored.shape else tensor.view(1))[rows].copy_(part)
+    if not finite:
+        _warn_of(checkpoint, name)
+    if overflow:
+        _warn_of(checkpoint, name, overflow_of(overflow, dtype))
+    return tensor
+
+
+def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
+    """(x in `dtype`, how many of its finite numbers are not finite there)."""
+    y = x.to(dtype)
+    if y.dtype == x.dtype or _finite(y):
+        return y, 0
+    return y, int((x.isfinite() & ~y.isfinite()).sum())
+
+
+def overflow_of(count: int, dtype: torch.dtype) -> str:
+    return f"has {count} numbers beyond {str(dtype).removeprefix('torch.')}'s largest, {torch.finfo(dtype).max:g}"
 
 
 def _finite(tensor: Tensor) -> bool:
-    """Whether every number is finite: the least and the largest tell (NaN is both), in one pass without a copy."""
+    """Whether every number is finite: the least and the largest say it (NaN is both), in one pass without a copy."""
     if not tensor.numel():
         return True
     least, largest = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
     return bool(least.isfinite() & largest.isfinite())
+
+
+def select(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], rows: slice | None = None) -> Checkpoint:
+    """The checkpoint with exactly the tensors of a model whose parameters have these names and shapes.
+
+    A tied one may hold its one matrix as the embedding, as the head, or as both if they are equal (`rows`: only these
+    rows are compared, for a rank). Raises UserError listing every disagreement.
+    """
+    tensors = {name: stored for name, stored in checkpoint.tensors.items() if not COMPUTED.fullmatch(name)}
+    head = tensors.pop("lm_head.weight", None) if "lm_head.weight" not in wanted else None
+    both = head is not None and tensors.setdefault("model.embed_tokens.weight", head) is not head
+    check_names(checkpoint, tensors, wanted)
+    if both and not _same(checkpoint, rows):
+        raise UserError(
+            f"{checkpoint.path}: config says tie_word_embeddings, but lm_head.weight is not the embedding; "
+            "set tie_word_embeddings to false"
+        )
+    return replace(checkpoint, tensors=tensors)
+
+
+def _same(checkpoint: Checkpoint, rows: slice | None) -> bool:
+    """Whether the output matrix is the embedding."""
+    head, embedding = checkpoint.tensors["lm_head.weight"], checkpoint.tensors["model.embed_tokens.weight"]
+    pieces = checkpoint.stream("lm_head.weight") if rows is None else [(rows, checkpoint.read("lm_head.weight", rows))]
+    return head.shape == embedding.shape and all(
+        torch.equal(piece, checkpoint.read("model.embed_tokens.weight", part).to(piece.dtype)) for part, piece in pieces
+    )
 
 
 def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]]) -> None:
@@ -283,20 +343,6 @@ def _hint(name: str) -> str:
     return " (tie_word_embeddings = true, if the model has no output matrix)" if name == "lm_head.weight" else ""
 
 
-def _check_tied(checkpoint: Checkpoint) -> None:
-    """A tied checkpoint may repeat the embedding as lm_head.weight, but not hold another matrix there."""
-    head, embedding = checkpoint.tensors["lm_head.weight"], checkpoint.tensors["model.embed_tokens.weight"]
-    same = head.shape == embedding.shape and all(
-        torch.equal(piece, checkpoint.read("model.embed_tokens.weight", rows).to(piece.dtype))
-        for rows, piece in checkpoint.stream("lm_head.weight")
-    )
-    if not same:
-        raise UserError(
-            f"{checkpoint.path}: config says tie_word_embeddings, but lm_head.weight is not the embedding; "
-            "set tie_word_embeddings to false"
-        )
-
-
 def save_weights(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: str | os.PathLike[str], max_shard_bytes: int
 ) -> None:
@@ -306,14 +352,24 @@ def save_weights(
     and loses its old weights. A shard holds at least one tensor, so one may be larger than `max_shard_bytes`.
     """
     checkpoint = Checkpoint(Path(path), "memory", {name: held(tensor) for name, tensor in state.items()})
-    write_checkpoint(checkpoint, config, path, max_shard_bytes, None)
+    with new_checkpoint(path) as folder:
+        write_checkpoint(checkpoint, config, folder, max_shard_bytes, None)
+
+
+def new_checkpoint(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
+    """A folder to write a checkpoint and its tokenizer into, which then takes `path`'s place. An older one keeps its
+    other files and loses its weights and config."""
+    return atomic_folder(path, keep_others=True, drop=WEIGHTS)
 
 
 def write_checkpoint(
-    checkpoint: Checkpoint, config: Mapping[str, Any], path: str | os.PathLike[str], max_shard_bytes: int,
+    checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path, max_shard_bytes: int,
     dtype: torch.dtype | None, stem: str = "model", config_name: str = "config.json",
 ) -> None:  # fmt: skip
-    """Stream a checkpoint into a new folder, in `dtype` (None: as it is; blocks of numbers become fp32)."""
+    """Stream a checkpoint into a folder, in `dtype` (None: as it is; blocks of numbers become fp32).
+
+    Raises UserError where finite numbers would become infinite in their new dtype.
+    """
     plan = {
         name: (stored.shape, dtype or DTYPES.get(stored.dtype) or _unblocked(stored.dtype))
         for name, stored in checkpoint.tensors.items()
@@ -322,20 +378,25 @@ def write_checkpoint(
     shards = split_shards(sizes, max_shard_bytes)
 
     def produce(name: str) -> Iterator[Tensor]:
-        return (piece for _, piece in checkpoint.stream(name))  # cast as it is written
+        overflow, kind = 0, plan[name][1]
+        for _, piece in checkpoint.stream(name):
+            part, lost = cast(piece, kind)
+            overflow += lost
+            yield part
+        if overflow:
+            raise UserError(f"{checkpoint.path}: {name} {overflow_of(overflow, kind)}; write it in bfloat16 or float32")
 
-    with atomic_folder(path, keep_others=True, drop=WEIGHTS) as folder:
-        for number, names in enumerate(tqdm(shards, desc="writing", unit="shard", disable=None, leave=False), start=1):
-            file = folder / _shard_name(stem, number, len(shards))
-            write_safetensors(file, {name: plan[name] for name in names}, produce)
-        if len(shards) > 1:
-            places = {name: _shard_name(stem, n, len(shards)) for n, names in enumerate(shards, 1) for name in names}
-            index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
-            (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
-        named = dict(config)
-        if config_name == "config.json":
-            named["dtype"] = str(next(iter(plan.values()))[1]).removeprefix("torch.")
-        (folder / config_name).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
+    for number, names in enumerate(tqdm(shards, desc="writing", unit="shard", disable=None, leave=False), start=1):
+        file = folder / _shard_name(stem, number, len(shards))
+        write_safetensors(file, {name: plan[name] for name in names}, produce)
+    if len(shards) > 1:
+        places = {name: _shard_name(stem, n, len(shards)) for n, names in enumerate(shards, 1) for name in names}
+        index = {"metadata": {"total_size": sum(sizes.values())}, "weight_map": dict(sorted(places.items()))}
+        (folder / f"{stem}.safetensors.index.json").write_text(json.dumps(index, indent=2) + "\n")
+    named = dict(config)
+    if config_name == "config.json":
+        named["dtype"] = str(next(iter(plan.values()))[1]).removeprefix("torch.")
+    (folder / config_name).write_text(json.dumps(named, indent=2) + "\n", encoding="utf-8")
 
 
 def split_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:

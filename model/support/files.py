@@ -180,9 +180,7 @@ def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
         raise UserError(f"{path}: no such file") from error
 
 
-def read_json(
-    path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bool = False
-) -> Any:
+def read_json(path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bool = False) -> Any:
     """The JSON value in a file of at most `most` bytes. Raises UserError where it is missing, longer or not JSON, and
     with `unique` where an object has a name twice (readers differ in which one counts)."""
     with open_regular(path) as file:

@@ -18,15 +18,13 @@ from tqdm import tqdm
 
 from lora.adapter import PREFIX, adapted
 from lora.layer import first_a
-from model.checkpoints.weights import COMPUTED, PIECE, Checkpoint, check_names
+from model.checkpoints.weights import PIECE, Checkpoint, select
 from model.quantize.blockwise import quantize_scales
 from model.quantize.linear import QuantizedWeight
-from model.support.cli import UserError
 from model.support.init import first_weight
 from train.distributed.sharding import Ranks, local, sum_over_ranks
 
 Read = Callable[[str, slice], Tensor]  # (a weight's name in the checkpoint, rows) → those rows
-TIED = ("lm_head.weight", "model.embed_tokens.weight")
 
 
 @torch.no_grad()
@@ -86,16 +84,11 @@ def fresh(seed: int, shapes: dict[str, torch.Size], layers: int) -> Read:
 
 def from_checkpoint(checkpoint: Checkpoint, shapes: dict[str, torch.Size], ranks: Ranks) -> Read:
     """Rows of a checkpoint whose names and shapes are the model's. Raises UserError listing what disagrees."""
-    tensors = {name: stored for name, stored in checkpoint.tensors.items() if not COMPUTED.fullmatch(name)}
-    repeated = tensors.pop(TIED[0], None) if TIED[0] not in shapes else None
-    check_names(checkpoint, tensors, {name: tuple(shape) for name, shape in shapes.items()})
-    if repeated is not None:  # a tied checkpoint may repeat its embedding as the head; each rank looks at its rows
-        mine = ranks.rows(repeated.shape[0])
-        head, embedding = (checkpoint.read(name, mine) for name in TIED)
-        if head.shape != embedding.shape or not torch.equal(head, embedding):
-            raise UserError(f"{checkpoint.path}: config says tie_word_embeddings, but lm_head.weight is not the "
-                            "embedding; set tie_word_embeddings to false")  # fmt: skip
-    return checkpoint.read
+    head = checkpoint.tensors.get("lm_head.weight")
+    mine = (
+        ranks.rows(head.shape[0]) if head is not None and head.shape else None
+    )  # of a tied one, each looks at its own
+    return select(checkpoint, {name: tuple(shape) for name, shape in shapes.items()}, mine).read
 
 
 def finite(name: str, rows: Tensor) -> Tensor:

@@ -169,5 +169,5 @@ def test_values_that_differ_by_layer_are_refused(tmp_path):
 def test_two_files_in_a_folder_have_to_be_told_apart(tmp_path, whole):
     for name in ("a.gguf", "b.gguf"):
         (tmp_path / name).write_bytes(whole.read_bytes())
-    with pytest.raises(UserError, match="2 GGUF files"):
+    with pytest.raises(UserError, match="2 GGUF models .a.gguf, b.gguf."):
         Transformer.from_pretrained(tmp_path)
