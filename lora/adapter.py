@@ -2,41 +2,45 @@
 
 PEFT's files are `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.` + the
 module's name + `.lora_A.weight` (R × in) or `.lora_B.weight` (out × R). PEFT loads them non-strictly; here a missing,
-surplus or misshapen tensor is an error, and a config field that asks for other arithmetic is refused by name.
+surplus or misshapen tensor is an error, and a config field that asks for other arithmetic is refused by name. Copies of
+the base's own weights, and target names that the model lacks, change nothing and are passed over.
 """
 
 from __future__ import annotations
 
 import contextlib
 import os
-import re
+import warnings
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
+import regex
 import torch
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from lora.layer import LoRALinear
 from lora.origin import TRAINED_ON, adapter_file, origin
-from model.checkpoints.safetensors import save_tensors
+from model.checkpoints.safetensors import open_safetensors, save_tensors
+from model.checkpoints.weights import Checkpoint
 from model.support.cli import UserError, nearest
 from model.support.files import atomic_folder, read_json, write_json
 
 PREFIX = "base_model.model."
+MATCH_SECONDS = 0.1  # of processor time for one regular expression on one module's name: they come in untrusted files
+LONGEST_CONFIG = 2**20  # bytes of adapter_config.json
 # What PEFT 0.21 may write and what each field must be for the arithmetic here to be the adapter's.
 READ = (
     "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias",
+    "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias", "modules_to_save",
 )  # fmt: skip
 HARMLESS = (
     "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying",
+    "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying", "fan_in_fan_out",
 )  # fmt: skip  # how the start was chosen, or a default that nothing reads: the tensors hold the result
 REFUSED = (
-    "fan_in_fan_out", "modules_to_save", "megatron_config", "trainable_token_indices", "use_dora", "velora_config",
+    "megatron_config", "trainable_token_indices", "use_dora", "velora_config",
     "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
     "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "loftq_config", "corda_config", "lora_ga_config",
 )  # fmt: skip
@@ -77,8 +81,8 @@ class LoRAConfig:
                 raise UserError(f"lora: alpha {alpha!r} for {name!r}; it is a number above 0")
         for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.expressions()):
             try:
-                re.compile(pattern)
-            except re.error as error:
+                regex.compile(pattern)
+            except regex.error as error:
                 raise UserError(f"lora: {pattern!r} is not a regular expression: {error}") from error
         if not 0.0 <= self.dropout < 1.0:
             raise UserError(f"lora: dropout is {self.dropout}; it must lie in [0, 1)")
@@ -90,19 +94,19 @@ class LoRAConfig:
 
     def wants(self, path: str) -> bool:
         """Whether the linear layer with this name gets an adapter."""
-        if path == "lm_head" and self.target_modules == "all-linear":
-            return False
+        if path == "lm_head":
+            return False  # training and decoding take its weight past the module
         if isinstance(self.exclude_modules, str):
-            if re.fullmatch(self.exclude_modules, path):
+            if matches(self.exclude_modules, path):
                 return False
         elif any(ends_in(path, name) for name in self.exclude_modules):
             return False
         if self.layers is not None:
-            layer = re.search(r"\.layers\.(\d+)\.", path)
+            layer = regex.search(r"\.layers\.(\d+)\.", path)
             if layer is None or int(layer.group(1)) not in self.layers:
                 return False
         if isinstance(self.target_modules, str):
-            return self.target_modules == "all-linear" or re.fullmatch(self.target_modules, path) is not None
+            return self.target_modules == "all-linear" or matches(self.target_modules, path)
         return any(ends_in(path, name) for name in self.target_modules)
 
     def rank(self, path: str) -> int:
@@ -117,10 +121,18 @@ def ends_in(path: str, name: str) -> bool:
     return path == name or path.endswith("." + name)
 
 
+def matches(pattern: str, path: str) -> bool:
+    """Whether a regular expression matches a whole name. Raises UserError where that takes more than MATCH_SECONDS."""
+    try:
+        return regex.fullmatch(pattern, path, timeout=MATCH_SECONDS) is not None
+    except TimeoutError as error:
+        raise UserError(f"lora: {pattern!r} takes too long to match; name the modules instead") from error
+
+
 def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
     """The value whose pattern matches the end of `path`, as PEFT matches rank_pattern; the first one wins."""
     for pattern, value in patterns.items():
-        if re.fullmatch(rf"(.*\.)?({pattern})", path):
+        if matches(rf"(.*\.)?({pattern})", path):
             return value
     return default
 
@@ -165,6 +177,8 @@ def as_lora(model: nn.Module, path: str) -> LoRALinear:
 
 def check_targets(config: LoRAConfig, linears: list[str], chosen: list[str]) -> None:
     if isinstance(config.target_modules, tuple):
+        if "lm_head" in config.target_modules:
+            raise UserError("lora: an adapter on lm_head is not covered; leave it out of target_modules")
         leaves = sorted({path.rpartition(".")[2] for path in linears})
         for target in config.target_modules:
             if not any(ends_in(path, target) for path in linears):
@@ -276,12 +290,16 @@ def write_adapter(
 def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
     """The LoRAConfig of a PEFT folder. Raises UserError for what is missing, or asks for other arithmetic."""
     where = Path(path) / "adapter_config.json"
-    raw = read_json(where)
+    if not where.exists():
+        adapter_file(path)  # names other programs' adapters
+    raw = read_json(where, LONGEST_CONFIG)
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+        if isinstance(raw, dict) and "peft_type" not in raw:
+            adapter_file(path)
         raise UserError(f"{where}: peft_type is not LORA; only LoRA adapters are covered")
     for key, value in raw.items():
         if key == "bias":
-            if value not in (None, "none"):
+            if value not in (None, "none", "all", "lora_only"):  # trained biases are tensors, compared with the base's
                 raise UserError(f"{where}: bias {value!r} is not covered; train the adapter with bias 'none'")
         elif key in REFUSED:
             if value:
@@ -293,7 +311,11 @@ def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
         elif key == "layers_pattern":
             if value not in (None, "", "layers", [], ["layers"]):
                 raise UserError(f"{where}: layers_pattern {value!r} is not covered; these models' layers are 'layers'")
-        elif key not in READ and key not in HARMLESS and value not in (None, False, {}, []):
+        elif key in READ or key in HARMLESS or value in (None, False, {}, []):
+            continue
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):  # a later PEFT writes its defaults too
+            warnings.warn(f"{where}: unknown field {key!r} = {value!r} is ignored, as PEFT does", stacklevel=2)
+        else:
             raise UserError(f"{where}: unknown field {key!r}; what it asks for is not covered")
     missing = [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]
     if missing:
@@ -322,14 +344,44 @@ def config_from(raw: dict[str, Any]) -> LoRAConfig:
     )
 
 
-def read_adapter(path: str | os.PathLike[str]) -> dict[str, Tensor]:
-    """The tensors of a PEFT folder, by PEFT's keys. Raises UserError where the file is missing or corrupt."""
-    where = adapter_file(path)
-    try:
-        with safe_open(where, framework="pt") as data:
-            return {key: data.get_tensor(key) for key in data.keys()}
-    except SafetensorError as error:
-        raise UserError(f"{where}: corrupt or not a safetensors file ({error})") from error
+class AdapterFile(Mapping[str, Tensor]):
+    """The tensors of a PEFT folder by PEFT's keys, each read when it is asked for and kept by nobody.
+
+    Raises UserError where the file is missing or corrupt. Keys that kept the adapter's name (`lora_A.default.weight`)
+    are without it.
+    """
+
+    def __init__(self, path: str | os.PathLike[str]) -> None:
+        found = open_safetensors(adapter_file(path))
+        self.stored = {regex.sub(r"\.(lora_[AB])\.default\.", r".\1.", key): value for key, value in found.items()}
+        if len(self.stored) != len(found):
+            raise UserError(f"{path}: holds a matrix with and without the adapter's name; the file is corrupt")
+
+    def shape(self, key: str) -> tuple[int, ...]:
+        return self.stored[key].shape
+
+    def __getitem__(self, key: str) -> Tensor:
+        return self.stored[key].read(None)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self.stored)
+
+    def __len__(self) -> int:
+        return len(self.stored)
+
+
+def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
+    """The tensors of a PEFT folder, by PEFT's keys."""
+    return AdapterFile(path)
+
+
+def fitted(config: LoRAConfig, model: nn.Module) -> LoRAConfig:
+    """The config of an adapter that was loaded, without target names that this model lacks."""
+    if isinstance(config.target_modules, str):
+        return config
+    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
+    kept = tuple(name for name in config.target_modules if any(ends_in(path, name) for path in linears))
+    return replace(config, target_modules=kept or config.target_modules)
 
 
 def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
@@ -337,7 +389,7 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
 
     Raises UserError where the files are corrupt, belong to another model, or ask for what is not covered.
     """
-    config, tensors = read_config(path), read_adapter(path)
+    config, tensors = fitted(read_config(path), model), read_adapter(path)
     check_tensors(model, tensors, config, path)
     add_lora(model, config, name)
     with torch.no_grad():
@@ -349,9 +401,12 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
 
 
 def check_tensors(
-    model: nn.Module, tensors: Mapping[str, Tensor], config: LoRAConfig, path: str | os.PathLike[str]
-) -> None:
-    """Every adapter tensor has its module, every module its tensors, and all shapes agree; else a UserError."""
+    model: nn.Module, tensors: AdapterFile, config: LoRAConfig, path: str | os.PathLike[str],
+    base: Checkpoint | None = None,
+) -> None:  # fmt: skip
+    """Every adapter tensor has its module, every module its tensors, all shapes agree and all numbers are finite; else
+    a UserError. Shapes come before any reading: a file may claim any size. A copy of a weight of the base has to be
+    that weight, in `base` or, without it, in the model."""
     linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and config.wants(p)}
     expected = {}
     for module, linear in linears.items():
@@ -359,14 +414,38 @@ def check_tensors(
         expected[f"{PREFIX}{module}.lora_A.weight"] = (rank, linear.in_features)
         expected[f"{PREFIX}{module}.lora_B.weight"] = (linear.out_features, rank)
     surplus, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
+    if head := [key for key in surplus if ".lm_head.lora_" in key]:
+        raise UserError(f"{path}: holds {head[0]!r}, and an adapter on lm_head is not covered; merge it with peft")
+    copies = {key: copied_name(model, key) for key in surplus if ".lora_" not in key}
+    copies = {key: name for key, name in copies.items() if weight_shape(model, base, name) == tensors.shape(key)}
+    surplus = [key for key in surplus if key not in copies]
     if surplus or missing:
         what = f"holds {surplus[0]!r}, which this model has no place for" if surplus else f"lacks {missing[0]!r}"
         raise UserError(f"{path}: the adapter {what}; it was made for another model or other target modules")
     for key, shape in expected.items():
-        tensor = tensors[key]
-        if tuple(tensor.shape) != shape:
+        if tensors.shape(key) != shape:
             raise UserError(
-                f"{path}: {key} is {tuple(tensor.shape)} where this model needs {shape}; it was made for another model"
+                f"{path}: {key} is {tensors.shape(key)} where this model needs {shape}; it was made for another model"
             )
-        if not tensor.isfinite().all():
+        if not tensors[key].isfinite().all():
             raise UserError(f"{path}: {key} holds values that are not finite; the file is corrupt")
+    for key, name in copies.items():
+        weight = base.read(name) if base is not None else model.get_parameter(name).detach()
+        if weight.is_meta or not torch.equal(tensors[key].to(weight.device, weight.dtype), weight):
+            raise UserError(f"{path}: {key} is not the base's {name}: it was trained too (modules_to_save or biases), "
+                            "which is not covered; merge the adapter with peft")  # fmt: skip
+
+
+def copied_name(model: nn.Module, key: str) -> str:
+    """The weight of the base that a key without lora_A or lora_B stands for."""
+    name = regex.sub(r"\.(base_layer|modules_to_save)(\.default)?\.", ".", key.removeprefix(PREFIX))
+    is_tied = getattr(model, "lm_head", model) is None
+    return "model.embed_tokens.weight" if is_tied and name == "lm_head.weight" else name
+
+
+def weight_shape(model: nn.Module, base: Checkpoint | None, name: str) -> tuple[int, ...] | None:
+    """The shape of a weight of the base, None where it has none of this name."""
+    if base is not None:
+        return base.tensors[name].shape if name in base.tensors else None
+    found = dict(model.named_parameters()).get(name)
+    return None if found is None else tuple(found.shape)

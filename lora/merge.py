@@ -8,17 +8,17 @@ are the originals that an in-memory merge keeps (fold.py).
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_config
-from lora.origin import adapter_file, check_origin, note_merge
+from lora.adapter import PREFIX, LoRAConfig, check_tensors, fitted, read_adapter, read_config
+from lora.origin import check_origin, note_merge
 from model.checkpoints.convert import add_tokenizer
-from model.checkpoints.safetensors import Stored, open_safetensors
+from model.checkpoints.safetensors import Stored
 from model.checkpoints.weights import Checkpoint, config_dict, new_checkpoint, open_checkpoint, select, write_checkpoint
 from model.config import ModelConfig
 from model.support.cli import UserError, run
@@ -38,22 +38,6 @@ class Options:
     """The merged model's folder."""
     overwrite: bool = False
     """Replace a model that is there; the folder's other files stay."""
-
-
-class OnDisk(Mapping[str, Tensor]):
-    """The tensors of a PEFT folder by PEFT's keys, each read when it is asked for and kept by nobody."""
-
-    def __init__(self, path: str) -> None:
-        self.stored = open_safetensors(adapter_file(path))
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.stored[key].read(None)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
 
 
 def merged_rows(
@@ -92,10 +76,10 @@ def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | Non
     raw = config_dict(weights)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
-    config, tensors = read_config(adapter), OnDisk(adapter)
+    config, tensors = fitted(read_config(adapter), model), read_adapter(adapter)
     check_origin(weights, [adapter])
-    check_tensors(model, tensors, config, adapter)
     base = select(open_checkpoint(weights), {name: tuple(p.shape) for name, p in model.named_parameters()})
+    check_tensors(model, tensors, config, adapter, base)
     with new_checkpoint(out) as folder:
         write_checkpoint(merge_checkpoint(base, config, tensors), raw, folder, 5 * 2**30, dtype)
         note_merge(folder, weights, adapter)

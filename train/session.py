@@ -15,8 +15,8 @@ import torch
 from torch import Tensor, nn
 
 from lora import add_lora
-from lora.adapter import adapted, check_tensors, pattern_value, read_adapter, read_config, write_adapter
-from lora.merge import OnDisk, merge_folders
+from lora.adapter import adapted, check_tensors, fitted, pattern_value, read_adapter, read_config, write_adapter
+from lora.merge import merge_folders
 from lora.origin import check_origin
 from lora.quantized import quantize_base
 from model.checkpoints.weights import config_dict, new_checkpoint, open_checkpoint, save_weights
@@ -194,12 +194,12 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[nn.Module, dict[st
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, recipe.dtype))
     if recipe.merge_adapter and not merged_before(recipe):
-        check_tensors(model, OnDisk(recipe.adapter), read_config(recipe.adapter), recipe.adapter)
+        check_tensors(model, read_adapter(recipe.adapter), read_config(recipe.adapter), recipe.adapter)
     tensors = None
     if recipe.full:
         model.requires_grad_(True)
     elif recipe.adapter and not recipe.merge_adapter:
-        chosen, tensors = read_config(recipe.adapter), read_adapter(recipe.adapter)
+        chosen, tensors = fitted(read_config(recipe.adapter), model), read_adapter(recipe.adapter)
         check_tensors(model, tensors, chosen, recipe.adapter)
         add_lora(model, chosen)
     else:

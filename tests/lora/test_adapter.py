@@ -208,7 +208,7 @@ def damaged(folder, how):
     if how == "dora":
         raw["use_dora"] = True
     elif how == "unknown":
-        raw["use_magic"] = 3
+        raw["use_magic"] = True
     elif how == "rank":
         raw["r"] = 0
     elif how == "missing":

@@ -39,7 +39,7 @@ def test_what_peft_writes_by_default_is_read_and_each_refused_field_is_named(tmp
         with pytest.raises(UserError, match=f"init_lora_weights '{start}' changes the base"):
             read_config(write(tmp_path, init_lora_weights=start))
     assert all(read_config(write(tmp_path, init_lora_weights=start)).r == 4 for start in STARTS)
-    for wrong, said in (({"bias": "all"}, "bias 'all'"), ({"layers_pattern": "blocks"}, "layers_pattern 'blocks'"),
+    for wrong, said in (({"bias": "some"}, "bias 'some'"), ({"layers_pattern": "blocks"}, "layers_pattern 'blocks'"),
                         ({"lora_alpha": [2]}, "another kind of value"), ({"target_modules": [1, "a"]}, "another kind"),
                         ({"lora_alpha": 0}, "above 0"), ({"rank_pattern": {"(": 2}}, "not a regular expression"),
                         ({"peft_type": "IA3"}, "only LoRA"), ({"r": None}, "lacks r")):  # fmt: skip
