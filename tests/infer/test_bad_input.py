@@ -12,7 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from answering_models import write_model
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from infer import generate
@@ -190,6 +190,7 @@ CELLS = st.text(st.characters(exclude_categories=["Cs"], exclude_characters="\0"
 
 @settings(max_examples=50, deadline=None)
 @given(st.lists(st.tuples(CELLS.map(str.strip), CELLS), min_size=1), st.sampled_from([",", ";", "\t"]), st.booleans())
+@example([("1", 'A\r\nB\rC\n;",\t\u2028')], ";", False)
 def test_notes_of_a_table_and_of_json_lines_are_those_written(notes, delimiter, packed):
     """Whatever the cells hold: delimiters, quotation marks, every kind of line end, a byte order mark."""
     table, lines = io.StringIO(newline=""), "".join(json.dumps({"Nr": a, "Note": b}) + "\n" for a, b in notes)

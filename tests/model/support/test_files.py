@@ -8,7 +8,7 @@ import signal
 import sys
 
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 
 from lora.adapter import read_adapter, read_config
@@ -54,6 +54,10 @@ VALUES = st.recursive(
 
 
 @given(st.dictionaries(st.sampled_from(["id", "patient", "text", "x"]) | st.text(st.characters()), VALUES))
+@example({"x": ["\ud83d"]})
+@example({"\udc00": 1})
+@example({"x": float("nan")})
+@example({"id": 1, "patient": 2**70})
 def test_a_json_line_that_is_read_can_be_written_and_compared(record):
     """Half of a surrogate pair anywhere (keys too), NaN and infinities, ids of any type: read whole or refused."""
     line = json.dumps(record).encode()
