@@ -16,12 +16,10 @@ _HOME = {
     "swiglu": "activation",
     "lora_linear": "linear",
     "rms_norm_lora_linear": "linear",
-    "multi_lora_linear": "multi_lora",
-    "int4_lora_linear": "four_bit",
-    "nf4_lora_linear": "four_bit",
+    "int4_linear": "int4",
+    "repack_int4": "int4",
     "linear_cross_entropy": "cross_entropy",
-    "decode_attention": "decode",
-    "prefill_attention": "prefill",
+    "tree_attention": "attention",
 }
 __all__ = [*_HOME]  # noqa: PLE0604
 

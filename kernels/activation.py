@@ -28,7 +28,7 @@ def swiglu_definition(gate: Tensor, up: Tensor) -> Tensor:
     return F.silu(gate) * up
 
 
-@jit
+@jit()
 def _forward(gate, up, y, gate_row, up_row, F, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -39,7 +39,7 @@ def _forward(gate, up, y, gate_row, up_row, F, BLOCK: tl.constexpr):
     tl.store(y + row * F + f, silu.to(tl.float32) * b, mask=inside)
 
 
-@jit
+@jit()
 def _backward(dy, gate, up, d_gate, d_up, dy_row, gate_row, up_row, F, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     f = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)

@@ -1,9 +1,9 @@
-"""When a kernel runs, with which tile sizes, and how it is started.
+"""When a kernel runs, with which tile sizes, and how it is launched.
 
 Three kinds of tensors reach a kernel: CUDA tensors (compiled), CPU tensors when TRITON_INTERPRET=1 was set before
-Triton was imported (interpreted, for tests and for stepping through with a debugger), and meta tensors inside
-`recording()` (nothing runs; the launch is written down, which is how `kernels.compile` learns the exact signature that
-a 7B model would use without a GPU or 15 GB of memory). Everything else gets the PyTorch definition.
+Triton was imported (interpreted, for tests and debuggers), and meta tensors inside `recording()` (nothing runs; the
+launch is recorded, which is how `kernels.proof` compiles the exact signatures of a 7B model without a GPU or 15 GB of
+memory). Everything else gets the PyTorch definition.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import contextlib
 import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -22,23 +23,29 @@ try:
     import triton
     import triton.language as tl
 
-    jit = triton.jit
     INTERPRETED = bool(triton.knobs.runtime.interpret)
-except ImportError:  # no Triton on this platform: the definitions are all there is
+except ImportError:  # no Triton on this platform: every function computes its definition
     triton = tl = None
     INTERPRETED = False
 
-    def jit(function: Callable[..., None]) -> Callable[..., None]:
-        return function
-
-
 if INTERPRETED:
-    from kernels import interpreted
+    from kernels.proof import interpreted
 
     interpreted.repair_bf16()
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
+DEFAULT_CARD = (80, 108)  # compute capability and SMs that are assumed where there is no card: an A100
 CONFIGS: dict[str, dict[str, dict[str, int]]] = json.loads((Path(__file__).parent / "configs.json").read_text())
+
+
+def jit(*lengths: str) -> Callable[[Callable[..., None]], Any]:
+    """`triton.jit`. `lengths` are integers that grow during a generation (cached tokens, rows): Triton would compile
+    another variant whenever one becomes, or stops being, a multiple of 16."""
+
+    def decorate(function: Callable[..., None]) -> Any:
+        return function if triton is None else triton.jit(function, do_not_specialize=list(lengths))
+
+    return decorate
 
 
 @dataclass(frozen=True)
@@ -52,12 +59,12 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
-asked: set[tuple[str, str]] = set()  # (kernel, shape class) pairs looked up so far: what a run has covered
+asked: set[tuple[str, str]] = set()  # (kernel, shape class) pairs that were looked up: what a run has covered
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Write launches on meta tensors down instead of making them."""
+    """Record launches on meta tensors instead of making them."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -66,26 +73,54 @@ def recording() -> Iterator[list[Launch]]:
         _recorded = before
 
 
-def runs_here(*tensors: Tensor | None) -> bool:
+def runs_here(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> bool:
     """Whether these tensors (one dtype, one device) get the kernel; if not, the caller computes the definition."""
     present = [t for t in tensors if t is not None]
     first = present[0]
-    if triton is None or first.dtype not in KERNEL_DTYPES:
+    if triton is None or first.dtype not in dtypes:
         return False
     if any(t.dtype != first.dtype or t.device != first.device for t in present):
         return False
     return first.is_cuda or (first.is_cpu and INTERPRETED) or (first.is_meta and _recorded is not None)
 
 
-def config(kernel: str, shape_class: str) -> dict[str, int]:
-    """The pinned tile sizes, warps and stages of a kernel for a class of shapes."""
+@cache
+def card(device: torch.device) -> tuple[int, int]:
+    """(compute capability × 10, number of SMs) of a device."""
+    if device.type != "cuda":
+        return DEFAULT_CARD
+    properties = torch.cuda.get_device_properties(device)
+    return properties.major * 10 + properties.minor, properties.multi_processor_count
+
+
+def config(kernel: str, shape_class: str, device: torch.device | None = None) -> dict[str, int]:
+    """Tile sizes, warps and stages of a kernel for a class of shapes: tuned for this card, for its architecture, or the
+    default."""
     asked.add((kernel, shape_class))
-    return CONFIGS[kernel][shape_class]
+    return tiles_of(kernel, shape_class, DEFAULT_CARD if device is None else card(device))
+
+
+def tiles_of(kernel: str, shape_class: str, card: tuple[int, int]) -> dict[str, int]:
+    classes, architecture = CONFIGS[kernel], f"{shape_class} sm_{card[0]}"
+    return dict(classes.get(f"{architecture} {card[1]}", classes.get(architecture, classes[shape_class])))
 
 
 def width(dtype: torch.dtype) -> str:
     """The part of a shape class that names the operands' size: "16" for bf16 and fp16, "32" for fp32."""
     return "32" if dtype == torch.float32 else "16"
+
+
+def splits_that_fill(tiles: int, steps: int, slots: int, most: int = 16) -> int:
+    """Into how many parts to split a sum of `steps` steps, so that `tiles` × parts programs fill `slots` slots.
+
+    Minimizes waves × (steps a program + 2), the 2 for filling the pipeline. 96 tiles of 32 steps on 216 slots: two
+    parts take one wave of 16 + 2 steps, four parts two waves of 8 + 2, nine parts four waves of 4 + 2: two it is.
+    """
+
+    def cost(parts: int) -> tuple[int, int]:
+        return divide_up(tiles * parts, slots) * (divide_up(steps, parts) + 2), parts
+
+    return min(range(1, max(1, min(most, steps)) + 1), key=cost)
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **meta: Any) -> None:

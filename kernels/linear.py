@@ -1,69 +1,68 @@
-"""A linear layer with its LoRA adapter, and with the RMSNorm before it, as one kernel.
+"""Linear layers for 1 to 16 rows, the RMSNorm before them and their LoRA adapters inside: what decoding is made of.
 
-    n = cast(x / √(mean(x²) + eps)) · g            (or n = x)
-    y = n Wᵀ + s · (n Aᵀ) Bᵀ + c                   A is (R, D), B is (O, R), arXiv 2106.09685
+    n = x · r · g,   r = 1/√(mean(x²) + eps)          (or n = x)
+    y = n Wᵀ + s · (n Aᵀ) Bᵀ + c (+ residual)         A is (R, D), B is (O, R), arXiv 2106.09685
 
-What is saved. The unfused sequence writes n and reads it back once per projection, writes and reads n Aᵀ, writes
-s·(…)Bᵀ, reads it and y, and writes y again. Here n lives in registers: a tile of x is loaded, scaled, cast and
-multiplied by its share of W before the next one arrives. `kernels/compiled.md` counts the bytes of both.
+A decoded token reads every weight once and does two operations with it, so the time is the time of reading W. Four
+decisions follow.
 
-n cannot be factored out of the sum (Σ x·r·g·W = r·Σ x·g·W), because the plain path casts x·r to bf16 before g
-multiplies, and we give its numbers. So r must be known before the first product: a program first runs over its rows
-of x once for the statistic. Those rows come from L2 afterwards, since every column tile of the same rows wants them.
+* r leaves the sum: Σ x·r·g·W = r · Σ (x·g)·W. So no program waits for the statistic before it asks for weights;
+  extra programs of the same grid sum x² meanwhile. x·g is rounded once, where the plain path rounds x·r and then g's
+  product, so the result is nearer to fp64, not equal to the plain path's bits.
+* A is more rows of W. n Aᵀ wants the same walk over x as n Wᵀ, so [W; A] is one list of column tiles: A is read once,
+  by programs of its own, and there is no second product inside anybody's loop. (A loop that feeds a second `dot`
+  makes Triton put all warps along the 16 rows, each repeating the whole product: kernels/README.md.)
+* q, k and v are one list too, as are gate and up.
+* Split-K. 96 column tiles cannot keep 108 or 132 SMs reading, so the sum over D is split among programs, each
+  writing an fp32 part. A second, small launch adds the parts in a fixed order (no atomics: the same bits each run) and
+  does what needs complete sums: r, s·u Bᵀ, bias, residual, SwiGLU.
 
-One launch or two. n Aᵀ is wanted by every column tile. Computed anew in each, it adds R/BO of the product's arithmetic,
-and for few rows it adds reads of A from L2: R/BO of the bytes of W. Computed once by a first launch (`_shrink`, which
-also leaves r for the backward pass), it costs a launch and another read of x. `RECOMPUTE` in configs.json is the
-largest (padded) rank that is recomputed; kernels/README.md has the break-even.
+Bytes beyond W's: parts of 4 · N · O · splits, written and read once, from L2: 0.2 MB of 50 for q, k, v at one row.
 
-Several outputs in one launch. q, k and v share n, so their column tiles share one grid; a program picks its weight by
-its tile's number. Results are column slices of one buffer. Each output has its own adapter or none.
-
-Backward, W and g frozen, t = s · dy B, u = s · n Aᵀ:
-
-    dn = dy W + t A        the same kernel, with Wᵀ as the weight, Aᵀ as B, and t in place of u
-    dA = tᵀ n              `_outer`: rank-sized sums over the rows, n computed again from x and r
-    dB = dyᵀ u             `_outer` once more, with dy in place of n
-    dx = RMSNorm's backward of dn
-
-Sums over rows are split over programs whose partial sums are added in a fixed order: no atomics, the same bits each
-run.
+More rows are no longer a matter of reading: `torch.mm` (cuBLAS) computes them, with `rms_norm` and `swiglu` around it,
+and autograd goes through. That path is also what computes on a CPU, in fp64 and under autograd.
 """
 
 # ruff: noqa: E741 - O is the output width
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import itertools
+from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kernels.launch import config, divide_up, jit, launch, power_of_2, rows, runs_here, tl
-from kernels.low_rank import (
-    MOST_OUTPUTS,
-    pick,
-    run_outer,
-    run_shrink,
-    same_strides,
-    shape_class,
-    statistic,
-    three,
-    tile_of_rows,
-)
-from kernels.norm import rms_norm_backward, rms_norm_definition
+from kernels.activation import swiglu
+from kernels.launch import (
+    INTERPRETED,
+    card,
+    config,
+    divide_up,
+    jit,
+    launch,
+    power_of_2,
+    rows,
+    runs_here,
+    splits_that_fill,
+    tl,
+    width,
+)  # fmt: skip
+from kernels.norm import rms_norm, rms_norm_definition
+
+FEW_ROWS = 16  # rows of one mma tile; up to so many, a product takes as long as its weights take to arrive
+MOST_OUTPUTS = 3
+MOST_RANK = 256
+DTYPES = (torch.float32, torch.bfloat16)  # not fp16: x · g, before r makes it small, may pass 65,504
 
 
 def lora_linear_definition(
-    x: Tensor,
-    weight_OD: Tensor,
-    lora_a_RD: Tensor | None,
-    lora_b_OR: Tensor | None,
-    scale: float,
+    x: Tensor, weight_OD: Tensor, lora_a_RD: Tensor | None, lora_b_OR: Tensor | None, scale: float,
     bias_O: Tensor | None = None,
-) -> Tensor:
+) -> Tensor:  # fmt: skip
     y = F.linear(x, weight_OD, bias_O)
     if lora_a_RD is None or lora_b_OR is None:
         return y
@@ -78,209 +77,332 @@ def rms_norm_lora_linear_definition(
     return lora_linear_definition(n, weight_OD, lora_a_RD, lora_b_OR, scale, bias_O)
 
 
-@jit
-def _place(rows, columns, GROUP: tl.constexpr):
-    """(row tile, column tile) of this program. Neighbouring programs share weights: GROUP row tiles go through a column
-    tile before the next column tile."""
-    group = tl.program_id(0) // (GROUP * columns)
-    place = tl.program_id(0) % (GROUP * columns)
-    size = min(rows - group * GROUP, GROUP)
-    return group * GROUP + place % size, place // size
-
-
-@jit
-def _across(matrix, o, k, o_stride, k_stride, O, K):
-    """A tile of a matrix (O, K), K down and O across, as the products want it; zeros outside."""
-    at = matrix + o[None, :].to(tl.int64) * o_stride + k[:, None].to(tl.int64) * k_stride
-    return tl.load(at, mask=(k[:, None] < K) & (o[None, :] < O), other=0.0)
-
-
-@jit
-def _linear(
-    x, gain, rstd, u, y, w0, w1, w2, a0, a1, a2, b0, b1, b2, c0, c1, c2,
-    N, D, O0, O1, O2, R0, R1, R2, s0, s1, s2, x_row, w_row, w_col, a_row, a_col, b_row, b_col, u_row, u_out, y_row, eps,
-    NORM: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, ADD: tl.constexpr, OUTPUTS: tl.constexpr,
-    RANK: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr, GROUP: tl.constexpr,
+@jit()
+def statistics(
+    x, gain, squares, sums, split, start, stop, N, D, x_row,
+    NORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
 ):  # fmt: skip
-    """y = n Wᵀ (+ y where ADD). NORM "here": computes the statistic, "given": rstd. LORA "here": from A, "given": u."""
-    tiles0 = tl.cdiv(O0, BO)
-    tiles1 = tl.cdiv(O1, BO) if OUTPUTS > 1 else 0
-    tiles2 = tl.cdiv(O2, BO) if OUTPUTS > 2 else 0
-    row_tile, tile = _place(tl.cdiv(N, BN), tiles0 + tiles1 + tiles2, GROUP)
+    """Σ x² of columns start … stop, into squares[split]; with GROUP also Σ x·g of each group of columns (int4.py)."""
+    n = tl.arange(0, BN)
+    live = n < N
+    square = tl.zeros([BN, BS], tl.float32)
+    for first in range(start, stop, BS):
+        d = first + tl.arange(0, BS)
+        in_d = d < stop
+        tile = tl.load(x + n[:, None] * x_row + d[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
+        square += tile.to(tl.float32) * tile.to(tl.float32)
+        if GROUP:
+            if NORM:
+                g = tl.load(gain + d, mask=in_d, other=0.0)
+                tile = (tile.to(tl.float32) * g.to(tl.float32)[None, :]).to(tile.dtype)
+            total = tl.sum(tl.reshape(tile.to(tl.float32), (BN, BS // GROUP, GROUP)), axis=2)
+            group = first // GROUP + tl.arange(0, BS // GROUP)
+            at = sums + n[:, None] * (D // GROUP) + group[None, :]
+            tl.store(at, total, mask=live[:, None] & (group * GROUP < stop)[None, :])
+    if NORM:
+        tl.store(squares + split * N + n, tl.sum(square, axis=1), mask=live)
 
-    which, O, R, s, y_start = 0, O0, R0, s0, 0
-    w, a, b, c = w0, a0, b0, c0
-    if OUTPUTS > 1:
-        which = (tile >= tiles0).to(tl.int32) + (tile >= tiles0 + tiles1).to(tl.int32)
-        O, R, s = pick(which, O0, O1, O2), pick(which, R0, R1, R2), pick(which, s0, s1, s2)
-        w, a = pick(which, w0, w1, w2), pick(which, a0, a1, a2)
-        b, c = pick(which, b0, b1, b2), pick(which, c0, c1, c2)
-        tile -= pick(which, 0, tiles0, tiles0 + tiles1)
-        y_start = pick(which, 0, O0, O0 + O1)
 
-    row = (row_tile * BN + tl.arange(0, BN)).to(tl.int64)
-    live = row < N
-    o = tile * BO + tl.arange(0, BO)
-    rank = tl.arange(0, RANK)
-    r = tl.zeros([BN], tl.float32)
-    if NORM == "here":
-        r = statistic(x, row, live, D, x_row, eps, BN, BD)
-    if NORM == "given":
-        r = tl.load(rstd + row, mask=live, other=0.0)
+@jit()
+def pick(tile, m0, m1, m2, O0, O1, O2, first, BO: tl.constexpr, COUNT: tl.constexpr):
+    """(matrix, its rows, its first tile, the first tile after all) of a tile of up to three matrices, one after
+    another from tile `first` on."""
+    matrix, size, own = m0, O0, first
+    edge = first + tl.cdiv(O0, BO)
+    if COUNT > 1:
+        if tile >= edge:
+            matrix, size, own = m1, O1, edge
+        edge += tl.cdiv(O1, BO)
+    if COUNT > 2:
+        if tile >= edge:
+            matrix, size, own = m2, O2, edge
+        edge += tl.cdiv(O2, BO)
+    return matrix, size, own, edge
 
-    sum_y = tl.zeros([BN, BO], tl.float32)
-    sum_u = tl.zeros([BN, RANK], tl.float32)
-    for start in range(0, D, BD):
-        d = start + tl.arange(0, BD)
-        n = tile_of_rows(x, gain, r, row, live, start, D, x_row, NORM != "no", BD)
-        sum_y = tl.dot(n, _across(w, o, d, w_row, w_col, O, D), sum_y, input_precision="ieee")
-        if LORA == "here":
-            sum_u = tl.dot(n, _across(a, rank, d, a_row, a_col, R, D), sum_u, input_precision="ieee")
 
-    if LORA == "here":
-        b_RO = _across(b, o, rank, b_row, b_col, O, R)
-        sum_y = tl.dot((sum_u * s).to(b_RO.dtype), b_RO, sum_y, input_precision="ieee")
-    if LORA == "given":
-        for first in range(0, R, RANK):
-            k = first + rank
-            u_at = u + row[:, None] * u_row + which * u_out + k[None, :]
-            u_NR = tl.load(u_at, mask=live[:, None] & (k[None, :] < R), other=0.0)
-            sum_y = tl.dot(u_NR, _across(b, o, k, b_row, b_col, O, R), sum_y, input_precision="ieee")
+@jit()
+def walk(
+    x, gain, w, O, o, start, stop, N, D, x_row, NORM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
+    BD: tl.constexpr,
+):  # fmt: skip
+    """Σ_d (x·g)[n, d] w[o, d] over columns start … stop, fp32 (BN, BO).
+
+    A thread's part of a gain is 2 bytes, too few for an asynchronous copy: it is loaded one step ahead by hand.
+    """
+    n = tl.arange(0, BN)
+    total = tl.zeros([BN, BO], tl.float32)
+    next_g = tl.zeros([BD], x.dtype.element_ty)
+    if NORM:
+        next_g = tl.load(gain + start + tl.arange(0, BD), mask=start + tl.arange(0, BD) < D, other=0.0)
+    for first in range(start, stop, BD):
+        d = first + tl.arange(0, BD)
+        in_d = d < D
+        tile = tl.load(x + n[:, None] * x_row + d[None, :], mask=(n < N)[:, None] & in_d[None, :], other=0.0)
+        if NORM:
+            g = next_g
+            next_g = tl.load(gain + d + BD, mask=d + BD < D, other=0.0)
+            tile = (tile.to(tl.float32) * g.to(tl.float32)[None, :]).to(tile.dtype)
+        w_DO = tl.load(w + o[None, :] * D + d[:, None], mask=(o < O)[None, :] & in_d[:, None], other=0.0)
+        total = tl.dot(tile, w_DO, total, input_precision="ieee")
+    return total
+
+
+@jit("N")
+def _products(
+    x, gain, part, squares, sums, w0, w1, w2, q0, q1, q2, a0, a1, a2, N, D, C, O0, O1, O2, R0, R1, R2, x_row, SHARE,
+    NORM: tl.constexpr, LORA: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
+    BO: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, ASM: tl.constexpr,
+):  # fmt: skip
+    """part[split, n, tile · BO + …] = this split's share of x·g times [W; A]ᵀ; tile −1 (NORM): Σ x²."""
+    split = tl.program_id(0)
+    tile = tl.program_id(1)
+    if NORM:
+        tile -= 1
+    start = split * SHARE
+    stop = min(start + SHARE, D)
+    if tile < 0:
+        statistics(x, gain, squares, sums, split, start, stop, N, D, x_row, NORM, GROUP, BN, BS)
+    else:
+        w, O, first, edge = pick(tile, w0, w1, w2, O0, O1, O2, 0, BO, COUNT)
+        if LORA:
+            if tile >= edge:
+                w, O, first, edge = pick(tile, a0, a1, a2, R0, R1, R2, edge, BO, COUNT)
+        o = (tile - first) * BO + tl.arange(0, BO)
+        total = walk(x, gain, w, O, o, start, stop, N, D, x_row, NORM, BN, BO, BD)
+        n = tl.arange(0, BN)
+        column = tile * BO + tl.arange(0, BO)
+        tl.store(part + (split * N + n)[:, None] * C + column[None, :], total, mask=(n < N)[:, None])
+
+
+@jit()
+def _added(part, column, N, C, SPLITS: tl.constexpr, BN: tl.constexpr):
+    """The parts of some columns, added in order; every load is issued before the first addition waits."""
+    n = tl.arange(0, BN)
+    total = tl.load(part + n[:, None] * C + column[None, :], mask=(n < N)[:, None], other=0.0)
+    for split in tl.static_range(1, SPLITS):
+        at = part + (split * N + n)[:, None] * C + column[None, :]
+        total += tl.load(at, mask=(n < N)[:, None], other=0.0)
+    return total
+
+
+@jit()
+def _in_two_terms(a, b, total):
+    """total + a b for an fp32 a and a bf16 b: a as the sum of two bf16 numbers, which leaves 2^-17 of it."""
+    high = a.to(tl.bfloat16)
+    low = (a - high.to(tl.float32)).to(tl.bfloat16)
+    return tl.dot(low, b, tl.dot(high, b, total))
+
+
+@jit()
+def _finished(
+    part, squares, sums, scales, zeros, b, bias, tile, u_tile, o, N, D, O, R, s, eps, C,
+    NORM: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
+    RANK: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """One column tile of y in fp32."""
+    n = tl.arange(0, BN)
+    total = _added(part, tile * BO + tl.arange(0, BO), N, C, SPLITS, BN)
+    in_o = o < O
+    if GROUP:  # int4: what the codes' offset and the groups' zeros add (int4.py)
+        G = D // GROUP
+        for first in range(0, G, BG):
+            group = first + tl.arange(0, BG)
+            at = sums + n[:, None] * G + group[None, :]
+            sum_NG = tl.load(at, mask=(n < N)[:, None] & (group < G)[None, :], other=0.0)
+            inside = (group < G)[:, None] & in_o[None, :]
+            s_GO = tl.load(scales + group[:, None] * O + o[None, :], mask=inside, other=0.0)
+            z_GO = tl.load(zeros + group[:, None] * O + o[None, :], mask=inside, other=0.0)
+            total = _in_two_terms(-24.0 * sum_NG, s_GO, total)
+            total = _in_two_terms(sum_NG, z_GO, total)
+    r = tl.full([BN], 1.0, tl.float32)
+    if NORM:
+        square = tl.load(squares + n, mask=n < N, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            square += tl.load(squares + split * N + n, mask=n < N, other=0.0)
+        r = 1.0 / tl.sqrt(square / D + eps)
+        total *= r[:, None]
+    if LORA:
+        k = tl.arange(0, RANK)
+        u = _added(part, tl.where(k < R, u_tile * BO + k, 0), N, C, SPLITS, BN)
+        b_RO = tl.load(b + o[None, :] * R + k[:, None], mask=in_o[None, :] & (k < R)[:, None], other=0.0)
+        u = tl.where((k < R)[None, :], u * (r * s)[:, None], 0.0).to(b_RO.dtype)
+        total = tl.dot(u, b_RO, total, input_precision="ieee")
     if BIAS:
-        sum_y += tl.load(c + o, mask=o < O, other=0.0).to(tl.float32)[None, :]
-    y_at = y + row[:, None] * y_row + (y_start + o)[None, :]
-    inside = live[:, None] & (o < O)[None, :]
-    if ADD:
-        sum_y += tl.load(y_at, mask=inside, other=0.0).to(tl.float32)
-    tl.store(y_at, sum_y, mask=inside)
+        total += tl.load(bias + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
+    return total
 
 
-def run_linear(
-    x_ND: Tensor, weights: Sequence[Tensor], y_NO: Tensor, *, gain_D: Tensor | None = None, eps: float = 0.0,
-    rstd_N: Tensor | None = None, lora_a: Sequence[Tensor | None] = (), lora_b: Sequence[Tensor | None] = (),
-    scales: Sequence[float] = (), u_NCR: Tensor | None = None, biases: Sequence[Tensor] = (), add: bool = False,
-) -> None:  # fmt: skip
-    """y (+)= n Wᵀ + u Bᵀ + c, where u comes from a first launch (u_NCR) or is computed along (lora_a)."""
-    (N, D), count = x_ND.shape, len(weights)
-    ranks = [0 if b is None else b.shape[1] for b in lora_b] or [0] * count
-    tiles = dict(config("linear", shape_class(N, x_ND.dtype)))
-    tiles.pop("RECOMPUTE")
-    lora = "no" if max(ranks) == 0 else "here" if u_NCR is None else "given"
-    rank_tile = max(16, power_of_2(max(ranks)))
-    rank_tile = min(rank_tile, tiles["MOST_RANK"]) if lora == "given" else rank_tile
-    tiles.pop("MOST_RANK")
-    w, (w_row, w_col) = same_strides(weights, x_ND)
-    a, (a_row, a_col) = same_strides(lora_a if lora == "here" else [None] * count, x_ND)
-    b, (b_row, b_col) = same_strides(lora_b or [None] * count, x_ND)
-    c = three([t.contiguous() for t in biases], None) if biases else [x_ND] * MOST_OUTPUTS
-    c = [c[0] if t is None else t for t in c]
-    O, R, s = (
-        three([t.shape[0] for t in weights], 0), three(ranks, 0), three(scales or [0.0] * count, 0.0)
+@jit("N")
+def _epilogue(
+    part, squares, sums, y, residual, q0, q1, q2, z0, z1, z2, b0, b1, b2, c0, c1, c2,
+    N, D, O0, O1, O2, R0, R1, R2, s0, s1, s2, eps, C, Y, res_row,
+    NORM: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
+    GROUP: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr,
+    BO: tl.constexpr, BG: tl.constexpr,
+):  # fmt: skip
+    """y = what complete sums allow; GATED: silu(first output) · second output."""
+    tile = tl.program_id(0)
+    n = tl.arange(0, BN)
+    b, O, first, edge = pick(tile, b0, b1, b2, O0, O1, O2, 0, BO, COUNT)
+    c, _, _, _ = pick(tile, c0, c1, c2, O0, O1, O2, 0, BO, COUNT)
+    scales, _, _, _ = pick(tile, q0, q1, q2, O0, O1, O2, 0, BO, COUNT)
+    zeros, _, _, _ = pick(tile, z0, z1, z2, O0, O1, O2, 0, BO, COUNT)
+    R, s, u_tile, y_start = R0, s0, edge, 0
+    if COUNT > 1:
+        if tile >= tl.cdiv(O0, BO):
+            R, s, u_tile, y_start = R1, s1, edge + tl.cdiv(R0, BO), O0
+    if COUNT > 2:
+        if tile >= tl.cdiv(O0, BO) + tl.cdiv(O1, BO):
+            R, s, u_tile, y_start = R2, s2, edge + tl.cdiv(R0, BO) + tl.cdiv(R1, BO), O0 + O1
+    o = (tile - first) * BO + tl.arange(0, BO)
+    out = _finished(
+        part, squares, sums, scales, zeros, b, c, tile, u_tile, o, N, D, O, R, s, eps, C, NORM, LORA, BIAS, GROUP,
+        SPLITS, RANK, BN, BO, BG,
     )  # fmt: skip
-    u = x_ND if u_NCR is None or lora == "no" else u_NCR
-    arguments = dict(
-        x=x_ND, gain=x_ND if gain_D is None else gain_D, rstd=x_ND if rstd_N is None else rstd_N, u=u, y=y_NO,
-        w0=w[0], w1=w[1], w2=w[2], a0=a[0], a1=a[1], a2=a[2], b0=b[0], b1=b[1], b2=b[2], c0=c[0], c1=c[1], c2=c[2],
-        N=N, D=D, O0=O[0], O1=O[1], O2=O[2], R0=R[0], R1=R[1], R2=R[2], s0=s[0], s1=s[1], s2=s[2],
-        x_row=x_ND.stride(0), w_row=w_row, w_col=w_col, a_row=a_row, a_col=a_col, b_row=b_row, b_col=b_col,
-        u_row=u.stride(0), u_out=u.stride(1), y_row=y_NO.stride(0), eps=eps,
-    )  # fmt: skip
-    grid = (divide_up(N, tiles["BN"]) * sum(divide_up(n, tiles["BO"]) for n in O),)
-    norm = "no" if gain_D is None else "here" if rstd_N is None else "given"
-    launch(
-        _linear, grid, arguments, NORM=norm, LORA=lora, BIAS=bool(biases), ADD=add, OUTPUTS=count, RANK=rank_tile,
-        **tiles,
-    )  # fmt: skip
-
-
-class _Linear(torch.autograd.Function):
-    """tensors: the outputs' weights, then A, then B, then biases (None where there is none); a y for each output."""
-
-    @staticmethod
-    def forward(
-        ctx: Any, x: Tensor, gain_D: Tensor | None, eps: float, scales: Sequence[float], *tensors: Tensor | None
-    ) -> Any:
-        count = len(scales)
-        weights, lora_a, lora_b, biases = (tensors[i * count : (i + 1) * count] for i in range(4))
-        x_ND = rows(x)
-        sizes = [w.shape[0] for w in weights]
-        y_NO = x_ND.new_empty(x_ND.shape[0], sum(sizes))
-        ranks = [0 if a is None else a.shape[0] for a in lora_a]
-        limit = config("linear", shape_class(x_ND.shape[0], x_ND.dtype))["RECOMPUTE"]
-        rstd_N = u_NCR = None
-        wants_gradient = any(ctx.needs_input_grad)
-        if wants_gradient or (max(ranks) and max(16, power_of_2(max(ranks))) > limit):
-            rstd_N, u_NCR = run_shrink(x_ND, gain_D, lora_a, scales, eps)
-        present = [c for c in biases if c is not None]
-        run_linear(
-            x_ND, weights, y_NO, gain_D=gain_D, eps=eps, rstd_N=rstd_N if gain_D is not None else None, lora_a=lora_a,
-            lora_b=lora_b, scales=scales, u_NCR=u_NCR, biases=present,
+    if GATED:
+        up = _finished(
+            part, squares, sums, q1, z1, b1, c1, tile + tl.cdiv(O0, BO), edge + tl.cdiv(R0, BO), o, N, D, O, R1, s1,
+            eps, C, NORM, LORA, BIAS, GROUP, SPLITS, RANK, BN, BO, BG,
         )  # fmt: skip
-        ctx.save_for_backward(x, gain_D, rstd_N, u_NCR, *tensors)
-        ctx.scales = scales
-        outs = tuple(y.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y for y in y_NO.split(sizes, dim=1))
-        return outs if count > 1 else outs[0]
-
-    @staticmethod
-    def backward(ctx: Any, *dys: Tensor | None) -> Any:
-        x, gain_D, rstd_N, u_NCR, *tensors = ctx.saved_tensors
-        scales, count = ctx.scales, len(ctx.scales)
-        weights, lora_a, lora_b, biases = (tensors[i * count : (i + 1) * count] for i in range(4))
-        x_ND = rows(x)
-        wants_x, wants_gain = ctx.needs_input_grad[:2]
-        dn_ND = x_ND.new_zeros(x_ND.shape, dtype=torch.float32)
-        grads: list[list[Tensor | None]] = [[None] * count for _ in range(4)]
-        for i, dy in enumerate(dys):
-            if dy is None:
-                continue
-            dy_NO, a, b = rows(dy), lora_a[i], lora_b[i]
-            t_N1R = None
-            if a is not None and b is not None:
-                t_N1R = run_shrink(dy_NO, None, [b.t()], [scales[i]], 0.0)[1]
-                grads[1][i] = run_outer(t_N1R[:, 0], x_ND, gain_D, rstd_N).to(a.dtype)
-                grads[2][i] = run_outer(u_NCR[:, i, : b.shape[1]], dy_NO).t().to(b.dtype)
-            if wants_x or wants_gain:
-                a_DR = None if a is None else a.t()
-                run_linear(dy_NO, [weights[i].t()], dn_ND, lora_b=[a_DR], u_NCR=t_N1R, add=True)
-            if biases[i] is not None:
-                grads[3][i] = dy_NO.sum(0, dtype=torch.float32).to(biases[i].dtype)
-        flat = [g for group in grads for g in group]
-        if gain_D is None:
-            return dn_ND.to(x.dtype).view(x.shape) if wants_x else None, None, None, None, *flat
-        dx_ND, d_gain_D = rms_norm_backward(dn_ND, None, x_ND, gain_D, rstd_N, wants_gain)
-        return dx_ND.view(x.shape), d_gain_D, None, None, *flat
+        out = out / (1.0 + tl.exp(-out)) * up
+    inside = (n < N)[:, None] & (o < O)[None, :]
+    if RESIDUAL:
+        out += tl.load(residual + n[:, None] * res_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
+    tl.store(y + n[:, None] * Y + (y_start + o)[None, :], out, mask=inside)
 
 
-def _apply(
-    x: Tensor, gain_D: Tensor | None, eps: float, weight: Any, lora_a: Any, lora_b: Any, scale: Any, bias: Any
-) -> Any:
-    """The kernel for one output or several, or the definition where there is no kernel for these tensors."""
+def few_rows(
+    products: Any, name: tuple[str, str], x_ND: Tensor, sizes: Sequence[int], *, norm: tuple[Tensor, float] | None,
+    lora_a: Sequence[Tensor | None], lora_b: Sequence[Tensor | None], scales: Sequence[float],
+    biases: Sequence[Tensor | None], residual: Tensor | None, gated: bool, weights: Sequence[Tensor],
+    steps: Sequence[tuple[Tensor, Tensor]] = (),
+) -> Tensor:  # fmt: skip
+    """Launch `products` (this file's or int4.py's kernel, configured as `name`) and the epilogue → y (N, sum of sizes;
+    half where gated).
+
+    `steps` are int4's scales and zeros (D / group, O) of each output.
+    """
+    (N, D), count, tiles = x_ND.shape, len(sizes), config(*name, x_ND.device)
+    ranks = [0 if a is None else a.shape[0] for a in lora_a]
+    BO, BD, group = tiles["BO"], tiles["BD"], D // steps[0][0].shape[0] if steps else 0
+    column_tiles = sum(divide_up(n, BO) for n in (*sizes, *ranks))
+    grid_tiles = column_tiles + int(norm is not None or bool(group))
+    splits = splits_that_fill(grid_tiles, divide_up(D, BD), tiles["RESIDENT"] * card(x_ND.device)[1])
+    share = divide_up(divide_up(D, BD), splits) * BD
+    splits = divide_up(D, share)
+    C = column_tiles * BO
+    part = x_ND.new_empty(splits, N, C, dtype=torch.float32)
+    squares = x_ND.new_empty(splits, N, dtype=torch.float32)
+    sums = x_ND.new_empty(N, D // group, dtype=torch.float32) if group else squares
+    gain_D, eps = norm if norm is not None else (x_ND, 0.0)
+    shapes = {"N": N, "D": D, "C": C, **_three("O", sizes, 0), **_three("R", ranks, 0)}
+    flags = dict(NORM=norm is not None, LORA=any(ranks), COUNT=count, GROUP=group, BN=FEW_ROWS, BO=BO)
+    arguments = dict(
+        x=x_ND, gain=gain_D, part=part, squares=squares, sums=sums, **_three("w", weights, x_ND),
+        **_three("q", [q for q, _ in steps], x_ND), **_three("a", lora_a, x_ND), **shapes, x_row=x_ND.stride(0),
+        SHARE=share,
+    )  # fmt: skip
+    meta = {key: value for key, value in tiles.items() if key not in ("RESIDENT", "BO")}
+    launch(products, (splits, grid_tiles), arguments, **flags, ASM=not INTERPRETED, **meta)
+    y_NO = x_ND.new_empty(N, sizes[0] if gated else sum(sizes))
+    some_bias = any(c is not None for c in biases)
+    if some_bias:
+        biases = [x_ND.new_zeros(n) if c is None else c for c, n in zip(biases, sizes, strict=True)]
+    arguments = dict(
+        part=part, squares=squares, sums=sums, y=y_NO, residual=x_ND if residual is None else residual,
+        **_three("q", [q for q, _ in steps], x_ND), **_three("z", [z for _, z in steps], x_ND),
+        **_three("b", lora_b, x_ND), **_three("c", biases, x_ND), **shapes, **_three("s", scales, 0.0), eps=float(eps),
+        Y=y_NO.shape[1], res_row=0 if residual is None else residual.stride(0),
+    )  # fmt: skip
+    out_tiles = sum(divide_up(n, BO) for n in (sizes[:1] if gated else sizes))
+    launch(
+        _epilogue, (out_tiles,), arguments, **flags, BIAS=some_bias, RESIDUAL=residual is not None, GATED=gated,
+        SPLITS=splits, RANK=max(16, power_of_2(max(ranks))), BG=32, num_stages=2,
+        num_warps=8 if group or x_ND.dtype == torch.float32 else 4,
+    )  # fmt: skip
+    return y_NO
+
+
+def _three(name: str, values: Sequence[Any], absent: Any) -> dict[str, Any]:
+    """{name0: …, name1: …, name2: …}; `absent` fills the empty places."""
+    padded = [*values, *[None] * (MOST_OUTPUTS - len(values))]
+    whole = [value.contiguous() if isinstance(value, Tensor) else value for value in padded]
+    return {f"{name}{i}": absent if value is None else value for i, value in enumerate(whole)}
+
+
+def by_torch(
+    x: Tensor, norm: tuple[Tensor, float] | None, weights: Sequence[Tensor], lora_a: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor | None], scales: Sequence[float], biases: Sequence[Tensor | None],
+) -> list[Tensor]:  # fmt: skip
+    """The layer by matrix products of torch's: many rows, fp64, CPUs, autograd. An adapter costs two products and no
+    pass of its own: its sum with y happens inside the second."""
+    n = x if norm is None else rms_norm(x, *norm)
+    outs = []
+    for w, a, b, s, c in zip(weights, lora_a, lora_b, scales, biases, strict=True):
+        y = F.linear(n, w, c)
+        if a is not None and b is not None:
+            u_NR = F.linear(n, a).flatten(0, -2)
+            y = torch.addmm(y.flatten(0, -2), u_NR, b.t(), alpha=s).unflatten(0, y.shape[:-1])
+        outs.append(y)
+    return outs
+
+
+def compute(
+    x: Tensor, norm: tuple[Tensor, float] | None, sizes: Sequence[int], lora_a: Any, lora_b: Any, scale: Any, bias: Any,
+    residual: Tensor | None, gated: bool, most_rows: int, dense: Callable[[], Sequence[Tensor]],
+    kernel: Callable[..., Tensor],
+) -> list[Tensor]:  # fmt: skip
+    """The outputs of a linear layer, by `kernel(x_ND, **what few_rows takes)` for up to `most_rows` rows, else by torch
+    from the weights that `dense` gives."""
+    count, D = len(sizes), x.shape[-1]
+    lora_a, lora_b, biases = (as_list(v, count) for v in (lora_a, lora_b, bias))
+    scales = [float(s) for s in as_list(scale, count)]
+    for O, a, b in zip(sizes, lora_a, lora_b, strict=True):
+        check_adapter((O, D), a, b)
+    if gated and (count != 2 or sizes[0] != sizes[1]):
+        raise ValueError("gated: the weights of gate and up, of one shape")
+    if residual is not None and (count != 1 or residual.shape != (*x.shape[:-1], sizes[0])):
+        raise ValueError("a residual is added to one output, whose shape it has")
+    tensors = (x, *lora_a, *lora_b, *biases, residual, norm[0] if norm else None)
+    wanted = torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
+    few = 0 < x.numel() // D <= most_rows and all(a is None or a.shape[0] <= MOST_RANK for a in lora_a)
+    if not (few and not wanted and count <= MOST_OUTPUTS and runs_here(*tensors, dtypes=DTYPES)):
+        outs = by_torch(x, norm, dense(), lora_a, lora_b, scales, biases)
+        if gated:
+            return [swiglu(*outs)]
+        return outs if residual is None else [residual + outs[0]]
+    given = dict(sizes=sizes, norm=norm, lora_a=lora_a, lora_b=lora_b, scales=scales, biases=biases, gated=gated)
+    residual_parts = itertools.repeat(None) if residual is None else rows(residual).split(FEW_ROWS)
+    parts = [
+        kernel(x_nD, residual=part, **given)
+        for x_nD, part in zip(rows(x).split(FEW_ROWS), residual_parts, strict=False)
+    ]
+    y_NO = parts[0] if len(parts) == 1 else torch.cat(parts)
+    y = y_NO.unflatten(0, x.shape[:-1]) if x.dim() != 2 else y_NO
+    return [y] if gated else list(y.split(list(sizes), dim=-1))
+
+
+def _linear(x: Tensor, norm: Any, weight: Any, lora: tuple, bias: Any, residual: Any, gated: bool) -> Any:
     several = not isinstance(weight, Tensor)
     weights = list(weight) if several else [weight]
-    count = len(weights)
-    as_list = lambda v: list(v) if several and isinstance(v, (list, tuple)) else [v] * count  # noqa: E731
-    lora_a, lora_b, scales, biases = as_list(lora_a), as_list(lora_b), [float(s) for s in as_list(scale)], as_list(bias)
-    for w, a, b in zip(weights, lora_a, lora_b, strict=True):
-        _check(x, w, a, b)
-    if torch.is_grad_enabled() and any(w.requires_grad for w in weights):
-        raise ValueError("the weight is frozen here: detach it, or use torch's own linear to train it")
-    some_biases = any(c is not None for c in biases)
-    if some_biases:
-        biases = [w.new_zeros(w.shape[0]) if c is None else c for w, c in zip(weights, biases, strict=True)]
-    tensors = (*weights, *lora_a, *lora_b, *biases)
-    if count > MOST_OUTPUTS or not runs_here(x, gain_D, *tensors):
-        n = x if gain_D is None else rms_norm_definition(x, gain_D, eps)
-        parts = zip(weights, lora_a, lora_b, scales, biases, strict=True)
-        outs = tuple(lora_linear_definition(n, w, a, b, s, c) for w, a, b, s, c in parts)
-        return outs if several else outs[0]
-    outs = _Linear.apply(x, gain_D, eps, scales, *tensors)
-    return (outs if count > 1 else (outs,)) if several else outs
+    for w in weights:
+        if x.shape[-1] != w.shape[1]:
+            raise ValueError(f"x is {tuple(x.shape)} and the weight {tuple(w.shape)}: their last sizes must agree")
+    trained = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
+    kernel = partial(few_rows, _products, ("linear", width(x.dtype)), weights=weights)
+    outs = compute(
+        x, norm, [w.shape[0] for w in weights], *lora, bias, residual, gated,
+        0 if trained or any(w.dtype != x.dtype for w in weights) else FEW_ROWS, lambda: weights, kernel,
+    )  # fmt: skip
+    return tuple(outs) if several and not gated else outs[0]
 
 
-def _check(x: Tensor, weight_OD: Tensor, lora_a_RD: Tensor | None, lora_b_OR: Tensor | None) -> None:
-    O, D = weight_OD.shape
-    if x.shape[-1] != D:
-        raise ValueError(f"x is {tuple(x.shape)} and the weight {tuple(weight_OD.shape)}: their last sizes must agree")
+def as_list(value: Any, count: int) -> list[Any]:
+    return list(value) if isinstance(value, (list, tuple)) else [value] * count
+
+
+def check_adapter(shape: tuple[int, int], lora_a_RD: Tensor | None, lora_b_OR: Tensor | None) -> None:
+    O, D = shape
     if (lora_a_RD is None) != (lora_b_OR is None):
         raise ValueError("an adapter has both lora_a and lora_b, or neither")
     if lora_a_RD is not None and lora_b_OR is not None:
@@ -288,30 +410,30 @@ def _check(x: Tensor, weight_OD: Tensor, lora_a_RD: Tensor | None, lora_b_OR: Te
         if lora_a_RD.shape != (R, D) or lora_b_OR.shape != (O, R):
             raise ValueError(
                 f"lora_a {tuple(lora_a_RD.shape)} and lora_b {tuple(lora_b_OR.shape)} do not fit a weight of "
-                f"{tuple(weight_OD.shape)}: they must be (R, {D}) and ({O}, R)"
+                f"{(O, D)}: they must be (R, {D}) and ({O}, R)"
             )
 
 
 def lora_linear(
     x: Tensor, weight: Tensor | Sequence[Tensor], lora_a: Any = None, lora_b: Any = None, scale: Any = 1.0,
-    bias: Any = None,
+    bias: Any = None, residual: Tensor | None = None,
 ) -> Any:  # fmt: skip
-    """x Wᵀ + scale · (x Aᵀ) Bᵀ + bias: x (…, D), weight (O, D), lora_a (R, D), lora_b (O, R) → (…, O) in x's dtype.
+    """x Wᵀ + scale · (x Aᵀ) Bᵀ + bias + residual: x (…, D), weight (O, D), lora_a (R, D), lora_b (O, R) → (…, O).
 
     With a list of up to three weights (and lists of the rest; None: no adapter) all outputs come from one launch, as a
-    tuple. Differentiable in x, lora_a, lora_b and bias; the weight is frozen. Source: arXiv 2106.09685.
+    tuple. Differentiable. fp32 and bf16 run the kernel on CUDA for up to 16 rows. Source: arXiv 2106.09685.
     """
-    return _apply(x, None, 0.0, weight, lora_a, lora_b, scale, bias)
+    return _linear(x, None, weight, (lora_a, lora_b, scale), bias, residual, False)
 
 
 def rms_norm_lora_linear(
     x: Tensor, norm_weight_D: Tensor, weight: Tensor | Sequence[Tensor], lora_a: Any, lora_b: Any, scale: Any,
-    eps: float, bias: Any = None,
+    eps: float, bias: Any = None, gated: bool = False,
 ) -> Any:  # fmt: skip
-    """lora_linear(rms_norm(x, norm_weight_D, eps), …) without the normed rows ever being written to memory.
+    """lora_linear(rms_norm(x, norm_weight_D, eps), …); shapes and dtypes as in `lora_linear`. Differentiable.
 
-    Shapes as in `lora_linear`; lora_a and lora_b may be None. Differentiable in x, norm_weight, lora_a, lora_b, bias.
+    `gated`, for the two weights of gate and up: silu(first) · second as one tensor.
     """
     if norm_weight_D.shape != x.shape[-1:]:
         raise ValueError(f"x is {tuple(x.shape)}, so the norm's weight must be ({x.shape[-1]},)")
-    return _apply(x, norm_weight_D, eps, weight, lora_a, lora_b, scale, bias)
+    return _linear(x, (norm_weight_D, eps), weight, (lora_a, lora_b, scale), bias, None, gated)

@@ -31,7 +31,7 @@ from torch import Tensor
 from kernels.launch import config, jit, launch, power_of_2, rows, runs_here, tl
 
 WIDEST = 65_536  # values of a row that one program can hold going forward
-HELD = 8192  # and backward, where three rows and a sum are alive at once
+HELD = 8192  # and backward, where three rows and a sum are alive at once; beyond, autograd of the definition
 
 
 def rms_norm_definition(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -45,12 +45,13 @@ def add_rms_norm_definition(x_ND: Tensor, residual_ND: Tensor, weight_D: Tensor,
     return rms_norm_definition(sum_ND, weight_D, eps), sum_ND
 
 
-@jit
+@jit()
 def _forward(x, residual, weight, y, total, rstd, x_row, r_row, D, eps, ADD: tl.constexpr, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)
     d = tl.arange(0, BLOCK)
     inside = d < D
     value = tl.load(x + row * x_row + d, mask=inside, other=0.0)
+    g = tl.load(weight + d, mask=inside, other=0.0)  # on its way while the statistic is computed
     if ADD:
         other = tl.load(residual + row * r_row + d, mask=inside, other=0.0)
         value = (value.to(tl.float32) + other.to(tl.float32)).to(y.dtype.element_ty)
@@ -58,12 +59,11 @@ def _forward(x, residual, weight, y, total, rstd, x_row, r_row, D, eps, ADD: tl.
     wide = value.to(tl.float32)
     r = 1.0 / tl.sqrt(tl.sum(wide * wide, axis=0) / D + eps)
     tl.store(rstd + row, r)
-    g = tl.load(weight + d, mask=inside, other=0.0)
     n = (wide * r).to(y.dtype.element_ty)
     tl.store(y + row * D + d, n.to(tl.float32) * g.to(tl.float32), mask=inside)
 
 
-@jit
+@jit()
 def _backward(
     dy, dtotal, x, weight, rstd, dx, dg, dy_row, x_row, N, D, P, ADD: tl.constexpr, GAIN: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -77,7 +77,7 @@ def _backward(
         r = tl.load(rstd + row)
         n = tl.load(x + row * x_row + d, mask=inside, other=0.0).to(tl.float32) * r
         dy_row_d = tl.load(dy + row * dy_row + d, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)  # from L1 each time: registers are dearer
+        g = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)  # from L1 each time, to save registers
         w = dy_row_d * g
         grad = r * (w - n * (tl.sum(w * n, axis=0) / D))
         if ADD:
@@ -87,37 +87,6 @@ def _backward(
             sum_g += dy_row_d * n.to(x.dtype.element_ty).to(tl.float32)
     if GAIN:
         tl.store(dg + p * D + d, sum_g, mask=inside)
-
-
-@jit
-def _backward_wide(
-    dy, dtotal, x, weight, rstd, dx, dg, dy_row, x_row, N, D, P, ADD: tl.constexpr, GAIN: tl.constexpr,
-    BLOCK: tl.constexpr,
-):  # fmt: skip
-    """The same for rows that the registers do not hold: two walks over each, and dg's sum in this program's own row."""
-    p = tl.program_id(0)
-    for step in range(0, tl.cdiv(N - p, P)):
-        row = (p + step * P).to(tl.int64)
-        r = tl.load(rstd + row)
-        dot = tl.zeros([BLOCK], tl.float32)
-        for start in range(0, D, BLOCK):
-            d = start + tl.arange(0, BLOCK)
-            n = tl.load(x + row * x_row + d, mask=d < D, other=0.0).to(tl.float32) * r
-            w = tl.load(dy + row * dy_row + d, mask=d < D, other=0.0).to(tl.float32)
-            dot += n * w * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32)
-        mean = tl.sum(dot, axis=0) / D
-        for start in range(0, D, BLOCK):
-            d = start + tl.arange(0, BLOCK)
-            n = tl.load(x + row * x_row + d, mask=d < D, other=0.0).to(tl.float32) * r
-            w = tl.load(dy + row * dy_row + d, mask=d < D, other=0.0).to(tl.float32)
-            grad = r * (w * tl.load(weight + d, mask=d < D, other=0.0).to(tl.float32) - n * mean)
-            if ADD:
-                grad += tl.load(dtotal + row * D + d, mask=d < D, other=0.0).to(tl.float32)
-            tl.store(dx + row * D + d, grad, mask=d < D)
-            if GAIN:
-                at = dg + p * D + d
-                share = w * n.to(x.dtype.element_ty).to(tl.float32)
-                tl.store(at, tl.load(at, mask=d < D, other=0.0) + share, mask=d < D)
 
 
 def _config(D: int) -> dict[str, int]:
@@ -141,7 +110,7 @@ def _run_forward(
     return y_ND, total_ND, rstd_N
 
 
-def rms_norm_backward(
+def _run_backward(
     dy_ND: Tensor, dtotal_ND: Tensor | None, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, gain: bool
 ) -> tuple[Tensor, Tensor | None]:
     """(dx_ND, dg_D or None) of `rms_norm` at x, whose 1/rms was rstd_N; dtotal_ND is added to dx."""
@@ -153,10 +122,8 @@ def rms_norm_backward(
         dy=dy_ND, dtotal=dtotal_ND if dtotal_ND is not None else dy_ND, x=x_ND, weight=weight_D, rstd=rstd_N, dx=dx_ND,
         dg=dg_PD, dy_row=dy_ND.stride(0), x_row=x_ND.stride(0), N=N, D=D, P=programs,
     )  # fmt: skip
-    wide = D > HELD
-    meta = dict(ADD=dtotal_ND is not None, GAIN=gain, BLOCK=4096 if wide else power_of_2(D))
-    warps = 8 if wide else _config(D)["num_warps"]
-    launch(_backward_wide if wide else _backward, (programs if N else 0,), arguments, **meta, num_warps=warps)
+    meta = dict(ADD=dtotal_ND is not None, GAIN=gain, BLOCK=power_of_2(D), num_warps=_config(D)["num_warps"])
+    launch(_backward, (programs if N else 0,), arguments, **meta)
     return dx_ND, dg_PD.sum(0).to(weight_D.dtype) if gain else None
 
 
@@ -177,7 +144,7 @@ class _RMSNorm(torch.autograd.Function):
         total_ND, weight_D, rstd_N = ctx.saved_tensors
         gain = ctx.needs_input_grad[2]
         dtotal_ND = dtotal.reshape(total_ND.shape).contiguous() if dtotal is not None else None
-        dx_ND, dg_D = rms_norm_backward(rows(dy), dtotal_ND, total_ND, weight_D.contiguous(), rstd_N, gain)
+        dx_ND, dg_D = _run_backward(rows(dy), dtotal_ND, total_ND, weight_D.contiguous(), rstd_N, gain)
         dx = dx_ND.view(dy.shape)
         return dx, dx if ctx.added else None, dg_D, None
 
@@ -189,7 +156,7 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     x and weight. Source: arXiv 1910.07467, with the cast where Hugging Face's Llama and Mistral have it.
     """
     _check(x, weight_D)
-    if not runs_here(x, weight_D):
+    if _too_wide(x, weight_D) or not runs_here(x, weight_D):
         return rms_norm_definition(x, weight_D, eps)
     return _RMSNorm.apply(x, None, weight_D, eps)
 
@@ -199,9 +166,14 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
     _check(x, weight_D)
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} and the residual {tuple(residual.shape)}; they must agree")
-    if not runs_here(x, residual, weight_D):
+    if _too_wide(x, weight_D, residual) or not runs_here(x, residual, weight_D):
         return add_rms_norm_definition(x, residual, weight_D, eps)
     return _RMSNorm.apply(x, residual, weight_D, eps)
+
+
+def _too_wide(*tensors: Tensor) -> bool:
+    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return wanted and tensors[0].shape[-1] > HELD
 
 
 def _check(x: Tensor, weight_D: Tensor) -> None:

@@ -1,15 +1,16 @@
 """The model with its kernels switched on: blocks are replaced, weights and their names stay.
 
-    fuse(model)                     norm + q, k, v in one launch, norm + gate and up in one, attention from the cache
-    fuse(model, four_bit=True)      the same over int4 weights (groups of 128, rounded to the nearest), inference only
+    fuse(model)                     norm with q, k, v, and norm with gate, up and SwiGLU, in two launches each
+    fuse(model, four_bit=True)      the same over int4 weights (model/quantize's int4-64), inference only
+    DecodeStep(model, batch, slots) one token a row as a function of tensors alone: what a CUDA graph captures
 
 A fused block computes what `model.transformer.Block` computes. On a CPU, in fp64, and wherever else a kernel does not
-run, the kernels' PyTorch definitions are computed, so a fused model is right everywhere and sooner on CUDA. Nothing is
-fused unless somebody calls `fuse`. What stays as it is: experts (Mixtral's), weights that are being trained, adapters
-with dropout while training, and attention under autograd, which has no backward kernel.
+run, the kernels' PyTorch definitions are computed. Nothing is fused unless somebody calls `fuse`. What stays as it is:
+experts (Mixtral's), int8 and nf4 layers, adapters with dropout while training. Attention of many queries, with packed
+documents or under autograd is torch's SDPA.
 
-`infer.Generator` takes a fused model as it is: engine.py computes its blocks by `project`, `add_attention` and
-`add_feed_forward`, prefix.py attends over the tree of prompts by `read_attention` and `tree_attention`.
+`infer.Generator` takes a fused model as it is: forward.py computes its blocks by `project`, `add_attention` and
+`add_feed_forward`, tree.py attends over the tree of prompts by `read_attention` and `tree_attention`.
 """
 
 from __future__ import annotations
@@ -17,58 +18,48 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels.attention import Level
+from kernels.int4 import Int4Weight
 from lora.layer import LoRALinear
-from model.attention import split_heads
+from model.attention import share, split_heads
 from model.cache import KVCache
 from model.fast_attention import FastAttend
 from model.mask import Visible
+from model.quantize.linear import QuantizedWeight
 from model.transformer import Block, RMSNorm, Transformer
 
-FEW = 64  # queries a row up to which attention is split over the cache (kernels/decode.py)
-INT4_GROUP = 128
+FEW = 64  # queries a row up to which attention is split over the cache (kernels/attention.py)
+INT4 = "int4-64"
+INT4_WIDTH = 64  # columns that the kernel's words come in
 
 
 class Int4Linear(nn.Module):
-    """A linear layer kept in 4 bits (layout: kernels/four_bit.py), with the adapter that was active on it.
+    """A linear layer in int4, its codes in the kernel's order, with the adapter that was active on it."""
 
-    A layer that is int4 or nf4 already (model/quantize/linear.py) keeps its codes.
-    """
-
-    def __init__(self, linear: nn.Linear, group: int = INT4_GROUP, dtype: torch.dtype | None = None) -> None:
+    def __init__(self, linear: nn.Linear, dtype: torch.dtype | None = None) -> None:
         super().__init__()
-        quantized, zeros_OG = getattr(linear, "quantized", None), None
-        self.nf4 = quantized is not None and quantized.kind == "nf4"
+        quantized = getattr(linear, "quantized", None)
         if quantized is None:
-            packed, scales_OG = to_int4(linear.weight.detach(), group)
-        elif self.nf4:
-            packed, scales_OG = quantized.codes, quantized.absmax()
-        else:
-            packed = quantized.codes
-            scales_OG, zeros_OG = (steps_GO.t().contiguous() for steps_GO in quantized.scales.unbind(-1))
-        self.register_buffer("packed", packed, persistent=False)
-        self.register_buffer("scales_OG", scales_OG, persistent=False)
-        self.register_buffer("zeros_OG", zeros_OG, persistent=False)
+            wide = linear.weight.detach()
+            quantized = QuantizedWeight.quantize([wide], tuple(wide.shape), INT4)
+        weight = kernels.repack_int4(quantized.codes, quantized.scales)
+        self.register_buffer("words", weight.words, persistent=False)
+        self.register_buffer("scales_GO", weight.scales_GO, persistent=False)
+        self.register_buffer("zeros_GO", weight.zeros_GO, persistent=False)
         self.bias = linear.bias
-        self.lora_a, self.lora_b, self.lora_scale = adapter(linear, dtype or linear.weight.dtype)
+        self.adapter = adapter(linear, dtype or linear.weight.dtype)
 
-    def forward(self, x: Tensor, norm: tuple[Tensor, float] | None = None) -> Tensor:
-        """x (…, D) → (…, O); with `norm` = (weight_D, eps), of x's RMSNorm."""
-        held = (x, self.packed, self.scales_OG, self.lora_a, self.lora_b, self.lora_scale, self.bias)
-        if self.nf4:
-            return kernels.nf4_lora_linear(*held, norm=norm)
-        return kernels.int4_lora_linear(*held, self.zeros_OG, norm)
+    @property
+    def weight(self) -> Int4Weight:
+        return Int4Weight(self.words, self.scales_GO, self.zeros_GO)
 
-
-def to_int4(weight_OD: Tensor, group: int = INT4_GROUP) -> tuple[Tensor, Tensor]:
-    """(packed (O, D / 2) uint8, scales_OG fp32): each group's largest magnitude becomes ±7, the rest is rounded."""
-    O, D = weight_OD.shape  # noqa: E741 - O is the output width
-    groups_OGg = weight_OD.to(torch.float32).view(O, D // group, group)
-    scales_OG = groups_OGg.abs().amax(dim=2).clamp_min(1e-30) / 7
-    codes_OD = ((groups_OGg / scales_OG[:, :, None]).round() + 8).clamp(0, 15).to(torch.uint8).view(O, D)
-    return codes_OD[:, ::2] | (codes_OD[:, 1::2] << 4), scales_OG
+    def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
+        """x (…, D) → (…, O)."""
+        return kernels.int4_linear(x, self.weight, *self.adapter, self.bias, residual=residual)
 
 
 def adapter(linear: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, float]:
@@ -80,50 +71,53 @@ def adapter(linear: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tenso
 
 
 def fusible(linear: nn.Module) -> bool:
-    """Whether lora_linear computes this module: a plain or adapted layer, its weight frozen, without dropout now."""
+    """Whether lora_linear computes this module: a plain or adapted layer without dropout now."""
     if type(linear) not in (nn.Linear, LoRALinear):
         return False
     if isinstance(linear, LoRALinear):
         dropped = linear.training and linear.active is not None and linear.dropout[linear.active] > 0
-        if linear.quantized is not None or dropped:
-            return False
-    return not (torch.is_grad_enabled() and linear.weight.requires_grad)
+        return linear.quantized is None and not dropped
+    return True
 
 
-def product(x: Tensor, linear: nn.Module) -> Tensor:
-    """linear(x), by the kernel where it can."""
+def add_product(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
+    """residual + linear(x), by the kernel where it can."""
+    if isinstance(linear, Int4Linear):
+        return linear(x, residual)
     if not fusible(linear):
-        return linear(x)
-    return kernels.lora_linear(x, linear.weight, *adapter(linear, x.dtype), linear.bias)
+        return residual + linear(x)
+    return kernels.lora_linear(x, linear.weight, *adapter(linear, x.dtype), linear.bias, residual)
 
 
-def normed_products(x: Tensor, norm: RMSNorm, linears: Sequence[nn.Module]) -> Sequence[Tensor]:
-    """linear(norm(x)) of up to three layers; one launch where all of them allow it."""
+def normed_products(x: Tensor, norm: RMSNorm, linears: Sequence[nn.Module], gated: bool = False) -> Sequence[Tensor]:
+    """linear(norm(x)) of up to three layers, jointly where all of them allow it; `gated`: [silu(first) · second]."""
+    biases = [linear.bias for linear in linears]
     if all(isinstance(linear, Int4Linear) for linear in linears):
-        return [linear(x, (norm.weight, norm.eps)) for linear in linears]
-    if not all(fusible(linear) for linear in linears):
+        a, b, scales = (list(part) for part in zip(*(linear.adapter for linear in linears), strict=True))
+        normed = (norm.weight, norm.eps)
+        weights = [linear.weight for linear in linears]
+        outs = kernels.int4_linear(x, weights, a, b, scales, biases, normed, gated=gated)
+    elif all(fusible(linear) for linear in linears):
+        a, b, scales = (list(part) for part in zip(*(adapter(linear, x.dtype) for linear in linears), strict=True))
+        weights = [linear.weight for linear in linears]
+        outs = kernels.rms_norm_lora_linear(x, norm.weight, weights, a, b, scales, norm.eps, biases, gated)
+    else:
         n = kernels.rms_norm(x, norm.weight, norm.eps)
-        return [product(n, linear) for linear in linears]
-    a, b, scales = zip(*(adapter(linear, x.dtype) for linear in linears), strict=True)
-    weights, biases = [linear.weight for linear in linears], [linear.bias for linear in linears]
-    return kernels.rms_norm_lora_linear(
-        x, norm.weight, weights, list(a), list(b), list(scales), norm.eps, biases
-    )
+        outs = [linear(n) for linear in linears]
+        return [kernels.swiglu(*outs)] if gated else outs
+    return [outs] if gated else outs
 
 
 class KernelAttend(FastAttend):
-    """Attention by the kernels: split over the cache for few queries, by blocks in reach for many."""
+    """Few queries by the kernel that splits the cache; many, packed ones and training as FastAttend has them."""
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)
-        if torch.is_grad_enabled() and any(t.requires_grad for t in (q_BHTK, k_BGSK, v_BGSK)):
+        trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BHTK, k_BGSK, v_BGSK))
+        packed = visible.layout is not None and visible.key_layout is not None
+        if trained or packed or q_BHTK.shape[2] > FEW:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, visible, window)
-        i, j = visible.position_BT, visible.key_position_BS
-        if visible.layout is None or visible.key_layout is None:
-            attend = kernels.decode_attention if q_BHTK.shape[2] <= FEW else kernels.prefill_attention
-            return attend(q_BHTK, k_BGSK, v_BGSK, i, j, window)
-        own, keys = ((layout.document_BT, layout.branch_BT) for layout in (visible.layout, visible.key_layout))
-        return kernels.prefill_attention(q_BHTK, k_BGSK, v_BGSK, i, j, window, own, keys)
+        k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)
+        return kernels.tree_attention(q_BHTK, k_BGSK, v_BGSK, visible.position_BT, visible.key_position_BS, window)
 
 
 class FusedBlock(Block):
@@ -150,14 +144,15 @@ class FusedBlock(Block):
         return torch.cat(tuple(self.products(x_ND)), dim=-1)
 
     def add_attention(self, x: Tensor, out: Tensor) -> Tensor:
-        return x + product(out, self.self_attn.o_proj)
+        return add_product(x, out, self.self_attn.o_proj)
 
     def add_feed_forward(self, x: Tensor) -> Tensor:
         if hasattr(self, "block_sparse_moe"):
             n_BTD = self.post_attention_layernorm(x if x.dim() == 3 else x[None])
             return x + self.block_sparse_moe(n_BTD).view(x.shape)
-        gate, up = normed_products(x, self.post_attention_layernorm, [self.mlp.gate_proj, self.mlp.up_proj])
-        return x + product(kernels.swiglu(gate, up), self.mlp.down_proj)
+        gate_up = [self.mlp.gate_proj, self.mlp.up_proj]
+        (hidden,) = normed_products(x, self.post_attention_layernorm, gate_up, gated=True)
+        return add_product(x, hidden, self.mlp.down_proj)
 
     def forward(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None = None
@@ -172,35 +167,103 @@ class FusedBlock(Block):
         return self.add_feed_forward(x_BTD)
 
 
+def masked_attention(
+    q_NHTK: Tensor, k_NGSK: Tensor, v_NGSK: Tensor, position_NT: Tensor, key_position_NS: Tensor, window: int | None
+) -> Tensor:
+    """Attention of many queries by torch's SDPA, masked by absolute positions."""
+    distance_NTS = position_NT[:, :, None] - key_position_NS[:, None, :]
+    seen_NTS = (distance_NTS >= 0) & (key_position_NS >= 0)[:, None]
+    if window is not None:
+        seen_NTS &= distance_NTS < window
+    k_NHSK, v_NHSK = (share(kept.to(q_NHTK.dtype), q_NHTK.shape[1]) for kept in (k_NGSK, v_NGSK))
+    return F.scaled_dot_product_attention(q_NHTK, k_NHSK, v_NHSK, attn_mask=seen_NTS[:, None])
+
+
 def read_attention(
     q_THK: Tensor, k_GSK: Tensor, v_GSK: Tensor, position: int, key_position_S: Tensor, window: int | None
 ) -> Tensor:
     """Attention of T tokens of one prompt at positions position, position + 1, … → out_THK."""
     q_1HTK = q_THK.transpose(0, 1)[None]
-    k_1GSK, v_1GSK = k_GSK[None].to(q_THK.dtype), v_GSK[None].to(q_THK.dtype)  # a cache may keep them narrower
     place_1T = torch.arange(position, position + len(q_THK), device=q_THK.device)[None]
-    return kernels.prefill_attention(q_1HTK, k_1GSK, v_1GSK, place_1T, key_position_S[None], window)[0].transpose(0, 1)
+    return masked_attention(q_1HTK, k_GSK[None], v_GSK[None], place_1T, key_position_S[None], window)[0].transpose(0, 1)
 
 
 def tree_attention(
     q_NHTK: Tensor, k_NGSK: Tensor, v_NGSK: Tensor, position_NT: Tensor, key_position_NS: Tensor, window: int | None,
     prefixes: Sequence[tuple[slice, Tensor, Tensor, Tensor]],
 ) -> Tensor:  # fmt: skip
-    """Attention of N leaves over their own keys and over their ancestors', each (leaves, k_GPK, v_GPK, position_P)."""
+    """Attention of N leaves over their own keys and over their ancestors', each (leaves, k_GPK, v_GPK, position_P).
+
+    Ancestors of this form have memory of their own, so each is a level by itself.
+    """
     dtype = q_NHTK.dtype
-    k_NGSK, v_NGSK = k_NGSK.to(dtype), v_NGSK.to(dtype)
     if q_NHTK.shape[2] > FEW and not prefixes:  # a prompt that shares nothing is being read
-        return kernels.prefill_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window)
-    held = tuple((rows, k_GPK.to(dtype), v_GPK.to(dtype), position_P) for rows, k_GPK, v_GPK, position_P in prefixes)
-    return kernels.decode_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window, held)
+        return masked_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window)
+    levels = []
+    for rows, k_GPK, v_GPK, position_P in prefixes:
+        first, stop, _ = rows.indices(len(q_NHTK))
+        first_1, count_1 = torch.tensor([[first], [stop - first]], dtype=torch.int32, device=q_NHTK.device)
+        held = (kept[None].to(dtype) for kept in (k_GPK, v_GPK))
+        levels.append(Level(*held, position_P[None], first_1, count_1, stop - first))
+    k_NGSK, v_NGSK = k_NGSK.to(dtype), v_NGSK.to(dtype)
+    return kernels.tree_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window, levels)
+
+
+class DecodeStep(nn.Module):
+    """One token of each row through a fused model: tokens_B and their positions_B (int64) → logits_BV, fp32.
+
+    Caches, key positions and the rotary tables are buffers of fixed size on the model's device; a position's slot is
+    position modulo `slots`, so a window that is no wider than `slots` rolls. Which kernels run follows from shapes
+    alone and nothing is read back to the host: the step can be exported, and captured as one CUDA graph.
+    """
+
+    def __init__(self, model: Transformer, batch: int, slots: int, longest: int | None = None) -> None:
+        super().__init__()
+        self.model, config = model, model.config
+        narrow = [window for window in config.windows if window is None or window > slots]
+        if narrow and (longest or slots) > slots:
+            raise ValueError(f"{longest} positions need as many slots, or a window of at most {slots}")
+        place_1P = torch.arange(longest or slots, device=model.device)[None]
+        for name, table_1PK in zip(("cos_PK", "sin_PK"), model.model.rotary(place_1P, model.dtype), strict=True):
+            self.register_buffer(name, table_1PK[0].clone(), persistent=False)
+        kept = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        for name in ("keys_LBGSK", "values_LBGSK"):
+            self.register_buffer(name, torch.zeros(kept, dtype=model.dtype, device=model.device), persistent=False)
+        empty_BS = torch.full((batch, slots), -1, dtype=torch.int32, device=model.device)
+        self.register_buffer("key_position_BS", empty_BS, persistent=False)
+        self.register_buffer("row_B", torch.arange(batch, device=model.device), persistent=False)
+
+    def forward(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
+        slot_B = positions_B % self.key_position_BS.shape[1]
+        self.key_position_BS.index_put_((self.row_B, slot_B), positions_B.to(torch.int32))
+        x_BD = self.model.model.embed_tokens(tokens_B)
+        rotary_B1K = self.cos_PK[positions_B][:, None], self.sin_PK[positions_B][:, None]
+        for layer, block in enumerate(self.model.model.layers):
+            own = block.self_attn
+            q_BHK, k_BGK, v_BGK = (out_BO.unflatten(-1, (-1, own.head_dim)) for out_BO in block.products(x_BD))
+            q_BH1K, k_BG1K = own.rotate_q(q_BHK[:, :, None], rotary_B1K), own.rotate_k(k_BGK[:, :, None], rotary_B1K)
+            keys_BGSK, values_BGSK = self.keys_LBGSK[layer], self.values_LBGSK[layer]
+            keys_BGSK.transpose(1, 2).index_put_((self.row_B, slot_B), k_BG1K[:, :, 0])
+            values_BGSK.transpose(1, 2).index_put_((self.row_B, slot_B), v_BGK)
+            out_BH1K = kernels.tree_attention(
+                q_BH1K, keys_BGSK, values_BGSK, positions_B[:, None], self.key_position_BS, block.window
+            )
+            x_BD = block.add_feed_forward(block.add_attention(x_BD, out_BH1K.flatten(1)))
+        head = self.model.lm_head
+        if head is None:
+            weight_VD, norm = self.model.model.embed_tokens.weight, self.model.model.norm
+            logits_BV = kernels.rms_norm_lora_linear(x_BD, norm.weight, weight_VD, None, None, 1.0, norm.eps)
+        else:
+            (logits_BV,) = normed_products(x_BD, self.model.model.norm, [head])
+        return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
 
 
 def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
     """Replace every block by a fused one, in place; returns the model.
 
-    `four_bit` also rounds each block's linear layers to int4 (widths that are no multiple of 128 stay as they are);
-    layers that are int4 or nf4 already (model/quantize/linear.py) keep their codes and are computed by the kernels in
-    any case. Adapters stay exact beside them, and such a model neither trains nor saves.
+    `four_bit` also rounds each block's linear layers to int4 (widths that are no multiple of 64 stay as they are);
+    layers that are int4 already (model/quantize/linear.py) keep their codes, int8 and nf4 ones compute themselves.
+    Adapters stay exact beside them, and such a model neither trains nor saves.
     """
     layers = model.model.layers
     for number, block in enumerate(layers):
@@ -208,9 +271,9 @@ def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
         for part in [fused.self_attn] + ([fused.mlp] if hasattr(fused, "mlp") else []):
             for name, linear in list(part.named_children()):
                 quantized = getattr(linear, "quantized", None)
-                held = quantized is not None and quantized.kind != "int8" and not quantized.packed
-                wide = type(linear) in (nn.Linear, LoRALinear) and linear.weight is not None
-                if held or (four_bit and wide and linear.in_features % INT4_GROUP == 0):
+                held = quantized is not None and quantized.kind == "int4" and not quantized.packed
+                wide = type(linear) in (nn.Linear, LoRALinear) and quantized is None and linear.weight is not None
+                if (held or (four_bit and wide)) and linear.in_features % INT4_WIDTH == 0:
                     setattr(part, name, Int4Linear(linear, dtype=model.dtype if held else None))
         layers[number] = fused
     return model

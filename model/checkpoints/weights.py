@@ -26,7 +26,6 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from model.checkpoints.mistral import from_native, native_config
 from model.checkpoints.safetensors import DTYPES, Stored, held, open_safetensors, write_safetensors
@@ -227,6 +226,8 @@ def load_weights(
     """
     wanted = dict(model.named_parameters())
     checkpoint = select(open_checkpoint(path), {name: tuple(p.shape) for name, p in wanted.items()})
+    from tqdm import tqdm
+
     for name in tqdm(checkpoint.tensors, desc="loading", unit="tensor", disable=None, leave=False):
         place, _, leaf = name.rpartition(".")
         if keep is not None and leaf == "weight" and wanted[name].dim() == 2:
@@ -385,6 +386,8 @@ def write_checkpoint(
             yield part
         if overflow:
             raise UserError(f"{checkpoint.path}: {name} {overflow_of(overflow, kind)}; write it in bfloat16 or float32")
+
+    from tqdm import tqdm
 
     for number, names in enumerate(tqdm(shards, desc="writing", unit="shard", disable=None, leave=False), start=1):
         file = folder / _shard_name(stem, number, len(shards))

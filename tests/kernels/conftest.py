@@ -20,9 +20,9 @@ if DEVICE == "cpu":
             del sys.modules[name]
     os.environ["TRITON_INTERPRET"] = "1"
     try:
-        for path in sorted((Path(__file__).parents[2] / "kernels").glob("*.py")):
-            if path.stem not in ("compile", "__main__"):
-                __import__("kernels" if path.stem == "__init__" else f"kernels.{path.stem}")
+        for path in sorted((Path(__file__).parents[2] / "kernels").rglob("*.py")):
+            if path.stem != "__init__":
+                __import__(".".join(path.relative_to(Path(__file__).parents[2]).with_suffix("").parts))
         with contextlib.suppress(ImportError):  # imported at the first launch, when the variable is gone
             __import__("triton.experimental.gluon")
     finally:

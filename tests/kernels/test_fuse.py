@@ -5,8 +5,7 @@ import copy
 import pytest
 import torch
 
-from infer.engine.fuse import Int4Linear, fuse, to_int4
-from kernels.four_bit import int4_weight
+from infer.engine.fuse import DecodeStep, Int4Linear, fuse
 from lora import LoRAConfig, add_lora
 from model import KVCache, ModelConfig, Transformer
 from model.mask import Layout
@@ -112,28 +111,72 @@ def test_names_and_weights_stay(device):
     assert before.keys() == after.keys() and all(torch.equal(before[k], after[k]) for k in before)
 
 
-@pytest.mark.parametrize("dtype", [torch.float64, torch.float32])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
 def test_int4_is_the_plain_model_with_the_rounded_weights(device, as_good_as, dtype):
     rounded = tiny(dtype, device, num_hidden_layers=1)
     fused = fuse(copy.deepcopy(rounded), four_bit=True)
     held = {name: m for name, m in fused.named_modules() if isinstance(m, Int4Linear)}
     assert len(held) == 7
+    exact = copy.deepcopy(rounded).double()
     for name, module in held.items():
-        weight = int4_weight(module.packed, module.scales_OG, None, torch.float64)
-        rounded.get_submodule(name).weight.data = weight.to(dtype)
-    truth = step_by_step(copy.deepcopy(rounded).double(), tokens_of(device))
-    ours = step_by_step(fused, tokens_of(device))
+        rounded.get_submodule(name).weight.data = module.weight.dequantize(dtype)
+        exact.get_submodule(name).weight.data = module.weight.dequantize(torch.float64)
+    truth, ours = step_by_step(exact, tokens_of(device)), step_by_step(fused, tokens_of(device))
     if dtype == torch.float64:
         assert float((ours - truth).abs().max()) <= 1e-12 * float(truth.abs().max())
     else:
         as_good_as(ours, step_by_step(rounded, tokens_of(device)), truth)
 
 
-def test_int4_rounds_to_the_nearest_level(device):
-    weight = torch.randn(6, 256, generator=torch.Generator().manual_seed(5)).to(device)
-    packed_, scales = to_int4(weight)
-    error = (int4_weight(packed_, scales, None, torch.float32) - weight).view(6, 2, 128).abs()
-    assert (error <= scales[:, :, None] * 0.5001).all()
+def stepped(step, tokens_BT):
+    """All tokens of the rows, one at a time, by a DecodeStep."""
+    places = range(tokens_BT.shape[1])
+    with torch.inference_mode():
+        return torch.stack([step(tokens_BT[:, i], torch.full_like(tokens_BT[:, i], i)) for i in places], dim=1)
+
+
+@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_static_step_is_the_plain_model(device, family, four_bit):
+    """Twelve tokens through seven slots where the window (five) lets them roll."""
+    plain = tiny(torch.float64, device, **FAMILIES[family])
+    fused = fuse(copy.deepcopy(plain), four_bit)
+    for name, module in fused.named_modules():
+        if isinstance(module, Int4Linear):
+            plain.get_submodule(name).weight.data = module.weight.dequantize(torch.float64)
+    tokens = tokens_of(device, count=12)
+    slots = 7 if family == "mistral" else 12
+    truth, ours = whole(plain, tokens), stepped(DecodeStep(fused, 2, slots, longest=12), tokens)
+    assert float((ours - truth).abs().max()) <= 1e-12 * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_static_step_by_the_kernels_is_as_good_as_the_plain_model(device, as_good_as, dtype):
+    plain = tiny(dtype, device, num_hidden_layers=1)
+    tokens = tokens_of(device, count=7)
+    truth = whole(copy.deepcopy(plain).double(), tokens)
+    as_good_as(stepped(DecodeStep(fuse(copy.deepcopy(plain)), 2, 5, longest=7), tokens), whole(plain, tokens), truth)
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_a_static_step_exports_whole(four_bit):
+    """What torch.export accepts has no branch on data and reads nothing back: a CUDA graph can capture it. fp64, so
+    that the definitions are traced; the wrappers decide by shapes and dtypes in the same lines for the kernels."""
+    step = DecodeStep(fuse(tiny(torch.float64, "cpu"), four_bit), 2, 7, longest=12).eval()
+    tokens, places = torch.tensor([3, 4]), torch.tensor([0, 0])
+    exported = torch.export.export(step, (tokens, places), strict=False)
+    reads = [node for node in exported.graph.nodes if "_local_scalar_dense" in str(node.target)]
+    assert not reads
+    module, again = exported.module(), copy.deepcopy(step)
+    for place in range(9):  # positions are data: the trace of the first serves the ninth
+        places = torch.full((2,), place)
+        assert torch.equal(module(tokens + place, places), again(tokens + place, places))
+
+
+def test_too_few_slots_are_refused():
+    model = fuse(tiny(torch.float64, "cpu", **FAMILIES["qwen2"]))
+    with pytest.raises(ValueError, match="as many slots"):
+        DecodeStep(model, 1, 7, longest=12)
 
 
 def test_a_weight_that_is_trained_stays_with_torch(device):

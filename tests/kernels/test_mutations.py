@@ -14,19 +14,15 @@ import pytest
 import torch
 
 import kernels.launch
-from kernels.norm import rms_norm_definition
+from kernels.attention import Level
+from kernels.linear import rms_norm_lora_linear_definition
+from kernels.proof.cases import wide
 
 ROOM = Path(kernels.launch.__file__).parent
 
 
 def normal(*shape, std=1.0, seed=0, dtype=torch.float32):
     return (torch.randn(*shape, generator=torch.Generator().manual_seed(seed + sum(shape))) * std).to(dtype)
-
-
-def wide(value):
-    if isinstance(value, (tuple, list)):
-        return type(value)(wide(v) for v in value)
-    return value.double() if isinstance(value, torch.Tensor) and value.is_floating_point() else value
 
 
 def with_gradients(function, arguments, trained):
@@ -62,110 +58,105 @@ def activation(module, check):
     check_all(check, module.swiglu, module.swiglu_definition, [normal(3, 70) * 3, normal(3, 70, seed=1)], (0, 1))
 
 
+def layers(module, check, function, plain, dtype):
+    """Three outputs, one without an adapter, and gate and up; the sum over 1,300 columns in several parts."""
+    x, gain = normal(3, 1300).to(dtype), (normal(1300, std=0.3) + 1).to(dtype)
+    sizes, rank = (40, 24, 33), 8
+    a = [normal(rank, 1300, std=0.03, seed=n).to(dtype) for n in range(3)]
+    b = [normal(size, rank, seed=n).to(dtype) for n, size in enumerate(sizes)]
+    a[1] = b[1] = None
+    c = [normal(size, seed=n).to(dtype) for n, size in enumerate(sizes)]
+    inputs = [x, gain, a, b, c]
+    for mine, theirs, truth in zip(function(*inputs), plain(*inputs), plain(*wide(inputs)), strict=True):
+        check(mine, theirs, truth)
+
+
 def linear(module, check):
-    with pytest.MonkeyPatch.context() as patch:  # 40 rows: a group of two row tiles and one of one
-        patch.setitem(kernels.launch.CONFIGS["linear"]["prefill/32"], "BN", 16)
-        patch.setitem(kernels.launch.CONFIGS["linear"]["prefill/32"], "GROUP", 2)
-        products(module, check)
+    weights = [normal(size, 1300, std=0.03, seed=size) for size in (40, 24, 33)]
+
+    def ours(x, gain, a, b, c):
+        assert torch.equal(module.lora_linear(x[:0], weights[0]), x.new_zeros(0, 40))
+        return module.rms_norm_lora_linear(x, gain, weights, a, b, 1.5, 1e-2, c)
+
+    def plain(x, gain, a, b, c):
+        outs = zip(weights, a, b, c, strict=True)
+        return [
+            module.rms_norm_lora_linear_definition(x, gain, w.to(x), a, b, 1.5, 1e-2, c) for w, a, b, c in outs
+        ]  # fmt: skip
+
+    layers(module, check, ours, plain, torch.float32)
+    x, residual, gain = normal(3, 1300), normal(3, 24, seed=5) * 4, normal(1300, std=0.3) + 1
+    pair = [normal(50, 1300, std=0.03, seed=n) for n in range(2)]
+    a, b = [normal(8, 1300, std=0.03, seed=n) for n in range(2)], [normal(50, 8, seed=n) for n in range(2)]
+
+    def gated(x, gain, a, b):
+        outs = [
+            module.rms_norm_lora_linear_definition(x, gain, w.to(x), own_a, own_b, 1.5, 1e-2)
+            for w, own_a, own_b in zip(pair, a, b, strict=True)
+        ]
+        return torch.nn.functional.silu(outs[0]) * outs[1]
+
+    mine = module.rms_norm_lora_linear(x, gain, pair, a, b, 1.5, 1e-2, gated=True)
+    check(mine, gated(x, gain, a, b), gated(*wide([x, gain, a, b])))
+    plainly = lambda x, w, r: r + x @ w.t()  # noqa: E731
+    check_all(check, lambda x, w, r: module.lora_linear(x, w, residual=r), plainly, [x, weights[1], residual])
 
 
-def products(module, check):
-    for rows, rank in ((3, 8), (40, 8), (3, 60)):
-        x, gain = normal(rows, 200), normal(200, std=0.3) + 1
-        weights = [normal(n, 200, std=0.07, seed=n) for n in (40, 24, 33)]
-        a = [normal(200, rank, std=0.07, seed=1).t(), None, normal(200, rank, std=0.07, seed=2).t()]
-        b = [normal(40, rank, seed=3), None, normal(33, rank, seed=4)]
-        c = [normal(n, seed=n) for n in (40, 24, 33)]
+def int4(module, check):
+    for group in (32, 64, 128):
+        weights = []
+        for size in (40, 24, 33):
+            generator = torch.Generator().manual_seed(size)
+            codes = torch.randint(0, 256, (size, 640), generator=generator, dtype=torch.uint8)
+            steps = torch.stack((normal(1280 // group, size).abs() + 0.1, normal(1280 // group, size, seed=1)), dim=-1)
+            weights.append(module.repack_int4(codes, steps.bfloat16()))
+            codes_OGg = torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1).unflatten(1, (-1, group))
+            scale_OG1, zero_OG1 = steps.bfloat16().double().transpose(0, 1)[..., None].unbind(2)
+            wide_OD = ((codes_OGg.double() - 8) * scale_OG1 + zero_OG1).flatten(1)
+            assert torch.equal(weights[-1].dequantize(torch.float64), wide_OD), "not equal"
 
-        def ours(x, *ab, gain=gain, weights=weights, c=c):
-            ab = [ab[0], None, ab[1], ab[2], None, ab[3]]
-            return module.rms_norm_lora_linear(x, gain, weights, ab[:3], ab[3:], 1.5, 1e-2, c)
+        def ours(x, gain, a, b, c, weights=weights):
+            a = [None if own is None else own[:, :1280].contiguous() for own in a]
+            return module.int4_linear(x[:, :1280], weights, a, b, 1.5, c, (gain[:1280], 1e-2))
 
-        def plain(x, *ab, gain=gain, weights=weights, c=c):
-            ab = [ab[0], None, ab[1], ab[2], None, ab[3]]
-            gain, weights, c = (wide(v) if x.dtype == torch.float64 else v for v in (gain, weights, c))
-            parts = zip(weights, ab[:3], ab[3:], c, strict=True)
-            return tuple(module.rms_norm_lora_linear_definition(x, gain, w, a, b, 1.5, 1e-2, c) for w, a, b, c in parts)
+        def plain(x, gain, a, b, c, weights=weights):
+            outs = zip(weights, a, b, c, strict=True)
+            return [
+                rms_norm_lora_linear_definition(
+                    x[:, :1280], gain[:1280], w.dequantize(x.dtype), None if a is None else a[:, :1280], b, 1.5, 1e-2, c
+                )
+                for w, a, b, c in outs
+            ]
 
-        inputs = [x, a[0], a[2], b[0], b[2]]
-        with torch.no_grad():
-            for mine, theirs, truth in zip(ours(*inputs), plain(*inputs), plain(*wide(inputs)), strict=True):
-                check(mine, theirs, truth)
-        check_all(check, ours, plain, inputs, (0, 1, 2, 3, 4))
-
-
-def low_rank(module, check):
-    """u = s · n Aᵀ of three outputs (one has no adapter), and tᵀ n; 4,100 rows have more tiles than splits."""
-    gain, eps = normal(200, std=0.3) + 1, 1e-2
-
-    def first(x, a, c):
-        n = rms_norm_definition(x, gain.to(x.dtype), eps)
-        return torch.stack([1.5 * n @ a.t(), torch.zeros(len(x), len(a)).to(x), 2.0 * n @ c.t()], dim=1)
-
-    for rows in (3, 40):
-        inputs = [normal(rows, 200), normal(8, 200, std=0.07), normal(8, 200, std=0.07, seed=2)]
-        ours = lambda x, a, c: module.run_shrink(x, gain, [a, None, c], [1.5, 1.0, 2.0], eps)[1]  # noqa: E731
-        check_all(check, ours, first, inputs)
-    x, t = normal(4100, 40), normal(4100, 8)
-    gain = normal(40, std=0.3) + 1
-    rstd = (x.square().mean(1) + eps).rsqrt()
-    check_all(check, lambda t, x: module.run_outer(t, x), lambda t, x: t.t() @ x, [t, x])
-    plain = lambda t, x: t.t() @ rms_norm_definition(x, gain.to(x.dtype), eps)  # noqa: E731
-    check_all(check, lambda t, x: module.run_outer(t, x, gain, rstd), plain, [t, x])
-
-
-def multi_lora(module, check):
-    arguments = [
-        normal(6, 70), normal(40, 70, std=0.1), normal(3, 8, 70, std=0.1), normal(3, 40, 8),
-        torch.tensor([0, 2, -1, 1, 2, 0]), torch.tensor([0.5, 1.0, 2.0]), normal(40),
-    ]  # fmt: skip
-    check_all(check, module.multi_lora_linear, module.multi_lora_linear_definition, arguments)
-
-
-def four_bit(module, check):
-    for group in (32, 64):
-        for rank in (8, 60):
-            packed = torch.randint(0, 256, (40, 64), generator=torch.Generator().manual_seed(1), dtype=torch.uint8)
-            scales, zeros = normal(40, 128 // group).abs() + 0.1, normal(40, 128 // group, seed=1)
-            x, a, b, gain = normal(3, 128), normal(rank, 128, std=0.1), normal(40, rank), (normal(128) + 2, 1e-2)
-            int4, nf4 = [x, packed, scales, a, b, 1.5, None, zeros, gain], [x, packed, scales, a, b, 1.5, None, gain]
-            check_all(check, module.int4_lora_linear, module.int4_lora_linear_definition, int4)
-            check_all(check, module.nf4_lora_linear, module.nf4_lora_linear_definition, nf4)
+        layers(module, check, ours, plain, torch.bfloat16)
 
 
 def cross_entropy(module, check):
-    x, w, targets = normal(9, 40), normal(1300, 40, std=0.5), torch.arange(9) * 144
+    x, w, targets = normal(9, 40), normal(9000, 40, std=0.5), torch.arange(9) * 990
     targets[4] = -100
-    w = w * torch.linspace(0.1, 2, 1300)[:, None]
+    w = w * torch.linspace(0.1, 2, 9000)[:, None]
     ours = lambda x, w: module.linear_cross_entropy(x, w, targets)  # noqa: E731
     plain = lambda x, w: module.linear_cross_entropy_definition(x, w, targets)  # noqa: E731
-    check_all(check, ours, plain, [x, w], (0, 1))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(module, "CHUNK", 4 * 9000)
+        check_all(check, ours, plain, [x, w], (0, 1))
 
 
-def decode(module, check):
-    q, k, v = normal(2, 4, 2, 64), normal(2, 2, 150, 64, seed=1), normal(2, 2, 150, 64, seed=2)
-    slots = torch.stack([torch.randperm(150, generator=torch.Generator().manual_seed(n)) for n in range(2)]) + 20
+def attention(module, check):
+    q, k, v = normal(2, 4, 2, 64), normal(2, 2, 90, 64, seed=1), normal(2, 2, 90, 64, seed=2)
+    slots = torch.stack([torch.randperm(90, generator=torch.Generator().manual_seed(n)) for n in range(2)]) + 20
     slots[:, 5] = -1
-    shared = (
-        (slice(None), normal(2, 9, 64, seed=3), normal(2, 9, 64, seed=4), torch.arange(9)),
-        (slice(1, 2), normal(2, 11, 64, seed=3), normal(2, 11, 64, seed=4), torch.arange(9, 20)),
+    whole = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    levels = (
+        Level(normal(1, 2, 9, 64, seed=3), normal(1, 2, 9, 64, seed=4), whole([*range(9)]), whole(0), whole(2), 2),
+        Level(normal(1, 2, 11, 64, seed=3), normal(1, 2, 11, 64, seed=4), whole([*range(9, 20)]), whole(1), whole(1), 1),
     )
-    for window, i in ((None, 169), (30, 169), (30, 40), (None, 40)):
-        arguments = [q, k, v, torch.tensor([[i - 1, i]] * 2), slots, window, shared]
-        for programs in (1, 432):  # one program walks all keys, or each one block
+    for window, i in ((None, 109), (30, 109), (30, 40), (None, 40)):
+        arguments = [q, k, v, torch.tensor([[i - 1, i]] * 2), slots, window, levels]
+        for sms in (0, 2):  # one program walks all keys, or several a part each
             with pytest.MonkeyPatch.context() as patch:
-                for tiles in kernels.launch.CONFIGS["decode_attention"].values():
-                    patch.setitem(tiles, "PROGRAMS", programs)
-                check_all(check, module.decode_attention, module.decode_attention_definition, arguments)
-
-
-def prefill(module, check):
-    q, k, v = normal(1, 4, 150, 64), normal(1, 2, 150, 64, seed=1), normal(1, 2, 150, 64, seed=2)
-    i = torch.arange(150)[None]
-    document, branch = i // 60, (i % 60 // 20)
-    for window, layout, j in ((None, None, i), (17, None, i), (25, (document, branch), i % 60)):
-        arguments = [q, k, v, j, j, window, layout, layout]
-        check_all(check, module.prefill_attention, module.prefill_attention_definition, arguments)
+                patch.setattr(module, "card", lambda device, sms=sms: (80, sms))
+                check_all(check, module.tree_attention, module.tree_attention_definition, arguments)
 
 
 MISTAKES = [
@@ -180,48 +171,45 @@ MISTAKES = [
     (norm, "a program skips a row", "tl.cdiv(N - p, P)", "tl.cdiv(N - p, P) - (p == 1)"),
     (activation, "gate and up swapped", "silu = (a / (1.0 + tl.exp(-a)))", "silu = (a / (1.0 + tl.exp(-b)))"),
     (activation, "half of silu's gradient", "share * (1.0 + a * (1.0 - share))", "share"),
-    (linear, "the scale is left out of the tile's own adapter", "(sum_u * s).to(b_RO.dtype)", "sum_u.to(b_RO.dtype)"),
-    (linear, "the third output takes the second's weight", "pick(which, w0, w1, w2)", "pick(which, w0, w1, w1)"),
-    (linear, "the next group of rows begins one too early", "group * GROUP + place % size", "group * (GROUP - 1) + place % size"),
-    (linear, "A's columns lie side by side", "a_row, a_col, R, D)", "a_row, 1, R, D)"),
+    (linear, "the scale is left out of the adapter", "u * (r * s)[:, None]", "u * r[:, None]"),
+    (linear, "the adapter's u is not normed", "u * (r * s)[:, None]", "u * s"),
+    (linear, "the statistic is of one part of the columns", "square += tl.load(squares + split * N + n, mask=n < N, other=0.0)", "square += 0.0"),
+    (linear, "eps is left out", "square / D + eps", "square / D"),
+    (linear, "the gain is left out", "tile = (tile.to(tl.float32) * g.to(tl.float32)[None, :]).to(tile.dtype)\n        w_DO", "w_DO"),
+    (linear, "the gain is one step late", "next_g = tl.load(gain + d + BD, mask=d + BD < D, other=0.0)", "next_g = tl.load(gain + d, mask=d < D, other=0.0)"),
+    (linear, "the last part is not added", "for split in tl.static_range(1, SPLITS):\n        at =", "for split in tl.static_range(1, SPLITS - 1):\n        at ="),
+    (linear, "a part's last columns are left out", "for first in range(start, stop, BD):", "for first in range(start, stop - BD, BD):"),
+    (linear, "the third output takes the second's weight", "matrix, size, own = m2, O2, edge", "matrix, size, own = m1, O2, edge"),
+    (linear, "the third output takes the second's adapter", "edge + tl.cdiv(R0, BO) + tl.cdiv(R1, BO), O0 + O1", "edge + tl.cdiv(R1, BO), O0 + O1"),
     (linear, "outputs are written over each other", "(y_start + o)[None, :]", "o[None, :]"),
-    (linear, "the last columns of x are left out", "for start in range(0, D, BD):", "for start in range(0, D - BD + 1, BD):"),
-    (linear, "the bias is forgotten", "sum_y += tl.load(c + o", "sum_y += 0 * tl.load(c + o"),
-    (linear, "the gradient forgets the adapter's way", "lora_b=[a_DR], u_NCR=t_N1R, add=True", "add=True"),
-    (linear, "the gradient of one output replaces the others'", "if ADD:\n        sum_y += tl.load(y_at", "if ADD:\n        sum_y += 0 * tl.load(y_at"),
-    (low_rank, "the scale is left out of the first launch", "tl.store(u_at, sum_u * s,", "tl.store(u_at, sum_u,"),
-    (low_rank, "the third adapter is the second", "if which == 2:\n        chosen = third", "if which == 2:\n        chosen = second"),
-    (low_rank, "only the first split of the rows counts", "return out_SRD.sum(0)", "return out_SRD[0]"),
-    (low_rank, "the gradient is of rows that are not normed", "        n = tile_of_rows(x, gain, r, row, live, start, D, x_row, NORM, BD)\n        t_RN", "        n = tile_of_rows(x, gain, r, row, live, start, D, x_row, False, BD)\n        t_RN"),
-    (multi_lora, "every row through the first adapter of its tile", "u_NR = tl.load(u + row[:, None] * R + rank[None, :], mask=mine[:, None]", "u_NR = tl.load(u + row[:, None] * R + rank[None, :], mask=live[:, None]"),
-    (multi_lora, "the last adapter is left out", "tl.max(who, axis=0) + 1", "tl.max(who, axis=0)"),
-    (multi_lora, "one scale for all", "tl.load(scale + e)", "tl.load(scale)"),
-    (four_bit, "the neighbour group's scale", "o * s_row + start // GROUP", "o * s_row + tl.maximum(start // GROUP - 1, 0)"),
-    (four_bit, "the halves of a byte swapped", "low, high = both & 15, both >> 4", "high, low = both & 15, both >> 4"),
-    (four_bit, "codes centred at 7", "tl.int32) - 8)", "tl.int32) - 7)"),
-    (four_bit, "the zero point is left out", "z_o[None, :]", "0 * z_o[None, :]"),
-    (four_bit, "the adapter's scale is left out", "(sum_u * s).to", "sum_u.to"),
-    (cross_entropy, "the running sum is not rescaled", "s = s * tl.exp(m - higher) +", "s = s +"),
-    (cross_entropy, "padding columns count as words", 'tl.where(in_v[None, :], logits, float("-inf"))', "logits"),
-    (cross_entropy, "the target is not subtracted", "tl.where(v[None, :] == target[:, None], 1.0, 0.0)", "0.0"),
-    (cross_entropy, "ignored rows push", "share * up[:, None]", "share * tl.max(up)"),
-    (decode, "a window of W + 1", "j[None, :] > i[:, None] - W", "j[None, :] >= i[:, None] - W"),
-    (decode, "a window of W - 1", "j[None, :] > i[:, None] - W", "j[None, :] > i[:, None] - W + 1"),
-    (decode, "a query does not see itself", "j[None, :] <= i[:, None]", "j[None, :] < i[:, None]"),
-    (decode, "empty slots are seen", "seen = (j >= 0)[None, :] &", "seen = (j >= -1)[None, :] &"),
-    (decode, "the scores are not scaled", 'input_precision="ieee") * scale', 'input_precision="ieee")'),
-    (decode, "the sum of values is not rescaled", "sum_MK * fade[:, None]", "sum_MK"),
-    (decode, "the parts are averaged", "sum_K += share * tl.load", "sum_K += total / (i + 1) * tl.load"),
-    (decode, "the prefix is left out of the merge", "logsum + i * ROWS + row) - base)", 'logsum + i * ROWS + row) - base - AGAIN * 1e9)'),
-    (decode, "what came before a prefix is forgotten", "before = tl.load(out_logsum + at)", "before = tl.load(out_logsum + at) - 1e9"),
-    (decode, "a prefix of some rows is merged into the first ones", "b = FIRST + row", "b = row"),
-    (decode, "rows that share a prefix are merged into one", "+ r // OWN\n", "\n"),
-    (prefill, "a window of W + 1", "j[None, :] > i[:, None] - W", "j[None, :] >= i[:, None] - W"),
-    (prefill, "a query sees the next token", "j[None, :] <= i[:, None]", "j[None, :] <= i[:, None] + 1"),
-    (prefill, "documents leak", "(e[None, :] == d[:, None])", "(e[None, :] <= d[:, None])"),
-    (prefill, "branches leak", "(other[None, :] == own[:, None])", "(other[None, :] <= own[:, None])"),
-    (prefill, "one block too few", "return torch.where(some, first, 0).int(), torch.where(some, last, 0).int()", "return torch.where(some, first, 0).int(), torch.where(some, last - 1, 0).int()"),
-    (prefill, "the neighbour's key/value head", "g = h // SHARE", "g = h % (H // SHARE)"),
+    (linear, "the bias is forgotten", "total += tl.load(bias + o", "total += 0 * tl.load(bias + o"),
+    (linear, "the residual is forgotten", "out += tl.load(residual", "out += 0 * tl.load(residual"),
+    (linear, "the gate gates itself", "(1.0 + tl.exp(-out)) * up", "(1.0 + tl.exp(-out)) * out"),
+    (linear, "up takes gate's adapter", "edge + tl.cdiv(R0, BO), o, N", "edge, o, N"),
+    (int4, "the next group's scale is this one's", "group = (first + i * (BD // 4)) // GROUP + 1", "group = (first + i * (BD // 4)) // GROUP"),
+    (int4, "planes in another order", "planes[:, :, 0] | planes[:, :, 1] << 4", "planes[:, :, 1] | planes[:, :, 0] << 4"),
+    (int4, "the exponent of 2", "0x3F80).to", "0x4000).to"),
+    (int4, "a plane is shifted by one bit too few", "words >> (4 * i - 3)", "words >> (4 * i - 4)"),
+    (int4, "groups end at the step only", "(i + 1) * (BD // 4) % GROUP == 0 or i == 3", "i == 3"),
+    (int4, "the adapters' tiles are not computed", "elif LORA:", "elif tile < 0:"),
+    (int4, "scale and zero swapped", "steps.contiguous() for steps in steps_GO2.unbind(-1)", "steps.contiguous() for steps in steps_GO2.flip(-1).unbind(-1)"),
+    (cross_entropy, "the running sum is not rescaled", "s = s * tl.exp(m - base) +", "s = s +"),
+    (cross_entropy, "the lanes' sums have one maximum", "tl.sum(s * tl.exp(m - top), axis=0)", "tl.sum(s, axis=0)"),
+    (cross_entropy, "the target is not subtracted", "tl.where(v == target, 1.0, 0.0)", "0.0"),
+    (cross_entropy, "ignored rows push", "share * w, mask", "share / 8, mask"),
+    (cross_entropy, "only the last rows' dW", "dw_VD += torch.mm", "dw_VD[:] = torch.mm"),
+    (attention, "a window of W + 1", "j[None, :] > i[:, None] - W", "j[None, :] >= i[:, None] - W"),
+    (attention, "a window of W - 1", "j[None, :] > i[:, None] - W", "j[None, :] > i[:, None] - W + 1"),
+    (attention, "a query does not see itself", "j[None, :] <= i[:, None]", "j[None, :] < i[:, None]"),
+    (attention, "empty slots are seen", "seen = (j >= 0)[None, :] &", "seen = (j >= -1)[None, :] &"),
+    (attention, "the scores are not scaled", 'input_precision="ieee") * scale', 'input_precision="ieee")'),
+    (attention, "e in the place of 2", "K**-0.5 * LOG2_E", "K**-0.5"),
+    (attention, "the sum of values is not rescaled", "sum_MK * alpha[:, None]", "sum_MK"),
+    (attention, "the parts are averaged", "weight = tl.exp2(L - tl.where(highest == float(\"-inf\"), 0.0, highest))", "weight = tl.where(L > float(\"-inf\"), 1.0, 0.0)"),
+    (attention, "the last part is left out", "mask=i < PARTS, other", "mask=i < PARTS - 1, other"),
+    (attention, "all rows see a node", "b_first, b_count = tl.load(first + m), tl.load(count + m)", "b_first, b_count = 0, 2"),
+    (attention, "a head of another group", "h = g * HEADS + r // T % HEADS", "h = r // T % HEADS * G + g"),
+    (attention, "levels write over each other", "first += splits", "first += 0"),
 ]  # fmt: skip
 
 
@@ -233,7 +221,9 @@ def load(path, name):
     return module
 
 
-@pytest.mark.parametrize("guard", [norm, activation, linear, low_rank, multi_lora, four_bit, cross_entropy, decode, prefill])
+@pytest.mark.parametrize(
+    "guard", [norm, activation, linear, int4, cross_entropy, attention]
+)
 def test_the_guards_pass_on_the_real_kernels(guard, as_good_as):
     guard(importlib.import_module(f"kernels.{guard.__name__}"), as_good_as)
 

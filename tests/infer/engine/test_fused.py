@@ -91,7 +91,7 @@ def test_narrow_weights_keep_their_codes_and_adapters_stay_beside_them(form, tok
             quantized = QuantizedWeight.quantize([weight], tuple(weight.shape), form)
             model.set_submodule(path, QuantizedLinear(quantized, module.bias))
     plain, fused = pair(tokenizer, adapted(model))
-    assert isinstance(fused.engine.layers[0].mlp.down_proj, Int4Linear) == (form != "int8")
+    assert isinstance(fused.engine.layers[0].mlp.down_proj, Int4Linear) == (form == "int4")
     alike(plain, fused, [[1, 2, 3, *range(40)], [1, 2, 3], [*range(40), 7]])
 
 

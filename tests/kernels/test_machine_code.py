@@ -1,0 +1,118 @@
+"""What the compiler makes of the kernels, without a GPU: bounds on the machine code that follow from the tiles."""
+
+import json
+import os
+import subprocess
+import sys
+from importlib.metadata import version
+from pathlib import Path
+
+import pytest
+import torch
+
+from kernels import launch
+from kernels.launch import CONFIGS, recording, tiles_of
+from kernels.linear import FEW_ROWS
+from kernels.proof.cases import Make, cases
+from kernels.proof.machine_code import HERE, code_hash
+
+FACTS = json.loads((HERE / "facts.json").read_text())
+ROWS = FACTS["rows"]
+NARROW = [row for row in ROWS if row["dtype"] == "bfloat16"]
+MMA = 16 * 8 * 16  # multiplications of one m16n8k16
+NEEDED_IN_FLIGHT = {
+    80: 1.4e6 / 108,
+    90: 2.7e6 / 132,
+}  # bytes an SM: bandwidth × latency (2.0 TB/s, 3.35 TB/s; 0.7, 0.8 µs)
+
+
+def where(row) -> str:
+    return f"{row['case']}, {row['dtype']}, {row['kernel']}, sm_{row['sm']}"
+
+
+def test_the_facts_are_of_this_code():
+    assert FACTS["code"] == code_hash(), "a kernel or configuration changed: run python -m kernels.proof.machine_code"
+
+
+def test_every_pinned_configuration_has_a_case():
+    launch.asked.clear()
+    for dtype in (torch.bfloat16, torch.float32):
+        for case in cases(dtype):
+            with recording():
+                case.build(Make("meta", dtype))[0]()
+    pinned = {(kernel, name) for kernel, classes in CONFIGS.items() for name in classes if "sm_" not in name}
+    assert pinned - launch.asked == {("int4", "64")}  # widths that are no multiple of 128; Mistral-7B has none
+
+
+def test_nothing_spills_everything_fits_and_no_sum_depends_on_who_comes_first():
+    for row in ROWS:
+        assert row["spills"] == 0 and row["fits"] and row["blocks"] >= 1, where(row)
+        assert row["atomics"] == 0 and row["tf32"] == 0, where(row)
+
+
+def test_no_warp_repeats_anothers_products():
+    """mma instructions a thread are exactly the tile's multiplications over its warps: a second product that depends
+    on the first makes Triton put all warps along the 16 rows, and each then does everything (49 for 8 once)."""
+    seen = 0
+    for row in NARROW:
+        tiles = row["tiles"]
+        if row["kernel"] in ("_products", "_int4_products"):
+            needed = FEW_ROWS * tiles["BO"] * tiles["BD"] // MMA // tiles["num_warps"]
+            if row["kernel"] == "_int4_products" and "rank 0" not in row["case"]:
+                needed += FEW_ROWS * tiles["BO"] * 64 // MMA // tiles["num_warps"]  # A's tiles, a loop of their own
+        elif row["kernel"] == "_partial" and row["sm"] == 80:  # sm_90 has wider instructions for 64 rows
+            needed = 2 * tiles["BM"] * tiles["BS"] * 128 // MMA // tiles["num_warps"]
+        else:
+            continue
+        seen += 1
+        assert row["mma"] == needed, where(row)
+    assert seen >= 20
+
+
+def test_int4_converts_no_integer():
+    rows = [row for row in ROWS if row["kernel"] in ("_products", "_int4_products")]
+    assert rows and all(row["conversions"] == 0 for row in rows)
+
+
+def test_weights_come_in_wide_asynchronous_copies_and_enough_are_in_flight():
+    rows = [row for row in NARROW if row["kernel"] in ("_products", "_int4_products", "_partial")]
+    for row in rows:
+        assert row["copies"]["128"] > 0, where(row)
+        assert row["flying"] >= NEEDED_IN_FLIGHT[row["sm"]], where(row)
+    for row in ROWS:
+        if row["kernel"] in ("_forward", "_backward", "_softmax_loss"):
+            assert row["loads"].get("128", 0) > 0, where(row)
+
+
+@pytest.mark.parametrize(("sm", "sms"), [(80, 108), (90, 132)])
+def test_as_many_programs_are_resident_as_the_splits_count_on(sm, sms):
+    names = {"_products": "linear", "_int4_products": "int4"}
+    rows = [row for row in NARROW if row["sm"] == sm and row["kernel"] in names]
+    for row in rows:
+        kernel = names[row["kernel"]]
+        assert row["blocks"] >= tiles_of(kernel, "16" if kernel == "linear" else "128", (sm, sms))["RESIDENT"]
+    assert rows
+
+
+FRESH = """
+import json, torch
+from kernels.proof.machine_code import launches, row
+for name, call in launches(torch.bfloat16):
+    if "q, k, v, rank 16" in name or name == "attention, 1 row, 4096 keys":
+        for sm in (80, 90):
+            print(json.dumps(row(name, torch.bfloat16, call, sm)))
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(version("triton") != FACTS["triton"], reason=f"the facts are of Triton {FACTS['triton']}")
+def test_the_decode_kernels_compile_to_what_is_committed(tmp_path):
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
+    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [sys.executable, "-c", FRESH], cwd=Path(launch.__file__).parents[1], env=environment, capture_output=True,
+        text=True,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    fresh = [json.loads(line) for line in done.stdout.splitlines()]
+    assert len(fresh) == 12 and all(row in ROWS for row in fresh)
