@@ -2,7 +2,7 @@
 
 Every benchmark is a module beside this one with a function `rows(...)`, whose keyword arguments are its options. A row
 is {"name", "ours", "peer", "peer_name", "ratio", "limit", "share_of_limit", "unit", "setting"}; a ratio above 1 always
-means that ours is better. `kernels` is a program of its own, because it must run in a bare CUDA image.
+means that ours is better. `gpu` is a program of its own, because it must run in a bare CUDA image.
 """
 
 from __future__ import annotations
@@ -15,14 +15,14 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-NAMES = sorted(file.stem.replace("_", "-") for file in Path(__file__).parent.glob("[a-z]*.py"))
+NAMES = sorted(file.stem.replace("_", "-") for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem != "row")
 
 
 def main(argv: list[str]) -> int:
-    if argv and argv[0] == "kernels":
-        from eval.bench import kernels
+    if argv and argv[0] == "gpu":
+        from eval.bench import gpu
 
-        return kernels.main(argv[1:]) or 0
+        return gpu.main(argv[1:])
     from model.support.cli import UserError, nearest, parse
     from model.support.files import write_json
     from model.support.lock import output
@@ -90,7 +90,7 @@ def cpu_name() -> str:
 
 if __name__ == "__main__":
     arguments = sys.argv[1:]
-    if arguments and arguments[0] == "kernels":
+    if arguments and arguments[0] == "gpu":
         raise SystemExit(main(arguments))
     from model.support.cli import guard
 

@@ -7,8 +7,8 @@ and pytest: `python -m pytest -m gpu tests/kernels/test_gpu.py`.
 import pytest
 import torch
 
-from eval.bench.kernels import flat, verify
-from kernels.cases import Make, cases
+from eval.bench.gpu import flat, verify
+from kernels.proof.cases import Make, cases
 
 CASES = [case for dtype in (torch.bfloat16, torch.float16, torch.float32) for case in cases(dtype)]
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]

@@ -1,0 +1,528 @@
+"""A CUDA device: decoding with a 7B model, then each kernel against libraries, training, and correctness.
+
+    python -m eval.bench gpu --json F.json        in the order in which a reader wants to know, until --minutes are up
+    python -m eval.bench gpu --tune               other tile sizes for this card, written to kernels/configs.json
+
+Runs in a bare CUDA image: torch, triton, numpy, safetensors and nothing else; a C compiler and Python.h, which Triton
+needs at its first launch, are looked for at the start. The file is written after each case, and an error is a row of
+its own, so whatever ends the run early costs the case that it was at. Launches are timed inside CUDA graphs over inputs
+that do not fit in L2 together. Limits are what this device reached in the same run: a read of 4 GiB, a product
+of 8192³.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import shutil
+import sys
+import sysconfig
+import time
+from collections.abc import Callable, Iterator
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+
+from eval.bench.row import Row
+from kernels import launch
+from kernels.proof.cases import EPS, FFN, QKV, WIDTH, Case, Make, cases, int4, linear
+
+DEVICE = "cuda"
+CONFIGS = Path(launch.__file__).parent / "configs.json"
+BF16 = torch.bfloat16
+HELD = 512  # tokens of context in the whole-model cases
+SLOTS = 1024
+LAYERS = {"q, k, v": (QKV, WIDTH), "o": ((WIDTH,), WIDTH), "gate, up": ((FFN, FFN), WIDTH), "down": ((WIDTH,), FFN)}
+
+
+def what_is_missing() -> str | None:
+    """What keeps Triton from running here, with the remedy; None where nothing does."""
+    if launch.triton is None:
+        return "Triton is not installed; pip install triton"
+    if not torch.cuda.is_available() or launch.INTERPRETED:
+        return "no CUDA device (or TRITON_INTERPRET is set); run it on a machine that has one"
+    if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
+        return "no C compiler, which Triton needs at its first launch; apt-get install gcc, or set CC"
+    header = Path(sysconfig.get_path("include")) / "Python.h"
+    if not header.exists():
+        return f"{header} is missing, which Triton needs at its first launch; apt-get install python3-dev"
+    return None
+
+
+def captured(functions: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
+    """A CUDA graph of these calls, one after another; each ran before on the side, so that all is compiled."""
+    side = torch.cuda.Stream()
+    side.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(side):
+        for function in functions[:2] * 2:
+            function()
+    torch.cuda.current_stream().wait_stream(side)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        for function in functions:
+            function()
+    return graph
+
+
+def seconds(call: Callable[[], Any], budget: float = 0.3) -> float:
+    """Median time of a call on the device."""
+    times: list[float] = []
+    call()
+    while sum(times) < budget or len(times) < 5:
+        start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+        start.record()
+        call()
+        stop.record()
+        stop.synchronize()
+        times.append(start.elapsed_time(stop) / 1e3)
+    return sorted(times)[len(times) // 2]
+
+
+def us(build: Callable[[], Callable[[], Any]], bytes_: int) -> float:
+    """Microseconds of a call in a graph; as many copies of its inputs are cycled through as L2 cannot hold."""
+    cache = torch.cuda.get_device_properties(0).L2_cache_size
+    functions = [build() for _ in range(max(2, -(-3 * cache // max(bytes_, 1))))][:64]
+    return seconds(captured(functions).replay) / len(functions) * 1e6
+
+
+def reached() -> dict[str, float]:
+    """What this device reaches: bytes/s of a read, operations/s of a bf16 product."""
+    big = torch.ones(2**30, dtype=torch.float32, device=DEVICE)
+    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
+    return {
+        "bytes/s": big.nbytes / seconds(big.sum), "operations/s": 2 * 8192**3 / seconds(lambda: a @ b),
+    }  # fmt: skip
+
+
+def flat(out: Any) -> list[torch.Tensor]:
+    return [t for t in (out if isinstance(out, (tuple, list)) else (out,)) if t is not None]
+
+
+def rms_error(value: torch.Tensor, truth: torch.Tensor) -> float:
+    return float((value.detach().double() - truth.detach()).pow(2).mean().sqrt())
+
+
+def verify(case: Case) -> dict[str, Any]:
+    """Ours and PyTorch's root-mean-square error against fp64, worst result; right: ours ≤ 2 × PyTorch's on each.
+
+    A device's sqrt, division and exp2 are approximate (2 ulp in PTX's documentation), which fp32 results feel: four
+    such operations of 2 ulp of the largest value are allowed where PyTorch happens to be nearer.
+    """
+    torch.manual_seed(0)
+    ours, plain, truth = case.build(Make(DEVICE, case.dtype))
+    worst, right = (0.0, 0.0), True
+    for mine, theirs, exact in zip(flat(ours()), flat(plain()), flat(truth()), strict=True):
+        a, b = rms_error(mine, exact), rms_error(theirs, exact)
+        largest = float(exact.detach().abs().max())
+        floor = (4 * 2 * 2**-23 if case.dtype == torch.float32 else torch.finfo(case.dtype).eps / 2**11) * largest
+        right &= bool(torch.isfinite(mine).all()) and a <= max(2 * b, floor)
+        worst = max(worst, (a, b))
+    return {"case": f"{case.name}, {case.dtype}", "error": worst[0], "pytorch's error": worst[1], "right": right}
+
+
+# ---- (a) the whole model ------------------------------------------------------------------------------------------
+
+
+def random_7b(rank: int = 0) -> Any:
+    """A model of Mistral-7B's shape in bf16 with random weights, made on the device; adapters on every linear layer."""
+    from lora import LoRAConfig, add_lora
+    from model import ModelConfig, Transformer
+
+    config = ModelConfig.from_dict({
+        "model_type": "mistral", "hidden_size": WIDTH, "intermediate_size": FFN, "num_hidden_layers": 32,
+        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "rms_norm_eps": EPS,
+        "rope_theta": 10000.0, "sliding_window": 4096, "max_position_embeddings": 32768,
+    })  # fmt: skip
+    with torch.device("meta"):
+        model = Transformer(config).to(BF16)
+    model = model.to_empty(device=DEVICE).requires_grad_(False).eval()
+    for weight in model.parameters():
+        weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
+    if rank:
+        add_lora(model, LoRAConfig(r=rank, alpha=2 * rank, dropout=0.0, target_modules="all-linear"))
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.data = (torch.randn_like(parameter.data, dtype=torch.float32) * 0.02).to(BF16)
+    return model
+
+
+def products_alone(model: Any, batch: int) -> float:
+    """Tokens a second of nothing but the model's matrix products by `torch.mm`: the limit of the bf16 rows."""
+    weights = [p for p in model.parameters() if p.dim() == 2 and min(p.shape) >= 1024]
+    weights = [w for w in weights if w is not model.model.embed_tokens.weight]
+    x = {w.shape[1]: torch.randn(batch, w.shape[1], device=DEVICE, dtype=BF16) for w in weights}
+    return batch / seconds(captured([partial(torch.mm, x[w.shape[1]], w.t()) for w in weights]).replay)
+
+
+@torch.inference_mode()
+def decode_speeds(model: Any, batch: int) -> tuple[float, float]:
+    """(graph, eager) tokens a second of a fused model's step after HELD tokens."""
+    from infer.engine.fuse import DecodeStep
+
+    step = DecodeStep(model, batch, SLOTS)
+    step.key_position_BS[:, :HELD] = torch.arange(HELD, device=DEVICE)
+    tokens = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
+    call = partial(step, tokens, torch.full_like(tokens, HELD))
+    return batch / seconds(captured([call]).replay), batch / seconds(call)
+
+
+@torch.inference_mode()
+def transformers_speed(batch: int) -> float:
+    """Tokens a second of transformers' Mistral with a static cache, compiled."""
+    from transformers import MistralConfig, MistralForCausalLM, StaticCache
+
+    config = MistralConfig(hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=32, num_attention_heads=32,
+                           num_key_value_heads=8, vocab_size=32000, sliding_window=None)  # fmt: skip
+    with torch.device(DEVICE):
+        torch.set_default_dtype(BF16)
+        try:
+            model = MistralForCausalLM(config).eval()
+        finally:
+            torch.set_default_dtype(torch.float32)
+    cache = StaticCache(config=config, max_cache_len=SLOTS)
+    model(torch.zeros(batch, HELD, dtype=torch.int64, device=DEVICE), past_key_values=cache)
+    step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
+    place = torch.tensor([HELD], device=DEVICE)
+    return batch / seconds(lambda: step(token, past_key_values=cache, cache_position=place))
+
+
+class Held:
+    """The one 7B model on the device, and the bare products' rates, which the int4 rows are held against too."""
+
+    def __init__(self) -> None:
+        self.key: tuple[int, str] | None = None
+        self.model: Any = None
+        self.alone: dict[int, float] = {}
+
+    def fused(self, rank: int, form: str) -> Any:
+        from infer.engine.fuse import fuse
+
+        if self.key != (rank, form):
+            if self.key != (rank, "bf16"):
+                self.model = None
+                torch.cuda.empty_cache()
+                self.model = fuse(random_7b(rank))
+            if form == "int4":
+                self.model = fuse(self.model, four_bit=True)
+            self.key = rank, form
+        return self.model
+
+
+def decode_rows(held: Held, limits: dict[str, float], rank: int, form: str, batch: int) -> list[Row]:
+    model = held.fused(rank, form)
+    if form == "bf16" and batch not in held.alone:
+        held.alone[batch] = products_alone(model, batch)
+    graph, eager = decode_speeds(model, batch)
+    read = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) - model.model.embed_tokens.weight.nbytes
+    name = f"Mistral-7B decode, {form}{', LoRA r 16 unmerged' * bool(rank)}, batch {batch}"
+    setting, limit = f"{HELD} tokens of context, random weights", batch * limits["bytes/s"] / read
+    return [
+        Row(name, graph, held.alone[batch], "bare torch.mm of the bf16 weights", "tok/s", setting, limit),
+        Row(name, graph, eager, "the same without a graph", "tok/s", setting, limit),
+    ]
+
+
+def transformers_rows(held: Held) -> list[Row]:
+    graph, _ = decode_speeds(held.fused(0, "bf16"), 1)
+    peer = transformers_speed(1)
+    name = "Mistral-7B decode, bf16, batch 1"
+    return [Row(name, graph, peer, "transformers, static cache, compiled", "tok/s", f"{HELD} tokens of context")]
+
+
+def whole_model(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    held = Held()
+    for rank in (0, 16):
+        for form in ("bf16", "int4"):
+            for batch in (1, 8, 64):
+                name = f"whole model, rank {rank}, {form}, batch {batch}"
+                yield name, partial(decode_rows, held, limits, rank, form, batch)
+    yield "whole model, transformers", partial(transformers_rows, held)
+
+
+# ---- (b) each decode kernel ---------------------------------------------------------------------------------------
+
+
+def layer_bytes(sizes: tuple[int, ...], width: int, bits: float) -> int:
+    return int(sum(sizes) * width * bits / 8)
+
+
+def kernel_rows(limits: dict[str, float], name: str, kind: str, rank: int, rows: int) -> list[Row]:
+    """One product of a block against F.linear, torch.compile and torch's packed int4."""
+    sizes, width = LAYERS[name]
+    make, normed, gated = Make(DEVICE, BF16), name in ("q, k, v", "gate, up"), name == "gate, up"
+    given = dict(rows=rows, sizes=sizes, rank=rank, normed=normed, gated=gated, width=width)
+    case = partial(linear, make, **given) if kind == "bf16" else partial(int4, make, group=64, **given)
+    bits = 16.0 if kind == "bf16" else 4.5
+    bytes_ = layer_bytes(sizes, width, bits) + 2 * rank * (width * len(sizes) + sum(sizes))
+    limit = bytes_ / limits["bytes/s"] * 1e6
+    ours = us(lambda: case()[0], bytes_)
+    label, setting = f"{name}, {kind}, rank {rank}, {rows} rows", "bf16, Mistral-7B's shapes, graph"
+
+    def plain() -> Callable[[], Any]:
+        x = make.normal(rows, width)
+        weights = [make.normal(size, width) for size in sizes]
+        return lambda: [F.linear(x, w) for w in weights]
+
+    def compiled() -> Callable[[], Any]:
+        torch._dynamo.reset()
+        return torch.compile(linear(make, **given)[1])
+
+    wide = layer_bytes(sizes, width, 16.0)
+    found = [Row(label, ours, us(plain, wide), "F.linear in bf16, no norm, no adapter", "us", setting, limit)]
+    if kind == "bf16":
+        one = compiled()
+        found.append(Row(label, ours, us(lambda: one, 2**40), "torch.compile", "us", setting, limit))
+    else:
+        packed = partial(torch_int4, make, rows, sizes, width)
+        found.append(
+            Row(label, ours, us(packed, bytes_), "torch's packed int4, no norm, no adapter", "us", setting, limit)
+        )
+    return found
+
+
+def torch_int4(make: Make, rows: int, sizes: tuple[int, ...], width: int) -> Callable[[], Any]:
+    x = make.normal(rows, width)
+    held = []
+    for size in sizes:
+        codes = make.integers(0, 256, size, width // 2).to(torch.uint8)
+        held.append((torch._convert_weight_to_int4pack(codes, 8), make.normal(width // 64, size, 2)))
+    return lambda: [torch._weight_int4pack_mm(x, words, 64, steps) for words, steps in held]
+
+
+def attention_rows(limits: dict[str, float], case: Case) -> list[Row]:
+    ours, plain, _ = case.build(Make(DEVICE, BF16))
+    a, b = (us(lambda f=f: f, 2**40) for f in (ours, plain))
+    return [Row(case.name, a, b, "eager PyTorch", "us", "bf16, inputs in L2")]
+
+
+# ---- (d) training -------------------------------------------------------------------------------------------------
+
+
+def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
+    """LoRA r 16 on a frozen 7B: tokens a second of forward and backward, memory; peft where it is installed."""
+    from infer.engine.fuse import fuse
+    from kernels import linear_cross_entropy
+
+    def measured(model: Any, loss: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
+        torch.cuda.reset_peak_memory_stats()
+
+        def step() -> None:
+            loss(model).backward()
+            model.zero_grad(set_to_none=True)
+
+        return 2048 / seconds(step, 2.0), torch.cuda.max_memory_allocated() / 2**30
+
+    tokens = torch.randint(0, 32000, (1, 2048), device=DEVICE)
+    model = random_7b(16)
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    model = fuse(model.train())
+    model.model.checkpoint_blocks = recompute
+    size = sum(p.numel() for p in model.parameters())
+
+    def loss(model: Any) -> torch.Tensor:
+        def readout(x_BTD: torch.Tensor, head: Any) -> torch.Tensor:
+            return linear_cross_entropy(x_BTD[0, :-1], model.lm_head.weight, tokens[0, 1:])
+
+        return model(tokens, readout=readout)
+
+    speed, memory = measured(model, loss)
+    limit = limits["operations/s"] / (4 * size)  # 4 FLOP a parameter and token: frozen weights need no gradient
+    setting = f"1 × 2048 tokens, bf16, {memory:.1f} GB, share of the limit = MFU at 4 FLOP a parameter and token"
+    name = f"LoRA r 16 training of Mistral-7B's shape{', blocks recomputed' * recompute}"
+    try:
+        from peft import LoraConfig, get_peft_model
+        from transformers import MistralConfig, MistralForCausalLM
+    except ImportError:
+        return [Row(name, speed, limit, "products alone at this device's rate", "tok/s", setting, limit)]
+    del model
+    torch.cuda.empty_cache()
+    with torch.device(DEVICE):
+        theirs = MistralForCausalLM(MistralConfig(num_hidden_layers=32)).to(BF16)
+    theirs = get_peft_model(theirs, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    if recompute:
+        theirs.gradient_checkpointing_enable()
+        theirs.enable_input_require_grads()
+    peers, more = measured(theirs, lambda model: model(input_ids=tokens, labels=tokens).loss)
+    return [Row(name, speed, peers, f"peft ({more:.1f} GB)", "tok/s", setting, limit)]
+
+
+# ---- the run ------------------------------------------------------------------------------------------------------
+
+
+def sections(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """(name, function that gives rows or a proof), what a reader wants to know first at the front."""
+    yield from whole_model(limits)
+    for name in LAYERS:
+        for kind, rank, rows in (("bf16", 16, 1), ("int4", 16, 1), ("bf16", 0, 1), ("int4", 0, 1), ("bf16", 16, 8)):
+            yield f"{name}, {kind}, rank {rank}", partial(kernel_rows, limits, name, kind, rank, rows)
+    for case in cases(BF16):
+        if case.kernel in ("tree_attention", "rms_norm", "swiglu"):
+            yield case.name, partial(attention_rows, limits, case)
+    for recompute in (False, True):
+        yield f"training, recompute {recompute}", partial(training_rows, limits, recompute)
+    for dtype in (BF16, torch.float16, torch.float32):
+        for case in cases(dtype):
+            yield f"correct: {case.name}", partial(verify, case)
+
+
+def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) -> dict[str, Any]:
+    """Run the sections in order, write the result after each; an error becomes a row, and the rest goes on."""
+    end = time.monotonic() + minutes * 60
+    steps = iter(named)
+    while True:
+        name = "the next case"
+        try:
+            if time.monotonic() > end:
+                result["notes"].append(f"stopped after {minutes:g} minutes, before {name}")
+                break
+            name, function = next(steps)
+            say(name)
+            found = function()
+            for one in found if isinstance(found, list) else [found]:
+                kept = one.as_dict() if isinstance(one, Row) else one
+                result["rows" if isinstance(one, Row) else "correct"].append(kept)
+        except StopIteration:
+            break
+        except Exception as error:  # one case's failure is a row of the result, whatever it is
+            result["rows"].append({"name": name, "error": f"{type(error).__name__}: {error}"[:500]})
+        torch._dynamo.reset()
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()
+        if out is not None:
+            write(out, json.dumps(result, indent=1) + "\n")
+    if out is not None:
+        write(out, json.dumps(result, indent=1) + "\n")
+    return result
+
+
+def table(result: dict[str, Any]) -> str:
+    lines = ["| what | ours | peer | | ratio | share of the limit | unit |", "| --- " * 7 + "|"]
+    for r in result["rows"]:
+        if "error" in r:
+            lines.append(f"| {r['name']} | {r['error']} | | | | | |")
+            continue
+        share = "–" if r["share_of_limit"] is None else f"{r['share_of_limit']:.0%}"
+        cells = (
+            r["name"],
+            f"{r['ours']:.1f}",
+            f"{r['peer']:.1f}",
+            r["peer_name"],
+            f"{r['ratio']:.2f}",
+            share,
+            r["unit"],
+        )
+        lines.append("| " + " | ".join(cells) + " |")
+    wrong = [p["case"] for p in result["correct"] if not p["right"]]
+    lines += ["", f"Wrong: {', '.join(wrong)}." if wrong else f"{len(result['correct'])} cases verified, all right."]
+    return "\n".join(lines + [f"- {note}" for note in result["notes"]]) + "\n"
+
+
+def tune(minutes: float) -> int:
+    """Halve and double each number of each configuration while its cases' time falls; write after each class."""
+    every = cases(BF16) + cases(torch.float32)
+    end, configs = time.monotonic() + minutes * 60, launch.CONFIGS
+    capability, sms = launch.card(torch.device(DEVICE, 0))
+    for kernel, classes in configs.items():
+        for shape_class in [name for name in classes if " sm_" not in name]:
+            launch.asked.clear()
+            mine = []
+            for case in every:
+                launch.asked.clear()
+                with launch.recording():
+                    case.build(Make("meta", case.dtype))[0]()
+                mine += [case] * ((kernel, shape_class) in launch.asked)
+            if not mine or time.monotonic() > end:
+                continue
+            tiles = classes[f"{shape_class} sm_{capability} {sms}"] = launch.tiles_of(
+                kernel, shape_class, (capability, sms)
+            )
+            best = cost(mine)
+            for name, before in list(tiles.items()):
+                for tried in (
+                    (before + 1, before - 1) if name in ("num_stages", "RESIDENT") else (before * 2, before // 2)
+                ):
+                    kept, tiles[name] = tiles[name], max(tried, 1)
+                    now = cost(mine)
+                    if now < best * 0.98:  # less is noise
+                        say(f"{kernel} {shape_class}: {name} {kept} → {tiles[name]}, {best:.0f} → {now:.0f} us")
+                        best = now
+                    else:
+                        tiles[name] = kept
+            write(CONFIGS, layout(configs))
+    say("kernels/configs.json is written; now `python -m kernels.proof.machine_code`, then the tests")
+    return 0
+
+
+def layout(configs: dict[str, dict[str, dict[str, int]]]) -> str:
+    """configs.json, one configuration a line."""
+    parts = []
+    for kernel, classes in configs.items():
+        inner = ",\n".join(f"    {json.dumps(name)}: {json.dumps(tiles)}" for name, tiles in classes.items())
+        parts.append(f"  {json.dumps(kernel)}: {{\n{inner}\n  }}")
+    return "{\n" + ",\n".join(parts) + "\n}\n"
+
+
+def cost(some: list[Case]) -> float:
+    """Microseconds of these cases together; infinite when one does not compile, does not fit or is wrong."""
+    total = 0.0
+    for case in some:
+        try:
+            if not verify(case)["right"]:
+                return float("inf")
+            total += seconds(case.build(Make(DEVICE, case.dtype))[0], 0.05) * 1e6
+        except Exception as error:  # a configuration that cannot run is no candidate
+            say(f"{case.name}: {type(error).__name__}")
+            return float("inf")
+    return total
+
+
+def say(text: str) -> None:
+    print(text, file=sys.stderr, flush=True)
+
+
+def write(path: Path, text: str) -> None:
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(text)
+    os.replace(beside, path)
+
+
+def main(argv: list[str] | None = None) -> int:
+    """The command; returns the exit code: 0, 1 where a kernel is wrong or a case failed, 2 where it cannot run."""
+    parser = argparse.ArgumentParser(prog="python -m eval.bench gpu", description=(__doc__ or "").split("\n")[0])
+    parser.add_argument("--json", type=Path, help="write the results to this file, again after each case")
+    parser.add_argument(
+        "--minutes", type=float, default=4.0, help="begin nothing new after so many minutes (default 4)"
+    )
+    parser.add_argument(
+        "--tune", action="store_true", help="search tile sizes for this card, write kernels/configs.json"
+    )
+    options = parser.parse_args(argv)
+    if options.json is not None and (not options.json.parent.is_dir() or options.json.exists()):
+        say(f"eval.bench gpu: {options.json}: its folder is missing, or the file is there; give another name")
+        return 2
+    missing = what_is_missing()
+    if missing is not None:
+        say(f"eval.bench gpu: {missing}")
+        return 2
+    if options.tune:
+        return tune(options.minutes)
+    limits = reached()
+    host = {
+        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": launch.triton.__version__,
+        "python": sys.version.split()[0], "measured": time.strftime("%Y-%m-%d"), "reached": limits,
+    }  # fmt: skip
+    started: dict[str, Any] = {"host": host, "rows": [], "correct": [], "notes": []}
+    result = run(sections(limits), options.minutes, options.json, started)
+    print(table(result))
+    failed = any("error" in r for r in result["rows"]) or not all(p["right"] for p in result["correct"])
+    return int(failed)
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,108 @@
+"""The GPU benchmark without a GPU: it starts in a bare image, loses nothing to an error, and says what it lacks."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from eval.bench import gpu
+from eval.bench.row import Row
+
+ROOT = Path(gpu.__file__).parents[2]
+BARE = """
+import sys
+from importlib.machinery import PathFinder
+
+class Bare:
+    names = {"tqdm", "tyro", "tokenizers", "sentencepiece", "jinja2", "gguf", "transformers", "peft", "matplotlib"}
+
+    def find_spec(name, path=None, target=None):
+        return None if name.split(".")[0] in Bare.names else PathFinder.find_spec(name, path, target)
+
+sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
+"""
+MODELS = """
+import torch
+from eval.bench import gpu
+from infer.engine.fuse import DecodeStep, fuse
+
+gpu.DEVICE = "meta"
+names = [name for name, _ in gpu.sections({"bytes/s": 1.0, "operations/s": 1.0})]
+model = fuse(gpu.random_7b(16))
+with torch.no_grad():
+    logits = DecodeStep(model, 2, 32)(torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
+print(names[0], len(names), tuple(logits.shape), sum(p.numel() for p in model.parameters()) // 10**8)
+"""  # noqa: E501
+
+
+def bare(*command: str, **changes: str) -> subprocess.CompletedProcess:
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | changes
+    return subprocess.run([sys.executable, *command], cwd=ROOT, env=environment, capture_output=True, text=True)
+
+
+def test_it_starts_with_torch_triton_numpy_and_safetensors_alone():
+    """Everything up to the first launch, on the meta device: the sections, the 7B model with adapters, its step."""
+    done = bare("-c", BARE + MODELS)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.startswith("whole model, rank 0, bf16, batch 1 ") and "(2, 32000) 72" in done.stdout
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: the benchmark would run")
+def test_it_says_in_one_line_that_it_needs_a_gpu():
+    done = bare("-m", "eval.bench", "gpu")
+    assert done.returncode == 2 and done.stdout == ""
+    assert len(done.stderr.strip().splitlines()) == 1 and "no CUDA device" in done.stderr
+
+
+def test_it_names_a_missing_compiler_or_header(monkeypatch, tmp_path):
+    """Looked for before anything is launched, where all else is there."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(gpu.launch, "INTERPRETED", False)
+    monkeypatch.setattr(gpu.launch, "triton", object())
+    monkeypatch.delenv("CC", raising=False)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert "C compiler" in gpu.what_is_missing()
+    monkeypatch.setenv("CC", "cc")
+    monkeypatch.setattr(gpu.sysconfig, "get_path", lambda name: str(tmp_path))
+    assert "Python.h" in gpu.what_is_missing()
+    (tmp_path / "Python.h").write_text("")
+    assert gpu.what_is_missing() is None
+
+
+def test_an_error_is_a_row_and_the_file_is_written_after_each_case(tmp_path):
+    out, seen = tmp_path / "f.json", []
+    row = Row("a", 2.0, 4.0, "peer", "us", "here", 1.0)
+
+    def fails():
+        seen.append(json.loads(out.read_text()))
+        raise RuntimeError("out of resource")
+
+    def proof():
+        seen.append(json.loads(out.read_text()))
+        return {"case": "c", "right": False}
+
+    start = {"host": {}, "rows": [], "correct": [], "notes": []}
+    sections = iter([("a", lambda: [row]), ("b", fails), ("c", proof)])
+    result = gpu.run(sections, 1.0, out, start)
+    assert [len(s["rows"]) for s in seen] == [1, 2]
+    assert result["rows"][0]["ratio"] == 2.0 and result["rows"][0]["share_of_limit"] == 0.5
+    assert result["rows"][1] == {"name": "b", "error": "RuntimeError: out of resource"}
+    assert json.loads(out.read_text()) == result and "Wrong: c." in gpu.table(result)
+
+
+def test_the_time_ends_the_run_between_cases():
+    start = {"host": {}, "rows": [], "correct": [], "notes": []}
+    result = gpu.run(iter([("a", lambda: 1 / 0)]), 0.0, None, start)
+    assert result["rows"] == [] and "stopped after 0 minutes" in result["notes"][0]
+
+
+def test_a_ratio_above_one_is_ours_whatever_the_unit():
+    assert Row("a", 2.0, 4.0, "peer", "us", "").ratio == Row("a", 4.0, 2.0, "peer", "tok/s", "").ratio == 2.0
+
+
+def test_the_tuned_file_is_laid_out_as_it_is_committed():
+    assert gpu.layout(json.loads(gpu.CONFIGS.read_text())) == gpu.CONFIGS.read_text()
