@@ -25,7 +25,7 @@ import kernels
 from kernels.attention import Level
 from kernels.int4 import Int4Weight
 from lora.layer import LoRALinear
-from model.attention import share, split_heads
+from model.attention import repeat_kv, split_heads
 from model.cache import KVCache
 from model.fast_attention import FastAttend
 from model.mask import Visible
@@ -175,7 +175,7 @@ def masked_attention(
     seen_NTS = (distance_NTS >= 0) & (key_position_NS >= 0)[:, None]
     if window is not None:
         seen_NTS &= distance_NTS < window
-    k_NHSK, v_NHSK = (share(kept.to(q_NHTK.dtype), q_NHTK.shape[1]) for kept in (k_NGSK, v_NGSK))
+    k_NHSK, v_NHSK = (repeat_kv(kept.to(q_NHTK.dtype), q_NHTK.shape[1]) for kept in (k_NGSK, v_NGSK))
     return F.scaled_dot_product_attention(q_NHTK, k_NHSK, v_NHSK, attn_mask=seen_NTS[:, None])
 
 
