@@ -156,7 +156,7 @@ class Generator:
             T = 1 + max(map(len, guesses))
             fed = [[state.tokens[-1], *guess] for state, guess in zip(active, guesses, strict=True)]
             tokens_NT = torch.tensor([[*row, *[0] * (T - len(row))] for row in fed], device=self.engine.device)
-            x_NTD = cache.step(tokens_NT, torch.full_like(tokens_NT[:, 0], 1))
+            x_NTD = cache.step(tokens_NT, torch.ones(len(fed), dtype=torch.int64))
 
     def guess(self, active: list[State]) -> list[list[int]]:
         """Each request's guesses of what comes after its newest token; none where checking them would not pay."""
@@ -189,7 +189,7 @@ class Generator:
                     break
                 right += 1
             kept.append(right)
-        cache.length_N = cache.length_N + torch.tensor(kept, device=self.engine.device)
+        cache.length_N = cache.length_N + torch.tensor(kept)
 
     def read_leaves(self, cache: Cache, own: list[list[int]]) -> Tensor:
         """Enter the leaves' own tokens; the hidden states of each one's last, x_ND."""
@@ -197,15 +197,15 @@ class Generator:
         tokens_NT = torch.tensor(
             [[*tokens, *[0] * (longest - len(tokens))] for tokens in own], device=self.engine.device
         )
-        count_N = torch.tensor([len(tokens) for tokens in own], device=self.engine.device)
+        count_N = torch.tensor([len(tokens) for tokens in own])
         last_ND = None
         size = max(1, 2 * self.engine.chunk // len(own)) if len(own) > 1 else self.engine.chunk
         for start in range(0, longest, size):
             part_NT = tokens_NT[:, start : start + size]
             here_N = (count_N - start).clamp(0, part_NT.shape[1])
             x_NTD = cache.step(part_NT, here_N)
-            end_ND = x_NTD[torch.arange(len(own)), (here_N - 1).clamp_min(0)]
-            fresh_N1 = (here_N > 0)[:, None]
+            end_ND = x_NTD[torch.arange(len(own)), (here_N - 1).clamp_min(0).to(x_NTD.device)]
+            fresh_N1 = (here_N > 0)[:, None].to(x_NTD.device)
             last_ND = end_ND if last_ND is None else torch.where(fresh_N1, end_ND, last_ND)
         assert last_ND is not None
         return last_ND
@@ -213,28 +213,37 @@ class Generator:
     def choose(self, logits_NV: Tensor, active: list[State]) -> list[int]:
         """One token for every request, entered into its state."""
         normal_N = logits_NV.logsumexp(-1)
-        masked_NV = logits_NV
-        for row, state in enumerate(active):
-            if state.settings.constraint is not None:
-                allowed = state.settings.constraint.allowed(state.tokens)
-                if allowed is not None:
-                    if masked_NV is logits_NV:
-                        masked_NV = logits_NV.clone()
-                    kept = logits_NV[row, allowed]
-                    masked_NV[row] = float("-inf")
-                    masked_NV[row, allowed] = kept
-        best = masked_NV.argmax(-1).tolist()  # the first of equals
+        masked_NV = self.constrain(logits_NV, active)
+        best_N = masked_NV.argmax(-1)  # the first of equals
         for row, state in enumerate(active):
             if state.settings.temperature > 0:
-                best[row] = draw(masked_NV[row], state)
-        index_N = torch.tensor(best, device=logits_NV.device)
+                best_N[row] = draw(masked_NV[row], state)
         if self.engine.mesh is not None:  # the ranks of one model go on with one choice
-            dist.broadcast(index_N, group=self.engine.mesh.get_group(), group_src=0)
-            best = index_N.tolist()
-        logprob_N = (logits_NV.gather(1, index_N[:, None])[:, 0] - normal_N).tolist()
-        for state, token, logprob in zip(active, best, logprob_N, strict=True):
+            dist.broadcast(best_N, group=self.engine.mesh.get_group(), group_src=0)
+        logprob_N = logits_NV.gather(1, best_N[:, None])[:, 0] - normal_N
+        # one transfer, the step's only wait for a device: fp64 holds ids and log-probabilities exactly
+        best, logprobs = torch.stack((best_N.double(), logprob_N.double())).tolist()
+        best = [int(token) for token in best]
+        for state, token, logprob in zip(active, best, logprobs, strict=True):
             self.enter(state, token, logprob)
         return best
+
+    def constrain(self, logits_NV: Tensor, active: list[State]) -> Tensor:
+        """−∞ for the tokens that a request's constraint does not allow."""
+        rows, ids = [], []
+        for row, state in enumerate(active):
+            allowed = None if state.settings.constraint is None else state.settings.constraint.allowed(state.tokens)
+            if allowed is not None:
+                rows.append(row)
+                ids.append(torch.as_tensor(allowed, device=logits_NV.device))
+        if not rows:
+            return logits_NV
+        id_M = torch.cat(ids)
+        counts = torch.tensor([len(each) for each in ids])
+        row_M = torch.tensor(rows).repeat_interleave(counts).to(logits_NV.device)
+        masked_NV = logits_NV.index_fill(0, torch.tensor(rows).to(logits_NV.device), float("-inf"))
+        masked_NV[row_M, id_M] = logits_NV[row_M, id_M]
+        return masked_NV
 
     def enter(self, state: State, token: int, logprob: float) -> None:
         state.tokens.append(token)

@@ -28,7 +28,8 @@ class Settings:
     stop_cycles: bool = False
     """End where the same tokens repeat without end."""
     constraint: Any = None
-    """What tokens are allowed after those generated so far: an object with `allowed(tokens) -> list of ids | None`."""
+    """What tokens are allowed after those generated so far: an object with `allowed(tokens) -> ids | None`. The ids are
+    a list or an int64 tensor (on the model's device, nothing is copied each step)."""
 
     def __post_init__(self) -> None:
         for name, low, high, kind in (

@@ -76,12 +76,14 @@ class Level:
     nodes: list[Node]
     keys: list[Tensor]  # k_MGSK of each layer
     values: list[Tensor]  # v_MGSK
-    first_M: Tensor  # the position of each node's first held token
-    length_M: Tensor  # held tokens of each node
+    first_M: Tensor  # the position of each node's first held token; like all that is known beforehand, in the host's
+    length_M: Tensor  # memory: asking a device for a number would wait for it. Held tokens of each node
     rows: slice = field(default_factory=lambda: slice(0))
     leaf_Mn: Tensor | None = None
     place_r: Tensor | None = None
     below_r: Tensor | None = None
+    apart_r: Tensor | None = None  # its opposite, on the device
+    node_r: Tensor | None = None  # the node above each of the leaves
     even: bool = False  # every leaf once, in order: nothing needs to be gathered
 
     def index(self) -> None:
@@ -91,11 +93,13 @@ class Level:
         n = max(map(len, ranges))
         self.rows = slice(start, stop)
         places = {leaf: m * n + i for m, below in enumerate(ranges) for i, leaf in enumerate(below)}
-        device = self.first_M.device
+        device = self.keys[0].device
         leaves = [[below[min(i, len(below) - 1)] - start for i in range(n)] for below in ranges]
         self.leaf_Mn = torch.tensor(leaves, device=device)
+        self.node_r = torch.tensor([places.get(leaf, 0) // n for leaf in range(start, stop)])
         self.place_r = torch.tensor([places.get(leaf, 0) for leaf in range(start, stop)], device=device)
-        self.below_r = torch.tensor([leaf in places for leaf in range(start, stop)], device=device)
+        self.below_r = torch.tensor([leaf in places for leaf in range(start, stop)])
+        self.apart_r = ~self.below_r.to(device)
         self.even = len(places) == stop - start == self.leaf_Mn.numel()
 
     def retain(self) -> None:
@@ -120,7 +124,7 @@ class Level:
         out_MnGMB = out_MGnMB.view(nodes, G, n, M, -1).transpose(1, 2)
         if self.even:
             return out_MnGMB.flatten(0, 1)
-        return out_MnGMB.flatten(0, 1)[self.place_r].masked_fill_(~self.below_r[:, None, None, None], 0)
+        return out_MnGMB.flatten(0, 1)[self.place_r].masked_fill_(self.apart_r[:, None, None, None], 0)
 
 
 def levels_of(nodes: list[Node]) -> Iterator[list[Node]]:
@@ -195,7 +199,7 @@ class Cache:
         self.engine, self.nodes = engine, nodes
         self.windows = sorted(set(engine.config.windows), key=lambda w: (w is None, w))
         starts = [leaf.start for leaf in leaves]
-        self.start_N = torch.tensor(starts, device=engine.device)  # position of a leaf's slot 0
+        self.start_N = torch.tensor(starts)  # position of a leaf's slot 0, in the host's memory as all lengths
         self.length_N = torch.zeros_like(self.start_N)
         self.keys: list[Tensor] = []  # k_NGKC of each layer: the leaves' own slots
         self.values: list[Tensor] = []  # v_NGCK
@@ -273,17 +277,20 @@ class Cache:
         """Enter up to T tokens of every leaf (count_N of them are real; the rest is padding) → x_NTD."""
         N, T = tokens_NT.shape
         self._make_room(T)
-        slots_NT = self.length_N[:, None] + torch.arange(T, device=tokens_NT.device)
+        device = tokens_NT.device
+        slots_NT = self.length_N[:, None] + torch.arange(T)
         position_NT = self.start_N[:, None] + slots_NT
         S = int(self.length_N.max()) + T
-        key_position_NS = self.start_N[:, None] + torch.arange(S, device=tokens_NT.device)
+        key_position_NS = self.start_N[:, None] + torch.arange(S)
         reach = {window: self._reach(window, position_NT) for window in self.windows}
         masks = {}
         if not self.engine.fused:  # the kernels mask by themselves
             masks = {window: self._mask(window, position_NT, slots_NT, S, reach[window]) for window in self.windows}
-        rows_N1 = torch.arange(N, device=tokens_NT.device)[:, None]
+            masks = {w: None if hidden is None else hidden.to(device) for w, hidden in masks.items()}
+        rows_N1 = torch.arange(N, device=device)[:, None]
         even = bool((self.length_N == self.length_N[0]).all())
         at = int(self.length_N[0])
+        slots_NT, position_NT, key_position_NS = (x.to(device) for x in (slots_NT, position_NT, key_position_NS))
 
         def attend(layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
@@ -350,17 +357,16 @@ class Cache:
         parts = []
         for level, begin in reach:
             length = level.keys[0].shape[2]
-            index_S = torch.arange(begin, length, device=slots_NT.device)
+            index_S = torch.arange(begin, length)
             held_MS = index_S < level.length_M[:, None]
-            node_r = torch.div(level.place_r, level.leaf_Mn.shape[1], rounding_mode="floor")
-            seen_rTS = (held_MS[node_r] & level.below_r[:, None])[:, None].expand(-1, T, -1)
+            seen_rTS = (held_MS[level.node_r] & level.below_r[:, None])[:, None].expand(-1, T, -1)
             if window is not None:
-                key_position_rS = level.first_M[node_r, None] + index_S
+                key_position_rS = level.first_M[level.node_r, None] + index_S
                 seen_rTS = seen_rTS & (key_position_rS[:, None] > position_NT[level.rows][..., None] - window)
             seen_NTS = seen_rTS.new_zeros(N, T, length - begin)
             seen_NTS[level.rows] = seen_rTS
             parts.append(seen_NTS)
-        slot_S = torch.arange(S, device=slots_NT.device)
+        slot_S = torch.arange(S)
         seen_NTS = slot_S <= slots_NT[..., None]
         parts.append(seen_NTS if window is None else seen_NTS & (slot_S > slots_NT[..., None] - window))
         hidden_NTA = ~torch.cat(parts, dim=-1)
@@ -386,7 +392,7 @@ class Cache:
                 if node.first + begin >= node.end:
                     continue
                 held = slice(begin, node.end - node.first)
-                position_S = torch.arange(node.first + begin, node.end, device=level.first_M.device)
+                position_S = torch.arange(node.first + begin, node.end, device=self.engine.device)
                 leaves = slice(node.leaves.start, node.leaves.stop)
                 found.append((leaves, level.keys[layer][m, :, held], level.values[layer][m, :, held], position_S))
         return found
@@ -394,16 +400,14 @@ class Cache:
     def _pad(self, nodes: list[Node]) -> Level:
         """The nodes' keys and values in one tensor a layer, one layer at a time; the nodes give theirs up."""
         lengths = [node.keys[0].shape[1] for node in nodes]
-        device = self.engine.device
-        first_M = torch.tensor([node.first for node in nodes], device=device)
-        level = Level(nodes, [], [], first_M, torch.tensor(lengths, device=device))
+        level = Level(nodes, [], [], torch.tensor([node.first for node in nodes]), torch.tensor(lengths))
         for layer in range(len(self.engine.layers)):
             for store, name in ((level.keys, "keys"), (level.values, "values")):
                 held = [getattr(node, name)[layer] for node in nodes]
                 padded_MGSK = held[0].new_zeros(len(nodes), held[0].shape[0], max(lengths), held[0].shape[2])
                 for m, (node, kept_GSK) in enumerate(zip(nodes, held, strict=True)):
                     padded_MGSK[m, :, : lengths[m]] = kept_GSK
-                    getattr(node, name)[layer] = kept_GSK[:, :0]
+                    getattr(node, name)[layer] = kept_GSK.new_empty(0)  # not a view, which would keep the storage
                 store.append(padded_MGSK)
         level.index()
         return level
@@ -437,12 +441,13 @@ class Cache:
 
     def retain(self, rows: list[int]) -> None:
         """Drop all other leaves; `rows` must be ascending. Nodes without leaves free their keys and values."""
-        index = torch.tensor(rows, dtype=torch.int64, device=self.engine.device)
+        kept_N = torch.tensor(rows)
+        index = kept_N.to(self.engine.device)
         S = int(self.length_N.max())
         self.keys = [self._lay(k[index, :, :, : S + ROOM]) for k in self.keys]
         self.values = [v[index, :, : S + ROOM] for v in self.values]
         self.capacity = min(self.capacity, S + ROOM)
-        self.start_N, self.length_N = self.start_N[index], self.length_N[index]
+        self.start_N, self.length_N = self.start_N[kept_N], self.length_N[kept_N]
         for node in self.nodes:
             below = [new for new, old in enumerate(rows) if old in node.leaves]
             node.leaves = range(below[0], below[-1] + 1) if below else range(0)

@@ -91,7 +91,7 @@ class Asker:
         limits = replace(limits, input=min(limits.input, length - longest))  # what the model can take
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
         self.batch = batch
-        self.grounding = Grounding(self.tokenizer, generator.stop_ids) if grounded else None
+        self.grounding = Grounding(self.tokenizer, generator.stop_ids, generator.engine.device) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
             raise UserError("the model has no chat template, so no chat form; ask with --form template")
         question = max(len(self.prompt("", *asked)) for asked in self.questions(Note("")))

@@ -20,6 +20,9 @@ from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from typing import Any
 
+import torch
+from torch import Tensor
+
 from infer import codes, tasks
 from infer.extract import places
 from model.text.tokenizer import Tokenizer
@@ -33,7 +36,8 @@ SEMICOLON, SPACE = SEPARATOR
 class Vocabulary:
     """The bytes of every ordinary token, as a tree: node = [ids that end here, {next byte: node}]."""
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, device: str | torch.device = "cpu") -> None:
+        self.device = device  # where masks are kept
         self.bytes: dict[int, bytes] = {}
         self.root: list[Any] = [[], {}]
         for i in range(tokenizer.vocab_size):
@@ -99,7 +103,7 @@ class Grammar:
         self.stops = frozenset(i for i in stops if i > 0 and self.note[i - 1] not in (SEMICOLON, SPACE))
         self.last = max(self.stops, default=0)  # a span goes no further
         self.starts = sorted(i for i in stops if i < self.last and self.note[i] not in (SEMICOLON, SPACE))
-        self.memo: dict[States, list[int]] = {}
+        self.memo: dict[States, Tensor] = {}
         if not self.ends:  # a tokenizer without an end token: a line's end ends the answer
             self.ends = list(vocabulary.root[1].get(10, [[], {}])[0])
 
@@ -156,8 +160,8 @@ class Grammar:
             states = self.next(states).get(byte, frozenset())
         return states
 
-    def allowed(self, states: States) -> list[int]:
-        """The tokens that keep the answer legal, and the end tokens where it is whole."""
+    def allowed(self, states: States) -> Tensor:
+        """The ids (int64) of tokens that keep the answer legal, and the end tokens where it is whole."""
         if states not in self.memo:
             ids = list(self.ends) if any(self.whole(state) for state in states) else []
             stack = [(self.vocabulary.root, states)]
@@ -168,7 +172,8 @@ class Grammar:
                     if below is not None:
                         ids += below[0]
                         stack.append((below, reached))
-            self.memo[states] = sorted(set(ids)) or list(self.ends)
+            found = sorted(set(ids)) or list(self.ends)
+            self.memo[states] = torch.tensor(found, dtype=torch.int64, device=self.vocabulary.device)
         return self.memo[states]
 
     def complete(self, text: str) -> str:
@@ -189,7 +194,7 @@ class Grounded:
         self.grammar, self.states = grammar, grammar.begin()
         self.seen: list[int] = []
 
-    def allowed(self, tokens: Sequence[int]) -> list[int]:
+    def allowed(self, tokens: Sequence[int]) -> Tensor:
         if self.seen != list(tokens[: len(self.seen)]):
             self.states, self.seen = self.grammar.begin(), []
         for token in tokens[len(self.seen) :]:
@@ -201,8 +206,8 @@ class Grounded:
 class Grounding:
     """The grammars of a tokenizer: its vocabulary's tree is made once, the diagnosis's grammar too."""
 
-    def __init__(self, tokenizer: Tokenizer, ends: Iterable[int]) -> None:
-        self.vocabulary, self.ends = Vocabulary(tokenizer), sorted(ends)
+    def __init__(self, tokenizer: Tokenizer, ends: Iterable[int], device: str | torch.device = "cpu") -> None:
+        self.vocabulary, self.ends = Vocabulary(tokenizer, device), sorted(ends)
         lines = [f"{codes.CODES[code]} ({code})" for code in codes.CODES]
         self.diagnosis = Grammar(self.vocabulary, self.ends, alone=lines)
         closed = {name: p.values for name, p in tasks.PHENOTYPES.items() if p.values}
