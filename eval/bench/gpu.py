@@ -372,7 +372,7 @@ def sections(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]
 
 
 def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) -> dict[str, Any]:
-    """Run the sections in order, write the result after each; an error becomes a row, and the rest goes on."""
+    """Run the sections in order, write the result after each; an error becomes a row and the rest is run."""
     end = time.monotonic() + minutes * 60
     steps = iter(named)
     while True:
