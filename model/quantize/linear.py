@@ -102,7 +102,7 @@ class QuantizedWeight(nn.Module):
     @classmethod
     def join(cls, weights: list[QuantizedWeight]) -> QuantizedWeight:
         """int8 or int4 weights of one format and width, one below the other; theirs become views of the joint one."""
-        first, O = weights[0], sum(weight.shape[0] for weight in weights)  # noqa: E741
+        first, O = weights[0], sum(weight.shape[0] for weight in weights)
         dim = 1 if first.kind == "int4" else 0
         codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights], dim=dim)
         sizes = [weight.shape[0] for weight in weights]
@@ -151,7 +151,7 @@ class QuantizedWeight(nn.Module):
 
     def tiled(self, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
         """x · Wᵀ in `dtype` by tiles of W's rows, dequantized into x's dtype one at a time."""
-        O, D = self.shape  # noqa: E741
+        O, D = self.shape
         y_NO = x_ND.new_empty(x_ND.shape[0], O, dtype=dtype)
         step = max(BLOCK, PIECE // D // BLOCK * BLOCK)
         for start in range(0, O, step):
@@ -250,7 +250,7 @@ def torch_order() -> tuple[Tensor, Tensor]:
 
 def from_torch_order(codes: Tensor) -> Tensor:
     """torch's packed int4 (whole blocks) as (O, D) codes."""
-    O, D = codes.shape[0], codes.shape[1] * 2  # noqa: E741
+    O, D = codes.shape[0], codes.shape[1] * 2
     bytes_nJD = codes.view(O // BLOCK, D, BLOCK // 2).transpose(1, 2)
     q_nBD = codes.new_empty(O // BLOCK, BLOCK, D)
     low, high = torch_order()

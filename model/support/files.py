@@ -18,8 +18,9 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
+from io import BufferedReader
 from pathlib import Path
-from typing import Any, BinaryIO
+from typing import Any
 
 from model.support.cli import UserError
 
@@ -168,14 +169,14 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
     return count
 
 
-def open_regular(path: str | os.PathLike[str], buffering: int = -1) -> BinaryIO:
+def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
     """Open a file for reading bytes. Raises UserError where it is missing, a folder, or nothing that ends: reading a
     FIFO or a device that came with someone's files could wait forever."""
     try:
         if not stat.S_ISREG(os.stat(path).st_mode):
             kind = "a folder" if os.path.isdir(path) else "a pipe, socket or device"
             raise UserError(f"{path}: {kind}, not a file")
-        return open(path, "rb", buffering)  # type: ignore[return-value]
+        return open(path, "rb")
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file") from error
 
@@ -265,7 +266,8 @@ def parse_json_line(
     read and not be written again), for an id that is neither text nor a whole number, and for a line beyond
     LONGEST_LINE.
     """
-    where, constants = f"{path}:{number}", []
+    where = f"{path}:{number}"
+    constants: list[str] = []
     if len(line) > LONGEST_LINE:
         raise UserError(f"{where}: a line of more than {LONGEST_LINE:,} bytes; is a line end missing?")
     try:

@@ -130,7 +130,7 @@ def packed_pays(kind: str) -> bool:
 
     Measured over 16 million weights, more than caches hold in fp32; False where this torch lacks the product.
     """
-    O, D, group = 4096, 4096, 64  # noqa: E741
+    O, D, group = 4096, 4096, 64
     narrow, row = torch.ones(1, D, dtype=torch.bfloat16), torch.ones(D)
     try:
         if kind == "int8":

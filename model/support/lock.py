@@ -135,9 +135,10 @@ def sweep(folder: Path) -> None:
     """Remove what killed writes left in a folder that this process holds: it may hold notes. What another process
     holds in there is left alone."""
     for place, folders, files in os.walk(folder):
-        for left in [Path(place, name) for name in (*folders, *files) if TEMPORARY.fullmatch(name)]:
-            if not _lock_of(left.with_name(TEMPORARY.fullmatch(left.name)[1])).exists():
-                _sweep(left)
+        for name in (*folders, *files):
+            found = TEMPORARY.fullmatch(name)
+            if found and not _lock_of(Path(place, found[1])).exists():
+                _sweep(Path(place, name))
         folders[:] = [name for name in folders if not _lock_of(Path(place, name)).exists()]
 
 

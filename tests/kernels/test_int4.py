@@ -13,7 +13,7 @@ from model.quantize.linear import QuantizedWeight
 EPS = 1e-5
 
 
-def quantized(O, D, group, seed=0):  # noqa: E741
+def quantized(O, D, group, seed=0):
     """(weight as the CPU keeps it, its fp64 value)."""
     wide = torch.randn(O, D, generator=torch.Generator().manual_seed(seed + O + D)) * D**-0.5
     held = QuantizedWeight.quantize([wide], (O, D), f"int4-{group}")
