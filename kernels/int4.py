@@ -26,7 +26,6 @@ the tile of W for the i-th quarter of x's columns, with no element moving betwee
 side by side, so a program's read of a step is one stretch of memory.
 """
 
-
 from __future__ import annotations
 
 from collections.abc import Sequence

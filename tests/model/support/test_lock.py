@@ -8,7 +8,7 @@ import subprocess
 import sys
 
 import pytest
-from hypothesis import HealthCheck, given, settings
+from hypothesis import HealthCheck, assume, given, settings
 from hypothesis import strategies as st
 
 from model.support.cli import UserError
@@ -133,6 +133,7 @@ CHANCE = st.text("abz019_", min_size=8, max_size=8)
 @settings(deadline=None, max_examples=100, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(NAME, NAME, CHANCE, st.sampled_from(["part", "old"]), st.booleans())
 def test_only_what_was_left_of_this_name_is_swept_beside_it(tmp_path_factory, name, other, chance, end, folder):
+    assume(name != f".{other}")  # the last of these files would be the other's temporary folder
     place = tmp_path_factory.mktemp("place")
     for one in {name, other}:
         left = place / f".{one}.{chance}.{end}"
