@@ -30,8 +30,8 @@ from tqdm import tqdm
 from infer.extract.answers import SCHEMA
 from infer.extract.job import Job, Unchanged, batches, begun, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, passed_over, read_notes
-from infer.retrieval.mended import mend
 from infer.retrieval.repair import read_repair
+from infer.retrieval.repaired_note import repair_note
 from infer.tasks import QUESTION
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
@@ -91,7 +91,7 @@ class Options:
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     """What the model computes in; auto: what this machine decodes soonest in, measured."""
     repair: Path | None = None
-    """A lexicon (JSON lines whose `text` is spelled well: training notes): mend the notes' spelling and expand their
+    """A lexicon (JSON lines whose `text` is spelled well: training notes): correct the notes' spelling and expand their
     abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
     format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "auto"
     """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
@@ -297,16 +297,17 @@ def extract(
     kept = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
     generator = Generator(model, tokenizer, **kept)
     asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, options.batch)
-    answered = sum(counts[: done * job.world])  # by an earlier call: not of the rate
-    shown = {"total": sum(counts), "initial": answered, "unit": "note", "desc": "extracting"}
+    finished = sum(counts[: done * job.world])  # by an earlier call: not of the rate
+    shown = {"total": sum(counts), "initial": finished, "unit": "note", "desc": "extracting"}
     with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
         for number, batch in islice(enumerate(split(options)), done * job.world, None):
             if number % job.world == job.rank:
                 if repair is None:
                     records = asker.records(batch)
                 else:
-                    mended, ways = zip(*(mend(note, repair) for note in batch), strict=True)
-                    records = [way.restore(record) for way, record in zip(ways, asker.records(mended), strict=True)]
+                    repaired, originals = zip(*(repair_note(note, repair) for note in batch), strict=True)
+                    answered = zip(originals, asker.records(repaired), strict=True)
+                    records = [original.restore(record) for original, record in answered]
                 notes.check()
                 job.append(records)
             bar.update(len(batch))

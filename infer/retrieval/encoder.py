@@ -270,7 +270,7 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     except UserError:
         raise
     except Exception as error:  # the library raises bare Exception
-        raise UserError(f"{folder}: the tokenizer's file is damaged; download it again") from error
+        raise UserError(f"{folder}: the tokenizer's file is corrupt; download it again") from error
     tokenizer.no_padding()
     tokenizer.no_truncation()
     tokenizer.encode_special_tokens = True

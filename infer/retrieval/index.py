@@ -1,4 +1,4 @@
-"""An index of notes on disk; vectors are written batch by batch, and a build goes on where it was interrupted.
+"""An index of notes on disk. Vectors are written batch by batch, and an interrupted build continues.
 
     python -m infer.retrieval.index --encoder contriever --weights DIR --notes train.jsonl --out DIR
     python -m infer.retrieval.index --encoder bm25 --notes train.jsonl --out DIR
@@ -25,7 +25,6 @@ from typing import Any, Literal
 import numpy as np
 from tqdm import tqdm
 
-from infer.retrieval.approximate import build_cells, library, search_cells
 from infer.retrieval.bm25 import BM25, words
 from infer.retrieval.encoder import Encoder, files
 from infer.retrieval.search import allowed, top_k
@@ -48,12 +47,6 @@ class Options:
     """The encoder's folder (none for bm25)."""
     notes: Path | None = None
     """JSON lines with `id` and `text` (and `title`, `patient`, `diagnosis` where known), or a folder of .txt files."""
-    dtype: Literal["float32", "float16"] = "float32"
-    """How vectors are kept; float16 takes half the disk and changes a score in its fourth digit."""
-    similarity: Literal["own", "dot", "euclidean"] = "own"
-    """How SPECTER2's vectors are compared: its own is Euclidean, and its authors report dot products too."""
-    faiss: bool = False
-    """Also keep an approximate index, and search in it: for many millions of notes (needs the package faiss-cpu)."""
     ask: str | None = None
     """Instead of building, print the notes nearest to this text."""
     k: int = 5
@@ -69,7 +62,7 @@ class Options:
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The notes to index, each with `id` and `text`. Raises UserError for an id that stands twice."""
+    """The notes to index, each with `id` and `text`. Raises UserError for a repeated id."""
     if path.is_dir():
         found = [(file.name, {"id": file.stem, "text": read(file)}) for file in sorted(path.glob("*.txt"))]
         if not found:
@@ -82,7 +75,7 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path}:{where}: 'id' and 'text' must be text")
         record["id"] = str(record["id"])
         if record["id"] in seen:
-            raise UserError(f"{path}:{where}: the id {record['id']!r} stands twice; give each note its own")
+            raise UserError(f"{path}:{where}: the id {record['id']!r} is used twice; give each note its own")
         seen.add(record["id"])
         yield record
 
@@ -113,12 +106,6 @@ def build(options: Options) -> dict[str, Any]:
         raise UserError(f"--encoder {options.encoder}: weights not given; give its folder with --weights")
     if not dense and options.weights is not None:
         raise UserError("--encoder bm25 has no weights; leave --weights out, or name the encoder that they are of")
-    if options.similarity != "own" and options.encoder != "specter2":
-        raise UserError(f"--similarity {options.similarity}: {options.encoder} has one of its own; leave it out")
-    if options.faiss and not dense:
-        raise UserError("--faiss is for vectors, and bm25 has none; leave it out")
-    if options.faiss:
-        library()
     with output(out, options.overwrite):
         return write_index(options, list(records(options.notes)))
 
@@ -128,18 +115,19 @@ def write_index(options: Options, found: list[dict[str, Any]]) -> dict[str, Any]
     dense = options.encoder != "bm25"
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found).encode()
     manifest: dict[str, Any] = {
-        "version": 1, "encoder": options.encoder, "count": len(found), "dtype": options.dtype if dense else None,
+        "version": 1,
+        "encoder": options.encoder,
+        "count": len(found),
         "notes_sha256": hashlib.sha256(lines).hexdigest(),
         "encoder_sha256": hash_files(options.weights) if dense and options.weights else None,
-        **({"similarity": options.similarity} if options.similarity != "own" else {}),
-    }  # fmt: skip
+    }
     name = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
     raw = options.out.with_name(f".{options.out.name}.{name}.vectors")  # the vectors that are done, and of which job
     for left in options.out.parent.iterdir():
         if left != raw and re.fullmatch(rf"\.{re.escape(options.out.name)}\.[0-9a-f]{{16}}\.vectors", left.name):
             left.unlink()  # another job's of this output, which was interrupted and given up
     if dense:
-        vectors_ND, made = embed(options, manifest, found, raw)
+        vectors_ND, made = embed(options, found, raw)
     else:
         BM25([record["text"] for record in found])  # raises where there is nothing to index
     with atomic_folder(options.out) as folder:
@@ -148,24 +136,18 @@ def write_index(options: Options, found: list[dict[str, Any]]) -> dict[str, Any]
         if dense:
             np.save(folder / "vectors.npy", vectors_ND)
             manifest |= made | {"vectors_sha256": sha256_file(folder / "vectors.npy")}
-        if options.faiss:
-            build_cells(vectors_ND, made["similarity"], folder / "vectors.faiss")
-            manifest["faiss_sha256"] = sha256_file(folder / "vectors.faiss")
         write_json(folder / "manifest.json", manifest)
     raw.unlink(missing_ok=True)
     return manifest
 
 
-def embed(
-    options: Options, manifest: dict[str, Any], found: list[dict[str, Any]], raw: Path
-) -> tuple[np.memmap, dict[str, Any]]:
+def embed(options: Options, found: list[dict[str, Any]], raw: Path) -> tuple[np.memmap, dict[str, Any]]:
     """Encode what `raw` does not yet hold, batch by batch: (all vectors, the manifest's entries for them)."""
     assert options.weights is not None
     encoder = Encoder.from_pretrained(options.weights, options.encoder)
-    dtype = np.dtype(options.dtype)
     width = len(encoder.encode(["width"])[0])
     encoder.cut = 0
-    row_bytes = width * dtype.itemsize
+    row_bytes = width * 4
     done = raw.stat().st_size // row_bytes // BATCH * BATCH if raw.exists() else 0
     texts = [(record["title"], record["text"]) if record.get("title") else record["text"] for record in found]
     for text in texts[:done]:
@@ -177,21 +159,20 @@ def embed(
         data.truncate(done * row_bytes)
         for start in range(done, len(found), BATCH):
             vectors_ND = encoder.encode(texts[start : start + BATCH])
-            data.write(vectors_ND.astype(dtype).tobytes())
+            data.write(vectors_ND.tobytes())
             data.flush()
             bar.update(len(vectors_ND))
         os.fsync(data.fileno())
     if encoder.cut:
         print(f"{encoder.cut} notes are longer than {options.encoder} reads and were cut at its limit", file=sys.stderr)
-    similarity = manifest.get("similarity", encoder.similarity)
-    vectors_ND = np.memmap(raw, dtype=dtype, mode="r", shape=(len(found), width))
-    return vectors_ND, {"width": width, "similarity": similarity, "cut": encoder.cut}
+    vectors_ND = np.memmap(raw, dtype=np.float32, mode="r", shape=(len(found), width))
+    return vectors_ND, {"width": width, "similarity": encoder.similarity, "cut": encoder.cut}
 
 
 class Index:
     """A finished index: `search(text, k)` and `neighbours(note, k)`.
 
-    Raises UserError where the folder is no index, is damaged, or was built by another encoder.
+    Raises UserError where the folder is no index, is corrupt, or was built by another encoder.
     """
 
     def __init__(self, path: Path, encoder: str | None = None, weights: Path | None = None) -> None:
@@ -206,7 +187,7 @@ class Index:
             )
         if sha256_file(path / "notes.jsonl") != manifest["notes_sha256"]:
             raise UserError(f"{path}: its notes.jsonl was changed since; build the index again")
-        self.manifest, self.path = manifest, path
+        self.manifest = manifest
         self.records = [record for _, record in read_jsonl(path / "notes.jsonl")]
         if manifest["encoder"] == "bm25":
             self.words = BM25([record["text"] for record in self.records])
@@ -216,9 +197,7 @@ class Index:
         if hash_files(weights) != manifest["encoder_sha256"]:
             raise UserError(f"{path}: was built by another encoder or tokenizer than {weights}; build the index again")
         if sha256_file(path / "vectors.npy") != manifest["vectors_sha256"]:
-            raise UserError(f"{path}: its vectors.npy is damaged; build the index again")
-        if "faiss_sha256" in manifest and sha256_file(path / "vectors.faiss") != manifest["faiss_sha256"]:
-            raise UserError(f"{path}: its vectors.faiss is damaged; build the index again")
+            raise UserError(f"{path}: its vectors.npy is corrupt; build the index again")
         self.encoder = Encoder.from_pretrained(weights, manifest["encoder"])
         self.vectors_ND = np.load(path / "vectors.npy", mmap_mode="r", allow_pickle=False)
 
@@ -232,11 +211,8 @@ class Index:
         if self.manifest["encoder"] == "bm25":
             return [(self.records[row], score) for row, score in self.words.search(text, k)]
         query_1D = self.encoder.encode([text], query=True)
-        if "faiss_sha256" in self.manifest:
-            rows, scores = search_cells(self.path / "vectors.faiss", query_1D, k, self.manifest["similarity"])
-        else:
-            rows, scores = top_k(query_1D, self.vectors_ND, k, self.manifest["similarity"])
-        return [(self.records[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True) if row >= 0]
+        rows, scores = top_k(query_1D, self.vectors_ND, k, self.manifest["similarity"])
+        return [(self.records[row], float(score)) for row, score in zip(rows[0], scores[0], strict=True)]
 
     def neighbours(
         self, note: Mapping[str, Any], k: int, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
@@ -254,7 +230,7 @@ class Index:
             depth *= 4
 
 
-def said(diagnosis: Any) -> str:
+def diagnosis_text(diagnosis: Any) -> str:
     """A record's diagnosis for a line of text, whether it is a text or {"text", "code"}."""
     text = diagnosis.get("text") if isinstance(diagnosis, Mapping) else diagnosis
     return text if isinstance(text, str) else ""
@@ -271,7 +247,7 @@ def main(options: Options) -> None:
         print(json.dumps({"results": rows}, ensure_ascii=False))
         return
     for row in rows:
-        print(f"{row['score']:9.4f}  {row['id']}  {said(row['diagnosis'])}")
+        print(f"{row['score']:9.4f}  {row['id']}  {diagnosis_text(row['diagnosis'])}")
 
 
 if __name__ == "__main__":

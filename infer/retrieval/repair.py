@@ -144,9 +144,9 @@ class Repair:
         for match in _WORD.finditer(text):
             place = beside.get(match.start(), 0)
             before, after = (tokens[i][0] if 0 <= i < len(tokens) else "" for i in (place - 1, place + 1))
-            mended = self.correct(match[0], before, after, match.start() in shouted)
-            if mended != match[0] and match.start() not in taken:
-                found.append(Change(match.start(), match.end(), match[0], mended))
+            corrected = self.correct(match[0], before, after, match.start() in shouted)
+            if corrected != match[0] and match.start() not in taken:
+                found.append(Change(match.start(), match.end(), match[0], corrected))
         return sorted(found, key=lambda change: change.start)
 
     def __call__(self, text: str) -> str:
@@ -198,7 +198,7 @@ def deletions(word: str) -> set[str]:
 
 
 def plain(word: str, known: str) -> bool:
-    """Whether a word is mended without asking its neighbours. Short words have neighbours that are words: a "chance"
+    """Whether a word is corrected without asking its neighbours. Short words have neighbours that are words: a "chance"
     is no "change", "tests" no "testis", a "dermoid" no "desmoid"; and an edit of the last letter is more often another
     inflection (node, nodes) than a mistake."""
     if known[:-1] in (word, word[:-1]) or known == word[:-1]:

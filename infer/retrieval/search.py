@@ -1,7 +1,6 @@
 """Exact nearest vectors by blocked products, and the guard that keeps a note's own answer out of its neighbours.
 
-Exact search is one pass over the vectors (3 GB for a million of 768 numbers) whatever is asked; for many millions of
-them, or many single queries a second, approximate.py reads a part.
+Exact search is one pass over the vectors (3 GB for a million of 768 numbers) for every batch of queries.
 """
 
 from __future__ import annotations

@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from eval.robustness.misspelling import _ROWS, _SOUNDS, RULES, misspell
 from eval.robustness.wrong_labels import corrupt, derangement
-from infer.retrieval import mended, repair
+from infer.retrieval import repair, repaired_note
 from infer.retrieval.repair import Repair
 from train.clinic import unseen as clinic_unseen
 from train.clinic.program import patient_notes
@@ -94,7 +94,7 @@ def test_answers_keep_their_words_and_their_places_move_along():
 def test_what_corrupts_and_what_repairs_share_no_rule_and_no_list():
     """Repair holds no map of keys or sounds and no list of mistakes, and none of the short forms that the unseen
     styles write with: what it recovers there is not its own doing undone."""
-    source = "".join(Path(module.__file__).read_text() for module in (repair, mended))
+    source = "".join(Path(module.__file__).read_text() for module in (repair, repaired_note))
     assert "eval" not in re.findall(r"(?:from|import) (\w+)", source)
     for row in _ROWS:
         assert row not in source

@@ -16,8 +16,8 @@ from infer.extract.ask import FORMS, Answer, Asker, Limits
 from infer.extract.evidence import MARGIN, MOST, Forced, decide, losses
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
-from infer.retrieval.mended import mend
 from infer.retrieval.repair import Change
+from infer.retrieval.repaired_note import repair_note
 from model.support.files import write_jsonl
 
 NOTE = "A cyst of 2.5 cm. Tumor: 2.5 cm (not 12.5 cm); left, LEFT breast. 2.5 cm"
@@ -151,7 +151,7 @@ def test_a_note_is_encoded_once(tokenizer, long):
 def test_ambiguous_places_are_the_original_notes_after_repair():
     note = Note("n", "tumr 5 cm, tumr 5 cm")
     changes = [Change(0, 4, "tumr", "tumor"), Change(11, 15, "tumr", "tumor")]
-    repaired, way = mend(note, type("Two", (), {"changes": staticmethod(lambda text: changes)}))
+    repaired, way = repair_note(note, type("Two", (), {"changes": staticmethod(lambda text: changes)}))
     assert repaired.text == "tumor 5 cm, tumor 5 cm"
     answer = {"text": "tumor", "start": 12, "end": 17, "logprob": 0.0, "ambiguous": [[0, 5]]}
     record = way.restore({"id": "n", "phenotypes": {"tumor_site": {"answers": [answer]}}})

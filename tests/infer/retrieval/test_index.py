@@ -11,7 +11,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer.retrieval import approximate, index, search
+from infer.retrieval import index, search
 from infer.retrieval.bert import Bert
 from infer.retrieval.index import Index, Options, build
 from infer.retrieval.search import allowed, top_k
@@ -69,17 +69,14 @@ def test_blocked_search_is_the_sorted_whole(seed, rows, k, similarity):
         assert (np.diff(scores[q]) <= 0).all()
 
 
-def test_a_note_is_found_by_its_own_text_and_float16_halves_the_disk(tmp_path):
+def test_a_note_is_found_by_its_own_text_and_vectors_are_fp32(tmp_path):
     weights, notes = encoder_folder(tmp_path / "enc"), notes_file(tmp_path / "notes.jsonl")
-    sizes = []
-    for dtype in ("float32", "float16"):
-        build(Options(out=tmp_path / dtype, encoder="contriever", weights=weights, notes=notes, dtype=dtype))
-        found = Index(tmp_path / dtype, weights=weights)
-        euclidean = top_k(found.vectors_ND[:20].astype(np.float32), found.vectors_ND, 1, "euclidean")[0]
-        assert euclidean[:, 0].tolist() == list(range(20))
-        sizes.append((tmp_path / dtype / "vectors.npy").stat().st_size - 128)
-    assert sizes[0] == 2 * sizes[1] == 150 * 16 * 4
-    assert (tmp_path / "float32" / "notes.jsonl").stat().st_mode & 0o077 == 0
+    build(Options(out=tmp_path / "index", encoder="contriever", weights=weights, notes=notes))
+    found = Index(tmp_path / "index", weights=weights)
+    euclidean = top_k(found.vectors_ND[:20], found.vectors_ND, 1, "euclidean")[0]
+    assert euclidean[:, 0].tolist() == list(range(20))
+    assert found.vectors_ND.dtype == np.float32 and found.vectors_ND.shape == (150, 16)
+    assert (tmp_path / "index" / "notes.jsonl").stat().st_mode & 0o077 == 0
 
 
 def test_a_build_that_was_killed_continues_to_the_same_bytes(tmp_path, monkeypatch):
@@ -139,7 +136,7 @@ def test_what_does_not_fit_is_refused_and_the_old_index_stays(tmp_path):
     before = (out / "manifest.json").read_bytes()
     twice = tmp_path / "twice.jsonl"
     twice.write_text(notes.read_text() + notes.read_text())
-    with pytest.raises(UserError, match=r"twice.jsonl:11: the id 'n0' stands twice"):
+    with pytest.raises(UserError, match=r"twice.jsonl:11: the id 'n0' is used twice"):
         build(Options(out=out, encoder="contriever", weights=weights, notes=twice, overwrite=True))
     with pytest.raises(UserError, match="weights not given"):
         build(Options(out=out, encoder="sgpt", notes=notes))
@@ -186,41 +183,8 @@ def test_a_note_longer_than_the_encoder_reads_is_counted(tmp_path, capsys):
     assert "cut at its limit" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("similarity", ["dot", "cosine", "euclidean"])
-def test_cells_that_are_all_read_give_the_exact_search(tmp_path, similarity, monkeypatch):
-    pytest.importorskip("faiss")
-    rng = np.random.default_rng(0)
-    matrix, query = (rng.standard_normal((n, 8)).astype(np.float32) for n in (500, 5))
-    approximate.build_cells(matrix, similarity, tmp_path / "v.faiss")
-    rows, scores = approximate.search_cells(tmp_path / "v.faiss", query, 10, similarity)
-    exact_rows, exact_scores = top_k(query, matrix, 10, similarity)
-    assert (rows == exact_rows).all() and np.abs(scores - exact_scores).max() < 1e-5  # 12 cells, 32 are read
-    monkeypatch.setattr(approximate, "PROBES", 1)
-    few, _ = approximate.search_cells(tmp_path / "v.faiss", query, 10, similarity)
-    assert 0 < (few == exact_rows).mean() < 1
-
-
-def test_an_approximate_index_is_asked_like_an_exact_one_and_checked(tmp_path):
-    pytest.importorskip("faiss")
-    weights, notes = encoder_folder(tmp_path / "enc"), notes_file(tmp_path / "notes.jsonl")
-    for name in ("exact", "cells"):
-        build(Options(out=tmp_path / name, encoder="contriever", weights=weights, notes=notes, faiss=name == "cells"))
-    exact, cells = (Index(tmp_path / name, weights=weights) for name in ("exact", "cells"))
-    note = {"id": "q", "text": "Mass of the left breast."}
-    wanted = [record["id"] for record in exact.neighbours(note, 5)]
-    assert [record["id"] for record in cells.neighbours(note, 5)] == wanted
-    (tmp_path / "cells" / "vectors.faiss").write_bytes(b"torn")
-    with pytest.raises(UserError, match="vectors.faiss is damaged"):
-        Index(tmp_path / "cells", weights=weights)
-
-
-def test_only_specter2_has_two_similarities(tmp_path):
+def test_specter2_is_compared_by_squared_distance(tmp_path):
     weights, notes = encoder_folder(tmp_path / "enc"), notes_file(tmp_path / "notes.jsonl", 9)
-    with pytest.raises(UserError, match="has one of its own"):
-        build(Options(out=tmp_path / "i", encoder="contriever", weights=weights, notes=notes, similarity="euclidean"))
-    with pytest.raises(UserError, match="bm25 has none"):
-        build(Options(out=tmp_path / "i", notes=notes, faiss=True))
-    assert not (tmp_path / "i").exists()
     specter = tmp_path / "specter2"
     specter.mkdir()
     shutil.copytree(weights, specter / "base")
@@ -232,14 +196,9 @@ def test_only_specter2_has_two_similarities(tmp_path):
         state = {f"encoder.layer.0.output.adapters.{part}.{key}": torch.randn(shape) for key, shape in shapes.items()}
         described = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
         write_safetensors(specter / part / "adapter.safetensors", described, lambda key, held=state: iter([held[key]]))
-    query, documents = "Mass of the colon.", {}
-    for similarity in ("own", "dot"):
-        out = tmp_path / similarity
-        build(Options(out=out, encoder="specter2", weights=specter, notes=notes, similarity=similarity))
-        found = Index(out, "specter2", specter)
-        documents[similarity] = dict((record["id"], score) for record, score in found.search(query, 9))
-        query_D, vectors_ND = found.encoder.encode([query], query=True)[0], found.vectors_ND
-    dot = vectors_ND @ query_D
+    build(Options(out=tmp_path / "index", encoder="specter2", weights=specter, notes=notes))
+    found = Index(tmp_path / "index", "specter2", specter)
+    scores = {record["id"]: score for record, score in found.search("Mass of the colon.", 9)}
+    query_D, vectors_ND = found.encoder.encode(["Mass of the colon."], query=True)[0], found.vectors_ND
     for i in range(9):
-        assert documents["dot"][f"n{i}"] == pytest.approx(dot[i], rel=1e-5)
-        assert documents["own"][f"n{i}"] == pytest.approx(2 * dot[i] - (vectors_ND[i] ** 2).sum(), rel=1e-4)
+        assert scores[f"n{i}"] == pytest.approx(2 * vectors_ND[i] @ query_D - (vectors_ND[i] ** 2).sum(), rel=1e-4)

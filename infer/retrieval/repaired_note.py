@@ -1,4 +1,4 @@
-"""A repaired note beside its original: what infer.extract --repair reads, and how its answers find their way back.
+"""A repaired note beside its original: what infer.extract --repair reads, and the way back of its answers' places.
 
     original   T2 tumor of the LUL, invasvie.        repaired   T2 tumor of the left upper lobe, invasive.
     answered   "left upper lobe" at 16–31            written    "LUL" at 16–19
@@ -20,7 +20,7 @@ from infer.retrieval.repair import SHORT_FORMS, Change, Repair, apply
 
 
 @dataclass(frozen=True)
-class Mended:
+class RepairedNote:
     """A note's original text and its changes, in order."""
 
     original: str
@@ -28,7 +28,7 @@ class Mended:
 
     @cached_property
     def origin(self) -> list[tuple[int, int]]:
-        """For each character of the repaired text, the stretch of the original that it stands for."""
+        """For each character of the repaired text, the span of the original that it replaces."""
         places, at = [], 0
         for change in self.changes:
             places += [(i, i + 1) for i in range(at, change.start)]
@@ -62,7 +62,7 @@ class Mended:
         return {**record, "repairs": [[change.start, change.end, change.after] for change in self.changes]}
 
 
-def mend(note: Note, repair: Repair) -> tuple[Note, Mended]:
-    """The note as it is read after repair, and its way back."""
+def repair_note(note: Note, repair: Repair) -> tuple[Note, RepairedNote]:
+    """The note as it is read after repair, and the map to its original."""
     changes = tuple(repair.changes(note.text))
-    return replace(note, text=apply(note.text, changes)), Mended(note.text, changes)
+    return replace(note, text=apply(note.text, changes)), RepairedNote(note.text, changes)

@@ -10,15 +10,15 @@ from hypothesis import strategies as st
 
 from infer.extract.notes import Note
 from infer.extract.program import Options, main
-from infer.retrieval.mended import Mended, mend
 from infer.retrieval.repair import Change, Repair, apply
+from infer.retrieval.repaired_note import RepairedNote, repair_note
 from model.support.cli import UserError
 
 LEXICON = ["An invasive tumor of the left upper lobe, with nodes."] * 3
 
 
 def test_the_worked_example():
-    note, way = mend(Note("a", "T2 tumor of the LUL, invasvie."), Repair(LEXICON))
+    note, way = repair_note(Note("a", "T2 tumor of the LUL, invasvie."), Repair(LEXICON))
     assert note.text == "T2 tumor of the left upper lobe, invasive."
     answers = [("left upper lobe", 16, 31), ("invasive", 33, 41), ("upper lobe", 21, 31), ("T2", 0, 2)]
     found = {"phenotypes": {"x": {"answers": [{"text": t, "start": s, "end": e} for t, s, e in answers]}}}
@@ -39,7 +39,7 @@ def test_every_place_leads_to_what_stood_there(parts, data):
         if after is not None:
             changes.append(Change(len(original), len(original) + len(before), before, after))
         original += before
-    way, text = Mended(original, tuple(changes)), apply(original, changes)
+    way, text = RepairedNote(original, tuple(changes)), apply(original, changes)
     assert len(way.origin) == len(text)
     if text:
         start = data.draw(st.integers(0, len(text) - 1))
