@@ -17,7 +17,6 @@ import hashlib
 import json
 import re
 import resource
-import sys
 import time
 import tomllib
 from collections.abc import Iterator, Sequence
@@ -37,6 +36,7 @@ from infer.extract.notes import Note, checked
 from model.support import cli as command
 from model.support.cli import UserError, nearest
 from model.support.files import read_json, write_json, write_jsonl
+from model.support.hardware import max_resident_mb
 from model.support.lock import claim, hold, is_empty, sweep
 from model.text.chat import FORMS
 
@@ -192,7 +192,7 @@ def ask(options: Options, asked: Sequence[dict[str, Any]], name: str, form: str,
         "kind": "model" if options.adapter else "base",
         "predictions": {"data": file},
         "seconds": seconds,
-        "peak_mb": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10),
+        "peak_mb": max_resident_mb(resource.getrusage(resource.RUSAGE_SELF)),
         "family": options.weights,
         "notes": len(asked),
         "form": form,

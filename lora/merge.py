@@ -2,7 +2,7 @@
 
 Both are streamed: rows of W + s·B A, a few megabytes at a time, are summed in fp32, rounded to the file's dtype and
 written, and an adapter's two matrices are read when their layer's turn comes. What is in memory is a few pieces of one
-layer, however many layers and shards there are (`python -m eval.bench merge`). The base's files are not touched: they
+layer, however many layers and shards there are. The base's files are not touched: they
 are the originals that an in-memory merge keeps (fold.py).
 """
 

@@ -1,21 +1,18 @@
 """The benchmarks: `python -m eval.bench NAME`, each a ratio against a peer measured in the same run.
 
-Every benchmark is a module beside this one with a function `rows(...)`, whose keyword arguments are its options. A row
-is {"name", "ours", "peer", "peer_name", "ratio", "limit", "share_of_limit", "unit", "setting"}; a ratio above 1 always
-means that ours is better. `gpu` is a program of its own, because it must run in a bare CUDA image.
+Every benchmark is a module of this package with a function `rows(...)`, whose keyword arguments are its options and
+which returns rows (row.py). `gpu` is a program of its own, because it must run in a bare CUDA image.
 """
 
 from __future__ import annotations
 
-import os
-import platform
 import sys
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-NAMES = sorted(file.stem.replace("_", "-") for file in Path(__file__).parent.glob("[a-z]*.py") if file.stem != "row")
+NAMES = ("decode", "extract", "gpu", "long", "lookup", "narrow", "plan", "prefill", "seven-b", "train")
 
 
 def main(argv: list[str]) -> int:
@@ -25,6 +22,7 @@ def main(argv: list[str]) -> int:
         return gpu.main(argv[1:])
     from model.support.cli import UserError, nearest, parse
     from model.support.files import write_json
+    from model.support.hardware import host
     from model.support.lock import output
 
     if not argv or argv[0] in ("-h", "--help"):
@@ -47,7 +45,7 @@ def main(argv: list[str]) -> int:
     # tyro calls what it parses for: only the options are taken from it, so that a benchmark runs outside the parser
     given = parse(wraps(measure)(lambda **given: given), options, f"python -m eval.bench {name} [--json FILE]")
     with output(out, overwrite):
-        rows = measure(**given)
+        rows = [row.as_dict() for row in measure(**given)]
         print(table(rows))
         if out is not None:
             write_json(out, {"host": host(), "rows": rows})
@@ -57,7 +55,7 @@ def main(argv: list[str]) -> int:
 def table(rows: list[dict[str, Any]]) -> str:
     """The rows as a Markdown table."""
     keys = ("name", "ours", "peer", "unit", "peer_name", "ratio", "limit", "share_of_limit", "setting")
-    cells = [[key.replace("_", " ") for key in keys]] + [[shown(row.get(key)) for key in keys] for row in rows]
+    cells = [[key.replace("_", " ") for key in keys]] + [[shown(row[key]) for key in keys] for row in rows]
     width = [max(len(line[i]) for line in cells) for i in range(len(keys))]
     lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |" for line in cells]
     lines.insert(1, "| " + " | ".join("-" * w for w in width) + " |")
@@ -68,24 +66,6 @@ def shown(value: Any) -> str:
     if value is None:
         return "–"
     return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
-def host() -> dict[str, Any]:
-    """What the figures were measured on: processor, threads, measured product rate and read bandwidth."""
-    import torch
-
-    from model.support.hardware import probe
-
-    return {"cpu": cpu_name(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-            "python": platform.python_version(), "torch": torch.__version__, **probe()}  # fmt: skip
-
-
-def cpu_name() -> str:
-    try:
-        lines = Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines()
-        return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or platform.machine()
 
 
 if __name__ == "__main__":

@@ -1,8 +1,8 @@
-"""Decoding one request, tokens a second: wide and quantized weights against transformers, llama.cpp and memory's rate.
+"""Decoding one request, tokens per second: wide and quantized weights against transformers and llama.cpp.
 
-Everything in a table was measured in turns in one run. A limit is the measured read rate over the bytes that a token
-reads: every weight once, in its format. Shapes: the weights given (SmolLM2-135M), a random model of 500M parameters,
-and a random one with a short window, whose cost per token must not grow as the text does.
+The programs run in turns. A limit is the measured read rate over the bytes that a token reads: every weight once, in
+its format. Shapes: the weights given (SmolLM2-135M), a random model of 500M parameters, and a random one with a short
+window, whose cost per token must not grow with the text.
 """
 
 from __future__ import annotations
@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from eval.bench.long import CONFIG as SHORT
+from eval.bench.row import Row
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from model import ModelConfig, Transformer
@@ -35,7 +36,7 @@ HALF_BILLION = {
 def rows(
     weights: str, prompt_tokens: int = 64, new_tokens: int = 64, repeats: int = 3, large: bool = True,
     forms: tuple[str, ...] = ("int8", "int4", "int4-32", "int4-128", "nf4"),
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """Greedy decoding, batch 1. `large`: the 500M model too (2 GB in fp32, twice)."""
     setting = f"prompt {prompt_tokens}, {new_tokens} new, best of {repeats}, {torch.get_num_threads()} threads"
     prompt = [100 + n % 150 for n in range(prompt_tokens)]
@@ -64,8 +65,8 @@ def rows(
 def compare(
     name: str, model: Transformer, tokenizer: Any, narrows: dict[str, Transformer],
     peers: dict[str, Callable[[], float]], prompt: list[int], new: int, repeats: int, setting: str,
-) -> list[dict[str, Any]]:  # fmt: skip
-    """fp32 and the quantized models against transformers in fp32, and the narrow ones against other peers."""
+) -> list[Row]:  # fmt: skip
+    """fp32 and the quantized models against transformers in fp32, and the quantized ones against other peers too."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -77,17 +78,14 @@ def compare(
         sizes[form] = read_bytes(own.config, form)
         runs[form] = partial(ours_once, generator_of(own, tokenizer), prompt, new)
     best: dict[str, float] = {}
-    for _ in range(repeats):  # in turns, so that all meet the same machine
+    for _ in range(repeats):  # in turns: other load on the machine then slows all of them alike
         for which, once in runs.items():
             best[which] = max(best.get(which, 0.0), once())
     rate, found = read_rate() * 1e9, []
     for form, size in sizes.items():
         for peer in ("transformers generate, fp32", *(peers if form != "fp32" else ())):
-            found.append({
-                "name": f"decode {name}: {form}", "ours": best[form], "peer": best[peer], "peer_name": peer,
-                "ratio": best[form] / best[peer], "limit": rate / size, "share_of_limit": best[form] / (rate / size),
-                "unit": "tokens/s", "setting": f"{size / 1e6:.0f} MB a token, {setting}",
-            })  # fmt: skip
+            found.append(Row(f"decode {name}: {form}", best[form], best[peer], peer, "tokens/s",
+                             f"{size / 1e6:.0f} MB a token, {setting}", rate / size))  # fmt: skip
     return found
 
 
@@ -115,7 +113,7 @@ def ours_once(generator: Generator, prompt: list[int], new: int) -> float:
 
 
 class Clock:
-    """A streamer of transformers' generate that keeps when the prompt and each token came."""
+    """A streamer for transformers' generate: records when the prompt and each token arrive."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -172,7 +170,7 @@ def llama_cpp(weights: str, prompt: list[int], new: int) -> dict[str, Callable[[
     return {name: once}
 
 
-def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> dict[str, Any]:
+def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> Row:
     """Time of a token between six and eight windows over that between two and four: 1 where the cost is flat."""
     config = ModelConfig.from_dict({**SHORT, "sliding_window": window})
     generator = generator_of(init_weights(Transformer(config), 0).requires_grad_(False).eval(), tokenizer)
@@ -183,8 +181,5 @@ def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> dict[
         taken.append(now - began)
         began = now
     early, late = (statistics.median(taken[a * window : b * window]) for a, b in ((2, 4), (6, 8)))
-    return {
-        "name": "decode past the window", "ours": late * 1e3, "peer": early * 1e3, "peer_name": "ours, 2 to 4 windows",
-        "ratio": early / late, "limit": 1.0, "share_of_limit": early / late, "unit": "ms/token",
-        "setting": f"6 to 8 windows of {window} into the text, median",
-    }  # fmt: skip
+    return Row("decode past the window", late * 1e3, early * 1e3, "ours, 2 to 4 windows", "ms/token",
+               f"6 to 8 windows of {window} into the text, median")  # fmt: skip

@@ -13,13 +13,14 @@ from typing import Any
 
 import torch
 
+from eval.bench.row import Row
 from infer import tasks
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from model.support.hardware import compute_dtype
 
 
-def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16) -> list[dict[str, Any]]:
+def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16) -> list[Row]:
     """Measure on `notes` notes of `note_tokens` tokens, `new_tokens` for each of the eight questions."""
     from transformers import AutoModelForCausalLM
 
@@ -54,15 +55,9 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
         rate = notes / (time.perf_counter() - began)
         for name, (mine, tokens) in ours.items():
             same = sum(a == b for a, b in zip(tokens, theirs, strict=True))
-            found.append(row(name, mine, rate, peer_name, f"{setting}; {same} of {len(theirs)} answers equal"))
+            equal = f"{same} of {len(theirs)} answers equal"
+            found.append(Row(f"extract: {name}", mine, rate, peer_name, "notes/s", f"{setting}; {equal}"))
     return found
-
-
-def row(name: str, ours: float, peer: float, peer_name: str, setting: str) -> dict[str, Any]:
-    return {
-        "name": f"extract: {name}", "ours": ours, "peer": peer, "peer_name": peer_name, "ratio": ours / peer,
-        "limit": None, "share_of_limit": None, "unit": "notes/s", "setting": setting,
-    }  # fmt: skip
 
 
 @torch.inference_mode()

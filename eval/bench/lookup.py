@@ -1,8 +1,7 @@
-"""What a step of several rows takes beside a step of one: the figures that prompt lookup reckons with.
+"""Cost of a decoding step of several rows against one row: the figures behind infer.engine.lookup.further_row.
 
-A step is every matrix product of the blocks and the head, without attention. A ratio is how much sooner the rows come
-together than one by one; `infer.engine.lookup.further_row` holds what it takes a further row to cost. Before them, the
-blocks' fp32 products as the engine computes them beside torch's default.
+A step is every matrix product of the blocks and the head, without attention. `products` are the blocks' fp32 products
+as the engine computes them, against torch's default.
 """
 
 from __future__ import annotations
@@ -11,13 +10,14 @@ from typing import Any
 
 import torch
 
+from eval.bench.row import Row
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.engine.lookup import further_row
 from model.support.hardware import compute_dtype, onednn_suits, product, timed
 
 
-def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float = 0.3) -> list[dict[str, Any]]:
+def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float = 0.3) -> list[Row]:
     """Steps of `sizes` rows from wide and from quantized weights; the best of as many as `seconds` allow."""
     found = []
     kinds = [("float32", "wide"), ("float32", "int8"), ("float32", "int4")]
@@ -31,27 +31,20 @@ def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float 
         taken = {size: min(timed(lambda n=size, own=engine: step(own, n), "cpu", seconds)) for size in (1, *sizes)}
         for size in sizes:
             share = (taken[size] / taken[1] - 1) / (size - 1)
-            found.append({
-                "name": f"a step of {size} rows: {dtype if form == 'wide' else form}", "ours": taken[size] * 1e3,
-                "peer": size * taken[1] * 1e3, "peer_name": "one row at a time", "ratio": size * taken[1] / taken[size],
-                "limit": None, "share_of_limit": None, "unit": "ms",
-                "setting": f"a further row takes {share:.2f} of the first, {further_row(engine):.2f} is reckoned with; "
-                f"{torch.get_num_threads()} threads",
-            })  # fmt: skip
+            setting = f"cost of a further row {share:.2f} of the first, the engine assumes {further_row(engine):.2f}"
+            found.append(Row(f"a step of {size} rows: {dtype if form == 'wide' else form}", taken[size] * 1e3,
+                             size * taken[1] * 1e3, "one row at a time", "ms", setting))  # fmt: skip
     return found
 
 
 @torch.inference_mode()
-def products(engine: Any, rows: int, seconds: float) -> dict[str, Any]:
+def products(engine: Any, rows: int, seconds: float) -> Row:
     weights = [part.weight for own in engine.layers for part in (own.qkv, own.out, own.gate_up, own.down)]
     x_ND = {weight.shape[1]: torch.ones(rows, weight.shape[1]) for weight in weights}
     ours, default = (min(timed(lambda f=f: [f(x_ND[w.shape[1]], w) for w in weights], "cpu", seconds))
                      for f in (product, torch.nn.functional.linear))  # fmt: skip
-    return {
-        "name": f"products of {rows} rows: float32", "ours": ours * 1e3, "peer": default * 1e3,
-        "peer_name": "torch's default", "ratio": default / ours, "limit": None, "share_of_limit": None, "unit": "ms",
-        "setting": f"by oneDNN: {onednn_suits()}; {torch.get_num_threads()} threads",
-    }  # fmt: skip
+    setting = f"by oneDNN: {onednn_suits()}; {torch.get_num_threads()} threads"
+    return Row(f"products of {rows} rows: float32", ours * 1e3, default * 1e3, "torch's default", "ms", setting)
 
 
 @torch.inference_mode()

@@ -1,7 +1,7 @@
-"""What narrow weights cost: bytes, error of the logits, and answers, on a model that was trained in fp32.
+"""Quantized weights: bytes, error of the logits, and score of the answers, on a model that was trained in fp32.
 
 The model is a demo's (`make demo SCALE=nano`: base, continued pre-training and tuning all from nothing, in fp32).
-SmolLM2's public file would prove nothing: it is in 4 bits already. Its speed in each format: `eval.bench decode`.
+SmolLM2's public file would show nothing: it is in 4 bits already. Speed of each format: `eval.bench decode`.
 """
 
 from __future__ import annotations
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 
+from eval.bench.row import Row
 from eval.questions import figures, pair, read_references
 from infer.engine.generate import Generator
 from infer.engine.load import load
@@ -23,8 +24,8 @@ from model.support.cli import UserError
 FORMS = ("wide", "int8", "int4-32", "int4-64", "int4-128", "nf4")
 
 
-def rows(run: str = "runs/demo-nano", notes: int = 40, batch: int = 8) -> list[dict[str, Any]]:
-    """Two rows a format: the logits' error over the held-out notes' tokens against fp32's own spread, and average F1.
+def rows(run: str = "runs/demo-nano", notes: int = 40, batch: int = 8) -> list[Row]:
+    """Three rows a format: bytes, the logits' error over the held-out notes' tokens, and average F1.
 
     `run`: a demo's folder; `notes`: how many of its held-out notes.
     """
@@ -32,9 +33,9 @@ def rows(run: str = "runs/demo-nano", notes: int = 40, batch: int = 8) -> list[d
     if not (folder / "tuned" / "adapter").is_dir():
         raise UserError(f"{run}: no demo's run; make one: make demo SCALE=nano")
     weights = folder / "base" / "model" if (folder / "base" / "model").is_dir() else folder / "base"
-    adapters = [folder / "tuned" / "adapter"]  # it went on from the pretrained one, and holds it
+    adapters = [folder / "tuned" / "adapter"]  # it was started from the pretrained one, and contains it
     records = read_references(folder / "heldout.jsonl")[:notes]
-    found: list[dict[str, Any]] = []
+    found: list[Row] = []
     exact: list[torch.Tensor] = []
     for form in FORMS:
         model, tokenizer = load(weights, adapters, form=form)
@@ -54,15 +55,13 @@ def rows(run: str = "runs/demo-nano", notes: int = 40, batch: int = 8) -> list[d
         wide = weight_bytes(model.config, "wide", torch.float32) / 1e6
         setting = f"{folder.name}, {len(records)} held-out notes, {len(true)} tokens, the last adapter unmerged"
         error = (own - true).square().mean().sqrt().item() / true.std().item()
+        spread = f"95 % interval {average['low']:.1f} to {average['high']:.1f}"
+        first = found[2].ours if found else average["f1"]
         found += [
-            {"name": f"bytes: {form}", "ours": size, "peer": wide, "peer_name": "fp32", "ratio": wide / size,
-             "limit": None, "share_of_limit": None, "unit": "MB", "setting": setting},
-            {"name": f"logits: {form}", "ours": 100 * error, "peer": None, "peer_name": None, "ratio": None,
-             "limit": None, "share_of_limit": None, "unit": "% of the logits' spread (rms)",
-             "setting": f"the likeliest token is fp32's in {100 * agree:.1f} %; {setting}"},
-            {"name": f"answers: {form}", "ours": average["f1"], "peer": found[2]["ours"] if found else average["f1"],
-             "peer_name": "fp32", "ratio": average["f1"] / (found[2]["ours"] if found else average["f1"] or 1) or None,
-             "limit": average["ceiling"], "share_of_limit": average["f1"] / average["ceiling"], "unit": "average F1",
-             "setting": f"95 % interval {average['low']:.1f} to {average['high']:.1f}; {setting}"},
+            Row(f"bytes: {form}", size, wide, "fp32", "MB", setting),
+            Row(f"logits: {form}", 100 * error, None, None, "% of the logits' spread (rms)",
+                f"the likeliest token is fp32's in {100 * agree:.1f} %; {setting}"),
+            Row(f"answers: {form}", average["f1"], first, "fp32", "average F1", f"{spread}; {setting}",
+                average["ceiling"]),
         ]  # fmt: skip
     return found

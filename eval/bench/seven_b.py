@@ -1,13 +1,14 @@
-"""Mistral-7B's exact shape on two cores within 5,000 MB: 1,500 tokens read, 50 decoded, memory counted.
+"""Mistral-7B's exact shape within 5,000 MB: prefill of 1,500 tokens, 50 decoded, peak memory.
 
-Writes a checkpoint of random bf16 weights (14.5 GB, eval/bench/load_7b.py) and an adapter of rank 8 on every linear
-layer, and runs them in a process of its own as `infer.extract --memory` does: the plan, weights streamed into 4 bits,
-the prompt in chunks, keys and values in fp16, a 4-bit head. The paper's phenotype run took 5,550 MB of a GPU.
+Writes a checkpoint of random bf16 weights (14.5 GB in shards of 5 GB) and an adapter of rank 8 on every linear layer,
+and runs them as `infer.extract --memory` does: the plan, weights streamed into 4 bits, the prompt in chunks, keys and
+values in fp16, a 4-bit head. The paper's phenotype run took 5,550 MB of a GPU. The page cache is dropped first, so that
+the weights are read from disk.
 """
 
 from __future__ import annotations
 
-import resource
+import os
 import shutil
 import sys
 import tempfile
@@ -16,8 +17,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
-from eval.bench.load_7b import alone, drop_cache, write
+from eval.bench.process import in_own_process, resident
+from eval.bench.row import Row
+from model.support.cli import UserError
+from model.support.files import read_json
 
+SHAPE = Path("train/recipes/mistral-7b.json")
 PAPER = 5550.0  # MB
 A100 = {"read": 2.0e12, "products": 312e12}  # bytes and bf16 operations a second
 
@@ -25,10 +30,10 @@ A100 = {"read": 2.0e12, "products": 312e12}  # bytes and bf16 operations a secon
 def rows(
     layers: int = 32, width: int = 4096, tokens: int = 1500, new: int = 50, memory: str = "5000MB", form: str = "auto",
     folder: str | None = None,
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[Row]:  # fmt: skip
     """Peak memory, time to the first token, and decoding, each with its limit.
 
-    Fewer `layers` or a smaller `width` try it out; `folder` is where there is room (default: the system's temporary).
+    Fewer `layers` or a smaller `width` for a trial; `folder` needs the space (default: the system's temporary folder).
     """
     with tempfile.TemporaryDirectory(dir=folder, prefix="seven-b-") as scratch:
         path = Path(scratch) / "model"
@@ -36,26 +41,61 @@ def rows(
         write_tokenizer(path)
         write_adapter(path, Path(scratch) / "adapter")
         drop_cache(path)
-        (Path(scratch) / "asked").write_text(f"{tokens} {new} {memory} {form}")
-        found = alone(measure, Path(scratch))
+        found = in_own_process(measure, Path(scratch), tokens, new, memory, form)
     print(found["a100"], file=sys.stderr)
     setting = (
         f"{layers} layers of {width}, {size / 1e9:.1f} GB in bf16 streamed into {found['form']} in "
         f"{found['load']:.0f} s, LoRA r 8 on all linear layers, {tokens} tokens in, {new} out, {found['cache']} cache, "
         f"chunks of {found['chunk']}, {found['threads']} threads"
     )
-    common = {"setting": setting}
     return [
-        {"name": "peak resident memory", "ours": found["peak"], "peer": PAPER, "peer_name": "the paper's GPU memory",
-         "ratio": PAPER / found["peak"], "limit": found["kept"], "share_of_limit": found["kept"] / found["peak"],
-         "unit": "MB (limit: weights)", **common},
-        {"name": "decode", "ours": found["decode"], "peer": None, "peer_name": None, "ratio": None,
-         "limit": found["decode_limit"], "share_of_limit": found["decode"] / found["decode_limit"],
-         "unit": "tokens/s", **common},
-        {"name": "prefill", "ours": found["prefill"], "peer": None, "peer_name": None, "ratio": None,
-         "limit": found["prefill_limit"], "share_of_limit": found["prefill_limit"] / found["prefill"],
-         "unit": "s to the first token", **common},
+        Row("peak resident memory", found["peak"], PAPER, "the paper's GPU memory", "MB (limit: weights)", setting,
+            found["kept"]),
+        Row("decode", found["decode"], None, None, "tokens/s", setting, found["decode_limit"]),
+        Row("prefill", found["prefill"], None, None, "s to the first token", setting, found["prefill_limit"]),
     ]  # fmt: skip
+
+
+def write(path: Path, layers: int, width: int) -> int:
+    """Write the checkpoint, one tensor in memory at a time; returns its size in bytes."""
+    import torch
+
+    from model import ModelConfig, Transformer
+    from model.checkpoints.safetensors import Stored
+    from model.checkpoints.weights import Checkpoint, new_checkpoint, write_checkpoint
+
+    heads = max(1, width // 128)
+    smaller = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
+               "num_key_value_heads": max(1, heads // 4), "intermediate_size": width * 7 // 2}  # fmt: skip
+    config = ModelConfig.from_dict({**read_json(SHAPE), **smaller})
+    with torch.device("meta"):
+        shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
+    size = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
+    free = shutil.disk_usage(path.parent).free
+    if free < size * 1.05:
+        raise UserError(f"{path.parent}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed; name another --folder")
+    noise = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
+
+    def stored(shape: tuple[int, ...]) -> Stored:
+        def read(rows: slice | None) -> torch.Tensor:
+            wanted = shape if rows is None else (rows.stop - rows.start, *shape[1:])
+            count = torch.Size(wanted).numel()
+            return noise.repeat(-(-count // noise.numel()))[:count].view(wanted)
+
+        return Stored(shape, "BF16", "memory", read)
+
+    checkpoint = Checkpoint(path, "memory", {name: stored(shape) for name, shape in shapes.items()})
+    with new_checkpoint(path) as folder:
+        write_checkpoint(checkpoint, config.to_dict(), folder, 5 * 10**9, None)
+    return size
+
+
+def drop_cache(path: Path) -> None:
+    """Ask the system to drop the files from its page cache, where it can."""
+    for file in path.glob("*.safetensors") if hasattr(os, "posix_fadvise") else ():
+        with open(file, "rb") as data:
+            os.fsync(data.fileno())
+            os.posix_fadvise(data.fileno(), 0, 0, os.POSIX_FADV_DONTNEED)
 
 
 def write_tokenizer(path: Path) -> None:
@@ -85,8 +125,8 @@ def write_adapter(path: Path, out: Path, r: int = 8) -> None:
     write_files(out, config, state)
 
 
-def measure(scratch: Path) -> dict[str, Any]:
-    """In a process of its own: plan, load, read, decode; what it took."""
+def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dict[str, Any]:
+    """Plan, load, prefill and decode; call it in a fresh process."""
     import torch
 
     from infer.engine.generate import Generator
@@ -94,8 +134,7 @@ def measure(scratch: Path) -> dict[str, Any]:
     from infer.engine.memory import Load, fit, rooflines
     from model.support.hardware import product_rate, read_rate
 
-    tokens, new, memory, form = (scratch / "asked").read_text().split()
-    path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Load(int(tokens), int(new))
+    path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Load(tokens, new)
     options = SimpleNamespace(weights=path, adapter=adapter, dtype="float32", format=form, memory=memory, fuse=False)
     plan = plan_for(options, asked)
     began = time.perf_counter()
@@ -110,17 +149,17 @@ def measure(scratch: Path) -> dict[str, Any]:
     first = time.perf_counter()
     count = sum(1 for _ in steps)
     decoded = time.perf_counter() - first
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e6
+    peak = resident(peak=True)
     rates = {"read": read_rate() * 1e9, "products": product_rate(torch.bfloat16) * 1e9}
     on_gpu = fit(path, adapter, PAPER * 1e6, asked, "auto", DTYPES["bfloat16"], "cuda")
     here, there = (rooflines(model.config, form, asked.tokens, **rate)
                    for form, rate in ((plan.form, rates), (on_gpu.form, A100)))  # fmt: skip
-    held = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
+    kept = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return {
         "cache": str(plan.cache).removeprefix("torch."), "form": plan.form, "chunk": plan.chunk, "load": loaded,
         "peak": peak,
         "prefill": first - began, "prefill_limit": here[1], "threads": torch.get_num_threads(),
-        "decode": count / decoded, "decode_limit": here[0], "kept": sum(held.values()) / 1e6,
+        "decode": count / decoded, "decode_limit": here[0], "kept": sum(kept.values()) / 1e6,
         "a100": f"on an A100 (not run): {on_gpu.describe(PAPER * 1e6)}; limits {there[0]:.0f} tokens/s, "
         f"{there[1] * 1e3:.0f} ms to the first token",
     }  # fmt: skip

@@ -1,8 +1,8 @@
 """LoRA training against transformers + peft: tokens a second, memory and MFU; same weights, same rows, same order.
 
-`python -m eval.bench train --json F`. Each side runs in a process of its own, so that peaks are its own, and both must
-begin with the same loss. On a CPU: 56M parameters (or --size smollm2), eager fp32, ours in micro-batches of one row as
-the loop's default is. On a GPU: Mistral-7B's shape, a bf16 base and an NF4 one, the batch at once on both sides.
+Each side runs in a process of its own, and both must start with the same loss. On a CPU: 56M parameters (or --size
+smollm2), eager fp32, ours in micro-batches of one row as the loop's default is. On a GPU: Mistral-7B's shape, a bf16
+base and an NF4 one, the batch at once on both sides.
 
 "plain": rows of full length, every token a target. "records": notes of 400 tokens with eight questions of 40; peft
 trains eight rows a note, ours one row with branches, or eight rows too; compared in records a second. A speed's limit
@@ -11,9 +11,6 @@ is the device's arithmetic (measured products on a CPU, the data sheet's on a GP
 
 from __future__ import annotations
 
-import json
-import subprocess
-import sys
 import tempfile
 import time
 from collections.abc import Callable
@@ -23,6 +20,8 @@ from typing import Any
 
 import torch
 
+from eval.bench.process import in_own_process, resident
+from eval.bench.row import Row
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
 
@@ -36,7 +35,7 @@ QUESTIONS = 8
 OURS = {"ours": True, "ours, eight separate rows": False}  # whether a note's questions share it
 
 
-def rows(size: str = "", steps: int = 5, r: int = 16, fuse: bool = False) -> list[dict[str, Any]]:
+def rows(size: str = "", steps: int = 5, r: int = 16, fuse: bool = False) -> list[Row]:
     """Speed, memory and MFU, plain and on phenotype records.
 
     `size` is tiny, 56m (the default on a CPU), smollm2 or mistral-7b (on a GPU). `fuse` trains ours with the GPU's
@@ -54,35 +53,30 @@ def rows(size: str = "", steps: int = 5, r: int = 16, fuse: bool = False) -> lis
                 asked = {"kind": kind, "size": size, "steps": steps, "r": r, "folder": folder, "base": base,
                          "fuse": fuse, "threads": torch.get_num_threads()}  # fmt: skip
                 sides = ("peft", *OURS) if kind == "records" else ("peft", "ours")
-                made += compared({who: measured({"who": who, **asked}) for who in sides}, asked)
+                made += compared({who: in_own_process(job, who, **asked) for who in sides}, asked)
     return made
 
 
-def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[dict[str, Any]]:
+def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[Row]:
     """The rows of one kind and base: ours against each of the others."""
     ours, peft, kind = found["ours"], found["peft"], asked["kind"]
     tolerance = 1e-3 if ours["wide"] else 0.05
     if abs(ours["loss"] - peft["loss"]) > tolerance * peft["loss"]:
         raise RuntimeError(
-            f"{kind}: ours begins at a loss of {ours['loss']}, peft at {peft['loss']}: not the same work"
+            f"{kind}: ours starts at a loss of {ours['loss']}, peft at {peft['loss']}: not the same work"
         )
     base = f", {asked['base']} base" if asked["base"] else ""
     setting = (f"{asked['size']}{base}, r {asked['r']}, best of {asked['steps']} steps after 1, {ours['device']}; "
                f"first loss {ours['loss']:.4f}, peft's {peft['loss']:.4f}")  # fmt: skip
     unit = "tok/s" if kind == "plain" else "records/s"
 
-    def row(
-        name: str, unit: str, key: str, peer: str, limit: float | None = None, less: bool = False
-    ) -> dict[str, Any]:
-        a, b = ours[key], found[peer][key]
+    def row(name: str, unit: str, key: str, peer: str, limit: float | None = None) -> Row:
         title = "transformers + peft" if peer == "peft" else peer
-        return {"name": f"{kind}{base}: {name}", "ours": a, "peer": b, "peer_name": title,
-                "ratio": b / a if less else a / b, "limit": limit, "share_of_limit": a / limit if limit else None,
-                "unit": unit, "setting": setting}  # fmt: skip
+        return Row(f"{kind}{base}: {name}", ours[key], found[peer][key], title, unit, setting, limit)
 
     made = [row("speed", unit, "speed", "peft", ours["limit"] or None)]
     made += [row("speed", unit, "speed", who) for who in found if who not in ("ours", "peft")]
-    made.append(row("memory", ours["memory_is"], "memory", "peft", less=True))  # type: ignore[arg-type]
+    made.append(row("memory", ours["memory_is"], "memory", "peft"))  # type: ignore[arg-type]
     if kind == "plain" and ours["limit"]:
         made.append(row("MFU", f"share of {ours['peak'] / 1e9:,.0f} GFLOP/s", "mfu", "peft"))
     return made
@@ -116,14 +110,6 @@ def save_base(size: str, folder: Path, dtype: torch.dtype) -> None:
         write_checkpoint(Checkpoint(folder, "memory", tensors), config.to_dict(), new, 5 * 10**9, dtype)
 
 
-def measured(asked: dict[str, Any]) -> dict[str, Any]:
-    """One side's figures, from a process of its own."""
-    done = subprocess.run([sys.executable, "-m", "eval.bench.train", json.dumps(asked)], capture_output=True, text=True)
-    if done.returncode:
-        raise RuntimeError(done.stderr[-2000:])
-    return json.loads(done.stdout.splitlines()[-1])
-
-
 def units(kind: str, size: str, share: bool) -> list[Any]:
     """The rows of one step: seeded random tokens."""
     import numpy as np
@@ -146,9 +132,9 @@ def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, base: s
     cuda = torch.cuda.is_available()
     wide = not cuda and not base
     recipe = {"r": r, "alpha": 2.0 * r, "dtype": "float32" if not cuda else "bfloat16", "base": base, "fuse": fuse}
-    held = units(kind, size, share=OURS.get(who, False))
+    batch = units(kind, size, share=OURS.get(who, False))
     made = peft_step if who == "peft" else our_step
-    prepare = made(held, config_of(size), folder, "cuda" if cuda else "cpu", recipe)
+    prepare = made(batch, config_of(size), folder, "cuda" if cuda else "cpu", recipe)
     warm_up()
     before = resident()
     advance = prepare()
@@ -165,9 +151,9 @@ def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, base: s
         taken.append(time.perf_counter() - began)
     seconds = min(taken)
     memory = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident(peak=True) - before
-    tokens = sum(map(len, held))
+    tokens = sum(map(len, batch))
     speed = (tokens if kind == "plain" else 1) / seconds
-    peak, flops = peak_rate(recipe["dtype"]), step_flops(held, size, recipe)
+    peak, flops = peak_rate(recipe["dtype"]), step_flops(batch, size, recipe)
     return {
         "speed": speed, "memory": memory, "loss": loss, "wide": wide, "peak": peak,
         "memory_is": "MB allocated in a step" if cuda else "MB over the process before the model",
@@ -186,15 +172,15 @@ def peak_rate(dtype: str) -> float:
     return product_rate(getattr(torch, dtype)) * 1e9
 
 
-def step_flops(held: list[Any], size: str, recipe: dict[str, Any]) -> float:
+def step_flops(batch: list[Any], size: str, recipe: dict[str, Any]) -> float:
     """Arithmetic that a step on these rows asks for (train/report/plan.py)."""
     from train.data.rows import count
     from train.recipe import Recipe
     from train.report.plan import Load, arithmetic
 
-    tokens = sum(map(len, held))
-    load = Load(tokens, sum(count(held).values()), max(map(len, held)), len(held),
-                sum(row.pairs() for row in held) / tokens, "")  # fmt: skip
+    tokens = sum(map(len, batch))
+    load = Load(tokens, sum(count(batch).values()), max(map(len, batch)), len(batch),
+                sum(row.pairs() for row in batch) / tokens, "")  # fmt: skip
     return arithmetic(config_of(size), Recipe(data=("-",), out="-", weights="-", **recipe), load)
 
 
@@ -205,18 +191,11 @@ def warm_up() -> None:
     torch.optim.AdamW(warm.parameters()).step()
 
 
-def resident(peak: bool = False) -> float:
-    """This process's resident memory now, or at its peak, in MB (Linux)."""
-    word = "VmHWM:" if peak else "VmRSS:"
-    status = Path("/proc/self/status").read_text().splitlines()
-    return next(float(line.split()[1]) / 1e3 for line in status if line.startswith(word))
-
-
 Step = Callable[[], Any]  # one optimizer step; returns its loss
 
 
 def our_step(
-    held: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
+    rows: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
 ) -> Callable[[], Step]:
     from train.data.rows import collate, count
     from train.distributed.sharding import Ranks
@@ -228,8 +207,8 @@ def our_step(
     def prepare() -> Step:
         options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
         model, _ = load_model(options, config, Ranks(device=torch.device(device)), empty_model(options, config))
-        (optimizer,), counts = make_optimizers(model.train(), options), count(held)
-        parts = [held] if device == "cuda" else [[row] for row in held]
+        (optimizer,), counts = make_optimizers(model.train(), options), count(rows)
+        parts = [rows] if device == "cuda" else [[row] for row in rows]
 
         def advance() -> Any:
             optimizer.zero_grad(set_to_none=True)
@@ -247,7 +226,7 @@ def our_step(
 
 
 def peft_step(
-    held: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
+    rows: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
 ) -> Callable[[], Step]:
     import peft
     import transformers
@@ -266,7 +245,7 @@ def peft_step(
                                   task_type="CAUSAL_LM")  # fmt: skip
         model = peft.get_peft_model(model.train(), adapter)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        batch = collate(held)
+        batch = collate(rows)
         tokens, target = batch.tokens.to(device), batch.target.to(device)
 
         def advance() -> Any:
@@ -279,7 +258,3 @@ def peft_step(
         return advance
 
     return prepare
-
-
-if __name__ == "__main__":
-    print(json.dumps(job(**json.loads(sys.argv[1]))))

@@ -18,7 +18,6 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.baselines import MajorityBaseline, RegexBaseline
-from eval.bench.__main__ import host
 from eval.experiments import programs as experiments
 from eval.experiments.programs import PARTS, RECIPES, Demo
 from eval.experiments.steps import Run, begin
@@ -26,6 +25,7 @@ from eval.report.build import terminal_table, write
 from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_json, read_jsonl, write_json, write_jsonl
+from model.support.hardware import host
 
 TESTS = ("heldout", "unseen")
 TITLES = {"full": "SmolLM2-135M on synthetic cancer notes", "nano": "A nano Mistral, everything from nothing",

@@ -23,7 +23,7 @@ import torch
 
 from model.support.cli import UserError
 from model.support.files import check_writable, read_json, write_json
-from model.support.hardware import compute_dtype
+from model.support.hardware import compute_dtype, max_resident_mb
 from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
 
 
@@ -149,7 +149,7 @@ def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, floa
         for name, child in children.items():
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
-            peaks[name] = usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
+            peaks[name] = max_resident_mb(usage)
             if child.returncode and not (child.returncode == 1 and answered(works[name])):
                 failed.append(f"the step '{name}' failed (exit {child.returncode})")
     except BaseException:

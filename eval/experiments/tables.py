@@ -15,7 +15,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.bench.__main__ import host
 from eval.experiments import programs as experiments
 from eval.experiments.demo import TITLES
 from eval.experiments.programs import PARTS, RECIPES, Demo
@@ -24,6 +23,7 @@ from eval.report.build import terminal_table, write
 from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
+from model.support.hardware import host
 
 
 @dataclass(frozen=True)

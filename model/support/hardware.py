@@ -7,10 +7,13 @@ from these three figures.
 
 from __future__ import annotations
 
+import os
 import platform
+import sys
 import time
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -82,6 +85,19 @@ def processor() -> str:
         return Path("/proc/cpuinfo").read_text(encoding="utf-8")
     except OSError:
         return platform.processor()
+
+
+def host() -> dict[str, Any]:
+    """What figures were measured on: processor, threads, product rates and read bandwidth."""
+    names = (line.split(":", 1)[1].strip() for line in processor().splitlines() if line.startswith("model name"))
+    return {"cpu": next(names, platform.processor() or platform.machine()), "cores": os.cpu_count(),
+            "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
+            **probe()}  # fmt: skip
+
+
+def max_resident_mb(usage: Any) -> float:
+    """The peak resident memory in a `resource` usage, in MB: macOS counts it in bytes, Linux in kilobytes."""
+    return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
 def timed(call, device: str, seconds: float) -> list[float]:

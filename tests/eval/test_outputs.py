@@ -105,8 +105,7 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     "train.importers.table": (False, lambda g, out: table.main(table.Options(g / "table.csv", out))),
     "train.recipe": (True, trained),
 }  # fmt: skip
-# Written into a folder that is the program's input too, or pictures of a page:
-OTHERS = {"eval.experiments.steps", "eval.report.screenshot"}
+OTHERS = {"eval.experiments.steps"}  # no program
 
 
 def test_no_program_that_takes_an_output_is_missing_here():

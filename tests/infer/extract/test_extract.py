@@ -521,7 +521,7 @@ def peak_of(weights, folder: Path, count: int, answered: bool) -> int:
 @pytest.mark.parametrize(("answered", "few", "more"), [(False, 30, 180_000), (True, 60, 27_000)])
 def test_a_job_holds_a_batch_of_notes_and_not_all(weights, tmp_path, monkeypatch, answered, few, more):
     """Four times the notes. Of long ones, 1.8 MB more text: less than a tenth of it more memory. Of answered ones less
-    than 150 bytes a note, where a record or a prompt takes several times that. (20,000 notes: eval.bench job.)"""
+    than 150 bytes a note, where a record or a prompt takes several times that."""
     monkeypatch.setattr("infer.extract.program.tqdm", Bar)
     peak_of(weights, tmp_path / "warm", 4 * few, answered)  # compiled patterns and other bounded caches
     peaks = [peak_of(weights, tmp_path / str(count), count, answered) for count in (few, 4 * few)]

@@ -1,16 +1,16 @@
-"""The benches of quantized weights on the smallest shapes: every row is whole, limits and ratios are numbers."""
+"""The benchmark of decoding on the smallest shapes, and what a row's ratio means."""
 
 import pytest
 
 from eval.bench.decode import compare, generator_of, ours_once, past_the_window, read_bytes
-from eval.bench.load_7b import SHAPE
 from eval.bench.long import CONFIG
+from eval.bench.row import Row
+from eval.bench.seven_b import SHAPE
 from model import ModelConfig, Transformer
 from model.quantize.linear import quantize_model
 from model.support.cli import UserError
+from model.support.files import read_json
 from model.support.init import init_weights
-
-KEYS = {"name", "ours", "peer", "peer_name", "ratio", "limit", "share_of_limit", "unit", "setting"}
 
 
 class NoText:
@@ -30,16 +30,24 @@ def test_a_row_for_every_format_and_peer():
     pytest.importorskip("transformers")
     narrows, peers = {"int4": quantize_model(model(), "int4")}, {"constant": lambda: 1.0}
     rows = compare("tiny", model(), NoText(), narrows, peers, [5, 6, 7], 4, 1, "here")
-    assert [(row["name"][-4:], row["peer_name"][:8]) for row in rows] == [
-        ("fp32", "transfor"), ("int4", "transfor"), ("int4", "constant")]  # fmt: skip
-    for row in rows:
-        assert row.keys() == KEYS and row["ours"] > 0 and row["share_of_limit"] == row["ours"] / row["limit"]
+    assert {(row.name.split()[-1], row.peer_name.split()[0]) for row in rows} == {
+        ("fp32", "transformers"), ("int4", "transformers"), ("int4", "constant")}  # fmt: skip
+    assert all(row.ours > 0 and row.share_of_limit == row.ours / row.limit for row in rows)
+
+
+@pytest.mark.parametrize(("unit", "less"), [("ms a pair", True), ("MB", True), ("s to the first token", True),
+                                            ("tokens/s", False), ("GB/s", False), ("average F1", False)])  # fmt: skip
+def test_a_ratio_above_one_is_better_in_every_unit(unit, less):
+    good, bad = (1.0, 4.0) if less else (4.0, 1.0)
+    assert Row("x", good, bad, "peer", unit, "").ratio == 4 and Row("x", bad, good, "peer", unit, "").ratio == 1 / 4
+    assert Row("x", bad, None, None, unit, "", limit=good).share_of_limit == 1 / 4
+    assert Row("x", 1.0, None, None, unit, "").as_dict()["ratio"] is None
 
 
 def test_past_the_window_and_bytes():
-    assert past_the_window(NoText(), window=16, new=140)["ours"] > 0
+    assert past_the_window(NoText(), window=16, new=140).ours > 0
     assert ours_once(generator_of(model(), NoText()), [1, 2, 3], 3) > 0
-    seven_b = ModelConfig.from_dict(SHAPE)
+    seven_b = ModelConfig.from_dict(read_json(SHAPE))
     assert read_bytes(seven_b, "fp32") == 4 * (32 * 218_103_808 + 32_000 * 4096)
     assert 7.110e9 * 4.5 / 8 == pytest.approx(read_bytes(seven_b, "int4"), rel=1e-3)
 
