@@ -12,10 +12,11 @@
 `print(record.names(model))` lists the names with their shapes and meaning. Values are picked up by hooks from the
 modules that compute them; outside a recording there is no hook, so the model pays nothing.
 
-A generation is a sequence of passes over one cache, all on one tape (`tape.passes`); `tape[name]` joins them over the
-tokens. Blocks that are fused, and attention on its fast path, are computed on the plain path where a name of theirs is
-asked for. What a recording cannot see raises: the generation engine (infer/engine/forward.py), and names that nothing
-reached. """
+`tape[name]` is the value of the only pass; of several, for example a generation token by token, each has its own in
+`tape.passes`. Fused blocks, and attention on its fast path, run on the plain path where a name of theirs is recorded.
+What a recording cannot see raises: the generation engine (infer/engine/forward.py) bypasses the modules, so their hooks
+never run.
+"""
 
 from __future__ import annotations
 
@@ -31,12 +32,10 @@ import torch
 from torch import Tensor, nn
 
 from infer.inspect.points import Names, Point, points
-from model import KVCache, Transformer
+from model import Transformer
 from model.attention import PlainAttend
 from model.support.cli import UserError
 from model.transformer import Block
-
-Positions = int | slice | Sequence[int]
 
 
 def choose(model: Transformer, patterns: str | Sequence[str]) -> list[Point]:
@@ -57,13 +56,11 @@ def choose(model: Transformer, patterns: str | Sequence[str]) -> list[Point]:
 
 
 class Tape(Mapping[str, Tensor]):
-    """What was recorded. `passes` holds each forward pass's values by name; `tape[name]` joins them."""
+    """What was recorded. `passes` holds each forward pass's values by name; `tape[name]` is that of the only pass."""
 
     def __init__(self, chosen: Sequence[Point]) -> None:
         self.shapes = {point.name: point.shape for point in chosen}
         self.passes: list[dict[str, Tensor]] = []
-        self.caches: list[KVCache | None] = []
-        self.columns: list[Tensor | None] = []  # the keys' positions, (B, S) of each pass
 
     def __iter__(self) -> Iterator[str]:
         return iter(self.shapes)
@@ -72,62 +69,31 @@ class Tape(Mapping[str, Tensor]):
         return len(self.shapes)
 
     def __getitem__(self, name: str) -> Tensor:
-        """The value of the only pass, or of all passes of a generation joined over the tokens.
-
-        Where passes are joined, column j of scores and patterns is the key at position j: 0 (for scores the lowest
-        number) where the key was not there yet or had left the cache. Raises UserError for passes without a common
-        cache, and for documents and branches, whose positions repeat: read `passes`.
-        """
         if name not in self.shapes:
             raise UserError(f"{name!r} was not recorded; the tape holds {', '.join(self.shapes)}")
-        parts = [one[name] for one in self.passes]
-        if len(parts) == 1:
-            return parts[0]
-        cache = self.caches[0]
-        if cache is None or any(other is not cache for other in self.caches):
-            raise UserError(f"{len(parts)} passes that share no cache were recorded; read tape.passes[i][{name!r}]")
-        if self.shapes[name].endswith("S"):
-            if cache.has_layout:
-                raise UserError(f"documents and branches repeat positions; read tape.passes[i][{name!r}]")
-            parts = self._by_position(parts, name.endswith("scores"))
-        return torch.cat(parts, dim=self.shapes[name].index("T"))
-
-    def _by_position(self, parts: list[Tensor], scores: bool) -> list[Tensor]:
-        length = int(max(column.max() for column in self.columns if column is not None)) + 1
-        placed = []
-        for part_BHTS, column_BS in zip(parts, self.columns, strict=True):
-            assert column_BS is not None
-            nothing = torch.finfo(part_BHTS.dtype).min if scores else 0.0
-            whole_BHTS = part_BHTS.new_full((*part_BHTS.shape[:3], length), nothing)
-            index_BHTS = column_BS.to(part_BHTS.device)[:, None, None].expand(part_BHTS.shape)
-            placed.append(whole_BHTS.scatter(3, index_BHTS, part_BHTS))
-        return placed
+        if len(self.passes) != 1:
+            raise UserError(f"{len(self.passes)} passes were recorded; read tape.passes[i][{name!r}]")
+        return self.passes[0][name]
 
 
 @contextlib.contextmanager
-def record(
-    model: Transformer,
-    names: str | Sequence[str],
-    *,
-    positions: Positions | None = None,
-    dtype: torch.dtype | None = None,
-    device: torch.device | str | None = None,
-) -> Iterator[Tape]:
-    """Keep the named values (wildcards allowed; several in a list or parted by commas) of the passes run inside.
+def record(model: Transformer, names: str | Sequence[str], *, positions: Sequence[int] | None = None) -> Iterator[Tape]:
+    """Keep the named values of the passes run inside: a list, or a text with commas; `*` matches anything.
 
-    `positions` are the tokens to keep, as indices into each pass (-1: its last one); `dtype` and `device` are what the
-    copies are kept in. Raises UserError for names that the model has not, or that nothing reached.
+    `positions` are the tokens to keep, as indices into each pass (-1: its last one). Raises UserError for names that
+    the model does not have, or that no pass computed.
     """
     chosen = choose(model, names)
     tape = Tape(chosen)
 
     def keep(point: Point, value: Any) -> None:
-        axis = point.shape.index("T")
         if isinstance(value, Tensor) and value.dim() == len(point.shape):
             value = value.detach()
-            if positions is not None:
-                value = value[(slice(None),) * axis + (_rows(positions),)]
-            tape.passes[-1][point.name] = value.to(device or value.device, dtype or value.dtype, copy=True)
+            if positions is None:
+                tape.passes[-1][point.name] = value.clone()
+            else:
+                rows = torch.as_tensor(positions, device=value.device) % value.shape[point.shape.index("T")]
+                tape.passes[-1][point.name] = value.index_select(point.shape.index("T"), rows)
 
     def hook(point: Point) -> Callable[..., None]:
         def seen(module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> None:
@@ -166,8 +132,8 @@ def patch(model: Transformer, changes: Mapping[str, Tensor | float | Callable[[T
     """Overwrite named values in every pass run inside: {"layers.5.resid_mid[:, -1]": value}.
 
     The index after a name is Python's (integers, slices, `...`). A value is a tensor that broadcasts to what it
-    replaces, a number, or a function of what stands there. A recording inside or around sees what the model used.
-    Raises UserError for names that the model has not or that are only derived, for a value of another shape, and
+    replaces, a number, or a function of the value before. A recording inside or around sees what the model used.
+    Raises UserError for names that the model does not have or that are only derived, for a value of another shape, and
     where no pass used the change.
     """
     used: dict[str, bool] = {}
@@ -206,10 +172,6 @@ def _viewer(model: Transformer, point: Point, module: nn.Module) -> nn.Module:
     return model.get_submodule(at + found) if found else module
 
 
-def _rows(positions: Positions) -> Any:
-    return [positions] if isinstance(positions, int) else positions if isinstance(positions, slice) else list(positions)
-
-
 def _parse(key: str) -> tuple[str, Any]:
     """A name and the index after it: "layers.5.resid_mid[:, -1]" → ("layers.5.resid_mid", (slice(None), -1))."""
     found = re.fullmatch(r"([^\[\]]+?)\s*(?:\[([-\d:,.\s]*)\])?", key.strip())
@@ -240,14 +202,14 @@ def _overwrite(key: str, place: Tensor, index: Any, value: Any) -> None:
     try:
         new = new.expand(old.shape)
     except RuntimeError as error:
-        raise UserError(f"{key}: {list(new.shape)} given where {list(old.shape)} stands") from error
+        raise UserError(f"{key}: {list(new.shape)} given for a value of shape {list(old.shape)}") from error
     place[index] = new
 
 
 @contextlib.contextmanager
 def _plain_path(model: Transformer, chosen: Sequence[Point]) -> Iterator[None]:
-    """Blocks that a name is asked of run as model/transformer.py defines them, their attention where it is asked for;
-    what would pass the model's modules by raises."""
+    """Blocks of which a value is named run as model/transformer.py defines them, attention too where one of its values
+    is; the generation engine, which bypasses the modules, raises."""
     with contextlib.ExitStack() as stack:
         for number, block in enumerate(model.model.layers):
             own = [point for point in chosen if (point.module + ".").startswith(f"model.layers.{number}.")]
@@ -282,23 +244,15 @@ def _plain_path(model: Transformer, chosen: Sequence[Point]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _passes(model: Transformer, tape: Tape) -> Iterator[None]:
-    """A new set of values for each forward pass, with its cache and its keys' positions."""
+    """A new set of values for each forward pass."""
 
-    def begin(_module: nn.Module, inputs: tuple[Any, ...]) -> None:
+    def begin(*_: Any) -> None:
         if model.model.checkpoint_blocks and torch.is_grad_enabled():
             raise UserError("blocks that are computed twice (checkpoint_blocks) would be recorded twice; switch it off")
         tape.passes.append({})
-        tape.caches.append(inputs[2])
 
-    def end(_module: nn.Module, inputs: tuple[Any, ...], _output: Any) -> None:
-        cache = inputs[2]
-        held = None if cache is None or cache.position_BS is None else cache.position_BS[:, : cache.length].clone()
-        tape.columns.append(held)
-
-    first = model.model.register_forward_pre_hook(begin)
-    last = model.model.register_forward_hook(end)
+    handle = model.model.register_forward_pre_hook(begin)
     try:
         yield
     finally:
-        first.remove()
-        last.remove()
+        handle.remove()
