@@ -4,13 +4,14 @@ from importlib import import_module
 from typing import Any
 
 PLACES = {
+    "Extractor": "infer.extract.extractor",
     "Generation": "infer.engine.settings",
     "Generator": "infer.engine.generate",
     "Settings": "infer.engine.settings",
     "patch": "infer.inspect.recording",
     "record": "infer.inspect.recording",
 }
-__all__ = ["Generation", "Generator", "Settings", "patch", "record"]  # noqa: F822
+__all__ = ["Extractor", "Generation", "Generator", "Settings", "patch", "record"]  # noqa: F822
 
 
 def __getattr__(name: str) -> Any:

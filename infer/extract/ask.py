@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 from infer import tasks
@@ -17,7 +18,7 @@ from infer.extract.notes import Note, refusal
 from infer.extract.places import Span, edges, occurrences
 from infer.retrieval.neighbours import Neighbours
 from model.support.cli import UserError
-from model.text.tokenizer import to_characters
+from model.text.tokenizer import Tokenizer, to_characters
 
 FORMS = ("template", "chat")
 LONG = ("error", "truncate", "windows")
@@ -76,6 +77,11 @@ class Answer:
     name: str
     question: str
     out: Generation
+
+
+def form_for(tokenizer: Tokenizer, adapters: Sequence[str | Path]) -> str:
+    """How a model is asked: by our template with adapters or without a chat form of its own, else in that form."""
+    return "template" if adapters or tokenizer.form is None else "chat"
 
 
 class Asker:

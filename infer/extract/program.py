@@ -275,7 +275,7 @@ def extract(
     """Answer what is not yet answered of this rank's batches. Returns how many notes each batch has, over all ranks."""
     from infer.engine.generate import Generator
     from infer.engine.load import load
-    from infer.extract.ask import Asker, Limits
+    from infer.extract.ask import Asker, Limits, form_for
 
     counts = [len(batch) for batch in split(options)]
     done = job.resume(counts[job.rank :: job.world])
@@ -290,9 +290,7 @@ def extract(
             options.weights, options.adapter, options.dtype, form=options.format, fused=options.fuse
         )
     tokenizer.put_begin(options.bos)
-    form = options.form
-    if form == "auto":
-        form = "template" if options.adapter or tokenizer.form is None else "chat"
+    form = form_for(tokenizer, options.adapter) if options.form == "auto" else options.form
     limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
     kept = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
     generator = Generator(model, tokenizer, **kept)

@@ -1,0 +1,54 @@
+"""One note from Python: the same answers as the program's record, or the program's refusal."""
+
+import json
+
+import pytest
+from answering_models import write_model
+
+from infer import Extractor, tasks
+from infer.extract.program import Options, main
+from lora import LoRAConfig, add_lora, save_adapter
+from model import Transformer
+from model.support.cli import UserError
+
+NOTE = "Left breast, 2.5 cm, grade 2. " * 3 + "A cyst of 2.5 cm."
+
+
+@pytest.fixture(scope="module")
+def adapter(weights, tmp_path_factory):
+    model = add_lora(Transformer.from_pretrained(weights), LoRAConfig(r=2, target_modules=("q_proj",)), seed=1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.fill_(0.3)
+    folder = tmp_path_factory.mktemp("adapter")
+    save_adapter(model, folder)
+    return folder
+
+
+@pytest.mark.parametrize("grounded", [True, False])
+@pytest.mark.parametrize("adapted", [True, False])
+def test_the_answers_are_the_programs(weights, adapter, tmp_path, grounded, adapted):
+    (tmp_path / "n.jsonl").write_text(json.dumps({"id": "a", "text": NOTE}) + "\n")
+    out = tmp_path / "o.jsonl"
+    chosen = (str(adapter),) if adapted else ()
+    main(Options(weights=str(weights), notes=tmp_path / "n.jsonl", out=out, adapter=chosen, grounded=grounded,
+                 long="windows"))  # fmt: skip
+    record = json.loads(out.read_text())
+    extractor = Extractor(weights, adapter if adapted else None, grounded=grounded)
+    found = extractor.answers(NOTE)
+    assert {"id": "a", **found} == record
+    assert found == extractor.answers(NOTE)
+    assert found["phenotypes"].keys() == tasks.PHENOTYPES.keys() and found["diagnosis"]["logprob"] < 0
+    for name, answer in found["phenotypes"].items():
+        for value in answer["answers"] if grounded and not tasks.PHENOTYPES[name].values else ():
+            assert NOTE[value["start"] : value["end"]].split() == value["text"].split()
+
+
+def test_a_note_that_cannot_be_asked_about_raises(weights):
+    with pytest.raises(UserError, match="the note is empty"):
+        Extractor(weights, grounded=False).answers(" \n")
+
+
+def test_an_adapter_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="no adapter_config.json"):
+        Extractor(write_model(tmp_path / "m"), tmp_path / "none")
