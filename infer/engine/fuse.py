@@ -16,6 +16,7 @@ documents or under autograd is torch's SDPA.
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
@@ -190,21 +191,13 @@ def read_attention(
 
 def tree_attention(
     q_NHTK: Tensor, k_NGSK: Tensor, v_NGSK: Tensor, position_NT: Tensor, key_position_NS: Tensor, window: int | None,
-    prefixes: Sequence[tuple[slice, Tensor, Tensor, Tensor]],
+    levels: Sequence[Level],
 ) -> Tensor:  # fmt: skip
-    """Attention of N leaves over their own keys and over their ancestors', each (leaves, k_GPK, v_GPK, position_P).
-
-    Ancestors of this form have memory of their own, so each is a level by itself.
-    """
+    """Attention of N leaves over their own keys and over the levels of prefixes above them, a launch a level."""
     dtype = q_NHTK.dtype
-    if q_NHTK.shape[2] > FEW and not prefixes:  # a prompt that shares nothing is being read
+    if q_NHTK.shape[2] > FEW and not levels:  # a prompt that shares nothing is being read
         return masked_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window)
-    levels = []
-    for rows, k_GPK, v_GPK, position_P in prefixes:
-        first, stop, _ = rows.indices(len(q_NHTK))
-        first_1, count_1 = torch.tensor([[first], [stop - first]], dtype=torch.int32, device=q_NHTK.device)
-        held = (kept[None].to(dtype) for kept in (k_GPK, v_GPK))
-        levels.append(Level(*held, position_P[None], first_1, count_1, stop - first))
+    levels = [replace(level, k_MGPK=level.k_MGPK.to(dtype), v_MGPK=level.v_MGPK.to(dtype)) for level in levels]
     k_NGSK, v_NGSK = k_NGSK.to(dtype), v_NGSK.to(dtype)
     return kernels.tree_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window, levels)
 

@@ -22,6 +22,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+import kernels.attention
 from infer.engine.forward import Engine
 from infer.engine.fuse import read_attention, tree_attention
 from model.attention import repeat_kv
@@ -84,6 +85,8 @@ class Level:
     below_r: Tensor | None = None
     apart_r: Tensor | None = None  # its opposite, on the device
     node_r: Tensor | None = None  # the node above each of the leaves
+    start_M: Tensor | None = None  # the first leaf below each node and their number, int32 on the device, for the
+    count_M: Tensor | None = None  # kernels
     even: bool = False  # every leaf once, in order: nothing needs to be gathered
 
     def index(self) -> None:
@@ -100,6 +103,9 @@ class Level:
         self.place_r = torch.tensor([places.get(leaf, 0) for leaf in range(start, stop)], device=device)
         self.below_r = torch.tensor([leaf in places for leaf in range(start, stop)])
         self.apart_r = ~self.below_r.to(device)
+        self.start_M, self.count_M = torch.tensor(
+            [[below.start for below in ranges], [len(below) for below in ranges]], dtype=torch.int32, device=device
+        )
         self.even = len(places) == stop - start == self.leaf_Mn.numel()
 
     def retain(self) -> None:
@@ -284,7 +290,9 @@ class Cache:
         key_position_NS = self.start_N[:, None] + torch.arange(S)
         reach = {window: self._reach(window, position_NT) for window in self.windows}
         masks = {}
-        if not self.engine.fused:  # the kernels mask by themselves
+        if self.engine.fused:  # the kernels mask by themselves
+            positions = {window: self._key_positions(reach[window]) for window in self.windows}
+        else:
             masks = {window: self._mask(window, position_NT, slots_NT, S, reach[window]) for window in self.windows}
             masks = {w: None if hidden is None else hidden.to(device) for w, hidden in masks.items()}
         rows_N1 = torch.arange(N, device=device)[:, None]
@@ -305,9 +313,9 @@ class Cache:
             window = self.engine.layers[layer].window
             q_NHTK = q_NHK.unflatten(0, (N, T)).transpose(1, 2)
             if self.engine.fused:
-                prefixes = self._prefixes(layer, reach[window])
+                levels = self._kernel_levels(layer, reach[window], positions[window])
                 held = keys[..., :S].mT, values[:, :, :S]
-                out_NHTK = tree_attention(q_NHTK, *held, position_NT, key_position_NS, window, prefixes)
+                out_NHTK = tree_attention(q_NHTK, *held, position_NT, key_position_NS, window, levels)
             else:
                 out_NHTK = self._attend(layer, q_NHTK, S, masks[window], reach[window])
             return out_NHTK.transpose(1, 2).flatten(0, 1)
@@ -384,18 +392,27 @@ class Cache:
                 found.append((level, begin))
         return found
 
-    def _prefixes(self, layer: int, reach: list[tuple[Level, int]]) -> list[tuple[slice, Tensor, Tensor, Tensor]]:
-        """(leaves, k_GSK, v_GSK, the keys' positions) of every node in reach, as the kernels take them."""
+    def _key_positions(self, reach: list[tuple[Level, int]]) -> list[Tensor]:
+        """position_MS of each level's keys within reach (int32; −1 where a node has no key), for the kernels' masks."""
         found = []
         for level, begin in reach:
-            for m, node in enumerate(level.nodes):
-                if node.first + begin >= node.end:
-                    continue
-                held = slice(begin, node.end - node.first)
-                position_S = torch.arange(node.first + begin, node.end, device=self.engine.device)
-                leaves = slice(node.leaves.start, node.leaves.stop)
-                found.append((leaves, level.keys[layer][m, :, held], level.values[layer][m, :, held], position_S))
+            index_S = torch.arange(begin, level.keys[0].shape[2])
+            position_MS = level.first_M[:, None] + index_S
+            position_MS = torch.where(index_S < level.length_M[:, None], position_MS, -1)
+            found.append(position_MS.to(self.engine.device, torch.int32))
         return found
+
+    def _kernel_levels(
+        self, layer: int, reach: list[tuple[Level, int]], positions: list[Tensor]
+    ) -> list[kernels.attention.Level]:
+        """The levels within reach as kernels.tree_attention takes them."""
+        return [
+            kernels.attention.Level(
+                level.keys[layer][:, :, begin:], level.values[layer][:, :, begin:], position_MS, level.start_M,
+                level.count_M, level.leaf_Mn.shape[1],
+            )
+            for (level, begin), position_MS in zip(reach, positions, strict=True)
+        ]  # fmt: skip
 
     def _pad(self, nodes: list[Node]) -> Level:
         """The nodes' keys and values in one tensor a layer, one layer at a time; the nodes give theirs up."""
