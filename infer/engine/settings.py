@@ -6,14 +6,17 @@ import math
 from dataclasses import dataclass
 from typing import Any
 
+import tyro
+
 from model.support.cli import UserError
 
 
 @dataclass(frozen=True)
 class Settings:
-    """How one request is continued. Raises UserError for values out of range."""
+    """How one request is continued. Values out of range are refused."""
 
     max_new_tokens: int = 50
+    """At most so many new tokens."""
     temperature: float = 0.0
     """0: greedy."""
     top_k: int = 0
@@ -23,11 +26,12 @@ class Settings:
     min_p: float = 0.0
     """Only tokens at least this share as likely as the likeliest."""
     seed: int = 0
+    """Seed of sampling."""
     stop: tuple[str, ...] = ()
     """Texts that end the generation; they are not part of its text."""
-    stop_cycles: bool = False
+    stop_cycles: tyro.conf.Suppress[bool] = False
     """End where the same tokens repeat without end."""
-    constraint: Any = None
+    constraint: tyro.conf.Suppress[Any] = None
     """What tokens are allowed after those generated so far: an object with `allowed(tokens) -> ids | None`. The ids are
     a list or an int64 tensor (on the model's device, nothing is copied each step)."""
 

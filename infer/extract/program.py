@@ -24,9 +24,9 @@ from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-import tyro
 from tqdm import tqdm
 
+from infer.engine.options import ModelOptions
 from infer.extract.answers import SCHEMA
 from infer.extract.job import Job, Unchanged, batches, begun, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, passed_over, read_notes
@@ -44,11 +44,9 @@ ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
 
 
 @dataclass(frozen=True)
-class Options:
+class Options(ModelOptions):
     """Extract phenotypes and diagnoses from notes."""
 
-    weights: str
-    """A model's folder or GGUF file."""
     notes: Path
     """JSON lines (.jsonl, .jsonl.gz) or a table (.csv) with `id` and `text`, or a folder of .txt files."""
     out: Path
@@ -57,15 +55,11 @@ class Options:
     """The column or field that holds a note's text."""
     id_column: str = "id"
     """The column or field that holds a note's id."""
-    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
     task: Literal["phenotype", "diagnosis", "both"] = "both"
     """What is asked: the eight phenotypes, the diagnosis, or both."""
     form: Literal["auto", "template", "chat"] = "auto"
     """How it is asked: our template (tuned models) or the model's own chat form (untuned); auto: the template where
     an adapter is given or the model has no chat form."""
-    bos: Literal["auto", "yes", "no"] = "auto"
-    """Put the begin token before our template; auto: as the tokenizer's files say. (A chat's form has its own.)"""
     grounded: bool = False
     """Allow only "not relevant", closed values, spans of the note, and existing ICD-10-CM codes."""
     long: Literal["error", "truncate", "windows"] = "error"
@@ -88,19 +82,9 @@ class Options:
     """How many neighbours to show, as far as --max-input-tokens leaves room."""
     neighbour_tokens: int = 64
     """Tokens of each neighbour's text, from its beginning."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
-    """What the model computes in; auto: what this machine decodes soonest in, measured."""
     repair: Path | None = None
     """A lexicon (JSON lines whose `text` is spelled well: training notes): correct the notes' spelling and expand their
     abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
-    format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "auto"
-    """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
-    auto: wide, or what fits --memory."""
-    memory: str = ""
-    """Run within so much memory, for example 6GB: choose format, batch, cache and chunk, say so, and refuse before
-    loading what cannot fit. A retriever's encoder and index are not counted."""
-    fuse: bool = False
-    """On a CUDA device: compute by the Triton kernels (infer/engine/fuse.py). Elsewhere their definitions, slowly."""
     tensor_parallel: int = 1
     """Under torchrun: so many processes hold one model together (for models too large for one device)."""
     limit: int | None = None

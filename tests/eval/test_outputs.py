@@ -86,7 +86,7 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     "eval.robustness.run_misspelling": (True, experiment(Misspelling, run_misspelling)),
     "eval.run": (True, lambda g, out: eval_run.main(eval_run.Options(str(g / "model"), g / "notes.jsonl", out))),
     "infer.extract.program": (False, lambda g, out: extract.main(
-        extract.Options(str(g / "model"), g / "notes.jsonl", out))),
+        extract.Options(g / "notes.jsonl", out, weights=str(g / "model")))),
     "infer.retrieval.index": (True, lambda g, out: index.build(index.Options(out, notes=g / "notes.jsonl"))),
     "infer.retrieval.repair": (False, lambda g, out: repair.main(
         repair.Options(g / "notes.jsonl", g / "notes.jsonl", out))),

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from infer import generate
 from infer.engine.generate import Generator
 from infer.engine.load import load
+from infer.engine.settings import Settings
 from infer.extract import program as extract
 from infer.extract.ask import Asker, Limits
 from infer.extract.notes import LONGEST, Note, read_notes
@@ -234,8 +235,13 @@ def test_answers_that_leave_the_model_no_room_for_a_note(options, option, tmp_pa
     ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"seed": 2**70}, "seed is"), ({"memory": "6XB"}, "is not a size"),
 ])  # fmt: skip
 def test_a_prompt_s_mistakes(wrong, said, weights, capsys):
-    options = generate.Options(weights=str(weights), **{"prompt": "A tumor", **wrong})
-    assert guard(lambda: generate.main(options), "infer.generate") == 2
+    given = {"prompt": "A tumor", **wrong}
+    chosen = {name: given.pop(name) for name in wrong if name in Settings.__dataclass_fields__}
+
+    def program():
+        return generate.main(generate.Options(weights=str(weights), settings=Settings(**chosen), **given))
+
+    assert guard(program, "infer.generate") == 2
     captured = capsys.readouterr()
     assert len(captured.err.strip().splitlines()) == 1 and said in captured.err and not captured.out
 

@@ -16,6 +16,7 @@ from infer import generate
 from infer.engine.fuse import FusedBlock, Int4Linear, fuse
 from infer.engine.generate import Generator
 from infer.engine.load import load
+from infer.engine.settings import Settings
 from infer.extract import program as extract
 from infer.extract.ask import Asker, Limits
 from infer.extract.notes import Note
@@ -131,7 +132,8 @@ def test_the_programs_fuse_when_asked(weights, tmp_path, capsys):
         out = tmp_path / f"{fused}.jsonl"
         options = extract.Options(notes=tmp_path / "n.jsonl", out=out, max_new_tokens=5, max_new_diagnosis=5, **given)
         assert extract.main(options) == 0
-        assert generate.main(generate.Options(prompt="Tumor of 2", max_new_tokens=8, json=True, **given)) == 0
+        options = generate.Options(prompt="Tumor of 2", settings=Settings(max_new_tokens=8), json=True, **given)
+        assert generate.main(options) == 0
         tokens = json.loads(capsys.readouterr().out.splitlines()[-1])["tokens"]
         said[fused] = [extract_texts(json.loads(line)) for line in out.read_text().splitlines()], tokens
     assert said[True] == said[False] and said[True][1]
@@ -143,8 +145,8 @@ def test_the_programs_fuse_when_asked(weights, tmp_path, capsys):
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")
 def test_memory_is_not_planned_for_definitions(weights, tmp_path):
     for program, options in (
-        (generate, generate.Options(str(weights), "Tumor", memory="6GB", fuse=True)),
-        (extract, extract.Options(str(weights), tmp_path / "n", tmp_path / "o", memory="6GB", fuse=True)),
+        (generate, generate.Options("Tumor", weights=str(weights), memory="6GB", fuse=True)),
+        (extract, extract.Options(tmp_path / "n", tmp_path / "o", weights=str(weights), memory="6GB", fuse=True)),
     ):
         with pytest.raises(UserError, match="leave one out"):
             program.main(options)

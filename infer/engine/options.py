@@ -1,0 +1,28 @@
+"""The options of every program that loads one model to generate with: which model, and how it is computed."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal
+
+import tyro
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions:
+    weights: str
+    """A model's folder or GGUF file."""
+    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
+    """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
+    bos: Literal["auto", "yes", "no"] = "auto"
+    """Put the begin token before the prompt; auto: as the tokenizer's files say. (A chat's form has its own.)"""
+    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
+    """What the model computes in; auto: the fastest for decoding on this machine, measured."""
+    format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "auto"
+    """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
+    auto: wide, or what fits --memory."""
+    memory: str = ""
+    """A memory budget, for example 6GB: choose format, batch, cache and chunk, print them, and refuse before loading
+    what cannot fit. A retriever's encoder and index are not counted."""
+    fuse: bool = False
+    """On a CUDA device: compute by the Triton kernels (infer/engine/fuse.py). On a CPU by their definitions, slowly."""
