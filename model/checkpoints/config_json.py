@@ -1,0 +1,189 @@
+"""config.json in both directions: the fields of a ModelConfig from its keys, and its keys from a ModelConfig.
+
+Two things are refused rather than guessed, because public readers guess them differently: a missing `sliding_window`
+in a mistral or mixtral config (4,096 to some readers, none to others) and a missing `rms_norm_eps` (1e-6 to some, 1e-5
+in Mistral's own files).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from model.rotary import RopeScaling
+from model.support.checks import one_of, positive, whole
+from model.support.cli import UserError
+
+FAMILIES = ("mistral", "llama", "mixtral", "qwen2")
+# Whole numbers from 1 to sanity limits against corrupt files, which must not fill the memory.
+UPPER_BOUNDS = {
+    "vocab_size": 2**31,
+    "hidden_size": 2**20,
+    "intermediate_size": 2**20,
+    "num_hidden_layers": 1024,
+    "num_attention_heads": 2**20,
+    "num_key_value_heads": 2**20,
+    "head_dim": 2**20,
+    "max_position_embeddings": 2**31,
+}
+EXPERTS = ("num_local_experts", "num_experts_per_tok")
+REQUIRED = (*list(UPPER_BOUNDS)[:5], "rms_norm_eps")
+# Any other value of these keys would change the arithmetic, or is not JSON's true or false.
+SUPPORTED: dict[str, tuple[Any, ...]] = {
+    "hidden_act": (None, "silu"),
+    "quantization_config": (None, {}),
+    "mlp_bias": (None, False),
+    "attention_bias": (None, False, True),
+    "tie_word_embeddings": (None, False, True),
+    "use_sliding_window": (None, False, True),
+}
+# What each kind of rotary scaling must say beside its type, and what it may say.
+ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
+    "default": ((), ()),
+    "linear": (("factor",), ("original_max_position_embeddings",)),
+    "dynamic": (("factor",), ()),
+    "llama3": (("factor", "low_freq_factor", "high_freq_factor", "original_max_position_embeddings"), ()),
+    "yarn": (
+        ("factor", "original_max_position_embeddings"),
+        ("attention_factor", "beta_fast", "beta_slow", "mscale", "mscale_all_dim", "truncate"),
+    ),
+}
+
+
+def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """The fields of ModelConfig that config.json's keys describe.
+
+    Raises UserError for what is missing, impossible or not covered.
+    """
+    family = one_of("model_type", raw.get("model_type"), FAMILIES)
+    required = (*REQUIRED, *EXPERTS) if family == "mixtral" else REQUIRED
+    missing = [name for name in required if raw.get(name) is None]
+    if family != "llama" and "num_key_value_heads" not in raw:  # 8, 32 or all of them, by the reader's default
+        missing.append("num_key_value_heads")
+    if missing:
+        raise UserError(f"config lacks {', '.join(missing)}; add what the model was trained with")
+    for name, values in SUPPORTED.items():
+        one_of(name, raw.get(name), values)
+    if raw.get("attention_bias") and family in ("mistral", "mixtral"):
+        raise UserError(f"config: attention_bias is not part of the {family} family")
+    given = {name: value for name, value in raw.items() if value is not None}
+    width = whole("hidden_size", raw["hidden_size"], 1, UPPER_BOUNDS["hidden_size"])
+    heads = whole("num_attention_heads", raw["num_attention_heads"], 1, UPPER_BOUNDS["num_attention_heads"])
+    if "head_dim" not in given and width % heads:
+        raise UserError(f"config lacks head_dim, and hidden_size {width} is no multiple of {heads} heads")
+    theta, scaling = _rope(raw)
+    eos = raw.get("eos_token_id")
+    eos_ids = [_token("eos_token_id", value) for value in (eos if isinstance(eos, list) else [eos])]
+    return {
+        **{name: raw[name] for name in required},
+        "num_key_value_heads": given.get("num_key_value_heads", heads),
+        "head_dim": given.get("head_dim", width // heads),
+        "rope_theta": theta,
+        "rope_scaling": scaling,
+        "windows": _windows(raw),
+        "model_type": family,
+        "max_position_embeddings": given.get("max_position_embeddings", 32768),
+        # transformers writes only what differs from its family default, which is untied for all four
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings")),
+        "qkv_bias": family == "qwen2" or bool(raw.get("attention_bias")),
+        "o_bias": family == "llama" and bool(raw.get("attention_bias")),
+        "bos_token_id": _token("bos_token_id", raw.get("bos_token_id")),
+        "eos_token_id": tuple(i for i in eos_ids if i is not None),
+        "pad_token_id": _token("pad_token_id", raw.get("pad_token_id")),
+    }
+
+
+def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json as transformers reads it, in both rotary spellings, from the fields of ModelConfig."""
+    renamed = {"windows", "qkv_bias", "o_bias", *EXPERTS}
+    raw = {name: value for name, value in fields.items() if name not in renamed}
+    family, windows, eos = fields["model_type"], list(fields["windows"]), list(fields["eos_token_id"])
+    scaling = {name: value for name, value in (fields["rope_scaling"] or {}).items() if value is not None}
+    raw |= {
+        "architectures": [f"{family.capitalize()}ForCausalLM"],
+        "hidden_act": "silu",
+        "eos_token_id": eos if len(eos) > 1 else eos[0] if eos else None,
+        "rope_scaling": scaling or None,
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields["rope_theta"], **scaling},
+    }
+    if family == "llama":
+        raw["attention_bias"] = fields["qkv_bias"]
+    if family in ("mistral", "mixtral"):
+        raw["sliding_window"] = windows[0]
+    if family == "mixtral":
+        raw |= {name: fields[name] for name in EXPERTS}
+    if family == "qwen2":
+        raw |= {
+            "use_sliding_window": any(windows),
+            "sliding_window": next((w for w in windows if w is not None), None),
+            "max_window_layers": windows.count(None),
+            "layer_types": ["full_attention" if w is None else "sliding_attention" for w in windows],
+        }
+    return raw
+
+
+def _token(name: str, value: Any) -> int | None:
+    """A token's id; null, and the negative ids of some old files, stand for none."""
+    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
+        raise UserError(f"config: {name} is {value!r}; it must be a token's id (a whole number) or null")
+    return value if value is not None and value >= 0 else None
+
+
+def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
+    """Each layer's window. Qwen2's first `max_window_layers` layers see everything."""
+    family, window = raw["model_type"], raw.get("sliding_window")
+    layers = whole("num_hidden_layers", raw["num_hidden_layers"], 1, UPPER_BOUNDS["num_hidden_layers"])
+    if family == "llama" or family == "qwen2" and not raw.get("use_sliding_window"):
+        return (None,) * layers
+    if family != "qwen2":
+        if "sliding_window" not in raw:
+            raise UserError(
+                "config lacks sliding_window; say 4096 for Mistral-7B v0.1 or null for none "
+                "(v0.2, v0.3 and Mixtral): readers guess it differently"
+            )
+        return (window,) * layers
+    kinds, full = raw.get("layer_types"), raw.get("max_window_layers")
+    if window is None or not isinstance(kinds, list) and not isinstance(full, int):
+        raise UserError("config says use_sliding_window but lacks sliding_window or max_window_layers")
+    if not isinstance(kinds, list):
+        kinds = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
+    for kind in kinds:
+        one_of("layer_types", kind, ("sliding_attention", "full_attention"))
+    return tuple(window if kind == "sliding_attention" else None for kind in kinds)
+
+
+def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
+    """(theta, scaling) from `rope_parameters` (new) or `rope_theta` and `rope_scaling` (old)."""
+    new, old = raw.get("rope_parameters") or {}, raw.get("rope_scaling") or {}
+    if not isinstance(new, dict) or not isinstance(old, dict):
+        raise UserError("config: rope_scaling and rope_parameters must be objects or null")
+    theta = new.get("rope_theta", raw.get("rope_theta"))
+    if theta is None and raw["model_type"] == "llama":
+        theta = 1e4  # Llama-2's own config.json leaves it out, and every reader takes the paper's
+    if theta is None:
+        raise UserError("config lacks rope_theta (1e4 for Mistral v0.1, 1e6 for v0.2, v0.3 and Mixtral)")
+    if raw.get("rope_theta") not in (None, theta):
+        raise UserError(f"config contradicts itself: rope_theta {raw['rope_theta']} and rope_parameters {theta}")
+    theta, spec, trained = positive("rope_theta", theta), {**old, **new}, raw.get("max_position_embeddings")
+    kind = one_of("rope_type", spec.get("rope_type", spec.get("type", "default")), list(ROPE_FIELDS))
+    if spec.get("partial_rotary_factor", 1.0) != 1.0:
+        raise UserError("config: partial_rotary_factor other than 1 is not covered")
+    if kind == "default":
+        return theta, None
+    if kind == "dynamic" and trained is None:
+        raise UserError("rope scaling 'dynamic' needs max_position_embeddings, the length the model was trained on")
+    if kind in ("llama3", "yarn"):  # transformers falls back to the model's own length
+        spec.setdefault("original_max_position_embeddings", trained)
+    needed, optional = ROPE_FIELDS[kind]
+    known = {name: spec[name] for name in (*needed, *optional) if spec.get(name) is not None}
+    if missing := [name for name in needed if name not in known]:
+        raise UserError(f"rope scaling {kind!r} lacks {', '.join(missing)}")
+    for name in known.keys() - {"truncate"}:
+        positive(f"rope scaling {kind!r}: {name}", known[name])
+    if kind == "yarn" and theta <= 1:
+        raise UserError(f"rope scaling 'yarn' takes logarithms of rope_theta, which is {theta}; it must be above 1")
+    if kind == "llama3" and known["low_freq_factor"] >= known["high_freq_factor"]:
+        raise UserError("rope scaling 'llama3': low_freq_factor must be below high_freq_factor")
+    if kind == "dynamic" and raw.get("head_dim") == 2:
+        raise UserError("rope scaling 'dynamic' needs a head_dim above 2")
+    return theta, RopeScaling(rope_type=kind, **known)

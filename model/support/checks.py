@@ -1,0 +1,33 @@
+"""Checks of single values that untrusted files hold, for tables of fields, types and ranges."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+from model.support.cli import UserError, nearest
+
+
+def one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
+    """`value`, or a UserError where it is none of `known`. Types count: JSON's 0 and 1 are neither true nor false."""
+    if not any(type(value) is type(one) and value == one for one in known):
+        names = [one for one in known if isinstance(one, str)]
+        choices = ", ".join(names) or "false" + (" or true" if True in known else "")
+        hint = nearest(value, names) if isinstance(value, str) else ""
+        raise UserError(f"{name} is {value!r}, which is not covered{hint}; covered: {choices}")
+    return value
+
+
+def whole(name: str, value: Any, least: int, most: int) -> int:
+    """`value`, or a UserError where it is no whole number from `least` to `most`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
+        raise UserError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
+    return value
+
+
+def positive(name: str, value: Any) -> float:
+    """`value` as a float, or a UserError where it is no finite number above 0."""
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+        raise UserError(f"{name} is {value!r}; it must be a number above 0")
+    return float(value)
