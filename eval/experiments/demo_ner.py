@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.experiments.demo import smollm2
-from eval.experiments.steps import Run, begin, made_from, training_dtype
+from eval.experiments.steps import Run, begin, check_folder, extraction, made_from, training_dtype
 from model.support.cli import UserError, run
 from model.support.files import read_json, read_jsonl, write_json
 
@@ -42,6 +42,7 @@ class Options:
 
 
 def main(options: Options) -> None:
+    check_folder()
     with begin(options.out, made_from(options), "score.json", options.overwrite) as run:
         measured(run, options)
 
@@ -60,8 +61,7 @@ def measured(run: Run, options: Options) -> None:
     run.step("tuning", ["train.instruct", options.recipe, "--weights", base, "--data", files["train"],
                         "--out", tuned, "--dtype", training_dtype(run.out), *steps])  # fmt: skip
     answers = str(run.out / "answers.jsonl")
-    run.step("answers", ["infer.extract", "--weights", base, "--adapter", f"{tuned}/adapter", "--notes", files["test"],
-                         "--out", answers, "--form", "template", "--max-new-tokens", "120"])  # fmt: skip
+    run.step("answers", extraction(base, [f"{tuned}/adapter"], files["test"], answers, "--max-new-tokens", "120"))
     found = score(files["test"], answers)
     card = read_json(Path(tuned) / "run.json")
     found |= {"training_seconds": card.get("training_seconds"), "steps": card.get("steps"),

@@ -11,9 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from eval.experiments.steps import training_dtype
+from eval.experiments.steps import RECIPES, training_dtype
 
-RECIPES = Path("train/recipes")
 PARTS = {"wrong_labels": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
 # run.json's name for each experiment, and its folder
 

@@ -22,12 +22,10 @@ from typing import Any, Literal
 
 import torch
 
-from eval.experiments.steps import Run, begin
+from eval.experiments.steps import RECIPES, Run, begin, check_folder
 from eval.metrics import score
 from model.support.cli import UserError, run
 from model.support.files import read_jsonl, write_json
-
-RECIPES = Path("train/recipes")
 
 
 @dataclass(frozen=True)
@@ -260,8 +258,7 @@ def table(found: dict[str, Any]) -> str:
 
 
 def main(options: Options) -> int:
-    if not RECIPES.is_dir():
-        raise UserError("run this from the repository's root, where train/recipes lies")
+    check_folder()
     size = SIZES[options.scale]
     made_of = {"scale": options.scale, "size": vars(size), "tuning": TUNING}
     with begin(options.out, made_of, "quirks.json", options.overwrite) as run:

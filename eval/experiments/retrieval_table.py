@@ -10,9 +10,9 @@ specter2, sgpt; a row without weights says so. Each row holds the diagnosis scor
 difference to the same model without neighbours (paired), and recall@k and nDCG@10 on notes of the same diagnosis.
 
 A model that never saw neighbours in training may be misled by them. With `--tune-steps` the adapter is therefore also
-tuned on the same notes with BM25's neighbours in their prompts, and the rows are given for that adapter too; beside
-them stands one tuned for as many steps without neighbours, so that more tuning is not taken for retrieval's gain.
-DIR/result.json holds the rows; an interrupted run goes on where it stopped.
+tuned further on the same notes with BM25's neighbours in their prompts, and for as many steps without neighbours, so
+that the effect of more tuning is not attributed to retrieval. DIR/result.json holds the rows; an interrupted run
+continues.
 """
 
 from __future__ import annotations
@@ -23,14 +23,13 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.experiments.retrieval import measure
-from eval.experiments.steps import Run, begin, made_from
+from eval.experiments.steps import LONG, Run, begin, extraction, made_from
 from eval.metrics.statistics import format_interval, format_p
 from eval.questions import Question, figures, pair, paired_f1, read_predictions, read_references
-from infer.extract.job import stamp
 from infer.retrieval.index import Index
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import read_json, sha256_file, write_json, write_jsonl
+from model.support.files import read_json, write_json, write_jsonl
 
 OURS = "ours"
 RETRIEVERS = {  # row: the kind that it is read as, and where its weights are published
@@ -43,7 +42,7 @@ RETRIEVERS = {  # row: the kind that it is read as, and where its weights are pu
 }
 TITLES = {"bm25": "BM25", "contriever": "Contriever", "medcpt": "MedCPT", "specter2": "SPECTER2", "sgpt": "SGPT",
           OURS: "ours (2 layers, trained on the notes)"}  # fmt: skip
-AS_IT_IS, WITHOUT, WITH = "", ", tuned on without neighbours", ", tuned on with neighbours"
+AS_IT_IS, WITHOUT, WITH = "", ", tuned further without neighbours", ", tuned further with neighbours"
 
 
 @dataclass(frozen=True)
@@ -67,7 +66,7 @@ class Options:
     encoder_steps: int = 300
     """Steps of our own encoder (0: leave its row out)."""
     tune_steps: int = 0
-    """Tune the adapter on with and without BM25's neighbours for so many steps, and give rows for both (0: do not)."""
+    """Tune the adapter further with and without BM25's neighbours for so many steps; rows for both (0: do not)."""
     recipe: str = "train/recipes/demo-instruct.toml"
     """The recipe of that tuning; its steps, tasks and learning rate are set here."""
     limit: int = 0
@@ -76,8 +75,6 @@ class Options:
     """How many neighbours are shown."""
     neighbour_tokens: int = 64
     """Tokens of each neighbour's text."""
-    max_new_diagnosis: int = 60
-    """Tokens of a diagnosis."""
     grounded: bool = False
     """Allow only existing ICD-10-CM codes and descriptions in the answers, as infer.extract's option."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -98,9 +95,8 @@ def table(options: Options) -> dict[str, Any]:
         raise UserError(f"{options.notes}: no note with a diagnosis; give annotated notes")
     given = {kind: options.encoders / kind for kind, (_, source) in RETRIEVERS.items()
              if source and (options.encoders / kind).is_dir()}  # fmt: skip
-    made_of = made_from(options) | {"notes_sha256": sha256_file(options.notes), "given": sorted(given),
-                                    "data_sha256": sha256_file(options.data),
-                                    "models": [stamp(path) for path in (options.weights, options.adapter)]}  # fmt: skip
+    files = {"notes": options.notes, "data": options.data}
+    made_of = made_from(options, files, (options.weights, options.adapter)) | {"given": sorted(given)}
     with begin(options.out, made_of, overwrite=options.overwrite) as run:
         return filled(run, options, references, given)
 
@@ -141,7 +137,7 @@ def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
 
 
 def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
-    """The adapter tuned on without and with neighbours, on the diagnosis question alone: {row's ending: folder}."""
+    """The adapter tuned further without and with neighbours, on diagnoses alone: {row's ending: folder}."""
     near, shown = run.out / "near.jsonl", ["--neighbours", str(options.neighbours)]
     run.step("training notes with their neighbours", [
         "train.data.neighbours", "--data", str(options.data), "--index", str(bm25), "--tokenizer", options.weights,
@@ -150,7 +146,7 @@ def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
     ])  # fmt: skip
     folders = {}
     for end, data, name in ((WITHOUT, options.data, "without"), (WITH, near, "with")):
-        run.step(f"tuning on, {name} neighbours", [
+        run.step(f"further tuning, {name} neighbours", [
             "train.instruct", options.recipe, "--weights", options.weights, "--adapter", options.adapter,
             "--data", str(data), "--out", str(run.out / f"tuned-{name}"), "--tasks", "diagnosis",
             "--steps", str(options.tune_steps), "--warmup", str(min(4, options.tune_steps)), "--batch-rows", "1",
@@ -167,7 +163,7 @@ def answered(
     """One adapter's rows: none, then each retriever. A public encoder without weights has a row that says so."""
     none = ask(run, options, references, f"none{end}", adapter)
     rows = [{"name": f"none{end}", "diagnosis": figures(none)}]
-    if end == WITHOUT:  # the measure of what more tuning does by itself
+    if end == WITHOUT:  # the effect of more tuning alone
         return rows
     for name, (kind, source) in RETRIEVERS.items():
         title = TITLES[name] + end
@@ -188,17 +184,9 @@ def ask(
 ) -> list[Question]:
     """The diagnosis questions with one system's answers."""
     out = run.out / f"answers-{name.replace(', ', '-').replace(' ', '-')}.jsonl"
-    run.step(f"answers: {name}", [
-        "infer.extract", "--weights", options.weights, "--adapter", adapter, "--task", "diagnosis", "--form",
-        "template", "--notes", str(run.out / "notes.jsonl"), "--out", str(out), "--long", "windows",
-        "--max-new-diagnosis", str(options.max_new_diagnosis), *more,
-        *(["--grounded"] if options.grounded else []),
-    ])  # fmt: skip
-    return diagnoses(references, read_predictions(out))
-
-
-def diagnoses(references: Sequence[dict[str, Any]], predictions: Sequence[dict[str, Any]]) -> list[Question]:
-    return [one for one in pair(references, predictions)[0] if one.task == "diagnosis"]
+    more = ["--task", "diagnosis", *LONG, *more, *(["--grounded"] if options.grounded else [])]
+    run.step(f"answers: {name}", extraction(options.weights, [adapter], run.out / "notes.jsonl", out, *more))
+    return [one for one in pair(references, read_predictions(out))[0] if one.task == "diagnosis"]
 
 
 def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:

@@ -21,10 +21,14 @@ from typing import Any
 
 import torch
 
+from infer.extract.job import stamp
 from model.support.cli import UserError
-from model.support.files import check_writable, read_json, write_json
+from model.support.files import check_writable, read_json, sha256_file, write_json
 from model.support.hardware import compute_dtype, max_resident_mb
 from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
+
+RECIPES = Path("train/recipes")
+LONG = ("--long", "windows", "--max-new-diagnosis", "60")  # how the experiments ask: no note is cut
 
 
 @dataclass
@@ -86,9 +90,24 @@ def training_dtype(out: Path) -> str:
     return str(read_json(path))
 
 
-def made_from(options: Any) -> dict[str, Any]:
-    """A program's options, but for where its run lies and whether an older one makes way."""
-    return {key: str(value) for key, value in vars(options).items() if key not in ("out", "overwrite")}
+def made_from(options: Any, files: Mapping[str, Path] | None = None, models: Iterable[str] = ()) -> dict[str, Any]:
+    """What a run is made of: options but for --out and --overwrite, hashes of files, stamps of models."""
+    given = {key: str(value) for key, value in vars(options).items() if key not in ("out", "overwrite")}
+    hashes = {f"{name}_sha256": sha256_file(path) for name, path in (files or {}).items()}
+    return given | hashes | {"models": [stamp(path) for path in models if path]}
+
+
+def check_folder() -> None:
+    """Raise UserError where the recipes are not below the current folder."""
+    if not RECIPES.is_dir():
+        raise UserError("run this from the repository's root, where train/recipes lies")
+
+
+def extraction(weights: str, adapters: Iterable[str], notes: Path | str, out: Path | str, *more: str) -> list[str]:
+    """The command of infer.extract that asks a tuned model."""
+    merged = [word for adapter in adapters if adapter for word in ("--adapter", adapter)]
+    return ["infer.extract", "--weights", weights, *merged, "--notes", str(notes), "--out", str(out), "--form",
+            "template", *more]  # fmt: skip
 
 
 @contextmanager

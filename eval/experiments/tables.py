@@ -17,8 +17,8 @@ from typing import Any, Literal
 
 from eval.experiments import programs as experiments
 from eval.experiments.demo import TITLES
-from eval.experiments.programs import PARTS, RECIPES, Demo
-from eval.experiments.steps import Run, begin
+from eval.experiments.programs import PARTS, Demo
+from eval.experiments.steps import Run, begin, check_folder
 from eval.report.build import terminal_table, write
 from model.support import cli as command
 from model.support.cli import UserError
@@ -91,8 +91,7 @@ def finished_demo(folder: Path, scale: str) -> Demo:
 
 
 def main(options: Options) -> int:
-    if not RECIPES.is_dir():
-        raise UserError("run this from the repository's root, where train/recipes lies")
+    check_folder()
     end = "" if options.scale == "full" else f"-{options.scale}"
     demo = finished_demo(options.run or Path("runs") / f"demo{end}", options.scale)
     out = options.out or Path("runs") / f"tables{end}"

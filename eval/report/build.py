@@ -344,7 +344,7 @@ def plots(report: Json) -> dict[str, str]:
         found[f"curve {name}"] = report_plots.lines(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)
     for name, x in (("wrong_labels", "wrong training labels, %"), ("misspelling", "misspelled words, %")):
         if report[name]:
-            found[name] = report_plots.lines(_damage(report[name]), x, "average F1", zero=True)
+            found[name] = report_plots.lines(_corruption(report[name]), x, "average F1", zero=True)
     if report["canaries"]:
         rows = report["canaries"]["rows"]
         series = {title: ([str(row["count"]) for row in rows[title]], *([row[key] for row in rows[title]] for key in
@@ -353,7 +353,7 @@ def plots(report: Json) -> dict[str, str]:
     return found
 
 
-def _damage(part: Json) -> dict[str, tuple]:
+def _corruption(part: Json) -> dict[str, tuple]:
     """A curve's lines: average F1 with its interval for each task and series, by rate in percent."""
     found = {}
     for task, title in TASK_TITLES.items():

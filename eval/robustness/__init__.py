@@ -1,1 +1,1 @@
-"""What wrong labels and misspelled notes do to a model: seeded corruption at nested rates."""
+"""Wrong labels and misspelled notes at nested, seeded rates; canaries in continued pre-training."""

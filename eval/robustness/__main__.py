@@ -1,4 +1,4 @@
-"""What damage does to a model, each from one command that goes on after an interruption:
+"""Robustness experiments, one command each; an interrupted run continues:
 
     python -m eval.robustness labels --weights W --recipe R.toml --data train.jsonl --notes heldout.jsonl --out DIR
     python -m eval.robustness misspelling --weights W --adapter A --notes heldout.jsonl --lexicon train.jsonl --out DIR

@@ -1,7 +1,7 @@
 """Memorisation: canaries planted at known counts in continued pre-training, with and without deduplication.
 
-Two adapters are trained with the same recipe and passes, one on the notes with the canaries in them, one on the same
-notes after lines that stand in them more than once were reduced to one. For both, and for the base alone, the exposure
+Two adapters are trained with the same recipe and passes, one on the notes with the canaries, one on the same notes with
+repeated lines reduced to one. For both, and for the base alone, the exposure
 and the extraction rate of each count are reported, with intervals over canaries where there are 10.
 """
 
@@ -15,17 +15,16 @@ from typing import Any, Literal
 from eval.experiments.steps import Run, begin, made_from
 from eval.metrics.statistics import format_interval, interval
 from eval.robustness.canaries import REFERENCES, Canary, deduplicate, exposure, make_canaries, measure, plant
-from infer.extract.job import stamp
 from lora import load_adapter
 from model import Tokenizer, Transformer
 from model.support.cli import UserError
-from model.support.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from model.support.files import read_json, read_jsonl, write_json, write_jsonl
 from train.recipe import read_toml
 
 
 @dataclass(frozen=True)
 class Canaries:
-    """Plant canaries in continued pre-training and measure what the adapter gives away."""
+    """Plant canaries in continued pre-training and measure what the adapter memorised."""
 
     weights: str
     """The base model's folder."""
@@ -36,7 +35,7 @@ class Canaries:
     out: Path
     """The run's folder: data/, two adapters, result.json."""
     counts: tuple[int, ...] = (0, 1, 4, 16)
-    """In how many notes a canary stands; 0 is the control."""
+    """In how many notes a canary is planted; 0 is the control."""
     each: int = 5
     """Canaries of each count."""
     records: int = 0
@@ -45,8 +44,6 @@ class Canaries:
     """Passes over the notes (0: the recipe's steps)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the base computes in while it is trained; exposure is measured in float32."""
-    seed: int = 0
-    """Names, numbers and places."""
     overwrite: bool = False
     """Remove the run that is there, and begin again."""
 
@@ -70,15 +67,15 @@ def run_canaries(options: Canaries) -> dict[str, Any]:
     if max(options.counts) > len(records):
         raise UserError(f"{options.data}: {len(records)} notes cannot hold a canary {max(options.counts)} times; give "
                         "more notes or smaller --counts")  # fmt: skip
-    made_of = made_from(options) | {"data_sha256": sha256_file(options.data), "models": [stamp(options.weights)]}
+    made_of = made_from(options, {"data": options.data}, [options.weights])
     with begin(options.out, made_of, overwrite=options.overwrite) as run:
         return trained(run, options, records)
 
 
 def trained(run: Run, options: Canaries, records: list[dict[str, Any]]) -> dict[str, Any]:
-    """Both adapters trained and measured beside the base; writes result.json."""
-    canaries = make_canaries(options.counts, options.each, options.seed)
-    planted = plant(records, canaries, options.seed)
+    """Train and measure both adapters, measure the base; writes result.json."""
+    canaries = make_canaries(options.counts, options.each)
+    planted = plant(records, canaries)
     single, dropped = deduplicate(planted)
     rows = {"base": measured(run, options, "base", None, canaries)}
     trainings = {}
@@ -112,7 +109,7 @@ def measured(run: Run, options: Canaries, name: str, adapter: Path | None, canar
         if adapter is not None:
             load_adapter(model, adapter)
         model.use_attention("fast")
-        write_json(path, measure(model, Tokenizer.from_pretrained(options.weights), canaries, options.seed))
+        write_json(path, measure(model, Tokenizer.from_pretrained(options.weights), canaries))
 
     run.step(f"{name}: exposure", work)
     return read_json(path)

@@ -1,8 +1,8 @@
 """Wrong labels: an adapter for each rate of wrong training answers, all scored on the same clean notes.
 
 The corruption is wrong_labels.py's. At `filter_rate` one more adapter is trained without the records whose answers the
-adapter of that rate finds least likely (filtering.py), for as many steps: what that regains is what filtering by loss
-is worth. The share of records to drop is the rate, taken as known.
+adapter of that rate finds least likely (filtering.py), for as many steps: the gain of filtering by loss. The share of
+records to drop is the rate, taken as known.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.experiments.steps import Run, begin, made_from
+from eval.experiments.steps import LONG, Run, begin, extraction, made_from
 from eval.questions import read_references
+from eval.robustness.curve import curve, questions, recovery, recovery_lines, text_table
 from eval.robustness.filtering import answer_losses, ranking
-from eval.robustness.measure import curve, questions, recovery, recovery_lines, text_table
 from eval.robustness.wrong_labels import corrupt, wrong_ids
-from infer.extract.job import stamp
 from model.support.cli import UserError
-from model.support.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from model.support.files import read_json, read_jsonl, write_json, write_jsonl
 from train.recipe import read_toml
 
 FIELDS = ("id", "text", "phenotypes")
@@ -43,21 +42,17 @@ class Labels:
     filter_rate: float = 0.3
     """The rate at which training is repeated without the records of highest loss (0: not at all)."""
     adapter: str = ""
-    """An adapter to go on from, such as that of continued pre-training (empty: a new one)."""
+    """An adapter to train further, such as that of continued pre-training (empty: a new one)."""
     epochs: float = 0.0
     """Passes of each training over its notes (0: the recipe's steps)."""
     records: int = 0
     """Only the first training notes (0: all)."""
     limit: int = 0
     """Only the first test notes (0: all)."""
-    max_new_diagnosis: int = 60
-    """Tokens of a diagnosis."""
     grounded: bool = False
     """Ask as infer.extract --grounded does."""
     dtype: Literal["float32", "bfloat16"] = "float32"
     """What the base computes in while it is tuned."""
-    seed: int = 0
-    """Which records are wrong, and how."""
     overwrite: bool = False
     """Remove the run that is there, and begin again."""
 
@@ -68,8 +63,8 @@ class Labels:
             raise UserError(f"--filter-rate {self.filter_rate} and 0 must be among --rates, to be compared with")
         if len({name_of(rate) for rate in self.rates}) < len(self.rates):
             raise UserError(f"--rates {' '.join(map(str, self.rates))}: two of them are the same whole percent")
-        if min(self.epochs, self.records, self.limit) < 0 or self.max_new_diagnosis < 1:
-            raise UserError("--epochs, --records and --limit are 0 or more, --max-new-diagnosis at least 1")
+        if min(self.epochs, self.records, self.limit) < 0:
+            raise UserError("--epochs, --records and --limit are 0 or more")
 
 
 def name_of(rate: float) -> str:
@@ -93,13 +88,12 @@ def training_notes(path: Path) -> list[dict[str, Any]]:
 
 def run_labels(options: Labels) -> dict[str, Any]:
     records = training_notes(options.data)[: options.records or None]
-    read_references(options.notes)  # they are asked after the tunings: a mistake in them is told before
+    read_references(options.notes)  # they are needed after the tunings only; a mistake in them is reported first
     read_toml(options.recipe)
     if options.filter_rate and not 0 < round(options.filter_rate * len(records)) < len(records):
         raise UserError(f"{options.data}: {len(records)} notes are too few to filter at {options.filter_rate}")
-    made_of = made_from(options)
-    made_of |= {"data_sha256": sha256_file(options.data), "notes_sha256": sha256_file(options.notes),
-                "models": [stamp(path) for path in (options.weights, options.adapter) if path]}  # fmt: skip
+    files = {"data": options.data, "notes": options.notes}
+    made_of = made_from(options, files, (options.weights, options.adapter))
     with begin(options.out, made_of, overwrite=options.overwrite) as run:
         return measured(run, options, records)
 
@@ -108,18 +102,18 @@ def measured(run: Run, options: Labels, records: list[dict[str, Any]]) -> dict[s
     """The adapters of all rates trained and scored; writes result.json."""
     changed, tunings = {}, {}
     for rate in sorted(options.rates):
-        noisy = corrupt(records, rate, options.seed)
+        noisy = corrupt(records, rate)
         changed[rate] = sum(new != old for new, old in zip(noisy, records, strict=True))
         tunings[f"{name_of(rate)}: tuning"] = tuning(run, options, name_of(rate), noisy)
     run.run_in_parallel(tunings)
     asked = {rate: answered(run, options, name_of(rate)) for rate in sorted(options.rates)}
-    result: dict[str, Any] = {"what": "labels", "damaged": "training records with wrong answers"}
+    result: dict[str, Any] = {"what": "labels", "corrupted": "training records with wrong answers"}
     series = {"trained on wrong labels": asked}
     if options.filter_rate:
-        result["filter"], without = filtered(run, options, corrupt(records, options.filter_rate, options.seed))
+        result["filter"], without = filtered(run, options, corrupt(records, options.filter_rate))
         series["highest losses left out"] = {options.filter_rate: without}
-        regained = recovery(asked[0.0], asked[options.filter_rate], without)
-        result["recovery"] = [{"rate": options.filter_rate, **regained}]
+        recovered = recovery(asked[0.0], asked[options.filter_rate], without)
+        result["recovery"] = [{"rate": options.filter_rate, **recovered}]
     result |= curve(series)
     result |= {"changed": [changed[rate] for rate in result["rates"]], "of": len(records), "seconds": run.took()}
     write_json(options.out / "result.json", result)
@@ -142,12 +136,10 @@ def answered(run: Run, options: Labels, name: str) -> list:
     """The test questions as the model answers them that was tuned under this name."""
     answers = run.out / "answers" / f"{name}.jsonl"
     answers.parent.mkdir(exist_ok=True)
-    run.step(f"{name}: answers", [
-        "infer.extract", "--weights", options.weights, "--adapter", str(run.out / name / "adapter"),
-        "--notes", str(options.notes), "--out", str(answers), "--form", "template", "--long", "windows",
-        "--max-new-diagnosis", str(options.max_new_diagnosis),
-        *(["--limit", str(options.limit)] if options.limit else []), *(["--grounded"] if options.grounded else []),
-    ])  # fmt: skip
+    more = ["--limit", str(options.limit)] if options.limit else []
+    more += ["--grounded"] if options.grounded else []
+    adapter = str(run.out / name / "adapter")
+    run.step(f"{name}: answers", extraction(options.weights, [adapter], options.notes, answers, *LONG, *more))
     return questions(options.notes, answers, options.limit)
 
 
@@ -158,7 +150,7 @@ def filtered(run: Run, options: Labels, noisy: list[dict[str, Any]]) -> tuple[di
         options.weights, str(run.out / name / "adapter"), run.out / "data" / f"{name}.jsonl", run.out / "loss-tokens"
     )))  # fmt: skip
     losses = read_json(path)
-    wrong = wrong_ids(noisy, options.filter_rate, options.seed)
+    wrong = wrong_ids(noisy, options.filter_rate)
     highest = ranking(losses)[: round(options.filter_rate * len(noisy))]
     kept = [record for record in noisy if record["id"] not in set(highest)]
     found = {"rate": options.filter_rate, "dropped": len(highest), "wrong": len(wrong), "records": len(noisy),

@@ -12,14 +12,13 @@ from typing import Any
 
 import tyro
 
-from eval.experiments.steps import Run, begin, made_from
+from eval.experiments.steps import LONG, Run, begin, extraction, made_from
 from eval.questions import Question, pair, read_predictions, read_references
-from eval.robustness.measure import curve, recovery, recovery_lines, text_table
+from eval.robustness.curve import curve, recovery, recovery_lines, text_table
 from eval.robustness.misspelling import eligible, misspell
-from infer.extract.job import stamp
 from infer.retrieval.repair import read_lexicon
 from model.support.cli import UserError
-from model.support.files import sha256_file, write_json, write_jsonl
+from model.support.files import write_json, write_jsonl
 
 PLAIN, REPAIRED = "as misspelled", "repaired"
 
@@ -43,12 +42,8 @@ class Misspelling:
     way at a higher one."""
     limit: int = 0
     """Only the first notes (0: all)."""
-    max_new_diagnosis: int = 60
-    """Tokens of a diagnosis."""
     grounded: bool = False
     """Ask as infer.extract --grounded does."""
-    seed: int = 0
-    """Which words, and which mistakes."""
     overwrite: bool = False
     """Remove the run that is there, and begin again."""
 
@@ -57,8 +52,8 @@ class Misspelling:
             raise UserError(f"--rates {' '.join(map(str, self.rates))}: rates between 0 and 1, and 0 among them")
         if len({at("", rate) for rate in self.rates}) < len(self.rates):
             raise UserError(f"--rates {' '.join(map(str, self.rates))}: two of them are the same tenth of a percent")
-        if self.limit < 0 or self.max_new_diagnosis < 1:
-            raise UserError("--limit is 0 or more, --max-new-diagnosis at least 1")
+        if self.limit < 0:
+            raise UserError(f"--limit {self.limit}: 0 or more")
 
 
 def run_misspelling(options: Misspelling) -> dict[str, Any]:
@@ -68,10 +63,9 @@ def run_misspelling(options: Misspelling) -> dict[str, Any]:
         raise UserError(f"{options.notes}: every note is empty")
     if len(references) < given:
         print(f"{options.notes}: {given - len(references)} of {given} notes are empty and left out", file=sys.stderr)
-    read_lexicon(options.lexicon)  # repair reads it after the plain answers: a mistake in it is told before them
-    made_of = made_from(options)
-    made_of |= {"notes_sha256": sha256_file(options.notes), "lexicon_sha256": sha256_file(options.lexicon),
-                "models": [stamp(path) for path in (options.weights, *options.adapter)]}  # fmt: skip
+    read_lexicon(options.lexicon)  # repair reads it after the plain answers; a mistake in it is reported first
+    files = {"notes": options.notes, "lexicon": options.lexicon}
+    made_of = made_from(options, files, (options.weights, *options.adapter))
     with begin(options.out, made_of, overwrite=options.overwrite) as run:
         return measured(run, options, references)
 
@@ -81,7 +75,7 @@ def measured(run: Run, options: Misspelling, references: list[dict[str, Any]]) -
     rates, changed = sorted(options.rates), []
     asked = []
     for rate in rates:
-        misspelled = [misspell(record, rate, options.seed) for record in references]
+        misspelled = [misspell(record, rate) for record in references]
         differing = sum(a != b for new, old in zip(misspelled, references, strict=True)
                         for a, b in zip(new["text"].split(), old["text"].split(), strict=True))  # fmt: skip
         changed.append(differing)
@@ -90,15 +84,11 @@ def measured(run: Run, options: Misspelling, references: list[dict[str, Any]]) -
     series = {}
     for name, file, more in ((PLAIN, "plain", []), (REPAIRED, "repaired", ["--repair", str(options.lexicon)])):
         answers = options.out / f"{file}.jsonl"
-        adapters = [word for adapter in options.adapter for word in ("--adapter", adapter)]
-        run.step(f"answers: {name}", [
-            "infer.extract", "--weights", options.weights, *adapters, "--notes", str(options.out / "notes.jsonl"),
-            "--out", str(answers), "--form", "template", "--long", "windows",
-            "--max-new-diagnosis", str(options.max_new_diagnosis), *more,
-            *(["--grounded"] if options.grounded else []),
-        ])  # fmt: skip
+        more += ["--grounded"] if options.grounded else []
+        notes = options.out / "notes.jsonl"
+        run.step(f"answers: {name}", extraction(options.weights, options.adapter, notes, answers, *LONG, *more))
         series[name] = by_rate(references, read_predictions(answers), rates)
-    result: dict[str, Any] = {"what": "misspelling", "damaged": "words misspelled", **curve(series)}
+    result: dict[str, Any] = {"what": "misspelling", "corrupted": "words misspelled", **curve(series)}
     result |= {
         "changed": changed,
         "of": sum(eligible(record["text"]) for record in references),

@@ -3,7 +3,7 @@
 import pytest
 
 from eval.questions import Question
-from eval.robustness.measure import curve, recovery
+from eval.robustness.curve import curve, recovery
 from eval.robustness.run_canaries import by_count
 
 
@@ -15,10 +15,10 @@ def asked(right):
 @pytest.fixture
 def parts():
     spelled = curve({"as misspelled": {0.0: asked(12), 0.1: asked(6)}, "repaired": {0.0: asked(12), 0.1: asked(10)}})
-    spelled |= {"damaged": "words misspelled", "changed": [0, 40], "of": 400,
+    spelled |= {"corrupted": "words misspelled", "changed": [0, 40], "of": 400,
                 "recovery": [{"rate": 0.1, **recovery(asked(12), asked(6), asked(10))}]}  # fmt: skip
     wrong = curve({"trained on wrong labels": {0.0: asked(12), 0.3: asked(4)}, "left out": {0.3: asked(9)}})
-    wrong |= {"damaged": "records", "changed": [0, 3], "of": 10, "recovery": [],
+    wrong |= {"corrupted": "records", "changed": [0, 3], "of": 10, "recovery": [],
               "filter": {"rate": 0.3, "dropped": 3, "dropped_wrong": 2, "wrong": 3, "records": 10,
                          "auc": 0.9}}  # fmt: skip
     one = {"name": "c", "count": 4, "rank": 1, "exposure": 8.0, "extracted": True}

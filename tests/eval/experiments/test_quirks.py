@@ -34,5 +34,5 @@ def test_an_out_folder_of_something_else_is_left_alone(tmp_path):
         [sys.executable, "-m", "eval.experiments.quirks", "--scale", "tiny", "--out", str(tmp_path)],
         capture_output=True, text=True,
     )
-    assert made.returncode == 2 and "give another folder" in made.stderr
+    assert made.returncode == 2 and "is no job's of ours" in made.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.txt"]

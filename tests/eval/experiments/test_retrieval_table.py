@@ -53,7 +53,6 @@ def test_the_table_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     options = Options(
         weights=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), data=train, notes=heldout,
         out=tmp_path / "out", encoders=tmp_path / "encoders", encoder_steps=0, limit=2, grounded=True,
-        max_new_diagnosis=4,
     )  # fmt: skip
     result = table(options)
     assert [one["name"] for one in result["rows"]] == ["none", "BM25", "Contriever", "MedCPT", "SPECTER2", "SGPT"]
@@ -99,7 +98,7 @@ def test_a_note_that_cannot_be_answered_does_not_stop_an_experiment(tmp_path):
     heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
     options = Misspelling(
         weights=str(tmp_path / "base"), adapter=(str(tmp_path / "adapter"),), notes=heldout, lexicon=heldout,
-        out=tmp_path / "out", rates=(0.0, 0.4), max_new_diagnosis=4,
+        out=tmp_path / "out", rates=(0.0, 0.4),
     )  # fmt: skip
     result = run_misspelling(options)
     answers = [json.loads(line) for line in (tmp_path / "out" / "plain.jsonl").read_text().splitlines()]

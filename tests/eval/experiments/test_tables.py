@@ -90,7 +90,7 @@ def test_the_report_shows_and_plots_every_result(tmp_path, parts):
             "seconds": None, "bits_per_byte": None}  # fmt: skip
     page = render({**bare, **read})
     assert page.count("<svg") == 3 and all(f'<h2 id="{name}"' in page for name in ("t3", "t4", "t6", "canaries"))
-    for said in ("40 of 400", "regained by repair", "2 of them were wrong", "1 of 1", "<td>0.123</td>", "25.0"):
+    for said in ("40 of 400", "recovered by repair", "2 of them were wrong", "1 of 1", "<td>0.123</td>", "25.0"):
         assert said in page
     assert "MedCPT" not in page and "0 (never planted)" in page
     without = render({**bare, **dict.fromkeys(parts)})

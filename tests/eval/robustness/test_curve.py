@@ -1,12 +1,12 @@
-"""Curves of F1 against damage: the same questions at every rate, slopes and recoveries with their intervals."""
+"""Curves of F1 against corruption: the same questions at every rate, slopes and recoveries with their intervals."""
 
 from __future__ import annotations
 
 import pytest
 
 from eval.questions import Question, f1_of
+from eval.robustness.curve import curve, recovery, text_table
 from eval.robustness.filtering import ranking
-from eval.robustness.measure import curve, recovery, text_table
 from eval.robustness.run_canaries import Canaries, run_canaries
 from eval.robustness.run_labels import Labels, auc, run_labels
 from eval.robustness.run_misspelling import Misspelling, run_misspelling
@@ -26,9 +26,9 @@ def asked(right: int, of: int = 20) -> list[Question]:
 
 
 def test_a_curve_holds_every_rates_figures_and_its_slope():
-    part = curve({"plain": {0.0: asked(20), 0.1: asked(15), 0.2: asked(10)}, "mended": {0.1: asked(18)}})
+    part = curve({"plain": {0.0: asked(20), 0.1: asked(15), 0.2: asked(10)}, "repaired": {0.1: asked(18)}})
     plain = part["series"]["plain"]
-    assert part["rates"] == plain["rates"] == [0.0, 0.1, 0.2] and part["series"]["mended"]["rates"] == [0.1]
+    assert part["rates"] == plain["rates"] == [0.0, 0.1, 0.2] and part["series"]["repaired"]["rates"] == [0.1]
     assert [row["exact_match"]["f1"] for row in plain["phenotype"]] == [100, 75, 50]
     assert plain["slope"]["phenotype"]["slope"] == pytest.approx(-25)  # points for ten points of rate
     assert plain["slope"]["phenotype"]["low"] < -25 < plain["slope"]["phenotype"]["high"] < 0
@@ -40,7 +40,7 @@ def test_a_curve_holds_every_rates_figures_and_its_slope():
 def test_recovery_is_the_share_of_what_was_lost():
     found = recovery(asked(20), asked(10), asked(16))
     one = found["phenotype"]
-    assert [one[key] for key in ("lost", "regained", "share")] == pytest.approx([50, 30, 0.6])
+    assert [one[key] for key in ("lost", "recovered", "share")] == pytest.approx([50, 30, 0.6])
     assert one["low"] > 0 and one["p"] < 0.05
     assert found["diagnosis"]["lost"] == 0 and found["diagnosis"]["share"] is None
 

@@ -1,4 +1,4 @@
-"""F1 against the rate of damage: the same questions answered at every rate, by one system or by several."""
+"""F1 against the rate of corruption: the same questions answered at every rate, by one system or by several."""
 
 from __future__ import annotations
 
@@ -42,17 +42,17 @@ def curve(series: Mapping[str, Mapping[float, list[Question]]]) -> Json:
     return found
 
 
-def recovery(clean: Sequence[Question], damaged: Sequence[Question], mended: Sequence[Question]) -> Json:
-    """For each task: the average F1 that damage lost, what mending regains of it (with its interval and the paired
+def recovery(clean: Sequence[Question], corrupted: Sequence[Question], repaired: Sequence[Question]) -> Json:
+    """For each task: the average F1 lost to corruption, what repair recovers of it (with its interval and the paired
     test), and the share. The share is null where less than one point was lost: it would be noise over noise."""
     found: Json = {}
     for task in TASKS:
-        of_task = [groups(list(asked))[task] for asked in (clean, damaged, mended)]
+        of_task = [groups(list(asked))[task] for asked in (clean, corrupted, repaired)]
         loss, gain = paired_f1(*of_task[:2], "average_f1"), paired_f1(*of_task[1:], "average_f1")
         if loss and gain:
-            lost, regained = -loss["difference"], gain["difference"]
-            found[task] = {"lost": lost, "regained": regained, **{key: gain[key] for key in ("low", "high", "p", "n")},
-                           "share": regained / lost if lost >= 1 else None}  # fmt: skip
+            lost, recovered = -loss["difference"], gain["difference"]
+            found[task] = {key: gain[key] for key in ("low", "high", "p", "n")}
+            found[task] |= {"lost": lost, "recovered": recovered, "share": recovered / lost if lost >= 1 else None}
     return found
 
 
@@ -78,12 +78,12 @@ def text_table(part: Json) -> str:
 
 
 def recovery_lines(rows: Sequence[Json]) -> list[str]:
-    """What mending regains of the average F1 lost, as text."""
+    """What repair recovers of the average F1 lost, as text."""
     lines = []
     for row in rows:
         for task in (task for task in TASKS if task in row):
             one = row[task]
             share = "" if one["share"] is None else f", {100 * one['share']:.0f} % of it"
-            lines.append(f"at {100 * row['rate']:.0f} %, {task}: lost {one['lost']:.1f}, regained "
-                         f"{one['regained']:+.1f} {format_interval(one['low'], one['high'])}{share}")  # fmt: skip
+            lines.append(f"at {100 * row['rate']:.0f} %, {task}: lost {one['lost']:.1f}, recovered "
+                         f"{one['recovered']:+.1f} {format_interval(one['low'], one['high'])}{share}")  # fmt: skip
     return lines
