@@ -4,14 +4,13 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from infer.codes import describe
-from train.clinic.knowledge import GRADES
 from train.clinic.markup import TAG, answers, choose, fill, mark, mark_receptor, sentence, slots, unmark, upper
 from train.clinic.patients import Case, draw_case, draw_receptors
-from train.clinic.terms import Site, Style, Wording
+from train.clinic.terms import GRADES, Site, Style, Wording
 from train.clinic.varied import graded, placed, reshaped
 
 FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
@@ -34,7 +33,7 @@ class Writer:
     case: Case
     style: Style
     rng: random.Random
-    world: Mapping[str, tuple[str, ...]]
+    world: Mapping[str, Sequence[str]]
     shown: set[str] = field(default_factory=set)
     stated: set[str] = field(default_factory=set)
     told: set[str] = field(default_factory=set)
@@ -385,7 +384,7 @@ class Writer:
         return self.rng.choice([t for t in self.world["other_hist"] if not any(word in t for word in barred)])
 
 
-def write_note(case: Case, style: Style, world: Mapping[str, tuple[str, ...]], rng: random.Random) -> tuple[str, dict]:
+def write_note(case: Case, style: Style, world: Mapping[str, Sequence[str]], rng: random.Random) -> tuple[str, dict]:
     """A note's text and its truth: {"phenotypes": …, "diagnosis": …} as in a record. Raises AssertionError where the
     style leaves out the diagnosis or a fact it was to state (a mistake in the style)."""
     writer = Writer(case, style, rng, world)

@@ -7,8 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from infer.codes import CODES
-from train.clinic.knowledge import CANCERS, SIDE_DIGIT
-from train.clinic.terms import Cancer, Histology, Site, Stage
+from train.clinic.terms import CANCERS, SIDE_DIGIT, Cancer, Histology, Site, Stage
 
 
 @dataclass(frozen=True)

@@ -50,7 +50,6 @@ import random
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tqdm import tqdm
 
@@ -58,12 +57,10 @@ from infer.tasks import PHENOTYPES
 from model.support.cli import UserError
 from model.support.files import read_jsonl, sha256_file, write_json, write_jsonl
 from model.support.lock import output
-from train.clinic import styles as clinic_styles
-from train.clinic import unseen as clinic_unseen
 from train.clinic.general import general_note
 from train.clinic.notes import write_note
 from train.clinic.patients import Case, draw_case, quantile
-from train.clinic.terms import Style
+from train.clinic.terms import TRAINING, UNSEEN, Source, Style
 from train.clinic.varied import varied
 
 MTS_DIALOG = Path(__file__).with_name("mts_dialog.jsonl")
@@ -103,18 +100,16 @@ def styles_for(case: Case, styles: tuple[Style, ...], rng: random.Random, count:
     return rng.sample(fit, min(count, len(fit)))
 
 
-def patient_notes(
-    series: str, number: int, seed: int, source: Any = clinic_styles, vary: bool = False
-) -> Iterator[dict]:
+def patient_notes(series: str, number: int, seed: int, source: Source = TRAINING, vary: bool = False) -> Iterator[dict]:
     """The annotated notes of patient `number` of a series ("p" or "x"), drawn from the seed and these two alone.
     `vary`: some of them in a wording of their own."""
     patient = f"{series}{number:05d}"
     rng = random.Random(f"{seed}/{patient}")
     case = draw_case(rng, quantile(number, random.Random(f"{seed}/{series}").random()))
-    for number, style in enumerate(styles_for(case, source.STYLES, rng, rng.choice((1, 1, 2, 3))), start=1):
+    for number, style in enumerate(styles_for(case, source.styles, rng, rng.choice((1, 1, 2, 3))), start=1):
         if vary and rng.random() < VARIED:
             style = varied(case.cancer.surgical, rng)
-        text, truth = write_note(case, style, source.WORLD, rng)
+        text, truth = write_note(case, style, source.world, rng)
         yield {"id": f"{patient}-n{number}", "patient": patient, "style": style.name, "text": text, **truth}
 
 
@@ -143,7 +138,7 @@ def annotated(options: Options) -> dict[str, list[dict]]:
     for split, share in SHARES.items():
         end = options.patients if split == "unseen" else start + max(1, round(share * options.patients))
         splits[split] = []
-        source = clinic_unseen if split == "unseen" else clinic_styles
+        source = UNSEEN if split == "unseen" else TRAINING
         for number in range(start, end):
             notes = patient_notes("p", number, options.seed, source, vary=split == "train")
             splits[split].extend(printed(notes, options.seed) if split == "train" else notes)

@@ -1,9 +1,16 @@
-"""The types of the clinic's tables: wordings, sites, histologies, stages, cancers and note styles."""
+"""The clinic's tables: their types, and what they hold, read from the TOML files beside this one.
+
+cancers.toml has sites, histologies, grading and stages of the 17 cancers; styles.toml and unseen.toml the note styles
+of training and of the unseen test set; varied.toml and general.toml the wordings of varied.py and general.py.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import tomllib
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 
 @dataclass(frozen=True)
@@ -21,7 +28,7 @@ class Wording:
 
 @dataclass(frozen=True)
 class Site:
-    """A place: its code ('#' stands for the side's digit), its names, and a choice weight."""
+    """A place: its code ('#' is the side's digit), its names, and the weight with which it is drawn."""
 
     code: str
     names: Wording
@@ -93,8 +100,8 @@ class Style:
 
     name: str
     layouts: tuple[str, ...]
-    bank: Mapping[str, tuple[str, ...]]
-    words: Mapping[str, tuple[str, ...]]
+    bank: Mapping[str, Sequence[str]]
+    words: Mapping[str, Sequence[str]]
     pathology: bool = False
     terse: bool = False
     unseen: bool = False
@@ -102,38 +109,65 @@ class Style:
     varied: bool = False
 
 
-def words(text: str) -> Wording:
-    """A Wording from "full; short; new full; new short"; later ones default to earlier ones of the same length."""
-    parts = [part.strip() for part in text.split(";")]
-    full = parts[0]
-    short = parts[1] if len(parts) > 1 else full
-    return Wording(full, short, parts[2] if len(parts) > 2 else full, parts[3] if len(parts) > 3 else short)
+@dataclass(frozen=True)
+class Source:
+    """What a set of notes is written from: its styles, and phrases for relatives, benign lesions and other types."""
+
+    styles: tuple[Style, ...]
+    world: Mapping[str, Sequence[str]]
 
 
-def sites(text: str) -> tuple[Site, ...]:
-    """Sites from lines "code | weight | wording"."""
-    rows = [line.split(" ~ ") for line in text.strip().splitlines()]
-    return tuple(Site(code.strip(), words(names), int(weight)) for code, weight, names in rows)
+def read(name: str) -> dict[str, Any]:
+    """The tables of NAME.toml."""
+    return tomllib.loads(Path(__file__).with_name(f"{name}.toml").read_text(encoding="utf-8"))
 
 
-def histologies(text: str) -> tuple[Histology, ...]:
-    """Histologies from lines "code or - ~ weight ~ grades or - ~ wording"."""
-    rows = [[cell.strip() for cell in line.split(" ~ ")] for line in text.strip().splitlines()]
-    return tuple(
-        Histology(
-            words(names),
-            tuple(int(grade) for grade in grades.split()) if grades != "-" else (),
-            code if code != "-" else "",
-            int(weight),
-        )
-        for code, weight, grades, names in rows
+def source(name: str) -> Source:
+    """The styles of NAME.toml, each with its bank and words."""
+    raw = read(name)
+    words, bank = completed(raw["words"]), completed(raw["bank"])
+    unseen = name == "unseen"
+    styles = tuple(
+        Style(**style | {"bank": bank[style["bank"]], "words": words[style["words"]], "unseen": unseen})
+        for style in raw["style"]
     )
+    return Source(styles, raw["world"])
 
 
-def stages(text: str) -> tuple[Stage, ...]:
-    """Stages from "group T N M smallest largest; …"."""
-    found = []
-    for part in text.split(";"):
-        group, t, n, m, smallest, largest = part.split()
-        found.append(Stage(group, t, n, m, int(smallest), int(largest)))
-    return tuple(found)
+def completed(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
+    """Each table with the entries of the table that it is `like`, where it has none of its own."""
+    whole: dict[str, dict[str, Any]] = {}
+    for name, table in tables.items():
+        own = dict(table)
+        like = own.pop("like", "")
+        whole[name] = (whole[like] if like else {}) | own
+    return whole
+
+
+def wording(text: str) -> Wording:
+    """A Wording from "full; short; new full; new short"."""
+    return Wording(*(part.strip() for part in text.split(";")))
+
+
+def cancer(raw: dict[str, Any]) -> Cancer:
+    """A Cancer from its table in cancers.toml."""
+    named = {key: wording(raw[key]) for key in ("where", "nowhere", "operation", "complaint")}
+    sites = tuple(Site(**site | {"names": wording(site["names"])}) for site in raw["sites"])
+    histologies = tuple(Histology(**one | {"names": wording(one["names"])}) for one in raw["histologies"])
+    stages = []
+    for line in raw.get("stages", ()):
+        group, t, n, m, smallest, largest = line.split()
+        stages.append(Stage(group, t, n, m, int(smallest), int(largest)))
+    return Cancer(**raw | named | {"sites": sites, "histologies": histologies, "stages": tuple(stages)})
+
+
+_KNOWN = read("cancers")
+CANCERS = tuple(cancer(raw) for raw in _KNOWN["cancer"])
+GRADES = {
+    system: {int(grade): wording(names) for grade, names in grades.items()}
+    for system, grades in _KNOWN["grades"].items()
+}
+"""Grading system → grade → its names, as an adjective phrase that can stand alone ("moderately differentiated")."""
+
+SIDE_DIGIT = {"right": "1", "left": "2", "bilateral": "3"}  # in an ICD-10-CM code
+TRAINING, UNSEEN = source("styles"), source("unseen")

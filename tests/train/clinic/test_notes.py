@@ -7,25 +7,23 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from train.clinic import styles as clinic_styles
-from train.clinic import unseen as clinic_unseen
-from train.clinic import varied as clinic_varied
-from train.clinic.knowledge import CANCERS
 from train.clinic.notes import write_note
 from train.clinic.patients import draw_case, pick, quantile
 from train.clinic.program import styles_for
+from train.clinic.terms import CANCERS, TRAINING, UNSEEN
+from train.clinic.varied import TAKEN, VARIED, reshaped, varied
 
-SOURCES = {"training": clinic_styles, "varied": clinic_varied, "unseen": clinic_unseen}
+SOURCES = {"training": TRAINING, "varied": varied, "unseen": UNSEEN}
 
 
 def one_note(seed, source):
     rng = random.Random(seed)
     case = draw_case(rng)
-    if source is clinic_varied:
-        style = clinic_varied.varied(case.cancer.surgical, rng)
-        return case, style.name, *write_note(case, style, clinic_styles.WORLD, rng)
-    style = styles_for(case, source.STYLES, rng, 1)[0]
-    return case, style.name, *write_note(case, style, source.WORLD, rng)
+    if source is varied:
+        style = varied(case.cancer.surgical, rng)
+        return case, style.name, *write_note(case, style, TRAINING.world, rng)
+    style = styles_for(case, source.styles, rng, 1)[0]
+    return case, style.name, *write_note(case, style, source.world, rng)
 
 
 def answers(truth, name):
@@ -58,7 +56,7 @@ def test_answers_are_the_cases_own(source, seed):
 
 def test_a_case_without_a_fact_has_no_answer_to_it():
     leukemias = [
-        made for made in (one_note(seed, clinic_styles) for seed in range(400)) if made[0].cancer.name == "leukemia"
+        made for made in (one_note(seed, TRAINING) for seed in range(400)) if made[0].cancer.name == "leukemia"
     ]
     assert leukemias
     for *_, truth in leukemias:
@@ -71,14 +69,14 @@ def test_styles_share_no_template_and_no_form_but_four():
     def templates(source):
         return {
             t
-            for style in source.STYLES
+            for style in source.styles
             for bank in style.bank.values()
             for t in bank
             if told(t)
         }
 
     def forms(source):
-        return {form for style in source.STYLES for many in style.words.values() for form in many}
+        return {form for style in source.styles for many in style.words.values() for form in many}
 
     def short_names(new):
         names = [h.names for c in CANCERS for h in c.histologies] + [
@@ -86,10 +84,14 @@ def test_styles_share_no_template_and_no_form_but_four():
         ]
         return {part for name in names for part in re.split(r"[\[\]|]", name.new_short if new else name.short) if part}
 
-    assert not templates(clinic_styles) & templates(clinic_unseen)
-    assert forms(clinic_styles) & forms(clinic_unseen) == {"left", "right", "ER", "PR"}
+    assert not templates(TRAINING) & templates(UNSEEN)
+    assert forms(TRAINING) & forms(UNSEEN) == {"left", "right", "ER", "PR"}
     assert not short_names(new=False) & short_names(new=True)
-    assert not {style.name for style in clinic_styles.STYLES} & {style.name for style in clinic_unseen.STYLES}
+    assert not {style.name for style in TRAINING.styles} & {style.name for style in UNSEEN.styles}
+
+
+def every(bank):
+    return [template for templates in bank.values() for template in templates]
 
 
 def told(template):
@@ -97,26 +99,27 @@ def told(template):
 
 
 def test_the_varied_wording_says_nothing_that_an_unseen_style_says():
-    unseen = {form for style in clinic_unseen.STYLES for forms in style.words.values() for form in forms}
-    plain = {form for style in clinic_styles.STYLES for forms in style.words.values() for form in forms}
-    sentences = {t for style in clinic_unseen.STYLES for bank in style.bank.values() for t in bank if told(t)}
-    labels = {line.split(" |")[0] for line in sum(clinic_unseen._CARE.values(), ()) if " |" in line}
-    assert labels and not labels & set(sum(clinic_varied.LABELS.values(), ()))
+    unseen = {form for style in UNSEEN.styles for forms in style.words.values() for form in forms}
+    plain = {form for style in TRAINING.styles for forms in style.words.values() for form in forms}
+    sentences = {t for style in UNSEEN.styles for bank in style.bank.values() for t in bank if told(t)}
+    (care,) = (style.bank for style in UNSEEN.styles if style.name == "careplan")
+    labels = {line.split(" |")[0] for line in every(care) if " |" in line}
+    assert labels and not labels & set(every(VARIED["labels"]))
     for seed in range(200):
-        style = clinic_varied.varied(seed % 2 == 0, random.Random(seed))
+        style = varied(seed % 2 == 0, random.Random(seed))
         assert not {form for forms in style.words.values() for form in forms} & (unseen - plain)
-        assert not set(sum(style.bank.values(), ())) & sentences
-    assert {"superior lobe", "inner upper quadrant", "squam ca", "low-grade"} <= clinic_varied.TAKEN
+        assert not set(every(style.bank)) & sentences
+    assert {"superior lobe", "inner upper quadrant", "squam ca", "low-grade"} <= TAKEN
     for seed in range(300):
         case = draw_case(random.Random(seed))
         for name in (case.histology.names.full, case.histology.names.short, case.site.names.full):
-            assert clinic_varied.reshaped(name, "hist", random.Random(seed), terse=True) not in clinic_varied.TAKEN
+            assert reshaped(name, "hist", random.Random(seed), terse=True) not in TAKEN
 
 
 def test_the_varied_wording_varies():
-    firsts = {re.split(r"\W", one_note(seed, clinic_varied)[2].split("\n")[1])[0] for seed in range(120)}
-    types = {answers(one_note(seed, clinic_varied)[3], "histological_type")[0] for seed in range(200)}
-    fixed = {answers(one_note(seed, clinic_styles)[3], "histological_type")[0] for seed in range(200)}
+    firsts = {re.split(r"\W", one_note(seed, varied)[2].split("\n")[1])[0] for seed in range(120)}
+    types = {answers(one_note(seed, varied)[3], "histological_type")[0] for seed in range(200)}
+    fixed = {answers(one_note(seed, TRAINING)[3], "histological_type")[0] for seed in range(200)}
     assert len(firsts) > 40 and len(types) > 1.5 * len(fixed)
 
 

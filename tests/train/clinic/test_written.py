@@ -10,7 +10,8 @@ from eval.questions import pair, read_references
 from infer.codes import CODES, is_billable
 from infer.extract.places import occurs_in
 from infer.tasks import PHENOTYPES
-from train.clinic import program, styles, unseen
+from train.clinic import program
+from train.clinic.terms import TRAINING, UNSEEN
 
 FILE = Path(program.__file__).with_name("written.jsonl")
 NOTES = read_references(FILE)
@@ -94,12 +95,12 @@ def test_every_question_is_asked_but_the_diagnosis_of_a_note_without_cancer():
     assert len(questions) == 8 * len(NOTES) + sum(cancer(note) != "none" for note in NOTES)
 
 
-@pytest.mark.parametrize("source", [styles, unseen], ids=["training", "unseen"])
+@pytest.mark.parametrize("source", [TRAINING, UNSEEN], ids=["training", "unseen"])
 def test_no_eight_words_in_a_row_are_the_generators(source):
     drawn = [
         grams(note["text"])
         for number in range(300)
-        for note in program.patient_notes("w", number, 1, source, vary=source is styles)
+        for note in program.patient_notes("w", number, 1, source, vary=source is TRAINING)
     ]
     assert len(drawn) > 400
     generated = set().union(*drawn)
