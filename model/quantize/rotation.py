@@ -1,0 +1,168 @@
+"""Rotations folded into a model's weights: the same function, with activations that are easier to round.
+
+A few channels of the residual stream are far larger than the rest, and a token's scale in 8 bits follows the largest.
+In another orthonormal basis of the stream every coordinate is a mixture of all channels, and no such channels are left
+(QuaRot, arXiv 2404.00456). The algebra, which docs/quantization.md explains:
+
+    gains     W · (g ∘ n)  =  (W diag(g)) · n            a norm's gain g moves into the matrices that read the norm
+    stream    x' = x Q     embedding E Q;  readers W diag(g) Q;  writers Qᵀ W;  |x'| = |x|, so norms see no difference
+    values    v' = v R     for each key/value head: v_proj's rows Rᵀ W, o_proj's columns W R
+    adapters  W + B A      is turned as W is: A as its columns, B as its rows
+
+Q and R are orthogonal matrices that cost little to multiply by: random signs, then a Kronecker product of Hadamard
+matrices (and of one cosine transform, for the odd part of a size).
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable
+from dataclasses import replace
+from functools import cache
+
+import torch
+from torch import Tensor, nn
+
+from model.config import ModelConfig
+from model.transformer import RMSNorm, Transformer
+
+LARGEST = 64  # rows of one Hadamard factor: 4096 = 64 · 64 takes 128 multiplications a number, not 4096
+
+
+@cache
+def kronecker_factors(size: int) -> tuple[Tensor, ...]:
+    """Small orthogonal fp64 matrices whose Kronecker product is an orthogonal matrix of `size`, entries well spread."""
+    odd, factors = size, []
+    while odd % 2 == 0:
+        count = min(LARGEST, odd & -odd)
+        factors.append(hadamard(count))
+        odd //= count
+    return (*factors, cosines(odd)) if odd > 1 else tuple(factors)
+
+
+def hadamard(size: int) -> Tensor:
+    """Sylvester's Hadamard matrix of a power of two, over √size."""
+    matrix, double = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
+    while len(matrix) < size:
+        matrix = torch.kron(matrix, double)
+    return matrix / math.sqrt(size)
+
+
+def cosines(size: int) -> Tensor:
+    """The orthonormal cosine transform: column k holds cos(π (j + ½) k / size)."""
+    step = torch.arange(size, dtype=torch.float64)
+    matrix = torch.cos(math.pi / size * (step[:, None] + 0.5) * step) * math.sqrt(2 / size)
+    matrix[:, 0] /= math.sqrt(2)
+    return matrix
+
+
+def turn(x: Tensor, signs: Tensor) -> Tensor:
+    """x · diag(signs) · (the Kronecker product), over the last dimension."""
+    size, turned = x.shape[-1], x * signs.to(x)
+    for factor in kronecker_factors(size):  # each contracts the first axis and puts its own last, until all are in turn
+        split = turned.unflatten(-1, (len(factor), -1)).transpose(-1, -2)
+        turned = (split @ factor.to(x)).flatten(-2)
+    return turned
+
+
+class Rotation:
+    """One rotation of a model. `gain(name)` gives the weight of the norm of that name.
+
+    A matrix W becomes `rows(path, columns(path, W))`; `columns` treats each row by itself, so that it works on some
+    rows of a matrix too, and `mixes_rows` says for which matrices `rows` needs all of them.
+    """
+
+    def __init__(self, config: ModelConfig, gain: Callable[[str], Tensor], seed: int = 0) -> None:
+        generator = torch.Generator().manual_seed(seed)
+        self.config, self.gain = config, gain
+        self.stream_D = signs((config.hidden_size,), generator)
+        self.value_GK = signs((config.num_key_value_heads, config.head_dim), generator)
+
+    def columns(self, path: str, weight_MD: Tensor) -> Tensor:
+        """W diag(g) Q for a matrix that reads the stream (E Q for the embedding), W R for o_proj, else W; computed in
+        at least fp32."""
+        wide_MD, leaf = weight_MD.to(torch.promote_types(weight_MD.dtype, torch.float32)), path.rpartition(".")[2]
+        if leaf in ("down_proj", "w2"):
+            return wide_MD
+        if leaf == "o_proj":
+            group = self.config.num_attention_heads // self.config.num_key_value_heads
+            signs_HK = self.value_GK.repeat_interleave(group, dim=0)
+            return turn(wide_MD.unflatten(1, signs_HK.shape), signs_HK).flatten(1)
+        norm = norm_before(path)
+        if norm is not None:
+            wide_MD = wide_MD * self.gain(norm).to(wide_MD)
+        return turn(wide_MD, self.stream_D)
+
+    def rows(self, path: str, weight_OM: Tensor) -> Tensor:
+        """Qᵀ W for a matrix that writes to the stream, Rᵀ W for v_proj, else W."""
+        if not mixes_rows(path):
+            return weight_OM
+        if path.endswith("v_proj"):
+            return turn(weight_OM.t().unflatten(1, self.value_GK.shape), self.value_GK).flatten(1).t()
+        turned_OM = torch.empty_like(weight_OM)
+        for columns in range(0, weight_OM.shape[1], 512):  # a part at a time: a large matrix is not held three times
+            part = slice(columns, columns + 512)
+            turned_OM[:, part] = turn(weight_OM[:, part].t(), self.stream_D).t()
+        return turned_OM
+
+    def turn_adapter(self, path: str, a_RD: Tensor, b_OR: Tensor) -> tuple[Tensor, Tensor]:
+        """An adapter's A and B for the rotated layer."""
+        return self.columns(path, a_RD).to(a_RD.dtype), self.rows(path, b_OR)
+
+    @torch.no_grad()
+    def finish(self, model: nn.Module) -> None:
+        """What is no quantized matrix: norms' gains become 1, biases of v_proj and o_proj and routers are turned."""
+        for path, module in model.named_modules():
+            if path.endswith("block_sparse_moe.gate"):
+                module.weight.copy_(self.columns(path, module.weight))
+            elif mixes_rows(path) and getattr(module, "bias", None) is not None:
+                module.bias.copy_(self.rows(path, module.bias[:, None])[:, 0])
+        for module in model.modules():  # the gains are read above
+            if isinstance(module, RMSNorm):
+                module.weight.fill_(1)
+
+
+def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
+    return torch.randint(0, 2, shape, generator=generator).mul_(2).sub_(1).to(torch.float64)
+
+
+def mixes_rows(path: str) -> bool:
+    """Whether a layer's output is turned: it writes to the stream, or makes values."""
+    return path.endswith((".o_proj", ".down_proj", ".w2", ".v_proj"))
+
+
+def norm_before(path: str) -> str | None:
+    """The norm whose output the layer of this name reads; None for the embedding."""
+    if path == "lm_head":
+        return "model.norm.weight"
+    block = re.match(r"model\.layers\.\d+", path)
+    if block is None:
+        return None
+    return f"{block[0]}.{'input' if '.self_attn.' in path else 'post_attention'}_layernorm.weight"
+
+
+@torch.no_grad()
+def rotate(model: Transformer, seed: int = 0) -> Transformer:
+    """Rotate a model in place; returns it. Its function is unchanged up to rounding; a tied head is untied.
+
+    Adapters on its layers turn with them. Raises ValueError where a layer's weight is quantized, or holds a merged
+    adapter that would be taken out again.
+    """
+    for path, module in model.named_modules():
+        if isinstance(module, nn.Linear) and (module.weight is None or getattr(module, "original", None) is not None):
+            raise ValueError(f"{path}: rotate before quantizing and before merging an adapter that is kept")
+    if model.lm_head is None:
+        model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False, device="meta")
+        model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.clone(), requires_grad=False)
+        model.config = model.model.config = replace(model.config, tie_word_embeddings=False)
+    rotation = Rotation(model.config, model.get_parameter, seed)
+    for path, module in model.named_modules():
+        if isinstance(module, (nn.Linear, nn.Embedding)) and not path.endswith("block_sparse_moe.gate"):
+            module.weight.copy_(rotation.rows(path, rotation.columns(path, module.weight)))
+        for name in getattr(module, "lora_A", ()):
+            a_RD, b_OR = module.lora_A[name], module.lora_B[name]
+            for old, new in zip((a_RD, b_OR), rotation.turn_adapter(path, a_RD, b_OR), strict=True):
+                old.copy_(new)
+    rotation.finish(model)
+    return model
