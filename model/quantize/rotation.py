@@ -9,8 +9,8 @@ In another orthonormal basis of the stream every coordinate is a mixture of all 
     values    v' = v R     for each key/value head: v_proj's rows Rᵀ W, o_proj's columns W R
     adapters  W + B A      is turned as W is: A as its columns, B as its rows
 
-Q and R are orthogonal matrices that cost little to multiply by: random signs, then a Kronecker product of Hadamard
-matrices (and of one cosine transform, for the odd part of a size).
+Q and R are orthogonal matrices that cost little to multiply by: random signs, then a Kronecker product of two Hadamard
+matrices (times a cosine transform, for the odd part of a size).
 """
 
 from __future__ import annotations
@@ -27,18 +27,19 @@ from torch import Tensor, nn
 from model.config import ModelConfig
 from model.transformer import RMSNorm, Transformer
 
-LARGEST = 64  # rows of one Hadamard factor: 4096 = 64 · 64 takes 128 multiplications a number, not 4096
-
 
 @cache
-def kronecker_factors(size: int) -> tuple[Tensor, ...]:
-    """Small orthogonal fp64 matrices whose Kronecker product is an orthogonal matrix of `size`, entries well spread."""
-    odd, factors = size, []
-    while odd % 2 == 0:
-        count = min(LARGEST, odd & -odd)
-        factors.append(hadamard(count))
-        odd //= count
-    return (*factors, cosines(odd)) if odd > 1 else tuple(factors)
+def kronecker_factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Orthogonal A (a × a) and B (b × b), a · b = size and as near as they can be, with well spread entries."""
+    a = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
+    left, right = (orthogonal(count).to(device, dtype) for count in (a, size // a))
+    return left, right
+
+
+def orthogonal(size: int) -> Tensor:
+    """Hadamard's matrix of the largest power of two in `size` ⊗ the cosine transform of the odd part, in fp64."""
+    power = size & -size
+    return torch.kron(hadamard(power), cosines(size // power))
 
 
 def hadamard(size: int) -> Tensor:
@@ -57,13 +58,16 @@ def cosines(size: int) -> Tensor:
     return matrix
 
 
+def mix(x: Tensor) -> Tensor:
+    """x · (A ⊗ B) over the last dimension, which is Aᵀ X B with x's numbers as the matrix X, a × b: a + b
+    multiplications a number, not a · b."""
+    a_aa, b_bb = kronecker_factors(x.shape[-1], x.dtype, x.device)
+    return torch.matmul(a_aa.t(), x.unflatten(-1, (len(a_aa), -1)) @ b_bb).flatten(-2)
+
+
 def turn(x: Tensor, signs: Tensor) -> Tensor:
-    """x · diag(signs) · (the Kronecker product), over the last dimension."""
-    size, turned = x.shape[-1], x * signs.to(x)
-    for factor in kronecker_factors(size):  # each contracts the first axis and puts its own last, until all are in turn
-        split = turned.unflatten(-1, (len(factor), -1)).transpose(-1, -2)
-        turned = (split @ factor.to(x)).flatten(-2)
-    return turned
+    """x · diag(signs) · (A ⊗ B), over the last dimension."""
+    return mix(x * signs.to(x))
 
 
 class Rotation:
