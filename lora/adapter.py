@@ -393,10 +393,14 @@ def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "de
     check_tensors(model, tensors, config, path)
     add_lora(model, config, name)
     with torch.no_grad():
+        rotation = getattr(model, "rotation", None)  # model/quantize/rotation.py
         for module, layer in adapted(model).items():
             if name in layer.scale:
-                layer.lora_A[name].copy_(tensors[f"{PREFIX}{module}.lora_A.weight"])
-                layer.lora_B[name].copy_(tensors[f"{PREFIX}{module}.lora_B.weight"])
+                a_RD, b_OR = (tensors[f"{PREFIX}{module}.{kind}.weight"] for kind in ("lora_A", "lora_B"))
+                if rotation is not None:
+                    a_RD, b_OR = rotation.turn_adapter(module, a_RD, b_OR)
+                layer.lora_A[name].copy_(a_RD)
+                layer.lora_B[name].copy_(b_OR)
     return model
 
 

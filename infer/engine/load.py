@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +18,11 @@ from lora import load_adapter, merge_lora
 from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
 from lora.origin import check_origin
 from model import ModelConfig, Tokenizer, Transformer
-from model.checkpoints.weights import load_weights
+from model.checkpoints.weights import load_weights, open_checkpoint
 from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
+from model.quantize.rotation import Rotation, mixes_inputs, mixes_rows
 from model.support.cli import UserError, nearest
-from model.support.hardware import decode_dtype
+from model.support.hardware import decode_dtype, int8_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -39,19 +41,17 @@ def load(
     `form` ("wide", or a name of FORMATS) keeps the linear layers' weights in 8 or 4 bits, the head's too,
     quantized as it is read; the rest is in `dtype`. `fused`: the GPU's kernels in the blocks' place
     (infer/engine/fuse.py), for int4's and nf4's codes as they are. Raises UserError for files that are missing or
-    belong to another model, and for an unknown dtype or format.
+    belong to another model, for an unknown dtype or format, and for w8a8 where integers are not multiplied fast.
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not covered; covered are {', '.join(DTYPES)}")
-    if form not in ("wide", *FORMATS):
-        known = ("wide", *FORMATS)
-        raise UserError(f"format {form!r} is not covered{nearest(form, known)}; there are {', '.join(known)}")
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    check_format(form, device)
     for adapter in adapters:  # cheap checks before the weights are read
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
     check_origin(weights, adapters)
     tokenizer = Tokenizer.from_pretrained(weights)
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     if form == "wide":
         model = Transformer.from_pretrained(weights, dtype=DTYPES[dtype], device=device)
     else:
@@ -74,38 +74,57 @@ def load(
     return model.requires_grad_(False).eval(), tokenizer
 
 
+def check_format(form: str, device: str, processor: str | None = None) -> None:
+    """Raises UserError for a format that is unknown, or that this machine (or the `processor` described) has no
+    products for."""
+    if form not in ("wide", *FORMATS):
+        known = ("wide", *FORMATS)
+        raise UserError(f"format {form!r} is not covered{nearest(form, known)}; there are {', '.join(known)}")
+    if form == "w8a8" and not int8_products(device, processor):
+        raise UserError(
+            "format w8a8: this machine has no fast exact products of 8-bit integers (VNNI or AMX on a processor, "
+            "compute capability 7.5 on a GPU); take int8 or int4"
+        )
+
+
 def load_quantized(
     weights: str | Path, merged: Sequence[str | Path], form: str, dtype: torch.dtype, device: str
 ) -> Transformer:
     """A checkpoint read into quantized weights, a few megabytes of wide ones at a time; `merged` adapters are added in
-    fp32 to what is read. Memory grows by the quantized model and about one quantized matrix besides."""
+    fp32 to what is read. Memory grows by the quantized model and about one quantized matrix besides.
+    w8a8: the model is rotated as it is read, for which a matrix is held twice in fp32; adapters loaded on it turn.
+    """
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_pretrained(weights))
     updates = [Update(model, adapter) for adapter in merged]
+    rotation = Rotation(model.config, cache(open_checkpoint(weights).read)) if form == "w8a8" else None
 
     def keep(path: str, pieces: Iterator[tuple[slice, Tensor]]) -> nn.Module | None:
         module = model.get_submodule(path)
         if isinstance(module, nn.Embedding):
-            return embedding(module, (piece for _, piece in pieces))
+            return embedding(path, module, (piece for _, piece in pieces))
         if not is_quantizable(path):
             return None
         changed = (added(path, rows, piece) for rows, piece in pieces)
-        return quantized(changed, (module.out_features, module.in_features))
+        return quantized(path, changed, (module.out_features, module.in_features))
 
-    def quantized(pieces: Iterable[Tensor], shape: tuple[int, int]) -> QuantizedLinear:
-        return QuantizedLinear(QuantizedWeight.quantize(pieces, shape, form).to(device).ready())
+    def quantized(path: str, pieces: Iterable[Tensor], shape: tuple[int, int]) -> QuantizedLinear:
+        mixed = rotation is not None and mixes_inputs(path)
+        turned = pieces if rotation is None else rotated(rotation, path, pieces, shape)
+        return QuantizedLinear(QuantizedWeight.quantize(turned, shape, form, mixed).to(device).ready())
 
-    def embedding(module: nn.Embedding, pieces: Iterator[Tensor]) -> nn.Module:
+    def embedding(path: str, module: nn.Embedding, pieces: Iterator[Tensor]) -> nn.Module:
         """Its rows are looked up one by one, so bf16 costs no time; a tied model's head is quantized on the way."""
         rows: list[Tensor] = []
 
         def kept() -> Iterator[Tensor]:
             for piece in pieces:
-                rows.append(piece.to(dtype if dtype == torch.float64 else torch.bfloat16))
+                turned = piece if rotation is None else rotation.columns(path, piece)
+                rows.append(turned.to(dtype if dtype == torch.float64 else torch.bfloat16))
                 yield piece
 
         if model.lm_head is None:
-            model.lm_head = quantized(kept(), (module.num_embeddings, module.embedding_dim))
+            model.lm_head = quantized("lm_head", kept(), (module.num_embeddings, module.embedding_dim))
         else:
             for _ in kept():
                 pass
@@ -117,7 +136,27 @@ def load_quantized(
         return piece_MD
 
     load_weights(model, weights, dtype, device, keep)
+    if rotation is not None:
+        rotation.finish(model)
     return model
+
+
+def rotated(rotation: Rotation, path: str, pieces: Iterable[Tensor], shape: tuple[int, int]) -> Iterator[Tensor]:
+    """A matrix's pieces, rotated: the whole at once where its rows are mixed."""
+    turned = (rotation.columns(path, piece) for piece in pieces)
+    if not mixes_rows(path):
+        yield from turned
+        return
+    yield rotation.rows(path, gathered(turned, shape))
+
+
+def gathered(pieces: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Rows in order as one fp32 matrix."""
+    whole_OD, start = torch.empty(shape), 0
+    for piece_MD in pieces:
+        whole_OD[start : start + len(piece_MD)] = piece_MD
+        start += len(piece_MD)
+    return whole_OD
 
 
 def plan_for(options: Any, asked: Load) -> Plan:

@@ -79,6 +79,8 @@ def further_row(engine: Engine) -> float:
     if engine.device.type != "cpu":
         return 1 / 64  # hundreds of operations a byte
     quantized = None if engine.fused else engine.layers[0].qkv.quantized
+    if quantized is not None and quantized.kind == "w8a8":
+        return 1 / 2  # a few rows are multiplied one by one
     if quantized is not None:  # packed weights are dequantized anew every four rows, others once a step
         return 1 / 4 if quantized.packed else 1 / 32
     if engine.dtype == torch.bfloat16:

@@ -91,7 +91,7 @@ def fit(
             batch = job.batch
             while batch:
                 for chunk in (2048, 512, 256):
-                    parts = fixed | work(config, job, batch, cache, chunk, dtype, device)
+                    parts = fixed | work(config, job, batch, cache, chunk, dtype, device, chosen)
                     plan = Plan(chosen, batch, cache, chunk, parts)
                     if plan.total <= budget:
                         return plan
@@ -136,8 +136,9 @@ def adapter_bytes(config: ModelConfig, adapters: Sequence[str | Path], form: str
 
 
 def work(
-    config: ModelConfig, job: Load, batch: int, cache: torch.dtype, chunk: int, dtype: torch.dtype, device: str
-) -> dict[str, int]:
+    config: ModelConfig, job: Load, batch: int, cache: torch.dtype, chunk: int, dtype: torch.dtype, device: str,
+    form: str = "wide",
+) -> dict[str, int]:  # fmt: skip
     """Bytes of the cache, of what is computed at once, and of the program."""
     L, D, H, G, K = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
                      config.num_key_value_heads, config.head_dim)  # fmt: skip
@@ -152,12 +153,15 @@ def work(
         slots = (whole + max(32, whole // 4)) * (L + 1) // L
     kept = slots * L * 2 * G * K * cache.itemsize
     rows = min(chunk, job.tokens) if batch == 1 else chunk
-    width = 4 * config.intermediate_size + 6 * D + 3 * (H + 2 * G) * K
+    width = (5 if form == "w8a8" else 4) * config.intermediate_size + 6 * D + 3 * (H + 2 * G) * K
+    loading = LOADING
+    if form == "w8a8":  # the largest matrix whose rows are mixed, before and after
+        loading += 2 * 4 * D * max(config.intermediate_size, H * K)
     attended = 3 * longest * H * K * 4 + rows * longest * 5  # keys and values for every head in fp32; mask, scores
     computed = rows * width * max(4, dtype.itemsize) + attended
     logits = 3 * batch * job.answers * 8 * config.vocab_size * 4  # up to eight guessed positions an answer
     program = PROGRAM[device] + PIECE * config.vocab_size * job.grounded
-    return {"cache": kept, "activations": max(computed, LOADING), "logits": logits, "program": program}
+    return {"cache": kept, "activations": max(computed, loading), "logits": logits, "program": program}
 
 
 def rooflines(config: ModelConfig, form: str, tokens: int, read: float, products: float) -> tuple[float, float]:

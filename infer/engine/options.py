@@ -18,9 +18,9 @@ class ModelOptions:
     """Put the begin token before the prompt; auto: as the tokenizer's files say. (A chat's form has its own.)"""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     """What the model computes in; auto: the fastest for decoding on this machine, measured."""
-    format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4"] = "auto"
+    format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4", "w8a8"] = "auto"
     """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
-    auto: wide, or what fits --memory."""
+    w8a8: inputs in 8 bits too, for processors and GPUs that multiply integers; auto: wide, or what fits --memory."""
     memory: str = ""
     """A memory budget, for example 6GB: choose format, batch, cache and chunk, print them, and refuse before loading
     what cannot fit. A retriever's encoder and index are not counted."""

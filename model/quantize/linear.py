@@ -4,6 +4,7 @@
     int4-32  W[o, d] = (q − 8) · scale[o, g] + zero[o, g]    q in 0 … 15, g a group of 32 columns    5
     int4-64, int4-128 (int4 is int4-64)                      the same with larger groups             4.5, 4.25
     nf4      W[o, d] = NF4[q] · absmax[o, g]                 g of 64 columns, absmax in 8 bits       4.13
+    w8a8     W[o, d] = q · scale[o]                          as int8, scales in fp32; inputs too     8
 
 Scales and zeros of int8 and int4 are chosen among bf16's numbers before the codes are, so the weight that the codes
 stand for is the same one whatever computes with it. A width that a format's groups do not divide takes the smaller
@@ -14,7 +15,12 @@ int8 and int4 dequantize in registers instead: they take bf16 inputs (with fp32 
 fp32. `ready` packs a weight for them where `model.support.hardware.packed_pays` measured that they are sooner than an
 fp32 product; from then on its inputs are rounded to bf16, whatever the number of rows (fp64 inputs never). Packed
 products dequantize anew every four rows, so from PACKED_ROWS on a tile of W is dequantized once and multiplied as a
-matrix. """
+matrix.
+
+w8a8 multiplies integers (model/quantize/integer.py); fp64 inputs take the plain product. Such a model is rotated first,
+so that few inputs are far larger than the rest, and down_proj's inputs are mixed as they come (`mixed`), for the same
+reason: model/quantize/rotation.py.
+"""
 
 from __future__ import annotations
 
@@ -26,18 +32,21 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.quantize.blockwise import NF4, dequantize_scales, nf4_codes, quantize_scales
+from model.quantize.integer import integer_linear
+from model.quantize.rotation import mix, mixes_inputs, rotate
 from model.support.hardware import compute_dtype, packed_pays
 
-FORMATS = {"int8": 0, "int4": 64, "int4-32": 32, "int4-64": 64, "int4-128": 128, "nf4": 64}  # name → columns a group
+# name → columns a group
+FORMATS = {"int8": 0, "int4": 64, "int4-32": 32, "int4-64": 64, "int4-128": 128, "nf4": 64, "w8a8": 0}
 PACKED_ROWS = {"int8": 24, "int4": 96}  # measured crossovers; both sides scale with the machine, so they are constants
 PIECE = 2**20  # weights that are quantized or dequantized at a time: the pieces in flight stay in the caches
 BLOCK = 64  # rows that torch's packed layout keeps together
 
 
 def format_of(form: str, width: int) -> tuple[str, int]:
-    """("int8" | "int4" | "nf4", columns a group) in which rows of `width` are kept under the format `form`."""
+    """("int8" | "int4" | "nf4" | "w8a8", columns a group) in which rows of `width` are kept under the format `form`."""
     kind, most = form.partition("-")[0], FORMATS[form]
-    if kind == "nf4" and width % most == 0:
+    if kind == "w8a8" or (kind == "nf4" and width % most == 0):
         return kind, most
     if kind == "int4":
         for group in (128, 64, 32):
@@ -49,8 +58,8 @@ def format_of(form: str, width: int) -> tuple[str, int]:
 def bytes_of(form: str, rows: int, width: int) -> int:
     """Bytes that a matrix takes in a format."""
     kind, group = format_of(form, width)
-    if kind == "int8":
-        return rows * width + 2 * rows
+    if kind in ("int8", "w8a8"):
+        return rows * width + rows * (2 if kind == "int8" else 4)
     groups = rows * (width // group)
     return rows * width // 2 + (groups * 4 if kind == "int4" else groups + groups // 64 + 8)
 
@@ -58,10 +67,12 @@ def bytes_of(form: str, rows: int, width: int) -> int:
 class QuantizedWeight(nn.Module):
     """A frozen matrix as codes and scales. `dequantize(dtype)` is the weight, `product(x)` is x · Wᵀ.
 
-    codes   int8: (O, D) int8;  int4, nf4: (O, D / 2) uint8, two neighbours of a row a byte (the layouts of
+    codes   int8, w8a8: (O, D) int8;  int4, nf4: (O, D / 2) uint8, two neighbours of a row a byte (the layouts of
             kernels/four_bit.py), or, packed, torch's order of int4's
-    scales  int8: (O,) bf16;  int4: (D / group, O, 2) bf16, scale and zero;  nf4: (O · D / group,) uint8, with the two
-            tensors of the second quantization (model/quantize/blockwise.py) in `scales_absmax` and `scales_mean`
+    scales  int8: (O,) bf16;  w8a8: (O,) fp32;  int4: (D / group, O, 2) bf16, scale and zero;  nf4: (O · D / group,)
+            uint8, with the two tensors of the second quantization (model/quantize/blockwise.py) in `scales_absmax` and
+            `scales_mean`
+    mixed   w8a8: the codes are those of `mix(W)`, and inputs are mixed before they are multiplied
     """
 
     codes: Tensor
@@ -71,10 +82,10 @@ class QuantizedWeight(nn.Module):
 
     def __init__(
         self, form: str, shape: Sequence[int], codes: Tensor, scales: Tensor,
-        second: tuple[Tensor, Tensor] | None = None,
+        second: tuple[Tensor, Tensor] | None = None, mixed: bool = False,
     ) -> None:  # fmt: skip
         super().__init__()
-        self.form, self.shape, self.packed = form, (shape[0], shape[1]), False
+        self.form, self.shape, self.packed, self.mixed = form, (shape[0], shape[1]), False, mixed
         self.kind, self.group = format_of(form, shape[1])
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -82,18 +93,20 @@ class QuantizedWeight(nn.Module):
         self.register_buffer("scales_mean", second[1] if second else None, persistent=False)
 
     @classmethod
-    def quantize(cls, pieces: Iterable[Tensor], shape: Sequence[int], form: str) -> QuantizedWeight:
+    def quantize(
+        cls, pieces: Iterable[Tensor], shape: Sequence[int], form: str, mixed: bool = False
+    ) -> QuantizedWeight:
         """From rows in order, in pieces of any float dtype, each forgotten before the next is asked for."""
         kind, group = format_of(form, shape[1])
         parts = []
         for piece_MD in pieces:
             for rows_MD in piece_MD.detach().split(max(1, PIECE // shape[1])):
-                parts.append(rows_codes(rows_MD, kind, group))
+                parts.append(rows_codes(mix(rows_MD.float()) if mixed else rows_MD, kind, group))
         codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         if kind == "nf4":
             scales, *second = quantize_scales(scales)
             return cls(form, shape, codes.view(shape[0], -1), scales, (second[0], second[1]))
-        return cls(form, shape, codes, scales.transpose(0, 1).contiguous() if kind == "int4" else scales)
+        return cls(form, shape, codes, scales.transpose(0, 1).contiguous() if kind == "int4" else scales, mixed=mixed)
 
     def codes_of(self, rows_MD: Tensor) -> tuple[Tensor, Tensor]:
         """(codes, first scales) of some rows of the wide weight, for a rank that reads no others."""
@@ -101,27 +114,28 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def join(cls, weights: list[QuantizedWeight]) -> QuantizedWeight:
-        """int8 or int4 weights of one format and width, one below the other; theirs become views of the joint one."""
+        """Weights of one format and width (not nf4), one below the other; theirs become views of the joint one."""
         first, O = weights[0], sum(weight.shape[0] for weight in weights)
         dim = 1 if first.kind == "int4" else 0
         codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights], dim=dim)
         sizes = [weight.shape[0] for weight in weights]
         for weight, own, steps in zip(weights, codes.split(sizes), scales.split(sizes, dim), strict=True):
             weight.codes, weight.scales = own, steps
-        joint = cls(first.form, (O, first.shape[1]), codes, scales)
+        joint = cls(first.form, (O, first.shape[1]), codes, scales, mixed=first.mixed)
         joint.packed = first.packed
         return joint
 
     def ready(self) -> QuantizedWeight:
         """Packed where that pays on this machine; returns itself."""
-        here = self.kind != "nf4" and self.codes.device.type == "cpu"
+        here = self.kind in PACKED_ROWS and self.codes.device.type == "cpu"
         return self.pack() if here and packed_pays(self.kind) else self
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        """The weight (some rows of it, in whole blocks of 64 where packed), computed in fp32 (fp64 for fp64)."""
+        """The weight (some rows of it, in whole blocks of 64 where packed; of `mix(W)` where mixed), computed in fp32
+        (fp64 for fp64)."""
         accurate = torch.promote_types(dtype, torch.float32)
         codes = self.codes[rows]
-        if self.kind == "int8":
+        if self.kind in ("int8", "w8a8"):
             return (codes.to(accurate) * self.scales[rows, None].to(accurate)).to(dtype)
         if self.kind == "nf4":
             scale_OG = self.absmax()[rows]
@@ -138,6 +152,10 @@ class QuantizedWeight(nn.Module):
 
     def product(self, x_ND: Tensor) -> Tensor:
         """x · Wᵀ in x's dtype."""
+        if self.mixed:
+            x_ND = mix(x_ND)
+        if self.kind == "w8a8" and x_ND.dtype != torch.float64:
+            return integer_linear(x_ND, self.codes, self.scales)
         if not self.packed or x_ND.dtype == torch.float64:
             return F.linear(x_ND, self.dequantize(x_ND.dtype))
         half_ND = x_ND.to(torch.bfloat16)
@@ -203,7 +221,9 @@ class CastEmbedding(nn.Embedding):
 def rows_codes(rows_MD: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
     if kind == "nf4":
         return nf4_codes(rows_MD, group)
-    return to_int8(rows_MD) if kind == "int8" else to_int4(rows_MD, group)
+    if kind == "int4":
+        return to_int4(rows_MD, group)
+    return to_int8(rows_MD, torch.bfloat16 if kind == "int8" else torch.float32)
 
 
 def up_to_bf16(x: Tensor) -> Tensor:
@@ -213,10 +233,13 @@ def up_to_bf16(x: Tensor) -> Tensor:
     return torch.where(near.float() < x, above, near)
 
 
-def to_int8(weight_OD: Tensor) -> tuple[Tensor, Tensor]:
-    """(q_OD int8, scale_O bf16); a weight is off by at most half a step. A row of zeros has the least scale."""
+def to_int8(weight_OD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
+    """(q_OD int8, scale_O in bf16 or fp32); a weight is off by at most half a step. A row of zeros has the least
+    scale."""
     wide_OD = weight_OD.float()
-    scale_O = up_to_bf16((wide_OD.abs().amax(dim=1) / 127).clamp_min(1e-30))
+    scale_O = (wide_OD.abs().amax(dim=1) / 127).clamp_min(1e-30)
+    if dtype == torch.bfloat16:
+        scale_O = up_to_bf16(scale_O)
     return (wide_OD / scale_O.float()[:, None]).round_().clamp_(-127, 127).to(torch.int8), scale_O
 
 
@@ -268,15 +291,23 @@ def nf4_pairs(device: torch.device) -> Tensor:
 def quantize_model(model: nn.Module, form: str = "int8") -> nn.Module:
     """Replace every linear layer of a model, the head among them, by a quantized one, in place; returns the model.
 
-    Embedding, norms and routers (which choose) stay. An adapted layer is refused with a ValueError: put the adapter on
-    the quantized model.
+    Embedding, norms and routers (which choose) stay; w8a8 rotates the model first. An adapted layer is refused with a
+    ValueError: put the adapter on the quantized model.
     """
+    adapted = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
+    if adapted := [path for path in adapted if is_quantizable(path)]:
+        raise ValueError(f"{adapted[0]} carries an adapter; put it on the quantized model, or merge it before")
+    if form == "w8a8":
+        rotate(model)  # type: ignore[arg-type]
+    return quantize_layers(model, form, mixed=form == "w8a8")
+
+
+def quantize_layers(model: nn.Module, form: str, mixed: bool = False) -> nn.Module:
+    """`quantize_model` of the layers as they are. `mixed`: those whose inputs no rotation reaches mix them."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantizable(path):
-            if type(module) is not nn.Linear:
-                raise ValueError(f"{path} carries an adapter; put it on the quantized model, or merge it before")
-            weight = module.weight.detach()
-            held = QuantizedWeight.quantize([weight], tuple(weight.shape), form).ready()
+            weight, own = module.weight.detach(), mixed and mixes_inputs(path)
+            held = QuantizedWeight.quantize([weight], tuple(weight.shape), form, own).ready()
             model.set_submodule(path, QuantizedLinear(held, module.bias))
     return quantize_head(model, form)
 

@@ -71,7 +71,7 @@ def turn(x: Tensor, signs: Tensor) -> Tensor:
 
 
 class Rotation:
-    """One rotation of a model. `gain(name)` gives the weight of the norm of that name.
+    """One rotation of a model. `gain(name)` gives the weight that the norm of that name had.
 
     A matrix W becomes `rows(path, columns(path, W))`; `columns` treats each row by itself, so that it works on some
     rows of a matrix too, and `mixes_rows` says for which matrices `rows` needs all of them.
@@ -87,7 +87,7 @@ class Rotation:
         """W diag(g) Q for a matrix that reads the stream (E Q for the embedding), W R for o_proj, else W; computed in
         at least fp32."""
         wide_MD, leaf = weight_MD.to(torch.promote_types(weight_MD.dtype, torch.float32)), path.rpartition(".")[2]
-        if leaf in ("down_proj", "w2"):
+        if mixes_inputs(path):
             return wide_MD
         if leaf == "o_proj":
             group = self.config.num_attention_heads // self.config.num_key_value_heads
@@ -122,9 +122,10 @@ class Rotation:
                 module.weight.copy_(self.columns(path, module.weight))
             elif mixes_rows(path) and getattr(module, "bias", None) is not None:
                 module.bias.copy_(self.rows(path, module.bias[:, None])[:, 0])
-        for module in model.modules():  # the gains are read above
+        for module in model.modules():
             if isinstance(module, RMSNorm):
                 module.weight.fill_(1)
+        model.rotation = self  # type: ignore[assignment]  # for adapters that are loaded later
 
 
 def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
@@ -134,6 +135,11 @@ def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 def mixes_rows(path: str) -> bool:
     """Whether a layer's output is turned: it writes to the stream, or makes values."""
     return path.endswith((".o_proj", ".down_proj", ".w2", ".v_proj"))
+
+
+def mixes_inputs(path: str) -> bool:
+    """Whether a layer reads products of gate and up, whose basis cannot be turned: silu is taken of each number."""
+    return path.endswith((".down_proj", ".w2"))
 
 
 def norm_before(path: str) -> str | None:
@@ -150,9 +156,11 @@ def norm_before(path: str) -> str | None:
 def rotate(model: Transformer, seed: int = 0) -> Transformer:
     """Rotate a model in place; returns it. Its function is unchanged up to rounding; a tied head is untied.
 
-    Adapters on its layers turn with them. Raises ValueError where a layer's weight is quantized, or holds a merged
-    adapter that would be taken out again.
+    Adapters on its layers turn with them, and so does what lora.load_adapter loads on it. Raises ValueError where it is
+    rotated already, or a layer's weight is quantized or holds a merged adapter that could be taken out again.
     """
+    if getattr(model, "rotation", None) is not None:
+        raise ValueError("the model is rotated already")
     for path, module in model.named_modules():
         if isinstance(module, nn.Linear) and (module.weight is None or getattr(module, "original", None) is not None):
             raise ValueError(f"{path}: rotate before quantizing and before merging an adapter that is kept")
@@ -160,7 +168,8 @@ def rotate(model: Transformer, seed: int = 0) -> Transformer:
         model.lm_head = nn.Linear(model.config.hidden_size, model.config.vocab_size, bias=False, device="meta")
         model.lm_head.weight = nn.Parameter(model.model.embed_tokens.weight.clone(), requires_grad=False)
         model.config = model.model.config = replace(model.config, tie_word_embeddings=False)
-    rotation = Rotation(model.config, model.get_parameter, seed)
+    gains = {name: weight.clone() for name, weight in model.named_parameters() if name.endswith("norm.weight")}
+    rotation = Rotation(model.config, gains.__getitem__, seed)
     for path, module in model.named_modules():
         if isinstance(module, (nn.Linear, nn.Embedding)) and not path.endswith("block_sparse_moe.gate"):
             module.weight.copy_(rotation.rows(path, rotation.columns(path, module.weight)))

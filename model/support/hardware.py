@@ -113,6 +113,16 @@ def timed(call, device: str, seconds: float) -> list[float]:
     return taken[1:]
 
 
+def int8_products(device: str = "cpu", said: str | None = None) -> bool:
+    """Whether 8-bit integers are multiplied fast and exactly here: by a processor with VNNI or AMX, as it says of
+    itself (`said`; None: this one), or by a CUDA device from Turing on. Without VNNI, sums of pairs saturate at 16
+    bits, or are computed by slow reference code."""
+    if device.startswith("cuda"):
+        return torch.cuda.get_device_capability(device) >= (7, 5)
+    flags = set((processor() if said is None else said).split())
+    return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+
+
 @cache
 def compute_dtype(device: str = "cpu") -> torch.dtype:
     """The dtype in which products are fastest here: bf16 on GPUs and on processors that have it, else fp32."""

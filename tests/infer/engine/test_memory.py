@@ -14,7 +14,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.engine.generate import Generator
-from infer.engine.load import load
+from infer.engine.load import load, load_quantized
 from infer.engine.memory import FORMATS, PIECE, PROGRAM, Load, adapter_bytes, fit, read_size, weight_bytes, work
 from infer.engine.tree import Cache
 from infer.extract.grounded import Vocabulary
@@ -71,15 +71,32 @@ def test_the_cache_holds_every_requests_keys_and_values_and_a_window_bounds_it(s
     assert cache(tokens=30_000, new=50, batch=1) == cache(tokens=20_000, new=50, batch=1) < 8400 * token
 
 
-@pytest.mark.parametrize("form", ["wide", "int8", "int4", "int4-32", "nf4"])
+@pytest.mark.parametrize("form", ["wide", "int8", "int4", "int4-32", "nf4", "w8a8"])
 @pytest.mark.parametrize("tied", [False, True])
 def test_weights_take_the_bytes_that_are_planned(tmp_path, form, tied):
     folder = write_model(tmp_path / "m", hidden_size=64, intermediate_size=128, head_dim=16, tie_word_embeddings=tied)
-    model, _ = load(folder, form=form)
+    model = load(folder)[0] if form == "wide" else load_quantized(folder, (), form, torch.float32, "cpu")
     held = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     planned = weight_bytes(ModelConfig.from_pretrained(folder), form, torch.float32)
     assert planned * 0.97 <= sum(held.values()) <= planned
     assert adapter_bytes(model.config, (), form) == 0
+
+
+def test_a_rotated_format_is_planned_with_the_matrix_that_is_turned(seven_b):
+    """Scales in fp32, the mixed inputs of down_proj, and, while loading, its matrix in fp32 before and after."""
+    config = ModelConfig.from_pretrained(seven_b)
+    outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096) + 32000
+    assert weight_bytes(config, "w8a8", torch.float32) - weight_bytes(config, "int8", torch.float32) == 2 * outputs
+    small, large = Load(16, 16), Load(1500, 50)
+
+    def activations(form, job, chunk):
+        return work(config, job, 1, torch.float16, chunk, torch.float32, "cpu", form)["activations"]
+
+    assert activations("w8a8", small, 256) - activations("int8", small, 256) == 2 * 4 * 4096 * 14336
+    assert activations("w8a8", large, 2048) - activations("int8", large, 2048) == 1500 * 4 * 14336
+    plan = fit(seven_b, (), 20e9, large, "w8a8", torch.float32)
+    assert plan.form == "w8a8" and plan.parts["activations"] == activations("w8a8", large, plan.chunk)
+    assert fit(seven_b, (), 9e9, large, "auto", torch.float32).form != "w8a8"  # a plan does not depend on the machine
 
 
 @pytest.mark.parametrize(("text", "size"), [("6GB", 6e9), ("5000 MB", 5e9), ("4.5GiB", 4.5 * 2**30), ("7e9", None),

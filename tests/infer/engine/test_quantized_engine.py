@@ -13,16 +13,20 @@ from answering_models import CONFIG, plain_greedy, tiny_model, write_model, writ
 from infer.engine.forward import Engine
 from infer.engine.fuse import Int4Linear, fuse
 from infer.engine.generate import Generator
-from infer.engine.load import load
+from infer.engine.load import check_format, load, load_quantized
 from infer.engine.tree import Cache, plan
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
+from lora.adapter import adapted
 from model import Transformer
 from model.quantize.linear import QuantizedLinear, QuantizedWeight, quantize_model
+from model.quantize.rotation import mix, rotate
 from model.support.cli import UserError
 from model.support.hardware import onednn, suits_onednn
 from model.support.init import init_weights
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+MIXTRAL = {"model_type": "mixtral", "num_local_experts": 4, "num_experts_per_tok": 2}
+FAMILIES = [{}, {"tie_word_embeddings": True}, {"model_type": "qwen2", "qkv_bias": True}, MIXTRAL]
 PROMPTS = [[1, 2, 3], [1, 2, 3, *range(40)], [9]]
 
 
@@ -170,3 +174,64 @@ def test_the_kernels_take_narrow_layers_as_they_are(form):
     fused = fuse(model)
     assert isinstance(fused.model.layers[0].mlp.down_proj, Int4Linear) == (form == "int4")
     assert (fused(tokens) - plain).abs().max() <= 1e-12 * plain.abs().max()
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_a_model_rotated_as_it_is_read_is_the_model_rotated_in_memory(tmp_path, family):
+    """Codes, norms, embedding, biases and routers; and the function is near the plain model's."""
+    weights = write_model(tmp_path / "model", **WIDTHS, **family)
+    read = load_quantized(weights, (), "w8a8", torch.float64, "cpu")
+    plain = Transformer.from_pretrained(weights)
+    held = quantize_model(deepcopy(plain), "w8a8").double()
+    tokens = torch.arange(60)[None]
+    truth = plain.double()(tokens)
+    assert (read(tokens) - held(tokens)).abs().max() <= 1e-5 * truth.abs().max()
+    error, size = (read(tokens) - truth).norm(dim=-1), truth.norm(dim=-1)
+    assert error.median() <= 0.05 * size.median()  # of most tokens: rounding may change a router's choice
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_adapters_turn_with_a_rotated_base(tmp_path, tied):
+    """The first adapter is added before rounding, the last is exact beside the codes: what it adds to each layer is
+    what it adds to the plain one, seen in the layer's new basis."""
+    weights = write_model(tmp_path / "model", **WIDTHS, tie_word_embeddings=tied)
+    made = adapters(tmp_path, weights)
+    model = load_adapter(load_quantized(weights, made[:1], "w8a8", torch.float64, "cpu"), made[1])
+    wide = rotate(load(weights, made[:1], "float64")[0])
+    load_adapter(wide, made[1])
+    for path, layer in adapted(wide).items():
+        own = model.get_submodule(path)
+        assert (own.delta("default") - layer.delta("default")).abs().max() <= 1e-6 * layer.delta("default").abs().max()
+        weight = own.quantized.dequantize(torch.float64)
+        near = mix(layer.weight) if own.quantized.mixed else layer.weight
+        assert (weight - near).abs().max() <= 0.51 * own.quantized.scales.max()
+        x_ND = torch.randn(7, own.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
+        beside = own.double()(x_ND.double()) - own.quantized.product(x_ND.double())  # exact, not through the codes
+        assert torch.allclose(beside, x_ND.double() @ own.delta("default").t(), rtol=0, atol=1e-12)
+    tokens = torch.arange(60)[None]
+    assert (wide(tokens) - load(weights, made, "float64")[0](tokens)).abs().max() <= 1e-6
+
+
+@pytest.mark.parametrize("changes", [{}, {"qkv_bias": True}, {"windows": (5, None)}])
+def test_w8a8_generates_the_plain_paths_tokens(tokenizer, changes):
+    """In fp64 the engine's joint products are the modules' own."""
+    model = quantize_model(tiny_model(**WIDTHS, **changes), "w8a8")
+    again = quantize_model(tiny_model(**WIDTHS, **changes), "w8a8")
+    for prompt, out in zip(PROMPTS, Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=8), strict=True):
+        assert out.tokens == plain_greedy(again, prompt, 8, tokenizer.stop_ids)[0]
+
+
+def test_a_rotated_model_generates_the_plain_models_tokens(tokenizer):
+    plain, turned = tiny_model(**WIDTHS), rotate(tiny_model(**WIDTHS))
+    texts = [
+        [out.tokens for out in Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=12)]
+        for model in (plain, turned)
+    ]
+    assert texts[0] == texts[1]
+
+
+def test_w8a8_is_refused_by_name_without_integer_products():
+    check_format("w8a8", "cpu", "flags : avx2 avx512_vnni")
+    check_format("int8", "cpu", "flags : avx2")
+    with pytest.raises(UserError, match="take int8 or int4"):
+        check_format("w8a8", "cpu", "flags : avx2 fma f16c")

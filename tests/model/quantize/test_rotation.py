@@ -84,7 +84,7 @@ MUTATIONS = {
     "the writers are not turned": ("mixes_rows", lambda path: path.endswith(".v_proj")),
     "the values are not turned": ("mixes_rows", lambda path: path.endswith((".o_proj", ".down_proj", ".w2"))),
     "gains are left out": ("norm_before", lambda path: None),
-    "gains of the other norm": ("norm_before", lambda path: "model.norm.weight" if path != "model.embed_tokens" else None),
+    "the last norm's gains": ("norm_before", lambda path: None if "embed" in path else "model.norm.weight"),
 }  # fmt: skip
 
 
