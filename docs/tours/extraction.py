@@ -43,7 +43,7 @@ show(patient_notes, "write_note(", model=runs[0] if runs else "random weights", 
 # %% [markdown]
 # ## Questions to prompts to a tree
 # Eight phenotypes and the diagnosis. The note comes first, so all nine prompts share it. What they share is computed
-# once: a node's keys serve all branches below it.
+# once: a prefix's keys serve all branches below it.
 # %%
 generator = Generator(model, tokenizer)
 asker = Asker(generator, "both", "template", Limits(diagnosis=100), grounded=True)
@@ -53,10 +53,10 @@ prompts = [request.prompt for request in requests]
 show(Asker.prompt, "tasks.prefix(text), bos=True", tokens_of_each_prompt=[len(prompt) for prompt in prompts])
 prefix, branch = tokenizer.encode(tasks.prefix(note.text), bos=True), tokenizer.encode(tasks.branch(questions[0][1]))
 check("tokens of the note + tokens of the first question", len(prefix) + len(branch), len(prompts[0]))
-nodes, leaves = plan(prompts)
-computed = sum(len(part.tokens) for part in (*nodes, *leaves))
-show(Generator.run, "plan(", leaves=len(leaves), computed_tokens=f"{computed} in place of {sum(map(len, prompts))}")
-check("tokens that all prompts begin with", len(commonprefix(prompts)), len(nodes[0].tokens))
+prefixes, branches = plan(prompts)
+computed = sum(len(part.tokens) for part in (*prefixes, *branches))
+show(Generator.run, "plan(", branches=len(branches), computed_tokens=f"{computed} in place of {sum(map(len, prompts))}")
+check("tokens that all prompts begin with", len(commonprefix(prompts)), len(prefixes[0].tokens))
 
 # %% [markdown]
 # ## Answers under a grammar, and the record

@@ -1,4 +1,4 @@
-"""Cost of a decoding step of several rows against one row: the figures behind infer.engine.lookup.further_row.
+"""Cost of a decoding step of several rows against one row: the figures behind infer.engine.lookup.row_cost.
 
 A step is every matrix product of the blocks and the head, without attention. `products` are the blocks' fp32 products
 as the engine computes them, against torch's default.
@@ -13,7 +13,7 @@ import torch
 from eval.bench.row import Row
 from infer.engine.generate import Generator
 from infer.engine.load import load
-from infer.engine.lookup import further_row
+from infer.engine.lookup import row_cost
 from model.support.hardware import compute_dtype, onednn_suits, product, timed
 
 
@@ -31,7 +31,7 @@ def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float 
         taken = {size: min(timed(lambda n=size, own=engine: step(own, n), "cpu", seconds)) for size in (1, *sizes)}
         for size in sizes:
             share = (taken[size] / taken[1] - 1) / (size - 1)
-            setting = f"cost of a further row {share:.2f} of the first, the engine assumes {further_row(engine):.2f}"
+            setting = f"cost of a further row {share:.2f} of the first, the engine assumes {row_cost(engine):.2f}"
             found.append(Row(f"a step of {size} rows: {dtype if form == 'wide' else form}", taken[size] * 1e3,
                              size * taken[1] * 1e3, "one row at a time", "ms", setting))  # fmt: skip
     return found

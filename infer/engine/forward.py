@@ -33,7 +33,7 @@ from model.transformer import RMSNorm, Transformer
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
-class Fused:
+class PackedLinear:
     """Linear layers over the same input, as one product: y = x · [W1; W2; …]ᵀ. Reads the modules once."""
 
     def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
@@ -138,13 +138,13 @@ class Layer:
     def __init__(self, block: nn.Module) -> None:
         attention, dtype = block.self_attn, block.input_layernorm.weight.dtype
         self.norm, self.ffn_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
-        self.qkv = Fused([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
-        self.out = Fused([attention.o_proj], dtype)
+        self.qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
+        self.out = PackedLinear([attention.o_proj], dtype)
         self.window = attention.window
         self.experts = getattr(block, "block_sparse_moe", None)
         if self.experts is None:
-            self.gate_up = Fused([block.mlp.gate_proj, block.mlp.up_proj], dtype)
-            self.down = Fused([block.mlp.down_proj], dtype)
+            self.gate_up = PackedLinear([block.mlp.gate_proj, block.mlp.up_proj], dtype)
+            self.down = PackedLinear([block.mlp.down_proj], dtype)
 
     def project(self, x_ND: Tensor) -> Tensor:
         return self.qkv(self.norm(x_ND))

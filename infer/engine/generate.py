@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infer.engine.forward import Engine
-from infer.engine.lookup import MOST, Lookup, further_row, worth
+from infer.engine.lookup import MOST, Lookup, best_guess_count, row_cost
 from infer.engine.settings import Generation, Settings
 from infer.engine.tree import Cache, plan
 from model import Tokenizer, Transformer
@@ -44,8 +44,8 @@ class State:
 
 class Generator:
     """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
-    others are, so its result is the same to the bit; it costs what sharing would have saved. `lookup` lets requests
-    guess ahead where that pays (infer/engine/lookup.py). `cache_dtype` and `chunk` are Engine's. Fused models
+    others are, so its result is the same to the bit; nothing is shared then. `lookup` lets requests
+    speculate where that pays (infer/engine/lookup.py). `cache_dtype` and `chunk` are Engine's. Fused models
     (infer/engine/fuse.py) generate by their kernels."""
 
     def __init__(
@@ -53,7 +53,7 @@ class Generator:
         cache_dtype: torch.dtype | None = None, chunk: int = 2048,
     ) -> None:  # fmt: skip
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
-        self.deterministic, self.lookup, self.further = deterministic, lookup, further_row(self.engine)
+        self.deterministic, self.lookup, self.row_cost = deterministic, lookup, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
         self.stop_ids = frozenset(i for i in ends if i < model.config.vocab_size)
 
@@ -76,7 +76,7 @@ class Generator:
         return [self.result(state) for state in states]
 
     def stream(self, prompt: str | Sequence[int], settings: Settings | None = None, **options: Any) -> Iterator[str]:
-        """The text of one continuation, piece by piece as it comes."""
+        """The text of one continuation, in parts as it is generated."""
         (state,) = self.states([prompt], settings, options)
         shown = 0
         longest = max((len(text) for text in state.settings.stop), default=0)
@@ -135,16 +135,16 @@ class Generator:
 
     @torch.inference_mode()
     def run(self, states: list[State]) -> Iterator[None]:
-        """Carry all requests to their end, a token of each at a time; yields after each step."""
+        """Generate all requests to their end; yields after each step (of one or more tokens a request)."""
         if not states:
             return
-        nodes, leaves = plan([state.prompt for state in states])
-        cache = Cache(self.engine, nodes, leaves)
-        active = [states[leaf.prompt] for leaf in leaves]
-        x_NTD = self.read_leaves(cache, [leaf.tokens for leaf in leaves])[:, None]
+        prefixes, branches = plan([state.prompt for state in states])
+        cache = Cache(self.engine, prefixes, branches)
+        active = [states[branch.prompt] for branch in branches]
+        x_BTD = self.read_branches(cache, [branch.tokens for branch in branches])[:, None]
         guesses: list[list[int]] = [[] for _ in active]
         while True:
-            self.take(x_NTD, active, guesses, cache)
+            self.take(x_BTD, active, guesses, cache)
             yield
             alive = [row for row, state in enumerate(active) if state.finish is None]
             if not alive:
@@ -155,15 +155,15 @@ class Generator:
             guesses = self.guess(active)
             T = 1 + max(map(len, guesses))
             fed = [[state.tokens[-1], *guess] for state, guess in zip(active, guesses, strict=True)]
-            tokens_NT = torch.tensor([[*row, *[0] * (T - len(row))] for row in fed], device=self.engine.device)
-            x_NTD = cache.step(tokens_NT, torch.ones(len(fed), dtype=torch.int64))
+            tokens_BT = torch.tensor([[*row, *[0] * (T - len(row))] for row in fed], device=self.engine.device)
+            x_BTD = cache.step(tokens_BT, torch.ones(len(fed), dtype=torch.int64))
 
     def guess(self, active: list[State]) -> list[list[int]]:
         """Each request's guesses of what comes after its newest token; none where checking them would not pay."""
         none: list[list[int]] = [[] for _ in active]
-        certain = worth([1.0] * len(active), [MOST] * len(active), self.further)
-        if not certain or not self.lookup or self.deterministic:
-            return none  # so many requests that not even guesses that are always right would pay
+        possible = best_guess_count([1.0] * len(active), [MOST] * len(active), self.row_cost)
+        if not possible or not self.lookup or self.deterministic:
+            return none  # too many requests: not even guesses that are always right would pay
         found, rates = [], []
         for state in active:
             if state.lookup is None:
@@ -171,79 +171,79 @@ class Generator:
             state.lookup.add(state.tokens[len(state.lookup.ids) - len(state.prompt) :])
             rates.append(state.lookup.rate)
             found.append(state.lookup.guess(state.settings.max_new_tokens - len(state.tokens) - 1))
-        k = worth(rates, [len(guess) for guess in found], self.further)
+        k = best_guess_count(rates, [len(guess) for guess in found], self.row_cost)
         return [guess[:k] for guess in found]
 
-    def take(self, x_NTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache) -> None:
-        """Choose every request's next token, and the tokens after it as long as its guesses come true."""
-        if x_NTD.shape[1] == 1:
-            self.choose(self.engine.logits(x_NTD[:, 0]), active)
+    def take(self, x_BTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache) -> None:
+        """Choose every request's next token, and the tokens after it as long as its guesses are accepted."""
+        if x_BTD.shape[1] == 1:
+            self.choose(self.engine.logits(x_BTD[:, 0]), active)
             return
-        logits_NTV = self.engine.logits(x_NTD.flatten(0, 1)).unflatten(0, x_NTD.shape[:2])
+        logits_BTV = self.engine.logits(x_BTD.flatten(0, 1)).unflatten(0, x_BTD.shape[:2])
         kept = []
         for row, (state, guess) in enumerate(zip(active, guesses, strict=True)):
             right = 0
             for place in range(len(guess) + 1):
-                (token,) = self.choose(logits_NTV[row, place : place + 1], [state])
+                (token,) = self.choose(logits_BTV[row, place : place + 1], [state])
                 if state.finish is not None or place == len(guess) or token != guess[place]:
                     break
                 right += 1
             kept.append(right)
-        cache.length_N = cache.length_N + torch.tensor(kept)
+        cache.length_B = cache.length_B + torch.tensor(kept)
 
-    def read_leaves(self, cache: Cache, own: list[list[int]]) -> Tensor:
-        """Enter the leaves' own tokens; the hidden states of each one's last, x_ND."""
+    def read_branches(self, cache: Cache, own: list[list[int]]) -> Tensor:
+        """Enter the branches' own tokens → x_BD, the hidden state of each one's last."""
         longest = max(len(tokens) for tokens in own)
-        tokens_NT = torch.tensor(
+        tokens_BT = torch.tensor(
             [[*tokens, *[0] * (longest - len(tokens))] for tokens in own], device=self.engine.device
         )
-        count_N = torch.tensor([len(tokens) for tokens in own])
-        last_ND = None
+        count_B = torch.tensor([len(tokens) for tokens in own])
+        last_BD = None
         size = max(1, 2 * self.engine.chunk // len(own)) if len(own) > 1 else self.engine.chunk
         for start in range(0, longest, size):
-            part_NT = tokens_NT[:, start : start + size]
-            here_N = (count_N - start).clamp(0, part_NT.shape[1])
-            x_NTD = cache.step(part_NT, here_N)
-            end_ND = x_NTD[torch.arange(len(own)), (here_N - 1).clamp_min(0).to(x_NTD.device)]
-            fresh_N1 = (here_N > 0)[:, None].to(x_NTD.device)
-            last_ND = end_ND if last_ND is None else torch.where(fresh_N1, end_ND, last_ND)
-        assert last_ND is not None
-        return last_ND
+            part_BT = tokens_BT[:, start : start + size]
+            here_B = (count_B - start).clamp(0, part_BT.shape[1])
+            x_BTD = cache.step(part_BT, here_B)
+            end_BD = x_BTD[torch.arange(len(own)), (here_B - 1).clamp_min(0).to(x_BTD.device)]
+            fresh_B1 = (here_B > 0)[:, None].to(x_BTD.device)
+            last_BD = end_BD if last_BD is None else torch.where(fresh_B1, end_BD, last_BD)
+        assert last_BD is not None
+        return last_BD
 
-    def choose(self, logits_NV: Tensor, active: list[State]) -> list[int]:
+    def choose(self, logits_BV: Tensor, active: list[State]) -> list[int]:
         """One token for every request, entered into its state."""
-        normal_N = logits_NV.logsumexp(-1)
-        masked_NV = self.constrain(logits_NV, active)
-        best_N = masked_NV.argmax(-1)  # the first of equals
+        normal_B = logits_BV.logsumexp(-1)
+        masked_BV = self.constrain(logits_BV, active)
+        best_B = masked_BV.argmax(-1)  # the first of equals
         for row, state in enumerate(active):
             if state.settings.temperature > 0:
-                best_N[row] = draw(masked_NV[row], state)
-        if self.engine.mesh is not None:  # the ranks of one model go on with one choice
-            dist.broadcast(best_N, group=self.engine.mesh.get_group(), group_src=0)
-        logprob_N = logits_NV.gather(1, best_N[:, None])[:, 0] - normal_N
+                best_B[row] = draw(masked_BV[row], state)
+        if self.engine.mesh is not None:  # all ranks of one model take the first rank's choice
+            dist.broadcast(best_B, group=self.engine.mesh.get_group(), group_src=0)
+        logprob_B = logits_BV.gather(1, best_B[:, None])[:, 0] - normal_B
         # one transfer, the step's only wait for a device: fp64 holds ids and log-probabilities exactly
-        best, logprobs = torch.stack((best_N.double(), logprob_N.double())).tolist()
+        best, logprobs = torch.stack((best_B.double(), logprob_B.double())).tolist()
         best = [int(token) for token in best]
         for state, token, logprob in zip(active, best, logprobs, strict=True):
             self.enter(state, token, logprob)
         return best
 
-    def constrain(self, logits_NV: Tensor, active: list[State]) -> Tensor:
+    def constrain(self, logits_BV: Tensor, active: list[State]) -> Tensor:
         """−∞ for the tokens that a request's constraint does not allow."""
         rows, ids = [], []
         for row, state in enumerate(active):
             allowed = None if state.settings.constraint is None else state.settings.constraint.allowed(state.tokens)
             if allowed is not None:
                 rows.append(row)
-                ids.append(torch.as_tensor(allowed, device=logits_NV.device))
+                ids.append(torch.as_tensor(allowed, device=logits_BV.device))
         if not rows:
-            return logits_NV
+            return logits_BV
         id_M = torch.cat(ids)
         counts = torch.tensor([len(each) for each in ids])
-        row_M = torch.tensor(rows).repeat_interleave(counts).to(logits_NV.device)
-        masked_NV = logits_NV.index_fill(0, torch.tensor(rows).to(logits_NV.device), float("-inf"))
-        masked_NV[row_M, id_M] = logits_NV[row_M, id_M]
-        return masked_NV
+        row_M = torch.tensor(rows).repeat_interleave(counts).to(logits_BV.device)
+        masked_BV = logits_BV.index_fill(0, torch.tensor(rows).to(logits_BV.device), float("-inf"))
+        masked_BV[row_M, id_M] = logits_BV[row_M, id_M]
+        return masked_BV
 
     def enter(self, state: State, token: int, logprob: float) -> None:
         state.tokens.append(token)
@@ -254,7 +254,7 @@ class Generator:
             state.text = self.decode(state.tokens[:-1])
             return
         last = len(state.tokens) >= settings.max_new_tokens
-        if settings.stop or last:  # a text is decoded where somebody reads it: each step, it would cost ever more
+        if settings.stop or last:  # decoded only where it is read: decoding at each step is quadratic
             state.text = self.decode(state.tokens)
         for stop in settings.stop:
             if stop in state.text:

@@ -4,16 +4,16 @@ Answers repeat the note, so the guess is often right, and a step over a few rows
 one does. Nothing is lost: each guessed token is kept only where it is what the request's own choice (greedy, sampled
 with its seed, or constrained) yields there.
 
-Whether to guess is a matter of expected gain. A request whose guesses come true with probability p, each after the
-one before, brings 1 + p + … + p^k tokens a step with k guesses; a step of all N requests with up to k guesses each
-takes N · (k + 1) rows. With p = 0.6, one request, and a further row at an eighth of the first one's time:
+Whether to guess depends on the expected gain. A request whose guesses are accepted with probability p, each after the
+one before, yields 1 + p + … + p^k tokens a step with k guesses; a step of all B requests with up to k guesses each
+takes B · (k + 1) rows. With p = 0.6, one request, and one more row at an eighth of the first one's time:
 
     k           0      1      2      3      4
     tokens      1      1.60   1.96   2.18   2.31
     time        1      1.13   1.25   1.38   1.50
     gain        1      1.42   1.57   1.58   1.54         k = 3 is taken; with p = 0.1 it is k = 0
 
-p is counted all the time, guessing or not: each token is compared with what would have been guessed.
+p is updated with every token, guessing or not: the token is compared with what would have been guessed.
 """
 
 from __future__ import annotations
@@ -55,26 +55,27 @@ class Lookup:
         return [] if start is None else self.ids[start : start + max(0, min(most, MOST))]
 
 
-def worth(rates: Sequence[float], known: Sequence[int], further: float) -> int:
-    """How many guesses of each request to check in one step, for the most tokens a time; 0 where guessing loses.
+def best_guess_count(rates: Sequence[float], known: Sequence[int], row_cost: float) -> int:
+    """The number of guesses a request that maximizes expected tokens per unit of time; 0 where guessing does not pay.
 
-    rates: how likely each request's guesses are; known: how many it has; further: a further row's share of the first's.
+    `rates`: the acceptance rate of each request's guesses; `known`: how many it has; `row_cost`: the time of one more
+    row of a step, as a share of the first row's.
     """
-    N = len(rates)
-    tokens, best, least = float(N), 0, MARGIN * N / (1 + further * (N - 1))
+    B = len(rates)
+    tokens, best, least = float(B), 0, MARGIN * B / (1 + row_cost * (B - 1))
     for k in range(1, max(known, default=0) + 1):
         tokens += sum(rate**k for rate, n in zip(rates, known, strict=True) if n >= k)
-        gain = tokens / (1 + further * (N * (k + 1) - 1))
+        gain = tokens / (1 + row_cost * (B * (k + 1) - 1))
         if gain > least:
             best, least = k, gain
     return best
 
 
-def further_row(engine: Engine) -> float:
-    """What a further row of a step takes, as a share of a step of one row, for an engine's weights.
+def row_cost(engine: Engine) -> float:
+    """The time of one more row of a step, as a share of a step of one row, for an engine's weights.
 
-    Fixed figures, rounded from `python -m eval.bench lookup`: a share depends little on the machine, and a request must
-    take the same steps every time, because rounding follows the number of rows.
+    Constants, rounded from `python -m eval.bench lookup`: the share depends little on the machine, and a request must
+    take the same steps every time, because rounding depends on the number of rows.
     """
     if engine.device.type != "cpu":
         return 1 / 64  # hundreds of operations a byte

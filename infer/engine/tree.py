@@ -3,14 +3,17 @@
 Nine questions about a note share the note (and "### Question: "), all notes of a batch may share an instruction, which
 is then computed once a batch:
 
-    instruction ─┬─ note 1 ─┬─ question 1 → answer          a *node* is a stretch that is shared, or long
-                 │          └─ question 2 → answer          a *leaf* is a prompt's own end and what it generates
+    instruction ─┬─ note 1 ─┬─ question 1 → answer          a *prefix* is shared by branches, or long
+                 │          └─ question 2 → answer          a *branch* is a prompt's own end and what it generates
                  └─ note 2 ─── …
 
-Each leaf's queries see their ancestors' keys and their own. A node's keys are stored once and meet the queries of all
-leaves below as rows of one product; a level's nodes are padded to one length, so that a level is one product for the
-scores and one for the values, however many notes there are. The scores of all levels and of the leaves' own slots lie
-side by side in one tensor, and one softmax over it is the definition's.
+Each branch's queries see the keys of the prefixes above it and its own. A prefix's keys are stored once and meet the
+queries of all branches below it in one product. A level's prefixes are padded to one length, so that a level is one
+product for the scores and one for the values, however many notes there are. The scores of all levels and of the
+branches' own slots are adjacent in one tensor, so one softmax over it is the definition's.
+
+B branches, P prefixes of a level, T new tokens of a branch, N tokens of a forward pass, S keys, H heads, G key/value
+heads, K head size, M = H / G · T query rows of a key/value head.
 """
 
 from __future__ import annotations
@@ -27,21 +30,21 @@ from infer.engine.forward import Engine
 from infer.engine.fuse import read_attention, tree_attention
 from model.attention import repeat_kv
 
-SHARED = 8  # tokens: a shorter common stretch is cheaper to compute again than to attend to apart
-OWN = 64  # tokens: a longer private stretch gets a node, so that leaves of a batch stay of similar length
+SHARED = 8  # tokens: a shorter common prefix is cheaper to compute again than to attend to separately
+OWN = 64  # tokens: a longer private part becomes a prefix, so that branches of a batch stay of similar length
 BLOCK = 512  # queries of one attention call while prompts are read
 FEW = 128  # the same where scores are products of their own
-ROOM = 32  # slots by which leaves grow
+SPARE = 32  # slots by which branches grow
 
 
 @dataclass
-class Node:
-    """A stretch of tokens below `parent`; `leaves` are those below it, a range in the order of the tree."""
+class Prefix:
+    """Consecutive tokens below `parent`; `branches` are those below it, a range in the order of the tree."""
 
-    parent: Node | None
+    parent: Prefix | None
     tokens: list[int]
     start: int  # the position of its first token
-    leaves: range = range(0)
+    branches: range = range(0)
     first: int = 0  # the first position that is still held (a window lets older ones go)
     keys: list[Tensor] = field(default_factory=list)  # k_GSK of each layer
     values: list[Tensor] = field(default_factory=list)
@@ -50,16 +53,16 @@ class Node:
     def end(self) -> int:
         return self.start + len(self.tokens)
 
-    def path(self) -> list[Node]:
-        """The node and its ancestors, from the root."""
+    def path(self) -> list[Prefix]:
+        """The prefix and its ancestors, from the root."""
         return [*(self.parent.path() if self.parent else []), self]
 
 
 @dataclass
-class Leaf:
+class Branch:
     """A prompt's own end: `tokens` (at least one) from position `start`; `prompt` is its index in the request."""
 
-    parent: Node | None
+    parent: Prefix | None
     tokens: list[int]
     start: int
     prompt: int
@@ -67,339 +70,342 @@ class Leaf:
 
 @dataclass
 class Level:
-    """Adjacent nodes of one depth: their keys and values padded to one length, side by side.
+    """Adjacent prefixes of one depth: their keys and values padded to one length, side by side.
 
-    `leaf_Mn` are the leaves below each node (M nodes, at most n leaves each; the places beyond a node's own repeat a
-    leaf), `place_r` is where each of the leaves `rows` lies among them, flattened. Those below none of the nodes lie
-    anywhere: `below_r` is False, and the mask hides the level from them.
+    `branch_Pn` are the branches below each prefix (P prefixes, at most n branches each; places beyond a prefix's own
+    repeat a branch). `place_r` is the place of each of the branches `rows` in it, flattened. Of branches below none of
+    the prefixes `below_r` is False, and the mask hides the level from them.
     """
 
-    nodes: list[Node]
-    keys: list[Tensor]  # k_MGSK of each layer
-    values: list[Tensor]  # v_MGSK
-    first_M: Tensor  # the position of each node's first held token; like all that is known beforehand, in the host's
-    length_M: Tensor  # memory: asking a device for a number would wait for it. Held tokens of each node
+    prefixes: list[Prefix]
+    keys: list[Tensor]  # k_PGSK of each layer
+    values: list[Tensor]  # v_PGSK
+    first_P: Tensor  # the position of each prefix's first held token; like all that is known beforehand, in the host's
+    length_P: Tensor  # memory: asking a device for a number would wait for it. Held tokens of each prefix
     rows: slice = field(default_factory=lambda: slice(0))
-    leaf_Mn: Tensor | None = None
+    branch_Pn: Tensor | None = None
     place_r: Tensor | None = None
     below_r: Tensor | None = None
-    apart_r: Tensor | None = None  # its opposite, on the device
-    node_r: Tensor | None = None  # the node above each of the leaves
-    start_M: Tensor | None = None  # the first leaf below each node and their number, int32 on the device, for the
-    count_M: Tensor | None = None  # kernels
-    even: bool = False  # every leaf once, in order: nothing needs to be gathered
+    outside_r: Tensor | None = None  # its opposite, on the device
+    prefix_r: Tensor | None = None  # the prefix above each of the branches
+    start_P: Tensor | None = None  # the first branch below each prefix and their number, int32 on the device, for the
+    count_P: Tensor | None = None  # kernels
+    even: bool = False  # every branch once, in order: nothing needs to be gathered
 
     def index(self) -> None:
-        """Find `rows` and the index tensors from the nodes' ranges of leaves."""
-        ranges = [node.leaves for node in self.nodes]
+        """Find `rows` and the index tensors from the prefixes' ranges of branches."""
+        ranges = [prefix.branches for prefix in self.prefixes]
         start, stop = ranges[0].start, ranges[-1].stop
         n = max(map(len, ranges))
         self.rows = slice(start, stop)
-        places = {leaf: m * n + i for m, below in enumerate(ranges) for i, leaf in enumerate(below)}
+        places = {branch: m * n + i for m, below in enumerate(ranges) for i, branch in enumerate(below)}
         device = self.keys[0].device
-        leaves = [[below[min(i, len(below) - 1)] - start for i in range(n)] for below in ranges]
-        self.leaf_Mn = torch.tensor(leaves, device=device)
-        self.node_r = torch.tensor([places.get(leaf, 0) // n for leaf in range(start, stop)])
-        self.place_r = torch.tensor([places.get(leaf, 0) for leaf in range(start, stop)], device=device)
-        self.below_r = torch.tensor([leaf in places for leaf in range(start, stop)])
-        self.apart_r = ~self.below_r.to(device)
-        self.start_M, self.count_M = torch.tensor(
+        branches = [[below[min(i, len(below) - 1)] - start for i in range(n)] for below in ranges]
+        self.branch_Pn = torch.tensor(branches, device=device)
+        self.prefix_r = torch.tensor([places.get(branch, 0) // n for branch in range(start, stop)])
+        self.place_r = torch.tensor([places.get(branch, 0) for branch in range(start, stop)], device=device)
+        self.below_r = torch.tensor([branch in places for branch in range(start, stop)])
+        self.outside_r = ~self.below_r.to(device)
+        self.start_P, self.count_P = torch.tensor(
             [[below.start for below in ranges], [len(below) for below in ranges]], dtype=torch.int32, device=device
         )
-        self.even = len(places) == stop - start == self.leaf_Mn.numel()
+        self.even = len(places) == stop - start == self.branch_Pn.numel()
 
     def retain(self) -> None:
-        """Free the nodes that have no leaf left, and index the others anew."""
-        kept = [m for m, node in enumerate(self.nodes) if len(node.leaves)]
-        if len(kept) < len(self.nodes):
-            self.nodes = [self.nodes[m] for m in kept]
-            longest = int(self.length_M[kept].max()) if kept else 0
+        """Free the prefixes that have no branch left, and index the others anew."""
+        kept = [m for m, prefix in enumerate(self.prefixes) if len(prefix.branches)]
+        if len(kept) < len(self.prefixes):
+            self.prefixes = [self.prefixes[m] for m in kept]
+            longest = int(self.length_P[kept].max()) if kept else 0
             for store in (self.keys, self.values):
-                for layer, held_MGSK in enumerate(store):
-                    store[layer] = held_MGSK[kept, :, :longest]
-            self.first_M, self.length_M = self.first_M[kept], self.length_M[kept]
+                for layer, held_PGSK in enumerate(store):
+                    store[layer] = held_PGSK[kept, :, :longest]
+            self.first_P, self.length_P = self.first_P[kept], self.length_P[kept]
         if kept:
             self.index()
 
-    def product(self, x_rGMA: Tensor, y_MGAB: Tensor) -> Tensor:
-        """Each leaf's rows times its node's matrix: (r, G, M, A) × (nodes, G, A, B) → (r, G, M, B)."""
-        nodes, n = self.leaf_Mn.shape
+    def product(self, x_rGMA: Tensor, y_PGAC: Tensor) -> Tensor:
+        """Each branch's rows times its prefix's matrix: (r, G, M, A) × (P, G, A, C) → (r, G, M, C)."""
+        prefixes, n = self.branch_Pn.shape
         r, G, M, A = x_rGMA.shape
-        x_MnGMA = (x_rGMA if self.even else x_rGMA[self.leaf_Mn.flatten()]).view(nodes, n, G, M, A)
-        out_MGnMB = torch.matmul(x_MnGMA.transpose(1, 2).reshape(nodes, G, n * M, A), y_MGAB)
-        out_MnGMB = out_MGnMB.view(nodes, G, n, M, -1).transpose(1, 2)
+        x_PnGMA = (x_rGMA if self.even else x_rGMA[self.branch_Pn.flatten()]).view(prefixes, n, G, M, A)
+        out_PGnMC = torch.matmul(x_PnGMA.transpose(1, 2).reshape(prefixes, G, n * M, A), y_PGAC)
+        out_PnGMC = out_PGnMC.view(prefixes, G, n, M, -1).transpose(1, 2)
         if self.even:
-            return out_MnGMB.flatten(0, 1)
-        return out_MnGMB.flatten(0, 1)[self.place_r].masked_fill_(self.apart_r[:, None, None, None], 0)
+            return out_PnGMC.flatten(0, 1)
+        return out_PnGMC.flatten(0, 1)[self.place_r].masked_fill_(self.outside_r[:, None, None, None], 0)
 
 
-def levels_of(nodes: list[Node]) -> Iterator[list[Node]]:
+def levels_of(prefixes: list[Prefix]) -> Iterator[list[Prefix]]:
     """Nodes that become a Level: of one depth, adjacent, and of lengths alike enough that padding at most doubles."""
-    depth = [node for node in nodes if node.parent is None]
+    depth = [prefix for prefix in prefixes if prefix.parent is None]
     while depth:
-        group: list[Node] = []
-        for node in (node for node in depth if len(node.leaves)):
-            lengths = [len(each.keys[0][0]) for each in (*group, node)]
+        group: list[Prefix] = []
+        for prefix in (prefix for prefix in depth if len(prefix.branches)):
+            lengths = [len(each.keys[0][0]) for each in (*group, prefix)]
             if group and max(lengths) * len(lengths) > 2 * sum(lengths):
                 yield group
                 group = []
-            group.append(node)
+            group.append(prefix)
         if group:
             yield group
-        above = {id(node) for node in depth}
-        depth = [node for node in nodes if id(node.parent) in above]
+        above = {id(prefix) for prefix in depth}
+        depth = [prefix for prefix in prefixes if id(prefix.parent) in above]
 
 
-def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Node], list[Leaf]]:
-    """The tree of some prompts: nodes with parents before children, leaves in the tree's order."""
-    nodes: list[Node] = []
-    leaves: list[Leaf] = []
+def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Prefix], list[Branch]]:
+    """The tree of some prompts: prefixes with parents before children, branches in the tree's order."""
+    prefixes: list[Prefix] = []
+    branches: list[Branch] = []
     if prompts:
-        grow(prompts, nodes, leaves, list(range(len(prompts))), 0, None)
-    return nodes, leaves
+        grow(prompts, prefixes, branches, list(range(len(prompts))), 0, None)
+    return prefixes, branches
 
 
 def grow(
-    prompts: Sequence[Sequence[int]], nodes: list[Node], leaves: list[Leaf], indices: list[int], depth: int,
-    parent: Node | None,
+    prompts: Sequence[Sequence[int]], prefixes: list[Prefix], branches: list[Branch], indices: list[int], depth: int,
+    parent: Prefix | None,
 ) -> None:  # fmt: skip
     """Enter the prompts of these indices, which are alike before `depth`, below `parent`."""
-    # inside `plan` it would refer to itself, and keep the nodes' keys and values until Python looks for such cycles
+    # module-level on purpose: a recursive closure is a reference cycle, which keeps keys and values alive until gc runs
 
-    def add(parent: Node | None, tokens: Sequence[int], start: int) -> Node:
-        nodes.append(Node(parent, list(tokens), start))
-        return nodes[-1]
+    def add(parent: Prefix | None, tokens: Sequence[int], start: int) -> Prefix:
+        prefixes.append(Prefix(parent, list(tokens), start))
+        return prefixes[-1]
 
     ids = prompts[indices[0]]
     if len(indices) == 1:
         if len(ids) - depth > OWN and len(prompts) > 1:
             parent = add(parent, ids[depth:-1], depth)
             depth = len(ids) - 1
-            parent.leaves = range(len(leaves), len(leaves) + 1)
-        leaves.append(Leaf(parent, list(ids[depth:]), depth, indices[0]))
+            parent.branches = range(len(branches), len(branches) + 1)
+        branches.append(Branch(parent, list(ids[depth:]), depth, indices[0]))
         return
-    common = min(len(prompts[i]) for i in indices) - 1  # every leaf keeps a token of its own
+    common = min(len(prompts[i]) for i in indices) - 1  # every branch keeps a token of its own
     for i in indices[1:]:
         common = next((n for n in range(depth, common) if prompts[i][n] != ids[n]), common)
-    began = len(leaves)
-    node = parent
+    began = len(branches)
+    prefix = parent
     if common - depth >= SHARED:
-        node = add(parent, ids[depth:common], depth)
+        prefix = add(parent, ids[depth:common], depth)
         depth = common
     groups: dict[int, list[int]] = {}
     for i in indices:
-        # a group below starts where its prompts share more than the node; single ones are leaves
+        # a group below starts where its prompts share more than the prefix; single ones are branches
         groups.setdefault(hash(tuple(prompts[i][depth : depth + SHARED])), []).append(i)
     for group in groups.values():
         whole = len(group) > 1 and min(len(prompts[i]) for i in group) > depth + SHARED
         for part in [group] if whole else [[i] for i in group]:
-            grow(prompts, nodes, leaves, part, depth, node)
-    if node is not parent and node is not None:
-        node.leaves = range(began, len(leaves))
+            grow(prompts, prefixes, branches, part, depth, prefix)
+    if prefix is not parent and prefix is not None:
+        prefix.branches = range(began, len(branches))
 
 
 class Cache:
     """Keys and values of a tree, and the attention over them."""
 
-    def __init__(self, engine: Engine, nodes: list[Node], leaves: list[Leaf]) -> None:
-        self.engine, self.nodes = engine, nodes
+    def __init__(self, engine: Engine, prefixes: list[Prefix], branches: list[Branch]) -> None:
+        self.engine, self.prefixes = engine, prefixes
         self.windows = sorted(set(engine.config.windows), key=lambda w: (w is None, w))
-        starts = [leaf.start for leaf in leaves]
-        self.start_N = torch.tensor(starts)  # position of a leaf's slot 0, in the host's memory as all lengths
-        self.length_N = torch.zeros_like(self.start_N)
-        self.keys: list[Tensor] = []  # k_NGKC of each layer: the leaves' own slots
-        self.values: list[Tensor] = []  # v_NGCK
+        starts = [branch.start for branch in branches]
+        self.start_B = torch.tensor(starts)  # position of a branch's slot 0, in the host's memory as all lengths
+        self.length_B = torch.zeros_like(self.start_B)
+        self.keys: list[Tensor] = []  # k_BGKC of each layer: the branches' own slots
+        self.values: list[Tensor] = []  # v_BGCK
         self.capacity = 0
-        self._read_nodes()
-        self.levels = [self._pad(group) for group in levels_of(nodes)]
+        self._read_prefixes()
+        self.levels = [self._pad(group) for group in levels_of(prefixes)]
 
-    # ---- reading the nodes -------------------------------------------------------------------------------------
+    # ---- reading the prefixes -------------------------------------------------------------------------------------
 
-    def _read_nodes(self) -> None:
-        """Compute every node's keys and values: level by level, ragged, in passes of bounded size."""
-        level = [node for node in self.nodes if node.parent is None]
+    def _read_prefixes(self) -> None:
+        """Compute every prefix's keys and values: level by level, ragged, in passes of bounded size."""
+        level = [prefix for prefix in self.prefixes if prefix.parent is None]
         chunk = self.engine.chunk  # tokens of one pass: bounds the activations
         while level:
-            pieces: list[tuple[Node, int, int]] = []
+            spans: list[tuple[Prefix, int, int]] = []
             size = 0
-            for node in level:
-                for begin in range(0, len(node.tokens), chunk):
-                    end = min(begin + chunk, len(node.tokens))
-                    if pieces and (size + end - begin > chunk or pieces[-1][0] is node):
-                        self._read(pieces)
-                        pieces, size = [], 0
-                    pieces.append((node, begin, end))
+            for prefix in level:
+                for begin in range(0, len(prefix.tokens), chunk):
+                    end = min(begin + chunk, len(prefix.tokens))
+                    if spans and (size + end - begin > chunk or spans[-1][0] is prefix):
+                        self._read(spans)
+                        spans, size = [], 0
+                    spans.append((prefix, begin, end))
                     size += end - begin
-            self._read(pieces)
-            level = [node for node in self.nodes if any(node.parent is above for above in level)]
+            self._read(spans)
+            level = [prefix for prefix in self.prefixes if any(prefix.parent is above for above in level)]
 
-    def _read(self, pieces: list[tuple[Node, int, int]]) -> None:
+    def _read(self, spans: list[tuple[Prefix, int, int]]) -> None:
         device = self.engine.device
-        tokens_N = torch.tensor([t for node, a, b in pieces for t in node.tokens[a:b]], device=device)
-        position_N = torch.cat([torch.arange(node.start + a, node.start + b, device=device) for node, a, b in pieces])
+        tokens_N = torch.tensor([t for prefix, a, b in spans for t in prefix.tokens[a:b]], device=device)
+        positions = [torch.arange(prefix.start + a, prefix.start + b, device=device) for prefix, a, b in spans]
+        position_N = torch.cat(positions)
 
         def attend(layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
             outs, at = [], 0
-            for node, a, b in pieces:
+            for prefix, a, b in spans:
                 rows = slice(at, at + b - a)
                 at = rows.stop
-                outs.append(self._read_attend(layer, node, a, q_NHK[rows], k_NGK[rows], v_NGK[rows]))
+                outs.append(self._read_attend(layer, prefix, a, q_NHK[rows], k_NGK[rows], v_NGK[rows]))
             return outs[0] if len(outs) == 1 else torch.cat(outs)
 
         self.engine.forward(tokens_N, position_N, attend)
         bound = self.engine.config.window
-        for node, _, b in pieces:
-            if bound is not None and node.start + b - node.first > 2 * bound:
-                drop = node.start + b - bound - node.first  # later queries see at most the window's last positions
-                node.first += drop
-                for held in (node.keys, node.values):
+        for prefix, _, b in spans:
+            if bound is not None and prefix.start + b - prefix.first > 2 * bound:
+                drop = prefix.start + b - bound - prefix.first  # later queries see at most the window's last positions
+                prefix.first += drop
+                for held in (prefix.keys, prefix.values):
                     for layer, kept_GSK in enumerate(held):  # one at a time: nothing but a layer is held twice
                         held[layer] = kept_GSK[:, drop:].clone()
 
-    def _read_attend(self, layer: int, node: Node, begin: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor) -> Tensor:
+    def _read_attend(
+        self, layer: int, prefix: Prefix, begin: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor
+    ) -> Tensor:
         k_GTK, v_GTK = (kept_TGK.transpose(0, 1).to(self.engine.cache_dtype) for kept_TGK in (k_TGK, v_TGK))
         if begin == 0:
             if layer == 0:
-                node.first = node.start
-            node.keys.append(k_GTK.contiguous())
-            node.values.append(v_GTK.contiguous())
+                prefix.first = prefix.start
+            prefix.keys.append(k_GTK.contiguous())
+            prefix.values.append(v_GTK.contiguous())
         else:
-            node.keys[layer] = torch.cat([node.keys[layer], k_GTK], dim=1)
-            node.values[layer] = torch.cat([node.values[layer], v_GTK], dim=1)
-        path = node.path()
-        keys = torch.cat([n.keys[layer] for n in path], dim=1) if len(path) > 1 else node.keys[layer]
-        values = torch.cat([n.values[layer] for n in path], dim=1) if len(path) > 1 else node.values[layer]
+            prefix.keys[layer] = torch.cat([prefix.keys[layer], k_GTK], dim=1)
+            prefix.values[layer] = torch.cat([prefix.values[layer], v_GTK], dim=1)
+        path = prefix.path()
+        keys = torch.cat([n.keys[layer] for n in path], dim=1) if len(path) > 1 else prefix.keys[layer]
+        values = torch.cat([n.values[layer] for n in path], dim=1) if len(path) > 1 else prefix.values[layer]
         key_positions = [torch.arange(n.first, n.first + n.keys[layer].shape[1], device=q_THK.device) for n in path]
         key_position_S = torch.cat(key_positions)
-        position = node.start + begin
+        position = prefix.start + begin
         window = self.engine.layers[layer].window
         if self.engine.fused:
             return read_attention(q_THK, keys, values, position, key_position_S, window)
         return causal(q_THK.transpose(0, 1), keys, values, position, key_position_S, window)
 
-    # ---- the leaves' steps -------------------------------------------------------------------------------------
+    # ---- the branches' steps -------------------------------------------------------------------------------------
 
-    def step(self, tokens_NT: Tensor, count_N: Tensor) -> Tensor:
-        """Enter up to T tokens of every leaf (count_N of them are real; the rest is padding) → x_NTD."""
-        N, T = tokens_NT.shape
-        self._make_room(T)
-        device = tokens_NT.device
-        slots_NT = self.length_N[:, None] + torch.arange(T)
-        position_NT = self.start_N[:, None] + slots_NT
-        S = int(self.length_N.max()) + T
-        key_position_NS = self.start_N[:, None] + torch.arange(S)
-        reach = {window: self._reach(window, position_NT) for window in self.windows}
+    def step(self, tokens_BT: Tensor, count_B: Tensor) -> Tensor:
+        """Enter up to T tokens of every branch (count_B of them are real; the rest is padding) → x_BTD."""
+        B, T = tokens_BT.shape
+        self._grow(T)
+        device = tokens_BT.device
+        slots_BT = self.length_B[:, None] + torch.arange(T)
+        position_BT = self.start_B[:, None] + slots_BT
+        S = int(self.length_B.max()) + T
+        key_position_BS = self.start_B[:, None] + torch.arange(S)
+        reach = {window: self._reach(window, position_BT) for window in self.windows}
         masks = {}
         if self.engine.fused:  # the kernels mask by themselves
             positions = {window: self._key_positions(reach[window]) for window in self.windows}
         else:
-            masks = {window: self._mask(window, position_NT, slots_NT, S, reach[window]) for window in self.windows}
+            masks = {window: self._mask(window, position_BT, slots_BT, S, reach[window]) for window in self.windows}
             masks = {w: None if hidden is None else hidden.to(device) for w, hidden in masks.items()}
-        rows_N1 = torch.arange(N, device=device)[:, None]
-        even = bool((self.length_N == self.length_N[0]).all())
-        at = int(self.length_N[0])
-        slots_NT, position_NT, key_position_NS = (x.to(device) for x in (slots_NT, position_NT, key_position_NS))
+        rows_B1 = torch.arange(B, device=device)[:, None]
+        even = bool((self.length_B == self.length_B[0]).all())
+        at = int(self.length_B[0])
+        slots_BT, position_BT, key_position_BS = (x.to(device) for x in (slots_BT, position_BT, key_position_BS))
 
         def attend(layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]
             G, K = k_NGK.shape[1:]
-            k_NTGK, v_NTGK = k_NGK.view(N, T, G, K), v_NGK.unflatten(0, (N, T))
+            k_BTGK, v_BTGK = k_NGK.view(B, T, G, K), v_NGK.unflatten(0, (B, T))
             if even:
-                keys[:, :, :, at : at + T].copy_(k_NTGK.permute(0, 2, 3, 1))
-                values[:, :, at : at + T].copy_(v_NTGK.transpose(1, 2))
+                keys[:, :, :, at : at + T].copy_(k_BTGK.permute(0, 2, 3, 1))
+                values[:, :, at : at + T].copy_(v_BTGK.transpose(1, 2))
             else:
-                keys[rows_N1, :, :, slots_NT] = k_NTGK.to(keys.dtype)
-                values[rows_N1, :, slots_NT] = v_NTGK.to(keys.dtype)
+                keys[rows_B1, :, :, slots_BT] = k_BTGK.to(keys.dtype)
+                values[rows_B1, :, slots_BT] = v_BTGK.to(keys.dtype)
             window = self.engine.layers[layer].window
-            q_NHTK = q_NHK.unflatten(0, (N, T)).transpose(1, 2)
+            q_BHTK = q_NHK.unflatten(0, (B, T)).transpose(1, 2)
             if self.engine.fused:
                 levels = self._kernel_levels(layer, reach[window], positions[window])
                 held = keys[..., :S].mT, values[:, :, :S]
-                out_NHTK = tree_attention(q_NHTK, *held, position_NT, key_position_NS, window, levels)
+                out_BHTK = tree_attention(q_BHTK, *held, position_BT, key_position_BS, window, levels)
             else:
-                out_NHTK = self._attend(layer, q_NHTK, S, masks[window], reach[window])
-            return out_NHTK.transpose(1, 2).flatten(0, 1)
+                out_BHTK = self._attend(layer, q_BHTK, S, masks[window], reach[window])
+            return out_BHTK.transpose(1, 2).flatten(0, 1)
 
-        x_ND = self.engine.forward(tokens_NT.flatten(), position_NT.flatten(), attend)
-        self.length_N = self.length_N + count_N
-        return x_ND.view(N, T, -1)
+        x_ND = self.engine.forward(tokens_BT.flatten(), position_BT.flatten(), attend)
+        self.length_B = self.length_B + count_B
+        return x_ND.view(B, T, -1)
 
     def _attend(
-        self, layer: int, q_NHTK: Tensor, S: int, hidden_NTA: Tensor | None, reach: list[tuple[Level, int]]
+        self, layer: int, q_BHTK: Tensor, S: int, hidden_BTA: Tensor | None, reach: list[tuple[Level, int]]
     ) -> Tensor:
-        """Attention of the leaves' new tokens over all A keys within reach: every level's, then the S own slots."""
-        N, H, T, K = q_NHTK.shape
-        k_NGKS = self.keys[layer][:, :, :, :S].to(q_NHTK.dtype)  # the cache may be narrower
-        v_NGSK = self.values[layer][:, :, :S].to(q_NHTK.dtype)
-        if not reach and N == 1 and T > 16:  # one prompt being read: it has no padding
-            slot_S = torch.arange(S, device=q_NHTK.device)
+        """Attention of the branches' new tokens over all A keys within reach: every level's, then the S own slots."""
+        B, H, T, K = q_BHTK.shape
+        k_BGKS = self.keys[layer][:, :, :, :S].to(q_BHTK.dtype)  # the cache may be narrower
+        v_BGSK = self.values[layer][:, :, :S].to(q_BHTK.dtype)
+        if not reach and B == 1 and T > 16:  # one prompt being read: it has no padding
+            slot_S = torch.arange(S, device=q_BHTK.device)
             window = self.engine.layers[layer].window
-            return causal(q_NHTK[0], k_NGKS[0].mT, v_NGSK[0], S - T, slot_S, window).transpose(0, 1)[None]
-        G = k_NGKS.shape[1]
-        q_NGMK = (q_NHTK * self.engine.scale).reshape(N, G, H // G * T, K)
+            return causal(q_BHTK[0], k_BGKS[0].mT, v_BGSK[0], S - T, slot_S, window).transpose(0, 1)[None]
+        G = k_BGKS.shape[1]
+        q_BGMK = (q_BHTK * self.engine.scale).reshape(B, G, H // G * T, K)
         sizes = [level.keys[layer].shape[2] - begin for level, begin in reach]
-        score_NGMA = q_NGMK.new_empty(N, G, H // G * T, sum(sizes) + S)
+        score_BGMA = q_BGMK.new_empty(B, G, H // G * T, sum(sizes) + S)
         at = 0
         for (level, begin), size in zip(reach, sizes, strict=True):
-            k_mGSK = level.keys[layer][:, :, begin:].to(q_NHTK.dtype)
-            score_NGMA[level.rows, ..., at : at + size] = level.product(q_NGMK[level.rows], k_mGSK.mT)
+            k_PGSK = level.keys[layer][:, :, begin:].to(q_BHTK.dtype)
+            score_BGMA[level.rows, ..., at : at + size] = level.product(q_BGMK[level.rows], k_PGSK.mT)
             at += size
-        score_NGMA[..., at:] = torch.matmul(q_NGMK, k_NGKS)
-        if hidden_NTA is not None:
-            score_NGMA.view(N, G, -1, T, at + S).masked_fill_(hidden_NTA[:, None, None], float("-inf"))
-        wide = torch.promote_types(q_NHTK.dtype, torch.float32)
-        weight_NGMA = score_NGMA.softmax(-1, dtype=wide).to(v_NGSK.dtype)
-        out_NGMK = torch.matmul(weight_NGMA[..., at:], v_NGSK)
+        score_BGMA[..., at:] = torch.matmul(q_BGMK, k_BGKS)
+        if hidden_BTA is not None:
+            score_BGMA.view(B, G, -1, T, at + S).masked_fill_(hidden_BTA[:, None, None], float("-inf"))
+        wide = torch.promote_types(q_BHTK.dtype, torch.float32)
+        weight_BGMA = score_BGMA.softmax(-1, dtype=wide).to(v_BGSK.dtype)
+        out_BGMK = torch.matmul(weight_BGMA[..., at:], v_BGSK)
         at = 0
         for (level, begin), size in zip(reach, sizes, strict=True):
-            v_mGSK = level.values[layer][:, :, begin:].to(q_NHTK.dtype)
-            out_NGMK[level.rows].add_(level.product(weight_NGMA[level.rows, ..., at : at + size], v_mGSK))
+            v_PGSK = level.values[layer][:, :, begin:].to(q_BHTK.dtype)
+            out_BGMK[level.rows].add_(level.product(weight_BGMA[level.rows, ..., at : at + size], v_PGSK))
             at += size
-        return out_NGMK.view(N, H, T, K)
+        return out_BGMK.view(B, H, T, K)
 
     def _mask(
-        self, window: int | None, position_NT: Tensor, slots_NT: Tensor, S: int, reach: list[tuple[Level, int]]
+        self, window: int | None, position_BT: Tensor, slots_BT: Tensor, S: int, reach: list[tuple[Level, int]]
     ) -> Tensor | None:
-        """hidden_NTA, true where a query does not see a key (as `_attend` lays keys out); None where all see all."""
-        N, T = slots_NT.shape
+        """hidden_BTA, true where a query does not see a key (as `_attend` lays keys out); None where all see all."""
+        B, T = slots_BT.shape
         parts = []
         for level, begin in reach:
             length = level.keys[0].shape[2]
             index_S = torch.arange(begin, length)
-            held_MS = index_S < level.length_M[:, None]
-            seen_rTS = (held_MS[level.node_r] & level.below_r[:, None])[:, None].expand(-1, T, -1)
+            held_PS = index_S < level.length_P[:, None]
+            seen_rTS = (held_PS[level.prefix_r] & level.below_r[:, None])[:, None].expand(-1, T, -1)
             if window is not None:
-                key_position_rS = level.first_M[level.node_r, None] + index_S
-                seen_rTS = seen_rTS & (key_position_rS[:, None] > position_NT[level.rows][..., None] - window)
-            seen_NTS = seen_rTS.new_zeros(N, T, length - begin)
-            seen_NTS[level.rows] = seen_rTS
-            parts.append(seen_NTS)
+                key_position_rS = level.first_P[level.prefix_r, None] + index_S
+                seen_rTS = seen_rTS & (key_position_rS[:, None] > position_BT[level.rows][..., None] - window)
+            seen_BTS = seen_rTS.new_zeros(B, T, length - begin)
+            seen_BTS[level.rows] = seen_rTS
+            parts.append(seen_BTS)
         slot_S = torch.arange(S)
-        seen_NTS = slot_S <= slots_NT[..., None]
-        parts.append(seen_NTS if window is None else seen_NTS & (slot_S > slots_NT[..., None] - window))
-        hidden_NTA = ~torch.cat(parts, dim=-1)
-        return hidden_NTA if bool(hidden_NTA.any()) else None
+        seen_BTS = slot_S <= slots_BT[..., None]
+        parts.append(seen_BTS if window is None else seen_BTS & (slot_S > slots_BT[..., None] - window))
+        hidden_BTA = ~torch.cat(parts, dim=-1)
+        return hidden_BTA if bool(hidden_BTA.any()) else None
 
-    def _reach(self, window: int | None, position_NT: Tensor) -> list[tuple[Level, int]]:
-        """(level, the first key) of the levels that some leaf below them can still see through the window."""
+    def _reach(self, window: int | None, position_BT: Tensor) -> list[tuple[Level, int]]:
+        """(level, the first key) of the levels that some branch below them can still see through the window."""
         if window is None:
             return [(level, 0) for level in self.levels]
-        oldest = int(position_NT.min()) - window + 1
+        oldest = int(position_BT.min()) - window + 1
         found = []
         for level in self.levels:
-            begin = max(0, oldest - int(level.first_M.max()))
-            if begin < level.keys[0].shape[2] and oldest < max(node.end for node in level.nodes):
+            begin = max(0, oldest - int(level.first_P.max()))
+            if begin < level.keys[0].shape[2] and oldest < max(prefix.end for prefix in level.prefixes):
                 found.append((level, begin))
         return found
 
     def _key_positions(self, reach: list[tuple[Level, int]]) -> list[Tensor]:
-        """position_MS of each level's keys within reach (int32; −1 where a node has no key), for the kernels' masks."""
+        """position_PS of each level's keys within reach (int32; −1 where there is none), for the kernels' masks."""
         found = []
         for level, begin in reach:
             index_S = torch.arange(begin, level.keys[0].shape[2])
-            position_MS = level.first_M[:, None] + index_S
-            position_MS = torch.where(index_S < level.length_M[:, None], position_MS, -1)
-            found.append(position_MS.to(self.engine.device, torch.int32))
+            position_PS = level.first_P[:, None] + index_S
+            position_PS = torch.where(index_S < level.length_P[:, None], position_PS, -1)
+            found.append(position_PS.to(self.engine.device, torch.int32))
         return found
 
     def _kernel_levels(
@@ -408,69 +414,71 @@ class Cache:
         """The levels within reach as kernels.tree_attention takes them."""
         return [
             kernels.attention.Level(
-                level.keys[layer][:, :, begin:], level.values[layer][:, :, begin:], position_MS, level.start_M,
-                level.count_M, level.leaf_Mn.shape[1],
+                level.keys[layer][:, :, begin:], level.values[layer][:, :, begin:], position_PS, level.start_P,
+                level.count_P, level.branch_Pn.shape[1],
             )
-            for (level, begin), position_MS in zip(reach, positions, strict=True)
+            for (level, begin), position_PS in zip(reach, positions, strict=True)
         ]  # fmt: skip
 
-    def _pad(self, nodes: list[Node]) -> Level:
-        """The nodes' keys and values in one tensor a layer, one layer at a time; the nodes give theirs up."""
-        lengths = [node.keys[0].shape[1] for node in nodes]
-        level = Level(nodes, [], [], torch.tensor([node.first for node in nodes]), torch.tensor(lengths))
+    def _pad(self, prefixes: list[Prefix]) -> Level:
+        """The prefixes' keys and values in one tensor a layer, one layer at a time; the prefixes give theirs up."""
+        lengths = [prefix.keys[0].shape[1] for prefix in prefixes]
+        level = Level(prefixes, [], [], torch.tensor([prefix.first for prefix in prefixes]), torch.tensor(lengths))
         for layer in range(len(self.engine.layers)):
             for store, name in ((level.keys, "keys"), (level.values, "values")):
-                held = [getattr(node, name)[layer] for node in nodes]
-                padded_MGSK = held[0].new_zeros(len(nodes), held[0].shape[0], max(lengths), held[0].shape[2])
-                for m, (node, kept_GSK) in enumerate(zip(nodes, held, strict=True)):
-                    padded_MGSK[m, :, : lengths[m]] = kept_GSK
-                    getattr(node, name)[layer] = kept_GSK.new_empty(0)  # not a view, which would keep the storage
-                store.append(padded_MGSK)
+                held = [getattr(prefix, name)[layer] for prefix in prefixes]
+                padded_PGSK = held[0].new_zeros(len(prefixes), held[0].shape[0], max(lengths), held[0].shape[2])
+                for m, (prefix, kept_GSK) in enumerate(zip(prefixes, held, strict=True)):
+                    padded_PGSK[m, :, : lengths[m]] = kept_GSK
+                    getattr(prefix, name)[layer] = kept_GSK.new_empty(0)  # not a view, which would keep the storage
+                store.append(padded_PGSK)
         level.index()
         return level
 
-    def _lay(self, k_NGKC: Tensor) -> Tensor:
+    def _key_layout(self, k_BGKC: Tensor) -> Tensor:
         """As the scores' product reads keys, slot beside slot; the kernels read a key's numbers beside one another."""
-        return k_NGKC.mT.contiguous().mT if self.engine.fused else k_NGKC.contiguous()
+        return k_BGKC.mT.contiguous().mT if self.engine.fused else k_BGKC.contiguous()
 
-    def _make_room(self, T: int) -> None:
-        need = int(self.length_N.max()) + T if len(self.length_N) else 0
+    def _grow(self, T: int) -> None:
+        need = int(self.length_B.max()) + T if len(self.length_B) else 0
         window = self.engine.config.window
         if window is not None and need > self.capacity and self.capacity:
-            drop = int((self.length_N - window + 1).min())  # slots that no later query of any leaf sees
+            drop = int((self.length_B - window + 1).min())  # slots that no later query of any branch sees
             if drop > 0:
-                for layer, (k_NGKC, v_NGCK) in enumerate(zip(self.keys, self.values, strict=True)):
-                    self.keys[layer], self.values[layer] = self._lay(k_NGKC[..., drop:]), v_NGCK[:, :, drop:].clone()
-                self.start_N, self.length_N = self.start_N + drop, self.length_N - drop
+                for layer, (k_BGKC, v_BGCK) in enumerate(zip(self.keys, self.values, strict=True)):
+                    self.keys[layer] = self._key_layout(k_BGKC[..., drop:])
+                    self.values[layer] = v_BGCK[:, :, drop:].clone()
+                self.start_B, self.length_B = self.start_B + drop, self.length_B - drop
                 self.capacity, need = self.capacity - drop, need - drop
         if need <= self.capacity:
             return
-        room = need + max(ROOM, need // 4)
-        N, G, K = len(self.length_N), self.engine.groups, self.engine.head_dim
+        capacity = need + max(SPARE, need // 4)
+        B, G, K = len(self.length_B), self.engine.groups, self.engine.head_dim
         like = {"dtype": self.engine.cache_dtype, "device": self.engine.device}
         for layer in range(len(self.engine.layers)):  # one at a time: nothing but a layer is held twice
-            k_NGKC, v_NGCK = self._lay(torch.zeros(N, G, K, room, **like)), torch.zeros(N, G, room, K, **like)
+            k_BGKC = self._key_layout(torch.zeros(B, G, K, capacity, **like))
+            v_BGCK = torch.zeros(B, G, capacity, K, **like)
             if self.capacity:
-                k_NGKC[..., : self.capacity] = self.keys[layer]
-                v_NGCK[:, :, : self.capacity] = self.values[layer]
-            self.keys[layer : layer + 1], self.values[layer : layer + 1] = [k_NGKC], [v_NGCK]
-        self.capacity = room
+                k_BGKC[..., : self.capacity] = self.keys[layer]
+                v_BGCK[:, :, : self.capacity] = self.values[layer]
+            self.keys[layer : layer + 1], self.values[layer : layer + 1] = [k_BGKC], [v_BGCK]
+        self.capacity = capacity
 
     def retain(self, rows: list[int]) -> None:
-        """Drop all other leaves; `rows` must be ascending. Nodes without leaves free their keys and values."""
-        kept_N = torch.tensor(rows)
-        index = kept_N.to(self.engine.device)
-        S = int(self.length_N.max())
-        self.keys = [self._lay(k[index, :, :, : S + ROOM]) for k in self.keys]
-        self.values = [v[index, :, : S + ROOM] for v in self.values]
-        self.capacity = min(self.capacity, S + ROOM)
-        self.start_N, self.length_N = self.start_N[kept_N], self.length_N[kept_N]
-        for node in self.nodes:
-            below = [new for new, old in enumerate(rows) if old in node.leaves]
-            node.leaves = range(below[0], below[-1] + 1) if below else range(0)
+        """Drop all other branches; `rows` must be ascending. Prefixes without branches free their keys and values."""
+        kept_B = torch.tensor(rows)
+        index = kept_B.to(self.engine.device)
+        S = int(self.length_B.max())
+        self.keys = [self._key_layout(k[index, :, :, : S + SPARE]) for k in self.keys]
+        self.values = [v[index, :, : S + SPARE] for v in self.values]
+        self.capacity = min(self.capacity, S + SPARE)
+        self.start_B, self.length_B = self.start_B[kept_B], self.length_B[kept_B]
+        for prefix in self.prefixes:
+            below = [new for new, old in enumerate(rows) if old in prefix.branches]
+            prefix.branches = range(below[0], below[-1] + 1) if below else range(0)
         for level in self.levels:
             level.retain()
-        self.levels = [level for level in self.levels if level.nodes]
+        self.levels = [level for level in self.levels if level.prefixes]
 
 
 def causal(
@@ -508,7 +516,7 @@ def grouped(q_HTK: Tensor) -> bool:
 def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tensor:
     """Attention of one block of queries → out_HTK."""
     (H, T, K), (G, S, _) = q_HTK.shape, k_GSK.shape
-    k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a node may keep them narrower
+    k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a prefix may keep them narrower
     if not grouped(q_HTK):
         k_1HSK, v_1HSK = repeat_kv(k_GSK[None], H), repeat_kv(v_GSK[None], H)
         return F.scaled_dot_product_attention(q_HTK[None].contiguous(), k_1HSK, v_1HSK, attn_mask=seen_TS)[0]

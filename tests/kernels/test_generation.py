@@ -64,7 +64,7 @@ def made(changes, form, size=1.0):
 def generated(model, tokenizer, prompts, new, note=None):
     """(tokens, log-probabilities); grounded in a note where one is given."""
     generator = Generator(model, tokenizer)
-    generator.further = 0.0  # guesses are always worth checking
+    generator.row_cost = 0.0  # guesses are always worth checking
     grammar = note and Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note=note)
     asked = [Settings(max_new_tokens=new, constraint=note and Grounded(grammar)) for _ in prompts]
     outs = generator.generate(prompts, asked)

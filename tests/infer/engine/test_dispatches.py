@@ -35,14 +35,14 @@ def decode_dispatches(notes: int, questions: int, layers: int, window: int | Non
         for note in range(notes)
         for question in range(questions)
     ]
-    nodes, leaves = plan(prompts)
+    prefixes, branches = plan(prompts)
     with torch.inference_mode():
-        cache = Cache(Engine(model), nodes, leaves)
-        longest = max(len(leaf.tokens) for leaf in leaves)
-        tokens_NT = torch.tensor([[*leaf.tokens, *[0] * (longest - len(leaf.tokens))] for leaf in leaves])
-        cache.step(tokens_NT, torch.tensor([len(leaf.tokens) for leaf in leaves]))
+        cache = Cache(Engine(model), prefixes, branches)
+        longest = max(len(branch.tokens) for branch in branches)
+        tokens_NT = torch.tensor([[*branch.tokens, *[0] * (longest - len(branch.tokens))] for branch in branches])
+        cache.step(tokens_NT, torch.tensor([len(branch.tokens) for branch in branches]))
         with Count() as count:
-            cache.step(torch.full((len(leaves), 1), 9), torch.ones(len(leaves), dtype=torch.int64))
+            cache.step(torch.full((len(branches), 1), 9), torch.ones(len(branches), dtype=torch.int64))
     return count.total
 
 

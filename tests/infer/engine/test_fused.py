@@ -101,7 +101,7 @@ def test_narrow_weights_keep_their_codes_and_adapters_stay_beside_them(form, tok
 def test_prompt_lookup_loses_nothing(period, prompts, tokenizer):
     for kind in ("full", "window"):
         plain, fused = pair(tokenizer, tiny_model(**MODELS[kind]))
-        fused.further = 0.0  # guesses are always worth checking
+        fused.row_cost = 0.0  # guesses are always worth checking
         alike(plain, fused, [[(11 * i + n) % period for i in range(60)] for n in range(prompts)])
 
 

@@ -12,8 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.engine.generate import Generator, Settings, cycles
-from infer.engine.lookup import Lookup, worth
-from infer.engine.tree import ROOM, Cache, Node, causal, plan
+from infer.engine.lookup import Lookup, best_guess_count
+from infer.engine.tree import SPARE, Cache, Prefix, causal, plan
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend
 from model.mask import Visible
@@ -73,20 +73,20 @@ def test_greedy_equals_the_plain_model(kind, prompts, new, reading, tokenizer):
 @settings(deadline=None, max_examples=100)
 @given(trees())
 def test_a_tree_spells_its_prompts(prompts):
-    nodes, leaves = plan(prompts)
-    assert sorted(leaf.prompt for leaf in leaves) == list(range(len(prompts)))
-    for row, leaf in enumerate(leaves):
-        path = leaf.parent.path() if leaf.parent else []
-        spelt = [t for node in path for t in node.tokens] + leaf.tokens
-        assert spelt == prompts[leaf.prompt] and len(leaf.tokens) >= 1
-        assert {id(n) for n in nodes if row in n.leaves} == {id(n) for n in path}
+    prefixes, branches = plan(prompts)
+    assert sorted(branch.prompt for branch in branches) == list(range(len(prompts)))
+    for row, branch in enumerate(branches):
+        path = branch.parent.path() if branch.parent else []
+        spelt = [t for prefix in path for t in prefix.tokens] + branch.tokens
+        assert spelt == prompts[branch.prompt] and len(branch.tokens) >= 1
+        assert {id(n) for n in prefixes if row in n.branches} == {id(n) for n in path}
 
 
 def test_questions_share_their_note():
     note = list(range(200))
-    nodes, leaves = plan([note + [7] * i + [9, i] for i in range(9)])
-    assert [len(node.tokens) for node in nodes][0] == 200
-    assert sum(len(node.tokens) for node in nodes) + sum(len(leaf.tokens) for leaf in leaves) < 300
+    prefixes, branches = plan([note + [7] * i + [9, i] for i in range(9)])
+    assert [len(prefix.tokens) for prefix in prefixes][0] == 200
+    assert sum(len(prefix.tokens) for prefix in prefixes) + sum(len(branch.tokens) for branch in branches) < 300
 
 
 @pytest.mark.parametrize("kind", ["full", "window"])
@@ -99,26 +99,27 @@ def test_text_far_beyond_the_window(kind, tokenizer):
 
 
 @pytest.mark.parametrize("chunk", [1, 25, 2048])
-@pytest.mark.parametrize("count", [1, 3])  # a leaf alone, or a node for each prompt
+@pytest.mark.parametrize("count", [1, 3])  # a branch alone, or a prefix for each prompt
 def test_a_window_bounds_what_is_held(count, chunk, tokenizer):
     """Of 150 tokens read and 100 written, the storage holds the window's keys and values, those of a chunk while it is
     read, and the room to grow."""
     generator, window, length = Generator(MODELS["window"], tokenizer, chunk=chunk), 7, 150
-    nodes, leaves = plan([[(3 * i + 7 * n) % 200 for i in range(length)] for n in range(count)])
-    cache = Cache(generator.engine, nodes, leaves)
+    prefixes, branches = plan([[(3 * i + 7 * n) % 200 for i in range(length)] for n in range(count)])
+    cache = Cache(generator.engine, prefixes, branches)
 
     def slots(tensors):
         return max(tensor.untyped_storage().nbytes() for tensor in tensors) / (2 * 8 * 8)  # heads, their size, bytes
 
-    assert len(nodes) == (count if count > 1 else 0)
-    assert all(slots([*node.keys, *node.values]) <= 2 * window for node in nodes)
+    assert len(prefixes) == (count if count > 1 else 0)
+    assert all(slots([*prefix.keys, *prefix.values]) <= 2 * window for prefix in prefixes)
 
     def room(new):
-        return count * (window + new + max(ROOM, (window + new) // 4))
+        return count * (window + new + max(SPARE, (window + new) // 4))
 
-    at_once = min(chunk, max(len(leaf.tokens) for leaf in leaves))
+    at_once = min(chunk, max(len(branch.tokens) for branch in branches))
     for start in range(0, length, at_once) if count == 1 else [0]:
-        cache.step(torch.tensor([leaf.tokens[start : start + at_once] for leaf in leaves]), torch.tensor([at_once]))
+        tokens_BT = torch.tensor([branch.tokens[start : start + at_once] for branch in branches])
+        cache.step(tokens_BT, torch.tensor([at_once]))
         assert slots([*cache.keys, *cache.values]) <= room(at_once)
     for n in range(100):
         cache.step(torch.full((count, 1), n), torch.ones(count, dtype=torch.int64))
@@ -133,7 +134,7 @@ def test_the_cache_goes_with_its_request(tokenizer):
     gc.disable()
     try:
         generator.generate(prompts, max_new_tokens=3)
-        assert not [found for found in gc.get_objects() if type(found) in (Cache, Node)]
+        assert not [found for found in gc.get_objects() if type(found) in (Cache, Prefix)]
     finally:
         gc.enable()
 
@@ -151,7 +152,7 @@ def test_prompt_lookup_loses_nothing(period, prompts, hot, further, tokenizer):
         chosen = Settings(max_new_tokens=25, temperature=0.2 if hot else 0.0)
         model = MODELS[kind]
         guessing = Generator(model, tokenizer)
-        guessing.further = guessing.further if further is None else further
+        guessing.row_cost = guessing.row_cost if further is None else further
         with_guesses = guessing.generate(asked, chosen)
         without = Generator(model, tokenizer, lookup=False).generate(asked, chosen)
         assert [out.tokens for out in with_guesses] == [out.tokens for out in without]
@@ -163,7 +164,7 @@ def test_guesses_come_true_on_repeated_text(tokenizer):
     generator = Generator(model, tokenizer)
     steps = {}
     for further in (0.0, 1.0):
-        generator.further = further
+        generator.row_cost = further
         (state,) = generator.states([[1, 2, 3, *tokens, 1, 2, 3]], None, {"max_new_tokens": 30})
         steps[further] = sum(1 for _ in generator.run([state]))
         assert len(state.tokens) == 30
@@ -175,8 +176,8 @@ def test_guesses_come_true_on_repeated_text(tokenizer):
     further=st.floats(0, 1),
 )  # fmt: skip
 def test_guesses_are_checked_where_they_are_expected_to_pay(requests, further):
-    """worth() against its definition: no other number of guesses gives more tokens a time, and none is taken for a gain
-    below a tenth."""
+    """best_guess_count() against its definition: no other number of guesses gives more tokens a time, and none is taken
+    for a gain below a tenth."""
     rates, known = zip(*requests, strict=True)
     N = len(requests)
 
@@ -184,23 +185,23 @@ def test_guesses_are_checked_where_they_are_expected_to_pay(requests, further):
         tokens = sum(sum(rate**i for i in range(min(k, n) + 1)) for rate, n in requests)
         return tokens / (1 + further * (N * (k + 1) - 1))
 
-    best, chosen = max(gain(k) for k in range(8)), worth(rates, known, further)
+    best, chosen = max(gain(k) for k in range(8)), best_guess_count(rates, known, further)
     assert 0 <= chosen <= max(known)
     if chosen:
         assert gain(chosen) >= best * (1 - 1e-12) and gain(chosen) > 1.1 * gain(0)
     else:
         assert best <= 1.1 * gain(0) * (1 + 1e-12)
-    assert worth([0.0] * N, known, further or 0.1) == 0 and worth(rates, known, 1.0) == 0
+    assert best_guess_count([0.0] * N, known, further or 0.1) == 0 and best_guess_count(rates, known, 1.0) == 0
 
 
 def test_a_request_whose_guesses_fail_stops_and_one_whose_guesses_come_true_goes_on(tokenizer):
     lookup = Lookup([1, 2, 3, 1, 2])
-    assert lookup.guess(4) == [3, 1, 2] and worth([lookup.rate], [3], 1 / 8) > 0
+    assert lookup.guess(4) == [3, 1, 2] and best_guess_count([lookup.rate], [3], 1 / 8) > 0
     for wrong in range(20):  # the pair (1, 2) is never followed by what followed it before
         lookup.add([10 + wrong, 1, 2])
-    assert worth([lookup.rate], [len(lookup.guess(4))], 1 / 8) == 0
+    assert best_guess_count([lookup.rate], [len(lookup.guess(4))], 1 / 8) == 0
     lookup.add([5, 6, 7, 8] * 8)
-    assert lookup.rate > 0.8 and worth([lookup.rate], [len(lookup.guess(4))], 1 / 8) > 0
+    assert lookup.rate > 0.8 and best_guess_count([lookup.rate], [len(lookup.guess(4))], 1 / 8) > 0
 
 
 def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):

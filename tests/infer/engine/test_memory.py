@@ -132,7 +132,7 @@ def test_a_cache_holds_no_more_than_is_planned(tokenizer, monkeypatch, windows, 
     def watched(does):
         def do(cache, *given):
             out = does(cache, *given)
-            shared = [*cache.nodes, *getattr(cache, "levels", [])]
+            shared = [*cache.prefixes, *getattr(cache, "levels", [])]
             tensors = [*cache.keys, *cache.values, *(t for held_by in shared for t in (*held_by.keys, *held_by.values))]
             held.append(sum(t.numel() * t.element_size() for t in tensors))
             return out
@@ -189,7 +189,7 @@ print(before, most(), plans[-1].batch, plans[-1].total)
 def test_a_jobs_peak_is_within_its_plan(weights, tmp_path):
     """The whole program's peak is at most the plan; above the imports it is at least half of what is planned beside
     the program. The bound allows for what the plan's "program" has above the imports (some 80 MB): the holes that the
-    allocator leaves between long-lived keys and freed activations. The cache, 296 MB, is several times that."""
+    allocator branches between long-lived keys and freed activations. The cache, 296 MB, is several times that."""
     (tmp_path / "small").symlink_to(weights)
     write_model(tmp_path / "large", windows=(None,) * 8, num_hidden_layers=8, hidden_size=64, intermediate_size=64,
                 num_attention_heads=8, num_key_value_heads=8, head_dim=128)  # fmt: skip

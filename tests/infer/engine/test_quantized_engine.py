@@ -37,8 +37,8 @@ def dequantized(model):
             linear = torch.nn.Linear(module.in_features, module.out_features, bias=False)
             linear.weight = torch.nn.Parameter(module.quantized.dequantize(torch.float64), requires_grad=False)
             linear.bias = module.bias
-            parent, _, leaf = path.rpartition(".")
-            setattr(model.get_submodule(parent), leaf, linear)
+            parent, _, branch = path.rpartition(".")
+            setattr(model.get_submodule(parent), branch, linear)
     return model
 
 
@@ -151,9 +151,9 @@ def test_onednns_products_give_logits_as_exact_as_the_plain_path(rows, monkeypat
             parameter.mul_(2)  # attention that is not uniform
     fp32, exact = deepcopy(exact), exact.double()
     ids_1T = torch.randint(0, 250, (1, 48), generator=torch.Generator().manual_seed(0))
-    nodes, leaves = plan([ids_1T[0].tolist()])
+    prefixes, branches = plan([ids_1T[0].tolist()])
     engine = Engine(fp32)
-    cache = Cache(engine, nodes, leaves)
+    cache = Cache(engine, prefixes, branches)
     x_TD = torch.cat([cache.step(part, torch.tensor([rows]))[0] for part in ids_1T.split(rows, dim=1)])
     truth_TV = exact(ids_1T)[0]
     ours, plain = ((logits.double() - truth_TV).abs() for logits in (engine.logits(x_TD), fp32(ids_1T)[0]))
