@@ -64,7 +64,7 @@ notebooks: $(VENV)/.notebooks  ## the tours (docs/tours/) as notebooks with thei
 	    --output runs/notebooks/$$(basename $$tour .py).ipynb $$tour && echo "runs/notebooks/$$(basename $$tour .py).ipynb" || exit 1; done
 
 drawing: $(VENV)/.core  ## docs/packages.svg: the packages and their imports, from the code
-	$(PY) docs/draw_packages.py
+	$(PY) tests/draw_packages.py
 
 ##@ Housekeeping
 clean:  ## remove the environment; runs/ is kept

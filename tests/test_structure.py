@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-import ast
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterable
 from graphlib import CycleError, TopologicalSorter
-from pathlib import Path
 
-ROOT = Path(__file__).parent.parent
+from draw_packages import FILES, IMPORTS, ROOT, draw, imported
+
 BELOW = {
     "kernels": set(),
     "model": set(),
@@ -19,28 +17,6 @@ BELOW = {
     "train": {"kernels", "model", "lora", "infer"},
     "eval": {"kernels", "model", "lora", "infer", "train"},
 }
-
-
-def module_name(file: Path) -> str:
-    return ".".join(file.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
-
-
-FILES = {module_name(file): file for package in BELOW for file in sorted((ROOT / package).rglob("*.py"))}
-
-
-def imported(text: str, modules: Iterable[str]) -> set[str]:
-    """Those of `modules` that a file imports, anywhere in it."""
-    known, found = set(modules), set()
-    for node in ast.walk(ast.parse(text)):
-        if isinstance(node, ast.Import):
-            found |= {alias.name for alias in node.names} & known
-        elif isinstance(node, ast.ImportFrom) and node.level == 0 and node.module:
-            names = {f"{node.module}.{alias.name}" for alias in node.names}
-            found |= names & known or {node.module} & known
-    return found
-
-
-IMPORTS = {name: imported(file.read_text(encoding="utf-8"), FILES) for name, file in FILES.items()}
 
 
 def test_packages_import_only_packages_below_them():
@@ -68,6 +44,11 @@ def test_an_import_inside_a_function_counts():
         "model.config",
         "lora.layer",
     }
+
+
+def test_the_drawing_of_the_packages_is_of_these_imports():
+    kept = (ROOT / "docs" / "packages.svg").read_text(encoding="utf-8")
+    assert kept == draw(), "docs/packages.svg shows other imports: make drawing (python tests/draw_packages.py)"
 
 
 def test_every_package_is_listed_for_installation():
