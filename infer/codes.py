@@ -104,9 +104,9 @@ def lookup(text: str, limit: int = 5) -> list[str]:
         return []
     norm = math.sqrt(sum(_RARITY[word] ** 2 for word in asked))
     scores = []
-    for rank, (code, known) in enumerate(_SETS.items()):
-        shared = sum(_RARITY[word] ** 2 for word in asked & known)
+    for rank, (code, own) in enumerate(_SETS.items()):
+        shared = sum(_RARITY[word] ** 2 for word in asked & own)
         if shared:
-            length = math.sqrt(sum(_RARITY[word] ** 2 for word in known))
+            length = math.sqrt(sum(_RARITY[word] ** 2 for word in own))
             scores.append((-shared / (norm * length), not is_billable(code), rank, code))
     return [code for *_, code in sorted(scores)[:limit]]

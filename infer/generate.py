@@ -28,7 +28,7 @@ def main(options: Options) -> int:
     from infer.engine.memory import Load
 
     settings = options.settings
-    options = replace(options, dtype=dtype_for(options, 1))
+    options = replace(options, dtype=dtype_for(options, 1))  # type: ignore[arg-type]
     size = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
     how = plan_for(options, Load(size + 64, settings.max_new_tokens))
     model, tokenizer = load(options.weights, options.adapter, options.dtype, form=how.form, fused=options.fuse)

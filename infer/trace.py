@@ -242,6 +242,7 @@ def finish(options: Options, data: dict[str, Any]) -> None:
 
 def parity(options: Options) -> dict[str, Any]:
     """What the page says of a parity file, or a UserError where it is about other weights."""
+    assert options.parity is not None
     held = read_json(options.parity)
     if not isinstance(held, dict) or not isinstance(held.get("rows"), list) or "summary" not in held:
         raise UserError(f"{options.parity}: not a file that python -m eval.parity --json wrote")

@@ -175,7 +175,7 @@ def int4_linear(
     bf16 runs the kernel on CUDA for up to 64 rows; otherwise the weights are dequantized first.
     """
     several = not isinstance(weight, Int4Weight)
-    weights = list(weight) if several else [weight]
+    weights = [weight] if isinstance(weight, Int4Weight) else list(weight)
     for w in weights:
         if x.shape[-1] != w.shape[1]:
             raise ValueError(f"x is {tuple(x.shape)} and the weight {w.shape}: their last sizes must agree")

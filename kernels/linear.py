@@ -380,7 +380,9 @@ def compute(
     return [y] if gated else list(y.split(list(sizes), dim=-1))
 
 
-def _linear(x: Tensor, norm: Any, weight: Any, lora: tuple, bias: Any, residual: Any, gated: bool) -> Any:
+def _linear(
+    x: Tensor, norm: Any, weight: Any, lora: tuple[Any, Any, Any], bias: Any, residual: Any, gated: bool
+) -> Any:
     several = not isinstance(weight, Tensor)
     weights = list(weight) if several else [weight]
     for w in weights:

@@ -14,7 +14,7 @@ import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import regex
 import torch
@@ -384,7 +384,10 @@ def fitted(config: LoRAConfig, model: nn.Module) -> LoRAConfig:
     return replace(config, target_modules=kept or config.target_modules)
 
 
-def load_adapter(model: nn.Module, path: str | os.PathLike[str], name: str = "default") -> nn.Module:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def load_adapter(model: Model, path: str | os.PathLike[str], name: str = "default") -> Model:
     """Load PEFT's files onto `model` in place as an active, trainable adapter. Returns the model.
 
     Raises UserError where the files are corrupt, belong to another model, or ask for what is not covered.

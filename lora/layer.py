@@ -93,7 +93,7 @@ class LoRALinear(nn.Linear):
         self.plan: DropoutPlan | None = None
         self.original: Tensor | None = None  # the weight before a merge, kept so that unmerging is exact
         # the weight's packed form, where the base is quantized (model/quantize/linear.py)
-        self.quantized: nn.Module | None = getattr(linear, "quantized", None)
+        self.quantized: QuantizedWeight | None = getattr(linear, "quantized", None)
 
     def add(self, name: str, r: int, scale: float, dropout: float, seed: int) -> None:
         """A new adapter of rank `r`, made active. Its start is a function of (seed, the module's name)."""

@@ -7,14 +7,18 @@ into the original checkpoint (`python -m lora.merge`).
 
 from __future__ import annotations
 
+from typing import TypeVar
+
 from torch import nn
 
 from lora.adapter import adapted
 from model.quantize.linear import QuantizedWeight
 from model.support.cli import UserError
 
+Model = TypeVar("Model", bound=nn.Module)
 
-def quantize_base(model: nn.Module, kind: str) -> nn.Module:
+
+def quantize_base(model: Model, kind: str) -> Model:
     """Keep the adapted layers' base in "nf4" or "int8", in place. Raises UserError for another kind."""
     if kind not in ("nf4", "int8"):
         raise UserError(f"base {kind!r}; it is nf4 or int8")

@@ -9,8 +9,8 @@ hidden states only what it needs, so that logits for tokens that nobody looks at
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
-from typing import Any
+from collections.abc import Callable, MutableSequence
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -130,7 +130,8 @@ class Decoder(nn.Module):
         # given a weight, torch draws none: drawing one on the meta device imports its compiler (140 MB, seconds)
         weight_VD = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight_VD)
-        self.layers = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
+        self.layers = cast(MutableSequence[Block], blocks)  # for the type checker: what a ModuleList holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(
             config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings

@@ -126,7 +126,9 @@ class Pairs:
             if len(found) >= SHORTEST:
                 ids.setdefault(owner, []).append(found)
         self.notes = list(ids.values())
-        self.first, self.last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+        first, last = tokenizer.token_to_id("[CLS]"), tokenizer.token_to_id("[SEP]")
+        assert first is not None and last is not None, "a WordPiece vocabulary has both"
+        self.first, self.last = first, last
         self.dice = np.random.default_rng(seed)
 
     def crop(self, ids: list[int]) -> tuple[list[int], list[int]]:

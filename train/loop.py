@@ -18,13 +18,14 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 from tqdm import tqdm
 
 from lora import DropoutPlan
 from lora.adapter import adapted
 from model.support.cli import UserError
 from model.support.files import write_text
+from model.transformer import Transformer
 from train.data.dataset import Rows
 from train.data.rows import ANSWER, Row, collate, count, order
 from train.distributed.checkpoint import (
@@ -49,7 +50,7 @@ class Trainer:
     """One run. `gradients(step)` and `update(step)` are a step; `run()` is the loop around them."""
 
     recipe: Recipe
-    model: nn.Module
+    model: Transformer
     rows: Rows
     valid: Rows | None
     ranks: Ranks

@@ -12,10 +12,19 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora import add_lora
-from lora.adapter import adapted, check_tensors, fitted, pattern_value, read_adapter, read_config, write_adapter
+from lora.adapter import (
+    AdapterFile,
+    adapted,
+    check_tensors,
+    fitted,
+    pattern_value,
+    read_adapter,
+    read_config,
+    write_adapter,
+)
 from lora.merge import merge_folders
 from lora.origin import check_origin
 from lora.quantized import quantize_base
@@ -163,8 +172,8 @@ def stores(
 
 
 def load_model(
-    recipe: Recipe, config: ModelConfig, ranks: Ranks, empty: tuple[nn.Module, dict[str, Tensor] | None]
-) -> tuple[nn.Module, str]:
+    recipe: Recipe, config: ModelConfig, ranks: Ranks, empty: tuple[Transformer, AdapterFile | None]
+) -> tuple[Transformer, str]:
     """The model with its adapter (or all of it trainable), and the place of its base weights.
 
     It is sharded while it is `empty` (see empty_model); then each rank reads its rows (placing.py).
@@ -173,7 +182,7 @@ def load_model(
     model, adapter = empty
     if recipe.base == "nf4" and ranks.first:
         layers = adapted(model)
-        if odd := [path for path, layer in layers.items() if layer.quantized.kind != "nf4"]:
+        if odd := [path for path, layer in layers.items() if layer.quantized and layer.quantized.kind != "nf4"]:
             print(f"base = nf4: {len(odd)} of {len(layers)} matrices are kept in int8, since 64 does not divide their "
                   f"width: {odd[0]}", file=sys.stderr)  # fmt: skip
     shapes = base_shapes(model)
@@ -186,7 +195,7 @@ def load_model(
     return model, base
 
 
-def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[nn.Module, dict[str, Tensor] | None]:
+def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, AdapterFile | None]:
     """(the model on the meta device, with adapters, base packed; the tensors of an adapter to go on from).
 
     Raises UserError where the adapter is not there, or where layers are asked for that the model has not.
@@ -210,7 +219,9 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[nn.Module, dict[st
                 raise UserError(f"recipe: rank_pattern or alpha_pattern {pattern!r} fits no layer that has an adapter")
     if recipe.base:
         for layer in adapted(quantize_base(model, recipe.base)).values():
-            codes = layer.quantized._buffers.pop("codes")  # parameters are what is sharded
+            assert layer.quantized is not None
+            codes = layer.quantized.codes  # a parameter: these are what is sharded
+            del layer.quantized.codes
             layer.quantized.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
     model.model.checkpoint_blocks = recipe.checkpoint_blocks
     model.use_attention("fast")

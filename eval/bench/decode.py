@@ -72,7 +72,10 @@ def compare(
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "peer")
         theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=torch.float32).eval()
-    runs = {"transformers generate, fp32": partial(theirs_once, theirs, torch.tensor([prompt]), new), **peers}
+    runs: dict[str, Callable[[], float]] = {
+        "transformers generate, fp32": partial(theirs_once, theirs, torch.tensor([prompt]), new),
+        **peers,
+    }
     sizes = {}
     for form, own in {"fp32": model, **narrows}.items():
         sizes[form] = read_bytes(own.config, form)

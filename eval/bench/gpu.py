@@ -255,7 +255,7 @@ def kernel_rows(limits: dict[str, float], name: str, kind: str, rank: int, rows:
     """One product of a block against F.linear, torch.compile and torch's packed int4."""
     sizes, width = LAYERS[name]
     make, normed, gated = Make(DEVICE, BF16), name in ("q, k, v", "gate, up"), name == "gate, up"
-    given = dict(rows=rows, sizes=sizes, rank=rank, normed=normed, gated=gated, width=width)
+    given: dict[str, Any] = dict(rows=rows, sizes=sizes, rank=rank, normed=normed, gated=gated, width=width)
     case = partial(linear, make, **given) if kind == "bf16" else partial(int4, make, group=64, **given)
     bits = 16.0 if kind == "bf16" else 4.5
     bytes_ = layer_bytes(sizes, width, bits) + 2 * rank * (width * len(sizes) + sum(sizes))
@@ -296,7 +296,7 @@ def torch_int4(make: Make, rows: int, sizes: tuple[int, ...], width: int) -> Cal
 
 def attention_rows(limits: dict[str, float], case: Case) -> list[Row]:
     ours, plain, _ = case.build(Make(DEVICE, BF16))
-    a, b = (us(lambda f=f: f, 2**40) for f in (ours, plain))
+    a, b = (us(partial(lambda f: f, f), 2**40) for f in (ours, plain))
     return [Row(case.name, a, b, "eager PyTorch", "us", "bf16, inputs in L2")]
 
 
@@ -343,8 +343,8 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
     del model
     torch.cuda.empty_cache()
     with torch.device(DEVICE):
-        theirs = MistralForCausalLM(MistralConfig(num_hidden_layers=32)).to(BF16)
-    theirs = get_peft_model(theirs, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+        theirs: Any = MistralForCausalLM(MistralConfig(num_hidden_layers=32))
+    theirs = get_peft_model(theirs.to(BF16), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     if recompute:
         theirs.gradient_checkpointing_enable()
         theirs.enable_input_require_grads()

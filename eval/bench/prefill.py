@@ -11,6 +11,7 @@ import torch
 
 from eval.bench.decode import open_llama_cpp
 from eval.bench.row import Row
+from infer.engine.forward import Layer
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from model.support.hardware import compute_dtype, product, timed
@@ -77,7 +78,9 @@ def products(generator: Generator, tokens: int) -> float:
     """Seconds of the blocks' matrix products alone, on the model's own weights."""
     total = 0.0
     for layer in generator.engine.layers:
+        assert isinstance(layer, Layer)
         for part in (layer.qkv, layer.out, layer.gate_up, layer.down):
+            assert part.weight is not None
             x_ND = torch.ones(tokens, part.weight.shape[1], dtype=part.weight.dtype)
             total += min(timed(lambda x=x_ND, w=part.weight: product(x, w), "cpu", 0.0))
     return total

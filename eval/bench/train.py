@@ -131,7 +131,8 @@ def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, base: s
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
     wide = not cuda and not base
-    recipe = {"r": r, "alpha": 2.0 * r, "dtype": "float32" if not cuda else "bfloat16", "base": base, "fuse": fuse}
+    dtype = "bfloat16" if cuda else "float32"
+    recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base, "fuse": fuse}
     batch = units(kind, size, share=OURS.get(who, False))
     made = peft_step if who == "peft" else our_step
     prepare = made(batch, config_of(size), folder, "cuda" if cuda else "cpu", recipe)
@@ -212,11 +213,11 @@ def our_step(
 
         def advance() -> Any:
             optimizer.zero_grad(set_to_none=True)
-            total = 0.0
+            total = torch.zeros(())
             for part in parts:
                 loss, _ = batch_loss(model, collate(part).to(torch.device(device)), counts)
                 loss.backward()
-                total += loss.detach()
+                total = total + loss.detach()
             optimizer.step()
             return total
 
@@ -240,7 +241,9 @@ def peft_step(
                 load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
             )  # fmt: skip
-        model = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **narrow)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
+            folder, dtype=dtype, device_map=device, **narrow
+        )
         adapter = peft.LoraConfig(r=recipe["r"], lora_alpha=recipe["alpha"], target_modules="all-linear",
                                   task_type="CAUSAL_LM")  # fmt: skip
         model = peft.get_peft_model(model.train(), adapter)

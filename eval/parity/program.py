@@ -216,7 +216,8 @@ def load_theirs(weights: str, ours: Transformer, dtype: torch.dtype, device: str
     elif kind == "native":
         ours.save_pretrained(scratch / "converted")
         where = scratch / "converted"
-    return AutoModelForCausalLM.from_pretrained(where, **options).to(device).eval()
+    theirs: Any = AutoModelForCausalLM.from_pretrained(where, **options)
+    return theirs.to(device).eval()
 
 
 def _observed(watch: Any, model: Any, tokens: Tensor, backward: bool) -> tuple[stages.Stages, dict[str, Tensor]]:

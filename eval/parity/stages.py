@@ -119,9 +119,9 @@ def _watching(watched: dict[str, tuple[nn.Module, Callable[[Any], Tensor]]]) -> 
 
 
 @contextlib.contextmanager
-def _eager_attention(core: nn.Module, seen: Stages) -> Iterator[None]:
+def _eager_attention(core: Any, seen: Stages) -> Iterator[None]:
     """Note what transformers hands its eager attention function: queries and keys already turned, and values."""
-    place = sys.modules[type(core.layers[0].self_attn).__module__]  # type: ignore[index]
+    place = sys.modules[type(core.layers[0].self_attn).__module__]
     original = place.eager_attention_forward
 
     def noted(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:

@@ -338,7 +338,7 @@ def plots(report: Json) -> dict[str, str]:
             f"exact-match F1, {part['title']}",
         )
     for name, curve in report["curves"].items():
-        series = {"training": (curve["step"], curve["loss"])}
+        series: Json = {"training": (curve["step"], curve["loss"])}
         if curve["valid_step"]:
             series["held out"] = (curve["valid_step"], curve["valid_loss"])
         found[f"curve {name}"] = report_plots.lines(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)

@@ -19,7 +19,8 @@ def lines(
     repaired" the first word gives the colour and the rest the stroke. xs that are text stand at equal distances."""
     from matplotlib import ticker
 
-    strokes, colours = ("-", "--", ":"), {}
+    strokes = ("-", "--", ":")
+    colours: dict[str, str] = {}
     kinds = list(dict.fromkeys(name.partition(", ")[2] for name in series))
     for name in series:
         colours.setdefault(name.partition(", ")[0], COLOURS[len(colours) % len(COLOURS)])

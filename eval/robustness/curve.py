@@ -47,8 +47,8 @@ def recovery(clean: Sequence[Question], corrupted: Sequence[Question], repaired:
     test), and the share. The share is null where less than one point was lost: it would be noise over noise."""
     found: Json = {}
     for task in TASKS:
-        of_task = [groups(list(asked))[task] for asked in (clean, corrupted, repaired)]
-        loss, gain = paired_f1(*of_task[:2], "average_f1"), paired_f1(*of_task[1:], "average_f1")
+        before, after, again = (groups(list(asked))[task] for asked in (clean, corrupted, repaired))
+        loss, gain = paired_f1(before, after, "average_f1"), paired_f1(after, again, "average_f1")
         if loss and gain:
             lost, recovered = -loss["difference"], gain["difference"]
             found[task] = {key: gain[key] for key in ("low", "high", "p", "n")}

@@ -17,7 +17,7 @@ kernels instead: `FusedBlock` has Layer's three steps.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import torch
 import torch.distributed as dist
@@ -28,7 +28,7 @@ from infer.engine.fuse import FusedBlock
 from lora.layer import LoRALinear
 from model.quantize.linear import QuantizedWeight
 from model.support.hardware import onednn, product, suits_onednn
-from model.transformer import RMSNorm, Transformer
+from model.transformer import Block, RMSNorm, Transformer
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
@@ -36,13 +36,17 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 class PackedLinear:
     """Linear layers over the same input, as one product: y = x · [W1; W2; …]ᵀ. Reads the modules once."""
 
-    def __init__(self, modules: list[nn.Module], dtype: torch.dtype) -> None:
-        self.modules, self.weight, self.bias = modules, None, None
+    def __init__(self, modules: Sequence[nn.Linear], dtype: torch.dtype) -> None:
+        self.modules = modules
+        self.weight: Tensor | None = None
+        self.bias: Tensor | None = None
         self.mesh = getattr(modules[0].weight, "device_mesh", None) if hasattr(modules[0], "weight") else None
         self.quantized: QuantizedWeight | None = None
         self.adapters: list[tuple[slice, Tensor, Tensor]] = []
-        if all(isinstance(getattr(module, "quantized", None), QuantizedWeight) for module in modules):
-            self.quantized = joined([module.quantized for module in modules])
+        quantized = [getattr(module, "quantized", None) for module in modules]
+        weights_in_codes = [weight for weight in quantized if isinstance(weight, QuantizedWeight)]
+        if len(weights_in_codes) == len(modules):
+            self.quantized = joined(weights_in_codes)
         elif all(type(module) in (nn.Linear, LoRALinear) and module.weight is not None for module in modules):
             weights = [local(module.weight).detach() for module in modules]
             self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
@@ -55,7 +59,7 @@ class PackedLinear:
             size = module.out_features if self.quantized is not None else local(module.weight).shape[0]
             rows = slice(start, start + size)
             start = rows.stop
-            if isinstance(module.weight, nn.Parameter) and len(modules) > 1:  # a view: nothing is held twice
+            if self.weight is not None and len(modules) > 1:  # a view: nothing is held twice
                 if self.mesh is None:
                     module.weight.data = self.weight[rows]
                 else:
@@ -135,7 +139,7 @@ class Norm:
 class Layer:
     """One block's products and norms."""
 
-    def __init__(self, block: nn.Module) -> None:
+    def __init__(self, block: Block) -> None:
         attention, dtype = block.self_attn, block.input_layernorm.weight.dtype
         self.norm, self.ffn_norm = Norm(block.input_layernorm), Norm(block.post_attention_layernorm)
         self.qkv = PackedLinear([attention.q_proj, attention.k_proj, attention.v_proj], dtype)
@@ -170,10 +174,11 @@ class Engine:
         self.model, self.config = model, model.config
         self.head_dim = model.config.head_dim
         self.fused = isinstance(model.model.layers[0], FusedBlock)
-        self.layers = [block if self.fused else Layer(block) for block in model.model.layers]
+        self.layers = [block if isinstance(block, FusedBlock) else Layer(block) for block in model.model.layers]
         self.norm = Norm(model.model.norm)
+        first = self.layers[0]
         # the ranks that hold the model together (infer/engine/parallel.py)
-        self.mesh = None if self.fused else self.layers[0].qkv.mesh
+        self.mesh = first.qkv.mesh if isinstance(first, Layer) else None
         ranks = 1 if self.mesh is None else self.mesh.size()
         self.heads, self.groups = model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
         self.scale = self.head_dim**-0.5
@@ -202,6 +207,6 @@ class Engine:
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """logits_NV in at least fp32."""
-        if suits_onednn(x_ND, self.head_weight):
+        if self.head_weight is not None and suits_onednn(x_ND, self.head_weight):
             return onednn(x_ND, self.head_weight)
         return self.model.head(x_ND)

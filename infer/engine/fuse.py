@@ -41,6 +41,10 @@ INT4_WIDTH = 64  # columns that the kernel's words come in
 class Int4Linear(nn.Module):
     """A linear layer in int4, its codes in the kernel's order, with the adapter that was active on it."""
 
+    words: Tensor
+    scales_GO: Tensor
+    zeros_GO: Tensor
+
     def __init__(self, linear: nn.Linear, dtype: torch.dtype | None = None) -> None:
         super().__init__()
         quantized = getattr(linear, "quantized", None)
@@ -210,6 +214,13 @@ class DecodeStep(nn.Module):
     alone and nothing is read back to the host: the step can be exported, and captured as one CUDA graph.
     """
 
+    cos_PK: Tensor
+    sin_PK: Tensor
+    keys_LBGSK: Tensor
+    values_LBGSK: Tensor
+    key_position_BS: Tensor
+    row_B: Tensor
+
     def __init__(self, model: Transformer, batch: int, slots: int, longest: int | None = None) -> None:
         super().__init__()
         self.model, config = model, model.config
@@ -232,6 +243,7 @@ class DecodeStep(nn.Module):
         x_BD = self.model.model.embed_tokens(tokens_B)
         rotary_B1K = self.cos_PK[positions_B][:, None], self.sin_PK[positions_B][:, None]
         for layer, block in enumerate(self.model.model.layers):
+            assert isinstance(block, FusedBlock)
             own = block.self_attn
             q_BHK, k_BGK, v_BGK = (out_BO.unflatten(-1, (-1, own.head_dim)) for out_BO in block.products(x_BD))
             q_BH1K, k_BG1K = own.rotate_q(q_BHK[:, :, None], rotary_B1K), own.rotate_k(k_BGK[:, :, None], rotary_B1K)
@@ -263,6 +275,8 @@ def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
         fused = block if isinstance(block, FusedBlock) else FusedBlock(block)
         for part in [fused.self_attn] + ([fused.mlp] if hasattr(fused, "mlp") else []):
             for name, linear in list(part.named_children()):
+                if not isinstance(linear, nn.Linear):
+                    continue
                 quantized = getattr(linear, "quantized", None)
                 held = quantized is not None and quantized.kind == "int4" and not quantized.packed
                 wide = type(linear) in (nn.Linear, LoRALinear) and quantized is None and linear.weight is not None

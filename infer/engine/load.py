@@ -103,7 +103,7 @@ def load_quantized(
         module = model.get_submodule(path)
         if isinstance(module, nn.Embedding):
             return embedding(path, module, (piece for _, piece in pieces))
-        if not is_quantizable(path):
+        if not (isinstance(module, nn.Linear) and is_quantizable(path)):
             return None
         changed = (added(path, rows, piece) for rows, piece in pieces)
         return quantized(path, changed, (module.out_features, module.in_features))

@@ -22,7 +22,7 @@ from collections.abc import Sequence
 
 import torch
 
-from infer.engine.forward import Engine
+from infer.engine.forward import Engine, Layer
 from model.support.hardware import processor
 
 MOST = 7  # guesses of one request at once
@@ -79,7 +79,8 @@ def row_cost(engine: Engine) -> float:
     """
     if engine.device.type != "cpu":
         return 1 / 64  # hundreds of operations a byte
-    quantized = None if engine.fused else engine.layers[0].qkv.quantized
+    first = engine.layers[0]
+    quantized = first.qkv.quantized if isinstance(first, Layer) else None
     if quantized is not None and quantized.kind == "w8a8":
         return 1 / 2  # a few rows are multiplied one by one
     if quantized is not None:  # packed weights are dequantized anew every four rows, others once a step

@@ -25,7 +25,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
-from torch.distributed.tensor.parallel import ColwiseParallel, RowwiseParallel, parallelize_module
+from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from infer.engine.load import DTYPES
 from lora.adapter import check_tensors, read_adapter, read_config
@@ -83,7 +83,7 @@ def shard(model: Transformer, mesh: DeviceMesh) -> Transformer:
     """Split the blocks' linear layers over the mesh, in place; the model may be on meta. Returns it."""
     check_divides(model.config, mesh.size())
     for block in model.model.layers:
-        plan = {}
+        plan: dict[str, ParallelStyle] = {}
         for path, module in block.named_modules():
             leaf = path.rpartition(".")[2]
             if isinstance(module, nn.Linear) and leaf in OUTPUTS + INPUTS:

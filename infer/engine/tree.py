@@ -20,6 +20,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -83,13 +84,13 @@ class Level:
     first_P: Tensor  # the position of each prefix's first held token; like all that is known beforehand, in the host's
     length_P: Tensor  # memory: asking a device for a number would wait for it. Held tokens of each prefix
     rows: slice = field(default_factory=lambda: slice(0))
-    branch_Pn: Tensor | None = None
-    place_r: Tensor | None = None
-    below_r: Tensor | None = None
-    outside_r: Tensor | None = None  # its opposite, on the device
-    prefix_r: Tensor | None = None  # the prefix above each of the branches
-    start_P: Tensor | None = None  # the first branch below each prefix and their number, int32 on the device, for the
-    count_P: Tensor | None = None  # kernels
+    branch_Pn: Tensor = field(init=False)
+    place_r: Tensor = field(init=False)
+    below_r: Tensor = field(init=False)
+    outside_r: Tensor = field(init=False)  # its opposite, on the device
+    prefix_r: Tensor = field(init=False)  # the prefix above each of the branches
+    start_P: Tensor = field(init=False)  # the first branch below each prefix and their number, int32 on the device, for the
+    count_P: Tensor = field(init=False)  # kernels
     even: bool = False  # every branch once, in order: nothing needs to be gathered
 
     def index(self) -> None:

@@ -134,7 +134,7 @@ def phenotype_record(
 ) -> dict[str, Any]:
     """One question's answer: its values, where they were read and their log-probabilities. `places`: for every value
     the place where it was read, then the others where it may have been; none where no place is known."""
-    answers = []
+    answers: list[dict[str, Any]] = []
     ends = token_ends(out, decode)
     for (value, said), spans in zip(said_values(out.text), places, strict=True):
         start, end = spans[0] if spans else (None, None)

@@ -53,7 +53,8 @@ class Vocabulary:
 
 def byte_places(note: str) -> dict[int, int]:
     """Where a note's characters begin, and its words end, in the bytes of its words joined by single spaces."""
-    at, size = {}, 0
+    at: dict[int, int] = {}
+    size = 0
     for word in re.finditer(r"\S+", note):
         size += bool(at)  # the space before
         for n, character in enumerate(word[0], start=word.start()):

@@ -133,7 +133,9 @@ def json_note(line: bytes, number: int, text_column: str, id_column: str) -> Not
     if not isinstance(text, str):
         return Note(name, error=f"{text_column!r} is missing or is not text; --text-column names another field")
     asked = record.get("questions", [])
-    texts = [q.get("question") if isinstance(q, dict) else q for q in asked] if isinstance(asked, list) else [None]
+    texts: list[Any] = [None]
+    if isinstance(asked, list):
+        texts = [q.get("question") if isinstance(q, dict) else q for q in asked]
     if not all(isinstance(question, str) and question.strip() for question in texts):
         return Note(name, error="'questions' is not a list of questions ({\"question\": text})")
     return checked(Note(name, text, None, tuple(texts), record.get("patient")))

@@ -22,7 +22,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
@@ -107,7 +107,7 @@ def main(options: Options) -> int:
             f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
             f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
         )
-    options = replace(options, dtype=settled(options, rank, world))
+    options = replace(options, dtype=settled(options, rank, world))  # type: ignore[arg-type]
     options, plan = planned(options)
     if together > 1 and (options.format != "wide" or options.memory or options.fuse):
         raise UserError("--tensor-parallel goes with none of --format, --memory and --fuse; leave it or them out")
@@ -169,7 +169,7 @@ def planned(options: Options) -> tuple[Options, Plan | None]:
     new = (asked - (options.task != "phenotype")) * options.max_new_tokens
     new += QUESTION * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
     plan = plan_for(options, Load(options.max_input_tokens, new, asked, options.batch, options.grounded))
-    return replace(options, format=plan.form, batch=plan.batch), plan
+    return replace(options, format=plan.form, batch=plan.batch), plan  # type: ignore[arg-type]
 
 
 def settled(options: Options, rank: int, world: int) -> str:
@@ -215,9 +215,10 @@ def split(options: Options) -> Iterator[list[Note]]:
 
 def identity(options: Options, notes: Unchanged) -> dict[str, object]:
     """What decides the output's bytes."""
+    kept: tuple[str, ...]
     kept = ("task", "form", "grounded", "long", "max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch",
             "dtype", "limit")  # fmt: skip
-    files = {"weights": stamp(options.weights), "adapter": [stamp(a) for a in options.adapter]}
+    files: dict[str, object] = {"weights": stamp(options.weights), "adapter": [stamp(a) for a in options.adapter]}
     if options.repair is not None:
         files["repair"] = fingerprint(options.repair)
     if options.index is not None:
@@ -276,7 +277,7 @@ def extract(
     tokenizer.put_begin(options.bos)
     form = form_for(tokenizer, options.adapter) if options.form == "auto" else options.form
     limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
-    kept = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
+    kept: dict[str, Any] = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
     generator = Generator(model, tokenizer, **kept)
     asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, options.batch)
     finished = sum(counts[: done * job.world])  # by an earlier call: not of the rate

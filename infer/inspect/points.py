@@ -5,14 +5,16 @@ from __future__ import annotations
 import re
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from model import Transformer
-from model.attention import split_heads
+from model.attention import Attention, split_heads
+from model.transformer import RMSNorm
 
-View = Callable[[nn.Module, Tensor], Tensor]
+View = Callable[[Any, Tensor], Tensor]  # (the module, what it takes or gives)
 
 
 @dataclass(frozen=True)
@@ -39,15 +41,15 @@ class Names(dict[str, str]):
     __repr__ = __str__
 
 
-def _scale(norm: nn.Module, x_BTD: Tensor) -> Tensor:
+def _scale(norm: RMSNorm, x_BTD: Tensor) -> Tensor:
     return norm.scale(x_BTD.to(torch.promote_types(x_BTD.dtype, torch.float32)))
 
 
-def _heads(attention: nn.Module, v_BTD: Tensor) -> Tensor:
+def _heads(attention: Attention, v_BTD: Tensor) -> Tensor:
     return split_heads(v_BTD, attention.head_dim)
 
 
-def head_results(attention: nn.Module, z_BHTK: Tensor) -> Tensor:
+def head_results(attention: Attention, z_BHTK: Tensor) -> Tensor:
     """What each head adds to the residual stream, result_BHTD: the output product of its part alone, without bias."""
     joined_BTD = z_BHTK.transpose(1, 2).flatten(2)
     nothing_D = attention.o_proj(torch.zeros_like(joined_BTD[:1, :1]))

@@ -214,7 +214,7 @@ def _plain_path(model: Transformer, chosen: Sequence[Point]) -> Iterator[None]:
         for number, block in enumerate(model.model.layers):
             own = [point for point in chosen if (point.module + ".").startswith(f"model.layers.{number}.")]
             if own and type(block) is not Block and "forward" not in vars(block):
-                block.forward = MethodType(Block.forward, block)
+                block.forward = MethodType(Block.forward, block)  # type: ignore[method-assign]
                 stack.callback(delattr, block, "forward")
             attention = block.self_attn
             asked = any(".attend" in point.module for point in own)

@@ -111,7 +111,7 @@ def lens(model: Transformer, tape: Tape, steps: list[int], came: list[int]) -> l
     return found
 
 
-def effective_weight(linear: torch.nn.Module) -> Tensor:
+def effective_weight(linear: torch.nn.Linear) -> Tensor:
     """The matrix that a linear layer multiplies by, its active adapter included, in fp64."""
     weight_OD = linear.weight.detach().double()
     if isinstance(linear, LoRALinear) and linear.active is not None and linear.original is None:
@@ -186,7 +186,7 @@ def norms(tape: Tape, layers: int, rows: Sequence[int]) -> dict[str, Any]:
     return found
 
 
-def chosen_experts(model: Transformer, tape: Tape, rows: Sequence[int]) -> list[list[list[list[float]]]]:
+def chosen_experts(model: Transformer, tape: Tape, rows: Sequence[int]) -> list[list[list[list[float | None]]]]:
     """For each layer and kept position, [expert, its weight] of those that the router chose, as Experts chooses."""
     found = []
     for n in range(model.config.num_hidden_layers):
@@ -215,6 +215,7 @@ class LoRAShare:
 
     def hook(self, name: str) -> Any:
         def seen(layer: LoRALinear, inputs: tuple[Tensor], _output: Tensor) -> None:
+            assert layer.active is not None
             x_TD = inputs[0].flatten(0, -2)
             a_RD, b_OR = (matrices[layer.active].to(x_TD.dtype) for matrices in (layer.lora_A, layer.lora_B))
             added_TO = F.linear(F.linear(x_TD, a_RD), b_OR) * layer.scale[layer.active]

@@ -7,8 +7,8 @@ H heads, K head size. The arithmetic follows transformers' eager path operation 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
-from typing import Any
+from collections.abc import Iterable, Mapping
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -79,16 +79,15 @@ class Output(nn.Module):
 class Layer(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
-        self.attention = nn.Module()
-        self.attention.self = SelfAttention(config)
-        self.attention.output = Output(config["hidden_size"], config)
-        self.intermediate = nn.Module()
-        self.intermediate.dense = nn.Linear(config["hidden_size"], config["intermediate_size"])
+        attend, output = SelfAttention(config), Output(config["hidden_size"], config)
+        self.attention = nn.ModuleDict({"self": attend, "output": output})
+        inner = nn.Linear(config["hidden_size"], config["intermediate_size"])
+        self.intermediate = nn.ModuleDict({"dense": inner})
         self.output = Output(config["intermediate_size"], config)
 
     def forward(self, x_BTD: Tensor, bias_B11T: Tensor) -> Tensor:
-        x_BTD = self.attention.output(self.attention.self(x_BTD, bias_B11T), x_BTD)
-        return self.output(F.gelu(self.intermediate.dense(x_BTD)), x_BTD)
+        x_BTD = self.attention["output"](self.attention["self"](x_BTD, bias_B11T), x_BTD)
+        return self.output(F.gelu(self.intermediate["dense"](x_BTD)), x_BTD)
 
 
 class Bert(nn.Module):
@@ -97,12 +96,16 @@ class Bert(nn.Module):
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()
         self.embeddings = Embeddings(config)
-        self.encoder = nn.Module()
-        self.encoder.layer = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
+        layers = nn.ModuleList(Layer(config) for _ in range(config["num_hidden_layers"]))
+        self.encoder = nn.ModuleDict({"layer": layers})
+
+    @property
+    def layers(self) -> Iterable[Layer]:
+        return cast(Iterable[Layer], self.encoder["layer"])
 
     def forward(self, tokens_BT: Tensor, mask_BT: Tensor, types_BT: Tensor) -> Tensor:
         x_BTD = self.embeddings(tokens_BT, types_BT)
         bias_B11T = torch.zeros(mask_BT.shape, dtype=x_BTD.dtype).masked_fill(~mask_BT, torch.finfo(x_BTD.dtype).min)
-        for layer in self.encoder.layer:
+        for layer in self.layers:
             x_BTD = layer(x_BTD, bias_B11T[:, None, None, :])
         return x_BTD

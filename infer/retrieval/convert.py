@@ -44,7 +44,7 @@ def main(options: Options) -> None:
         tensors = {re.sub(r"[\[\]]", "", key): value for key, value in loaded.items() if torch.is_tensor(value)}
         with atomic_file(options.folder / NAMES[name]) as beside:
             shapes = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}
-            write_safetensors(beside, shapes, lambda key, held=tensors: iter([held[key]]))
+            write_safetensors(beside, shapes, lambda key: iter([tensors[key]]))  # noqa: B023 - called before the next
         print(f"{options.folder / NAMES[name]}: {len(tensors)} tensors")
 
 

@@ -82,13 +82,13 @@ class Encoder:
         for name in {*bases, *rule.folders}:
             if not (path / name).is_dir():
                 raise UserError(f"{path}: lacks the folder {name}/, a part of {kind} (see infer/retrieval/README.md)")
-        models = []
+        models: list[Bert | GPTNeo] = []
         for base, part in zip(bases, rule.folders, strict=True):
             if models and (base, part) == (bases[0], rule.folders[0]):
                 models.append(models[0])
                 continue
             model = load_model(path / base, rule.family)
-            if kind == "specter2":
+            if kind == "specter2" and isinstance(model, Bert):
                 add_adapters(model, path / part)
             models.append(model)
         return cls(kind, models[0], models[1], (load_tokenizer(path / bases[0]), load_tokenizer(path / bases[1])))
@@ -185,7 +185,7 @@ def pool(x_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
     return (x_BTD * mask_BT1 * weights_T1).sum(1) / weights_BT1.sum(1)
 
 
-def load_model(folder: Path, family: str) -> nn.Module:
+def load_model(folder: Path, family: str) -> Bert | GPTNeo:
     """An encoder from config.json and model.safetensors. Heads that it does not use (pooler, lm_head) are left out."""
     config = read_json(folder / "config.json")
     found = config.get("model_type") if isinstance(config, dict) else None
@@ -195,7 +195,7 @@ def load_model(folder: Path, family: str) -> nn.Module:
     if activation != ("gelu" if family == "bert" else "gelu_new"):
         raise UserError(f"{folder / 'config.json'}: activation {activation!r} is not covered")
     try:
-        model: nn.Module = Bert(config) if family == "bert" else GPTNeo(config)
+        model: Bert | GPTNeo = Bert(config) if family == "bert" else GPTNeo(config)
     except KeyError as error:
         raise UserError(f"{folder / 'config.json'}: lacks {error}") from error
     fill(model, tensors(folder, "model.safetensors", "bert." if family == "bert" else "transformer."), folder)
@@ -240,7 +240,7 @@ def add_adapters(model: Bert, folder: Path) -> None:
         if config.get(key, value) != value:
             raise UserError(f"{folder / 'adapter_config.json'}: {key} is {config[key]!r}; covered is {value!r}")
     found = tensors(folder, "adapter.safetensors", "bert.")
-    for number, layer in enumerate(model.encoder.layer):
+    for number, layer in enumerate(model.layers):
         start = f"encoder.layer.{number}.output.adapters."
         own = {key[len(start) :].split(".", 1)[1]: value for key, value in found.items() if key.startswith(start)}
         if "adapter_up.weight" not in own:

@@ -43,15 +43,13 @@ class Block(nn.Module):
         super().__init__()
         width, inner = config["hidden_size"], config["intermediate_size"] or 4 * config["hidden_size"]
         self.ln_1 = nn.LayerNorm(width, eps=config["layer_norm_epsilon"])
-        self.attn = nn.Module()
-        self.attn.attention = SelfAttention(config, window)
+        self.attn = nn.ModuleDict({"attention": SelfAttention(config, window)})
         self.ln_2 = nn.LayerNorm(width, eps=config["layer_norm_epsilon"])
-        self.mlp = nn.Module()
-        self.mlp.c_fc, self.mlp.c_proj = nn.Linear(width, inner), nn.Linear(inner, width)
+        self.mlp = nn.ModuleDict({"c_fc": nn.Linear(width, inner), "c_proj": nn.Linear(inner, width)})
 
     def forward(self, x_BTD: Tensor, mask_BT: Tensor) -> Tensor:
-        x_BTD = x_BTD + self.attn.attention(self.ln_1(x_BTD), mask_BT)
-        return x_BTD + self.mlp.c_proj(gelu_new(self.mlp.c_fc(self.ln_2(x_BTD))))
+        x_BTD = x_BTD + self.attn["attention"](self.ln_1(x_BTD), mask_BT)
+        return x_BTD + self.mlp["c_proj"](gelu_new(self.mlp["c_fc"](self.ln_2(x_BTD))))
 
 
 def gelu_new(x: Tensor) -> Tensor:

@@ -162,7 +162,7 @@ def attention(
     """Each row with `own` slots; below them two prefixes of `prefix` tokens, each of half of the rows."""
     q = make.normal(rows, HEADS, queries, head)
     k, v = make.normal(rows, GROUPS, own, head), make.normal(rows, GROUPS, own, head)
-    levels = ()
+    levels: tuple[Level, ...] = ()
     if prefix:
         k_MGPK, v_MGPK = make.normal(2, GROUPS, prefix, head), make.normal(2, GROUPS, prefix, head)
         half = make.steps(rows // 2, rows // 2 + 1, 2)[:, 0].contiguous()
@@ -187,11 +187,15 @@ def cases(dtype: torch.dtype) -> list[Case]:
         ("attention, 8 rows, 512 keys", "tree_attention", partial(attention, rows=8, own=512, window=None)),
         ("attention, 16 rows, prefixes 1500", "tree_attention", partial(attention, rows=16, own=256, prefix=1500)),
     ]
-    kinds = [("linear", linear, "lora_linear"), ("int4", partial(int4, group=64), "int4_linear")]
+    kinds: list[tuple[str, Callable[..., Trio], str]] = [
+        ("linear", linear, "lora_linear"),
+        ("int4", partial(int4, group=64), "int4_linear"),
+    ]
     for rank, count in ((0, 1), (16, 1), (64, 1), (16, 8)) if dtype == torch.bfloat16 else ((16, 1),):
         for kind, function, public in kinds[: 2 if dtype == torch.bfloat16 else 1]:
-            given, suffix = {"rows": count, "rank": rank}, f"rank {rank}, {count} row{'s' * (count > 1)}"
-            residual = {"sizes": (WIDTH,), "normed": False, **given}
+            given: dict[str, Any] = {"rows": count, "rank": rank}
+            suffix = f"rank {rank}, {count} row{'s' * (count > 1)}"
+            residual: dict[str, Any] = {"sizes": (WIDTH,), "normed": False, **given}
             gated = partial(function, sizes=(FFN, FFN), gated=True, **given)
             rows += [
                 (f"{kind}: norm + q, k, v, {suffix}", public, partial(function, sizes=QKV, **given)),

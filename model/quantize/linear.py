@@ -26,6 +26,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from functools import cache
+from typing import TypeVar
 
 import torch
 import torch.nn.functional as F
@@ -288,7 +289,10 @@ def nf4_pairs(device: torch.device) -> Tensor:
     return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).to(device)
 
 
-def quantize_model(model: nn.Module, form: str = "int8") -> nn.Module:
+Model = TypeVar("Model", bound=nn.Module)
+
+
+def quantize_model(model: Model, form: str = "int8") -> Model:
     """Replace every linear layer of a model, the head among them, by a quantized one, in place; returns the model.
 
     Embedding, norms and routers (which choose) stay; w8a8 rotates the model first. An adapted layer is refused with a
@@ -312,7 +316,7 @@ def quantize_layers(model: nn.Module, form: str, mixed: bool = False) -> nn.Modu
     return quantize_head(model, form)
 
 
-def quantize_head(model: nn.Module, form: str) -> nn.Module:
+def quantize_head(model: Model, form: str) -> Model:
     """Give a model whose output matrix is its embedding a quantized copy of it as head, in place; returns the model."""
     if getattr(model, "lm_head", model) is None:
         rows_VD = model.model.embed_tokens.weight.detach()  # type: ignore[union-attr, operator]

@@ -77,8 +77,9 @@ def upper(marked: str) -> str:
 
 def unmark(marked: str) -> tuple[str, list[Span]]:
     """The visible text, and the spans in the order in which they open."""
-    text, spans, stack = "", [], []
-    position = 0
+    text, position = "", 0
+    spans: list[tuple[int, Span]] = []
+    stack: list[tuple[str, str, int, int]] = []
     for tag in _TAG.finditer(marked):
         text += marked[position : tag.start()]
         position = tag.end()

@@ -10,7 +10,7 @@ from dataclasses import dataclass, field
 from infer.codes import describe
 from train.clinic.markup import TAG, answers, choose, fill, mark, mark_receptor, sentence, slots, unmark, upper
 from train.clinic.patients import Case, draw_case, draw_receptors
-from train.clinic.terms import GRADES, Site, Style, Wording
+from train.clinic.terms import GRADES, Site, Stage, Style, Wording
 from train.clinic.varied import graded, placed, reshaped
 
 FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
@@ -252,7 +252,7 @@ class Writer:
         return self.grading(self.rng.choice(self.other_grades()))
 
     def slot_stage(self) -> str:
-        stage = self.case.stage
+        stage = self.stage()
         self.stated.add("stage")
         tnm = "" if stage.t == "-" else self.tnm()
         if self.staging == "tnm":
@@ -261,14 +261,18 @@ class Writer:
         group = fill(words, lambda _: mark("cancer_stage", stage.group))
         return f"{group} ({tnm})" if self.staging == "both" else group
 
+    def stage(self) -> Stage:
+        assert self.case.stage is not None, "a slot of the stage in a note of a case without one"
+        return self.case.stage
+
     def tnm(self) -> str:
-        stage = self.case.stage
+        stage = self.stage()
         gap = self.rng.choice(("", " "))
         prefix = "p" if self.style.pathology else self.rng.choice(("", "p", "c"))
         return gap.join((prefix + stage.t, stage.n, stage.m))
 
     def slot_stage_old(self) -> str:
-        return self.rng.choice([s.group for s in self.case.cancer.stages if s.group != self.case.stage.group])
+        return self.rng.choice([s.group for s in self.case.cancer.stages if s.group != self.stage().group])
 
     def slot_size(self) -> str:
         self.stated.add("size")
@@ -364,7 +368,7 @@ class Writer:
         return self.named(self.rng.choice(other).names, "hist")
 
     def slot_tnm_old(self) -> str:
-        other = self.rng.choice([s for s in self.case.cancer.stages if s.t != self.case.stage.t])
+        other = self.rng.choice([s for s in self.case.cancer.stages if s.t != self.stage().t])
         return f"c{other.t} {other.n} {other.m}"
 
     def slot_benign(self) -> str:

@@ -117,8 +117,8 @@ def is_tokenizer_file(file: Path) -> bool:
 def encode_shards(
     files: Sequence[str], encoding: Encoding, folder: Path, limit: int, workers: int
 ) -> tuple[list[dict[str, int]], list[dict[str, Any]]]:
-    lines = ((str(file), number, line) for file in files for number, line in numbered_lines(file))
-    lines = itertools.islice(lines, limit or None)
+    all_lines = ((str(file), number, line) for file in files for number, line in numbered_lines(file))
+    lines = itertools.islice(all_lines, limit or None)
     chunks = enumerate(iter(lambda: list(itertools.islice(lines, SHARD)), []))
     first = list(itertools.islice(chunks, 2))
     jobs = ((encoding, folder, number, chunk) for number, chunk in itertools.chain(first, chunks))

@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 
 import torch
 from torch import Tensor, nn
@@ -28,7 +28,7 @@ Read = Callable[[str, slice], Tensor]  # (a weight's name in the checkpoint, row
 
 
 @torch.no_grad()
-def place(model: nn.Module, ranks: Ranks, read: Read, adapter: dict[str, Tensor] | None, seed: int) -> None:
+def place(model: nn.Module, ranks: Ranks, read: Read, adapter: Mapping[str, Tensor] | None, seed: int) -> None:
     """Fill every parameter of an empty model: weights from `read`, adapters from PEFT's tensors or freshly drawn."""
     dtype = next(model.parameters()).dtype  # the embedding's: the base's
     packed = {f"{path}.quantized.codes": layer for path, layer in adapted(model).items() if layer.quantized is not None}
@@ -40,20 +40,21 @@ def place(model: nn.Module, ranks: Ranks, read: Read, adapter: dict[str, Tensor]
             into.copy_(adapter_rows(name, param, adapter, seed)[mine])
             continue
         layer = packed.get(name)
-        weight, shape = (f"{layer.path}.weight", layer.quantized.shape) if layer else (name, param.shape)
+        quantized = layer.quantized if layer else None
+        weight, shape = (f"{layer.path}.weight", quantized.shape) if layer and quantized else (name, param.shape)
         step = max(1, PIECE // max(1, math.prod(shape[1:])))
         scales = []
         for start in range(mine.start, mine.stop, step):
             rows = slice(start, min(start + step, mine.stop))
             piece, place_of = finite(weight, read(weight, rows)), into[start - mine.start : rows.stop - mine.start]
-            if layer:
-                codes, absmax = layer.quantized.codes_of(piece.to(dtype))
+            if quantized is not None:
+                codes, absmax = quantized.codes_of(piece.to(dtype))
                 place_of.copy_(codes.view_as(place_of))
                 scales.append(absmax.to(torch.float32))
             else:
                 place_of.copy_(piece)
-        if layer:
-            put_scales(layer.quantized, scales, mine, ranks)
+        if quantized is not None:
+            put_scales(quantized, scales, mine, ranks)
 
 
 def put_scales(held: QuantizedWeight, scales: list[Tensor], mine: slice, ranks: Ranks) -> None:
@@ -69,7 +70,7 @@ def put_scales(held: QuantizedWeight, scales: list[Tensor], mine: slice, ranks: 
         buffer.copy_(value)
 
 
-def adapter_rows(name: str, param: Tensor, adapter: dict[str, Tensor] | None, seed: int) -> Tensor:
+def adapter_rows(name: str, param: Tensor, adapter: Mapping[str, Tensor] | None, seed: int) -> Tensor:
     """The whole of one adapter matrix."""
     path, kind, _ = name.rsplit(".", 2)
     if adapter is not None:

@@ -19,6 +19,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from model.support.cli import UserError, one_line
+from model.transformer import Transformer
 
 Made = TypeVar("Made")
 PATIENCE = timedelta(days=1)  # how long ranks wait while the first one tokenises, merges or writes
@@ -107,10 +108,13 @@ class Ranks:
     def sync_gradients(self, model: nn.Module, last: bool) -> None:
         """Reduce gradients over ranks in the last micro-batch of a step only."""
         if self.world > 1:
+            from torch.distributed.fsdp import FSDPModule
+
+            assert isinstance(model, FSDPModule)
             model.set_requires_gradient_sync(last)
 
 
-def shard(model: nn.Module, ranks: Ranks) -> nn.Module:
+def shard(model: Transformer, ranks: Ranks) -> Transformer:
     """Shard every parameter over the ranks, in place. Compute stays in each parameter's dtype; sums are ≥ fp32."""
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
@@ -153,6 +157,7 @@ def sharded_like(rows: Tensor, param: Tensor, shape: Sequence[int]) -> Tensor:
         return rows
     from torch.distributed.tensor import DTensor
 
+    assert isinstance(param, DTensor)
     strides = torch.empty(tuple(shape), device="meta").stride()
     return DTensor.from_local(rows, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape),
                               stride=strides)  # fmt: skip

@@ -44,8 +44,10 @@ def adapters(linears: Sequence[nn.Linear]) -> list[Tensor | None]:
     """[A, B, A, B, …] of the active adapters; None for a layer without one."""
     made: list[Tensor | None] = []
     for linear in linears:
-        on = isinstance(linear, LoRALinear) and linear.active is not None and linear.original is None
-        made += [linear.lora_A[linear.active], linear.lora_B[linear.active]] if on else [None, None]
+        if isinstance(linear, LoRALinear) and linear.active is not None and linear.original is None:
+            made += [linear.lora_A[linear.active], linear.lora_B[linear.active]]
+        else:
+            made += [None, None]
     return made
 
 
@@ -76,7 +78,7 @@ class Adapted:
                 dn_ND = part_ND if dn_ND is None else dn_ND.add_(part_ND)
             else:
                 dn_ND.addmm_(g_NO, weight_OD)
-        if self.a_RD is not None and self.b_OR is not None:
+        if self.a_RD is not None and self.b_OR is not None and low_NR is not None:
             dlow_NR = (g_NO @ self.b_OR.to(g_NO.dtype)).mul_(self.scale)
             db_OR, da_RD = (g_NO.t() @ low_NR).to(self.b_OR.dtype), (dlow_NR.t() @ n_ND).to(self.a_RD.dtype)
             if dn_ND is not None:
@@ -84,7 +86,7 @@ class Adapted:
         return dn_ND, da_RD, db_OR
 
 
-def normed(x_ND: Tensor, norm: RMSNorm | None) -> tuple[Tensor, Tensor | None]:
+def normed(x_ND: Tensor, norm: RMSNorm | None) -> tuple[Tensor, Any]:
     """(RMSNorm of x, 1/root mean square of each row); x itself without a norm."""
     if norm is None:
         return x_ND, None
@@ -126,7 +128,7 @@ class Products(torch.autograd.Function):
             dn_ND, da_RD, db_OR = layer.backward(g_NO, n_ND, low_NR, dn_ND, wants)
             made += [da_RD, db_OR]
         dx_ND = dn_ND
-        if wants and ctx.norm is not None:
+        if dn_ND is not None and inverse_N1 is not None:
             dx_ND = norm_backward(dn_ND, x_ND, ctx.norm, inverse_N1)
         return dx_ND, grads[0] if ctx.needs_input_grad[1] else None, None, None, *made
 
@@ -171,7 +173,8 @@ class Turn(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, grad_BHTK: Tensor) -> Any:  # type: ignore[override]
-        return turned(grad_BHTK, *ctx.saved_tensors, -1), None, None
+        cos_BTK, sin_BTK = ctx.saved_tensors
+        return turned(grad_BHTK, cos_BTK, sin_BTK, -1), None, None
 
 
 def turned(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor, sign: int) -> Tensor:

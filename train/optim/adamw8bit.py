@@ -40,6 +40,7 @@ class AdamW8bit(torch.optim.Optimizer):
         mean, square = self.read(state, "mean", mine), self.read(state, "square", mine)
         state["step"] = state.get("step", torch.zeros(())) + 1
         beta1, beta2 = group["betas"]
+        assert param.grad is not None
         grad, t = local(param.grad).to(mean.dtype), float(state["step"])
         mean.lerp_(grad, 1 - beta1)
         square.mul_(beta2).addcmul_(grad, grad, value=1 - beta2)

@@ -8,8 +8,10 @@ again but needs no second exchange.
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from train.distributed.sharding import local, rows_of, sharded_like
 
@@ -25,7 +27,7 @@ class ShardedMuon(torch.optim.Muon):
                 if param.grad is not None:
                     self.update(param, options)
 
-    def update(self, param: Tensor, options: dict) -> None:
+    def update(self, param: Any, options: dict) -> None:  # a DTensor, whose gradient torch types as a plain tensor
         whole = nn.Parameter(param.full_tensor().clone())
         whole.grad = param.grad.full_tensor()
         alone = torch.optim.Muon([whole], **options)

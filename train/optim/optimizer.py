@@ -67,7 +67,7 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, str, Tensor]]:
     """(parameter's name, key, tensor) of every optimizer's state."""
-    names = {p: name for name, p in named_trainable(model).items()}
+    names: dict[Tensor, str] = {p: name for name, p in named_trainable(model).items()}
     for optimizer in optimizers:
         for param, state in optimizer.state.items():
             for key, value in state.items():
