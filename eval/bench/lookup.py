@@ -19,7 +19,7 @@ from model.support.hardware import compute_dtype, onednn_suits, product, timed
 
 def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float = 0.3) -> list[Row]:
     """Steps of `sizes` rows from wide and from quantized weights; the best of as many as `seconds` allow."""
-    found: list[dict[str, Any]] = []
+    found: list[Row] = []
     kinds = [("float32", "wide"), ("float32", "int8"), ("float32", "int4")]
     if compute_dtype() == torch.bfloat16:
         kinds.insert(1, ("bfloat16", "wide"))

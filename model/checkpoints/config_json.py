@@ -143,10 +143,10 @@ def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
             )
         return (window,) * layers
     kinds, full = raw.get("layer_types"), raw.get("max_window_layers")
-    if window is None or not isinstance(kinds, list) and not isinstance(full, int):
-        raise UserError("config says use_sliding_window but lacks sliding_window or max_window_layers")
-    if not isinstance(kinds, list):
+    if isinstance(full, int) and not isinstance(kinds, list):
         kinds = ["full_attention" if layer < full else "sliding_attention" for layer in range(layers)]
+    if window is None or not isinstance(kinds, list):
+        raise UserError("config says use_sliding_window but lacks sliding_window or max_window_layers")
     for kind in kinds:
         one_of("layer_types", kind, ("sliding_attention", "full_attention"))
     return tuple(window if kind == "sliding_attention" else None for kind in kinds)
