@@ -89,8 +89,8 @@ class Level:
     below_r: Tensor = field(init=False)
     outside_r: Tensor = field(init=False)  # its opposite, on the device
     prefix_r: Tensor = field(init=False)  # the prefix above each of the branches
-    start_P: Tensor = field(init=False)  # the first branch below each prefix and their number, int32 on the device, for the
-    count_P: Tensor = field(init=False)  # kernels
+    start_P: Tensor = field(init=False)  # the first branch below each prefix and their number, int32 on the device,
+    count_P: Tensor = field(init=False)  # for the kernels
     even: bool = False  # every branch once, in order: nothing needs to be gathered
 
     def index(self) -> None:
@@ -455,7 +455,7 @@ class Cache:
             return
         capacity = need + max(SPARE, need // 4)
         B, G, K = len(self.length_B), self.engine.groups, self.engine.head_dim
-        like = {"dtype": self.engine.cache_dtype, "device": self.engine.device}
+        like: dict[str, Any] = {"dtype": self.engine.cache_dtype, "device": self.engine.device}
         for layer in range(len(self.engine.layers)):  # one at a time: nothing but a layer is held twice
             k_BGKC = self._key_layout(torch.zeros(B, G, K, capacity, **like))
             v_BGCK = torch.zeros(B, G, capacity, K, **like)

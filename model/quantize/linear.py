@@ -306,7 +306,7 @@ def quantize_model(model: Model, form: str = "int8") -> Model:
     return quantize_layers(model, form, mixed=form == "w8a8")
 
 
-def quantize_layers(model: nn.Module, form: str, mixed: bool = False) -> nn.Module:
+def quantize_layers(model: Model, form: str, mixed: bool = False) -> Model:
     """`quantize_model` of the layers as they are. `mixed`: those whose inputs no rotation reaches mix them."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantizable(path):
