@@ -36,7 +36,7 @@ def main(options: Options) -> int:
     prompt: str | list[int] = options.prompt
     if options.chat:
         prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
-    generator = Generator(model, tokenizer, cache_dtype=how.cache, chunk=how.chunk)
+    generator = Generator(model, tokenizer, cache_dtype=how.cache, chunk=how.chunk, max_length=options.max_length)
     if options.json:
         (out,) = generator.generate([prompt], settings)
         print(json.dumps(out.__dict__, ensure_ascii=False))

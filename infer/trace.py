@@ -191,7 +191,7 @@ def prompt_ids(options: Options, generator: Generator) -> list[int]:
 
 def answer_ids(options: Options, generator: Generator, prompt: list[int]) -> list[int]:
     """The greedy answer's tokens, the one that ended it included."""
-    limit = generator.engine.config.max_position_embeddings
+    limit = generator.max_length
     if not prompt:
         raise UserError("the prompt holds no token; give a text")
     if len(prompt) + options.max_new_tokens > limit:

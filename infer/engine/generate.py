@@ -12,6 +12,7 @@ A request's result depends on its prompt, its settings and its seed, not on what
 from __future__ import annotations
 
 import operator
+import warnings
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -45,17 +46,24 @@ class State:
 class Generator:
     """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
     others are, so its result is the same to the bit; nothing is shared then. `lookup` lets requests
-    speculate where that pays (infer/engine/lookup.py). `cache_dtype` and `chunk` are Engine's. Fused models
+    speculate where that pays (infer/engine/lookup.py). `cache_dtype` and `chunk` are Engine's. `max_length` bounds a
+    prompt and its answer (0: the config's max_length). Fused models
     (infer/engine/fuse.py) generate by their kernels."""
 
     def __init__(
         self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True,
-        cache_dtype: torch.dtype | None = None, chunk: int = 2048,
+        cache_dtype: torch.dtype | None = None, chunk: int = 2048, max_length: int = 0,
     ) -> None:  # fmt: skip
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
         self.deterministic, self.lookup, self.row_cost = deterministic, lookup, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
         self.stop_ids = frozenset(i for i in ends if i < model.config.vocab_size)
+        own = model.config.max_length
+        if max_length < 0:
+            raise UserError(f"--max-length {max_length}; it must be at least 1, or 0 for the model's own")
+        if max_length > own:
+            warnings.warn(f"--max-length {max_length} is beyond the {own} tokens of the model's config", stacklevel=2)
+        self.max_length = max_length or own
 
     def generate(
         self,
@@ -104,14 +112,14 @@ class Generator:
             each = [replace(s, **options) for s in given]
         for text in {text for chosen in each for text in chosen.stop}:
             self.check_stop(text)
-        limit = self.engine.config.max_position_embeddings
+        limit = self.max_length
         for number, (prompt, chosen) in enumerate(zip(ids, each, strict=True)):
             if not prompt:
                 raise UserError(f"prompt {number} holds no token, and the tokenizer has no begin token")
             if len(prompt) + chosen.max_new_tokens > limit:
                 raise UserError(
                     f"prompt {number} has {len(prompt)} tokens; with {chosen.max_new_tokens} new ones that exceeds "
-                    f"the model's {limit}"
+                    f"the model's {limit}; give a shorter prompt, or --max-length"
                 )
             wrong = next((t for t in prompt if not 0 <= t < self.engine.config.vocab_size), None)
             if wrong is not None:

@@ -16,6 +16,9 @@ class ModelOptions:
     """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
     bos: Literal["auto", "yes", "no"] = "auto"
     """Put the begin token before the prompt; auto: as the tokenizer's files say. (A chat's form has its own.)"""
+    max_length: int = 0
+    """Tokens of a prompt and its answer together; 0: what the model's config says, times its rotary scaling. A larger
+    number is taken with a warning."""
     dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
     """What the model computes in; auto: the fastest for decoding on this machine, measured."""
     format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4", "w8a8"] = "auto"

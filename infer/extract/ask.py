@@ -93,7 +93,7 @@ class Asker:
     ) -> None:  # fmt: skip
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
-        length = generator.engine.config.max_position_embeddings
+        length = generator.max_length
         limits = replace(limits, input=min(limits.input, length - longest))  # what the model can take
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
         self.batch = batch

@@ -52,7 +52,7 @@ class Forced:
 
 def losses(generator: Generator, readings: Sequence[Reading], batch: int) -> list[list[float]]:
     """The loss of every place of every reading, in nats; `batch` texts are read at once."""
-    longest = generator.engine.config.max_position_embeddings
+    longest = generator.max_length
     ends = [token_ends(reading.out, generator.decode) for reading in readings]
     asked = []
     for reading, at in zip(readings, ends, strict=True):

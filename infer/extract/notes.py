@@ -104,8 +104,8 @@ def text_file(file: Path) -> Note:
         return checked(Note(name, file.read_bytes().decode("utf-8-sig")))
     except UnicodeDecodeError as error:
         return Note(name, error=f"not UTF-8 text (byte {error.start})")
-    except UserError:
-        return Note(name, error="the file is a pipe, socket or device")
+    except UserError as error:
+        return Note(name, error=str(error).removeprefix(f"{file}: "))
     except OSError as error:
         return Note(name, error=f"the file cannot be read: {error.strerror}")
 

@@ -232,6 +232,8 @@ def identity(options: Options, notes: Unchanged) -> dict[str, object]:
         kept = (*kept, "tensor_parallel")
     if options.bos != "auto":
         kept = (*kept, "bos")
+    if options.max_length:
+        kept = (*kept, "max_length")
     return {**files, "notes": notes.hash, **{name: getattr(options, name) for name in kept}}
 
 
@@ -278,7 +280,7 @@ def extract(
     form = form_for(tokenizer, options.adapter) if options.form == "auto" else options.form
     limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
     kept: dict[str, Any] = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
-    generator = Generator(model, tokenizer, **kept)
+    generator = Generator(model, tokenizer, max_length=options.max_length, **kept)
     asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, options.batch)
     finished = sum(counts[: done * job.world])  # by an earlier call: not of the rate
     shown = {"total": sum(counts), "initial": finished, "unit": "note", "desc": "extracting"}

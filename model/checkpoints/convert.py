@@ -39,7 +39,7 @@ from model.checkpoints.weights import (
 )
 from model.config import ModelConfig
 from model.support.cli import UserError, run
-from model.support.files import atomic_folder, open_regular, read_json
+from model.support.files import atomic_folder, check_regular, read_json
 from model.support.lock import output
 from model.text.tiktoken import open_qwen
 from model.text.tokenizer import Tokenizer, copy_tokenizer
@@ -178,7 +178,7 @@ def open_bins(folder: Path, files: list[Path]) -> dict[str, Stored]:
 
 
 def _load_bin(file: Path) -> Mapping[str, Any]:
-    open_regular(file).close()
+    check_regular(file)
     _check_archive(file)
     try:
         try:

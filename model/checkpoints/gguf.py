@@ -25,7 +25,7 @@ from torch import Tensor
 from model.checkpoints.mistral import head_size, is_rotary, permuted, to_halves
 from model.checkpoints.safetensors import Stored, fill
 from model.support.cli import UserError
-from model.support.files import open_regular
+from model.support.files import check_regular
 
 SCALARS = {0: "B", 1: "b", 2: "H", 3: "h", 4: "I", 5: "i", 6: "f", 7: "?", 10: "Q", 11: "q", 12: "d"}
 STRING, ARRAY = 8, 9
@@ -128,7 +128,8 @@ def open_gguf(path: Path) -> GGUF:
 
 
 def _open_file(path: Path) -> GGUF:
-    with open_regular(path) as file:
+    check_regular(path)
+    with open(path, "rb") as file:
         header = _Header(path, file)
         if header.left < 24 or header.take(4) != b"GGUF":
             raise UserError(f"{path}: not a GGUF file, or cut short; download it again")

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from model.support.cli import UserError
-from model.support.files import open_regular, parse_json
+from model.support.files import check_regular, parse_json
 
 DTYPES: dict[str, torch.dtype] = {
     "F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16,
@@ -81,7 +81,8 @@ def open_safetensors(path: Path) -> dict[str, Stored]:
 
 def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
     """(header, where the tensors' bytes begin, the file's size)."""
-    with open_regular(path) as file:
+    check_regular(path)
+    with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         length = int.from_bytes(file.read(8), "little")
         if size < 8 or length > min(size - 8, LONGEST_HEADER):

@@ -18,7 +18,6 @@ import stat
 import tempfile
 import zlib
 from collections.abc import Iterable, Iterator, Mapping
-from io import BufferedReader
 from pathlib import Path
 from typing import Any
 
@@ -169,22 +168,23 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
     return count
 
 
-def open_regular(path: str | os.PathLike[str]) -> BufferedReader:
-    """Open a file for reading bytes. Raises UserError where it is missing, a folder, or nothing that ends: reading a
-    FIFO or a device that came with someone's files could wait forever."""
+def check_regular(path: str | os.PathLike[str]) -> None:
+    """Raise a UserError where a file is missing, a folder, or a pipe, socket or device: opening one of those may wait
+    forever, reading one may never end."""
     try:
-        if not stat.S_ISREG(os.stat(path).st_mode):
-            kind = "a folder" if os.path.isdir(path) else "a pipe, socket or device"
-            raise UserError(f"{path}: {kind}, not a file")
-        return open(path, "rb")
+        mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
         raise UserError(f"{path}: no such file") from error
+    if not stat.S_ISREG(mode):
+        kind = "a folder" if stat.S_ISDIR(mode) else "a pipe, socket or device"
+        raise UserError(f"{path}: {kind}, not a file")
 
 
 def read_json(path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bool = False) -> Any:
     """The JSON value in a file of at most `most` bytes. Raises UserError where it is missing, longer or not JSON, and
     with `unique` where an object has a name twice (readers differ in which one counts)."""
-    with open_regular(path) as file:
+    check_regular(path)
+    with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
             raise UserError(f"{path}: {size} bytes, more than the {most} that such a file may have; it is corrupt")
         raw = file.read()
@@ -215,12 +215,6 @@ def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) ->
         raise UserError(f"{path}: not JSON{where}; is the file whole?") from error
 
 
-def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise a UserError for a pipe, socket or device: opening one may wait forever, reading one may never end."""
-    if os.path.exists(path) and not (os.path.isfile(path) or os.path.isdir(path)):
-        raise UserError(f"{path}: a pipe, socket or device, not a file; copy what it gives into a file")
-
-
 def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     """Yield (number from 1, line) for every line that is not blank; a file named .gz is decompressed.
 
@@ -239,10 +233,6 @@ def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
                 if line.strip():
                     found = True
                     yield number, line
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
-    except IsADirectoryError as error:
-        raise UserError(f"{path}: a folder, not a JSON-lines file") from error
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file (after line {number})") from error
     if not found:
@@ -305,5 +295,6 @@ def parse_json_line(
 
 def sha256_file(path: str | os.PathLike[str]) -> str:
     """The SHA-256 of a file's bytes, as hexadecimal."""
-    with open_regular(path) as data:
+    check_regular(path)
+    with open(path, "rb") as data:
         return hashlib.file_digest(data, "sha256").hexdigest()

@@ -64,8 +64,6 @@ class Table:
                     self.line = reader.line_num
                     if row:
                         yield row
-        except FileNotFoundError as error:
-            raise UserError(f"{self.path}: no such file") from error
         except UnicodeDecodeError as error:
             raise UserError(f"{self.path}: not UTF-8 text (after line {self.line}); save it as 'CSV UTF-8'") from error
         except (gzip.BadGzipFile, EOFError, zlib.error) as error:

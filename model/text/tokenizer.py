@@ -13,6 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal, overload
 
+from model.checkpoints.weights import first_part
 from model.support.cli import UserError
 from model.support.files import read_json, write_json
 from model.text import chat
@@ -60,7 +61,7 @@ class Tokenizer:
         there is none, or it is damaged.
         """
         path = Path(path)
-        file = path if path.is_file() else _find(path)
+        file = first_part(path) if path.is_file() else _find(path)
         if file.suffix == ".gguf":
             engine, specials, templates, puts, stops = from_gguf(file)
             begin = [specials["bos"]] if puts and specials["bos"] is not None else []
@@ -189,7 +190,7 @@ def _find(folder: Path) -> Path:
     models = sorted(file for file in folder.iterdir() if re.search(r"\.model(\.v\d+)?$", file.name))
     if models:
         return max(models, key=lambda file: (_version(file.name), file.name))
-    found = sorted(folder.glob("*.gguf"))
+    found = sorted({first_part(file) for file in folder.glob("*.gguf")})
     if len(found) == 1:
         return found[0]
     if (folder / "tekken.json").is_file():

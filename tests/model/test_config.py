@@ -41,6 +41,21 @@ def test_windows_of_each_family():
     assert ModelConfig.from_dict(mixed.to_dict()) == mixed
 
 
+@pytest.mark.parametrize(
+    "family, changes, tokens",
+    [
+        ("llama", {}, 64),
+        ("llama-linear", {}, 128),  # 2 × 64
+        ("llama-dynamic", {}, 36),  # 3 × 12
+        ("llama-yarn", {}, 64),  # 4 × 16, as the file says too
+        ("llama-yarn", {"max_position_embeddings": 16}, 64),
+        ("llama-3", {}, 64),  # Llama-3's files give the scaled length: 131,072 for 8 × 8,192
+    ],
+)
+def test_rotary_scaling_extends_the_longest_sequence(family, changes, tokens):
+    assert ModelConfig.from_dict(raw_config(family, **changes)).max_length == tokens
+
+
 def without(family: str, *names: str) -> dict:
     return {k: v for k, v in raw_config(family).items() if k not in names}
 

@@ -23,8 +23,6 @@ def read_text(path: Path, keep_mark: bool = False) -> str:
     check_regular(path)
     try:
         return path.read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
-    except FileNotFoundError as error:
-        raise UserError(f"{path}: no such file") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 

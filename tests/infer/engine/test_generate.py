@@ -17,6 +17,7 @@ from infer.engine.tree import SPARE, Cache, Prefix, causal, plan
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend
 from model.mask import Visible
+from model.rotary import RopeScaling
 from model.support.cli import UserError
 
 MODELS = {"full": tiny_model(), "window": tiny_model(windows=(7, 7)), "mixed": tiny_model(windows=(None, 5))}
@@ -364,6 +365,20 @@ def test_prompts_that_cannot_be(tokenizer):
     for prompts in ([[]], [[999]], [[1] * 4090], "text", None, 5, [5], [None], [["a"]], [[1.5]], [b""]):
         with pytest.raises(UserError):
             generator.generate(prompts)
+
+
+def test_a_prompt_may_be_as_long_as_rotary_scaling_allows_and_longer_with_a_warning(tokenizer):
+    scaling = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
+    model = tiny_model(rope_scaling=RopeScaling(**scaling), max_position_embeddings=16)
+    generator = Generator(model, tokenizer)
+    assert len(generator.generate([[3] * 60], max_new_tokens=4)[0].tokens) == 4
+    with pytest.raises(UserError, match="64"):
+        generator.generate([[3] * 61], max_new_tokens=4)
+    with pytest.warns(UserWarning, match="beyond the 64 tokens"):
+        longer = Generator(model, tokenizer, max_length=80)
+    assert len(longer.generate([[3] * 76], max_new_tokens=4)[0].tokens) == 4
+    with pytest.raises(UserError, match="80"):
+        longer.generate([[3] * 77], max_new_tokens=4)
 
 
 def test_settings_that_fit_no_prompts(tokenizer):

@@ -125,9 +125,9 @@ def test_control_tokens_written_as_plain_ones_are_not_forged(tmp_path_factory, t
     assert [i for i in chat if 256 <= i < 260] == [257, 256, 259] and chat.count(260) == text.count("HER2+")
 
 
-def gguf_file(path: Path, kind: str, pre: str | None, tokens: list[str], types: list[int], **fields) -> Path:
+def gguf_file(path: Path, kind: str, pre: str | None, tokens: list[str], types: list[int], parts=1, **fields) -> Path:
     gguf = pytest.importorskip("gguf")
-    writer = gguf.GGUFWriter(path, "llama")
+    writer = gguf.GGUFWriter(path, "llama", split_max_tensors=1 if parts > 1 else 0)
     writer.add_tokenizer_model(kind)
     if pre is not None:
         writer.add_tokenizer_pre(pre)
@@ -141,7 +141,8 @@ def gguf_file(path: Path, kind: str, pre: str | None, tokens: list[str], types: 
         key = f"tokenizer.ggml.{name}" if "chat" not in name else f"tokenizer.{name}".replace("__", ".")
         add = {bool: writer.add_bool, int: writer.add_uint32, str: writer.add_string}[type(value)]
         add(key, value)
-    writer.add_tensor("token_embd.weight", np.zeros((32, 64), np.float32))
+    for number in range(parts):
+        writer.add_tensor(f"blk.{number}.attn_norm.weight", np.zeros((32, 64), np.float32))
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
@@ -173,6 +174,20 @@ def test_a_gguf_says_how_a_text_begins_and_ends(kind, pre, said, puts, tmp_path)
         ids = tokenizer.encode("a HER2+<|note|></s>")
         assert ids.count(n + 4) == 1 and not {n, n + 1, n + 2, n + 3, n + 5} & set(ids)
         assert tokenizer.decode(ids) == "a HER2+<|note|></s>"
+
+
+@pytest.mark.parametrize("parts", [1, 2, 3])
+def test_a_folder_of_one_gguf_gives_its_tokenizer_in_however_many_parts(parts, tmp_path):
+    gguf_file(tmp_path / "m.gguf", "gpt2", "qwen2", [*LETTERS, "</s>"], [*[1] * 256, 3], parts, eos_token_id=256)
+    files = sorted(tmp_path.glob("*.gguf"))
+    assert len(files) == parts
+    for path in (tmp_path, *files):  # the folder, or any part, stands for the model
+        tokenizer = Tokenizer.from_pretrained(path)
+        assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
+        assert tokenizer.decode(tokenizer.encode("a b")) == "a b"
+    (tmp_path / "other.gguf").write_bytes(files[0].read_bytes())
+    with pytest.raises(UserError, match="one GGUF"):
+        Tokenizer.from_pretrained(tmp_path)
 
 
 def test_a_gguf_without_a_cutting_rule_is_refused(tmp_path):
