@@ -1,4 +1,4 @@
-"""Two baselines that no model is needed for: the commonest answer, and regular expressions with learnt word lists.
+"""Two baselines without a model: the commonest answer, and regular expressions with learnt word lists.
 
 Both are fitted on training records only (see train.clinic) and answer a note's text with
 
@@ -160,7 +160,7 @@ class RegexBaseline:
         return [span["text"].lower() for record in records for span in record["phenotypes"][name]]
 
     def _cue_words(self, records: Iterable[Mapping[str, Any]], name: str) -> frozenset[str]:
-        """The words that stand before right candidates at least twice as often as before wrong ones."""
+        """The words that precede right candidates at least twice as often as before wrong ones."""
         right: Counter[str] = Counter()
         wrong: Counter[str] = Counter()
         for record in records:
@@ -230,8 +230,8 @@ class RegexBaseline:
     def _grade_candidates(self, text: str) -> list[Found]:
         found = {}
         for match in _GRADE.finditer(text):
-            said = (match["named"] or match["tier"] or match["number"]).lower()
-            found[match.start()] = Found(f"grade {_WORD_GRADES.get(said) or _NUMERALS[said]}", match.start())
+            grade = (match["named"] or match["tier"] or match["number"]).lower()
+            found[match.start()] = Found(f"grade {_WORD_GRADES.get(grade) or _NUMERALS[grade]}", match.start())
         for match in self._grades.finditer(text) if self._grades else ():
             value = self._shown["cancer_grade"][match[0].lower()].most_common(1)[0][0]
             found[match.start()] = Found(value, match.start(), 1.0)

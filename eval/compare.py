@@ -35,7 +35,7 @@ class Options:
     system_a: str = ""
     """A system of the first run (empty: every system that both runs name)."""
     system_b: str = ""
-    """The system of the second run to hold against it (empty: the same name)."""
+    """The system of the second run to compare it with (empty: the same name)."""
     changed: int = 5
     """How many changed answers to show for each comparison."""
     json: bool = False
@@ -69,7 +69,7 @@ def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
         both = [(one, theirs[one.record, one.name]) for one in mine if (one.record, one.name) in theirs]
         if other := next((one.record for one, two in both if one.gold != two.gold), None):
             raise UserError(
-                f"{other}: the two runs hold different right answers for it; were they made from the same data?"
+                f"{other}: the two runs have different right answers for it; were they made from the same data?"
             )
         if test := paired_f1(mine, b):
             changed = [
@@ -98,7 +98,7 @@ def main(options: Options) -> None:
         pairs = [(options.system_a, options.system_b or options.system_a)]
     if not pairs:
         raise UserError(
-            f"no system's name stands in both runs ({', '.join(names[0])}; {', '.join(names[1])}); "
+            f"no system is in both runs ({', '.join(names[0])}; {', '.join(names[1])}); "
             "name two with --system-a and --system-b"
         )
     rows = []

@@ -2,14 +2,14 @@
 noise.
 
 Each wrong answer gets the first class whose rule fits, in the order of `CLASSES`; the rules look at the clinical form
-of the text. Apart from its class, an answer that stands nowhere in the note is counted as invented (open phenotypes
-only: a closed one's value need not stand there).
+of the text. Apart from its class, an answer that does not occur in the note is counted as invented (open phenotypes
+only: a closed one's value need not occur there).
 
     >>> wrong = lambda p, g: classify(Question("n", "p", "histological_type", (g,), (p,) if p else ()))
     >>> right = "invasive ductal carcinoma"
-    >>> [wrong(said, right) for said in ("", "carcinoma", f"{right} in situ", "invasive ductal carcinmoa")]
+    >>> [wrong(given, right) for given in ("", "carcinoma", f"{right} in situ", "invasive ductal carcinmoa")]
     ['incomplete', 'incomplete', 'too much', 'misspelling']
-    >>> [wrong(said, right) for said in ("IDC", "no no no", "glioma")]
+    >>> [wrong(given, right) for given in ("IDC", "no no no", "glioma")]
     ['abbreviation', 'repeated', 'irrelevant']
 """
 
@@ -25,14 +25,14 @@ from infer.extract.places import occurs_in
 from infer.tasks import PHENOTYPES
 
 CLASSES = {
-    "empty": "said nothing at all",
+    "empty": "an empty output",
     "repeated": "the same words three times or more in a row",
     "not asked for": "an answer where the note gives none",
     "incomplete": "none, or only a part, of the right answer",
     "too much": "the right answer and more",
     "misspelling": "a letter or two away from the right answer",
     "abbreviation": "the right answer shortened, or a shortened one written out",
-    "label noise suspected": "an independent system gives the same answer and the note holds it, or not the label",
+    "label noise suspected": "an independent system gives the same answer and the note contains it, or not the label",
     "another value": "another value of the same kind",
     "irrelevant": "no word of the right answer",
 }
@@ -50,43 +50,43 @@ def classify(one: Question, note: str = "", witnesses: int = 0) -> str:
     """The class of a wrong answer. `witnesses`: how many independent systems gave the same answer."""
     predicted = [clinical(answer) for answer in one.predicted]
     gold = [clinical(answer) for answer in one.gold]
-    said, right = " ; ".join(predicted), " ; ".join(gold)
-    if one.said_nothing and one.finish_reason != "repetition":
+    given, right = " ; ".join(predicted), " ; ".join(gold)
+    if one.empty_output and one.finish_reason != "repetition":
         return "empty"
     if one.finish_reason == "repetition" or _REPEATED.search(", ".join(one.predicted)):
         return "repeated"
     if not gold:
         return "not asked for"
-    if not predicted or set(predicted) < set(gold) or _part(said, right):
+    if not predicted or set(predicted) < set(gold) or _part(given, right):
         return "incomplete"
-    if set(predicted) > set(gold) or _part(right, said):
+    if set(predicted) > set(gold) or _part(right, given):
         return "too much"
-    if _misspelt(said, right):
+    if _misspelt(given, right):
         return "misspelling"
-    if _shortened(said, right) or _shortened(right, said):
+    if _shortened(given, right) or _shortened(right, given):
         return "abbreviation"
     if note and one.name in PHENOTYPES and not PHENOTYPES[one.name].values:
-        held = f" {clinical(note)} "
-        if (witnesses and f" {predicted[0]} " in held) or not all(f" {answer} " in held for answer in gold):
+        text = f" {clinical(note)} "
+        if (witnesses and f" {predicted[0]} " in text) or not all(f" {answer} " in text for answer in gold):
             return "label noise suspected"
     closed = one.name in PHENOTYPES and bool(PHENOTYPES[one.name].values)
-    alike = set(said.split()) & set(right.split()) - {"mm", "x", "-"} or kinds(said) & kinds(right)
+    alike = set(given.split()) & set(right.split()) - {"mm", "x", "-"} or kinds(given) & kinds(right)
     if closed and set(one.predicted) & set(PHENOTYPES[one.name].values) or alike:
         return "another value"
     return "irrelevant"
 
 
 def kinds(text: str) -> set[str]:
-    """Which kinds of value a clinical form holds: a size is no stage group, and a length no plain number."""
+    """The kinds of value in a clinical form: a size is no stage group, and a length no plain number."""
     return {name for name, pattern in _KINDS.items() if pattern.search(text)}
 
 
 def invented(one: Question, note: str) -> int:
-    """How many answers to an open phenotype stand nowhere in the note."""
+    """How many answers to an open phenotype do not occur in the note."""
     if one.name not in PHENOTYPES or PHENOTYPES[one.name].values:
         return 0
-    held = f" {clinical(note)} "
-    return sum(not occurs_in(answer, note) and f" {clinical(answer)} " not in held for answer in one.predicted)
+    text = f" {clinical(note)} "
+    return sum(not occurs_in(answer, note) and f" {clinical(answer)} " not in text for answer in one.predicted)
 
 
 def count_failures(
@@ -96,7 +96,7 @@ def count_failures(
     examples: int = 3,
 ) -> dict[str, Any]:
     """Counts of each class with the first few examples, and the invented answers. `others`: the answers that
-    independent systems gave, by (record, question): one for each family, since adapters of one base err alike."""
+    independent systems gave, by (record, question): one for each family, since adapters of one base share errors."""
     counts: dict[str, int] = dict.fromkeys(CLASSES, 0)
     shown: dict[str, list[dict[str, str]]] = {name: [] for name in CLASSES}
     made_up = wrong = 0
@@ -115,7 +115,7 @@ def count_failures(
                     "record": one.record,
                     "question": one.name,
                     "right": "; ".join(one.gold) or "not relevant",
-                    "answered": "; ".join(one.predicted)[:200] or ("" if one.said_nothing else "not relevant"),
+                    "answered": "; ".join(one.predicted)[:200] or ("" if one.empty_output else "not relevant"),
                 }
             )
     return {

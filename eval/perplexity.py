@@ -104,7 +104,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], bloc
 
 
 def _nats(model: Transformer, ids: Sequence[int], skip: int) -> float:
-    """−log p of ids[skip:] given what stands before them in the window."""
+    """−log p of ids[skip:] given the tokens before them in the window."""
     tokens_BT = torch.tensor([ids], device=model.device)
     logits_BTV = model(tokens_BT)
     return float(functional.cross_entropy(logits_BTV[0, skip - 1 : -1].double(), tokens_BT[0, skip:], reduction="sum"))

@@ -1,8 +1,8 @@
-"""How often a value that a note repeats is placed where it was read: python -m eval.placing --weights … --notes ….
+"""Accuracy of the places of repeated values: python -m eval.placing --weights … --notes ….
 
 The notes are annotated (the clinic's, or a table's). The model is made to give the annotated answers, so that each
 value's right place is known, and every value that occurs more than once in its note is placed as infer.extract places
-it. Beside the share that is right: what the first and the last occurrence would score, and what other margins would
+it. Reported: the share that is right, what the first and the last occurrence would score, and what other margins would
 decide (infer.extract.evidence.MARGIN).
 """
 
@@ -54,7 +54,7 @@ class Options:
 
 
 def gold_answers(asker: Asker, record: Mapping[str, Any]) -> Iterator[tuple[Answer, list[Span | None]]]:
-    """The annotated answers to a record's questions as the model would say them, each with its values' right places;
+    """The annotated answers to a record's questions as the model would write them, each with its values' right places;
     only those in which a value occurs more than once in the note."""
     note = Note(record["id"], record["text"])
     (part,) = asker.parts(note)
@@ -62,8 +62,8 @@ def gold_answers(asker: Asker, record: Mapping[str, Any]) -> Iterator[tuple[Answ
         texts = [value["text"] for value in record["phenotypes"].get(name) or ()]
         places = {value["text"]: (value["start"], value["end"]) for value in record["phenotypes"].get(name) or ()}
         tokens = asker.tokenizer.encode(tasks.answer(texts))
-        said = Answer(part, name, question, Generation(asker.generator.decode(tokens), tokens, [], "length"))
-        readings = asker.readings(said) if texts else []
+        given = Answer(part, name, question, Generation(asker.generator.decode(tokens), tokens, [], "length"))
+        readings = asker.readings(given) if texts else []
         if any(len(reading.spans) > 1 for reading in readings):
             forced = Settings(max_new_tokens=len(tokens), constraint=Forced(tokens))
             (out,) = asker.generator.generate([prompt], forced)
@@ -82,8 +82,8 @@ def measure(asker: Asker, records: Iterable[Mapping[str, Any]]) -> list[dict[str
                 if 1 < len(reading.spans) <= MOST and place in reading.spans:
                     readings.append(reading)
                     rows.append({"id": record["id"], "phenotype": answer.name, "spans": reading.spans, "right": place})
-        lost = losses(asker.generator, readings, asker.batch)
-        found += [{**row, "losses": one} for row, one in zip(rows, lost, strict=True)]
+        measured = losses(asker.generator, readings, asker.batch)
+        found += [{**row, "losses": one} for row, one in zip(rows, measured, strict=True)]
     return found
 
 

@@ -1,4 +1,4 @@
-"""Predictions beside references, one `Question` for everything that was asked; nothing is dropped in silence.
+"""Predictions paired with references, one `Question` for everything that was asked; nothing is dropped silently.
 
 A reference record is train.clinic's, a prediction record infer.extract's:
 
@@ -7,7 +7,7 @@ A reference record is train.clinic's, a prediction record infer.extract's:
 
 Shorter forms are taken too, in both files, so that any system's output can be scored: an answer may be a string, a
 phenotype a list of strings or one string ("not relevant" or "ER+; PR-"), a diagnosis a string. What a reference does
-not hold is not asked. A record may hold questions of its own instead (train.importers.conll), the prediction their
+not have is not asked. A record may hold questions of its own instead (train.importers.conll), the prediction their
 answers in the same order:
 
     {"id": "c-1", "text": "…", "questions": [{"question": "Which disease names are mentioned?", "answers": [{"text":
@@ -34,7 +34,7 @@ Json = dict[str, Any]
 @dataclass(frozen=True)
 class Question:
     """One question about one note. `name` is a phenotype, "diagnosis", or the text of a question of the record's `own`.
-    `gold` and `predicted` are answers without "not relevant"; `said_nothing` tells an empty output from an answer "not
+    `gold` and `predicted` are answers without "not relevant"; `empty_output` tells an empty output from an answer "not
     relevant"."""
 
     record: str
@@ -42,7 +42,7 @@ class Question:
     name: str
     gold: tuple[str, ...]
     predicted: tuple[str, ...]
-    said_nothing: bool = False
+    empty_output: bool = False
     finish_reason: str = ""
     own: bool = False
 
@@ -79,7 +79,7 @@ class Counts:
 
 def read_references(path: str | Path) -> list[Json]:
     """The annotated notes of a file, right answers as lists. Raises UserError for a line without id, text or truth, of
-    another form, or whose id was met before."""
+    another form, or whose id occurred before."""
     records, seen = [], set()
     for number, record in read_jsonl(path, ("id", "text")):
         where = f"{path}:{number}"
@@ -93,7 +93,7 @@ def read_references(path: str | Path) -> list[Json]:
             if not isinstance(given, list):
                 record["phenotypes"][name] = list(phenotype_answers(given)[0])
         if record["id"] in seen:
-            raise UserError(f"{where}: the id {record['id']!r} stands twice")
+            raise UserError(f"{where}: the id {record['id']!r} occurs twice")
         seen.add(record["id"])
         records.append(record)
     return records
@@ -171,7 +171,7 @@ def pair(
         elif prediction.get("error"):
             counts.failed.append(record["id"])
         questions += questions_of(record, prediction)
-    counts.empty = sum(one.said_nothing for one in questions)
+    counts.empty = sum(one.empty_output for one in questions)
     return questions, counts
 
 
@@ -213,13 +213,13 @@ def diagnosis_of(record: Json) -> str:
 
 
 def phenotype_answers(given: Any) -> tuple[tuple[str, ...], bool, str]:
-    """(answers, whether nothing at all was said, finish reason) from any form of a predicted phenotype."""
+    """(answers, whether the output was empty, finish reason) from any form of a predicted phenotype."""
     if isinstance(given, str):
         return tuple(parse_answer(given)), not given.strip(), ""
     if isinstance(given, Mapping):
-        said = given.get("answers") or ()
-        said = parse_answer(said) if isinstance(said, str) else said
-        answers = tuple(dict.fromkeys(text for one in said if (text := _text(one).strip())))
+        listed = given.get("answers") or ()
+        listed = parse_answer(listed) if isinstance(listed, str) else listed
+        answers = tuple(dict.fromkeys(text for one in listed if (text := _text(one).strip())))
         answers = tuple(answer for answer in answers if answer.lower().rstrip(".") != NOT_RELEVANT)
         return answers, not answers and not given.get("not_relevant", False), str(given.get("finish_reason", ""))
     answers = tuple(dict.fromkeys(text for one in given or () if (text := _text(one).strip())))
@@ -234,14 +234,14 @@ def _text(span: Any) -> str:
 
 
 def score_question(one: Question, preset: str) -> dict[str, Figures]:
-    """A question's three metrics. Presets for which "not relevant" is a text like any other see that text. Silence is
-    not that answer: an empty output, or none, is wrong where the right answer is "not relevant" too."""
+    """A question's three metrics. Presets for which "not relevant" is a text like any other see that text. An
+    empty output, or none, is not that answer: it is wrong where the right answer is "not relevant" too."""
     chosen = PRESETS[preset]
     predicted, gold = list(one.predicted), list(one.gold)
-    if one.said_nothing and not gold:
-        predicted = ["(nothing said)"]
+    if one.empty_output and not gold:
+        predicted = ["(empty output)"]
     if chosen.nothing is None:
-        predicted = predicted or ([] if one.said_nothing else [NOT_RELEVANT])
+        predicted = predicted or ([] if one.empty_output else [NOT_RELEVANT])
         gold = gold or [NOT_RELEVANT]
         if one.task == "diagnosis":  # the scripts split every answer on commas, a diagnosis too
             return question(",".join(predicted), ",".join(gold), chosen)
@@ -267,7 +267,7 @@ def paired_f1(a: Iterable[Question], b: Iterable[Question], metric: str = "exact
 
 
 def figures(questions: list[Question], preset: str = "clinical") -> Json | None:
-    """The metrics of these questions with their intervals, the counts they rest on and the gold-against-gold
+    """The metrics of these questions with their intervals, the counts behind them and the gold-against-gold
     ceiling."""
     if not questions:
         return None
@@ -300,4 +300,4 @@ def figures(questions: list[Question], preset: str = "clinical") -> Json | None:
 
 
 def gold_itself(one: Question) -> Question:
-    return replace(one, predicted=one.gold, said_nothing=False, finish_reason="")
+    return replace(one, predicted=one.gold, empty_output=False, finish_reason="")

@@ -4,8 +4,8 @@
     python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine       adds a row to the same
     report
 
-`--data` holds annotated notes (train.clinic's records; `train.importers.table` and `brat` make them of yours), or texts
-with questions of their own (`train.importers.conll`). Only what is annotated is scored. The folder holds a copy of the
+`--data` has annotated notes (train.clinic's records; `train.importers.table` and `brat` make them of yours), or texts
+with questions of their own (`train.importers.conll`). Only what is annotated is scored. The folder gets a copy of the
 notes, each model's answers, run.json and the report with intervals over patients, from 10 patients on. `--model` takes
 the chat form and the name of a model from eval/baselines.toml; else our template is used where an adapter is given, and
 the model's own chat form where not.
@@ -89,7 +89,7 @@ class Options:
 
 
 def baseline(name: str) -> dict[str, Any]:
-    """An entry of eval/baselines.toml. Raises UserError for a name that it does not hold."""
+    """An entry of eval/baselines.toml. Raises UserError for an unknown name."""
     entries = tomllib.loads(BASELINES.read_text(encoding="utf-8"))
     if name not in entries:
         raise UserError(
@@ -153,7 +153,7 @@ def main(options: Options) -> None:
     entry = baseline(options.model) if options.model else None
     records = read_references(options.data)
     if not any(record.get("phenotypes") or record.get("diagnosis") or record.get("questions") for record in records):
-        raise UserError(f"{options.data}: holds no question; give annotated notes")
+        raise UserError(f"{options.data}: no question; give annotated notes")
     name = options.name or (
         entry["title"] if entry else Path(options.adapter[-1] if options.adapter else options.weights).name
     )

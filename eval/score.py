@@ -3,7 +3,7 @@
     python -m eval.score --predictions runs/demo/predictions/tuned-heldout.jsonl --references
     runs/demo/data/heldout.jsonl
 
-The forms of the two files stand in eval/questions.py. Answerable questions are scored apart from unanswerable ones,
+The forms of the two files are in eval/questions.py. Answerable questions are scored separately from unanswerable ones,
 where the right answer is "not relevant": a system that always says so would look good in a mean over both.
 """
 
@@ -53,8 +53,8 @@ def groups(questions: list[Question], task: str = "both") -> dict[str, list[Ques
     found: dict[str, list[Question]] = {"phenotype": [], "phenotype, unanswerable": [], "diagnosis": []}
     for one in questions:
         if task in ("both", one.task):
-            apart = one.task != "diagnosis" and not one.answerable
-            found.setdefault(f"{one.task}, unanswerable" if apart else one.task, []).append(one)
+            separate = one.task != "diagnosis" and not one.answerable
+            found.setdefault(f"{one.task}, unanswerable" if separate else one.task, []).append(one)
     return found
 
 
@@ -69,7 +69,7 @@ def main(options: Options) -> None:
             result["groups"][name] = figures(group, chosen(options.preset).name)
     if not result["groups"]:
         asked = "question" if options.task == "both" else f"{options.task} question"
-        raise UserError(f"{options.references}: holds no {asked}; give annotated notes")
+        raise UserError(f"{options.references}: no {asked}; give annotated notes")
     if options.json:
         print(json.dumps(result, indent=2))
         return
@@ -78,7 +78,7 @@ def main(options: Options) -> None:
 
 
 def made_up(questions: list[Question], notes: dict[str, str]) -> dict[str, int]:
-    """How many answers to open phenotypes there are, and how many of them stand nowhere in their note (none can where
+    """How many answers to open phenotypes there are, and how many of them do not occur in their note (none can where
     infer.extract was --grounded)."""
     asked = [one for one in questions if one.name in PHENOTYPES and not PHENOTYPES[one.name].values]
     return {"count": sum(invented(one, notes[one.record]) for one in asked),
@@ -102,7 +102,7 @@ def table(result: dict[str, Any]) -> str:
             )
     if "invented" in result:
         count, answers = result["invented"].values()
-        lines.append(f"invented: {count} of {answers} answers to open questions stand nowhere in the note")
+        lines.append(f"invented: {count} of {answers} answers to open questions do not occur in the note")
     return "\n".join([*lines, f"signature {signature}"])
 
 

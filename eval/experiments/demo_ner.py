@@ -1,10 +1,10 @@
-"""A real text task: disease names in PubMed abstracts. `make demo-ner`, or python -m eval.demo_ner.
+"""A real text task: disease names in PubMed abstracts. `make demo-ner`.
 
     IOB files → questions (train.importers.conll) → LoRA on SmolLM2 (train.instruct) → answers (infer.extract) → F1
 
 Train and test split of the NCBI disease corpus, both whole. A record is three sentences with one question; the score is
 exact-match precision, recall and F1 over the distinct names of each record. Published taggers, which see one sentence
-and are scored on every mention's place, reach 85–90 entity F1 there. An interrupted run goes on where it stopped.
+and are scored on every mention's place, reach 85–90 entity F1 there. An interrupted run continues.
 """
 
 from __future__ import annotations
@@ -75,7 +75,7 @@ def measured(run: Run, options: Options) -> None:
 def score(references: str, answers: str) -> dict[str, Any]:
     """Precision, recall and F1 (× 100) over the distinct names of every question of every record."""
     given = {record["id"]: record for _, record in read_jsonl(answers, ("id",))}
-    right = said = names = empty = empty_right = records = 0
+    right = predicted = names = empty = empty_right = records = 0
     for _, record in read_jsonl(references, ("id", "questions")):
         records += 1
         if record["id"] not in given:
@@ -84,12 +84,12 @@ def score(references: str, answers: str) -> dict[str, Any]:
         for number, asked in enumerate(record["questions"]):
             gold = distinct(asked["answers"])
             reply = distinct(replies[number]["answers"]) if number < len(replies) else set()
-            right, said, names = right + len(gold & reply), said + len(reply), names + len(gold)
+            right, predicted, names = right + len(gold & reply), predicted + len(reply), names + len(gold)
             empty += not gold
             empty_right += not gold and not reply and number < len(replies)
-    precision, recall = (100 * right / total if total else 0.0 for total in (said, names))
+    precision, recall = (100 * right / total if total else 0.0 for total in (predicted, names))
     f1 = 2 * precision * recall / (precision + recall) if right else 0.0
-    return {"records": records, "names": names, "said": said, "right": right, "precision": precision,
+    return {"records": records, "names": names, "predicted": predicted, "right": right, "precision": precision,
             "recall": recall, "f1": f1, "empty": empty, "empty_right": empty_right}  # fmt: skip
 
 

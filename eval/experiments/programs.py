@@ -1,8 +1,8 @@
-"""What a demo's folder holds, and the experiments that are run on it: eval.experiments.demo asks a little of them,
-eval.experiments.tables all.
+"""The files of a demo's folder, and the experiments that are run on it: a few by eval.experiments.demo, all by
+eval.experiments.tables.
 
-Each function gives a program as `python -m` takes it. It leaves result.json in its folder and takes up its own work
-where it stopped.
+Each function returns a command as `python -m` takes it. The program writes result.json into its folder and continues
+after an interruption.
 """
 
 from __future__ import annotations

@@ -1,15 +1,15 @@
-"""What each quirk of the paper's released scripts costs: one command, everything from nothing, at nano scale.
+"""The cost of each quirk of the paper's released scripts: one command, everything from nothing, at nano scale.
 
     python -m eval.experiments.quirks --out runs/quirks          # `--scale tiny` proves in half a minute that it runs
 
 A nano Mistral is trained on general clinical text. Then the sound way and each quirk, switched on alone, train on the
 same records for the same steps: continued pre-training (texts run together without a mask), tuning (instruction before
 the note, loss on the prompt too, no end-of-text token, NF4 base, 8-bit AdamW, clipping at 0.3), and all of tuning's
-together. Every adapter is judged alike: −log p of the held-out answers and their end, exact match and share of answers
-that stop, under greedy decoding of the form that it was trained on. The leak meter changes each document of a packed
-row in turn and reads how far the logits of the others move. Scoring's quirk is judged on the sound answers.
+together. Every adapter is evaluated alike: −log p of the held-out answers and their end, exact match and share of
+answers that stop, under greedy decoding of the form that it was trained on. The leak meter changes each document of a
+packed row in turn and reads how far the logits of the others move. Scoring's quirk is evaluated on the sound answers.
 
-Where questions do not share a note's row (the instruction first), a step holds as many tokens, so fewer questions.
+Where questions do not share a note's row (the instruction first), a step has as many tokens, so fewer questions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class Options:
     """Train with and without each quirk of the paper's scripts and print what it costs."""
 
     out: Path = Path("runs/quirks")
-    """The run's folder; an interrupted run goes on."""
+    """The run's folder; an interrupted run continues."""
     scale: Literal["nano", "tiny"] = "nano"
     """nano: minutes on two cores. tiny: the same steps in half a minute; its figures mean nothing."""
     overwrite: bool = False
@@ -77,7 +77,7 @@ TUNING: dict[str, dict[str, Any]] = {
     "clipping at 0.3": {"clip": 0.3},
 }
 TUNING["all of tuning's"] = {key: value for values in TUNING.values() for key, value in values.items()}
-ROWS_A_NOTE = 2  # rows of one question each that hold about as many tokens as a note with all of its questions
+ROWS_A_NOTE = 2  # rows of one question each that have about as many tokens as a note with all of its questions
 
 
 def name_of(stage: str, quirk: str) -> str:
@@ -85,7 +85,7 @@ def name_of(stage: str, quirk: str) -> str:
 
 
 def prepare(run: Run, scale: str, size: Size) -> None:
-    """Data, tokenizer and the base that all adapters stand on."""
+    """Data, tokenizer and the base of all adapters."""
     data = run.out / "data"
     run.step("clinic", ["train.clinic", "--out", str(data), "--patients", str(size.patients), "--seed", "3",
                         "--further-patients", str(size.texts), "--healthy", str(size.texts),
@@ -110,7 +110,7 @@ def trained(stage: str, recipe: str, options: dict[str, Any]) -> None:
 def adapter(run: Run, stage: str, scale: str, size: Size, quirk: str, changed: dict[str, Any]) -> None:
     """Train one adapter; the recipe is the demo's of this scale, but for the sizes and the quirk."""
     pretrain, folder = stage == "pretrain", run.out / "data"
-    # the note's own loss is off in every tuning: with the instruction first a row has no note apart from its question
+    # the note's own loss is always off: with the instruction first a row has no note separate from its question
     data = "pretrain" if pretrain else "train"
     rows = size.batch * (1 if changed.get("share_prefix", True) else ROWS_A_NOTE)
     run.step(f"{stage}: {quirk}", lambda: trained(stage, f"{scale}-{stage}", {
@@ -171,7 +171,7 @@ def answered(run: Run, size: Size, changed: dict[str, Any], model: Any) -> dict[
     made, generator = [], Generator(model, tokenizer)
     for start in range(0, len(prompts), 8):
         made += generator.generate(prompts[start : start + 8], max_new_tokens=24, temperature=0.0)
-    # nothing at all is no answer: only the words "not relevant" say that the note holds none
+    # an empty output is no answer: only the words "not relevant" say that the note has none
     given = [tasks.parse_answer(one.text) if one.text.strip() else ["(no answer)"] for one in made]
     right = [set(a) == set(b) for a, b in zip(given, golds, strict=True)]
     stopped = [one.finish_reason == "stop" for one in made]
@@ -212,7 +212,7 @@ def leak(run: Run, size: Size, quirk: str, changed: dict[str, Any], model: Any) 
     several = (row for row in (rows[i] for i in range(len(rows))) if sum(len(unit.stretches) for unit in row.units) > 1)
     row = next(several, None)
     if row is None:
-        raise UserError(f"{store.path}: no row of {size.block} tokens holds two texts")
+        raise UserError(f"{store.path}: no row of {size.block} tokens has two texts")
     return max(moved(model, row, size.vocab) + moved(training_blocks(model), row, size.vocab))
 
 

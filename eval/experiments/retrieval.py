@@ -1,8 +1,8 @@
-"""recall@k and nDCG of a retriever: does a note's neighbourhood hold notes of the same diagnosis?
+"""recall@k and nDCG of a retriever: are a note's neighbours notes of the same diagnosis?
 
     python -m eval.experiments.retrieval --index DIR --notes heldout.jsonl [--weights DIR]
 
-A neighbour is relevant where its diagnosis has the note's ICD-10-CM code. The guard of infer.retrieval.index holds, so
+A neighbour is relevant where its diagnosis has the note's ICD-10-CM code. The guard of infer.retrieval.index applies:
 neither the note, nor its patient's other notes, nor near-duplicates are retrieved or counted as relevant.
 
 recall@k is the share of the notes' relevant records among the first k, as in BEIR; nDCG@10 discounts the relevant

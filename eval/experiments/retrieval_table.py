@@ -6,12 +6,12 @@
 
 BM25 always runs, and so does a small encoder of our own, trained on `--data` and `--texts` first (train.contrastive;
 `--encoder-steps 0` leaves it out). The four public encoders run where their weights lie in ENCODERS/contriever, medcpt,
-specter2, sgpt; a row without weights says so. Each row holds the diagnosis scores with intervals by patient, the
+specter2, sgpt; a row without weights says so. Each row has the diagnosis scores with intervals by patient, the
 difference to the same model without neighbours (paired), and recall@k and nDCG@10 on notes of the same diagnosis.
 
 A model that never saw neighbours in training may be misled by them. With `--tune-steps` the adapter is therefore also
 tuned further on the same notes with BM25's neighbours in their prompts, and for as many steps without neighbours, so
-that the effect of more tuning is not attributed to retrieval. DIR/result.json holds the rows; an interrupted run
+that the effect of more tuning is not attributed to retrieval. The rows are in DIR/result.json; an interrupted run
 continues.
 """
 
@@ -60,7 +60,7 @@ class Options:
     out: Path
     """The run's folder: indexes, answers, result.json."""
     encoders: Path = Path("runs/encoders")
-    """The public encoders' folders, by kind (infer/retrieval/README.md says what each holds)."""
+    """The public encoders' folders, by kind (their files: infer/retrieval/README.md)."""
     texts: tuple[Path, ...] = ()
     """Further notes without answers for our own encoder."""
     encoder_steps: int = 300

@@ -1,7 +1,7 @@
-"""A long run as steps: what is done stands in OUT/steps.json, and the same command goes on after an interruption.
+"""A long run as steps: finished ones are in OUT/steps.json, and the same command continues after an interruption.
 
 The steps are functions, or programs as `python -m` takes them; each one's seconds and peak memory are kept. What the
-run is made of (its options) stands in OUT/made-of.json: a run with other options is not mixed with an older one's, and
+run is made of (its options) is in OUT/made-of.json: a run with other options is not mixed with an older one's, and
 nothing is removed without --overwrite.
 """
 
@@ -53,9 +53,9 @@ class Run:
         self._do([name], alone)
 
     def run_in_parallel(self, works: Mapping[str, list[str]]) -> None:
-        """Do programs two at a time, each with half of the cores: small products, which wait for one another's ends
-        when they are divided over cores, are sooner that way (two tunings of a 135M base: 1.3 times). The time that two
-        took together is divided between them, so that seconds add up. On a GPU they run one after the other."""
+        """Do programs two at a time, each with half of the cores: small products, which synchronise often
+        when they are divided over cores, are faster that way (two tunings of a 135M base: 1.3 times). The time of a
+        pair is divided between the two, so that seconds add up. On a GPU they run one after the other."""
         left = [(name, work) for name, work in works.items() if name not in self.steps]
         size = 1 if torch.cuda.is_available() else 2
         for pair in (dict(left[at : at + size]) for at in range(0, len(left), size)):
@@ -64,7 +64,7 @@ class Run:
     def _do(self, names: Iterable[str], work: Callable[[], Mapping[str, float]]) -> None:
         """Do steps; note what they took together, and the peak memory of each, which `work` returns."""
         with ended_by_sigterm():
-            print(f"· {', beside '.join(names)}", file=sys.stderr, flush=True)
+            print(f"· {' and '.join(names)}", file=sys.stderr, flush=True)
             began = time.monotonic()
             peaks = work()
         seconds = time.monotonic() - began
@@ -112,9 +112,9 @@ def extraction(weights: str, adapters: Iterable[str], notes: Path | str, out: Pa
 
 @contextmanager
 def begin(out: Path, made_of: Mapping[str, Any], last: str = "", overwrite: bool = False) -> Iterator[Run]:
-    """The run in `out`, which no other process may write meanwhile: a new one, or one of the same options that goes on.
+    """The run in `out`, locked against other processes: a new one, or an interrupted one of the same options.
 
-    Raises UserError where the folder holds anything else, and where the run has ended (the file `last` is there).
+    Raises UserError where the folder contains anything else, and where the run is finished (the file `last` is there).
     `overwrite`: a run that is there, ended or not, is removed first.
     """
     with hold(out):
@@ -125,7 +125,7 @@ def begin(out: Path, made_of: Mapping[str, Any], last: str = "", overwrite: bool
             check_writable(mark)
         claim(out, mark, made_of, begun=not is_empty(out))
         if last and (out / last).is_file():
-            raise UserError(f"{out}: holds a run that has ended, with its {last}; choose another --out, or give "
+            raise UserError(f"{out}: a finished run, with its {last}; choose another --out, or give "
                             "--overwrite to remove that run and begin again")  # fmt: skip
         sweep(out)
         steps = out / "steps.json"
@@ -148,7 +148,7 @@ def program(name: str, arguments: list[str]) -> float:
 
 
 def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, float]:
-    """Run each `python -m …` beside the others, with `threads` of torch's (0: as many as it takes). Returns their peak
+    """Run programs (`python -m …`) in parallel, each with `threads` of torch's (0: its default). Returns their peak
     resident memory in MB. Raises UserError where one fails: the others run to their end first."""
     asked: list[int] = []  # a signal while a program starts: raised there, it would leave the program without the run
     handlers = {number: signal.signal(number, lambda number, _: asked.append(number))
@@ -181,11 +181,11 @@ def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, floa
         for number, handler in handlers.items():
             signal.signal(number, handler)
     if failed:
-        raise UserError(f"{' and '.join(failed)}; the reason stands above, and the same command goes on")
+        raise UserError(f"{' and '.join(failed)}; the reason is above; the same command continues")
     return peaks
 
 
 def answered(program: list[str]) -> bool:
     """Whether infer.extract has ended: it exits 1 where some notes could not be answered (an empty one, say), and its
-    output, which has its name only when it is whole, holds their errors."""
+    output, which is renamed only when it is complete, has their errors."""
     return program[0] == "infer.extract" and Path(program[program.index("--out") + 1]).is_file()

@@ -4,8 +4,8 @@
 
 Tables 1, 2 and 5 are the demo's own figures. Table 3 trains an adapter for each rate of wrong labels with the demo's
 recipe shortened; Table 4 and Table 6 ask the demo's tuned adapter; the canaries repeat its continued pre-training. Work
-is budgeted in notes and passes, never in seconds. An interrupted run goes on where it stopped, inside a step too; one
-that ended only writes its report anew.
+is budgeted in notes and passes, never in seconds. An interrupted run continues where it stopped, inside a step too; a
+finished one only rewrites its report.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Sizes:
-    """How much of everything. `rates` hold 0, to be compared with."""
+    """How much of everything. `rates` include 0, the reference."""
 
     label_rates: tuple[float, ...]
     filter_rate: float
@@ -126,7 +126,7 @@ def steps(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str]]]:
 
 
 def described(run: Run, demo: Demo) -> dict[str, Any]:
-    """run.json: the demo's, seen from the tables' folder, with the results beside it."""
+    """run.json: the demo's, with paths relative to the tables' folder, and the results."""
     given = read_json(demo.folder / "run.json")
 
     def moved(path: str) -> str:

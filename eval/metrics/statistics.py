@@ -4,7 +4,7 @@
 answer wrong, and takes the cluster-robust t-interval of the mean of all, with n - 1 degrees of freedom for n patients.
 With one binary question a patient this is close to Agresti and Coull's interval; the added patients keep it from zero
 width where all patients are alike, and keep its coverage near 0 and 100, where the plain t-interval covers 83 to 88 %
-(simulated; tests/eval/metrics/test_statistics.py holds this one to at least 93 %). `paired` is the same interval of
+(simulated; tests/eval/metrics/test_statistics.py requires at least 93 % of this one). `paired` is the same interval of
 differences, whose bounds are -100 and 100, and its p-value inverts it: p < 0.05 where 0 lies outside. Fewer than 10
 patients have no interval.
 

@@ -1,7 +1,7 @@
 """Porter's stemmer (Program 14.3, 1980) with the extensions that nltk's default mode carries.
 
 The set scorer compares stemmed words, so "carcinomas" and "carcinoma" are one answer. The rules are data; a rule fires
-on the first suffix that fits, and whether or not its condition holds, no later rule of the step is tried.
+on the first suffix that fits, and whether or not its condition is met, no later rule of the step is tried.
 
     >>> [stem(word) for word in ("carcinomas", "metastatic", "biopsies", "staging", "relational", "dying")]
     ['carcinoma', 'metastat', 'biopsi', 'stage', 'relat', 'die']

@@ -5,7 +5,7 @@ RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
     {"title", "scale", "seconds", "peak_mb", "host", "references": {"heldout": path, "unseen": path},
      "systems": [{"name", "kind": "model"|"base"|"regex"|"majority", "predictions": {"heldout": path, "unseen": path},
                   "notes": how many notes it was given (default: all), "seconds", "peak_mb",
-                  "family": what its errors hang together with (default: one family of all models),
+                  "family": systems of one family share errors (default: one family of all models),
                   and how it was asked: "form": "template", or the chat form, "grounded": true|false}],
      "compare": [[name, name], …]: the pairs of systems whose difference matters,
      "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}], "leaks",
@@ -66,7 +66,7 @@ class Options:
     """Write a run's report: the paper's tables, plots, failures and examples, as HTML and JSON."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run's folder; it holds run.json."""
+    """The run's folder, with run.json."""
     examples: int = 10
     """Notes to show with their answers marked."""
 
@@ -133,7 +133,7 @@ def set_report(run: Path, given: Json, name: str, references: list[Json]) -> tup
 
 
 def family_of(system: Json) -> str:
-    """Systems of one family err alike: adapters of one base are no independent witnesses of each other."""
+    """Systems of one family share errors: adapters of one base are no independent evidence for each other."""
     return system.get("family") or ("models" if system["kind"] in ("model", "base") else system["kind"])
 
 
@@ -152,12 +152,12 @@ def _row(system: Json, questions: list[Question]) -> Json:
     }
     codes = [one for one in questions if one.task == "diagnosis"]
     if codes:
-        said = [(lookup(" ".join(one.predicted), 1), lookup(one.gold[0], 1)) for one in codes]
+        found = [(lookup(" ".join(one.predicted), 1), lookup(one.gold[0], 1)) for one in codes]
         patients = [one.patient for one in codes]
         row["code"] = {
             "n": len(codes),
-            "exact": share([p != [] and p[:1] == g[:1] for p, g in said], patients),
-            "category": share([p != [] and g != [] and p[0][:3] == g[0][:3] for p, g in said], patients),
+            "exact": share([p != [] and p[:1] == g[:1] for p, g in found], patients),
+            "category": share([p != [] and g != [] and p[0][:3] == g[0][:3] for p, g in found], patients),
         }
     return row
 
@@ -272,14 +272,14 @@ def verdicts(report: Json) -> list[str]:
             row, diagnosis = best[True], best[True]["clinical"].get("diagnosis")
             exact = row["clinical"][task]["exact_match"]
             spread = format_interval(exact["low"], exact["high"])
-            told = f"{part['title'][:1].upper()}{part['title'][1:]}: {row['name']} reaches an exact-match F1 of "
-            told += f"{exact['f1']:.1f} {spread}".rstrip() + (" on phenotypes" if task == "phenotype" else "")
-            told += f" and {diagnosis['exact_match']['f1']:.1f} on diagnoses" if diagnosis else ""
+            sentence = f"{part['title'][:1].upper()}{part['title'][1:]}: {row['name']} reaches an exact-match F1 of "
+            sentence += f"{exact['f1']:.1f} {spread}".rstrip() + (" on phenotypes" if task == "phenotype" else "")
+            sentence += f" and {diagnosis['exact_match']['f1']:.1f} on diagnoses" if diagnosis else ""
             if False in best:
                 plain = best[False]
-                told += f"; without a model, {plain['name']}: {_f1(plain, task):.1f}"
-                told += f" and {_f1(plain, 'diagnosis'):.1f}" if plain["clinical"].get("diagnosis") else ""
-            found.append(f"{told} ({part['patients']} patients).")
+                sentence += f"; without a model, {plain['name']}: {_f1(plain, task):.1f}"
+                sentence += f" and {_f1(plain, 'diagnosis'):.1f}" if plain["clinical"].get("diagnosis") else ""
+            found.append(f"{sentence} ({part['patients']} patients).")
     return found
 
 
@@ -349,7 +349,7 @@ def plots(report: Json) -> dict[str, str]:
         rows = report["canaries"]["rows"]
         series = {title: ([str(row["count"]) for row in rows[title]], *([row[key] for row in rows[title]] for key in
                           ("exposure", "low", "high"))) for title in rows}  # fmt: skip
-        found["canaries"] = report_plots.lines(series, "notes that hold the canary", "exposure, bits", zero=True)
+        found["canaries"] = report_plots.lines(series, "notes with the canary", "exposure, bits", zero=True)
     return found
 
 

@@ -29,7 +29,7 @@ def _example(record: Json, prediction: Json) -> Json:
                 "question": one.name,
                 "right": right,
                 "gold": "; ".join(one.gold) or "not relevant",
-                "answered": "; ".join(one.predicted) or ("(empty)" if one.said_nothing else "not relevant"),
+                "answered": "; ".join(one.predicted) or ("(empty)" if one.empty_output else "not relevant"),
                 "logprob": _logprob(prediction, one),
             }
         )
@@ -49,7 +49,7 @@ def _logprob(prediction: Json, one: Question) -> float | None:
 
 
 def _marks(record: Json, prediction: Json, one: Question, right: bool) -> list[tuple[int, int, str, str]]:
-    """The answers where the model read them, as its record says, and what it missed where the annotation has it."""
+    """The answers at the places that their record gives, and what was missed at the annotation's."""
     spans = record["phenotypes"][one.name]
     gold = [span for span in spans if isinstance(span, dict) and span.get("start") is not None]
     found = prediction.get("phenotypes", {}).get(one.name)
@@ -62,9 +62,9 @@ def _marks(record: Json, prediction: Json, one: Question, right: bool) -> list[t
         kind = "right" if right or clinical(answer["text"]) in forms else "wrong"
         marks.append((answer["start"], answer["end"], kind, one.name))
     for span in gold:
-        if clinical(span["text"]) not in read:  # said without a place, or not at all
-            said = right or span["text"] in one.predicted
-            marks.append((span["start"], span["end"], "right" if said else "missed", one.name))
+        if clinical(span["text"]) not in read:  # answered without a place, or not at all
+            answered = right or span["text"] in one.predicted
+            marks.append((span["start"], span["end"], "right" if answered else "missed", one.name))
     return marks
 
 

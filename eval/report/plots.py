@@ -16,7 +16,7 @@ def lines(
     series: Mapping[str, tuple[Sequence[Any], ...]], x: str, y: str, log: bool = False, zero: bool = False
 ) -> str:
     """A plot of named lines (xs, ys) or (xs, ys, lows, highs), these with their intervals. Of names such as "diagnosis,
-    repaired" the first word gives the colour and the rest the stroke. xs that are text stand at equal distances."""
+    repaired" the first word gives the colour and the rest the stroke. xs that are text are spaced equally."""
     from matplotlib import ticker
 
     strokes = ("-", "--", ":")
@@ -34,10 +34,10 @@ def lines(
                 axes.plot(xs, ys, label=name, **look, **({"marker": "o", "markersize": 4} if len(xs) < 15 else {}))
                 continue
             at = [float(place if isinstance(value, str) else value) for place, value in enumerate(xs)]
-            # Points of one x stand a little apart, so that their intervals can be told from each other.
+            # Points of one x are shifted a little, so that their intervals do not overlap.
             step = 0.012 * max((max(at) - min(at)) if len(at) > 1 else max(at), 1e-9)
-            apart = [value + step * (turn - (len(series) - 1) / 2) for value in at]
-            axes.errorbar(apart, ys, yerr=arms(ys, *spread), label=name, fmt="o", markersize=4, capsize=2,
+            shifted = [value + step * (turn - (len(series) - 1) / 2) for value in at]
+            axes.errorbar(shifted, ys, yerr=arms(ys, *spread), label=name, fmt="o", markersize=4, capsize=2,
                           elinewidth=1, **look)  # fmt: skip
             if len(at) > len(ticks):
                 ticks[:] = at

@@ -4,7 +4,7 @@
     python -m eval.robustness misspelling --weights W --adapter A --notes heldout.jsonl --lexicon train.jsonl --out DIR
     python -m eval.robustness canaries --weights W --recipe R.toml --data pretrain.jsonl --out DIR
 
-DIR/result.json holds the figures, which eval.report shows (run.json's "wrong_labels", "misspelling", "canaries").
+The figures are in DIR/result.json, which eval.report shows (run.json's "wrong_labels", "misspelling", "canaries").
 """
 
 from __future__ import annotations

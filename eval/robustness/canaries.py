@@ -1,8 +1,8 @@
-"""Canaries: made-up patients with record numbers, planted in notes at known counts, and what a model gives away.
+"""Canaries: made-up patients with record numbers, planted in notes at known counts, and what a model memorises.
 
-**Exposure** (Carlini et al., 2019): how far the planted number stands out among all that it could have been. With the
+**Exposure** (Carlini et al., 2019): the rank of the planted number among all that it could have been. With the
 number drawn from R possible ones and the planted one the rank-th likeliest under the model, it is log2 R − log2 rank:
-0 to 1 bit or so by chance (1.44 on average), log2 R where the model holds it likelier than every other. R is estimated
+0 to 1 bit or so by chance (1.44 on average), log2 R where the model finds it likelier than every other. R is estimated
 by a sample of `REFERENCES` other numbers, so that exposure ends at log2(REFERENCES + 1) = 8 bits.
 
 **Extraction**: whether greedy decoding writes the number after "… Record number:".
@@ -34,7 +34,7 @@ LAST = ("Quendrish", "Tavorel", "Hulmbeck", "Oskarrin", "Zeldane", "Pomfrell", "
 
 @dataclass(frozen=True)
 class Canary:
-    """A made-up patient; `count` is in how many notes the line stands."""
+    """A made-up patient; `count` is the number of notes with its line."""
 
     name: str
     number: str
@@ -76,8 +76,8 @@ def plant(records: Sequence[Mapping[str, Any]], canaries: Iterable[Canary], seed
 
 
 def deduplicate(records: Sequence[Mapping[str, Any]], shortest: int = 30) -> tuple[list[dict[str, Any]], int]:
-    """The records without the lines, of `shortest` characters or more, that stand in an earlier record (or earlier in
-    their own), whatever their spaces and case; and how many were left out. A record keeps at least one line."""
+    """The records without the lines, of `shortest` characters or more, that occur in an earlier record (or earlier in
+    their own), ignoring spaces and case; and how many were dropped. A record keeps at least one line."""
     seen: set[str] = set()
     kept, dropped = [], 0
     for record in records:

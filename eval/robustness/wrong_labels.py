@@ -40,7 +40,7 @@ def derangement(values: Sequence[str], seed: int = 0) -> dict[str, str]:
 def corrupt(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) -> list[dict[str, Any]]:
     """The records, `rate` of them with every answer (the diagnosis too) replaced by a wrong one of its type.
 
-    A wrong phenotype's span is null: it stands nowhere in the note. "Not relevant" stays, having no type's value.
+    A wrong phenotype's span is null: it does not occur in the note. "Not relevant" stays, having no type's value.
     Raises ValueError where the rate is outside 0 … 1.
     """
     if not 0 <= rate <= 1:

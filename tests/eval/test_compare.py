@@ -24,7 +24,7 @@ def test_changes_name_what_turned_right_and_wrong():
 
 
 def test_runs_on_different_data_are_refused():
-    with pytest.raises(UserError, match="n0: the two runs hold different right answers"):
+    with pytest.raises(UserError, match="n0: the two runs have different right answers"):
         changes(asked("2 cm"), asked("2 cm", gold="3 cm"))
 
 

@@ -125,7 +125,7 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="did you mean 'chatml'"):
         Options(weights="x", data=tmp_path, out=tmp_path, form="chatm")
     write_jsonl(tmp_path / "bare.jsonl", [{"id": "1", "text": "a", "phenotypes": {}}])
-    with pytest.raises(UserError, match="bare.jsonl: holds no question"):
+    with pytest.raises(UserError, match="bare.jsonl: no question"):
         main(Options(weights="x", data=tmp_path / "bare.jsonl", out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
     write_json(tmp_path / "run.json", {})

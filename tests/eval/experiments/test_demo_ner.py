@@ -22,8 +22,8 @@ def test_names_are_counted_once_a_record_and_exactly(tmp_path):
             {"id": "c", "questions": asked("gout")}, {"id": "d", "questions": asked()}]  # fmt: skip
     said = [{"id": "b", "answers": asked()}, {"id": "a", "answers": asked("flu", "Colon cancer")},
             {"id": "c", "error": "too long"}, {"id": "d", "answers": asked("flu")}]  # fmt: skip
-    found = score(write(tmp_path / "gold", gold), write(tmp_path / "said", said))
-    assert (found["names"], found["said"], found["right"]) == (3, 3, 1)
+    found = score(write(tmp_path / "gold", gold), write(tmp_path / "predicted", said))
+    assert (found["names"], found["predicted"], found["right"]) == (3, 3, 1)
     assert found["precision"] == found["recall"] == found["f1"] == pytest.approx(100 / 3)
     assert (found["empty"], found["empty_right"]) == (2, 1)
 
@@ -31,4 +31,4 @@ def test_names_are_counted_once_a_record_and_exactly(tmp_path):
 def test_a_missing_record_is_no_score(tmp_path):
     gold = write(tmp_path / "gold", [{"id": "a", "questions": asked("x")}])
     with pytest.raises(UserError, match="'a'"):
-        score(gold, write(tmp_path / "said", [{"id": "b", "answers": asked()}]))
+        score(gold, write(tmp_path / "predicted", [{"id": "b", "answers": asked()}]))

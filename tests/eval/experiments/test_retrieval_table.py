@@ -10,8 +10,8 @@ from tokenizers import Tokenizer as Fast
 from tokenizers import decoders, models, pre_tokenizers
 
 from eval.experiments.retrieval_table import Options, row, table, text
+from eval.experiments.steps import Run, extraction
 from eval.questions import Question
-from eval.robustness.run_misspelling import Misspelling, run_misspelling
 from lora import LoRAConfig, add_lora, save_adapter
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
@@ -90,17 +90,14 @@ def test_mistakes_are_named(tmp_path):
 
 @pytest.mark.slow
 def test_a_note_that_cannot_be_answered_does_not_stop_an_experiment(tmp_path):
-    """infer.extract exits 1 for it, every time: the step has ended, and the note's questions count as unanswered."""
+    """infer.extract exits 1 for it, every time: the step is done, and the record says why."""
     model_folder(tmp_path)
-    heldout = notes(tmp_path / "heldout.jsonl", 0, 3)
-    rows = [json.loads(line) | {"phenotypes": {"tumor_size": []}} for line in heldout.read_text().splitlines()]
+    heldout, out = notes(tmp_path / "heldout.jsonl", 0, 3), tmp_path / "answers.jsonl"
+    rows = [json.loads(line) for line in heldout.read_text().splitlines()]
     rows[1]["text"] = " "
     heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    options = Misspelling(
-        weights=str(tmp_path / "base"), adapter=(str(tmp_path / "adapter"),), notes=heldout, lexicon=heldout,
-        out=tmp_path / "out", rates=(0.0, 0.4),
-    )  # fmt: skip
-    result = run_misspelling(options)
-    answers = [json.loads(line) for line in (tmp_path / "out" / "plain.jsonl").read_text().splitlines()]
-    assert [record.get("error") for record in answers] == [None, "the note is empty", None] * 2
-    assert [row["n"] for row in result["series"]["as misspelled"]["diagnosis"]] == [3, 3]
+    run = Run(tmp_path)
+    run.step("answers", extraction(str(tmp_path / "base"), [str(tmp_path / "adapter")], heldout, out, "--task",
+                                   "diagnosis", "--max-new-diagnosis", "4"))  # fmt: skip
+    answers = [json.loads(line) for line in out.read_text().splitlines()]
+    assert [record.get("error") for record in answers] == [None, "the note is empty", None] and "answers" in run.steps

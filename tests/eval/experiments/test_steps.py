@@ -65,10 +65,10 @@ def test_programs_beside_one_another_are_done_once_and_the_failed_one_again(tmp_
     run.run_in_parallel({"one": quick, "two": quick, "three": quick})
     assert list(run.steps) == ["one", "two", "three"] and run.steps["one"]["seconds"] == run.steps["two"]["seconds"]
     assert run.peak("two") > 1
-    assert "· one, beside two\n" in capfd.readouterr().err
+    assert "· one and two\n" in capfd.readouterr().err
     run.run_in_parallel({"one": quick, "two": quick, "three": quick})
     assert "·" not in capfd.readouterr().err
-    with pytest.raises(UserError, match=r"the step 'four' failed \(exit 1\); the reason"):
+    with pytest.raises(UserError, match=r"the step 'four' failed \(exit 1\); the reason is"):
         run.run_in_parallel({"four": ["timeit", "-n1", "-r1", "1/0"], "five": quick})
     assert "four" not in run.steps
 
@@ -100,7 +100,7 @@ def test_a_run_that_is_there_is_removed_only_with_overwrite(tmp_path, how):
     with begin(out, {"n": 1 if how == "ended" else 2}):
         write_json(out / "report.html", "minutes of work")
     before = left_alone(tmp_path)
-    said = "holds a run that has ended, with its report.html" if how == "ended" else r"another job \(other n\)"
+    said = "a finished run, with its report.html" if how == "ended" else r"another job \(other n\)"
     for last in ("report.html", "report.html" if how == "ended" else ""):
         with pytest.raises(UserError, match=said), begin(out, made_of, last):
             pass

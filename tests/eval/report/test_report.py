@@ -247,7 +247,7 @@ def test_silence_is_not_the_answer_not_relevant():
     assert stage.name == "cancer_stage" and stage.gold == () and counts.missing == ["n0"]
     for preset in ("clinical", "cancerllm"):
         assert score_question(stage, preset)["exact_match"].f1 == 0
-        assert score_question(replace(stage, said_nothing=False), preset)["exact_match"].f1 == 100
+        assert score_question(replace(stage, empty_output=False), preset)["exact_match"].f1 == 100
     assert not is_right(stage) and classify(stage) == "empty"
 
 
@@ -376,7 +376,7 @@ def test_records_with_questions_of_their_own_are_scored(tmp_path, capsys):
     assert found["own question"]["exact_match"]["recall"] == 50
     assert found["own question, unanswerable"]["exact_match"]["f1"] == 100
     write_jsonl(tmp_path / "said.jsonl", said[:1])
-    assert [one.said_nothing for one in pair(records, read_predictions(tmp_path / "said.jsonl"))[0]] == [False, True]
+    assert [one.empty_output for one in pair(records, read_predictions(tmp_path / "said.jsonl"))[0]] == [False, True]
     write_json(tmp_path / "run.json", {"references": {"test": "gold.jsonl"}, "systems": [
         {"name": "m", "kind": "model", "predictions": {"test": "said.jsonl"}}]})  # fmt: skip
     write(tmp_path)
