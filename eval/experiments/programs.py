@@ -81,9 +81,9 @@ def canaries(demo: Demo, out: Path, counts: Sequence[int], each: int, records: i
     ]  # fmt: skip
 
 
-def retrieval(demo: Demo, out: Path, notes: int, encoder_steps: int = 0, tune_steps: int = 0) -> list[str]:
+def retrieval(demo: Demo, out: Path, notes: int, tune_steps: int = 0) -> list[str]:
     return [
-        "eval.experiments.retrieval_table", *demo.tuned, "--data", demo.data("train"), "--texts", demo.data("pretrain"),
-        "--recipe", demo.recipe("instruct"), "--dtype", demo.dtype, "--encoder-steps", str(encoder_steps),
+        "eval.experiments.retrieval_table", *demo.tuned, "--data", demo.data("train"),
+        "--recipe", demo.recipe("instruct"), "--dtype", demo.dtype,
         "--tune-steps", str(tune_steps), "--limit", str(notes), "--out", str(out / PARTS["retrieval"]),
     ]  # fmt: skip

@@ -2,11 +2,10 @@
 
     python -m eval.experiments.retrieval_table --weights BASE --adapter TUNED --data train.jsonl --notes heldout.jsonl
     --out DIR
-                                   [--encoders DIR] [--texts pretrain.jsonl] [--tune-steps 60 --recipe RECIPE.toml]
+                                   [--encoders DIR] [--tune-steps 60 --recipe RECIPE.toml]
 
-BM25 always runs, and so does a small encoder of our own, trained on `--data` and `--texts` first (train.contrastive;
-`--encoder-steps 0` leaves it out). The four public encoders run where their weights lie in ENCODERS/contriever, medcpt,
-specter2, sgpt; a row without weights says so. Each row has the diagnosis scores with intervals by patient, the
+BM25 always runs. The four public encoders run where their weights lie in ENCODERS/contriever, medcpt, specter2, sgpt; a
+row without weights says so. Each row has the diagnosis scores with intervals by patient, the
 difference to the same model without neighbours (paired), and recall@k and nDCG@10 on notes of the same diagnosis.
 
 A model that never saw neighbours in training may be misled by them. With `--tune-steps` the adapter is therefore also
@@ -31,17 +30,14 @@ from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_json, write_json, write_jsonl
 
-OURS = "ours"
 RETRIEVERS = {  # row: the kind that it is read as, and where its weights are published
     "bm25": ("bm25", ""),
     "contriever": ("contriever", "facebook/contriever"),
     "medcpt": ("medcpt", "ncbi/MedCPT-Query-Encoder and ncbi/MedCPT-Article-Encoder"),
     "specter2": ("specter2", "allenai/specter2_base, allenai/specter2 and allenai/specter2_adhoc_query"),
     "sgpt": ("sgpt", "Muennighoff/SGPT-125M-weightedmean-msmarco-specb-bitfit"),
-    OURS: ("contriever", ""),
 }
-TITLES = {"bm25": "BM25", "contriever": "Contriever", "medcpt": "MedCPT", "specter2": "SPECTER2", "sgpt": "SGPT",
-          OURS: "ours (2 layers, trained on the notes)"}  # fmt: skip
+TITLES = {"bm25": "BM25", "contriever": "Contriever", "medcpt": "MedCPT", "specter2": "SPECTER2", "sgpt": "SGPT"}
 AS_IT_IS, WITHOUT, WITH = "", ", tuned further without neighbours", ", tuned further with neighbours"
 
 
@@ -61,10 +57,6 @@ class Options:
     """The run's folder: indexes, answers, result.json."""
     encoders: Path = Path("runs/encoders")
     """The public encoders' folders, by kind (their files: infer/retrieval/README.md)."""
-    texts: tuple[Path, ...] = ()
-    """Further notes without answers for our own encoder."""
-    encoder_steps: int = 300
-    """Steps of our own encoder (0: leave its row out)."""
     tune_steps: int = 0
     """Tune the adapter further with and without BM25's neighbours for so many steps; rows for both (0: do not)."""
     recipe: str = "train/recipes/demo-instruct.toml"
@@ -83,7 +75,7 @@ class Options:
     """Remove the run that is there, and begin again."""
 
     def __post_init__(self) -> None:
-        for name in ("encoder_steps", "tune_steps", "limit"):
+        for name in ("tune_steps", "limit"):
             if getattr(self, name) < 0:
                 raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: 0 or more")
 
@@ -107,8 +99,6 @@ def filled(
     """The rows; `given` are the encoders whose weights are there."""
     write_jsonl(run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one}
                                           for one in references])  # fmt: skip
-    if options.encoder_steps:
-        given[OURS] = own_encoder(run, options)
     indexes = {name: index(run, options, name, given.get(name)) for name in RETRIEVERS
                if name == "bm25" or name in given}  # fmt: skip
     adapters = {AS_IT_IS: options.adapter, **(tuned(run, options, indexes["bm25"]) if options.tune_steps else {})}
@@ -117,13 +107,6 @@ def filled(
     result = {"notes": len(references), "neighbours": options.neighbours, "rows": rows, "seconds": run.took()}
     write_json(run.out / "result.json", result)
     return result
-
-
-def own_encoder(run: Run, options: Options) -> Path:
-    folder = run.out / "encoder"
-    run.step("our encoder", ["train.contrastive", "--notes", str(options.data), *map(str, options.texts),
-                             "--out", str(folder), "--steps", str(options.encoder_steps), "--overwrite"])  # fmt: skip
-    return folder
 
 
 def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
@@ -173,7 +156,7 @@ def answered(
             more += ["--encoder-weights", str(given[name])] if name in given else []
             rows.append({"name": title, **row(none, ask(run, options, references, name + end, adapter, more)),
                          **quality(run, name, indexes[name], given.get(name), references)})  # fmt: skip
-        elif source and not end:
+        elif not end:
             rows.append({"name": title, "diagnosis": None, "note": f"weights not given: put {source} into "
                          f"{options.encoders / name} (infer/retrieval/README.md)"})  # fmt: skip
     return rows

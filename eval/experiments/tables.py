@@ -56,7 +56,6 @@ class Sizes:
     canary_records: int
     canary_epochs: float
     retrieval_notes: int
-    encoder_steps: int
     tune_steps: int
 
 
@@ -64,14 +63,14 @@ SIZES = {
     "full": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=64, label_epochs=1.0,
                   label_notes=24, misspelling_rates=(0.0, 0.05, 0.1, 0.2), misspelling_notes=40,
                   canary_counts=(0, 1, 4, 16), canaries_each=5, canary_records=80, canary_epochs=4.0,
-                  retrieval_notes=40, encoder_steps=300, tune_steps=60),
+                  retrieval_notes=40, tune_steps=60),
     "nano": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=400, label_epochs=2.0,
                   label_notes=40, misspelling_rates=(0.0, 0.05, 0.1, 0.2, 0.4), misspelling_notes=40,
                   canary_counts=(0, 1, 4, 16), canaries_each=10, canary_records=400, canary_epochs=3.0,
-                  retrieval_notes=40, encoder_steps=300, tune_steps=100),
+                  retrieval_notes=40, tune_steps=100),
     "tiny": Sizes(label_rates=(0.0, 0.5), filter_rate=0.5, label_records=8, label_epochs=1.0, label_notes=2,
                   misspelling_rates=(0.0, 0.1), misspelling_notes=2, canary_counts=(0, 4), canaries_each=2,
-                  canary_records=8, canary_epochs=1.0, retrieval_notes=3, encoder_steps=2, tune_steps=2),
+                  canary_records=8, canary_epochs=1.0, retrieval_notes=3, tune_steps=2),
 }  # fmt: skip
 
 
@@ -120,7 +119,7 @@ def steps(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str]]]:
             demo, out, sizes.canary_counts, sizes.canaries_each, sizes.canary_records, sizes.canary_epochs
         )),
         ("table 6: retrieval", experiments.retrieval(
-            demo, out, sizes.retrieval_notes, sizes.encoder_steps, sizes.tune_steps
+            demo, out, sizes.retrieval_notes, sizes.tune_steps
         )),
     ]  # fmt: skip
 

@@ -20,7 +20,7 @@ from lora import merge
 from model.checkpoints import convert
 from model.support.cli import guard
 from model.support.files import write_json, write_jsonl
-from train import contrastive, recipe, session
+from train import recipe, session
 from train.clinic import program as clinic
 from train.data import neighbours, tokenizer
 from train.importers import brat, conll, table
@@ -94,7 +94,6 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     "lora.merge": (True, lambda g, out: merge.main(merge.Options(str(g / "model"), str(g / "none"), str(out)))),
     "model.checkpoints.convert": (True, lambda g, out: convert.main(convert.Options(str(g / "model"), str(out)))),
     "train.clinic.program": (True, lambda g, out: clinic.main(clinic.Options(out, patients=20))),
-    "train.contrastive": (True, lambda g, out: contrastive.main(contrastive.Options((g / "notes.jsonl",), out))),
     "train.data.neighbours": (False, lambda g, out: neighbours.main(
         neighbours.Options(g / "notes.jsonl", g / "index", g / "model", out))),
     "train.data.tokenizer": (True, lambda g, out: tokenizer.main(
