@@ -196,6 +196,8 @@ class Recipe:
             raise UserError("recipe: give either weights (a model's folder) or init (a config.json), and not both")
         if self.init and not (self.full and self.tokenizer):
             raise UserError("recipe: init trains from nothing, so it needs full = true and a tokenizer")
+        if self.full and self.dtype == "bfloat16":  # a step at 2e-4 is less than bf16's spacing: norms would not move
+            raise UserError("recipe: full = true keeps no fp32 copy of bfloat16 weights; set dtype = 'float32'")
         if self.full and (self.adapter or self.base):
             raise UserError("recipe: full trains all weights; leave out adapter and base, or set full = false")
         if self.fuse and (self.full or self.compile):

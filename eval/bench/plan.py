@@ -35,7 +35,7 @@ STEPS = 2  # the optimizer's state exists from the second step on
 GROUPS = {
     "weights and adapters": ("weights", "adapters"),
     "gradients and optimizer": ("gradients", "optimizer"),
-    "within a step": ("activations", "logits", "gathered", "holes"),
+    "within a step": ("activations", "logits", "gathered", "fragmentation"),
 }
 
 

@@ -21,6 +21,7 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
     ({"batch_rows": 5, "micro_rows": 2}, "batch_rows 5 is not a multiple of micro_rows 2"),
     ({"learning_rate": -1.0}, "learning_rate"), ({"dropout": 1.0}, "dropout is 1.0"), ({"epochs": 0.0}, "epochs"),
     ({"init": "y"}, "either weights"), ({"full": True, "base": "nf4"}, "full trains all weights"),
+    ({"full": True, "dtype": "bfloat16"}, "no fp32 copy of bfloat16 weights"),
     ({"optimizer": "muon"}, "muon is for full training"), ({"merge_adapter": True}, "merge_adapter needs adapter"),
     ({"template": "faithful"}, "set share_prefix = false"), ({"data": ()}, "data is missing"),
     ({"seed": -1}, "seed is -1"), ({"alpha": 0.0}, "alpha is 0.0"), ({"alpha": float("nan")}, "alpha is nan"),
@@ -115,7 +116,7 @@ def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path)
     ({"target_modules": ()}, "target_modules is empty"), ({"first_layer": 2}, "first_layer 2; the model has 2 layers"),
     ({"rank_pattern": {"v_proj(": 2}}, "is not a regular expression"),
     ({"rank_pattern": {"v_proj": 0}}, "rank 0 for 'v_proj'"),
-    ({"adapter": "none"}, "none/adapter_config.json: no such file"),
+    ({"adapter": "none"}, "no such file; an adapter is a folder"),
     ({"adapter": "none", "merge_adapter": True}, "none/adapter_model.safetensors: no such file"),
     ({"valid_data": ("none.jsonl",)}, "none.jsonl: no such file"), ({"weights": None}, "holds no weights"),
     ({"adapter": "another's"}, "was trained on another base than")])  # fmt: skip

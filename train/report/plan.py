@@ -98,8 +98,8 @@ def built(config: ModelConfig, recipe: Recipe) -> torch.nn.Module:
 def memory(
     config: ModelConfig, recipe: Recipe, ranks: int, row_tokens: int, targets: int, heap: bool = False
 ) -> dict[str, float]:
-    """Bytes on each process, by category, at the step's peak; `targets` of a micro-batch are supervised, and with
-    `heap` tensors live in glibc's (on a CPU)."""
+    """Bytes on each process, by category, at the step's peak; `targets` of a micro-batch are supervised. `heap`:
+    tensors are allocated on glibc's heap (on a CPU)."""
     from lora.adapter import adapted
 
     model, e = built(config, recipe), WIDTH[recipe.dtype]
@@ -133,7 +133,7 @@ def memory(
         "gathered": largest,
     }
     if heap:
-        made["holes"] = holes(config, recipe, tokens * e)
+        made["fragmentation"] = heap_fragmentation(config, recipe, tokens * e)
     if ranks > 1:  # FSDP: shards, the whole of the root's group, and two blocks gathered at a time
         made |= {key: made[key] / ranks for key in ("adapters", "gradients", "optimizer")}
         made["weights"] = (block + root) / ranks
@@ -141,13 +141,13 @@ def memory(
     return made
 
 
-def holes(config: ModelConfig, recipe: Recipe, width: int) -> float:
-    """Bytes between kept tensors that glibc's heap cannot use again; `width` bytes stand for one number a token.
+def heap_fragmentation(config: ModelConfig, recipe: Recipe, width: int) -> float:
+    """Bytes between kept tensors that glibc's heap cannot use again; `width` is the bytes of one number for each token.
 
-    torch asks for aligned blocks (posix_memalign), and for those glibc looks for a hole larger than the block: the
-    hole that a freed tensor leaves never takes the next tensor of its size, and is taken by smaller ones or by none.
-    Each fast or recomputed block frees one tensor of the feed-forward's width amid what is kept. With
-    MALLOC_MMAP_THRESHOLD_=1048576 in the environment there are no holes, for a twelfth more time.
+    torch asks for aligned blocks (posix_memalign), and for those glibc needs a free chunk larger than the block: the
+    chunk that a freed tensor leaves never serves the next tensor of its size. Each fast or recomputed block frees one
+    tensor of the feed-forward's width between tensors that are kept. MALLOC_MMAP_THRESHOLD_=1048576 in the environment
+    avoids it, for a twelfth more time.
     """
     size = config.intermediate_size * width
     if (plain(config, recipe) and not recipe.checkpoint_blocks) or size >= MAPPED:
@@ -270,14 +270,12 @@ def remedies(config: ModelConfig, recipe: Recipe, options: Options, load: Load, 
         changes.append(("checkpoint_blocks = true (a third more time)", {"checkpoint_blocks": True}, options.gpus))
     if not recipe.full and not recipe.base:
         changes.append(('base = "nf4" (4-bit base)', {"base": "nf4"}, options.gpus))
-    if options.gpus == 1 and recipe.optimizer == "adamw":
+    if recipe.optimizer == "adamw":
         changes.append(('optimizer = "adamw8bit"', {"optimizer": "adamw8bit"}, options.gpus))
     changes += [(f"{n} processes", {}, n) for n in (2, 4, 8, 16, 32) if n > options.gpus and options.gpu != "cpu"]
     made, so_far, gpus = [], recipe, options.gpus
     for what, values, processes in changes:
         so_far, gpus = replace(so_far, **values), processes
-        if gpus > 1 and so_far.optimizer == "adamw8bit":
-            so_far = replace(so_far, optimizer="adamw")
         total = total_bytes(
             memory(config, so_far, gpus, load.longest, targets_of(load, so_far), options.gpu == "cpu"), options.gpu
         )

@@ -69,6 +69,18 @@ def test_what_does_not_fit_exits_1_and_says_what_would(capsys):
     assert plan(TUNE)["remedies"][-1]["fits"]
 
 
+@pytest.mark.parametrize("gpus", [1, 2])
+def test_remedies_add_up_and_never_take_back_8_bit_state(gpus):
+    """Each remedy keeps those before it, whatever the number of ranks: no total is above the one before it."""
+    found = plan(replace(TUNE, gpus=gpus, gpu="a100-40gb", row_tokens=400_000))
+    totals = [found["total_bytes"] / 1e9, *(remedy["total_gb"] for remedy in found["remedies"])]
+    assert len(totals) > 3 and totals == sorted(totals, reverse=True)
+    recipe = replace(Recipe(**read_toml(TUNE.recipe)), base="nf4", checkpoint_blocks=True, optimizer="adamw8bit")
+    config = ModelConfig.from_dict(read_json(TUNE.config))
+    last = memory(config, replace(recipe, micro_rows=1), 32, 400_000, 400_000)
+    assert found["remedies"][-1]["total_gb"] == pytest.approx((sum(last.values()) + 1e9) / 1e9)
+
+
 @pytest.mark.parametrize("changes, said", [
     ({"gpu": "a100-80"}, "did you mean 'a100-80gb'"), ({"gpus": 0}, "at least 1"), ({"mfu": 1.5}, "--mfu"),
     ({"document_tokens": 0}, "both --documents"), ({"config": ""}, "--config"),
