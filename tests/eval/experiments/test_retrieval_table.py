@@ -52,7 +52,7 @@ def test_the_table_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     train, heldout = notes(tmp_path / "train.jsonl", 0, 12), notes(tmp_path / "heldout.jsonl", 11, 3)
     options = Options(
         weights=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), data=train, notes=heldout,
-        out=tmp_path / "out", encoders=tmp_path / "encoders", encoder_steps=0, limit=2, grounded=True,
+        out=tmp_path / "out", encoders=tmp_path / "encoders", limit=2, grounded=True,
     )  # fmt: skip
     result = table(options)
     assert [one["name"] for one in result["rows"]] == ["none", "BM25", "Contriever", "MedCPT", "SPECTER2", "SGPT"]
