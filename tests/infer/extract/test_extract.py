@@ -192,16 +192,13 @@ def test_killed_and_continued_gives_the_same_bytes(weights, tmp_path):
     assert not part.exists()
 
 
-def kill_all(word: str) -> int:
-    """SIGKILL every process that has `word` on its command line: torchrun and its ranks."""
-    found = [
-        int(file.parent.name) for file in Path("/proc").glob("[0-9]*/cmdline")
-        if file.exists() and word.encode() in file.read_bytes()
-    ]  # fmt: skip
-    for pid in found:
-        with contextlib.suppress(ProcessLookupError):
-            os.kill(pid, signal.SIGKILL)
-    return len(found)
+def with_descendants(pid: int) -> list[int]:
+    """A process and all below it: torchrun starts each rank in a session of its own."""
+    found = [pid]
+    for parent in found:
+        with contextlib.suppress(OSError):  # it has ended meanwhile
+            found += map(int, Path(f"/proc/{parent}/task/{parent}/children").read_text().split())
+    return found
 
 
 @pytest.mark.slow
@@ -217,7 +214,10 @@ def test_two_ranks_killed_and_continued_give_the_bytes_of_one(weights, tmp_path)
     process, killed = subprocess.Popen(launch, env=env, stderr=subprocess.DEVNULL), 0
     while process.poll() is None:
         if sum(part.read_bytes().count(b"\n") for part in tmp_path.glob("two.jsonl.*.part")) >= 4:
-            killed += kill_all(str(out))
+            for pid in with_descendants(process.pid):
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    killed += 1
         time.sleep(0)
     parts = list(tmp_path.glob("two.jsonl.*.part"))
     assert killed >= 3 and parts and not out.exists()
