@@ -44,7 +44,7 @@ test-fast: $(VENV)/.all  ## the tests for the inner loop, in JOBS processes of o
 test-gpu: $(VENV)/.all  ## the tests that need a CUDA device
 	$(PYTEST) -m gpu
 
-lint: $(VENV)/.all  ## ruff and mypy over every package
+lint: $(VENV)/.all  ## ruff and mypy over every package and the tests
 	$(PY) -m ruff check --quiet .
 	$(PY) -m mypy
 

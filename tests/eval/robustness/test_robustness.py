@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 from eval.robustness.misspelling import RULES, misspell
 from eval.robustness.wrong_labels import corrupt, derangement
 from infer.retrieval.repair import Repair
-from train.clinic import unseen as clinic_unseen
 from train.clinic.program import patient_notes
+from train.clinic.terms import UNSEEN
 
 TEXT = (
     "Biopsy shows invasive carcinoma of the left breast, 2.5 cm, pT2N1M0, ER+ HER2-, code C50.912, BRCA1 tested, "
@@ -93,7 +93,7 @@ def test_repair_leaves_the_short_forms_of_the_unseen_styles():
     """Repair knows none of the abbreviations that the unseen styles write with: it does not undo its own corruption."""
     lexicon = Repair(["nothing"])
     for number in range(150):
-        for note in patient_notes("p", number, 3, clinic_unseen):
+        for note in patient_notes("p", number, 3, UNSEEN):
             changes = lexicon.changes(note["text"])
             assert not changes, [change.before for change in changes]
 
