@@ -1,52 +1,20 @@
-"""Putting adapters on a model, choosing one, and PEFT's two files in both directions.
-
-PEFT's files are `adapter_config.json` and `adapter_model.safetensors`, whose keys are `base_model.model.` + the
-module's name + `.lora_A.weight` (R × in) or `.lora_B.weight` (out × R). PEFT loads them non-strictly; here a missing,
-surplus or misshapen tensor is an error, and a config field that asks for other arithmetic is refused by name. Copies of
-the base's own weights, and target names that the model lacks, change nothing and are passed over.
-"""
+"""Adapters in a model: which linear layers get one, several loaded and one active. PEFT's files are in lora/peft.py."""
 
 from __future__ import annotations
 
 import contextlib
-import os
-import warnings
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
-from pathlib import Path
-from typing import Any, TypeVar
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
 
 import regex
-import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lora.layer import LoRALinear
-from lora.origin import TRAINED_ON, adapter_file, origin
-from model.checkpoints.safetensors import open_safetensors, save_tensors
-from model.checkpoints.weights import Checkpoint
+from model.support.checks import positive, whole
 from model.support.cli import UserError, nearest
-from model.support.files import atomic_folder, read_json, write_json
 
-PREFIX = "base_model.model."
 MATCH_SECONDS = 0.1  # of processor time for one regular expression on one module's name: they come in untrusted files
-LONGEST_CONFIG = 2**20  # bytes of adapter_config.json
-# What PEFT 0.21 may write and what each field must be for the arithmetic here to be the adapter's.
-READ = (
-    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "layers_pattern", "init_lora_weights", "bias", "modules_to_save",
-)  # fmt: skip
-HARMLESS = (
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying", "fan_in_fan_out",
-)  # fmt: skip  # how the start was chosen, or a default that nothing reads: the tensors hold the result
-REFUSED = (
-    "megatron_config", "trainable_token_indices", "use_dora", "velora_config",
-    "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
-    "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "loftq_config", "corda_config", "lora_ga_config",
-)  # fmt: skip
-# Starts that leave the base's weights as they are. The others (pissa, olora, corda, loftq, lora_ga, mica) train beside
-# a changed base, so that their A and B mean nothing beside the original one.
-STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
 
 
 @dataclass(frozen=True)
@@ -74,11 +42,9 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
-                raise UserError(f"lora: rank {rank!r} for {name!r}; a rank is a whole number of at least 1")
+            whole(f"lora: rank {name!r}", rank, 1, 2**20)
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            if isinstance(alpha, bool) or not isinstance(alpha, (int, float)) or not 0 < alpha < float("inf"):
-                raise UserError(f"lora: alpha {alpha!r} for {name!r}; it is a number above 0")
+            positive(f"lora: alpha {name!r}", alpha)
         for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.expressions()):
             try:
                 regex.compile(pattern)
@@ -222,237 +188,3 @@ def no_adapter(model: nn.Module) -> Iterator[None]:
     finally:
         for layer, active in before.items():
             layer.active = active
-
-
-def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's keys."""
-    state = {}
-    for path, layer in adapted(model).items():
-        if name in layer.scale:
-            for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                state[f"{PREFIX}{path}.{kind}.weight"] = matrices[name].detach()
-    return state
-
-
-def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dict[str, Any]:
-    """adapter_config.json's content, for an adapter on these modules."""
-    targets = config.target_modules
-    if isinstance(targets, str) and config.layers is not None:  # PEFT takes layers only beside a list of names
-        targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
-    return {
-        "peft_type": "LORA",
-        "task_type": "CAUSAL_LM",
-        "base_model_name_or_path": base,
-        "inference_mode": True,
-        "r": config.r,
-        "lora_alpha": config.alpha if config.alpha != int(config.alpha) else int(config.alpha),
-        "lora_dropout": config.dropout,
-        "target_modules": targets if isinstance(targets, str) else list(targets),
-        "exclude_modules": config.exclude_modules
-        if isinstance(config.exclude_modules, str)
-        else list(config.exclude_modules) or None,
-        "use_rslora": config.rslora,
-        "rank_pattern": config.rank_pattern,
-        "alpha_pattern": config.alpha_pattern,
-        "layers_to_transform": None if config.layers is None else list(config.layers),
-        "layers_pattern": None if config.layers is None else "layers",
-        "bias": "none",
-        "fan_in_fan_out": False,
-        "init_lora_weights": True,
-        "modules_to_save": None,
-    }
-
-
-def save_adapter(
-    model: nn.Module, path: str | os.PathLike[str], name: str = "default", base: str | os.PathLike[str] | None = None
-) -> None:
-    """Write an adapter as PEFT does, atomically; a folder that is there keeps its other files. `base` is the weights'
-    place, written down for the reader."""
-    configs = model.__dict__.get("lora_configs", {})
-    if name not in configs:
-        raise UserError(f"lora: the model has no adapter called {name!r}{nearest(name, list(configs))}")
-    with atomic_folder(path, keep_others=True) as folder:
-        write_adapter(folder, configs[name], adapter_state(model, name), base)
-
-
-def write_adapter(
-    folder: Path, config: LoRAConfig, state: dict[str, Tensor], base: str | os.PathLike[str] | None = None
-) -> None:
-    """PEFT's two files in a folder that is there, and what the adapter was trained on where `base` is at hand."""
-    tensors = {key: tensor.cpu().contiguous() for key, tensor in sorted(state.items())}
-    save_tensors(folder / "adapter_model.safetensors", tensors)
-    modules = [key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if ".lora_A." in key]
-    write_json(folder / "adapter_config.json", peft_config(config, None if base is None else str(base), modules))
-    if base and Path(base).exists():
-        write_json(folder / TRAINED_ON, origin(base))
-
-
-def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
-    """The LoRAConfig of a PEFT folder. Raises UserError for what is missing, or asks for other arithmetic."""
-    where = Path(path) / "adapter_config.json"
-    if not where.exists():
-        adapter_file(path)  # names other programs' adapters
-    raw = read_json(where, LONGEST_CONFIG)
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        if isinstance(raw, dict) and "peft_type" not in raw:
-            adapter_file(path)
-        raise UserError(f"{where}: peft_type is not LORA; only LoRA adapters are covered")
-    for key, value in raw.items():
-        if key == "bias":
-            if value not in (None, "none", "all", "lora_only"):  # trained biases are tensors, compared with the base's
-                raise UserError(f"{where}: bias {value!r} is not covered; train the adapter with bias 'none'")
-        elif key in REFUSED:
-            if value:
-                raise UserError(f"{where}: {key} is not covered; it changes what the adapter computes")
-        elif key == "init_lora_weights":
-            if value not in STARTS:
-                raise UserError(f"{where}: init_lora_weights {value!r} changes the base's weights too, which is not "
-                                "covered; save the adapter converted to plain LoRA")  # fmt: skip
-        elif key == "layers_pattern":
-            if value not in (None, "", "layers", [], ["layers"]):
-                raise UserError(f"{where}: layers_pattern {value!r} is not covered; these models' layers are 'layers'")
-        elif key in READ or key in HARMLESS or value in (None, False, {}, []):
-            continue
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):  # a later PEFT writes its defaults too
-            warnings.warn(f"{where}: unknown field {key!r} = {value!r} is ignored, as PEFT does", stacklevel=2)
-        else:
-            raise UserError(f"{where}: unknown field {key!r}; what it asks for is not covered")
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]
-    if missing:
-        raise UserError(f"{where}: lacks {', '.join(missing)}")
-    try:
-        return config_from(raw)
-    except UserError as error:
-        raise UserError(f"{where}: {error}") from error
-    except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: a field holds another kind of value than PEFT writes ({error})") from error
-
-
-def config_from(raw: dict[str, Any]) -> LoRAConfig:
-    targets, layers = raw["target_modules"], raw.get("layers_to_transform")
-    exclude = raw.get("exclude_modules") or ()
-    return LoRAConfig(
-        r=raw["r"],
-        alpha=float(raw["lora_alpha"]),
-        dropout=float(raw.get("lora_dropout") or 0.0),
-        target_modules=targets if isinstance(targets, str) else tuple(sorted(targets)),
-        layers=(layers,) if isinstance(layers, int) else tuple(layers) if layers else None,  # an empty list: all
-        rslora=bool(raw.get("use_rslora")),
-        rank_pattern=dict(raw.get("rank_pattern") or {}),
-        alpha_pattern=dict(raw.get("alpha_pattern") or {}),
-        exclude_modules=exclude if isinstance(exclude, str) else tuple(exclude),
-    )
-
-
-class AdapterFile(Mapping[str, Tensor]):
-    """The tensors of a PEFT folder by PEFT's keys, each read when it is asked for and kept by nobody.
-
-    Raises UserError where the file is missing or corrupt. Keys that kept the adapter's name (`lora_A.default.weight`)
-    are without it.
-    """
-
-    def __init__(self, path: str | os.PathLike[str]) -> None:
-        found = open_safetensors(adapter_file(path))
-        self.stored = {regex.sub(r"\.(lora_[AB])\.default\.", r".\1.", key): value for key, value in found.items()}
-        if len(self.stored) != len(found):
-            raise UserError(f"{path}: holds a matrix with and without the adapter's name; the file is corrupt")
-
-    def shape(self, key: str) -> tuple[int, ...]:
-        return self.stored[key].shape
-
-    def __getitem__(self, key: str) -> Tensor:
-        return self.stored[key].read(None)
-
-    def __iter__(self) -> Iterator[str]:
-        return iter(self.stored)
-
-    def __len__(self) -> int:
-        return len(self.stored)
-
-
-def read_adapter(path: str | os.PathLike[str]) -> AdapterFile:
-    """The tensors of a PEFT folder, by PEFT's keys."""
-    return AdapterFile(path)
-
-
-def fitted(config: LoRAConfig, model: nn.Module) -> LoRAConfig:
-    """The config of an adapter that was loaded, without target names that this model lacks."""
-    if isinstance(config.target_modules, str):
-        return config
-    linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
-    kept = tuple(name for name in config.target_modules if any(ends_in(path, name) for path in linears))
-    return replace(config, target_modules=kept or config.target_modules)
-
-
-Model = TypeVar("Model", bound=nn.Module)
-
-
-def load_adapter(model: Model, path: str | os.PathLike[str], name: str = "default") -> Model:
-    """Load PEFT's files onto `model` in place as an active, trainable adapter. Returns the model.
-
-    Raises UserError where the files are corrupt, belong to another model, or ask for what is not covered.
-    """
-    config, tensors = fitted(read_config(path), model), read_adapter(path)
-    check_tensors(model, tensors, config, path)
-    add_lora(model, config, name)
-    with torch.no_grad():
-        rotation = getattr(model, "rotation", None)  # model/quantize/rotation.py
-        for module, layer in adapted(model).items():
-            if name in layer.scale:
-                a_RD, b_OR = (tensors[f"{PREFIX}{module}.{kind}.weight"] for kind in ("lora_A", "lora_B"))
-                if rotation is not None:
-                    a_RD, b_OR = rotation.turn_adapter(module, a_RD, b_OR)
-                layer.lora_A[name].copy_(a_RD)
-                layer.lora_B[name].copy_(b_OR)
-    return model
-
-
-def check_tensors(
-    model: nn.Module, tensors: AdapterFile, config: LoRAConfig, path: str | os.PathLike[str],
-    base: Checkpoint | None = None,
-) -> None:  # fmt: skip
-    """Every adapter tensor has its module, every module its tensors, all shapes agree and all numbers are finite; else
-    a UserError. Shapes come before any reading: a file may claim any size. A copy of a weight of the base has to be
-    that weight, in `base` or, without it, in the model."""
-    linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and config.wants(p)}
-    expected = {}
-    for module, linear in linears.items():
-        rank = config.rank(module)
-        expected[f"{PREFIX}{module}.lora_A.weight"] = (rank, linear.in_features)
-        expected[f"{PREFIX}{module}.lora_B.weight"] = (linear.out_features, rank)
-    surplus, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
-    if head := [key for key in surplus if ".lm_head.lora_" in key]:
-        raise UserError(f"{path}: holds {head[0]!r}, and an adapter on lm_head is not covered; merge it with peft")
-    copies = {key: copied_name(model, key) for key in surplus if ".lora_" not in key}
-    copies = {key: name for key, name in copies.items() if weight_shape(model, base, name) == tensors.shape(key)}
-    surplus = [key for key in surplus if key not in copies]
-    if surplus or missing:
-        what = f"holds {surplus[0]!r}, which this model has no place for" if surplus else f"lacks {missing[0]!r}"
-        raise UserError(f"{path}: the adapter {what}; it was made for another model or other target modules")
-    for key, shape in expected.items():
-        if tensors.shape(key) != shape:
-            raise UserError(
-                f"{path}: {key} is {tensors.shape(key)} where this model needs {shape}; it was made for another model"
-            )
-        if not tensors[key].isfinite().all():
-            raise UserError(f"{path}: {key} holds values that are not finite; the file is corrupt")
-    for key, name in copies.items():
-        weight = base.read(name) if base is not None else model.get_parameter(name).detach()
-        if weight.is_meta or not torch.equal(tensors[key].to(weight.device, weight.dtype), weight):
-            raise UserError(f"{path}: {key} is not the base's {name}: it was trained too (modules_to_save or biases), "
-                            "which is not covered; merge the adapter with peft")  # fmt: skip
-
-
-def copied_name(model: nn.Module, key: str) -> str:
-    """The weight of the base that a key without lora_A or lora_B stands for."""
-    name = regex.sub(r"\.(base_layer|modules_to_save)(\.default)?\.", ".", key.removeprefix(PREFIX))
-    is_tied = getattr(model, "lm_head", model) is None
-    return "model.embed_tokens.weight" if is_tied and name == "lm_head.weight" else name
-
-
-def weight_shape(model: nn.Module, base: Checkpoint | None, name: str) -> tuple[int, ...] | None:
-    """The shape of a weight of the base, None where it has none of this name."""
-    if base is not None:
-        return base.tensors[name].shape if name in base.tensors else None
-    found = dict(model.named_parameters()).get(name)
-    return None if found is None else tuple(found.shape)

@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from lora.adapter import PREFIX, read_adapter, read_config
-from model.checkpoints.weights import open_checkpoint
+from lora.peft import PREFIX, AdapterFile, adapted_modules, matrices, read_config, update_rows
+from model.checkpoints.weights import Checkpoint, open_checkpoint
 from model.support.cli import UserError, run
 from model.support.files import atomic_file
 
@@ -51,31 +51,20 @@ def effective_rank(sigma_R: Tensor) -> float:
 
 def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
     """One row a module. Raises UserError where files are missing, corrupt, or do not belong together."""
-    config, tensors = read_config(adapter), read_adapter(adapter)
+    config, tensors = read_config(adapter), AdapterFile(adapter)
     base = open_checkpoint(weights) if weights else None
     rows = []
-    for key in tqdm([key for key in tensors if key.endswith(".lora_A.weight")], disable=None, leave=False):
-        module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-        a_RD, b_OR = tensors[key], tensors.get(f"{PREFIX}{module}.lora_B.weight")
-        if b_OR is None:
+    for module in tqdm(adapted_modules(tensors), disable=None, leave=False):
+        if f"{PREFIX}{module}.lora_B.weight" not in tensors:
             raise UserError(f"{adapter}: lacks the lora_B of {module}; the adapter is corrupt")
+        a_RD, b_OR = matrices(tensors, module)
         if not (a_RD.isfinite().all() and b_OR.isfinite().all()) or a_RD.shape[:1] != b_OR.shape[1:]:
             raise UserError(f"{adapter}: {module} holds values that are not finite, or A and B of different ranks")
         sigma_R = singular_values(a_RD, b_OR, config.scale(module))
         row = {"module": module, "rank": len(a_RD), "norm": float(sigma_R.norm()),
                "effective_rank": effective_rank(sigma_R), "top": [float(value) for value in sigma_R[:4]]}  # fmt: skip
         if base is not None:
-            if base.tensors.get(f"{module}.weight") is None:
-                raise UserError(f"{weights}: lacks {module}; the adapter was made for another model")
-            weight_OD = base.read(f"{module}.weight").float()
-            delta_OD = (b_OR.float() @ a_RD.float()) * config.scale(module)
-            if delta_OD.shape != weight_OD.shape:
-                raise UserError(f"{weights}: {module} has another shape; the adapter was made for another model")
-            narrow_OD = weight_OD.bfloat16().float()
-            lost = float(((narrow_OD + delta_OD).bfloat16().float() - (narrow_OD + delta_OD)).norm())
-            whole, change = float(weight_OD.norm()), float(delta_OD.norm())
-            row["relative_norm"] = row["norm"] / whole if whole else None  # nothing to be relative to
-            row["bf16_distortion"] = lost / change if change else 0.0
+            row |= against(base, f"{module}.weight", a_RD, b_OR, config.scale(module))
         rows.append(row)
     if not rows:
         raise UserError(f"{adapter}: holds no adapter's matrices; it is empty")
@@ -83,11 +72,28 @@ def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
     return sorted(rows, key=lambda row: (int((place.search(row["module"]) or [0, -1])[1]), row["module"]))
 
 
+def against(base: Checkpoint, name: str, a_RD: Tensor, b_OR: Tensor, scale: float) -> dict[str, float | None]:
+    """‖ΔW‖/‖W‖ (None for W = 0) and the distortion of a bf16 merge, over rows of W as they are read."""
+    if name not in base.tensors or base.tensors[name].shape != (len(b_OR), a_RD.shape[1]):
+        raise UserError(f"{base.path}: lacks {name} of the adapter's shape; the adapter was made for another model")
+    weight, update, lost = 0.0, 0.0, 0.0  # sums of squares
+    for rows, piece in base.stream(name):
+        delta_PD = update_rows(a_RD, b_OR, scale, rows, torch.float32)
+        exact_PD = piece.bfloat16().float() + delta_PD
+        weight += float(piece.double().square().sum())
+        update += float(delta_PD.double().square().sum())
+        lost += float((exact_PD.bfloat16().float() - exact_PD).double().square().sum())
+    return {
+        "relative_norm": (update / weight) ** 0.5 if weight else None,
+        "bf16_distortion": (lost / update) ** 0.5 if update else 0.0,
+    }
+
+
 def table(rows: list[dict[str, Any]]) -> str:
     lines = [f"{'module':44} {'rank':>4} {'‖ΔW‖':>9} {'‖ΔW‖/‖W‖':>10} {'eff. rank':>9} {'bf16 loss':>9}  top singular"]
     for row in rows:
-        told = (row.get(key) for key in ("relative_norm", "bf16_distortion"))
-        relative, lost = ("–" if value is None else f"{value:.4f}" for value in told)
+        values = (row.get(key) for key in ("relative_norm", "bf16_distortion"))
+        relative, lost = ("–" if value is None else f"{value:.4f}" for value in values)
         top = " ".join(f"{value:.3g}" for value in row["top"])
         lines.append(f"{row['module']:44} {row['rank']:4} {row['norm']:9.4f} {relative:>10} "
                      f"{row['effective_rank']:9.2f} {lost:>9}  {top}")  # fmt: skip

@@ -15,8 +15,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from lora.adapter import PREFIX, LoRAConfig, check_tensors, fitted, read_adapter, read_config
+from lora.adapter import LoRAConfig
 from lora.origin import check_origin, note_merge
+from lora.peft import AdapterFile, adapted_modules, check_tensors, fitted, matrices, read_config, update_rows
 from model.checkpoints.convert import add_tokenizer
 from model.checkpoints.safetensors import Stored
 from model.checkpoints.weights import Checkpoint, config_dict, new_checkpoint, open_checkpoint, select, write_checkpoint
@@ -48,9 +49,8 @@ def merged_rows(
     def read(rows: slice | None) -> Tensor:
         base = stored.read(rows)
         wide = torch.promote_types(base.dtype, torch.float32)
-        a_RD, b_OR = (adapter[f"{PREFIX}{module}.lora_{kind}.weight"] for kind in "AB")
-        b_PR = b_OR if rows is None else b_OR[rows]
-        return (b_PR.to(wide) @ a_RD.to(wide)).mul_(scale).add_(base.to(wide)).to(dtype or wide)
+        update = update_rows(*matrices(adapter, module), scale, rows, wide)
+        return update.add_(base.to(wide)).to(dtype or wide)
 
     return replace(stored, read=read)
 
@@ -60,11 +60,9 @@ def merge_checkpoint(
 ) -> Checkpoint:
     """The checkpoint with every adapted tensor replaced by its merged rows; nothing is read yet."""
     tensors = dict(checkpoint.tensors)
-    for key in adapter:
-        if key.endswith(".lora_A.weight"):
-            module = key.removeprefix(PREFIX).removesuffix(".lora_A.weight")
-            base = tensors[f"{module}.weight"]
-            tensors[f"{module}.weight"] = merged_rows(base, adapter, module, config.scale(module), dtype)
+    for module in adapted_modules(adapter):
+        name = f"{module}.weight"
+        tensors[name] = merged_rows(tensors[name], adapter, module, config.scale(module), dtype)
     return replace(checkpoint, tensors=tensors)
 
 
@@ -76,7 +74,7 @@ def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | Non
     raw = config_dict(weights)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
-    config, tensors = fitted(read_config(adapter), model), read_adapter(adapter)
+    config, tensors = fitted(read_config(adapter), model), AdapterFile(adapter)
     check_origin(weights, [adapter])
     base = select(open_checkpoint(weights), {name: tuple(p.shape) for name, p in model.named_parameters()})
     check_tensors(model, tensors, config, adapter, base)

@@ -15,18 +15,10 @@ import torch
 from torch import nn
 
 from lora import add_lora
-from lora.adapter import (
-    AdapterFile,
-    adapted,
-    check_tensors,
-    fitted,
-    pattern_value,
-    read_adapter,
-    read_config,
-    write_adapter,
-)
+from lora.adapter import adapted, pattern_value
 from lora.merge import merge_folders
 from lora.origin import check_origin
+from lora.peft import AdapterFile, check_tensors, fitted, read_config, write_adapter
 from lora.quantized import quantize_base
 from model.checkpoints.weights import config_dict, new_checkpoint, open_checkpoint, save_weights
 from model.config import ModelConfig
@@ -203,12 +195,12 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, Adapt
     with torch.device("meta"):
         model = Transformer(config).to(getattr(torch, recipe.dtype))
     if recipe.merge_adapter and not merged_before(recipe):
-        check_tensors(model, read_adapter(recipe.adapter), read_config(recipe.adapter), recipe.adapter)
+        check_tensors(model, AdapterFile(recipe.adapter), read_config(recipe.adapter), recipe.adapter)
     tensors = None
     if recipe.full:
         model.requires_grad_(True)
     elif recipe.adapter and not recipe.merge_adapter:
-        chosen, tensors = fitted(read_config(recipe.adapter), model), read_adapter(recipe.adapter)
+        chosen, tensors = fitted(read_config(recipe.adapter), model), AdapterFile(recipe.adapter)
         check_tensors(model, tensors, chosen, recipe.adapter)
         add_lora(model, chosen)
     else:

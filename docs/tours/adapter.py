@@ -10,9 +10,10 @@ import tempfile
 import torch
 import torch.nn.functional as F
 
-from lora.adapter import LoRAConfig, adapted, add_lora, load_adapter, no_adapter, read_adapter, save_adapter
+from lora.adapter import LoRAConfig, adapted, add_lora, no_adapter
 from lora.fold import merge_lora, merged_weight, unmerge_lora
 from lora.layer import LoRALinear, first_a
+from lora.peft import AdapterFile, load_adapter, save_adapter
 from model import ModelConfig, Transformer
 from model.support.init import init_weights
 from model.support.source import ROOT, check, show
@@ -70,6 +71,6 @@ check("weights that differ after unmerging", 0, (layer.weight != original_OD).su
 # %%
 with tempfile.TemporaryDirectory() as folder:
     save_adapter(model, folder)
-    show(save_adapter, "write_adapter", **read_adapter(folder))
+    show(save_adapter, "write_adapter", **AdapterFile(folder))
     again = load_adapter(init_weights(Transformer(config), 0).double(), folder)
 check("logits that differ after saving and loading", 0, (again(tokens_1T) != model(tokens_1T)).sum())

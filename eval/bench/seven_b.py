@@ -110,8 +110,9 @@ def write_adapter(path: Path, out: Path, r: int = 8) -> None:
     """A random adapter of rank `r` on every linear layer of the model at `path`."""
     import torch
 
-    from lora.adapter import PREFIX, LoRAConfig
-    from lora.adapter import write_adapter as write_files
+    from lora.adapter import LoRAConfig
+    from lora.peft import PREFIX
+    from lora.peft import write_adapter as write_files
     from model import ModelConfig, Transformer
 
     config, generator, state = LoRAConfig(r=r, alpha=2.0 * r), torch.Generator().manual_seed(0), {}

@@ -15,8 +15,9 @@ from torch import Tensor, nn
 from infer.engine.fuse import fuse
 from infer.engine.memory import Load, Plan, fit, read_size
 from lora import load_adapter, merge_lora
-from lora.adapter import PREFIX, LoRAConfig, check_tensors, read_adapter, read_config
+from lora.adapter import LoRAConfig
 from lora.origin import check_origin
+from lora.peft import PREFIX, AdapterFile, check_tensors, read_config
 from model import ModelConfig, Tokenizer, Transformer
 from model.checkpoints.weights import load_weights, open_checkpoint
 from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
@@ -197,7 +198,7 @@ class Update:
 
     def __init__(self, model: Transformer, path: str | Path) -> None:
         self.config: LoRAConfig = read_config(path)
-        self.tensors = read_adapter(path)
+        self.tensors = AdapterFile(path)
         check_tensors(model, self.tensors, self.config, path)
 
     def add(self, path: str, rows: slice, piece_MD: Tensor) -> Tensor:

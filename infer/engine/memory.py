@@ -18,7 +18,7 @@ from pathlib import Path
 
 import torch
 
-from lora.adapter import read_config
+from lora.peft import read_config
 from model import ModelConfig, Transformer
 from model.quantize.linear import bytes_of, is_quantizable
 from model.support.cli import UserError

@@ -28,8 +28,8 @@ from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
 from infer.engine.load import DTYPES
-from lora.adapter import check_tensors, read_adapter, read_config
 from lora.merge import merge_checkpoint
+from lora.peft import AdapterFile, check_tensors, read_config
 from model import ModelConfig, Tokenizer, Transformer
 from model.checkpoints.safetensors import Stored
 from model.checkpoints.weights import Checkpoint, open_checkpoint, select
@@ -107,7 +107,7 @@ def load_parallel(
     if adapters:  # merged in the model's dtype, not in the file's
         checkpoint = replace(checkpoint, tensors={name: cast(t, kind) for name, t in checkpoint.tensors.items()})
     for adapter in adapters:
-        config, tensors = read_config(adapter), read_adapter(adapter)
+        config, tensors = read_config(adapter), AdapterFile(adapter)
         check_tensors(model, tensors, config, adapter)
         checkpoint = merge_checkpoint(checkpoint, config, tensors, kind)
     checkpoint = select(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})

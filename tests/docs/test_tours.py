@@ -10,7 +10,7 @@ import torch
 
 from infer.engine.generate import Generator
 from infer.extract.grounded import Grammar
-from lora import LoRAConfig, adapter, add_lora, fold, save_adapter
+from lora import LoRAConfig, add_lora, fold, peft, save_adapter
 from lora.layer import LoRALinear
 from model import KVCache, ModelConfig, Transformer
 from model.attention import Attention, PlainAttend, Scores
@@ -91,7 +91,7 @@ WRONG = {  # what is broken, how its result is changed, and the number by which 
     "adapter's start": ("adapter", LoRALinear, "forward", lambda y: y + torch.rand_like(y), "new adapter changes"),
     "merge": ("adapter", fold, "merged_weight", scaled, "W\\[0, 0\\]"),
     "unmerge": ("adapter", fold, "unmerge_lora", lambda model: fold.merge_lora(model), "unmerging"),
-    "adapter on disk": ("adapter", adapter, "read_adapter", lambda t: {k: 2 * v for k, v in t.items()}, "saving"),
+    "adapter on disk": ("adapter", peft.AdapterFile, "__getitem__", lambda tensor: 2 * tensor, "saving"),
     "count of targets": ("training_step", loop, "batch_loss", lambda pair: (pair[0] * 13 / 8, pair[1]), "2h"),
     "gradient": ("training_step", loop, "batch_loss", lambda pair: (pair[0] * 1.001, pair[1]), "2h"),
     "loss": ("training_step", loop, "batch_loss", lambda pair: (pair[0], pair[1] * 1.001), "log p / N"),

@@ -226,7 +226,7 @@ def damaged(folder, how):
 
 
 @pytest.mark.parametrize(("how", "said"), [
-    ("dora", "use_dora is not covered"), ("unknown", "unknown field 'use_magic'"), ("rank", "at least 1"),
+    ("dora", "use_dora is not covered"), ("unknown", "unknown field 'use_magic'"), ("rank", "whole number from 1"),
     ("missing", "lacks"), ("surplus", "no place for"), ("shape", "made for another model"), ("nan", "not finite"),
     ("truncated", "corrupt|cut short|past the end")])  # fmt: skip
 def test_a_wrong_adapter_is_refused_by_name(tmp_path, how, said):

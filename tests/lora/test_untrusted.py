@@ -12,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from tiny_adapters import TOKENS, base, trained
 
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
-from lora.adapter import read_adapter, read_config
 from lora.merge import merge_folders
+from lora.peft import AdapterFile, read_config
 from model import Transformer
 from model.support.cli import UserError
 
@@ -141,7 +141,7 @@ def test_other_programs_adapters_are_named(made, tmp_path):
                        ("adapters.npz", "MLX"), ("lora.safetensors", "mistral-finetune")):  # fmt: skip
         folder = changed(adapter, tmp_path / name)
         os.rename(folder / "adapter_model.safetensors", folder / name)
-        for read in (read_adapter, lambda path: load_adapter(base(), path)):
+        for read in (AdapterFile, lambda path: load_adapter(base(), path)):
             with pytest.raises(UserError, match=said):
                 read(folder)
 

@@ -99,7 +99,8 @@ def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path)
     from tiny_runs import CONFIG
 
     from lora import LoRAConfig, add_lora, save_adapter
-    from lora.adapter import adapted, adapter_state
+    from lora.adapter import adapted
+    from lora.peft import adapter_state
     from model.transformer import Transformer
     from train.session import empty_model
 

@@ -22,7 +22,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import adapted, write_adapter
+from lora.adapter import adapted
+from lora.peft import write_adapter
 from model.checkpoints.safetensors import Stored, open_safetensors, save_tensors
 from model.support.cli import UserError
 from model.support.files import atomic_folder, read_json, sha256_file, write_json

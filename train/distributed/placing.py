@@ -16,8 +16,9 @@ import torch
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from lora.adapter import PREFIX, adapted
+from lora.adapter import adapted
 from lora.layer import first_a
+from lora.peft import PREFIX
 from model.checkpoints.weights import PIECE, Checkpoint, select
 from model.quantize.blockwise import quantize_scales
 from model.quantize.linear import QuantizedWeight

@@ -11,7 +11,7 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from lora.adapter import read_adapter, read_config
+from lora.peft import AdapterFile, read_config
 from model import ModelConfig, Transformer
 from model.checkpoints.convert import open_any
 from model.support import files
@@ -183,8 +183,8 @@ def test_a_symbolic_link_stays_and_what_it_points_to_is_replaced(tmp_path):
     ("config.json", ModelConfig.from_pretrained), ("model.safetensors", Transformer.from_pretrained),
     ("model.safetensors.index.json", Transformer.from_pretrained), ("m.gguf", Transformer.from_pretrained),
     ("pytorch_model.bin", open_any), ("consolidated.00.pth", open_any), ("params.json", open_any),
-    ("adapter_config.json", read_config), ("adapter_model.safetensors", read_adapter),
-    ("adapter_model.bin", read_adapter)])  # fmt: skip
+    ("adapter_config.json", read_config), ("adapter_model.safetensors", AdapterFile),
+    ("adapter_model.bin", AdapterFile)])  # fmt: skip
 def test_a_pipe_or_device_among_the_files_is_never_opened(tmp_path, name, read):
     others = {"params.json": "consolidated.00.pth", "consolidated.00.pth": "params.json"}
     (tmp_path / others.get(name, "config.json")).write_text('{"model_type": "llama"}')

@@ -1,0 +1,74 @@
+"""Qwen-7B's first version: GPT-2's module names, q, k and v in one matrix, gate and up called w2 and w1."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from torch import Tensor
+
+from model.checkpoints.safetensors import Stored
+from model.checkpoints.weights import Checkpoint
+from model.support.cli import UserError
+
+QWEN = {
+    "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head",
+    "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj",
+}  # fmt: skip
+
+
+def from_qwen(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Checkpoint:
+    """Its tensors under Qwen2's names; an unknown name stays, to be listed as unexpected."""
+    third = raw.get("kv_channels", 128) * raw.get("num_attention_heads", 0)
+    out: dict[str, Stored] = {}
+    for name, stored in checkpoint.tensors.items():
+        found = re.fullmatch(r"(?:transformer\.h\.(\d+)\.)?(.+)\.(weight|bias)", name)
+        layer, stem, leaf = found.groups() if found else (None, "", "")
+        at = f"model.layers.{layer}." if layer else ""
+        if stem == "attn.c_attn":
+            for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
+                out[f"{at}self_attn.{part}.{leaf}"] = _rows(stored, number * third, third)
+        elif stem in QWEN:
+            out[f"{at}{QWEN[stem]}.{leaf}"] = stored
+        elif not name.endswith("rotary_emb.inv_freq"):
+            out[name] = stored
+    return replace(checkpoint, tensors=out, format="qwen")
+
+
+def _rows(stored: Stored, first: int, count: int) -> Stored:
+    """Some rows of a stored tensor, as a stored tensor."""
+
+    def read(rows: slice | None) -> Tensor:
+        rows = slice(0, count) if rows is None else rows
+        return stored.read(slice(first + rows.start, first + rows.stop))
+
+    shape = (max(0, min(count, stored.shape[0] - first)), *stored.shape[1:])
+    return replace(stored, shape=shape, read=read)
+
+
+def qwen2_config(raw: Mapping[str, Any]) -> dict[str, Any]:
+    """Qwen-7B's config.json in Qwen2's words. Its gate and up are each half of `intermediate_size`."""
+    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
+              "layer_norm_epsilon", "rotary_emb_base")  # fmt: skip
+    missing = [name for name in needed if raw.get(name) is None]
+    if missing:
+        raise UserError(f"config lacks {', '.join(missing)}, which Qwen's first version says")
+    if raw.get("rotary_pct", 1.0) != 1.0 or not raw.get("no_bias", True):
+        raise UserError("config: Qwen with partial rotary positions or biases throughout is not covered")
+    return {
+        "model_type": "qwen2",
+        **{name: raw[name] for name in needed[:2] + needed[3:5]},
+        "intermediate_size": raw["intermediate_size"] // 2,
+        "num_key_value_heads": raw["num_attention_heads"],
+        "head_dim": raw.get("kv_channels", 128),
+        "rms_norm_eps": raw["layer_norm_epsilon"],
+        "rope_theta": raw["rotary_emb_base"],
+        "max_position_embeddings": raw.get("seq_length") or raw.get("max_position_embeddings"),
+        "use_sliding_window": False,
+        "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),
+        "bos_token_id": raw.get("bos_token_id"),
+        "eos_token_id": raw.get("eos_token_id"),
+    }
