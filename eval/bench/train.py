@@ -117,11 +117,11 @@ def units(kind: str, size: str, share: bool) -> list[Any]:
     from train.data.rows import Row, note_unit, question_units, text_units
 
     V, *_, count, length = SHAPES[size]
-    draw = np.random.default_rng(0)
+    rng = np.random.default_rng(0)
     if kind == "plain":
-        return [Row((text_units(str(i), draw.integers(0, V, length + 1), length)[0],)) for i in range(count)]
+        return [Row((text_units(str(i), rng.integers(0, V, length + 1), length)[0],)) for i in range(count)]
     note = 400 if length >= 400 else length
-    pieces = [draw.integers(0, V, note), *(draw.integers(0, V, n) for _ in range(QUESTIONS) for n in (20, 20))]
+    pieces = [rng.integers(0, V, note), *(rng.integers(0, V, n) for _ in range(QUESTIONS) for n in (20, 20))]
     return [Row((note_unit("0", pieces),))] if share else [Row((unit,)) for unit in question_units("0", pieces)]
 
 

@@ -1,4 +1,4 @@
-"""All of the paper's tables from a finished demo: `make tables`, or python -m eval.tables.
+"""All of the paper's tables from a finished demo: `make tables`.
 
     runs/demo → wrong labels, misspelled notes, canaries, retrieval → runs/tables/report.html and report.json
 
