@@ -17,7 +17,7 @@ from eval.bench.row import Row
 from infer import tasks
 from infer.engine.generate import Generator
 from infer.engine.load import load
-from model.support.hardware import compute_dtype
+from model.support.hardware import compute_dtype, int8_products
 
 
 def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16) -> list[Row]:
@@ -41,6 +41,8 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
     ways = {"shared prefix": ("wide", "float32", False), "shared prefix + prompt lookup": ("wide", "float32", True),
             f"shared prefix, {probed} as the probe chooses": ("wide", probed, False),
             f"shared prefix + prompt lookup, int8 with {probed}": ("int8", probed, True)}  # fmt: skip
+    if int8_products():
+        ways["shared prefix, w8a8"] = ("w8a8", "float32", False)
     for name, (form, dtype, lookup) in ways.items():
         own = model if (form, dtype) == ("wide", "float32") else load(weights, dtype=dtype, form=form)[0]
         generator = Generator(own, tokenizer, lookup=lookup)

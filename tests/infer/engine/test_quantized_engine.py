@@ -191,7 +191,7 @@ def test_a_model_rotated_as_it_is_read_is_the_model_rotated_in_memory(tmp_path, 
 
 
 @pytest.mark.parametrize("tied", [False, True])
-def test_adapters_turn_with_a_rotated_base(tmp_path, tied):
+def test_adapters_turn_with_a_rotated_base(tmp_path, tokenizer, tied):
     """The first adapter is added before rounding, the last is exact beside the codes: what it adds to each layer is
     what it adds to the plain one, seen in the layer's new basis."""
     weights = write_model(tmp_path / "model", **WIDTHS, tie_word_embeddings=tied)
@@ -208,6 +208,8 @@ def test_adapters_turn_with_a_rotated_base(tmp_path, tied):
         x_ND = torch.randn(7, own.in_features, generator=torch.Generator().manual_seed(0), dtype=torch.float32)
         beside = own.double()(x_ND.double()) - own.quantized.product(x_ND.double())  # exact, not through the codes
         assert torch.allclose(beside, x_ND.double() @ own.delta("default").t(), rtol=0, atol=1e-12)
+    for prompt, out in zip(PROMPTS, Generator(model, tokenizer).generate(PROMPTS, max_new_tokens=8), strict=True):
+        assert out.tokens == plain_greedy(model, prompt, 8, tokenizer.stop_ids)[0]  # the engine's are the modules'
     tokens = torch.arange(60)[None]
     assert (wide(tokens) - load(weights, made, "float64")[0](tokens)).abs().max() <= 1e-6
 

@@ -1,0 +1,57 @@
+"""What rounding costs in logits, with and without rotation: w8a8, int8 and int4 on notes of the synthetic clinic.
+
+The reference is the same weights in fp32. docs/quantization.md has the table and the algebra.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from copy import deepcopy
+
+import torch
+from torch import Tensor
+
+from eval.bench.row import Row
+from infer.tasks import prefix
+from model import Tokenizer, Transformer
+from model.quantize.linear import quantize_layers, quantize_model
+from model.quantize.rotation import rotate
+from train.clinic.program import patient_notes
+
+WAYS: dict[str, Callable[[Transformer], object]] = {
+    "rotated, fp32": rotate,
+    "int8": lambda model: quantize_layers(model, "int8"),
+    "int8, rotated": lambda model: quantize_layers(rotate(model), "int8"),
+    "w8a8, not rotated": lambda model: quantize_layers(model, "w8a8"),
+    "w8a8, rotated, down_proj's inputs not mixed": lambda model: quantize_layers(rotate(model), "w8a8"),
+    "w8a8": lambda model: quantize_model(model, "w8a8"),
+    "int4-64": lambda model: quantize_layers(model, "int4-64"),
+    "int4-64, rotated": lambda model: quantize_layers(rotate(model), "int4-64"),
+}
+
+
+@torch.inference_mode()
+def rows(weights: str, notes: int = 8) -> list[Row]:
+    """One row a way: the rms error of the logits in percent of the fp32 logits' standard deviation, beside int8's.
+
+    `notes`: the first notes of so many of the clinic's patients.
+    """
+    tokenizer, model = Tokenizer.from_pretrained(weights), Transformer.from_pretrained(weights).requires_grad_(False)
+    texts = [next(patient_notes("p", number, 0))["text"] for number in range(notes)]
+    prompts = [torch.tensor([tokenizer.encode(prefix(text), bos=True)]) for text in texts]
+
+    def logits(own: Transformer) -> Tensor:
+        return torch.cat([own(tokens_1T)[0] for tokens_1T in prompts])
+
+    true_NV = logits(model)
+    spread, errors, found = true_NV.std().item(), {}, []
+    for name, change in WAYS.items():
+        own = deepcopy(model)
+        change(own)
+        own_NV = logits(own)
+        agree = (own_NV.argmax(-1) == true_NV.argmax(-1)).double().mean().item()
+        errors[name] = 100 * own_NV.sub_(true_NV).square_().mean().sqrt().item() / spread
+        setting = f"the likeliest token is fp32's in {100 * agree:.1f} %; {notes} notes, {len(true_NV)} tokens"
+        peer = (errors["int8"], "int8 weights") if "int8" in errors else (None, None)
+        found.append(Row(f"logits: {name}", errors[name], *peer, "% of the logits' spread (rms)", setting))
+    return found
