@@ -7,9 +7,9 @@ The tuned form puts the note first, so that one note serves all of its questions
 
     {note}\n\n### Question: What is the tumor size?\n### Answer: 2.5 cm<eos>
 
-`prefix(note)`, `branch(question)` and `answer(texts)` are the three pieces. They are encoded apart and their ids
+`prefix(note)`, `branch(question)` and `answer(texts)` are the three parts. They are encoded separately and their ids
 joined, so the boundary between prompt and answer is known without searching in token ids. With retrieval, other notes
-with their diagnoses (`example`) stand between prefix and branch of the diagnosis question alone: the prefix stays what
+with their diagnoses (`example`) come between prefix and branch of the diagnosis question alone: the prefix stays what
 all questions share, and the other eight never see another patient's findings.
 """
 

@@ -4,8 +4,8 @@
     python -m infer.trace --weights DIR --adapter DIR --note note.txt --ask tumor_size --out trace.html
 
 The answer is generated greedily; then one plain pass over prompt and answer is recorded (infer/inspect/recording.py)
-and written as one HTML file. With an adapter, the base reads the same tokens beside it; `--compare` puts another model
-or adapter there. The file holds the prompt's text, so only its owner may read it.
+and written as one HTML file. With an adapter, the page also shows the base on the same tokens; `--compare` shows
+another model or adapter instead. The file holds the prompt's text, so only its owner may read it.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from infer.engine.generate import Generator, Settings
 from infer.engine.load import load
 from infer.extract.ask import Asker, Limits
 from infer.extract.notes import read_notes
-from infer.inspect import page as trace_html
+from infer.inspect import page as trace_page
 from lora import load_adapter, merge_lora, no_adapter, set_adapter
 from lora.adapter import adapted
 from lora.origin import check_origin
@@ -57,12 +57,12 @@ class Options:
     ask: str = "tumor_size"
     """What to ask about the note: a phenotype's name, "diagnosis", or a question in words."""
     form: Literal["template", "chat"] = "template"
-    """The tuned template, or the model's own chat form (for --prompt: the text as it stands, or as a user's turn)."""
+    """The tuned template, or the model's own chat form (for --prompt: the text itself, or as a user's turn)."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """LoRA adapters (PEFT folders), one --adapter each: the last one is compared with the model without it, those
     before it are merged."""
     compare: str | None = None
-    """Another model, or another adapter on the same weights, to put beside it."""
+    """Another model, or another adapter on the same weights, to compare with."""
     parity: Path | None = None
     """A file that `python -m eval.parity --json` wrote about these weights: its first divergent stage is shown."""
     max_new_tokens: int = 50
@@ -92,8 +92,8 @@ def main(options: Options) -> int:
 
 def trace(options: Options) -> None:
     mark = parity(options) if options.parity else None
-    data: dict[str, Any] = {"title": f"Trace: {Path(options.weights).name}", "runs": [], "said": [],
-                            "parity": mark, "code": trace_html.code()}  # fmt: skip
+    data: dict[str, Any] = {"title": f"Trace: {Path(options.weights).name}", "runs": [], "notices": [],
+                            "parity": mark, "code": trace_page.code()}  # fmt: skip
     ids: list[int] = []
     start, first = 0, None
     for side in sides(options):
@@ -101,12 +101,12 @@ def trace(options: Options) -> None:
             generator = Generator(side.model, side.tokenizer, lookup=False)
             prompt = prompt_ids(options, generator)
             answer = answer_ids(options, generator, prompt)
-            same = first is None or (prompt == ids[:start] and same_pieces(first, side, ids))
+            same = first is None or (prompt == ids[:start] and same_tokens(first, side, ids))
             if first is None or not same:  # a comparison reads the first one's tokens wherever it has the same ones
                 ids, start = [*prompt, *answer], len(prompt)
             if not same:
-                data["said"].append("The two models cut the text into other tokens, so each is shown on its own.")
-            data["runs"].append(one_run(side, ids, start, answer, data["said"]))
+                data["notices"].append("The two models tokenize the text differently: each is shown on its own.")
+            data["runs"].append(one_run(side, ids, start, answer, data["notices"]))
         first = first or side
     finish(options, data)
 
@@ -128,9 +128,9 @@ def check(options: Options) -> None:
 
 
 def sides(options: Options) -> Iterator[Side]:
-    """The models of the page, each ready when it is its turn: what was asked for, then what it is compared with."""
+    """The models of the page, loaded one after the other: the model of the options, then the one to compare with."""
     model, tokenizer = load(options.weights, options.adapter[:-1], options.dtype, options.device)
-    if adapted(model):  # in a narrow dtype the last one was left beside the weights
+    if adapted(model):  # in a dtype narrower than fp32 `load` leaves the last one unmerged
         merge_lora(model, keep=False)
     base, other = Path(options.weights).name, options.compare
     if options.adapter:
@@ -160,12 +160,12 @@ def adapter_on(model: Transformer, name: str) -> Iterator[None]:
     yield
 
 
-def same_pieces(one: Side, other: Side, ids: list[int]) -> bool:
-    """Whether these ids are the same pieces of text for both, and the other model knows them all."""
+def same_tokens(one: Side, other: Side, ids: list[int]) -> bool:
+    """Whether these ids spell the same text in both tokenizers, and the other model has them all."""
     if max(ids) >= other.model.config.vocab_size:
         return False
     wanted = set(ids)
-    return trace_html.vocabulary(one.tokenizer, wanted) == trace_html.vocabulary(other.tokenizer, wanted)
+    return trace_page.vocabulary(one.tokenizer, wanted) == trace_page.vocabulary(other.tokenizer, wanted)
 
 
 def prompt_ids(options: Options, generator: Generator) -> list[int]:
@@ -204,8 +204,8 @@ def answer_ids(options: Options, generator: Generator, prompt: list[int]) -> lis
     return out.tokens
 
 
-def one_run(side: Side, ids: list[int], start: int, own: list[int], said: list[str]) -> dict[str, Any]:
-    """A side's values; of a long text only the positions that wrote the answer keep their attention, and it is said."""
+def one_run(side: Side, ids: list[int], start: int, own: list[int], notices: list[str]) -> dict[str, Any]:
+    """A side's values; of a long text only the positions that wrote the answer keep their attention (a notice)."""
     rows = list(range(len(ids)))
     if len(ids) > ROWS:
         rows = rows[start - 1 : -1] if start < len(ids) else rows[-1:]
@@ -213,25 +213,25 @@ def one_run(side: Side, ids: list[int], start: int, own: list[int], said: list[s
             f"The text has {len(ids)} tokens. Attention, norms and experts are kept for the {len(rows)} positions "
             f"that wrote the answer; those of the others are left out (a page keeps all up to {ROWS} tokens)."
         )
-        said += [line] if line not in said else []
-    return trace_html.run_values(side.name, side.model, side.tokenizer, ids, start, own, rows)
+        notices += [line] if line not in notices else []
+    return trace_page.run_values(side.name, side.model, side.tokenizer, ids, start, own, rows)
 
 
 def finish(options: Options, data: dict[str, Any]) -> None:
     """Write the page, at most LIMIT bytes of it: what does not fit is left out, the last run's attention first."""
-    text = trace_html.page(data)
+    text = trace_page.page(data)
     for one in reversed(data["runs"]):
         if len(text) > LIMIT:
             one["attention"] = None
-            data["said"].append(f"The attention maps of {one['name']} are left out: the page would exceed 8 MB.")
-            text = trace_html.page(data)
+            data["notices"].append(f"The attention maps of {one['name']} are left out: the page would exceed 8 MB.")
+            text = trace_page.page(data)
     if len(text) > LIMIT:
         raise UserError(
             f"the page would take {len(text) / 1e6:.1f} MB (at most {LIMIT / 1e6:.0f}): give a shorter text, or fewer "
             "--max-new-tokens"
         )
     write_text(options.out, text, mode=0o600)
-    for line in data["said"]:
+    for line in data["notices"]:
         print(line)
     for one in data["runs"]:
         error = one["attribution"]["logit"]["sum_error"]
@@ -243,17 +243,17 @@ def finish(options: Options, data: dict[str, Any]) -> None:
 def parity(options: Options) -> dict[str, Any]:
     """What the page says of a parity file, or a UserError where it is about other weights."""
     assert options.parity is not None
-    held = read_json(options.parity)
-    if not isinstance(held, dict) or not isinstance(held.get("rows"), list) or "summary" not in held:
+    found = read_json(options.parity)
+    if not isinstance(found, dict) or not isinstance(found.get("rows"), list) or "summary" not in found:
         raise UserError(f"{options.parity}: not a file that python -m eval.parity --json wrote")
-    if held.get("fingerprint") != fingerprint(options.weights):
+    if found.get("fingerprint") != fingerprint(options.weights):
         raise UserError(
             f"{options.parity}: about other weights than {options.weights}; make it with "
             f"python -m eval.parity --weights {options.weights} --json FILE"
         )
-    stages = [row for row in held["rows"] if row.get("section") in ("stage", "adapter")]
+    stages = [row for row in found["rows"] if row.get("section") in ("stage", "adapter")]
     wrong = next((row for row in stages if not row.get("ok")), None)
-    return {"summary": str(held["summary"]), "stages": len(stages),
+    return {"summary": str(found["summary"]), "stages": len(stages),
             "first": None if wrong is None else {"name": str(wrong["name"]), "error": wrong.get("error")}}  # fmt: skip
 
 

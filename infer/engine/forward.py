@@ -1,16 +1,16 @@
-"""The decoder again, straight through: the same arithmetic as model/transformer.py with as few operations as it takes.
+"""Inference forward pass: same arithmetic as model/transformer.py with fused projections and fewer dispatches.
 
 What makes it fast, each idea on its own line:
 
 * q, k and v are one matrix product, so are gate and up: a decoded token's time is the reading of the weights, and a
   large matrix is read at a higher rate than three small ones. The fused matrix is the storage; the model's own
-  parameters become views of it, so nothing is held twice.
-* Tokens of all requests lie side by side (x_ND, no padding), whatever their lengths; only attention knows requests.
+  parameters become views of it, so there is no copy.
+* Tokens of all requests are concatenated (x_ND, no padding); only attention distinguishes requests.
 * Residual sums happen inside the products (addmm), norms in one call, rotary positions in three.
 * fp32 products on a CPU are oneDNN's where torch's default library is not made for the processor.
-* Logits are computed where somebody reads them: one position a request, not one a token.
+* Logits are computed where they are read: one position a request, not one a token.
 
-LoRA adapters that are active and not merged stay beside the weights, exact. Modules that are not plain linear layers
+LoRA adapters that are active and not merged are applied separately, exact. Modules that are not plain linear layers
 (quantized ones, experts) are called as they are. The blocks of a fused model (infer/engine/fuse.py) are computed by
 kernels instead: `FusedBlock` has Layer's three steps.
 """
@@ -59,7 +59,7 @@ class PackedLinear:
             size = module.out_features if self.quantized is not None else local(module.weight).shape[0]
             rows = slice(start, start + size)
             start = rows.stop
-            if self.weight is not None and len(modules) > 1:  # a view: nothing is held twice
+            if self.weight is not None and len(modules) > 1:  # a view: no copy
                 if self.mesh is None:
                     module.weight.data = self.weight[rows]
                 else:
@@ -120,7 +120,7 @@ def like(weight: Tensor, part: Tensor) -> Tensor:
 
 
 class Norm:
-    """RMSNorm in few calls where the dtype is its own accumulator, else as the model defines it."""
+    """Eager RMSNorm for fp32 and fp64 on a CPU (fewer dispatches); the module's forward otherwise."""
 
     def __init__(self, norm: RMSNorm) -> None:
         self.norm, self.weight, self.eps = norm, norm.weight.detach(), norm.eps
@@ -130,7 +130,7 @@ class Norm:
         if not self.direct:
             return self.norm(x_ND)
         length_N1 = torch.linalg.vector_norm(x_ND, dim=-1, keepdim=True)
-        if len(x_ND) == 1:  # one number: the processor's own arithmetic is sooner than four calls
+        if len(x_ND) == 1:  # one row: Python float arithmetic beats four tensor calls
             return (x_ND * self.weight).mul_((length_N1.item() ** 2 / x_ND.shape[-1] + self.eps) ** -0.5)
         inverse_N1 = length_N1.square_().div_(x_ND.shape[-1]).add_(self.eps).rsqrt_()
         return (x_ND * inverse_N1).mul_(self.weight)

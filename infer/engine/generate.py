@@ -5,8 +5,8 @@
 
     python -m infer.generate --weights DIR [--adapter DIR] --prompt TEXT
 
-A request's result depends on its prompt, its settings and its seed, not on what shares its batch (rounding apart, see
-`deterministic`). Logits come in at least fp32; greedy ties go to the lowest token id.
+A request's result depends on its prompt, its settings and its seed, not on what shares its batch (except for rounding,
+see `deterministic`). Logits are at least fp32; greedy ties go to the lowest token id.
 """
 
 from __future__ import annotations
@@ -44,7 +44,7 @@ class State:
 
 
 class Generator:
-    """Generation with one model. `deterministic=True` computes every request by itself, in the same steps whatever the
+    """Generation with one model. `deterministic=True` computes every request alone, in the same steps whatever the
     others are, so its result is the same to the bit; nothing is shared then. `lookup` lets requests
     speculate where that pays (infer/engine/lookup.py). `cache_dtype` and `chunk` are Engine's. `max_length` bounds a
     prompt and its answer (0: the config's max_length). Fused models
@@ -92,7 +92,7 @@ class Generator:
             if state.finish is None:
                 state.text = self.decode(state.tokens)
             text = state.text
-            # what may still turn into a stop string, or into another letter, is held back
+            # what may still become a stop string, or another letter, is not yet shown
             safe = len(text) if state.finish else max(shown, len(text.rstrip("\ufffd")) - longest)
             if safe > shown:
                 yield text[shown:safe]

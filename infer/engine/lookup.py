@@ -31,11 +31,11 @@ MARGIN = 1.1  # a smaller expected gain than a tenth may be none
 
 
 class Lookup:
-    """One request's guesses, and how often they come true."""
+    """One request's guesses, and how often they are accepted."""
 
     def __init__(self, prompt: Sequence[int]) -> None:
         self.ids: list[int] = []
-        self.after: dict[tuple[int, int], int] = {}  # two tokens → where the text went on after them last
+        self.after: dict[tuple[int, int], int] = {}  # two tokens → the index after their last occurrence
         self.rate = 0.5  # nothing is known yet
         self.add(prompt, count=False)
 
@@ -83,7 +83,7 @@ def row_cost(engine: Engine) -> float:
     quantized = first.qkv.quantized if isinstance(first, Layer) else None
     if quantized is not None and quantized.kind == "w8a8":
         return 1 / 2  # a few rows are multiplied one by one
-    if quantized is not None:  # packed weights are dequantized anew every four rows, others once a step
+    if quantized is not None:  # packed weights are dequantized again every four rows, others once a step
         return 1 / 4 if quantized.packed else 1 / 32
     if engine.dtype == torch.bfloat16:
         return 1 / 16 if "bf16" in processor() else 1.0  # emulated: arithmetic is all there is

@@ -8,7 +8,8 @@ so a block adds up over the ranks twice (arXiv 1909.08053, section 3):
     q k v, gate up    y = x · W_rᵀ         each rank has its heads, its units      (ColwiseParallel)
     o, down           Σ_r x_r · W_rᵀ       summed over the ranks                   (RowwiseParallel)
 
-Embedding, norms and output matrix stand whole on every rank, so all ranks see the same logits and take the same token.
+Embedding, norms and output matrix are replicated on every rank, so all ranks see the same logits and take the same
+token.
 Adapters are merged on the way in. `torch.distributed` is imported here alone.
 """
 
@@ -126,7 +127,7 @@ def cast(stored: Stored, dtype: torch.dtype) -> Stored:
 def read_part(
     checkpoint: Checkpoint, name: str, parameter: Tensor, dtype: torch.dtype, device: torch.device
 ) -> nn.Parameter:
-    """What this rank holds of one tensor, a few megabytes at a time; split ones come as DTensors."""
+    """This rank's part of one tensor, a few megabytes at a time; split ones come as DTensors."""
     whole = list(checkpoint.tensors[name].shape)
     part = [slice(0, size) for size in whole]
     if isinstance(parameter, DTensor):

@@ -1,4 +1,4 @@
-"""How a request is continued, and what came of it: what goes into infer.generate and what comes out."""
+"""A request's settings and its result."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ class Settings:
 
 @dataclass(frozen=True)
 class Generation:
-    """What came of a prompt. `logprobs` are the tokens' natural log-probabilities under the model itself;
+    """The result of a request. `logprobs` are the tokens' natural log-probabilities under the model itself;
     `finish_reason` is "stop" (end token), "stop_string", "repetition" or "length"."""
 
     text: str

@@ -46,7 +46,7 @@ class Prefix:
     tokens: list[int]
     start: int  # the position of its first token
     branches: range = range(0)
-    first: int = 0  # the first position that is still held (a window lets older ones go)
+    first: int = 0  # the first position that is kept (a window drops older ones)
     keys: list[Tensor] = field(default_factory=list)  # k_GSK of each layer
     values: list[Tensor] = field(default_factory=list)
 
@@ -81,8 +81,8 @@ class Level:
     prefixes: list[Prefix]
     keys: list[Tensor]  # k_PGSK of each layer
     values: list[Tensor]  # v_PGSK
-    first_P: Tensor  # the position of each prefix's first held token; like all that is known beforehand, in the host's
-    length_P: Tensor  # memory: asking a device for a number would wait for it. Held tokens of each prefix
+    first_P: Tensor  # the position of each prefix's first held token; on the host, as all that is known
+    length_P: Tensor  # in advance: reading a number from a device waits for it. Kept tokens of each prefix
     rows: slice = field(default_factory=lambda: slice(0))
     branch_Pn: Tensor = field(init=False)
     place_r: Tensor = field(init=False)
@@ -113,7 +113,7 @@ class Level:
         self.even = len(places) == stop - start == self.branch_Pn.numel()
 
     def retain(self) -> None:
-        """Free the prefixes that have no branch left, and index the others anew."""
+        """Free the prefixes that have no branch left, and index the others again."""
         kept = [m for m, prefix in enumerate(self.prefixes) if len(prefix.branches)]
         if len(kept) < len(self.prefixes):
             self.prefixes = [self.prefixes[m] for m in kept]
@@ -258,7 +258,7 @@ class Cache:
                 drop = prefix.start + b - bound - prefix.first  # later queries see at most the window's last positions
                 prefix.first += drop
                 for held in (prefix.keys, prefix.values):
-                    for layer, kept_GSK in enumerate(held):  # one at a time: nothing but a layer is held twice
+                    for layer, kept_GSK in enumerate(held):  # one at a time: no more than one layer has two copies
                         held[layer] = kept_GSK[:, drop:].clone()
 
     def _read_attend(
@@ -422,7 +422,7 @@ class Cache:
         ]  # fmt: skip
 
     def _pad(self, prefixes: list[Prefix]) -> Level:
-        """The prefixes' keys and values in one tensor a layer, one layer at a time; the prefixes give theirs up."""
+        """The prefixes' keys and values in one tensor a layer, one layer at a time; the prefixes' own are freed."""
         lengths = [prefix.keys[0].shape[1] for prefix in prefixes]
         level = Level(prefixes, [], [], torch.tensor([prefix.first for prefix in prefixes]), torch.tensor(lengths))
         for layer in range(len(self.engine.layers)):
@@ -437,7 +437,7 @@ class Cache:
         return level
 
     def _key_layout(self, k_BGKC: Tensor) -> Tensor:
-        """As the scores' product reads keys, slot beside slot; the kernels read a key's numbers beside one another."""
+        """Slots contiguous, as the scores' product reads keys; with kernels, a key's components contiguous."""
         return k_BGKC.mT.contiguous().mT if self.engine.fused else k_BGKC.contiguous()
 
     def _grow(self, T: int) -> None:
@@ -456,7 +456,7 @@ class Cache:
         capacity = need + max(SPARE, need // 4)
         B, G, K = len(self.length_B), self.engine.groups, self.engine.head_dim
         like: dict[str, Any] = {"dtype": self.engine.cache_dtype, "device": self.engine.device}
-        for layer in range(len(self.engine.layers)):  # one at a time: nothing but a layer is held twice
+        for layer in range(len(self.engine.layers)):  # one at a time: no more than one layer has two copies
             k_BGKC = self._key_layout(torch.zeros(B, G, K, capacity, **like))
             v_BGCK = torch.zeros(B, G, capacity, K, **like)
             if self.capacity:

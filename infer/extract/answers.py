@@ -1,4 +1,4 @@
-"""From what a model said to a note's record: values, where they were read in the note, codes.
+"""From a model's answers to a note's record: values, where they were read in the note, codes.
 
 A record is what `python -m infer.extract` writes, one line a note; SCHEMA describes it as a JSON schema.
 """
@@ -36,7 +36,7 @@ _ANSWER: dict[str, Any] = {
     "required": ["answers", "not_relevant", "finish_reason"],
     "properties": {
         "answers": {"type": "array", "items": _VALUE},
-        "not_relevant": {"type": "boolean", "description": "the model said that the note does not answer this"},
+        "not_relevant": {"type": "boolean", "description": "the model answered that the note does not say"},
         "finish_reason": {
             "enum": ["stop", "stop_string", "repetition", "length"],
             "description": "why the answer ended; of several windows' the first that was cut short, if one was",
@@ -67,7 +67,7 @@ SCHEMA: dict[str, Any] = {
                 "text": {"type": "string", "description": "the diagnosis as the model wrote it"},
                 "codes": {
                     "type": "array",
-                    "description": "ICD-10-CM codes that the text names or comes nearest to, best first",
+                    "description": "ICD-10-CM codes that the text names or is most similar to, best first",
                     "items": {
                         "type": "object",
                         "properties": {"code": {"type": "string"}, "description": {"type": "string"}},
@@ -77,7 +77,7 @@ SCHEMA: dict[str, Any] = {
                 "finish_reason": {"type": "string"},
                 "window": {
                     "type": "integer",
-                    "description": "of a note read in windows: which one this was said about (the likeliest), from 0",
+                    "description": "of a note read in windows: the one of this answer (the likeliest), from 0",
                 },
             },
         },
@@ -118,7 +118,7 @@ SCHEMA: dict[str, Any] = {
 }
 
 
-def said_values(text: str) -> list[tuple[str, Span]]:
+def written_values(text: str) -> list[tuple[str, Span]]:
     """The values in an answer's text, each with its characters there."""
     values, at = [], 0
     for value in tasks.parse_answer(text):
@@ -136,9 +136,9 @@ def phenotype_record(
     the place where it was read, then the others where it may have been; none where no place is known."""
     answers: list[dict[str, Any]] = []
     ends = token_ends(out, decode)
-    for (value, said), spans in zip(said_values(out.text), places, strict=True):
+    for (value, span), spans in zip(written_values(out.text), places, strict=True):
         start, end = spans[0] if spans else (None, None)
-        answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out.logprobs, ends, *said)})
+        answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out.logprobs, ends, *span)})
         if len(spans) > 1:
             answers[-1]["ambiguous"] = [list(span) for span in spans[1:]]
     not_relevant = bool(out.text.strip()) and not answers
@@ -149,7 +149,7 @@ def phenotype_record(
 
 
 def diagnosis_record(out: Generation) -> dict[str, Any]:
-    """The diagnosis as written, and the codes of the classification that it names or comes nearest to."""
+    """The diagnosis as written, and the codes that it names or is most similar to."""
     text = " ".join(out.text.split())
     found = [{"code": code, "description": codes.describe(code)} for code in codes.lookup(text)]
     return {
@@ -161,7 +161,7 @@ def diagnosis_record(out: Generation) -> dict[str, Any]:
 
 
 def kept_logprobs(out: Generation, decode: Callable[[list[int]], str]) -> list[float]:
-    """The log-probabilities of an answer's tokens, but for those that were said after where it was cut short."""
+    """The log-probabilities of an answer's tokens, without those after the place where it was cut short."""
     if out.finish_reason in ("stop", "stop_string") or len(decode(out.tokens)) <= len(out.text):
         return out.logprobs
     begins = [0, *token_ends(out, decode)]

@@ -11,7 +11,7 @@ from typing import Any
 from infer import tasks
 from infer.engine.generate import Generator
 from infer.engine.settings import Generation, Settings
-from infer.extract.answers import diagnosis_record, kept_logprobs, phenotype_record, said_values
+from infer.extract.answers import diagnosis_record, kept_logprobs, phenotype_record, written_values
 from infer.extract.evidence import MOST, Reading, decide, losses
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note, refusal
@@ -44,8 +44,8 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """What is asked about at once: a note's characters from `start` on, with the prompts of its questions. `done` says
-    how it came from a note beyond the limit."""
+    """A whole note, or one window of it: its characters from `start` on, with the prompts of its questions. `done` is
+    the record's `long` entry of a note beyond the limit."""
 
     note: Note
     text: str
@@ -71,7 +71,7 @@ class Request:
 
 @dataclass(frozen=True)
 class Answer:
-    """What was said to one question about a part."""
+    """The generated answer to one question about a part."""
 
     part: Part
     name: str
@@ -85,7 +85,7 @@ def form_for(tokenizer: Tokenizer, adapters: Sequence[str | Path]) -> str:
 
 
 class Asker:
-    """Puts a task's questions about notes to a Generator, in one form; those of `batch` notes at once."""
+    """Asks a Generator a task's questions about notes, in one form, `batch` notes at once."""
 
     def __init__(
         self, generator: Generator, task: str, form: str, limits: Limits, long: str = "error", grounded: bool = False,
@@ -149,15 +149,15 @@ class Asker:
             prefix = self.tokenizer.encode(tasks.prefix(text), bos=True)
         return [self.prompt(text, name, question, prefix=prefix) for name, question in self.questions(note)]
 
-    def beside(self, note: Note, text: str, bare: list[int]) -> list[tuple[str, str]]:
-        """(id, text) of the neighbours shown with a note's diagnosis question, as many as the limit leaves room for;
+    def neighbours_for(self, note: Note, text: str, bare: list[int]) -> list[tuple[str, str]]:
+        """(id, text) of the neighbours shown with a note's diagnosis question, as many as the limit allows;
         `bare` is the prompt without them."""
         if self.neighbours is None:
             return []
         found = self.neighbours.of({"id": note.id, "text": note.text, "patient": note.patient})
         parts = self.neighbours.shown(self.tokenizer, found, self.limits.input - len(bare))
         while parts and len(self.with_neighbours(text, bare, parts)) > self.limits.input:
-            parts.pop()  # a chat's pieces are encoded together and may take a token more than apart
+            parts.pop()  # a chat's content is encoded as one text, which may take a token more
         return parts
 
     def with_neighbours(self, text: str, bare: list[int], parts: Sequence[tuple[str, str]]) -> list[int]:
@@ -231,10 +231,10 @@ class Asker:
         requests = []
         for (name, question), prompt in zip(self.questions(part.note), part.prompts, strict=True):
             if name == "diagnosis" and self.neighbours is not None:
-                shown = self.beside(part.note, part.text, prompt)
+                shown = self.neighbours_for(part.note, part.text, prompt)
                 prompt = self.with_neighbours(part.text, prompt, shown)
-                held = record.setdefault("neighbours", [])
-                held += [one for one, _ in shown if one not in held]
+                listed = record.setdefault("neighbours", [])
+                listed += [one for one, _ in shown if one not in listed]
             constraint = Grounded(grammars[name]) if grammars else None
             slots = 1 if name else -(-len(self.tokenizer.encode(question)) // tasks.QUESTION)
             chosen = self.wide if name == "diagnosis" else self.short
@@ -245,21 +245,21 @@ class Asker:
         """The parts' requests in order, at once as many as `batch` notes with the task's questions have: so windows and
         own questions, however many, take no more memory. A part's stay together where they can: they share its text."""
         most = self.batch * len(self.questions(Note("")))
-        held: list[Request] = []
+        batch: list[Request] = []
         parts = slots = 0
         for requests in asked:
-            if held and (parts == self.batch or slots + sum(request.slots for request in requests) > most):
-                yield held
-                held, parts, slots = [], 0, 0
+            if batch and (parts == self.batch or slots + sum(request.slots for request in requests) > most):
+                yield batch
+                batch, parts, slots = [], 0, 0
             parts += 1
             for request in requests:
-                if held and slots + request.slots > most:
-                    yield held
-                    held, parts, slots = [], 1, 0
-                held.append(request)
+                if batch and slots + request.slots > most:
+                    yield batch
+                    batch, parts, slots = [], 1, 0
+                batch.append(request)
                 slots += request.slots
-        if held:
-            yield held
+        if batch:
+            yield batch
 
     def answers(self, requests: list[Request]) -> list[Generation]:
         settings = [request.settings for request in requests]
@@ -281,8 +281,8 @@ class Asker:
         """Where each value of an answer may have been read."""
         part, prompt = answer.part, partial(self.prompt, name=answer.name, question=answer.question)
         return [
-            Reading(prompt, part.text, part.start, answer.out, said, candidates(answer, value))
-            for value, said in said_values(answer.out.text)
+            Reading(prompt, part.text, part.start, answer.out, span, candidates(answer, value))
+            for value, span in written_values(answer.out.text)
         ]
 
     def record(self, answers: list[list[Answer]], places: list[list[list[list[Span]]]]) -> dict[str, Any]:
@@ -312,7 +312,7 @@ class Asker:
 
 def candidates(answer: Answer, value: str) -> list[Span]:
     """Where in its part of the note a value may have been read: as it is, else in another case. A closed list's values
-    are written in the list's case, which says nothing of the note's."""
+    are written in the list's case, not the note's."""
     part, known = answer.part, tasks.PHENOTYPES.get(answer.name)
     closed = known is not None and bool(known.values)
     for ignore_case in (True,) if closed else (False, True):
@@ -346,8 +346,8 @@ def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
     best: dict[str, dict[str, Any]] = {}
     for record in records:
         for answer in record["answers"]:
-            held = best.setdefault(answer["text"], answer)
-            if answer["logprob"] > held["logprob"]:
+            known = best.setdefault(answer["text"], answer)
+            if answer["logprob"] > known["logprob"]:
                 best[answer["text"]] = answer
     reasons = [record["finish_reason"] for record in records]
     others = [reason for reason in reasons if reason != "stop"]

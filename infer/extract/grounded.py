@@ -1,16 +1,16 @@
-"""Answers that cannot be invented: an automaton over bytes decides which tokens may come next.
+"""Constrained decoding: an automaton over bytes decides which tokens may come next.
 
 A phenotype's answer is "not relevant", or values separated by "; ": of its closed list where it has one, else spans of
 the note, from edge to edge (infer/extract/places.py). A diagnosis is a line of ICD-10-CM, "description
 (code)".
 
-The automaton reads bytes, not tokens, so every way of cutting a span into tokens is allowed: a span may begin in the
-middle of what the note's own tokenisation made one token, and the model may spell it with the tokens it prefers. In the
+The automaton reads bytes, not tokens, so every tokenization of a span is allowed: a span may begin in the
+middle of a token of the note's own tokenization. In the
 note, any white space is one space. A state is one of
 
     ("begin", n)      n leading spaces so far             ("span", i)       the note's byte i comes next
     ("value",)        a value begins                      ("one", j, i)     byte i of closed value j comes next
-    ("separator", i)  byte i of "; " comes next           ("only", j, i)    byte i of a text that stands alone
+    ("separator", i)  byte i of "; " comes next           ("only", j, i)    byte i of an exclusive answer
 """
 
 from __future__ import annotations
@@ -41,12 +41,12 @@ class Vocabulary:
         self.bytes: dict[int, bytes] = {}
         self.root: list[Any] = [[], {}]
         for i in range(tokenizer.vocab_size):
-            spelt = token_bytes(tokenizer, i)
-            if not spelt:
+            spelling = token_bytes(tokenizer, i)
+            if not spelling:
                 continue
-            self.bytes[i] = spelt
+            self.bytes[i] = spelling
             node = self.root
-            for byte in spelt:
+            for byte in spelling:
                 node = node[1].setdefault(byte, [[], {}])
             node[0].append(i)
 
@@ -89,7 +89,7 @@ def byte_alphabet() -> dict[str, int]:
 
 class Grammar:
     """The legal answers to one question about one note. `values` is a closed list, `note` the text of spans (one of
-    the two), `alone` the answers that stand by themselves. `edges` are the places in the note where a span may begin or
+    the two), `alone` the answers that exclude all others. `edges` are the places in the note where a span may begin or
     end; those of a part of a note are the whole note's, so that a word or number that was cut is never offered."""
 
     def __init__(
@@ -188,8 +188,8 @@ class Grammar:
 
 
 class Grounded:
-    """A request's way through a grammar: what `infer.generate.Settings.constraint` asks for. It goes on where it is
-    asked about more of the same tokens; requests that share it get right answers too, later."""
+    """A request's position in a grammar, as `Settings.constraint`. More of the same tokens are read from the last
+    state, other tokens from the beginning, so requests may share it, at a cost in time."""
 
     def __init__(self, grammar: Grammar) -> None:
         self.grammar, self.states = grammar, grammar.begin()

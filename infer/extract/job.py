@@ -1,4 +1,4 @@
-"""A job that may be killed at any moment: its output grows batch by batch and goes on where it stopped.
+"""A job that may be killed at any moment: its output grows batch by batch, and it continues where it stopped.
 
 While it runs, OUT.part holds what is done and OUT.job.json says which job that is (a hash of notes and options); both
 are this job's alone (model/support/lock.py). A batch is a function of the notes' order, so the same batches come
@@ -109,7 +109,7 @@ class Job:
     def part_of(self, rank: int) -> Path:
         return self.out.with_name(self.out.name + (f".{rank}.part" if self.world > 1 else ".part"))
 
-    def held(self) -> contextlib.AbstractContextManager[None]:
+    def lock(self) -> contextlib.AbstractContextManager[None]:
         """Keep every other job off this output, and another rank off this rank's part, while the process lives."""
         return hold(self.out if self.rank == 0 else self.part) if self.writes else contextlib.nullcontext()
 
@@ -173,7 +173,7 @@ class Job:
         notes.check()
         try:
             notes.check(wholly=True)
-        except UserError:  # nobody saw when: the parts may hold answers to other notes, and this job does not go on
+        except UserError:  # at an unknown time: the parts may hold answers to other notes, so this job cannot continue
             write_json(mark_of(self.out), {**self.identity, "notes": "changed while the job ran", "hash": ""})
             raise
         whole = self.part

@@ -1,8 +1,8 @@
-"""Reading the notes of a job, one at a time: JSON lines, a table or a folder of .txt files. A bad note is not the job's
-end.
+"""Reading the notes of a job, one at a time: JSON lines, a table or a folder of .txt files. A bad note
+does not end the job.
 
-A note's text is what stands in its file, line ends included, so that an answer's place can be looked up there; only a
-byte order mark at a file's beginning is no part of it. Ids need not be unique: each note gets its own record.
+A note's text is its file's text, line ends included, so that an answer's place is a place in the file; only a byte
+order mark at the beginning is removed. Ids may repeat: each note gets its own record.
 """
 
 from __future__ import annotations
@@ -77,7 +77,7 @@ def text_files(folder: Path) -> list[Path]:
 
 
 def passed_over(folder: Path) -> str:
-    """What a folder holds beside its notes, each kind with its count and first name; "" where there is nothing."""
+    """What a folder holds besides notes, each kind with its count and first name; "" where there is nothing."""
     read = set(text_files(folder))
     return listed(kinds(path for path in sorted(folder.iterdir()) if path not in read))
 
@@ -93,8 +93,8 @@ def kinds(paths: Iterable[Path]) -> dict[str, list[str]]:
 
 def listed(groups: Mapping[str, list[str]]) -> str:
     """Each group's count and first name, in one line."""
-    said = (f"{len(names)} {kind} ({names[0]}{', …' * (len(names) > 1)})" for kind, names in groups.items())
-    return ", ".join(said)
+    parts = (f"{len(names)} {kind} ({names[0]}{', …' * (len(names) > 1)})" for kind, names in groups.items())
+    return ", ".join(parts)
 
 
 def text_file(file: Path) -> Note:

@@ -9,7 +9,7 @@ The output holds one JSON object a note in the input's order; its schema is writ
 same command continues a job that was interrupted.
 
 With `--retriever NAME --index DIR` (python -m infer.retrieval.index) the diagnosis question is asked with the nearest
-notes of other patients and their diagnoses beside it; the record's `neighbours` are their ids.
+notes of other patients and their diagnoses; the record's `neighbours` are their ids.
 """
 
 from __future__ import annotations
@@ -79,7 +79,7 @@ class Options(ModelOptions):
     encoder_weights: Path | None = None
     """The retriever's encoder folder (none for bm25)."""
     neighbours: int = 3
-    """How many neighbours to show, as far as --max-input-tokens leaves room."""
+    """How many neighbours to show, as many as --max-input-tokens allows."""
     neighbour_tokens: int = 64
     """Tokens of each neighbour's text, from its beginning."""
     repair: Path | None = None
@@ -107,7 +107,7 @@ def main(options: Options) -> int:
             f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
             f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
         )
-    options = replace(options, dtype=settled(options, rank, world))  # type: ignore[arg-type]
+    options = replace(options, dtype=chosen_dtype(options, rank, world))  # type: ignore[arg-type]
     options, plan = planned(options)
     if together > 1 and (options.format != "wide" or options.memory or options.fuse):
         raise UserError("--tensor-parallel goes with none of --format, --memory and --fuse; leave it or them out")
@@ -122,7 +122,7 @@ def main(options: Options) -> int:
     notes = Unchanged(options.notes)
     job = Job(options.out, identity(options, notes), rank // together, world // together, rank % together == 0)
     began = time.perf_counter()
-    with job.held():
+    with job.lock():
         check_schema(options.out)
         finished = job.claim()
         if rank == 0:
@@ -151,8 +151,8 @@ def ranks() -> tuple[int, int]:
     given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
     rank, world = (int(text) if text.isdecimal() else -1 for text in given.values())
     if not 0 <= rank < world:
-        said = ", ".join(f"{name}={text}" for name, text in given.items())
-        raise UserError(f"{said} in the environment: no rank of so many processes; torchrun sets both, else unset them")
+        values = ", ".join(f"{name}={text}" for name, text in given.items())
+        raise UserError(f"{values} in the environment: not a rank of a world; torchrun sets both, else unset them")
     return rank, world
 
 
@@ -172,8 +172,8 @@ def planned(options: Options) -> tuple[Options, Plan | None]:
     return replace(options, format=plan.form, batch=plan.batch), plan  # type: ignore[arg-type]
 
 
-def settled(options: Options, rank: int, world: int) -> str:
-    """The dtype. "auto" is what the job began with where it goes on, else measured, on the first rank for all."""
+def chosen_dtype(options: Options, rank: int, world: int) -> str:
+    """The dtype. "auto" is that of a job that is continued, else it is measured, on the first rank for all."""
     if options.dtype != "auto":
         return options.dtype
     from infer.engine.load import DTYPES, dtype_for
@@ -224,7 +224,7 @@ def identity(options: Options, notes: Unchanged) -> dict[str, object]:
     if options.index is not None:
         kept = (*kept, "retriever", "neighbours", "neighbour_tokens")
         files["index"] = [str(options.index), sha256_file(options.index / "manifest.json")]
-    if options.format != "wide":  # named only where it is on
+    if options.format != "wide":  # only where it is on, so that older jobs' identities stay
         kept = (*kept, "format")
     kept = (*kept, *(name for name in ("memory", "fuse") if getattr(options, name)))
     kept = (*kept, *(f"{name}_column" for name in ("text", "id") if getattr(options, f"{name}_column") != name))
@@ -266,7 +266,7 @@ def extract(
 
     counts = [len(batch) for batch in split(options)]
     done = job.resume(counts[job.rank :: job.world])
-    barrier(options.tensor_parallel)  # a model's processes have all read it before the first of them goes on writing
+    barrier(options.tensor_parallel)  # all of a model's processes have read it before the first one appends to it
     repair = None if options.repair is None else read_repair(options.repair)
     if options.tensor_parallel > 1:
         from infer.engine.parallel import load_parallel

@@ -1,7 +1,7 @@
 """The trace page: values and attention packed into one HTML file that needs nothing else.
 
 Attention is kept in 16 shades, evenly spaced in √weight (the finest is 0.004; the page says so), a byte each, over the
-keys that a position can see, deflated a layer at a time; the page inflates a layer when it is looked at. The page's
+keys that a position can see, deflated a layer at a time; the page inflates a layer when it is shown. The page's
 script is allowed by its hash and nothing may be loaded, so whatever a note holds is text.
 """
 
@@ -20,7 +20,7 @@ import numpy as np
 import torch
 
 from infer.extract.grounded import token_bytes
-from infer.inspect import values as trace_values
+from infer.inspect import values as run_measures
 from infer.inspect.recording import Tape
 from lora.layer import LoRALinear
 from model import Tokenizer, Transformer, attention, transformer
@@ -46,9 +46,9 @@ def vocabulary(tokenizer: Tokenizer, ids: set[int]) -> dict[str, list[Any]]:
     """Of each id: its bytes in hexadecimal, or (null, the special token's name)."""
     found: dict[str, list[Any]] = {}
     for i in sorted(ids):
-        spelt = token_bytes(tokenizer, i) if i < tokenizer.vocab_size else None
-        if spelt is not None:
-            found[str(i)] = [spelt.hex()]
+        spelling = token_bytes(tokenizer, i) if i < tokenizer.vocab_size else None
+        if spelling is not None:
+            found[str(i)] = [spelling.hex()]
             continue
         inside = i < tokenizer.vocab_size
         found[str(i)] = [None, (tokenizer.piece(i) if inside else None) or f"id {i}"]
@@ -72,15 +72,15 @@ def code() -> dict[str, dict[str, Any]]:
         "lens": place(transformer.Transformer.head, "self.lm_head"),
         "experts": place(transformer.Experts.forward, "torch.topk"),
         "lora": place(LoRALinear.forward, "addmm_"),
-        "attribution": place(trace_values.components, "into_NHK = "),
+        "attribution": place(run_measures.components, "into_NHK = "),
     }
 
 
 def run_values(
     name: str, model: Transformer, tokenizer: Tokenizer, ids: list[int], start: int, own: list[int], rows: list[int]
 ) -> dict[str, Any]:
-    """One model's part of the page. `own` is the answer that it gives by itself; `ids` may be another run's text."""
-    values, patterns = trace_values.measure(model, ids, start, rows)
+    """One model's part of the page. `own` is its own answer; `ids` may be another run's text."""
+    values, patterns = run_measures.measure(model, ids, start, rows)
     layers = model.config.num_hidden_layers
     run = {
         "name": name, "family": model.config.model_type, "layers": layers, "heads": model.config.num_attention_heads,
@@ -99,5 +99,5 @@ def page(data: dict[str, Any]) -> str:
     for letter in "<>&":
         text = text.replace(letter, f"\\u{ord(letter):04x}")
     parts = {"HASH": allowed, "STYLE": style, "SCRIPT": script, "TITLE": html.escape(data["title"]), "DATA": text}
-    pieces = (PARTS / "page.html").read_text("utf-8").split("%%")  # text, name, text, name, …, text
-    return "".join(parts[piece] if number % 2 else piece for number, piece in enumerate(pieces))
+    fragments = (PARTS / "page.html").read_text("utf-8").split("%%")  # text, name, text, name, …, text
+    return "".join(parts[text] if number % 2 else text for number, text in enumerate(fragments))

@@ -31,7 +31,7 @@ class Point:
 
 
 class Names(dict[str, str]):
-    """Name → shape and meaning; printed as a table in which `layers.N.` stands for every layer."""
+    """Name → shape and meaning; printed as a table in which `layers.N.` means every layer."""
 
     def __str__(self) -> str:
         rows = {re.sub(r"^layers\.\d+", "layers.N", name): what for name, what in self.items()}
@@ -79,11 +79,11 @@ def points(model: Transformer) -> dict[str, Point]:
         found += [Point(f"{name}.resid_pre", "BTD", "the residual stream before the block", at, "in")]
         found += _norm(f"{name}.attn_norm", f"{at}.input_layernorm", "norm before attention")
         found += [
-            Point(f"{name}.attn.q", "BHTK", "queries before they are turned by position", f"{attn}.rotate_q", "in"),
-            Point(f"{name}.attn.k", "BGTK", "keys before they are turned by position", f"{attn}.rotate_k", "in"),
+            Point(f"{name}.attn.q", "BHTK", "queries before rotary", f"{attn}.rotate_q", "in"),
+            Point(f"{name}.attn.k", "BGTK", "keys before rotary", f"{attn}.rotate_k", "in"),
             Point(f"{name}.attn.v", "BGTK", "values", f"{attn}.v_proj", "out", _heads),
-            Point(f"{name}.attn.q_rot", "BHTK", "queries, turned", f"{attn}.rotate_q", "out"),
-            Point(f"{name}.attn.k_rot", "BGTK", "keys, turned", f"{attn}.rotate_k", "out"),
+            Point(f"{name}.attn.q_rot", "BHTK", "queries after rotary", f"{attn}.rotate_q", "out"),
+            Point(f"{name}.attn.k_rot", "BGTK", "keys after rotary", f"{attn}.rotate_k", "out"),
             Point(f"{name}.attn.scores", "BHTS", "q·k/√K; the lowest number where unseen", f"{attend}.scores", "out"),
             Point(f"{name}.attn.pattern", "BHTS", "each query's weights over the keys", f"{attend}.pattern", "out"),
             Point(f"{name}.attn.z", "BHTK", "heads' outputs: the values that each one's pattern weighs", attend, "out"),

@@ -1,14 +1,14 @@
 """The numbers of one forward pass that the trace page shows, as plain lists.
 
 A *step* is a position whose prediction is studied: those that wrote the answer's tokens, or the last one where there is
-no answer. Of every step: which token each layer would have said (logit lens), and what each head and MLP added to the
+no answer. Of every step: which token each layer would predict (logit lens), and what each head and MLP added to the
 logit of the token that came. The last norm is a multiplication once its scale is known, so that logit is a sum:
 
     logit = scale · Σ_c c · (w ∘ u)     c: embedding, every head's z W_O, output biases, every MLP's output
                                         w: the norm's weight, u: the token's row of the output matrix
 
-and a head's part is again a sum over the tokens it read, pattern_s · v_s W_O · (w ∘ u): which token was read, by whom,
-and what it did. Both sums are made in fp64; `sum_error` is what separates them from the logit of the pass.
+and a head's part is again a sum over the tokens it read, pattern_s · v_s W_O · (w ∘ u): which token was read, by which
+head, and its effect. Both sums are computed in fp64; `sum_error` is their difference from the logit of the pass.
 """
 
 from __future__ import annotations
@@ -47,7 +47,7 @@ def measure(model: Transformer, ids: Sequence[int], start: int, rows: Sequence[i
     steps = list(range(start - 1, len(ids) - 1)) if start < len(ids) else [len(ids) - 1]
     logits_TV = tape["logits"][0]
     if not logits_TV.isfinite().all():
-        raise UserError("the model's logits are not finite numbers: its weights are damaged, or the dtype too narrow")
+        raise UserError("the model's logits are not finite numbers: its weights are corrupt, or the dtype too narrow")
     at_steps = {name: patterns[name][0, :, [rows.index(t) for t in steps]].double() for name in patterns}
     came = [ids[t + 1] if t + 1 < len(ids) else int(logits_TV[t].argmax()) for t in steps]
     values = {
@@ -75,7 +75,7 @@ def shorts(values: Tensor) -> Any:
 
 
 def predictions(logits_TV: Tensor, came: Sequence[int | None]) -> list[dict[str, Any] | None]:
-    """For each position, what it said of the token after it: probability, rank (1 is best), and the best others."""
+    """For each position, its prediction of the next token: probability, rank (1 is best), and the best others."""
     found: list[dict[str, Any] | None] = []
     for logits_V, token in zip(logits_TV.double(), came, strict=True):
         if token is None:

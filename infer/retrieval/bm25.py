@@ -37,13 +37,13 @@ class BM25:
         # The order of the operations is rank_bm25's, so that the scores are its bits.
         self._norm = k1 * (1 - b + b * lengths / (int(lengths.sum()) / self.size))
         self._gain = k1 + 1
-        held: dict[str, tuple[list[int], list[int]]] = {}
+        postings: dict[str, tuple[list[int], list[int]]] = {}
         for row, count in enumerate(counts):
             for word, times in count.items():
-                rows, frequencies = held.setdefault(word, ([], []))
+                rows, frequencies = postings.setdefault(word, ([], []))
                 rows.append(row)
                 frequencies.append(times)
-        self._postings = {word: (np.array(rows), np.array(f, np.float64)) for word, (rows, f) in held.items()}
+        self._postings = {word: (np.array(rows), np.array(f, np.float64)) for word, (rows, f) in postings.items()}
         self._idf = self._inverse_frequencies(epsilon)
 
     def _inverse_frequencies(self, epsilon: float) -> dict[str, float]:
@@ -55,7 +55,7 @@ class BM25:
         return {word: floor if value < 0 else value for word, value in idf.items()}
 
     def scores(self, query: str) -> np.ndarray:
-        """The score of every text, float64; a word that stands twice in the query counts twice."""
+        """The score of every text, float64; a word that is twice in the query counts twice."""
         total = np.zeros(self.size)
         for word in words(query):
             if word in self._postings:

@@ -40,7 +40,7 @@ def main(options: Options) -> None:
             loaded = torch.load(source, map_location="cpu", weights_only=True)
         except (pickle.UnpicklingError, RuntimeError, EOFError) as error:
             raise UserError(f"{source}: not a file of tensors only, or corrupt; download it again") from error
-        # Adapter names stand in brackets in the adapters library's files: adapters.[PROX].adapter_up
+        # Adapter names are in brackets in the adapters library's files: adapters.[PROX].adapter_up
         tensors = {re.sub(r"[\[\]]", "", key): value for key, value in loaded.items() if torch.is_tensor(value)}
         with atomic_file(options.folder / NAMES[name]) as beside:
             shapes = {key: (tuple(value.shape), value.dtype) for key, value in tensors.items()}

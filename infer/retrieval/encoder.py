@@ -38,7 +38,7 @@ Text = str | tuple[str, str]
 @dataclass(frozen=True)
 class Kind:
     """What sets one public encoder apart. `limit` and `query_limit` are in tokens, special ones included (SGPT's
-    brackets come on top)."""
+    brackets not included)."""
 
     family: str
     pooling: str

@@ -6,8 +6,8 @@
     finished index
 
 DIR holds vectors.npy (memory-mapped; none for BM25), notes.jsonl (a copy of the records, readable by you alone) and
-manifest.json, which names the encoder and hashes its files and the notes; no index is read beside another encoder.
-The notes' texts themselves are held in memory, in building and in asking; vectors are not.
+manifest.json, which names the encoder and hashes its files and the notes; an index is refused with another encoder.
+The notes' texts are kept in memory, in building and in asking; vectors are not.
 """
 
 from __future__ import annotations
@@ -217,7 +217,7 @@ class Index:
     def neighbours(
         self, note: Mapping[str, Any], k: int, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
     ) -> list[dict[str, Any]]:
-        """The k nearest `wanted` records that may be shown beside `note` (see `retrieval.search.allowed`), best first;
+        """The k nearest `wanted` records that may be shown with `note` (see `retrieval.search.allowed`), best first;
         none for a note without a word."""
         if not words(note["text"]):
             return []

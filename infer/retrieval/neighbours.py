@@ -2,8 +2,8 @@
 
     {note}\n\n### Another note: {its beginning}\n### Its diagnosis: … (C50.912)\n\n### Question: What is the diagnosis?…
 
-The neighbours come from an index of training notes (infer/retrieval/index.py) through its guard. They take the room
-that the note and the question leave under the limit of tokens: the note is never cut for their sake. The same text is
+The neighbours come from an index of training notes (infer/retrieval/index.py) through its guard. They get the tokens
+that the note and the question leave of the limit: the note is never cut for them. The same text is
 put into training notes by train.data.neighbours, so what a model is tuned on is what it is asked with.
 """
 
@@ -31,26 +31,26 @@ class Neighbours:
         self.index, self.count, self.tokens = index, count, tokens
 
     def of(self, note: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The records to show beside a note (`id`, `text`, `patient` where known), best first."""
+        """The records to show with a note (`id`, `text`, `patient` where known), best first."""
         return self.index.neighbours(note, self.count, lambda record: bool(answer_of(record)))
 
-    def shown(self, tokenizer: Tokenizer, found: list[dict[str, Any]], room: int) -> list[tuple[str, str]]:
-        """(id, text) of as many of the records as fit into `room` tokens together; the last may be cut shorter."""
+    def shown(self, tokenizer: Tokenizer, found: list[dict[str, Any]], slots: int) -> list[tuple[str, str]]:
+        """(id, text) of as many of the records as fit into `slots` tokens together; the last may be cut shorter."""
         parts: list[tuple[str, str]] = []
         for record in found:
-            text = self.fitted(tokenizer, record, room)
+            text = self.fitted(tokenizer, record, slots)
             if text is None:
                 break
-            room -= len(tokenizer.encode(text))
+            slots -= len(tokenizer.encode(text))
             parts.append((record["id"], text))
         return parts
 
-    def fitted(self, tokenizer: Tokenizer, record: dict[str, Any], room: int) -> str | None:
-        """A record as an example of at most `room` tokens, or None where too little of it would be left."""
+    def fitted(self, tokenizer: Tokenizer, record: dict[str, Any], slots: int) -> str | None:
+        """A record as an example of at most `slots` tokens, or None where too little of it would be left."""
         most = self.tokens
         while most >= LEAST:
             text = tasks.example(beginning(tokenizer, record["text"], most), answer_of(record))
-            over = len(tokenizer.encode(text)) - room
+            over = len(tokenizer.encode(text)) - slots
             if over <= 0:
                 return text
             most -= over

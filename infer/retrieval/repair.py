@@ -4,11 +4,11 @@
     python -m infer.extract … --repair train.jsonl                the same inside a job
 
 The lexicon is text that is spelled well: training notes. A word is corrected only where the lexicon (and the ICD-10-CM
-descriptions) do not know it and it is one edit, not of its first letter, away from words that do stand there:
+descriptions) do not know it and it is one edit, not of its first letter, away from words that are in it:
 
-* by its neighbours: one of these stands three times or more between such neighbours as the word has ("lft breast":
+* by its neighbours: one of these occurs three times or more between such neighbours ("lft breast":
   "left"), and clearly more often than the others;
-* else by itself, where it is long enough to be mistaken for nothing else (two letters swapped: 5, one missing: 6, one
+* else without them, where it is long enough to be unambiguous (two letters swapped: 5, one missing: 6, one
   too many: 7, one wrong: 8), the edit is not of its last letter, and one candidate is clearly the commonest.
 
 Candidates come from symmetric deletion (Garbe's SymSpell): two words one edit apart share a form with at most one
@@ -18,9 +18,9 @@ another (TWINS: macroscopic, microscopic) is taken as meant.
 Abbreviations are expanded by abbreviations.tsv, ambiguous ones only in their context. One that the lexicon itself
 uses stays: a model tuned on those notes has learnt to read it, and answers with it as written.
 
-Nothing with a digit or a sign in it, and no word beside such a sign, is ever corrected, and a word with two capitals
+Nothing with a digit or a sign in it, and no word next to such a sign, is ever corrected, and a word with two capitals
 only in a line of capitals, towards a word that the lexicon writes so: numbers, units, doses, TNM, genes, receptors
-and codes stay as they are. The original note stands beside the repaired one.
+and codes stay as they are. The original note is kept with the repaired one.
 """
 
 from __future__ import annotations
@@ -73,7 +73,7 @@ _SHORT = re.compile(
 
 @dataclass(frozen=True)
 class Change:
-    """One repair: the place in the original text, what stood there and what stands there now."""
+    """One repair: the place in the original text, the text before and after."""
 
     start: int
     end: int
@@ -110,7 +110,7 @@ class Repair:
 
     def correct(self, word: str, before: str = "", after: str = "", shouted: bool = False) -> str:
         """The word, or the known word that it most likely was meant to be, in the word's own capitals. `before` and
-        `after` are the tokens beside it, `shouted` says that its whole line is in capitals."""
+        `after` are the tokens next to it, `shouted` says that its whole line is in capitals."""
         small = word.lower()
         upper = len(word) > 1 and word.isupper()
         if len(small) < 3 or small in self.known or small in TWINS:
@@ -123,8 +123,8 @@ class Repair:
             near = {known for known in near if known in self.capitals and min(len(known), len(small)) >= 5}
         if len(small) == 3:  # an abbreviation, more often than a word's beginning
             near = {known for known in near if known[:-1] != small}
-        beside = {known: self.pairs[context(before), known] + self.pairs[known, context(after)] for known in near}
-        chosen = clearly(beside) or clearly({known: self.counts[known] for known in near if plain(small, known)})
+        adjacent = {known: self.pairs[context(before), known] + self.pairs[known, context(after)] for known in near}
+        chosen = clearly(adjacent) or clearly({known: self.counts[known] for known in near if plain(small, known)})
         if not chosen:
             return word
         return chosen.upper() if upper else chosen.capitalize() if word[0].isupper() else chosen
@@ -139,10 +139,10 @@ class Repair:
                 found.append(change)
         taken = {place for change in found for place in range(change.start, change.end)}
         tokens = list(_TOKEN.finditer(text))
-        beside = {token.start(): place for place, token in enumerate(tokens)}
+        adjacent = {token.start(): place for place, token in enumerate(tokens)}
         shouted = {place for line in _LINE.finditer(text) if line[0].isupper() for place in range(*line.span())}
         for match in _WORD.finditer(text):
-            place = beside.get(match.start(), 0)
+            place = adjacent.get(match.start(), 0)
             before, after = (tokens[i][0] if 0 <= i < len(tokens) else "" for i in (place - 1, place + 1))
             corrected = self.correct(match[0], before, after, match.start() in shouted)
             if corrected != match[0] and match.start() not in taken:
@@ -164,7 +164,7 @@ def apply(text: str, changes: Iterable[Change]) -> str:
 
 
 def context(token: str) -> str:
-    """A token as a neighbour: its letters' case and a number's value do not matter; a sign says nothing ("")."""
+    """A token as a neighbour: its letters' case and a number's value do not matter; a sign is no context ("")."""
     return "0" if token[:1].isdigit() else token.lower() if token.isalpha() else ""
 
 

@@ -4,7 +4,7 @@
     answered   "left upper lobe" at 16–31            written    "LUL" at 16–19
     answered   "invasive" at 33–41                   written    "invasive" at 21–29, where the note has "invasvie"
 
-Places are the original's: the answer is meant to be looked up there. An abbreviation that was expanded is answered as
+Places are the original's: answers point into it. An abbreviation that was expanded is answered as
 the note writes it, as every open answer is; a misspelled word in its right spelling. A part of an expansion ("upper
 lobe") keeps its words, and its place is the whole abbreviation.
 """

@@ -64,8 +64,8 @@ def shingles(text: str, size: int = 5) -> frozenset[tuple[str, ...]]:
 
 
 def allowed(note: Mapping[str, Any], other: Mapping[str, Any], near: float = 0.6) -> bool:
-    """Whether `other` may be shown beside `note`: not the note itself, no note of the same patient, and no
-    near-duplicate (`near` or more of the shorter text's five-word runs stand in the other one)."""
+    """Whether `other` may be shown with `note`: not the note itself, no note of the same patient, and no
+    near-duplicate (`near` or more of the shorter text's five-word runs are in the other one)."""
     if str(note["id"]) == str(other["id"]) or note["text"] == other["text"]:
         return False
     if note.get("patient") not in (None, "") and str(note["patient"]) == str(other.get("patient")):  # 7 is "7"

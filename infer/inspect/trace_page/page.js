@@ -11,7 +11,7 @@ const active = () => runs[state.run];
 // The position that is studied: an answer's token was written by the position before it, a token of the prompt reads.
 const queryOf = (run, token) => (token >= run.start ? token - 1 : token);
 
-// Where a run stands: its query, its step (−1: none), its kept row (−1: none). Runs of other tokens follow by answer token.
+// A run's place: its query, its step (−1: none), its kept row (−1: none). Runs of other tokens follow by answer token.
 function place(run) {
   let token = state.token;
   if (run !== active() && !sameText(run, active())) {
@@ -42,7 +42,7 @@ function head() {
   document.querySelector("h1").textContent = data.title;
   const window_ = (run) => { const known = [...new Set(run.windows)]; return known.length === 1 && known[0] == null ? "no window" : `window ${known.map((w) => w ?? "none").join(", ")}`; };
   $("about").textContent = runs.map((run) => `${run.name}: ${run.family}, ${run.layers} layers of ${run.heads} heads (${run.groups} for keys and values), ${window_(run)}, ${run.start} tokens read, ${run.ids.length - run.start} of answer`).join(" · ");
-  $("said").replaceChildren(...data.said.map((line) => el("p", {}, line)));
+  $("notices").replaceChildren(...data.notices.map((line) => el("p", {}, line)));
   for (const [name, line] of Object.entries(data.code)) if ($(`code-${name}`)) $(`code-${name}`).replaceChildren(el("code", {}, `${line.file}:${line.line}`), "  ", el("code", {}, line.code));
   $("run").replaceChildren(...runs.map((run, i) => el("option", { value: i }, run.name)));
   document.querySelector(".many").hidden = runs.length < 2;
@@ -171,8 +171,8 @@ function lensCard() {
     const levels = run.lens[step], settled = levels.findLastIndex((level) => level[3] !== 1) + 1;
     const row = ([best, p, its, rank], n) => el("tr", { class: n === settled ? "first" : n - 1 === state.layer ? "chosen" : "", tabindex: 0, onkeydown: pressed, onclick: () => choose({ layer: Math.max(0, n - 1) }) },
       el("td", {}, n ? `layer ${n - 1}` : "embedding"), el("td", {}, chip(run, best)), el("td", { class: "n" }, number(p)), el("td", { class: "n" }, number(its)), el("td", { class: "n" }, String(rank)));
-    return [el("div", { class: "scroll", tabindex: 0 }, el("table", {}, el("tr", {}, el("th", {}, "after"), el("th", {}, "says"), el("th", { class: "n" }, "p"), el("th", { class: "n" }, "p(token)"), el("th", { class: "n" }, "rank")), levels.map(row))),
-      el("p", { class: "hint" }, "The stream after each layer through the last norm, with that layer's own scale, and the output matrix. p: of what it says; p(token), rank: of the token that came, which from the bold row on is first.")];
+    return [el("div", { class: "scroll", tabindex: 0 }, el("table", {}, el("tr", {}, el("th", {}, "after"), el("th", {}, "predicts"), el("th", { class: "n" }, "p"), el("th", { class: "n" }, "p(token)"), el("th", { class: "n" }, "rank")), levels.map(row))),
+      el("p", { class: "hint" }, "The stream after each layer through the last norm, with that layer's own scale, and the output matrix. p: of what it predicts; p(token), rank: of the token that came, which from the bold row on is first.")];
   }));
 }
 

@@ -56,7 +56,7 @@ function spelling(run, id) {
 }
 const hexadecimal = (bytes) => [...bytes].map((b) => b.toString(16).toUpperCase().padStart(2, "0")).join(" ");
 
-// The spelling of a whole text: a letter whose bytes lie in several tokens stands in the first, dots in the others.
+// The spelling of a whole text: a letter whose bytes lie in several tokens is shown in the first, dots in the others.
 function spellings(run) {
   const found = [];
   while (found.length < run.ids.length) {
@@ -77,11 +77,11 @@ function chip(run, id, attributes, spelt) {
   return el("span", { ...attributes, class: `token ${special ? "special" : ""} ${(attributes || {}).class || ""}` }, spelt || spelling(run, id));
 }
 
-// What the model said of token i before it came: the prediction of the position before it.
+// The prediction of token i: that of the position before it.
 const predicted = (run, i) => (i > 0 ? run.predictions[i - 1] : null);
 
 function tokenTip(data, run, i) {
-  const id = run.ids[i], bytes = bytesOf(run, id), said = predicted(run, i);
+  const id = run.ids[i], bytes = bytesOf(run, id), prediction = predicted(run, i);
   const rows = [
     ["position", String(i) + (i >= run.start ? `, answer token ${i - run.start + 1}` : "")],
     ["id", String(id)],
@@ -89,10 +89,10 @@ function tokenTip(data, run, i) {
   ];
   for (const one of data.runs.filter((other) => other === run || sameText(run, other))) {
     const its = predicted(one, i), where = data.runs.length > 1 ? ` (${one.name})` : "";
-    rows.push(["probability" + where, its == null ? "none: nothing stands before it" : `${number(its.p)}, rank ${its.rank}`]);
+    rows.push(["probability" + where, its == null ? "none: it is the first" : `${number(its.p)}, rank ${its.rank}`]);
   }
   const table = el("table", {}, rows.map(([name, value]) => el("tr", {}, el("th", {}, name), el("td", {}, value))));
-  const best = said == null ? [] : said.best.map(([other, p]) => el("tr", {}, el("td", {}, chip(run, other)), el("td", { class: "n" }, number(p)), el("td", {}, el("span", { class: "bar", style: `width:${Math.round(p * 80)}px` }))));
+  const best = prediction == null ? [] : prediction.best.map(([other, p]) => el("tr", {}, el("td", {}, chip(run, other)), el("td", { class: "n" }, number(p)), el("td", {}, el("span", { class: "bar", style: `width:${Math.round(p * 80)}px` }))));
   return [el("div", {}, chip(run, id)), table, best.length ? el("div", { class: "hint" }, "likeliest here") : null, el("table", {}, best)];
 }
 

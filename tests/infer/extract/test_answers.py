@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.engine.generate import Generation, Generator
-from infer.extract.answers import SCHEMA, phenotype_record, said_values
+from infer.extract.answers import SCHEMA, phenotype_record, written_values
 from infer.extract.ask import Answer, Asker, Limits, best_diagnosis, merge
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
@@ -26,7 +26,7 @@ def said(text, tokenizer):
 
 def record(text, tokenizer):
     """Every value at its first place in NOTE, whatever its case."""
-    places = [occurrences(value, NOTE, ignore_case=True)[:1] for value, _ in said_values(text)]
+    places = [occurrences(value, NOTE, ignore_case=True)[:1] for value, _ in written_values(text)]
     return phenotype_record(said(text, tokenizer), places, tokenizer.decode)
 
 

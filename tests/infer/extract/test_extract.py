@@ -337,7 +337,7 @@ def test_what_a_kill_at_the_very_end_left_is_cleared_when_the_job_is_called_agai
 def test_a_second_job_on_one_output_is_refused_while_the_first_lives(weights, tmp_path):
     """The first is this process; the second is one of its own, and then the same one after it."""
     notes, out = write_notes(tmp_path / "n.jsonl", 4), tmp_path / "cut.jsonl"
-    with Job(out, {}).held():
+    with Job(out, {}).lock():
         second = subprocess.run(command(weights, notes, out), capture_output=True, text=True)
         assert second.returncode == 2 and second.stdout == ""
         (line,) = second.stderr.splitlines()

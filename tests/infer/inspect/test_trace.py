@@ -186,7 +186,7 @@ def test_models_of_other_tokens_are_shown_each_on_its_own(made, tmp_path):
     options = trace.Options(made.weights, out, prompt="size 2.5 cm", max_new_tokens=3)
     trace.main(replace(options, compare=str(tmp_path / "letters")))
     a, b = data_of(out)["runs"]
-    assert a["start"] < b["start"] == 11 and "other tokens" in data_of(out)["said"][0]
+    assert a["start"] < b["start"] == 11 and "tokenize the text differently" in data_of(out)["notices"][0]
 
 
 def test_a_long_text_says_what_was_left_out(made, tmp_path, monkeypatch, capsys):
@@ -195,7 +195,7 @@ def test_a_long_text_says_what_was_left_out(made, tmp_path, monkeypatch, capsys)
     trace.main(trace.Options(made.weights, out, prompt="size 2.5 cm " * 5, max_new_tokens=3))
     (run,) = data_of(out)["runs"]
     assert run["rows"] == run["steps"] and len(run["predictions"]) == len(run["ids"])
-    assert "are left out" in capsys.readouterr().out and "are left out" in data_of(out)["said"][0]
+    assert "are left out" in capsys.readouterr().out and "are left out" in data_of(out)["notices"][0]
     monkeypatch.setattr(trace, "LIMIT", len(out.read_text()) - 50)
     trace.main(trace.Options(made.weights, out, prompt="size 2.5 cm " * 5, max_new_tokens=3, overwrite=True))
     assert data_of(out)["runs"][0]["attention"] is None and "attention maps" in capsys.readouterr().out

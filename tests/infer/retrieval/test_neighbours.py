@@ -68,7 +68,8 @@ def test_neighbours_are_named_and_only_the_diagnosis_sees_them(weights, index, t
 
 def test_the_prompt_is_note_then_neighbours_then_question(weights, index):
     ask = asker(weights, index, count=2)
-    parts = ask.beside(Note(**QUERY), QUERY["text"], ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION))
+    bare = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION)
+    parts = ask.neighbours_for(Note(**QUERY), QUERY["text"], bare)
     prompt = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, [text for _, text in parts])
     near, far = (" ".join(beginning(ask.tokenizer, NOTES[i]["text"], 64).split()) for i in (0, 3))
     assert ask.tokenizer.decode(prompt) == (
@@ -86,7 +87,7 @@ def test_neighbours_take_the_room_that_is_left_and_never_the_notes(weights, inde
     for most in range(len(bare), len(bare) + 400, 7):
         ask.limits = Limits(most)
         assert ask.parts(Note(**QUERY))[0].done is None
-        parts = ask.beside(Note(**QUERY), QUERY["text"], bare)
+        parts = ask.neighbours_for(Note(**QUERY), QUERY["text"], bare)
         prompt = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, [text for _, text in parts])
         assert len(prompt) <= most
         counts.append(len(parts))

@@ -50,7 +50,7 @@ def test_training_and_inference_build_the_same_prompt(data, tmp_path):
         trunk, prompt, _ = encode(record)
         note = Note(row["id"], row["text"], patient=row["patient"])
         bare = ask.prompt(row["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION)
-        shown = [text for _, text in ask.beside(note, row["text"], bare)]
+        shown = [text for _, text in ask.neighbours_for(note, row["text"], bare)]
         asked = ask.prompt(row["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, shown)
         assert shown and [*trunk, *prompt] == asked
 
