@@ -42,9 +42,9 @@ class LoRAConfig:
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
-            whole(f"lora: rank {name!r}", rank, 1, 2**20)
+            whole(f"lora: the rank for {name!r}", rank, 1, 2**20)
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
-            positive(f"lora: alpha {name!r}", alpha)
+            positive(f"lora: the alpha for {name!r}", alpha)
         for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.expressions()):
             try:
                 regex.compile(pattern)

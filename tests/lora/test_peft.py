@@ -38,7 +38,7 @@ def test_what_peft_writes_by_default_is_read_and_each_refused_field_is_named(tmp
         with pytest.raises(UserError, match=f"{key} is not covered"):
             read_config(write(tmp_path, **{key: {"some": 1}}))
     for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "lora_ga"):
-        with pytest.raises(UserError, match=f"init_lora_weights '{start}' changes the base"):
+        with pytest.raises(UserError, match=f"init_lora_weights '{start}' is not covered; it changes the base"):
             read_config(write(tmp_path, init_lora_weights=start))
     assert all(read_config(write(tmp_path, init_lora_weights=start)).r == 4 for start in STARTS)
     for wrong, said in (({"bias": "some"}, "bias 'some'"), ({"layers_pattern": "blocks"}, "layers_pattern 'blocks'"),

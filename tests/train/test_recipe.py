@@ -116,7 +116,7 @@ def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path)
     ({"target_modules": ("q_prj",)}, "target module 'q_prj' is not in this model .did you mean 'q_proj'"),
     ({"target_modules": ()}, "target_modules is empty"), ({"first_layer": 2}, "first_layer 2; the model has 2 layers"),
     ({"rank_pattern": {"v_proj(": 2}}, "is not a regular expression"),
-    ({"rank_pattern": {"v_proj": 0}}, "rank 0 for 'v_proj'"),
+    ({"rank_pattern": {"v_proj": 0}}, "the rank for 'v_proj' is 0"),
     ({"adapter": "none"}, "no such file; an adapter is a folder"),
     ({"adapter": "none", "merge_adapter": True}, "none/adapter_model.safetensors: no such file"),
     ({"valid_data": ("none.jsonl",)}, "none.jsonl: no such file"), ({"weights": None}, "holds no weights"),
