@@ -39,17 +39,6 @@ def lcs_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
     return len(b) - row.bit_count()
 
 
-def lcs_length_table(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """The definition, as a table of lengths: what `lcs_length` is tested against."""
-    above = [0] * (len(b) + 1)
-    for item in a:
-        row = [0]
-        for j, other in enumerate(b):
-            row.append(above[j] + 1 if item == other else max(above[j + 1], row[j]))
-        above = row
-    return above[-1]
-
-
 def matches(p: Words, g: Words) -> tuple[int, int]:
     """Clipped matches of single words and of pairs of words (BLEU's numerators for orders 1 and 2)."""
     return _clipped(p, g), _clipped(pairwise(p), pairwise(g))

@@ -8,7 +8,7 @@ RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
                   "family": systems of one family share errors (default: one family of all models),
                   and how it was asked: "form": "template", or the chat form, "grounded": true|false}],
      "compare": [[name, name], …]: the pairs of systems whose difference matters,
-     "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}], "leaks",
+     "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}],
      and where they were run, a result.json each: "wrong_labels", "misspelling", "canaries" (eval.robustness) and
      "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]};
      "quirks": quirks.json of eval.experiments.quirks}
@@ -79,8 +79,8 @@ def build(run: Path, examples_shown: int = 10) -> Json:
     """The report of a run folder as one JSON value. Raises UserError where run.json or a file that it names is
     wrong."""
     given = read_run(run)
-    report: Json = {key: given.get(key) for key in ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte",
-                                                    "leaks")}  # fmt: skip
+    shown = ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte")
+    report: Json = {key: given.get(key) for key in shown}
     report |= read_parts(run, given)
     report |= {"preset": "clinical", "second_preset": PAPER_PRESET, "paper": PAPER, "sets": {}}
     judged_pairs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
@@ -394,6 +394,3 @@ def main(options: Options) -> None:
     report = write(options.run, options.examples)
     print(terminal_table(report))
     print(f"report: {options.run / 'report.html'}")
-
-
-__all__ = ["build", "main", "render", "terminal_table", "write"]
