@@ -1,8 +1,7 @@
 # %% [markdown]
 # # One adapter, step by step
-# y = x Wᵀ + s · (x Aᵀ) Bᵀ: a linear layer keeps its weight W, and two thin matrices beside it learn. What they are at
-# the start, what learns first, how they merge, and what is on disk; one number of each step worked by hand in fp64.
-# D is the layer's width in, O its width out, R the adapter's rank.
+# y = x Wᵀ + s · (x Aᵀ) Bᵀ: a linear layer keeps its weight W, and two thin matrices beside it learn. How they start,
+# learn, merge and are stored; one number a step is worked by hand in fp64. D: width in, O: width out, R: the rank.
 # %%
 import json
 import tempfile
