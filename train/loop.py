@@ -2,7 +2,7 @@
 
 A step: its rows are a function of (seed, step); they are sorted by length and cut into micro-batches; each rank takes
 every n-th of them; gradients add up over micro-batches and ranks; norm, clip, update. What makes the loss exact is in
-loss.py, what makes a run go on bit for bit is in checkpoint.py, what shards the model is in sharding.py.
+loss.py, bit-exact resume is in checkpoint.py, what shards the model is in sharding.py.
 """
 
 from __future__ import annotations
@@ -31,8 +31,8 @@ from train.data.rows import ANSWER, Row, collate, count, order
 from train.distributed.checkpoint import (
     Progress,
     adapter_tensors,
-    keep,
     newest_whole,
+    prune,
     restore,
     save_checkpoint,
     snapshot,
@@ -131,7 +131,7 @@ class Trainer:
         names = dict.fromkeys(name for row in rows for unit in row.units for name, _, _ in unit.stretches)
         what = f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; its records are {', '.join(names)}"
         if self.recipe.on_bad_step == "stop":
-            raise UserError(f"{what}; nothing was updated. Look at them, or go on with --on-bad-step skip")
+            raise UserError(f"{what}; nothing was updated. Look at them, or continue with --on-bad-step skip")
         self.progress.skipped += 1
         if self.ranks.first:
             tqdm.write(f"{what}; skipped", file=sys.stderr)
@@ -179,7 +179,9 @@ class Trainer:
                 self.save()
                 if self.ranks.first:
                     bar.close()
-                    print(f"stopped at step {self.progress.step} of {self.steps}; the same command goes on from there")
+                    print(
+                        f"stopped at step {self.progress.step} of {self.steps}; the same command continues from there"
+                    )
                 raise SystemExit(0)
             found_best = self.recipe.save_every > 0 and self.progress.best_step == self.progress.step
             if self.due(self.recipe.save_every) or found_best:  # the best is kept, so it has to be saved
@@ -211,12 +213,12 @@ class Trainer:
 
     def save(self) -> None:
         """A checkpoint of this step, unless there is one already: a whole one is never written again. Then older ones
-        go, which a run that was killed before that may have left."""
+        are removed, which a run that was killed before that may have left."""
         if self.saved != self.progress.step:
             params, state = snapshot(self.model, self.optimizers, keep=self.ranks.first)
-            self.ranks.together(lambda: self.write(params, state) if self.ranks.first else None)
+            self.ranks.run_on_first(lambda: self.write(params, state))
         self.saved = self.progress.step
-        self.ranks.together(lambda: self.tidy() if self.ranks.first else None)
+        self.ranks.run_on_first(self.tidy)
         self.stale = []
 
     def write(self, params: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -225,11 +227,11 @@ class Trainer:
             save_checkpoint(folder, self.progress, params, state, self.adapter(params), self.identity)
         except OSError as error:
             raise UserError(f"{folder}: step {self.progress.step} could not be saved ({error}); the checkpoints before "
-                            "it are whole. Make room, and the same command goes on from there") from error  # fmt: skip
+                            "it are whole. Free space; the same command continues from there") from error  # fmt: skip
 
     def tidy(self) -> None:
         stale = [old for old in self.stale if step_of(old) != self.saved]
-        keep(self.out / "checkpoints", self.recipe.keep_last, self.progress.best_step, stale)
+        prune(self.out / "checkpoints", self.recipe.keep_last, self.progress.best_step, stale)
 
     def adapter(self, params: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], str] | None:
         """What write_adapter needs, or None in full training."""
@@ -238,20 +240,20 @@ class Trainer:
         return self.model.__dict__["lora_configs"]["default"], adapter_tensors(self.model, params), self.base
 
     def resume(self) -> None:
-        """Go on from the newest whole checkpoint, which the first rank chooses for all."""
+        """Resume from the newest whole checkpoint, which the first rank chooses for all."""
         folder, found = self.out / "checkpoints", None
         if self.recipe.resume:
             found = self.ranks.gather(newest_whole(folder) if self.ranks.first else None)[0]
         if found is not None:
             allowed = self.recipe.allow_changed
             read = lambda: restore(found, self.model, self.optimizers, self.identity, allowed)  # noqa: E731
-            self.progress = self.ranks.together(read)
+            self.progress = self.ranks.run_on_all(read)
             self.saved = self.progress.step
             if self.ranks.first:
-                tqdm.write(f"going on from {found}, step {self.progress.step}", file=sys.stderr)
+                tqdm.write(f"resuming from {found}, step {self.progress.step}", file=sys.stderr)
         elif self.recipe.resume and self.ranks.first and steps_saved(folder):
             tqdm.write(f"no checkpoint in {folder} is whole: the run begins again at step 0", file=sys.stderr)
-        # what lies beyond is damaged or of a run given up: it goes when this run has a checkpoint to show for it
+        # later ones are corrupt or of an abandoned run: they are removed once this run has a checkpoint of its own
         self.stale = [path for path in steps_saved(folder) if found is None or step_of(path) > step_of(found)]
 
     def begin_metrics(self) -> None:

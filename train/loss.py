@@ -20,7 +20,7 @@ from model.transformer import Transformer
 from train.data.rows import ANSWER, IGNORE, NOTE, Batch
 
 CHUNK = 512  # tokens whose logits exist at once, at most
-LOGITS = 2**22  # and so many logits: 17 MB (glibc maps each request of over 32 MB anew: every page faults again)
+LOGITS = 2**22  # and so many logits: 17 MB (glibc maps each request over 32 MB afresh, so every page faults again)
 
 
 def chunk(words: int) -> int:

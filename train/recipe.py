@@ -36,7 +36,7 @@ class Recipe:
     tokenizer: str = ""
     """The tokenizer's folder (empty: that of the weights)."""
     adapter: str = ""
-    """An adapter to go on from, with its own rank, scale, dropout and modules (empty: a new one)."""
+    """An adapter to continue, with its own rank, scale, dropout and modules (empty: a new one)."""
     merge_adapter: bool = False
     """Fold `adapter` into the base, write that base to out/base, and train a new adapter on it."""
     valid_data: tuple[str, ...] = ()
@@ -125,7 +125,7 @@ class Recipe:
     keep_last: int = 2
     """Checkpoints kept, beside the best one."""
     resume: bool = True
-    """Go on from the newest whole checkpoint in `out`, where there is one."""
+    """Resume from the newest whole checkpoint in `out`, if there is one."""
     allow_changed: bool = False
     """Resume although the recipe or the data changed."""
     on_bad_step: Literal["stop", "skip"] = "stop"

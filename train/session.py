@@ -30,15 +30,27 @@ from model.transformer import Transformer
 from train.data.dataset import Rows
 from train.data.store import Encoding, TokenStore, build_store, identity_of
 from train.distributed.checkpoint import check_unchanged, snapshot, steps_saved
-from train.distributed.placing import base_shapes, fresh, from_checkpoint, place
+from train.distributed.sharded_load import base_shapes, fresh, from_checkpoint, load_sharded
 from train.distributed.sharding import Ranks, shard
 from train.fast.block import training_blocks
 from train.loop import Trainer
 from train.recipe import Recipe, encoding_of, lora_config, parse
 from train.report.card import code_hash, peak_memory, write_card
 
-UNIMPORTANT = ("out", "resume", "allow_changed", "save_every", "keep_last", "device", "threads", "on_bad_step",
-               "micro_rows", "checkpoint_blocks", "compile", "fuse")  # may differ between a run and its resumption
+UNIMPORTANT = (
+    "out",
+    "resume",
+    "allow_changed",
+    "save_every",
+    "keep_last",
+    "device",
+    "threads",
+    "on_bad_step",
+    "micro_rows",
+    "checkpoint_blocks",
+    "compile",
+    "fuse",
+)  # may differ between a run and its resumption
 
 
 def program(stage: str) -> None:
@@ -65,15 +77,15 @@ def train(recipe: Recipe, stage: str) -> Path:
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
     with contextlib.ExitStack() as stack:
-        ranks.together(lambda: stack.enter_context(hold(recipe.out)) if ranks.first else None)
+        ranks.run_on_first(lambda: stack.enter_context(hold(recipe.out)))
         trainer = prepare(recipe, stage, ranks)
         trainer.run()
         return finish(trainer, stage, began)
 
 
 def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
-    """Everything up to the first step, in the order that finds mistakes soonest."""
-    ranks.agree({"stage": stage, "recipe": asdict(recipe), "code": code_hash(), "torch": torch.__version__})
+    """Everything up to the first step, cheap checks before costly ones."""
+    ranks.assert_same({"stage": stage, "recipe": asdict(recipe), "code": code_hash(), "torch": torch.__version__})
     if stage == "pretrain" and recipe.template == "faithful":
         raise UserError("recipe: template = 'faithful' belongs to train.instruct; here it is packing = 'concatenate'")
     if stage == "instruct" and recipe.packing == "concatenate":
@@ -83,13 +95,13 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     largest = config.max_position_embeddings
     if recipe.block > largest:
         raise UserError(f"recipe: block {recipe.block} is more than the model's {largest} positions")
-    ranks.together(lambda: check_weights(recipe))
-    empty = ranks.together(lambda: empty_model(recipe, config))
+    ranks.run_on_all(lambda: check_weights(recipe))
+    empty = ranks.run_on_all(lambda: empty_model(recipe, config))
     sources = sources_of(recipe, encoding, ranks)
     run = identity(recipe, stage, sources)
     if recipe.resume:  # before any store is made: a run that is refused keeps the other run's
-        ranks.together(lambda: check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed))
-    ranks.together(lambda: take(Path(recipe.out), list(sources)) if ranks.first else None)
+        ranks.run_on_all(lambda: check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed))
+    ranks.run_on_first(lambda: take(Path(recipe.out), list(sources)))
     rows, valid = stores(recipe, stage, encoding, ranks, sources)
     recipe.steps_of(len(rows))
     for store in [part.store for part in (rows, valid) if part is not None]:
@@ -120,7 +132,7 @@ def check_weights(recipe: Recipe) -> None:
 
 
 def parts(recipe: Recipe, encoding: Encoding) -> dict[str, tuple[tuple[str, ...], Encoding, int]]:
-    """(files, encoding, records) of each token store; the held-out one comes first, where a mistake is found sooner."""
+    """(files, encoding, records) of each token store; the smaller, held-out one first, for an early error."""
     whole = replace(encoding, empty_kept=1.0)  # held-out loss is on all questions, so that recipes compare
     held_out = {"valid": (recipe.valid_data, whole, 0)} if recipe.valid_data else {}
     return held_out | {"train": (recipe.data, encoding, recipe.records)}
@@ -132,7 +144,7 @@ def sources_of(recipe: Recipe, encoding: Encoding, ranks: Ranks) -> dict[str, di
     def see() -> dict[str, dict[str, Any]]:
         return {name: identity_of(*part) for name, part in parts(recipe, encoding).items()}
 
-    return ranks.gather(ranks.together(lambda: see() if ranks.first else {}))[0]
+    return ranks.gather(ranks.run_on_first(see))[0]
 
 
 def stores(
@@ -150,7 +162,7 @@ def stores(
                       f"{store.path}/rejects.jsonl names them", file=sys.stderr)  # fmt: skip
         return built
 
-    made = ranks.together(lambda: build() if ranks.first else {})
+    made = ranks.run_on_first(build) or {}
     manifests = ranks.gather({name: store.manifest for name, store in made.items()})[0]
 
     def see() -> dict[str, Rows]:
@@ -159,7 +171,7 @@ def stores(
             raise UserError(f"{folder}: not what the first rank has made; out must be a folder that all ranks share")
         return {name: Rows(store, recipe, stage) for name, store in seen.items()}
 
-    rows = ranks.together(see)
+    rows = ranks.run_on_all(see)
     return rows["train"], rows.get("valid")
 
 
@@ -168,7 +180,7 @@ def load_model(
 ) -> tuple[Transformer, str]:
     """The model with its adapter (or all of it trainable), and the place of its base weights.
 
-    It is sharded while it is `empty` (see empty_model); then each rank reads its rows (placing.py).
+    It is sharded while it is `empty` (see empty_model); then each rank reads its rows (sharded_load.py).
     """
     base = merged_base(recipe, ranks) if recipe.merge_adapter else recipe.weights
     model, adapter = empty
@@ -178,17 +190,17 @@ def load_model(
             print(f"base = nf4: {len(odd)} of {len(layers)} matrices are kept in int8, since 64 does not divide their "
                   f"width: {odd[0]}", file=sys.stderr)  # fmt: skip
     shapes = base_shapes(model)
-    read = ranks.together(lambda: from_checkpoint(open_checkpoint(base), shapes, ranks) if base
+    read = ranks.run_on_all(lambda: from_checkpoint(open_checkpoint(base), shapes, ranks) if base
                           else fresh(recipe.seed, shapes, config.num_hidden_layers))  # fmt: skip
     if ranks.world > 1:
         shard(model, ranks)
     model.to_empty(device=ranks.device)
-    place(model, ranks, read, adapter, recipe.seed)
+    load_sharded(model, ranks, read, adapter, recipe.seed)
     return model, base
 
 
 def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, AdapterFile | None]:
-    """(the model on the meta device, with adapters, base packed; the tensors of an adapter to go on from).
+    """(the model on the meta device, with adapters, base packed; the tensors of an adapter to continue).
 
     Raises UserError where the adapter is not there, or where layers are asked for that the model has not.
     """
@@ -223,7 +235,7 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, Adapt
 
 
 def merged_before(recipe: Recipe) -> bool:
-    """Whether a run that goes on finds its merged base in out/base."""
+    """Whether a resumed run finds its merged base in out/base."""
     out = Path(recipe.out)
     return recipe.resume and bool(steps_saved(out / "checkpoints")) and (out / "base" / "config.json").is_file()
 
@@ -235,7 +247,7 @@ def merged_base(recipe: Recipe, ranks: Ranks) -> str:
     def merge() -> None:
         merge_folders(recipe.weights, recipe.adapter, str(folder), getattr(torch, recipe.dtype), recipe.tokenizer)
 
-    ranks.together(lambda: merge() if ranks.first and not merged_before(recipe) else None)
+    ranks.run_on_first(lambda: None if merged_before(recipe) else merge())
     return str(folder)
 
 
@@ -269,5 +281,5 @@ def finish(trainer: Trainer, stage: str, began: float) -> Path:
                 write_adapter(folder, *trainer.adapter(held))  # type: ignore[misc]
         write_card(trainer, time.monotonic() - began, peaks)
 
-    trainer.ranks.together(lambda: write() if trainer.ranks.first else None)
+    trainer.ranks.run_on_first(write)
     return final

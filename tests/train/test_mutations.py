@@ -88,7 +88,12 @@ def test_a_gradient_divided_by_the_ranks_twice_is_noticed(notes, tmp_path):
     """AdamW's losses hide it; the gradients before clipping do not."""
     case = {**test_ranks.SHARED, "steps": 3, "optimizer": "adamw", "learning_rate": 1e-2, "clip": 0.0}
     cases = {"run": (case, str(notes.path), "instruct")}
-    wrong = ("train.distributed.sharding", "shard", "set_gradient_divide_factor(1.0)", "set_gradient_divide_factor(float(ranks.world))")
+    wrong = (
+        "train.distributed.sharding",
+        "shard",
+        "set_gradient_divide_factor(1.0)",
+        "set_gradient_divide_factor(float(ranks.world))",
+    )
     alone = test_ranks.launch(1, cases, tmp_path / "1")
     twice = test_ranks.launch(2, {**cases, "": wrong}, tmp_path / "2")
     assert test_ranks.largest_difference({"": twice["run/loss"]}, {"": alone["run/loss"]}) < 1e-4, "AdamW hides it"

@@ -1,4 +1,4 @@
-"""A run that is stopped and resumed ends with the same bytes; a damaged checkpoint is named and passed over."""
+"""A run that is stopped and resumed ends with the same bytes; a corrupt checkpoint is named and skipped."""
 
 import contextlib
 import itertools
@@ -15,7 +15,7 @@ import torch
 from tiny_runs import as_recipe, ends
 
 from model.support.cli import UserError, guard
-from train.distributed.checkpoint import damage, steps_saved
+from train.distributed.checkpoint import find_corruption, steps_saved
 from train.optim.optimizer import named_trainable
 from train.recipe import Recipe
 from train.session import train
@@ -54,8 +54,9 @@ def test_a_stop_by_signal_saves_and_goes_on(options, whole, tmp_path, capsys):
     train(as_recipe(options, out=str(out)), "instruct")
     assert ends(out) == whole
     adapters = [file for file in whole if "adapter" in file]
-    assert len(adapters) == 6 and all(whole[file] == whole[f"adapter/{Path(file).name}"] for file in adapters), \
+    assert len(adapters) == 6 and all(whole[file] == whole[f"adapter/{Path(file).name}"] for file in adapters), (
         "a checkpoint holds the adapter as the run leaves it, in PEFT's form"
+    )
 
 
 @pytest.mark.parametrize("how", ["truncated", "flipped", "missing", "no manifest"])
@@ -71,12 +72,12 @@ def test_a_damaged_checkpoint_is_named_and_passed_over(options, whole, tmp_path,
         file.write_bytes(content[:-9] + bytes([content[-9] ^ 1]) + content[-8:])
     else:
         file.unlink()
-    assert damage(last)
+    assert find_corruption(last)
     shutil.rmtree(out / "adapter")
     train(as_recipe(options, out=str(out)), "instruct")
     said = capsys.readouterr().err
-    assert f"{last} passed over" in said
-    assert ends(out) == whole and damage(last) is None, "the damaged one is written again"
+    assert f"{last} skipped" in said
+    assert ends(out) == whole and find_corruption(last) is None, "the damaged one is written again"
 
 
 @pytest.mark.parametrize("file", ["trainable.safetensors", "optimizer.safetensors", "manifest.json"])
@@ -99,9 +100,9 @@ def test_disk_full_leaves_the_last_checkpoint_whole(options, whole, tmp_path, fi
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
     lines = [line for line in (tmp_path / "said").read_text().splitlines() if line.startswith("train.instruct: ")]
     assert len(lines) == 1 and "step 4 could not be saved" in lines[0] and "File too large" in lines[0]
-    assert steps_saved(out / "checkpoints") == [step] and damage(step) is None
+    assert steps_saved(out / "checkpoints") == [step] and find_corruption(step) is None
     train(as_recipe(options, out=str(out), steps=4, schedule="constant", allow_changed=True), "instruct")
-    assert damage(steps_saved(out / "checkpoints")[-1]) is None
+    assert find_corruption(steps_saved(out / "checkpoints")[-1]) is None
 
 
 def limited(recipe: Recipe, limit: int, resource) -> int:

@@ -1,8 +1,8 @@
 """Rows: what one line of a batch holds. Pieces become units (one text, or a note with its questions), units are
 packed into rows, rows are padded into a batch.
 
-A unit with a shared prefix holds the note once (branch 0) and each question as a branch whose positions go on from
-the note; model/attention.py lets a branch see the note and itself. A worked example, note "a b c", questions "p q"
+A unit with a shared prefix holds the note once (branch 0) and each question as a branch whose positions continue
+the note's; model/attention.py lets a branch see the note and itself. A worked example, note "a b c", questions "p q"
 answered "x" and "r" answered "y z", end token e:
 
     token     a  b  c  p  q  x  r  y  z
@@ -132,18 +132,18 @@ def pack(lengths: np.ndarray, block: int, window: int = 1024) -> list[list[int]]
     rows: list[list[int]] = []
     for start in range(0, len(lengths), window):
         part = np.arange(start, min(start + window, len(lengths)))
-        room: list[int] = []
+        free: list[int] = []
         held: list[list[int]] = []
         for unit in part[np.argsort(-lengths[part], kind="stable")]:
             size = int(lengths[unit])
-            fits = [(left, row) for row, left in enumerate(room) if left >= size]
+            fits = [(left, row) for row, left in enumerate(free) if left >= size]
             if fits:
                 _, row = min(fits)
                 held[row].append(int(unit))
-                room[row] -= size
+                free[row] -= size
             else:
                 held.append([int(unit)])
-                room.append(block - size)
+                free.append(block - size)
         rows += held
     return rows
 

@@ -8,7 +8,7 @@
         manifest.json           the SHA-256 of each file above, written last
 
 The folder is written beside its name and renamed. Reading takes the newest folder whose manifest and hashes hold; a
-damaged one is named and passed over. Tensors are stored whole, so a run may go on with another number of ranks.
+corrupt one is named and skipped. Tensors are stored whole, so a run may resume on another number of ranks.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from train.optim.optimizer import named_trainable, state_tensors
 
 @dataclass
 class Progress:
-    """Where a run stands. `step` is the number of steps done."""
+    """A run's progress. `step` is the number of steps done."""
 
     step: int = 0
     tokens: int = 0
@@ -45,7 +45,7 @@ class Progress:
 def whole(tensor: Tensor, keep: bool = True) -> Tensor:
     """A sharded tensor gathered from all ranks (every rank has to call it); others as they are. On the CPU.
 
-    `keep` false: take part in the gathering, and let go of what came.
+    `keep` false: take part in the gathering, and free the result.
     """
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
@@ -94,7 +94,7 @@ def save_checkpoint(
     return path
 
 
-def damage(path: Path, quickly: bool = False) -> str | None:
+def find_corruption(path: Path, quickly: bool = False) -> str | None:
     """What is wrong with a checkpoint, or None where it is whole. `quickly` leaves out the tensors' hashes."""
     try:
         manifest = read_json(path / "manifest.json")
@@ -102,9 +102,9 @@ def damage(path: Path, quickly: bool = False) -> str | None:
             if not (path / name).is_file():
                 return f"{name} is missing"
             if not (quickly and name.endswith(".safetensors")) and sha256_file(path / name) != digest:
-                return f"{name} is damaged"
+                return f"{name} is corrupt"
     except (UserError, AttributeError, OSError):
-        return "manifest.json is missing or damaged"
+        return "manifest.json is missing or corrupt"
     return None
 
 
@@ -119,18 +119,17 @@ def step_of(path: Path) -> int:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; damaged ones are named on stderr and passed over."""
+    """The newest checkpoint that is whole; corrupt ones are named on stderr and skipped."""
     for path in reversed(steps_saved(folder)):
-        wrong = damage(path)
+        wrong = find_corruption(path)
         if wrong is None:
             return path
-        print(f"checkpoint {path} passed over: {wrong}", file=sys.stderr)
+        print(f"checkpoint {path} skipped: {wrong}", file=sys.stderr)
     return None
 
 
-def keep(folder: Path, last: int, best: int | None, stale: list[Path]) -> None:
-    """Remove all but the last `last` checkpoints and the best one, and `stale` ones, which are damaged or of a run that
-    was given up."""
+def prune(folder: Path, last: int, best: int | None, stale: list[Path]) -> None:
+    """Remove all but the last `last` checkpoints and the best one, and `stale` ones, corrupt or of an abandoned run."""
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     for path in steps_saved(folder)[:-last]:
@@ -139,9 +138,9 @@ def keep(folder: Path, last: int, best: int | None, stale: list[Path]) -> None:
 
 
 def check_unchanged(folder: Path, identity: dict[str, Any], allowed: bool) -> None:
-    """Refuse early, before the model is read, to go on from another run's newest checkpoint."""
+    """Refuse, before the model is read, to resume from another run's newest checkpoint."""
     saved = steps_saved(folder)
-    if saved and damage(saved[-1], quickly=True) is None:
+    if saved and find_corruption(saved[-1], quickly=True) is None:
         refuse_changes(saved[-1], read_json(saved[-1] / "state.json").get("identity", {}), identity, allowed)
 
 
@@ -149,7 +148,7 @@ def refuse_changes(path: Path, old: dict[str, Any], new: dict[str, Any], allowed
     changed = differences(old, new)
     if changed and not allowed:
         raise UserError(
-            f"{path} was made by another run: {'; '.join(changed)}. Go on with --allow-changed, start anew with "
+            f"{path} was made by another run: {'; '.join(changed)}. Resume with --allow-changed, start again with "
             "--resume False, or give another out folder"
         )
 

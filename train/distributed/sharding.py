@@ -1,9 +1,9 @@
 """Ranks and sharding: nothing on one process, FSDP2 (`fully_shard`) under torchrun.
 
-Each decoder block is a group of its own, gathered for its forward and backward pass and let go again; the embedding,
+Each decoder block is a group of its own, gathered for its forward and backward pass and freed again; the embedding,
 the last norm and the head are the root's group. Gradients of ranks are added, not averaged: the loss is already
-divided by the whole step's token count (loss.py). FSDP2 divides by the number of ranks unless told otherwise, group
-by group, so every group is told.
+divided by the whole step's token count (loss.py). FSDP2 divides by the number of ranks unless it is set
+otherwise, so the factor is set to 1 on every group.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Ranks:
     rank: int = 0
     world: int = 1
     device: torch.device = torch.device("cpu")
-    talk: Any = None  # a process group for waiting and for small messages, on CPUs whatever the device
+    cpu_group: Any = None  # a process group for waiting and for small messages, on CPUs whatever the device
 
     @classmethod
     def join(cls, device: str) -> Ranks:
@@ -59,17 +59,17 @@ class Ranks:
 
     def wait(self) -> None:
         if self.world > 1:
-            dist.barrier(group=self.talk)
+            dist.barrier(group=self.cpu_group)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         if self.world == 1:
             return [value]
         found: list[Any] = [None] * self.world
-        dist.all_gather_object(found, value, group=self.talk)
+        dist.all_gather_object(found, value, group=self.cpu_group)
         return found
 
-    def together(self, work: Callable[[], Made]) -> Made:
+    def run_on_all(self, work: Callable[[], Made]) -> Made:
         """`work()` on every rank. A user's mistake on one of them is raised on all, so that none waits for ever.
 
         `work` must not itself wait for other ranks.
@@ -87,8 +87,12 @@ class Ranks:
             raise UserError(text if rank == 0 else f"on rank {rank}: {text}")
         return made  # type: ignore[return-value]
 
-    def agree(self, mine: dict[str, Any]) -> None:
-        """Raise a UserError on every rank where one of them would run something else than the first."""
+    def run_on_first(self, work: Callable[[], Made]) -> Made | None:
+        """`work()` on the first rank alone (None on others); a user's mistake there is raised on all."""
+        return self.run_on_all(lambda: work() if self.first else None)
+
+    def assert_same(self, mine: dict[str, Any]) -> None:
+        """Raise a UserError on every rank where one of them runs something else than the first."""
         first, *others = self.gather(mine)
         for rank, theirs in enumerate(others, start=1):
             if changed := differences(first, theirs, names=("on rank 0", f"on rank {rank}")):

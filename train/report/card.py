@@ -60,7 +60,7 @@ def run_card(trainer: Trainer, seconds: float, peaks: list[int]) -> dict[str, An
         "best_step": progress.best_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        # what follows is of the process that ended the run: of the steps since it was started or gone on with
+        # what follows is of the process that ended the run: of the steps since it was started or resumed
         "steps_of_this_process": done["steps"],
         "tokens_of_this_process": done["tokens"],
         "seconds": seconds,
@@ -125,7 +125,7 @@ def git(root: Path, *words: str) -> str | None:
 
 def code_hash(root: Path = ROOT) -> str:
     """Of the programs that train: ranks on several machines may have been started from different checkouts."""
-    files = sorted(file for room in ("model", "lora", "infer", "train") for file in (root / room).rglob("*.py"))
+    files = sorted(file for package in ("model", "lora", "infer", "train") for file in (root / package).rglob("*.py"))
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()[:16]
 
 

@@ -67,13 +67,7 @@ def test_a_case_without_a_fact_has_no_answer_to_it():
 
 def test_styles_share_no_template_and_no_form_but_four():
     def templates(source):
-        return {
-            t
-            for style in source.styles
-            for bank in style.bank.values()
-            for t in bank
-            if told(t)
-        }
+        return {t for style in source.styles for bank in style.bank.values() for t in bank if told(t)}
 
     def forms(source):
         return {form for style in source.styles for many in style.words.values() for form in many}

@@ -1,6 +1,6 @@
 """What test_ranks_load.py looks at, on any number of ranks: models placed, optimizers' steps, runs gone on from.
 
-    torchrun --nproc-per-node N tests/train/distributed/rank_checks.py OPTIONS.json OUT.safetensors
+torchrun --nproc-per-node N tests/train/distributed/rank_checks.py OPTIONS.json OUT.safetensors
 """
 
 import json
@@ -94,7 +94,7 @@ def refusals(options: dict, ranks: Ranks) -> list[str]:
         if ranks.rank == ranks.world - 1:
             raise UserError("no such file")
 
-    return ranks.gather([differ, said(lambda: ranks.together(missing))])
+    return ranks.gather([differ, said(lambda: ranks.run_on_all(missing))])
 
 
 class Stopped(Trainer):

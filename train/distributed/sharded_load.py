@@ -29,7 +29,7 @@ Read = Callable[[str, slice], Tensor]  # (a weight's name in the checkpoint, row
 
 
 @torch.no_grad()
-def place(model: nn.Module, ranks: Ranks, read: Read, adapter: Mapping[str, Tensor] | None, seed: int) -> None:
+def load_sharded(model: nn.Module, ranks: Ranks, read: Read, adapter: Mapping[str, Tensor] | None, seed: int) -> None:
     """Fill every parameter of an empty model: weights from `read`, adapters from PEFT's tensors or freshly drawn."""
     dtype = next(model.parameters()).dtype  # the embedding's: the base's
     packed = {f"{path}.quantized.codes": layer for path, layer in adapted(model).items() if layer.quantized is not None}
