@@ -22,7 +22,7 @@ SHARED = {"r": 5, "batch_rows": 5, "steps": 20, "clip": 0.5}
 def launch(ranks: int, cases: dict, folder: Path, program: str = "tiny_runs.py") -> dict:
     folder.mkdir(exist_ok=True)
     (folder / "cases.json").write_text(json.dumps(cases))
-    worker, out = str(Path(__file__).with_name(program)), folder / f"{ranks}.safetensors"
+    worker, out = str(next(Path(__file__).parents[1].rglob(program))), folder / f"{ranks}.safetensors"
     start = [sys.executable]
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
