@@ -52,6 +52,7 @@ def rows(weights: str, notes: int = 8) -> list[Row]:
         agree = (own_NV.argmax(-1) == true_NV.argmax(-1)).double().mean().item()
         errors[name] = 100 * own_NV.sub_(true_NV).square_().mean().sqrt().item() / spread
         setting = f"the likeliest token is fp32's in {100 * agree:.1f} %; {notes} notes, {len(true_NV)} tokens"
-        peer = (errors["int8"], "int8 weights") if "int8" in errors else (None, None)
-        found.append(Row(f"logits: {name}", errors[name], *peer, "% of the logits' spread (rms)", setting))
+        int8 = errors.get("int8")
+        peer_name = None if int8 is None else "int8 weights"
+        found.append(Row(f"logits: {name}", errors[name], int8, peer_name, "% of the logits' spread (rms)", setting))
     return found
