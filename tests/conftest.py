@@ -1,11 +1,18 @@
-"""What tests of several rooms use: a small SentencePiece model, and a headless Chromium for the pages' tests, installed
-by `make browser` (Debian's chromium and chromium-driver); a test that asks for it is skipped where there is none."""
+"""What tests of several packages use: a small SentencePiece model, and a headless Chromium for the pages' tests.
+
+`make browser` installs Chromium (Debian's chromium and chromium-driver); a test that asks for it is skipped where
+there is none."""
 
 import shutil
 
+import hypothesis
 import pytest
 
 from model import Tokenizer
+
+# The same examples on every machine, and no test fails because the machine was busy.
+hypothesis.settings.register_profile("tests", deadline=None, derandomize=True)
+hypothesis.settings.load_profile("tests")
 
 
 @pytest.fixture(scope="session")
