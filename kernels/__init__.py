@@ -18,8 +18,10 @@ _HOME = {
     "rms_norm_lora_linear": "linear",
     "int4_linear": "int4",
     "repack_int4": "int4",
+    "Int4Weight": "int4",
     "linear_cross_entropy": "cross_entropy",
     "tree_attention": "attention",
+    "Level": "attention",
 }
 __all__ = [*_HOME]  # noqa: PLE0604
 

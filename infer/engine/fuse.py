@@ -23,8 +23,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
-from kernels.attention import Level
-from kernels.int4 import Int4Weight
 from lora.layer import LoRALinear
 from model.attention import repeat_kv, split_heads
 from model.cache import KVCache
@@ -59,8 +57,8 @@ class Int4Linear(nn.Module):
         self.adapter = adapter(linear, dtype or linear.weight.dtype)
 
     @property
-    def weight(self) -> Int4Weight:
-        return Int4Weight(self.words, self.scales_GO, self.zeros_GO)
+    def weight(self) -> kernels.Int4Weight:
+        return kernels.Int4Weight(self.words, self.scales_GO, self.zeros_GO)
 
     def forward(self, x: Tensor, residual: Tensor | None = None) -> Tensor:
         """x (…, D) → (…, O)."""
@@ -195,7 +193,7 @@ def read_attention(
 
 def tree_attention(
     q_NHTK: Tensor, k_NGSK: Tensor, v_NGSK: Tensor, position_NT: Tensor, key_position_NS: Tensor, window: int | None,
-    levels: Sequence[Level],
+    levels: Sequence[kernels.Level],
 ) -> Tensor:  # fmt: skip
     """Attention of N leaves over their own keys and over the levels of prefixes above them, a launch a level."""
     dtype = q_NHTK.dtype

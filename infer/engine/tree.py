@@ -26,7 +26,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-import kernels.attention
+import kernels
 from infer.engine.forward import Engine
 from infer.engine.fuse import read_attention, tree_attention
 from model.attention import repeat_kv
@@ -411,10 +411,10 @@ class Cache:
 
     def _kernel_levels(
         self, layer: int, reach: list[tuple[Level, int]], positions: list[Tensor]
-    ) -> list[kernels.attention.Level]:
+    ) -> list[kernels.Level]:
         """The levels within reach as kernels.tree_attention takes them."""
         return [
-            kernels.attention.Level(
+            kernels.Level(
                 level.keys[layer][:, :, begin:], level.values[layer][:, :, begin:], position_PS, level.start_P,
                 level.count_P, level.branch_Pn.shape[1],
             )
