@@ -129,13 +129,17 @@ def report(options: Options, records: list[dict[str, Any]]) -> None:
     found = summary(rows)
     if options.out:
         write_json(options.out, {**found, "rows": rows})
-    print(f"{found['values']} repeated values of {len(records)} notes placed right: {found['right']} % "
-          f"(first {found['first']} %, last {found['last']} %)")  # fmt: skip
+    print(
+        f"{found['values']} repeated values of {len(records)} notes placed right: {found['right']} % "
+        f"(first {found['first']} %, last {found['last']} %)"
+    )
     for name, of in found["phenotypes"].items():
         print(f"  {name}: {of['right']} % of {of['values']}")
     for row in found["margins"]:
-        print(f"  margin {row['margin']}: {row['decided']} % decided, {row['right_of_decided']} % of them right"
-              + (" (in use)" if row["margin"] == MARGIN else ""))  # fmt: skip
+        print(
+            f"  margin {row['margin']}: {row['decided']} % decided, {row['right_of_decided']} % of them right"
+            + (" (in use)" if row["margin"] == MARGIN else "")
+        )
 
 
 if __name__ == "__main__":

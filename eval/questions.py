@@ -136,8 +136,9 @@ def of_form(record: Json, where: str) -> Json:
         raise UserError(f"{where}: 'phenotypes' is a {type(phenotypes).__name__}; give {{phenotype: answers}}")
     for name, given in (phenotypes or {}).items():
         if name not in PHENOTYPES:
-            raise UserError(f"{where}: no phenotype {name!r}{nearest(name, list(PHENOTYPES))}; there are "
-                            f"{', '.join(PHENOTYPES)}")  # fmt: skip
+            raise UserError(
+                f"{where}: no phenotype {name!r}{nearest(name, list(PHENOTYPES))}; there are {', '.join(PHENOTYPES)}"
+            )
         if not has_answers(given):
             raise UserError(f"{where}: {name} is neither a text nor a list of texts or of {{'text': …}}")
     if diagnosis is not None and not is_answer(diagnosis):

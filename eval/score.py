@@ -81,8 +81,10 @@ def made_up(questions: list[Question], notes: dict[str, str]) -> dict[str, int]:
     """How many answers to open phenotypes there are, and how many of them do not occur in their note (none can where
     infer.extract was --grounded)."""
     asked = [one for one in questions if one.name in PHENOTYPES and not PHENOTYPES[one.name].values]
-    return {"count": sum(invented(one, notes[one.record]) for one in asked),
-            "answers": sum(len(one.predicted) for one in asked)}  # fmt: skip
+    return {
+        "count": sum(invented(one, notes[one.record]) for one in asked),
+        "answers": sum(len(one.predicted) for one in asked),
+    }
 
 
 def table(result: dict[str, Any]) -> str:

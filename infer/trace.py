@@ -92,8 +92,13 @@ def main(options: Options) -> int:
 
 def trace(options: Options) -> None:
     mark = parity(options) if options.parity else None
-    data: dict[str, Any] = {"title": f"Trace: {Path(options.weights).name}", "runs": [], "notices": [],
-                            "parity": mark, "code": trace_page.code()}  # fmt: skip
+    data: dict[str, Any] = {
+        "title": f"Trace: {Path(options.weights).name}",
+        "runs": [],
+        "notices": [],
+        "parity": mark,
+        "code": trace_page.code(),
+    }
     ids: list[int] = []
     start, first = 0, None
     for side in sides(options):
@@ -195,8 +200,10 @@ def answer_ids(options: Options, generator: Generator, prompt: list[int]) -> lis
     if not prompt:
         raise UserError("the prompt holds no token; give a text")
     if len(prompt) + options.max_new_tokens > limit:
-        raise UserError(f"the prompt has {len(prompt)} tokens; with {options.max_new_tokens} new ones that exceeds the "
-                        f"model's {limit}: give a shorter one")  # fmt: skip
+        raise UserError(
+            f"the prompt has {len(prompt)} tokens; with {options.max_new_tokens} new ones that exceeds the "
+            f"model's {limit}: give a shorter one"
+        )
     if not options.max_new_tokens:
         return []
     stop = ("\n",) if options.note is not None and options.form == "template" else ()
@@ -253,8 +260,11 @@ def parity(options: Options) -> dict[str, Any]:
         )
     stages = [row for row in found["rows"] if row.get("section") in ("stage", "adapter")]
     wrong = next((row for row in stages if not row.get("ok")), None)
-    return {"summary": str(found["summary"]), "stages": len(stages),
-            "first": None if wrong is None else {"name": str(wrong["name"]), "error": wrong.get("error")}}  # fmt: skip
+    return {
+        "summary": str(found["summary"]),
+        "stages": len(stages),
+        "first": None if wrong is None else {"name": str(wrong["name"]), "error": wrong.get("error")},
+    }
 
 
 if __name__ == "__main__":

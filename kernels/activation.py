@@ -71,9 +71,16 @@ class _SwiGLU(torch.autograd.Function):
         N, F_ = gate_NF.shape
         d_gate_NF, d_up_NF = gate_NF.new_empty(N, F_), gate_NF.new_empty(N, F_)
         arguments = dict(
-            dy=dy_NF, gate=gate_NF, up=up_NF, d_gate=d_gate_NF, d_up=d_up_NF,
-            dy_row=dy_NF.stride(0), gate_row=gate_NF.stride(0), up_row=up_NF.stride(0), F=F_,
-        )  # fmt: skip
+            dy=dy_NF,
+            gate=gate_NF,
+            up=up_NF,
+            d_gate=d_gate_NF,
+            d_up=d_up_NF,
+            dy_row=dy_NF.stride(0),
+            gate_row=gate_NF.stride(0),
+            up_row=up_NF.stride(0),
+            F=F_,
+        )
         pinned = config("swiglu", "any")
         launch(_backward, (N, divide_up(F_, pinned["BLOCK"])), arguments, **pinned)
         return d_gate_NF.view(gate.shape), d_up_NF.view(gate.shape)

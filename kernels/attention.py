@@ -71,9 +71,14 @@ def attention_definition(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, seen_BT
 
 
 def tree_attention_definition(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, position_BT: Tensor, key_position_BS: Tensor,
-    window: int | None = None, levels: Sequence[Level] = (),
-) -> Tensor:  # fmt: skip
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    position_BT: Tensor,
+    key_position_BS: Tensor,
+    window: int | None = None,
+    levels: Sequence[Level] = (),
+) -> Tensor:
     """Every row gets its own copy of the keys that it sees."""
     row_1B = torch.arange(len(q_BHTK), device=q_BHTK.device)[None]
     for level in levels:
@@ -89,11 +94,39 @@ def tree_attention_definition(
 
 @jit("S", "W", "T", "FIRST", "ROWS")
 def _partial(
-    q, k, v, position, key_position, first, count, out, logsum, S, K, W, T, G, FIRST, ROWS, scale,
-    q_b, q_h, q_t, k_m, k_g, k_s, v_m, v_g, v_s,
-    HEADS: tl.constexpr, OWN: tl.constexpr, WINDOW: tl.constexpr, BM: tl.constexpr, BS: tl.constexpr,
+    q,
+    k,
+    v,
+    position,
+    key_position,
+    first,
+    count,
+    out,
+    logsum,
+    S,
+    K,
+    W,
+    T,
+    G,
+    FIRST,
+    ROWS,
+    scale,
+    q_b,
+    q_h,
+    q_t,
+    k_m,
+    k_g,
+    k_s,
+    v_m,
+    v_g,
+    v_s,
+    HEADS: tl.constexpr,
+    OWN: tl.constexpr,
+    WINDOW: tl.constexpr,
+    BM: tl.constexpr,
+    BS: tl.constexpr,
     BK: tl.constexpr,
-):  # fmt: skip
+):
     """(o, L) of BM query rows of node m and key/value head g over one share of the node's keys.
 
     Query row r of a node is (row of the batch, head of the group, query): r = (b · HEADS + h) · T + t.
@@ -175,9 +208,14 @@ def _int32(t: Tensor) -> Tensor:
 
 
 def tree_attention(
-    q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, position_BT: Tensor, key_position_BS: Tensor,
-    window: int | None = None, levels: Sequence[Level] = (),
-) -> Tensor:  # fmt: skip
+    q_BHTK: Tensor,
+    k_BGSK: Tensor,
+    v_BGSK: Tensor,
+    position_BT: Tensor,
+    key_position_BS: Tensor,
+    window: int | None = None,
+    levels: Sequence[Level] = (),
+) -> Tensor:
     """Attention of up to 64 queries a row over the rows' own keys and shared prefixes: (B, H, T, K) in q's dtype.
 
     position_BT and key_position_BS hold absolute positions (−1 in a slot that is not to be seen); `window` is W or
@@ -202,11 +240,33 @@ def tree_attention(
     for level, (tiles, row_tiles, splits) in zip((own, *levels), plans, strict=True):
         k, v = _last_stride_1(level.k_MGPK), _last_stride_1(level.v_MGPK)
         arguments = dict(
-            q=q, k=k, v=v, position=position, key_position=_int32(level.position_MP), first=level.first_M,
-            count=level.count_M, out=out, logsum=logsum, S=k.shape[2], K=K, W=window or 0, T=T, G=G,
-            FIRST=first, ROWS=ROWS, scale=K**-0.5 * LOG2_E, q_b=q.stride(0), q_h=q.stride(1), q_t=q.stride(2),
-            k_m=k.stride(0), k_g=k.stride(1), k_s=k.stride(2), v_m=v.stride(0), v_g=v.stride(1), v_s=v.stride(2),
-        )  # fmt: skip
+            q=q,
+            k=k,
+            v=v,
+            position=position,
+            key_position=_int32(level.position_MP),
+            first=level.first_M,
+            count=level.count_M,
+            out=out,
+            logsum=logsum,
+            S=k.shape[2],
+            K=K,
+            W=window or 0,
+            T=T,
+            G=G,
+            FIRST=first,
+            ROWS=ROWS,
+            scale=K**-0.5 * LOG2_E,
+            q_b=q.stride(0),
+            q_h=q.stride(1),
+            q_t=q.stride(2),
+            k_m=k.stride(0),
+            k_g=k.stride(1),
+            k_s=k.stride(2),
+            v_m=v.stride(0),
+            v_g=v.stride(1),
+            v_s=v.stride(2),
+        )
         grid = (len(k) * G, row_tiles, splits)
         flags = dict(HEADS=HEADS, OWN=level is own, WINDOW=window is not None, BK=BK)
         launch(_partial, grid, arguments, **flags, **tiles)

@@ -107,10 +107,23 @@ def _plane(words, i: tl.constexpr, ASM: tl.constexpr):
 
 @jit()
 def _times_words(
-    x, gain, words, scales, O, o, start, stop, N, x_row,
-    NORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BD: tl.constexpr,
+    x,
+    gain,
+    words,
+    scales,
+    O,
+    o,
+    start,
+    stop,
+    N,
+    x_row,
+    NORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
+    BD: tl.constexpr,
     ASM: tl.constexpr,
-):  # fmt: skip
+):
     """Σ_g 16 · scale · Σ_{d in g} (x·g)[n, d] (1 + q/16), fp32 (BN, BO); columns start … stop are whole steps."""
     n = tl.arange(0, BN)
     p = tl.arange(0, BD // 4)
@@ -139,10 +152,41 @@ def _times_words(
 
 @jit("N")
 def _int4_products(
-    x, gain, part, squares, sums, w0, w1, w2, q0, q1, q2, a0, a1, a2, N, D, C, O0, O1, O2, R0, R1, R2, x_row, SHARE,
-    NORM: tl.constexpr, LORA: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
-    BO: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
+    x,
+    gain,
+    part,
+    squares,
+    sums,
+    w0,
+    w1,
+    w2,
+    q0,
+    q1,
+    q2,
+    a0,
+    a1,
+    a2,
+    N,
+    D,
+    C,
+    O0,
+    O1,
+    O2,
+    R0,
+    R1,
+    R2,
+    x_row,
+    SHARE,
+    NORM: tl.constexpr,
+    LORA: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
+    BD: tl.constexpr,
+    BS: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """As linear.py's: tile −1 makes Σ x² and S_g, then come the tiles of W, then A's."""
     split = tl.program_id(0)
     tile = tl.program_id(1) - 1
@@ -166,9 +210,16 @@ def _int4_products(
 
 
 def int4_linear(
-    x: Tensor, weight: Int4Weight | Sequence[Int4Weight], lora_a: Any = None, lora_b: Any = None, scale: Any = 1.0,
-    bias: Any = None, norm: tuple[Tensor, float] | None = None, residual: Tensor | None = None, gated: bool = False,
-) -> Any:  # fmt: skip
+    x: Tensor,
+    weight: Int4Weight | Sequence[Int4Weight],
+    lora_a: Any = None,
+    lora_b: Any = None,
+    scale: Any = 1.0,
+    bias: Any = None,
+    norm: tuple[Tensor, float] | None = None,
+    residual: Tensor | None = None,
+    gated: bool = False,
+) -> Any:
     """x (…, D) times int4 weights, plus adapters, biases and a residual → (…, O) in x's dtype; lists and `gated` as in
     linear.py. `norm` is (weight_D, eps) of an RMSNorm of x. No gradients.
 
@@ -183,12 +234,25 @@ def int4_linear(
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in (x, *adapters)):
         raise ValueError("int4 layers have no backward pass: call them under torch.no_grad()")
     kernel = partial(
-        few_rows, _int4_products, ("int4", str(weights[0].words.shape[2] * 4)), weights=[w.words for w in weights],
+        few_rows,
+        _int4_products,
+        ("int4", str(weights[0].words.shape[2] * 4)),
+        weights=[w.words for w in weights],
         steps=[(w.scales_GO, w.zeros_GO) for w in weights],
-    )  # fmt: skip
+    )
     same = x.dtype == torch.bfloat16 and len({w.scales_GO.shape[0] for w in weights}) == 1
     outs = compute(
-        x, norm, [w.shape[0] for w in weights], lora_a, lora_b, scale, bias, residual, gated, MOST_ROWS * same,
-        lambda: [w.dequantize(x.dtype) for w in weights], kernel,
-    )  # fmt: skip
+        x,
+        norm,
+        [w.shape[0] for w in weights],
+        lora_a,
+        lora_b,
+        scale,
+        bias,
+        residual,
+        gated,
+        MOST_ROWS * same,
+        lambda: [w.dequantize(x.dtype) for w in weights],
+        kernel,
+    )
     return tuple(outs) if several and not gated else outs[0]

@@ -48,7 +48,7 @@ from kernels.launch import (
     splits_that_fill,
     tl,
     width,
-)  # fmt: skip
+)
 from kernels.norm import rms_norm, rms_norm_definition
 
 FEW_ROWS = 16  # rows of one mma tile; up to so many, a product takes as long as its weights take to arrive
@@ -58,9 +58,13 @@ DTYPES = (torch.float32, torch.bfloat16)  # not fp16: x · g, before r makes it 
 
 
 def lora_linear_definition(
-    x: Tensor, weight_OD: Tensor, lora_a_RD: Tensor | None, lora_b_OR: Tensor | None, scale: float,
+    x: Tensor,
+    weight_OD: Tensor,
+    lora_a_RD: Tensor | None,
+    lora_b_OR: Tensor | None,
+    scale: float,
     bias_O: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     y = F.linear(x, weight_OD, bias_O)
     if lora_a_RD is None or lora_b_OR is None:
         return y
@@ -68,18 +72,36 @@ def lora_linear_definition(
 
 
 def rms_norm_lora_linear_definition(
-    x: Tensor, norm_weight_D: Tensor, weight_OD: Tensor, lora_a_RD: Tensor | None, lora_b_OR: Tensor | None,
-    scale: float, eps: float, bias_O: Tensor | None = None,
-) -> Tensor:  # fmt: skip
+    x: Tensor,
+    norm_weight_D: Tensor,
+    weight_OD: Tensor,
+    lora_a_RD: Tensor | None,
+    lora_b_OR: Tensor | None,
+    scale: float,
+    eps: float,
+    bias_O: Tensor | None = None,
+) -> Tensor:
     n = rms_norm_definition(x, norm_weight_D, eps)
     return lora_linear_definition(n, weight_OD, lora_a_RD, lora_b_OR, scale, bias_O)
 
 
 @jit()
 def statistics(
-    x, gain, squares, sums, split, start, stop, N, D, x_row,
-    NORM: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr, BS: tl.constexpr,
-):  # fmt: skip
+    x,
+    gain,
+    squares,
+    sums,
+    split,
+    start,
+    stop,
+    N,
+    D,
+    x_row,
+    NORM: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BS: tl.constexpr,
+):
     """Σ x² of columns start … stop, into squares[split]; with GROUP also Σ x·g of each group of columns (int4.py)."""
     n = tl.arange(0, BN)
     live = n < N
@@ -120,9 +142,21 @@ def pick(tile, m0, m1, m2, O0, O1, O2, first, BO: tl.constexpr, COUNT: tl.conste
 
 @jit()
 def walk(
-    x, gain, w, O, o, start, stop, N, D, x_row, NORM: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr,
+    x,
+    gain,
+    w,
+    O,
+    o,
+    start,
+    stop,
+    N,
+    D,
+    x_row,
+    NORM: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
     BD: tl.constexpr,
-):  # fmt: skip
+):
     """Σ_d (x·g)[n, d] w[o, d] over columns start … stop, fp32 (BN, BO).
 
     A thread's part of a gain is 2 bytes, too few for an asynchronous copy: it is loaded one step ahead by hand.
@@ -147,10 +181,41 @@ def walk(
 
 @jit("N")
 def _products(
-    x, gain, part, squares, sums, w0, w1, w2, q0, q1, q2, a0, a1, a2, N, D, C, O0, O1, O2, R0, R1, R2, x_row, SHARE,
-    NORM: tl.constexpr, LORA: tl.constexpr, COUNT: tl.constexpr, GROUP: tl.constexpr, BN: tl.constexpr,
-    BO: tl.constexpr, BD: tl.constexpr, BS: tl.constexpr, ASM: tl.constexpr,
-):  # fmt: skip
+    x,
+    gain,
+    part,
+    squares,
+    sums,
+    w0,
+    w1,
+    w2,
+    q0,
+    q1,
+    q2,
+    a0,
+    a1,
+    a2,
+    N,
+    D,
+    C,
+    O0,
+    O1,
+    O2,
+    R0,
+    R1,
+    R2,
+    x_row,
+    SHARE,
+    NORM: tl.constexpr,
+    LORA: tl.constexpr,
+    COUNT: tl.constexpr,
+    GROUP: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
+    BD: tl.constexpr,
+    BS: tl.constexpr,
+    ASM: tl.constexpr,
+):
     """part[split, n, tile · BO + …] = this split's share of x·g times [W; A]ᵀ; tile −1 (NORM): Σ x²."""
     split = tl.program_id(0)
     tile = tl.program_id(1)
@@ -193,10 +258,33 @@ def _in_two_terms(a, b, total):
 
 @jit()
 def _finished(
-    part, squares, sums, scales, zeros, b, bias, tile, u_tile, o, N, D, O, R, s, eps, C,
-    NORM: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, GROUP: tl.constexpr, SPLITS: tl.constexpr,
-    RANK: tl.constexpr, BN: tl.constexpr, BO: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
+    part,
+    squares,
+    sums,
+    scales,
+    zeros,
+    b,
+    bias,
+    tile,
+    u_tile,
+    o,
+    N,
+    D,
+    O,
+    R,
+    s,
+    eps,
+    C,
+    NORM: tl.constexpr,
+    LORA: tl.constexpr,
+    BIAS: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLITS: tl.constexpr,
+    RANK: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
+    BG: tl.constexpr,
+):
     """One column tile of y in fp32."""
     n = tl.arange(0, BN)
     total = _added(part, tile * BO + tl.arange(0, BO), N, C, SPLITS, BN)
@@ -232,12 +320,51 @@ def _finished(
 
 @jit("N")
 def _epilogue(
-    part, squares, sums, y, residual, q0, q1, q2, z0, z1, z2, b0, b1, b2, c0, c1, c2,
-    N, D, O0, O1, O2, R0, R1, R2, s0, s1, s2, eps, C, Y, res_row,
-    NORM: tl.constexpr, LORA: tl.constexpr, BIAS: tl.constexpr, RESIDUAL: tl.constexpr, GATED: tl.constexpr,
-    GROUP: tl.constexpr, COUNT: tl.constexpr, SPLITS: tl.constexpr, RANK: tl.constexpr, BN: tl.constexpr,
-    BO: tl.constexpr, BG: tl.constexpr,
-):  # fmt: skip
+    part,
+    squares,
+    sums,
+    y,
+    residual,
+    q0,
+    q1,
+    q2,
+    z0,
+    z1,
+    z2,
+    b0,
+    b1,
+    b2,
+    c0,
+    c1,
+    c2,
+    N,
+    D,
+    O0,
+    O1,
+    O2,
+    R0,
+    R1,
+    R2,
+    s0,
+    s1,
+    s2,
+    eps,
+    C,
+    Y,
+    res_row,
+    NORM: tl.constexpr,
+    LORA: tl.constexpr,
+    BIAS: tl.constexpr,
+    RESIDUAL: tl.constexpr,
+    GATED: tl.constexpr,
+    GROUP: tl.constexpr,
+    COUNT: tl.constexpr,
+    SPLITS: tl.constexpr,
+    RANK: tl.constexpr,
+    BN: tl.constexpr,
+    BO: tl.constexpr,
+    BG: tl.constexpr,
+):
     """y = what complete sums allow; GATED: silu(first output) · second output."""
     tile = tl.program_id(0)
     n = tl.arange(0, BN)
@@ -254,14 +381,62 @@ def _epilogue(
             R, s, u_tile, y_start = R2, s2, edge + tl.cdiv(R0, BO) + tl.cdiv(R1, BO), O0 + O1
     o = (tile - first) * BO + tl.arange(0, BO)
     out = _finished(
-        part, squares, sums, scales, zeros, b, c, tile, u_tile, o, N, D, O, R, s, eps, C, NORM, LORA, BIAS, GROUP,
-        SPLITS, RANK, BN, BO, BG,
-    )  # fmt: skip
+        part,
+        squares,
+        sums,
+        scales,
+        zeros,
+        b,
+        c,
+        tile,
+        u_tile,
+        o,
+        N,
+        D,
+        O,
+        R,
+        s,
+        eps,
+        C,
+        NORM,
+        LORA,
+        BIAS,
+        GROUP,
+        SPLITS,
+        RANK,
+        BN,
+        BO,
+        BG,
+    )
     if GATED:
         up = _finished(
-            part, squares, sums, q1, z1, b1, c1, tile + tl.cdiv(O0, BO), edge + tl.cdiv(R0, BO), o, N, D, O, R1, s1,
-            eps, C, NORM, LORA, BIAS, GROUP, SPLITS, RANK, BN, BO, BG,
-        )  # fmt: skip
+            part,
+            squares,
+            sums,
+            q1,
+            z1,
+            b1,
+            c1,
+            tile + tl.cdiv(O0, BO),
+            edge + tl.cdiv(R0, BO),
+            o,
+            N,
+            D,
+            O,
+            R1,
+            s1,
+            eps,
+            C,
+            NORM,
+            LORA,
+            BIAS,
+            GROUP,
+            SPLITS,
+            RANK,
+            BN,
+            BO,
+            BG,
+        )
         out = out / (1.0 + tl.exp(-out)) * up
     inside = (n < N)[:, None] & (o < O)[None, :]
     if RESIDUAL:
@@ -270,11 +445,21 @@ def _epilogue(
 
 
 def few_rows(
-    products: Any, name: tuple[str, str], x_ND: Tensor, sizes: Sequence[int], *, norm: tuple[Tensor, float] | None,
-    lora_a: Sequence[Tensor | None], lora_b: Sequence[Tensor | None], scales: Sequence[float],
-    biases: Sequence[Tensor | None], residual: Tensor | None, gated: bool, weights: Sequence[Tensor],
+    products: Any,
+    name: tuple[str, str],
+    x_ND: Tensor,
+    sizes: Sequence[int],
+    *,
+    norm: tuple[Tensor, float] | None,
+    lora_a: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor | None],
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None],
+    residual: Tensor | None,
+    gated: bool,
+    weights: Sequence[Tensor],
     steps: Sequence[tuple[Tensor, Tensor]] = (),
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Launch `products` (this file's or int4.py's kernel, configured as `name`) and the epilogue → y (N, sum of sizes;
     half where gated).
 
@@ -296,10 +481,18 @@ def few_rows(
     shapes = {"N": N, "D": D, "C": C, **_three("O", sizes, 0), **_three("R", ranks, 0)}
     flags = dict(NORM=norm is not None, LORA=any(ranks), COUNT=count, GROUP=group, BN=FEW_ROWS, BO=BO)
     arguments = dict(
-        x=x_ND, gain=gain_D, part=part, squares=squares, sums=sums, **_three("w", weights, x_ND),
-        **_three("q", [q for q, _ in steps], x_ND), **_three("a", lora_a, x_ND), **shapes, x_row=x_ND.stride(0),
+        x=x_ND,
+        gain=gain_D,
+        part=part,
+        squares=squares,
+        sums=sums,
+        **_three("w", weights, x_ND),
+        **_three("q", [q for q, _ in steps], x_ND),
+        **_three("a", lora_a, x_ND),
+        **shapes,
+        x_row=x_ND.stride(0),
         SHARE=share,
-    )  # fmt: skip
+    )
     meta = {key: value for key, value in tiles.items() if key not in ("RESIDENT", "BO")}
     launch(products, (splits, grid_tiles), arguments, **flags, ASM=not INTERPRETED, **meta)
     y_NO = x_ND.new_empty(N, sizes[0] if gated else sum(sizes))
@@ -307,17 +500,36 @@ def few_rows(
     if some_bias:
         biases = [x_ND.new_zeros(n) if c is None else c for c, n in zip(biases, sizes, strict=True)]
     arguments = dict(
-        part=part, squares=squares, sums=sums, y=y_NO, residual=x_ND if residual is None else residual,
-        **_three("q", [q for q, _ in steps], x_ND), **_three("z", [z for _, z in steps], x_ND),
-        **_three("b", lora_b, x_ND), **_three("c", biases, x_ND), **shapes, **_three("s", scales, 0.0), eps=float(eps),
-        Y=y_NO.shape[1], res_row=0 if residual is None else residual.stride(0),
-    )  # fmt: skip
+        part=part,
+        squares=squares,
+        sums=sums,
+        y=y_NO,
+        residual=x_ND if residual is None else residual,
+        **_three("q", [q for q, _ in steps], x_ND),
+        **_three("z", [z for _, z in steps], x_ND),
+        **_three("b", lora_b, x_ND),
+        **_three("c", biases, x_ND),
+        **shapes,
+        **_three("s", scales, 0.0),
+        eps=float(eps),
+        Y=y_NO.shape[1],
+        res_row=0 if residual is None else residual.stride(0),
+    )
     out_tiles = sum(divide_up(n, BO) for n in (sizes[:1] if gated else sizes))
     launch(
-        _epilogue, (out_tiles,), arguments, **flags, BIAS=some_bias, RESIDUAL=residual is not None, GATED=gated,
-        SPLITS=splits, RANK=max(16, power_of_2(max(ranks))), BG=32, num_stages=2,
+        _epilogue,
+        (out_tiles,),
+        arguments,
+        **flags,
+        BIAS=some_bias,
+        RESIDUAL=residual is not None,
+        GATED=gated,
+        SPLITS=splits,
+        RANK=max(16, power_of_2(max(ranks))),
+        BG=32,
+        num_stages=2,
         num_warps=8 if group or x_ND.dtype == torch.float32 else 4,
-    )  # fmt: skip
+    )
     return y_NO
 
 
@@ -329,9 +541,14 @@ def _three(name: str, values: Sequence[Any], absent: Any) -> dict[str, Any]:
 
 
 def by_torch(
-    x: Tensor, norm: tuple[Tensor, float] | None, weights: Sequence[Tensor], lora_a: Sequence[Tensor | None],
-    lora_b: Sequence[Tensor | None], scales: Sequence[float], biases: Sequence[Tensor | None],
-) -> list[Tensor]:  # fmt: skip
+    x: Tensor,
+    norm: tuple[Tensor, float] | None,
+    weights: Sequence[Tensor],
+    lora_a: Sequence[Tensor | None],
+    lora_b: Sequence[Tensor | None],
+    scales: Sequence[float],
+    biases: Sequence[Tensor | None],
+) -> list[Tensor]:
     """The layer by matrix products of torch's: many rows, fp64, CPUs, autograd. An adapter costs two products and no
     pass of its own: its sum with y happens inside the second."""
     n = x if norm is None else rms_norm(x, *norm)
@@ -346,10 +563,19 @@ def by_torch(
 
 
 def compute(
-    x: Tensor, norm: tuple[Tensor, float] | None, sizes: Sequence[int], lora_a: Any, lora_b: Any, scale: Any, bias: Any,
-    residual: Tensor | None, gated: bool, most_rows: int, dense: Callable[[], Sequence[Tensor]],
+    x: Tensor,
+    norm: tuple[Tensor, float] | None,
+    sizes: Sequence[int],
+    lora_a: Any,
+    lora_b: Any,
+    scale: Any,
+    bias: Any,
+    residual: Tensor | None,
+    gated: bool,
+    most_rows: int,
+    dense: Callable[[], Sequence[Tensor]],
     kernel: Callable[..., Tensor],
-) -> list[Tensor]:  # fmt: skip
+) -> list[Tensor]:
     """The outputs of a linear layer, by `kernel(x_ND, **what few_rows takes)` for up to `most_rows` rows, else by torch
     from the weights that `dense` gives."""
     count, D = len(sizes), x.shape[-1]
@@ -391,9 +617,17 @@ def _linear(
     trained = torch.is_grad_enabled() and any(w.requires_grad for w in weights)
     kernel = partial(few_rows, _products, ("linear", width(x.dtype)), weights=weights)
     outs = compute(
-        x, norm, [w.shape[0] for w in weights], *lora, bias, residual, gated,
-        0 if trained or any(w.dtype != x.dtype for w in weights) else FEW_ROWS, lambda: weights, kernel,
-    )  # fmt: skip
+        x,
+        norm,
+        [w.shape[0] for w in weights],
+        *lora,
+        bias,
+        residual,
+        gated,
+        0 if trained or any(w.dtype != x.dtype for w in weights) else FEW_ROWS,
+        lambda: weights,
+        kernel,
+    )
     return tuple(outs) if several and not gated else outs[0]
 
 
@@ -415,9 +649,14 @@ def check_adapter(shape: tuple[int, int], lora_a_RD: Tensor | None, lora_b_OR: T
 
 
 def lora_linear(
-    x: Tensor, weight: Tensor | Sequence[Tensor], lora_a: Any = None, lora_b: Any = None, scale: Any = 1.0,
-    bias: Any = None, residual: Tensor | None = None,
-) -> Any:  # fmt: skip
+    x: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    lora_a: Any = None,
+    lora_b: Any = None,
+    scale: Any = 1.0,
+    bias: Any = None,
+    residual: Tensor | None = None,
+) -> Any:
     """x Wᵀ + scale · (x Aᵀ) Bᵀ + bias + residual: x (…, D), weight (O, D), lora_a (R, D), lora_b (O, R) → (…, O).
 
     With a list of up to three weights (and lists of the rest; None: no adapter) all outputs come from one launch, as a
@@ -427,9 +666,16 @@ def lora_linear(
 
 
 def rms_norm_lora_linear(
-    x: Tensor, norm_weight_D: Tensor, weight: Tensor | Sequence[Tensor], lora_a: Any, lora_b: Any, scale: Any,
-    eps: float, bias: Any = None, gated: bool = False,
-) -> Any:  # fmt: skip
+    x: Tensor,
+    norm_weight_D: Tensor,
+    weight: Tensor | Sequence[Tensor],
+    lora_a: Any,
+    lora_b: Any,
+    scale: Any,
+    eps: float,
+    bias: Any = None,
+    gated: bool = False,
+) -> Any:
     """lora_linear(rms_norm(x, norm_weight_D, eps), …); shapes and dtypes as in `lora_linear`. Differentiable.
 
     `gated`, for the two weights of gate and up: silu(first) · second as one tensor.

@@ -65,9 +65,22 @@ def _forward(x, residual, weight, y, total, rstd, x_row, r_row, D, eps, ADD: tl.
 
 @jit()
 def _backward(
-    dy, dtotal, x, weight, rstd, dx, dg, dy_row, x_row, N, D, P, ADD: tl.constexpr, GAIN: tl.constexpr,
+    dy,
+    dtotal,
+    x,
+    weight,
+    rstd,
+    dx,
+    dg,
+    dy_row,
+    x_row,
+    N,
+    D,
+    P,
+    ADD: tl.constexpr,
+    GAIN: tl.constexpr,
     BLOCK: tl.constexpr,
-):  # fmt: skip
+):
     p = tl.program_id(0)
     d = tl.arange(0, BLOCK)
     inside = d < D
@@ -102,9 +115,17 @@ def _run_forward(
     rstd_N = x_ND.new_empty(N, dtype=torch.float32)
     other_ND = residual_ND if residual_ND is not None else x_ND
     arguments = dict(
-        x=x_ND, residual=other_ND, weight=weight_D, y=y_ND, total=total_ND, rstd=rstd_N,
-        x_row=x_ND.stride(0), r_row=other_ND.stride(0), D=D, eps=eps,
-    )  # fmt: skip
+        x=x_ND,
+        residual=other_ND,
+        weight=weight_D,
+        y=y_ND,
+        total=total_ND,
+        rstd=rstd_N,
+        x_row=x_ND.stride(0),
+        r_row=other_ND.stride(0),
+        D=D,
+        eps=eps,
+    )
     warps = _config(D)["num_warps"]
     launch(_forward, (N,), arguments, ADD=residual_ND is not None, BLOCK=power_of_2(D), num_warps=warps)
     return y_ND, total_ND, rstd_N
@@ -119,9 +140,19 @@ def _run_backward(
     dx_ND = x_ND.new_empty(N, D)
     dg_PD = x_ND.new_zeros(programs, D, dtype=torch.float32) if gain else rstd_N
     arguments = dict(
-        dy=dy_ND, dtotal=dtotal_ND if dtotal_ND is not None else dy_ND, x=x_ND, weight=weight_D, rstd=rstd_N, dx=dx_ND,
-        dg=dg_PD, dy_row=dy_ND.stride(0), x_row=x_ND.stride(0), N=N, D=D, P=programs,
-    )  # fmt: skip
+        dy=dy_ND,
+        dtotal=dtotal_ND if dtotal_ND is not None else dy_ND,
+        x=x_ND,
+        weight=weight_D,
+        rstd=rstd_N,
+        dx=dx_ND,
+        dg=dg_PD,
+        dy_row=dy_ND.stride(0),
+        x_row=x_ND.stride(0),
+        N=N,
+        D=D,
+        P=programs,
+    )
     meta = dict(ADD=dtotal_ND is not None, GAIN=gain, BLOCK=power_of_2(D), num_warps=_config(D)["num_warps"])
     launch(_backward, (programs if N else 0,), arguments, **meta)
     return dx_ND, dg_PD.sum(0).to(weight_D.dtype) if gain else None

@@ -6,6 +6,14 @@ from lora.layer import DropoutPlan, LoRALinear
 from lora.peft import load_adapter, save_adapter
 
 __all__ = [
-    "DropoutPlan", "LoRAConfig", "LoRALinear", "add_lora", "load_adapter", "merge_lora", "no_adapter", "save_adapter",
-    "set_adapter", "unmerge_lora",
-]  # fmt: skip
+    "DropoutPlan",
+    "LoRAConfig",
+    "LoRALinear",
+    "add_lora",
+    "load_adapter",
+    "merge_lora",
+    "no_adapter",
+    "save_adapter",
+    "set_adapter",
+    "unmerge_lora",
+]

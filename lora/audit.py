@@ -61,8 +61,13 @@ def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
         if not (a_RD.isfinite().all() and b_OR.isfinite().all()) or a_RD.shape[:1] != b_OR.shape[1:]:
             raise UserError(f"{adapter}: {module} holds values that are not finite, or A and B of different ranks")
         sigma_R = singular_values(a_RD, b_OR, config.scale(module))
-        row = {"module": module, "rank": len(a_RD), "norm": float(sigma_R.norm()),
-               "effective_rank": effective_rank(sigma_R), "top": [float(value) for value in sigma_R[:4]]}  # fmt: skip
+        row = {
+            "module": module,
+            "rank": len(a_RD),
+            "norm": float(sigma_R.norm()),
+            "effective_rank": effective_rank(sigma_R),
+            "top": [float(value) for value in sigma_R[:4]],
+        }
         if base is not None:
             row |= against(base, f"{module}.weight", a_RD, b_OR, config.scale(module))
         rows.append(row)
@@ -95,8 +100,10 @@ def table(rows: list[dict[str, Any]]) -> str:
         values = (row.get(key) for key in ("relative_norm", "bf16_distortion"))
         relative, lost = ("–" if value is None else f"{value:.4f}" for value in values)
         top = " ".join(f"{value:.3g}" for value in row["top"])
-        lines.append(f"{row['module']:44} {row['rank']:4} {row['norm']:9.4f} {relative:>10} "
-                     f"{row['effective_rank']:9.2f} {lost:>9}  {top}")  # fmt: skip
+        lines.append(
+            f"{row['module']:44} {row['rank']:4} {row['norm']:9.4f} {relative:>10} "
+            f"{row['effective_rank']:9.2f} {lost:>9}  {top}"
+        )
     return "\n".join(lines)
 
 

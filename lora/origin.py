@@ -82,10 +82,14 @@ def check_origin(weights: str | os.PathLike[str], adapters: Sequence[str | os.Pa
         if not isinstance(said, dict) or not isinstance(said.get("merged"), list):
             raise UserError(f"{mark}: not what training writes there; remove it to go by shapes alone")
         if said.get("norms") != here["norms"]:
-            raise UserError(f"{adapter}: was trained on another base than {weights}; give that one, or remove "
-                            f"{TRAINED_ON} there if you know better")  # fmt: skip
+            raise UserError(
+                f"{adapter}: was trained on another base than {weights}; give that one, or remove "
+                f"{TRAINED_ON} there if you know better"
+            )
         before = [*here["merged"], *map(digest_of, adapters[:number])]
         if said["merged"] != before:
-            raise UserError(f"{adapter}: was trained on a base with {len(said['merged'])} adapters merged into it, "
-                            f"and here {len(before)} come before it, or others; give the same, in their order, or "
-                            f"remove {TRAINED_ON} there if you know better")  # fmt: skip
+            raise UserError(
+                f"{adapter}: was trained on a base with {len(said['merged'])} adapters merged into it, "
+                f"and here {len(before)} come before it, or others; give the same, in their order, or "
+                f"remove {TRAINED_ON} there if you know better"
+            )

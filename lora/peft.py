@@ -31,18 +31,50 @@ Model = TypeVar("Model", bound=nn.Module)
 LONGEST_CONFIG = 2**20  # bytes of adapter_config.json
 # What PEFT 0.21 may write and what each field must be for the arithmetic here to be the adapter's.
 READ = (
-    "peft_type", "r", "lora_alpha", "lora_dropout", "target_modules", "exclude_modules", "use_rslora", "rank_pattern",
-    "alpha_pattern", "layers_to_transform", "modules_to_save",
-)  # fmt: skip
+    "peft_type",
+    "r",
+    "lora_alpha",
+    "lora_dropout",
+    "target_modules",
+    "exclude_modules",
+    "use_rslora",
+    "rank_pattern",
+    "alpha_pattern",
+    "layers_to_transform",
+    "modules_to_save",
+)
 HARMLESS = (
-    "task_type", "auto_mapping", "peft_version", "base_model_name_or_path", "revision", "inference_mode",
-    "megatron_core", "qalora_group_size", "runtime_config", "eva_config", "ensure_weight_tying", "fan_in_fan_out",
-)  # fmt: skip  # how the start was chosen, or a default that nothing reads: the tensors hold the result
+    "task_type",
+    "auto_mapping",
+    "peft_version",
+    "base_model_name_or_path",
+    "revision",
+    "inference_mode",
+    "megatron_core",
+    "qalora_group_size",
+    "runtime_config",
+    "eva_config",
+    "ensure_weight_tying",
+    "fan_in_fan_out",
+)  # how the start was chosen, or a default that nothing reads: the tensors hold the result
 REFUSED = (
-    "megatron_config", "trainable_token_indices", "use_dora", "velora_config",
-    "alora_invocation_tokens", "use_qalora", "monteclora_config", "layer_replication", "lora_bias",
-    "target_parameters", "use_bdlora", "arrow_config", "kasa_config", "loftq_config", "corda_config", "lora_ga_config",
-)  # fmt: skip
+    "megatron_config",
+    "trainable_token_indices",
+    "use_dora",
+    "velora_config",
+    "alora_invocation_tokens",
+    "use_qalora",
+    "monteclora_config",
+    "layer_replication",
+    "lora_bias",
+    "target_parameters",
+    "use_bdlora",
+    "arrow_config",
+    "kasa_config",
+    "loftq_config",
+    "corda_config",
+    "lora_ga_config",
+)
 # Starts that leave the base's weights as they are. The others (pissa, olora, corda, loftq, lora_ga, mica) train beside
 # a changed base, so that their A and B mean nothing beside the original one.
 STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
@@ -241,9 +273,12 @@ def load_adapter(model: Model, path: str | os.PathLike[str], name: str = "defaul
 
 
 def check_tensors(
-    model: nn.Module, tensors: AdapterFile, config: LoRAConfig, path: str | os.PathLike[str],
+    model: nn.Module,
+    tensors: AdapterFile,
+    config: LoRAConfig,
+    path: str | os.PathLike[str],
     base: Checkpoint | None = None,
-) -> None:  # fmt: skip
+) -> None:
     """Every adapter tensor has its module, every module its tensors, all shapes agree and all numbers are finite; else
     a UserError. Shapes come before any reading: a file may claim any size. A copy of a weight of the base has to be
     that weight, in `base` or, without it, in the model."""
@@ -272,8 +307,10 @@ def check_tensors(
     for key, name in copies.items():
         weight = base.read(name) if base is not None else model.get_parameter(name).detach()
         if weight.is_meta or not torch.equal(tensors[key].to(weight.device, weight.dtype), weight):
-            raise UserError(f"{path}: {key} is not the base's {name}: it was trained too (modules_to_save or biases), "
-                            "which is not covered; merge the adapter with peft")  # fmt: skip
+            raise UserError(
+                f"{path}: {key} is not the base's {name}: it was trained too (modules_to_save or biases), "
+                "which is not covered; merge the adapter with peft"
+            )
 
 
 def copied_name(model: nn.Module, key: str) -> str:

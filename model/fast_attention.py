@@ -41,9 +41,11 @@ class FastAttend(nn.Module):
             rows = slice(start, min(start + step, T))
             columns = reach(visible, window, rows)
             out_BHtK = F.scaled_dot_product_attention(
-                q_BHTK[:, :, rows], k_BHSK[:, :, columns], v_BHSK[:, :, columns],
+                q_BHTK[:, :, rows],
+                k_BHSK[:, :, columns],
+                v_BHSK[:, :, columns],
                 attn_mask=bias(visible, window, rows, columns, q_BHTK.dtype),
-            )  # fmt: skip
+            )
             blocks.append(out_BHtK.transpose(1, 2))  # the layout that SDPA writes and o_proj reads
         return (torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]).transpose(1, 2)
 

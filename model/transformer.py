@@ -133,9 +133,7 @@ class Decoder(nn.Module):
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
         self.layers = cast(MutableSequence[Block], blocks)  # for the type checker: what a ModuleList holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
-        self.rotary = Rotary(
-            config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings
-        )
+        self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
         self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping its inside
 
     def forward(

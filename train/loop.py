@@ -83,8 +83,10 @@ class Trainer:
         by_length = sorted(rows, key=len, reverse=True)
         parts = [by_length[start : start + size] for start in range(0, len(by_length), size)]
         turns = math.ceil(len(parts) / self.ranks.world)
-        mine = [parts[i] if i < len(parts) else [Row(())] for i in range(self.ranks.rank, turns * self.ranks.world,
-                                                                         self.ranks.world)]  # fmt: skip
+        mine = [
+            parts[i] if i < len(parts) else [Row(())]
+            for i in range(self.ranks.rank, turns * self.ranks.world, self.ranks.world)
+        ]
         return parts, mine
 
     def gradients(self, step: int) -> tuple[float, float, int]:
@@ -159,8 +161,13 @@ class Trainer:
         self.begin_metrics()
         signal.signal(signal.SIGTERM, self.on_signal)
         began = time.monotonic()
-        bar = tqdm(total=self.steps, initial=self.progress.step, desc=self.out.name, unit=" steps", disable=None if
-                   self.ranks.first else True)  # fmt: skip
+        bar = tqdm(
+            total=self.steps,
+            initial=self.progress.step,
+            desc=self.out.name,
+            unit=" steps",
+            disable=None if self.ranks.first else True,
+        )
         while self.progress.step < self.steps:
             step = self.progress.step
             loss, norm, tokens = self.gradients(step)
@@ -194,8 +201,13 @@ class Trainer:
 
     def record(self, loss: float, norm: float, learning_rate: float) -> None:
         """One line of metrics.jsonl. It holds no times, so that a resumed run's file has the same bytes."""
-        line = {"step": self.progress.step, "loss": loss, "tokens": self.progress.tokens, "lr": learning_rate,
-                "grad_norm": norm}  # fmt: skip
+        line = {
+            "step": self.progress.step,
+            "loss": loss,
+            "tokens": self.progress.tokens,
+            "lr": learning_rate,
+            "grad_norm": norm,
+        }
         if self.valid is not None and (self.due(self.recipe.valid_every) or self.progress.step == self.steps):
             line["valid_loss"] = self.valid_loss()
             best = math.inf if self.progress.best is None else self.progress.best
@@ -226,8 +238,10 @@ class Trainer:
         try:
             save_checkpoint(folder, self.progress, params, state, self.adapter(params), self.identity)
         except OSError as error:
-            raise UserError(f"{folder}: step {self.progress.step} could not be saved ({error}); the checkpoints before "
-                            "it are whole. Free space; the same command continues from there") from error  # fmt: skip
+            raise UserError(
+                f"{folder}: step {self.progress.step} could not be saved ({error}); the checkpoints before "
+                "it are whole. Free space; the same command continues from there"
+            ) from error
 
     def tidy(self) -> None:
         stale = [old for old in self.stale if step_of(old) != self.saved]

@@ -144,9 +144,22 @@ class Recipe:
     """CPU threads (0: torch's choice)."""
 
     def __post_init__(self) -> None:
-        at_least = {"batch_rows": 1, "micro_rows": 1, "r": 1, "block": 2, "steps": 0, "warmup": 0, "valid_every": 0,
-                    "save_every": 0, "keep_last": 1, "first_layer": 0, "records": 0, "threads": 0, "seed": 0,
-                    "valid_rows": 1}  # fmt: skip
+        at_least = {
+            "batch_rows": 1,
+            "micro_rows": 1,
+            "r": 1,
+            "block": 2,
+            "steps": 0,
+            "warmup": 0,
+            "valid_every": 0,
+            "save_every": 0,
+            "keep_last": 1,
+            "first_layer": 0,
+            "records": 0,
+            "threads": 0,
+            "seed": 0,
+            "valid_rows": 1,
+        }
         for name, least in at_least.items():
             if getattr(self, name) < least:
                 raise UserError(f"recipe: {name} is {getattr(self, name)}; it must be at least {least}")
@@ -268,8 +281,13 @@ def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
     overrides = with_values(overrides)
     raw = read_toml(file) if file else {}
     # the file's values stand as defaults; they are checked together with the command line's, once
-    loose = command.parse(loosened(), overrides, f"python -m train.{stage} RECIPE.toml", default=loosened()(**raw),
-                          config=(OmitArgPrefixes, FlagConversionOff))  # fmt: skip
+    loose = command.parse(
+        loosened(),
+        overrides,
+        f"python -m train.{stage} RECIPE.toml",
+        default=loosened()(**raw),
+        config=(OmitArgPrefixes, FlagConversionOff),
+    )
     return Recipe(**asdict(loose))
 
 
@@ -309,11 +327,20 @@ def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
     if recipe.first_layer >= config.num_hidden_layers:
         raise UserError(f"recipe: first_layer {recipe.first_layer}; the model has {config.num_hidden_layers} layers")
     layers = tuple(range(recipe.first_layer, config.num_hidden_layers)) if recipe.first_layer else None
-    return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, layers, recipe.rslora, recipe.rank_pattern,
-                      recipe.alpha_pattern)  # fmt: skip
+    return LoRAConfig(
+        recipe.r,
+        recipe.alpha,
+        recipe.dropout,
+        targets,
+        layers,
+        recipe.rslora,
+        recipe.rank_pattern,
+        recipe.alpha_pattern,
+    )
 
 
 def encoding_of(recipe: Recipe, stage: str) -> Encoding:
     """How a recipe's records become ids."""
-    return Encoding(stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos,
-                    recipe.empty_kept)  # fmt: skip
+    return Encoding(
+        stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos, recipe.empty_kept
+    )

@@ -107,8 +107,10 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     for store in [part.store for part in (rows, valid) if part is not None]:
         largest = max(shard["largest"] for shard in store.manifest["shards"])
         if largest >= config.vocab_size:
-            raise UserError(f"{encoding.tokenizer}: gives token {largest}, and the model has {config.vocab_size}: it"
-                            " is the tokenizer of another model")  # fmt: skip
+            raise UserError(
+                f"{encoding.tokenizer}: gives token {largest}, and the model has {config.vocab_size}: it"
+                " is the tokenizer of another model"
+            )
     model, base = load_model(recipe, config, ranks, empty)
     return Trainer(recipe, model, rows, valid, ranks, run, base)
 
@@ -154,12 +156,17 @@ def stores(
     folder = Path(recipe.out) / "tokens"
 
     def build() -> dict[str, TokenStore]:
-        built = {name: build_store(files, how, folder / name, limit, identity=sources[name])
-                 for name, (files, how, limit) in parts(recipe, encoding).items()}  # fmt: skip
+        built = {
+            name: build_store(files, how, folder / name, limit, identity=sources[name])
+            for name, (files, how, limit) in parts(recipe, encoding).items()
+        }
         for store in built.values():
             if bad := store.manifest["rejects"]:
-                print(f"{bad} of {bad + len(store)} records cannot be used and are left out: "
-                      f"{store.path}/rejects.jsonl names them", file=sys.stderr)  # fmt: skip
+                print(
+                    f"{bad} of {bad + len(store)} records cannot be used and are left out: "
+                    f"{store.path}/rejects.jsonl names them",
+                    file=sys.stderr,
+                )
         return built
 
     made = ranks.run_on_first(build) or {}
@@ -187,11 +194,19 @@ def load_model(
     if recipe.base == "nf4" and ranks.first:
         layers = adapted(model)
         if odd := [path for path, layer in layers.items() if layer.quantized and layer.quantized.kind != "nf4"]:
-            print(f"base = nf4: {len(odd)} of {len(layers)} matrices are kept in int8, since 64 does not divide their "
-                  f"width: {odd[0]}", file=sys.stderr)  # fmt: skip
+            print(
+                f"base = nf4: {len(odd)} of {len(layers)} matrices are kept in int8, since 64 does not divide their "
+                f"width: {odd[0]}",
+                file=sys.stderr,
+            )
     shapes = base_shapes(model)
-    read = ranks.run_on_all(lambda: from_checkpoint(open_checkpoint(base), shapes, ranks) if base
-                          else fresh(recipe.seed, shapes, config.num_hidden_layers))  # fmt: skip
+    read = ranks.run_on_all(
+        lambda: (
+            from_checkpoint(open_checkpoint(base), shapes, ranks)
+            if base
+            else fresh(recipe.seed, shapes, config.num_hidden_layers)
+        )
+    )
     if ranks.world > 1:
         shard(model, ranks)
     model.to_empty(device=ranks.device)

@@ -26,8 +26,10 @@ def main(argv: list[str]) -> int:
     from model.support.lock import output
 
     if not argv or argv[0] in ("-h", "--help"):
-        print(f"usage: python -m eval.bench NAME [--json FILE [--overwrite]] [options; NAME --help]\n"
-              f"NAME: {', '.join(NAMES)}")  # fmt: skip
+        print(
+            f"usage: python -m eval.bench NAME [--json FILE [--overwrite]] [options; NAME --help]\n"
+            f"NAME: {', '.join(NAMES)}"
+        )
         return 0
     name, options = argv[0], argv[1:]
     if name not in NAMES:

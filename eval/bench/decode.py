@@ -27,16 +27,29 @@ from model.support.hardware import int8_products, read_rate
 from model.support.init import init_weights
 
 HALF_BILLION = {
-    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 1280, "intermediate_size": 3584,
-    "num_hidden_layers": 24, "num_attention_heads": 20, "num_key_value_heads": 5, "head_dim": 64, "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4, "sliding_window": None, "max_position_embeddings": 4096,
-}  # fmt: skip
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 1280,
+    "intermediate_size": 3584,
+    "num_hidden_layers": 24,
+    "num_attention_heads": 20,
+    "num_key_value_heads": 5,
+    "head_dim": 64,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "sliding_window": None,
+    "max_position_embeddings": 4096,
+}
 
 
 def rows(
-    weights: str, prompt_tokens: int = 64, new_tokens: int = 64, repeats: int = 3, large: bool = True,
+    weights: str,
+    prompt_tokens: int = 64,
+    new_tokens: int = 64,
+    repeats: int = 3,
+    large: bool = True,
     forms: tuple[str, ...] = ("int8", "w8a8", "int4", "int4-32", "int4-128", "nf4"),
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Greedy decoding, batch 1. `large`: the 500M model too (2 GB in fp32, twice). w8a8 is left out where this machine
     has no products for it."""
     forms = tuple(form for form in forms if form != "w8a8" or int8_products())
@@ -65,9 +78,16 @@ def rows(
 
 
 def compare(
-    name: str, model: Transformer, tokenizer: Any, narrows: dict[str, Transformer],
-    peers: dict[str, Callable[[], float]], prompt: list[int], new: int, repeats: int, setting: str,
-) -> list[Row]:  # fmt: skip
+    name: str,
+    model: Transformer,
+    tokenizer: Any,
+    narrows: dict[str, Transformer],
+    peers: dict[str, Callable[[], float]],
+    prompt: list[int],
+    new: int,
+    repeats: int,
+    setting: str,
+) -> list[Row]:
     """fp32 and the quantized models against transformers in fp32, and the quantized ones against other peers too."""
     from transformers import AutoModelForCausalLM
 
@@ -89,8 +109,17 @@ def compare(
     rate, found = read_rate() * 1e9, []
     for form, size in sizes.items():
         for peer in ("transformers generate, fp32", *(peers if form != "fp32" else ())):
-            found.append(Row(f"decode {name}: {form}", best[form], best[peer], peer, "tokens/s",
-                             f"{size / 1e6:.0f} MB a token, {setting}", rate / size))  # fmt: skip
+            found.append(
+                Row(
+                    f"decode {name}: {form}",
+                    best[form],
+                    best[peer],
+                    peer,
+                    "tokens/s",
+                    f"{size / 1e6:.0f} MB a token, {setting}",
+                    rate / size,
+                )
+            )
     return found
 
 
@@ -135,9 +164,15 @@ def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
     """Tokens per second after the first."""
     clock = Clock()
     peer.generate(
-        ids, attention_mask=torch.ones_like(ids), max_new_tokens=new + 1, min_new_tokens=new + 1, do_sample=False,
-        pad_token_id=0, eos_token_id=None, streamer=clock,
-    )  # fmt: skip
+        ids,
+        attention_mask=torch.ones_like(ids),
+        max_new_tokens=new + 1,
+        min_new_tokens=new + 1,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        streamer=clock,
+    )
     _, first, *_, last = clock.times
     return new / (last - first)
 
@@ -186,5 +221,11 @@ def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> Row:
         taken.append(now - began)
         began = now
     early, late = (statistics.median(taken[a * window : b * window]) for a, b in ((2, 4), (6, 8)))
-    return Row("decode past the window", late * 1e3, early * 1e3, "ours, 2 to 4 windows", "ms/token",
-               f"6 to 8 windows of {window} into the text, median")  # fmt: skip
+    return Row(
+        "decode past the window",
+        late * 1e3,
+        early * 1e3,
+        "ours, 2 to 4 windows",
+        "ms/token",
+        f"6 to 8 windows of {window} into the text, median",
+    )

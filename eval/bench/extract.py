@@ -38,9 +38,12 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
 
     ours: dict[str, tuple[float, list[list[int]]]] = {}
     probed = str(compute_dtype()).removeprefix("torch.")
-    ways = {"shared prefix": ("wide", "float32", False), "shared prefix + prompt lookup": ("wide", "float32", True),
-            f"shared prefix, {probed} as the probe chooses": ("wide", probed, False),
-            f"shared prefix + prompt lookup, int8 with {probed}": ("int8", probed, True)}  # fmt: skip
+    ways = {
+        "shared prefix": ("wide", "float32", False),
+        "shared prefix + prompt lookup": ("wide", "float32", True),
+        f"shared prefix, {probed} as the probe chooses": ("wide", probed, False),
+        f"shared prefix + prompt lookup, int8 with {probed}": ("int8", probed, True),
+    }
     if int8_products():
         ways["shared prefix, w8a8"] = ("w8a8", "float32", False)
     for name, (form, dtype, lookup) in ways.items():
@@ -94,7 +97,13 @@ def reused(peer: Any, trunk: list[int], questions: list[list[int]], new: int) ->
 def generate(peer: Any, ids: torch.Tensor, mask: torch.Tensor, new: int, cache: Any = None) -> list[list[int]]:
     options = {} if cache is None else {"past_key_values": cache}
     out = peer.generate(
-        ids, attention_mask=mask, max_new_tokens=new, min_new_tokens=new, do_sample=False, pad_token_id=0,
-        eos_token_id=None, **options,
-    )  # fmt: skip
+        ids,
+        attention_mask=mask,
+        max_new_tokens=new,
+        min_new_tokens=new,
+        do_sample=False,
+        pad_token_id=0,
+        eos_token_id=None,
+        **options,
+    )
     return out[:, ids.shape[1] :].tolist()

@@ -94,8 +94,9 @@ def reached() -> dict[str, float]:
     big = torch.ones(2**30, dtype=torch.float32, device=DEVICE)
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
     return {
-        "bytes/s": big.nbytes / seconds(big.sum), "operations/s": 2 * 8192**3 / seconds(lambda: a @ b),
-    }  # fmt: skip
+        "bytes/s": big.nbytes / seconds(big.sum),
+        "operations/s": 2 * 8192**3 / seconds(lambda: a @ b),
+    }
 
 
 def flat(out: Any) -> list[torch.Tensor]:
@@ -132,11 +133,21 @@ def random_7b(rank: int = 0) -> Any:
     from lora import LoRAConfig, add_lora
     from model import ModelConfig, Transformer
 
-    config = ModelConfig.from_dict({
-        "model_type": "mistral", "hidden_size": WIDTH, "intermediate_size": FFN, "num_hidden_layers": 32,
-        "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 32000, "rms_norm_eps": EPS,
-        "rope_theta": 10000.0, "sliding_window": 4096, "max_position_embeddings": 32768,
-    })  # fmt: skip
+    config = ModelConfig.from_dict(
+        {
+            "model_type": "mistral",
+            "hidden_size": WIDTH,
+            "intermediate_size": FFN,
+            "num_hidden_layers": 32,
+            "num_attention_heads": 32,
+            "num_key_value_heads": 8,
+            "vocab_size": 32000,
+            "rms_norm_eps": EPS,
+            "rope_theta": 10000.0,
+            "sliding_window": 4096,
+            "max_position_embeddings": 32768,
+        }
+    )
     with torch.device("meta"):
         model = Transformer(config).to(BF16)
     model = model.to_empty(device=DEVICE).requires_grad_(False).eval()
@@ -175,8 +186,15 @@ def transformers_speed(batch: int) -> float:
     """Tokens a second of transformers' Mistral with a static cache, compiled."""
     from transformers import MistralConfig, MistralForCausalLM, StaticCache
 
-    config = MistralConfig(hidden_size=WIDTH, intermediate_size=FFN, num_hidden_layers=32, num_attention_heads=32,
-                           num_key_value_heads=8, vocab_size=32000, sliding_window=None)  # fmt: skip
+    config = MistralConfig(
+        hidden_size=WIDTH,
+        intermediate_size=FFN,
+        num_hidden_layers=32,
+        num_attention_heads=32,
+        num_key_value_heads=8,
+        vocab_size=32000,
+        sliding_window=None,
+    )
     with torch.device(DEVICE):
         torch.set_default_dtype(BF16)
         try:
@@ -514,9 +532,13 @@ def main(argv: list[str] | None = None) -> int:
         return tune(options.minutes)
     limits = reached()
     host = {
-        "device": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": launch.triton.__version__,
-        "python": sys.version.split()[0], "measured": time.strftime("%Y-%m-%d"), "reached": limits,
-    }  # fmt: skip
+        "device": torch.cuda.get_device_name(),
+        "torch": torch.__version__,
+        "triton": launch.triton.__version__,
+        "python": sys.version.split()[0],
+        "measured": time.strftime("%Y-%m-%d"),
+        "reached": limits,
+    }
     started: dict[str, Any] = {"host": host, "rows": [], "correct": [], "notes": []}
     result = run(sections(limits), options.minutes, options.json, started)
     print(table(result))

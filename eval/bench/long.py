@@ -15,10 +15,18 @@ from eval.bench.row import Row
 from model.support.init import init_weights
 
 CONFIG = {
-    "model_type": "mistral", "vocab_size": 2048, "hidden_size": 128, "intermediate_size": 384, "num_hidden_layers": 4,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
+    "model_type": "mistral",
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
     "max_position_embeddings": 65536,
-}  # fmt: skip
+}
 CHUNK = 2048  # tokens of one pass through the cache, as infer/engine/tree.py reads prompts
 
 

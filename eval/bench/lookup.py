@@ -32,8 +32,16 @@ def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float 
         for size in sizes:
             share = (taken[size] / taken[1] - 1) / (size - 1)
             setting = f"cost of a further row {share:.2f} of the first, the engine assumes {row_cost(engine):.2f}"
-            found.append(Row(f"a step of {size} rows: {dtype if form == 'wide' else form}", taken[size] * 1e3,
-                             size * taken[1] * 1e3, "one row at a time", "ms", setting))  # fmt: skip
+            found.append(
+                Row(
+                    f"a step of {size} rows: {dtype if form == 'wide' else form}",
+                    taken[size] * 1e3,
+                    size * taken[1] * 1e3,
+                    "one row at a time",
+                    "ms",
+                    setting,
+                )
+            )
     return found
 
 
@@ -41,8 +49,10 @@ def rows(weights: str, sizes: tuple[int, ...] = (2, 3, 4, 6, 8), seconds: float 
 def products(engine: Any, rows: int, seconds: float) -> Row:
     weights = [part.weight for own in engine.layers for part in (own.qkv, own.out, own.gate_up, own.down)]
     x_ND = {weight.shape[1]: torch.ones(rows, weight.shape[1]) for weight in weights}
-    ours, default = (min(timed(lambda f=f: [f(x_ND[w.shape[1]], w) for w in weights], "cpu", seconds))
-                     for f in (product, torch.nn.functional.linear))  # fmt: skip
+    ours, default = (
+        min(timed(lambda f=f: [f(x_ND[w.shape[1]], w) for w in weights], "cpu", seconds))
+        for f in (product, torch.nn.functional.linear)
+    )
     setting = f"by oneDNN: {onednn_suits()}; {torch.get_num_threads()} threads"
     return Row(f"products of {rows} rows: float32", ours * 1e3, default * 1e3, "torch's default", "ms", setting)
 

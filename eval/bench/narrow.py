@@ -59,9 +59,22 @@ def rows(run: str = "runs/demo-nano", notes: int = 40, batch: int = 8) -> list[R
         first = found[2].ours if found else average["f1"]
         found += [
             Row(f"bytes: {form}", size, wide, "fp32", "MB", setting),
-            Row(f"logits: {form}", 100 * error, None, None, "% of the logits' spread (rms)",
-                f"the likeliest token is fp32's in {100 * agree:.1f} %; {setting}"),
-            Row(f"answers: {form}", average["f1"], first, "fp32", "average F1", f"{spread}; {setting}",
-                average["ceiling"]),
-        ]  # fmt: skip
+            Row(
+                f"logits: {form}",
+                100 * error,
+                None,
+                None,
+                "% of the logits' spread (rms)",
+                f"the likeliest token is fp32's in {100 * agree:.1f} %; {setting}",
+            ),
+            Row(
+                f"answers: {form}",
+                average["f1"],
+                first,
+                "fp32",
+                "average F1",
+                f"{spread}; {setting}",
+                average["ceiling"],
+            ),
+        ]
     return found

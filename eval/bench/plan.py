@@ -26,11 +26,13 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tuning, NF4 base": ("instruct", {"dtype": "bfloat16", "base": "nf4"}),
     "four notes at once": ("instruct", {"batch_rows": 4, "micro_rows": 4}),
     "texts, 2 rows of 1,024": ("pretrain", {"batch_rows": 2, "micro_rows": 2, "packing": "documents"}),
-    "texts, blocks recomputed": ("pretrain", {"batch_rows": 2, "micro_rows": 2, "packing": "documents",
-                                              "checkpoint_blocks": True}),
+    "texts, blocks recomputed": (
+        "pretrain",
+        {"batch_rows": 2, "micro_rows": 2, "packing": "documents", "checkpoint_blocks": True},
+    ),
     "dropout": ("instruct", {"dropout": 0.05}),
     "all weights": ("instruct", {"full": True}),
-}  # fmt: skip
+}
 STEPS = 2  # the optimizer's state exists from the second step on
 GROUPS = {
     "weights and adapters": ("weights", "adapters"),
@@ -72,8 +74,14 @@ def recipe_file(folder: Path, number: int, stage: str, changes: dict[str, Any], 
 
     values = read_toml(f"train/recipes/demo-{stage}.toml") | {"valid_rows": 1, **changes}
     file = "train" if stage == "instruct" else "pretrain"
-    values |= {"weights": weights, "data": (str(folder / "clinic" / f"{file}.jsonl"),), "steps": STEPS, "warmup": 0,
-               "out": str(folder / f"run-{number}"), "records": 2 * values["batch_rows"]}  # fmt: skip
+    values |= {
+        "weights": weights,
+        "data": (str(folder / "clinic" / f"{file}.jsonl"),),
+        "steps": STEPS,
+        "warmup": 0,
+        "out": str(folder / f"run-{number}"),
+        "records": 2 * values["batch_rows"],
+    }
     if stage == "pretrain":
         values["records"] *= 8  # several texts share a row
     path = folder / f"{stage}-{number}.toml"
@@ -116,8 +124,13 @@ def measure(stage: str, recipe: str) -> dict[str, float]:
         trainer.update(step, trainer.gradients(step)[1])
         between = settled() if step < STEPS - 1 else between
     peak = resident(peak=True)
-    return {"weights and adapters": loaded - before, "gradients and optimizer": between - loaded,
-            "within a step": peak - between, "total": peak - before, "threads": torch.get_num_threads()}  # fmt: skip
+    return {
+        "weights and adapters": loaded - before,
+        "gradients and optimizer": between - loaded,
+        "within a step": peak - between,
+        "total": peak - before,
+        "threads": torch.get_num_threads(),
+    }
 
 
 def settled() -> float:

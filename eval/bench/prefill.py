@@ -22,8 +22,14 @@ def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[Row]
     found = [compare(weights, torch.float32, prompt_tokens, repeats)]
     if compute_dtype() == torch.bfloat16:
         found.append(compare(weights, torch.bfloat16, prompt_tokens, repeats))
-        found.append(replace(found[1], name="prefill: as the probe chooses, bf16", peer=found[0].peer,
-                             peer_name="transformers forward, fp32"))  # fmt: skip
+        found.append(
+            replace(
+                found[1],
+                name="prefill: as the probe chooses, bf16",
+                peer=found[0].peer,
+                peer_name="transformers forward, fp32",
+            )
+        )
     if Path(weights).suffix == ".gguf":
         found.append(against_llama_cpp(weights, found[-1], prompt_tokens, repeats))
     return found

@@ -28,9 +28,14 @@ A100 = {"read": 2.0e12, "products": 312e12}  # bytes and bf16 operations a secon
 
 
 def rows(
-    layers: int = 32, width: int = 4096, tokens: int = 1500, new: int = 50, memory: str = "5000MB", form: str = "auto",
+    layers: int = 32,
+    width: int = 4096,
+    tokens: int = 1500,
+    new: int = 50,
+    memory: str = "5000MB",
+    form: str = "auto",
     folder: str | None = None,
-) -> list[Row]:  # fmt: skip
+) -> list[Row]:
     """Peak memory, time to the first token, and decoding, each with its limit.
 
     Fewer `layers` or a smaller `width` for a trial; `folder` needs the space (default: the system's temporary folder).
@@ -49,11 +54,18 @@ def rows(
         f"chunks of {found['chunk']}, {found['threads']} threads"
     )
     return [
-        Row("peak resident memory", found["peak"], PAPER, "the paper's GPU memory", "MB (limit: weights)", setting,
-            found["kept"]),
+        Row(
+            "peak resident memory",
+            found["peak"],
+            PAPER,
+            "the paper's GPU memory",
+            "MB (limit: weights)",
+            setting,
+            found["kept"],
+        ),
         Row("decode", found["decode"], None, None, "tokens/s", setting, found["decode_limit"]),
         Row("prefill", found["prefill"], None, None, "s to the first token", setting, found["prefill_limit"]),
-    ]  # fmt: skip
+    ]
 
 
 def write(path: Path, layers: int, width: int) -> int:
@@ -65,8 +77,13 @@ def write(path: Path, layers: int, width: int) -> int:
     from model.checkpoints.weights import Checkpoint, new_checkpoint, write_checkpoint
 
     heads = max(1, width // 128)
-    smaller = {"num_hidden_layers": layers, "hidden_size": width, "num_attention_heads": heads,
-               "num_key_value_heads": max(1, heads // 4), "intermediate_size": width * 7 // 2}  # fmt: skip
+    smaller = {
+        "num_hidden_layers": layers,
+        "hidden_size": width,
+        "num_attention_heads": heads,
+        "num_key_value_heads": max(1, heads // 4),
+        "intermediate_size": width * 7 // 2,
+    }
     config = ModelConfig.from_dict({**read_json(SHAPE), **smaller})
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
@@ -153,14 +170,22 @@ def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dic
     peak = resident(peak=True)
     rates = {"read": read_rate() * 1e9, "products": product_rate(torch.bfloat16) * 1e9}
     on_gpu = fit(path, adapter, PAPER * 1e6, asked, "auto", DTYPES["bfloat16"], "cuda")
-    here, there = (rooflines(model.config, form, asked.tokens, **rate)
-                   for form, rate in ((plan.form, rates), (on_gpu.form, A100)))  # fmt: skip
+    here, there = (
+        rooflines(model.config, form, asked.tokens, **rate) for form, rate in ((plan.form, rates), (on_gpu.form, A100))
+    )
     kept = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return {
-        "cache": str(plan.cache).removeprefix("torch."), "form": plan.form, "chunk": plan.chunk, "load": loaded,
+        "cache": str(plan.cache).removeprefix("torch."),
+        "form": plan.form,
+        "chunk": plan.chunk,
+        "load": loaded,
         "peak": peak,
-        "prefill": first - began, "prefill_limit": here[1], "threads": torch.get_num_threads(),
-        "decode": count / decoded, "decode_limit": here[0], "kept": sum(kept.values()) / 1e6,
+        "prefill": first - began,
+        "prefill_limit": here[1],
+        "threads": torch.get_num_threads(),
+        "decode": count / decoded,
+        "decode_limit": here[0],
+        "kept": sum(kept.values()) / 1e6,
         "a100": f"on an A100 (not run): {on_gpu.describe(PAPER * 1e6)}; limits {there[0]:.0f} tokens/s, "
         f"{there[1] * 1e3:.0f} ms to the first token",
-    }  # fmt: skip
+    }

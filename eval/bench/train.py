@@ -50,8 +50,16 @@ def rows(size: str = "", steps: int = 5, r: int = 16, fuse: bool = False) -> lis
         save_base(size, Path(folder), torch.bfloat16 if cuda else torch.float32)
         for base in ("", "nf4") if cuda else ("",):
             for kind in ("plain", "records"):
-                asked = {"kind": kind, "size": size, "steps": steps, "r": r, "folder": folder, "base": base,
-                         "fuse": fuse, "threads": torch.get_num_threads()}  # fmt: skip
+                asked = {
+                    "kind": kind,
+                    "size": size,
+                    "steps": steps,
+                    "r": r,
+                    "folder": folder,
+                    "base": base,
+                    "fuse": fuse,
+                    "threads": torch.get_num_threads(),
+                }
                 sides = ("peft", *OURS) if kind == "records" else ("peft", "ours")
                 made += compared({who: in_own_process(job, who, **asked) for who in sides}, asked)
     return made
@@ -66,8 +74,10 @@ def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[
             f"{kind}: ours starts at a loss of {ours['loss']}, peft at {peft['loss']}: not the same work"
         )
     base = f", {asked['base']} base" if asked["base"] else ""
-    setting = (f"{asked['size']}{base}, r {asked['r']}, best of {asked['steps']} steps after 1, {ours['device']}; "
-               f"first loss {ours['loss']:.4f}, peft's {peft['loss']:.4f}")  # fmt: skip
+    setting = (
+        f"{asked['size']}{base}, r {asked['r']}, best of {asked['steps']} steps after 1, {ours['device']}; "
+        f"first loss {ours['loss']:.4f}, peft's {peft['loss']:.4f}"
+    )
     unit = "tok/s" if kind == "plain" else "records/s"
 
     def row(name: str, unit: str, key: str, peer: str, limit: float | None = None) -> Row:
@@ -84,9 +94,19 @@ def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[
 
 def config_of(size: str) -> ModelConfig:
     V, D, F, L, H, G, _, _ = SHAPES[size]
-    return ModelConfig(vocab_size=V, hidden_size=D, intermediate_size=F, num_hidden_layers=L, num_attention_heads=H,
-                       num_key_value_heads=G, head_dim=D // H, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None,) * L,
-                       max_position_embeddings=2048)  # fmt: skip
+    return ModelConfig(
+        vocab_size=V,
+        hidden_size=D,
+        intermediate_size=F,
+        num_hidden_layers=L,
+        num_attention_heads=H,
+        num_key_value_heads=G,
+        head_dim=D // H,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        windows=(None,) * L,
+        max_position_embeddings=2048,
+    )
 
 
 def save_base(size: str, folder: Path, dtype: torch.dtype) -> None:
@@ -125,8 +145,9 @@ def units(kind: str, size: str, share: bool) -> list[Any]:
     return [Row((note_unit("0", pieces),))] if share else [Row((unit,)) for unit in question_units("0", pieces)]
 
 
-def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, base: str, fuse: bool,
-        threads: int) -> dict[str, Any]:  # fmt: skip
+def job(
+    who: str, kind: str, size: str, steps: int, r: int, folder: str, base: str, fuse: bool, threads: int
+) -> dict[str, Any]:
     """One side: warm up, a first step, then the fastest of `steps`."""
     torch.set_num_threads(threads)
     cuda = torch.cuda.is_available()
@@ -156,11 +177,16 @@ def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, base: s
     speed = (tokens if kind == "plain" else 1) / seconds
     peak, flops = peak_rate(recipe["dtype"]), step_flops(batch, size, recipe)
     return {
-        "speed": speed, "memory": memory, "loss": loss, "wide": wide, "peak": peak,
+        "speed": speed,
+        "memory": memory,
+        "loss": loss,
+        "wide": wide,
+        "peak": peak,
         "memory_is": "MB allocated in a step" if cuda else "MB over the process before the model",
-        "limit": speed * seconds * peak / flops, "mfu": flops / seconds / peak if peak else 0.0,
+        "limit": speed * seconds * peak / flops,
+        "mfu": flops / seconds / peak if peak else 0.0,
         "device": torch.cuda.get_device_name() if cuda else f"CPU, {threads} threads",
-    }  # fmt: skip
+    }
 
 
 def peak_rate(dtype: str) -> float:
@@ -180,8 +206,14 @@ def step_flops(batch: list[Any], size: str, recipe: dict[str, Any]) -> float:
     from train.report.plan import Load, arithmetic
 
     tokens = sum(map(len, batch))
-    load = Load(tokens, sum(count(batch).values()), max(map(len, batch)), len(batch),
-                sum(row.pairs() for row in batch) / tokens, "")  # fmt: skip
+    load = Load(
+        tokens,
+        sum(count(batch).values()),
+        max(map(len, batch)),
+        len(batch),
+        sum(row.pairs() for row in batch) / tokens,
+        "",
+    )
     return arithmetic(config_of(size), Recipe(data=("-",), out="-", weights="-", **recipe), load)
 
 
@@ -238,14 +270,15 @@ def peft_step(
         dtype, narrow = getattr(torch, recipe["dtype"]), {}
         if recipe["base"]:
             narrow["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_use_double_quant=True,
+                load_in_4bit=True,
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_use_double_quant=True,
                 bnb_4bit_compute_dtype=dtype,
-            )  # fmt: skip
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(
-            folder, dtype=dtype, device_map=device, **narrow
+            )
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **narrow)
+        adapter = peft.LoraConfig(
+            r=recipe["r"], lora_alpha=recipe["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
         )
-        adapter = peft.LoraConfig(r=recipe["r"], lora_alpha=recipe["alpha"], target_modules="all-linear",
-                                  task_type="CAUSAL_LM")  # fmt: skip
         model = peft.get_peft_model(model.train(), adapter)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         batch = collate(rows)

@@ -28,8 +28,11 @@ from model.support.files import read_json, read_jsonl, write_json, write_jsonl
 from model.support.hardware import host
 
 TESTS = ("heldout", "unseen")
-TITLES = {"full": "SmolLM2-135M on synthetic cancer notes", "nano": "A nano Mistral, everything from nothing",
-          "tiny": "The pipeline in a minute (its scores mean nothing)"}  # fmt: skip
+TITLES = {
+    "full": "SmolLM2-135M on synthetic cancer notes",
+    "nano": "A nano Mistral, everything from nothing",
+    "tiny": "The pipeline in a minute (its scores mean nothing)",
+}
 
 
 @dataclass(frozen=True)
@@ -64,13 +67,39 @@ class Scale:
 
 
 SCALES = {
-    "full": Scale(patients=250, further_patients=300, healthy=300, test_notes=40, base_notes=8, bits_documents=20,
-                  misspelling_notes=8, retrieval_notes=12),
-    "nano": Scale(patients=900, further_patients=1500, healthy=1500, test_notes=40, base_notes=16, bits_documents=40,
-                  misspelling_notes=40, retrieval_notes=40, vocab=2048),
-    "tiny": Scale(patients=24, further_patients=10, healthy=20, test_notes=3, base_notes=2, bits_documents=3,
-                  misspelling_notes=2, retrieval_notes=2, vocab=512),
-}  # fmt: skip
+    "full": Scale(
+        patients=250,
+        further_patients=300,
+        healthy=300,
+        test_notes=40,
+        base_notes=8,
+        bits_documents=20,
+        misspelling_notes=8,
+        retrieval_notes=12,
+    ),
+    "nano": Scale(
+        patients=900,
+        further_patients=1500,
+        healthy=1500,
+        test_notes=40,
+        base_notes=16,
+        bits_documents=40,
+        misspelling_notes=40,
+        retrieval_notes=40,
+        vocab=2048,
+    ),
+    "tiny": Scale(
+        patients=24,
+        further_patients=10,
+        healthy=20,
+        test_notes=3,
+        base_notes=2,
+        bits_documents=3,
+        misspelling_notes=2,
+        retrieval_notes=2,
+        vocab=512,
+    ),
+}
 
 
 def main(options: Options) -> int:
@@ -90,30 +119,57 @@ def pipeline(run: Run, scale: Scale) -> None:
     adapters(run)
     systems = extract(run, scale)
     demo = Demo(out, run.scale)
-    run.run_in_parallel({
-        "table 4: misspelled notes": experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes),
-        "table 6: BM25": experiments.retrieval(demo, out, scale.retrieval_notes),
-    })  # fmt: skip
+    run.run_in_parallel(
+        {
+            "table 4: misspelled notes": experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes),
+            "table 6: BM25": experiments.retrieval(demo, out, scale.retrieval_notes),
+        }
+    )
     bits = bits_per_byte(run, scale)
-    write_json(out / "run.json", {
-        "title": TITLES[run.scale], "scale": run.scale, "host": host(), "steps": run.steps,
-        "seconds": run.took(), "peak_mb": run.peak(),
-        "systems": systems, "compare": COMPARED, "references": {name: f"{name}.jsonl" for name in TESTS},
-        "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
-        "bits_per_byte": [bits], **{part: f"{PARTS[part]}/result.json" for part in ("misspelling", "retrieval")},
-    })  # fmt: skip
+    write_json(
+        out / "run.json",
+        {
+            "title": TITLES[run.scale],
+            "scale": run.scale,
+            "host": host(),
+            "steps": run.steps,
+            "seconds": run.took(),
+            "peak_mb": run.peak(),
+            "systems": systems,
+            "compare": COMPARED,
+            "references": {name: f"{name}.jsonl" for name in TESTS},
+            "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
+            "bits_per_byte": [bits],
+            **{part: f"{PARTS[part]}/result.json" for part in ("misspelling", "retrieval")},
+        },
+    )
     print(terminal_table(write(out)))
     print(f"\nheld-out bits per byte {bits['before']:.3f} before and {bits['after']:.3f} after continued pre-training")
-    print(f"{sum(step['seconds'] for step in run.steps.values()) / 60:.1f} minutes of work "
-          f"({(time.monotonic() - began) / 60:.1f} in this call)\nreport: {out / 'report.html'}")  # fmt: skip
+    print(
+        f"{sum(step['seconds'] for step in run.steps.values()) / 60:.1f} minutes of work "
+        f"({(time.monotonic() - began) / 60:.1f} in this call)\nreport: {out / 'report.html'}"
+    )
 
 
 def data(run: Run, scale: Scale) -> None:
     folder = run.out / "data"
-    run.step("clinic: notes and their truth", [
-        "train.clinic", "--out", str(folder), "--patients", str(scale.patients), "--seed", "1",
-        "--further-patients", str(scale.further_patients), "--healthy", str(scale.healthy), "--overwrite",
-    ])  # fmt: skip
+    run.step(
+        "clinic: notes and their truth",
+        [
+            "train.clinic",
+            "--out",
+            str(folder),
+            "--patients",
+            str(scale.patients),
+            "--seed",
+            "1",
+            "--further-patients",
+            str(scale.further_patients),
+            "--healthy",
+            str(scale.healthy),
+            "--overwrite",
+        ],
+    )
     records = {name: [record for _, record in read_jsonl(folder / f"{name}.jsonl")] for name in TESTS}
     for name in TESTS:
         write_jsonl(run.out / f"{name}.jsonl", records[name][: scale.test_notes])
@@ -126,12 +182,25 @@ def base(run: Run, scale: Scale) -> None:
     """runs/…/base: the base of both adapters, as safetensors."""
     folder, notes = run.out / "base", run.out / "data"
     if not scale.vocab:
-        run.step("base: SmolLM2 out of its GGUF file", ["model.checkpoints.convert", str(smollm2()), str(folder),
-                                                              "--overwrite"])  # fmt: skip
+        run.step(
+            "base: SmolLM2 out of its GGUF file",
+            ["model.checkpoints.convert", str(smollm2()), str(folder), "--overwrite"],
+        )
         return
     texts = [str(notes / "general.jsonl"), str(notes / "pretrain.jsonl")]
-    run.step("base: tokenizer", ["train.data.tokenizer", "--texts", *texts, "--vocab", str(scale.vocab),
-                                 "--out", str(run.out / "tokenizer"), "--overwrite"])  # fmt: skip
+    run.step(
+        "base: tokenizer",
+        [
+            "train.data.tokenizer",
+            "--texts",
+            *texts,
+            "--vocab",
+            str(scale.vocab),
+            "--out",
+            str(run.out / "tokenizer"),
+            "--overwrite",
+        ],
+    )
     new = ["--init", str(RECIPES / f"{run.scale}.json"), "--tokenizer", str(run.out / "tokenizer")]
     run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general", new))
 
@@ -149,8 +218,19 @@ def recipe(run: Run, stage: str, name: str, file: str, more: list[str]) -> list[
     kind = "base" if name == "base" else stage
     valid = {"base": "pretrain_valid", "pretrain": "pretrain_valid", "instruct": "valid"}[kind]
     demo = Demo(run.out, run.scale)
-    return [f"train.{stage}", demo.recipe(kind), "--data", demo.data(file), "--valid-data", demo.data(valid),
-            "--out", str(run.out / name), "--dtype", demo.dtype, *more]  # fmt: skip
+    return [
+        f"train.{stage}",
+        demo.recipe(kind),
+        "--data",
+        demo.data(file),
+        "--valid-data",
+        demo.data(valid),
+        "--out",
+        str(run.out / name),
+        "--dtype",
+        demo.dtype,
+        *more,
+    ]
 
 
 def adapters(run: Run) -> None:
@@ -158,10 +238,12 @@ def adapters(run: Run) -> None:
     demo = Demo(run.out, run.scale)
     on, first = ["--weights", demo.weights], ["--adapter", demo.adapter("pretrained")]
     run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", on))
-    run.run_in_parallel({
-        "tuning, without it": recipe(run, "instruct", "tuned-only", "train", on),
-        "tuning, after it": recipe(run, "instruct", "tuned", "train", on + first),
-    })
+    run.run_in_parallel(
+        {
+            "tuning, without it": recipe(run, "instruct", "tuned-only", "train", on),
+            "tuning, after it": recipe(run, "instruct", "tuned", "train", on + first),
+        }
+    )
 
 
 SYSTEMS = (  # name, kind, adapter's run, untuned
@@ -182,22 +264,38 @@ COMPARED = (  # tuning, tuning after continued pre-training, and what continued 
 def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     """Every system's predictions for both test sets. Returns run.json's "systems"."""
     systems, demo = baselines(run), Demo(run.out, run.scale)
-    run.run_in_parallel({
-        f"extraction: {name}": [
-            "infer.extract", "--weights", demo.weights, "--task", "both",
-            "--notes", str(run.out / f"tests{'-few' if untuned else ''}.jsonl"),
-            "--out", str(run.out / "predictions" / f"{adapter or 'base'}.jsonl"),
-            *(["--adapter", demo.adapter(adapter)] if adapter else []),
-            *(["--form", form_of(scale, untuned), "--max-new-diagnosis", "50"] if untuned else ["--grounded"]),
-        ]
-        for name, _, adapter, untuned in SYSTEMS
-    })  # fmt: skip
+    run.run_in_parallel(
+        {
+            f"extraction: {name}": [
+                "infer.extract",
+                "--weights",
+                demo.weights,
+                "--task",
+                "both",
+                "--notes",
+                str(run.out / f"tests{'-few' if untuned else ''}.jsonl"),
+                "--out",
+                str(run.out / "predictions" / f"{adapter or 'base'}.jsonl"),
+                *(["--adapter", demo.adapter(adapter)] if adapter else []),
+                *(["--form", form_of(scale, untuned), "--max-new-diagnosis", "50"] if untuned else ["--grounded"]),
+            ]
+            for name, _, adapter, untuned in SYSTEMS
+        }
+    )
     for name, kind, adapter, untuned in SYSTEMS:
         step = f"extraction: {name}"
-        systems.append({"name": name, "kind": kind, "predictions": split(run, adapter or "base"),
-                        "seconds": run.took(step), "peak_mb": run.peak(step),
-                        "form": form_of(scale, untuned), "grounded": not untuned,
-                        **({"notes": scale.base_notes} if untuned else {})})  # fmt: skip
+        systems.append(
+            {
+                "name": name,
+                "kind": kind,
+                "predictions": split(run, adapter or "base"),
+                "seconds": run.took(step),
+                "peak_mb": run.peak(step),
+                "form": form_of(scale, untuned),
+                "grounded": not untuned,
+                **({"notes": scale.base_notes} if untuned else {}),
+            }
+        )
     return systems
 
 
@@ -250,13 +348,30 @@ def as_prediction(answers: dict[str, Any], note: dict[str, Any]) -> dict[str, An
 def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:
     """Held-out bits per byte of notes before and after continued pre-training."""
     path, demo = run.out / "bits.json", Demo(run.out, run.scale)
-    run.step("bits per byte", [
-        "eval.perplexity", "--weights", demo.weights, "--adapter", demo.adapter("pretrained"), "--out", str(path),
-        "--documents", str(scale.bits_documents), "--text", demo.data("pretrain_valid"), "--overwrite",
-    ])  # fmt: skip
+    run.step(
+        "bits per byte",
+        [
+            "eval.perplexity",
+            "--weights",
+            demo.weights,
+            "--adapter",
+            demo.adapter("pretrained"),
+            "--out",
+            str(path),
+            "--documents",
+            str(scale.bits_documents),
+            "--text",
+            demo.data("pretrain_valid"),
+            "--overwrite",
+        ],
+    )
     measured = read_json(path)
-    return {"name": "continued pre-training", "documents": measured["before"]["documents"],
-            "before": measured["before"]["bits_per_byte"], "after": measured["after"]["bits_per_byte"]}  # fmt: skip
+    return {
+        "name": "continued pre-training",
+        "documents": measured["before"]["documents"],
+        "before": measured["before"]["bits_per_byte"],
+        "after": measured["after"]["bits_per_byte"],
+    }
 
 
 if __name__ == "__main__":

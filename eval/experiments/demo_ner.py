@@ -51,25 +51,55 @@ def measured(run: Run, options: Options) -> None:
     """Every step, in order, and the score."""
     files = {split: str(run.out / f"{split}.jsonl") for split in ("train", "test")}
     for split, file in files.items():
-        run.step(f"questions of {split}", ["train.importers.conll", "--iob", str(CORPUS / f"{split}.tsv"), "--out",
-                                           file, "--limit", str(options.limit), "--overwrite"])  # fmt: skip
+        run.step(
+            f"questions of {split}",
+            [
+                "train.importers.conll",
+                "--iob",
+                str(CORPUS / f"{split}.tsv"),
+                "--out",
+                file,
+                "--limit",
+                str(options.limit),
+                "--overwrite",
+            ],
+        )
     base, tuned = options.weights, str(run.out / "tuned")
     if not base:
         base = str(run.out / "base")
         run.step("base", ["model.checkpoints.convert", str(smollm2()), base, "--overwrite"])
     steps = ["--steps", str(options.steps)] if options.steps else []
-    run.step("tuning", ["train.instruct", options.recipe, "--weights", base, "--data", files["train"],
-                        "--out", tuned, "--dtype", training_dtype(run.out), *steps])  # fmt: skip
+    run.step(
+        "tuning",
+        [
+            "train.instruct",
+            options.recipe,
+            "--weights",
+            base,
+            "--data",
+            files["train"],
+            "--out",
+            tuned,
+            "--dtype",
+            training_dtype(run.out),
+            *steps,
+        ],
+    )
     answers = str(run.out / "answers.jsonl")
     run.step("answers", extraction(base, [f"{tuned}/adapter"], files["test"], answers, "--max-new-tokens", "120"))
     found = score(files["test"], answers)
     card = read_json(Path(tuned) / "run.json")
-    found |= {"training_seconds": card.get("training_seconds"), "steps": card.get("steps"),
-              "peak_mb": run.peak("tuning")}  # fmt: skip
+    found |= {
+        "training_seconds": card.get("training_seconds"),
+        "steps": card.get("steps"),
+        "peak_mb": run.peak("tuning"),
+    }
     write_json(run.out / "score.json", {**found, "published": PUBLISHED})
-    print(f"{found['records']} records, {found['names']} distinct names: precision {found['precision']:.1f}, "
-          f"recall {found['recall']:.1f}, exact-match F1 {found['f1']:.1f}; not relevant: {found['empty_right']} of "
-          f"{found['empty']} right. {PUBLISHED}. {run.out / 'score.json'}")  # fmt: skip
+    print(
+        f"{found['records']} records, {found['names']} distinct names: precision {found['precision']:.1f}, "
+        f"recall {found['recall']:.1f}, exact-match F1 {found['f1']:.1f}; not relevant: {found['empty_right']} of "
+        f"{found['empty']} right. {PUBLISHED}. {run.out / 'score.json'}"
+    )
 
 
 def score(references: str, answers: str) -> dict[str, Any]:
@@ -89,8 +119,17 @@ def score(references: str, answers: str) -> dict[str, Any]:
             empty_right += not gold and not reply and number < len(replies)
     precision, recall = (100 * right / total if total else 0.0 for total in (predicted, names))
     f1 = 2 * precision * recall / (precision + recall) if right else 0.0
-    return {"records": records, "names": names, "predicted": predicted, "right": right, "precision": precision,
-            "recall": recall, "f1": f1, "empty": empty, "empty_right": empty_right}  # fmt: skip
+    return {
+        "records": records,
+        "names": names,
+        "predicted": predicted,
+        "right": right,
+        "precision": precision,
+        "recall": recall,
+        "f1": f1,
+        "empty": empty,
+        "empty_right": empty_right,
+    }
 
 
 def distinct(values: Sequence[dict[str, Any]]) -> set[str]:

@@ -49,41 +49,106 @@ class Demo:
     @property
     def tuned(self) -> list[str]:
         """The tuned model and the held-out notes, as the experiments' programs are given them."""
-        return ["--weights", self.weights, "--adapter", self.adapter("tuned"), "--grounded",
-                "--notes", str(self.folder / "heldout.jsonl")]  # fmt: skip
+        return [
+            "--weights",
+            self.weights,
+            "--adapter",
+            self.adapter("tuned"),
+            "--grounded",
+            "--notes",
+            str(self.folder / "heldout.jsonl"),
+        ]
 
 
 def labels(
     demo: Demo, out: Path, rates: Sequence[float], filter_rate: float, records: int, epochs: float, notes: int
 ) -> list[str]:
     return [
-        "eval.robustness", "labels", "--weights", demo.weights, "--adapter", demo.adapter("pretrained"), "--grounded",
-        "--notes", str(demo.folder / "heldout.jsonl"), "--dtype", demo.dtype, "--recipe", demo.recipe("instruct"),
-        "--data", demo.data("train"), "--rates", *map(str, rates), "--filter-rate", str(filter_rate),
-        "--records", str(records), "--epochs", str(epochs), "--limit", str(notes),
-        "--out", str(out / PARTS["wrong_labels"]),
-    ]  # fmt: skip
+        "eval.robustness",
+        "labels",
+        "--weights",
+        demo.weights,
+        "--adapter",
+        demo.adapter("pretrained"),
+        "--grounded",
+        "--notes",
+        str(demo.folder / "heldout.jsonl"),
+        "--dtype",
+        demo.dtype,
+        "--recipe",
+        demo.recipe("instruct"),
+        "--data",
+        demo.data("train"),
+        "--rates",
+        *map(str, rates),
+        "--filter-rate",
+        str(filter_rate),
+        "--records",
+        str(records),
+        "--epochs",
+        str(epochs),
+        "--limit",
+        str(notes),
+        "--out",
+        str(out / PARTS["wrong_labels"]),
+    ]
 
 
 def misspelling(demo: Demo, out: Path, rates: Sequence[float], notes: int) -> list[str]:
     return [
-        "eval.robustness", "misspelling", *demo.tuned, "--lexicon", demo.data("train"),
-        "--rates", *map(str, rates), "--limit", str(notes), "--out", str(out / PARTS["misspelling"]),
-    ]  # fmt: skip
+        "eval.robustness",
+        "misspelling",
+        *demo.tuned,
+        "--lexicon",
+        demo.data("train"),
+        "--rates",
+        *map(str, rates),
+        "--limit",
+        str(notes),
+        "--out",
+        str(out / PARTS["misspelling"]),
+    ]
 
 
 def canaries(demo: Demo, out: Path, counts: Sequence[int], each: int, records: int, epochs: float) -> list[str]:
     return [
-        "eval.robustness", "canaries", "--weights", demo.weights, "--recipe", demo.recipe("pretrain"),
-        "--data", demo.data("pretrain"), "--counts", *map(str, counts), "--each", str(each),
-        "--records", str(records), "--epochs", str(epochs), "--dtype", demo.dtype,
-        "--out", str(out / PARTS["canaries"]),
-    ]  # fmt: skip
+        "eval.robustness",
+        "canaries",
+        "--weights",
+        demo.weights,
+        "--recipe",
+        demo.recipe("pretrain"),
+        "--data",
+        demo.data("pretrain"),
+        "--counts",
+        *map(str, counts),
+        "--each",
+        str(each),
+        "--records",
+        str(records),
+        "--epochs",
+        str(epochs),
+        "--dtype",
+        demo.dtype,
+        "--out",
+        str(out / PARTS["canaries"]),
+    ]
 
 
 def retrieval(demo: Demo, out: Path, notes: int, tune_steps: int = 0) -> list[str]:
     return [
-        "eval.experiments.retrieval_table", *demo.tuned, "--data", demo.data("train"),
-        "--recipe", demo.recipe("instruct"), "--dtype", demo.dtype,
-        "--tune-steps", str(tune_steps), "--limit", str(notes), "--out", str(out / PARTS["retrieval"]),
-    ]  # fmt: skip
+        "eval.experiments.retrieval_table",
+        *demo.tuned,
+        "--data",
+        demo.data("train"),
+        "--recipe",
+        demo.recipe("instruct"),
+        "--dtype",
+        demo.dtype,
+        "--tune-steps",
+        str(tune_steps),
+        "--limit",
+        str(notes),
+        "--out",
+        str(out / PARTS["retrieval"]),
+    ]

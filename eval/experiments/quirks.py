@@ -60,11 +60,30 @@ class Size:
 
 
 SIZES = {
-    "nano": Size(patients=400, texts=500, base_steps=120, further_steps=60, tune_steps=80, batch=4, notes=16,
-                 vocab=2048, block=1024),
-    "tiny": Size(patients=20, texts=20, base_steps=2, further_steps=2, tune_steps=2, batch=2, notes=2, vocab=512,
-                 block=2048, records=60),
-}  # fmt: skip
+    "nano": Size(
+        patients=400,
+        texts=500,
+        base_steps=120,
+        further_steps=60,
+        tune_steps=80,
+        batch=4,
+        notes=16,
+        vocab=2048,
+        block=1024,
+    ),
+    "tiny": Size(
+        patients=20,
+        texts=20,
+        base_steps=2,
+        further_steps=2,
+        tune_steps=2,
+        batch=2,
+        notes=2,
+        vocab=512,
+        block=2048,
+        records=60,
+    ),
+}
 SOUND = "sound"
 FURTHER = {SOUND: {}, "texts run together": {"packing": "concatenate"}}
 TUNING: dict[str, dict[str, Any]] = {
@@ -87,17 +106,53 @@ def name_of(stage: str, quirk: str) -> str:
 def prepare(run: Run, scale: str, size: Size) -> None:
     """Data, tokenizer and the base of all adapters."""
     data = run.out / "data"
-    run.step("clinic", ["train.clinic", "--out", str(data), "--patients", str(size.patients), "--seed", "3",
-                        "--further-patients", str(size.texts), "--healthy", str(size.texts),
-                        "--overwrite"])  # fmt: skip
+    run.step(
+        "clinic",
+        [
+            "train.clinic",
+            "--out",
+            str(data),
+            "--patients",
+            str(size.patients),
+            "--seed",
+            "3",
+            "--further-patients",
+            str(size.texts),
+            "--healthy",
+            str(size.texts),
+            "--overwrite",
+        ],
+    )
     texts = [str(data / "general.jsonl"), str(data / "pretrain.jsonl")]
-    run.step("tokenizer", ["train.data.tokenizer", "--texts", *texts, "--vocab", str(size.vocab),
-                           "--out", str(run.out / "tokenizer"), "--overwrite"])  # fmt: skip
-    run.step("base", lambda: trained("pretrain", f"{scale}-base", {
-        "init": str(RECIPES / f"{scale}.json"), "tokenizer": str(run.out / "tokenizer"), "data": tuple(texts),
-        "out": str(run.out / "base"), "warmup": 1, "steps": size.base_steps,
-        "records": size.records,
-    }))  # fmt: skip
+    run.step(
+        "tokenizer",
+        [
+            "train.data.tokenizer",
+            "--texts",
+            *texts,
+            "--vocab",
+            str(size.vocab),
+            "--out",
+            str(run.out / "tokenizer"),
+            "--overwrite",
+        ],
+    )
+    run.step(
+        "base",
+        lambda: trained(
+            "pretrain",
+            f"{scale}-base",
+            {
+                "init": str(RECIPES / f"{scale}.json"),
+                "tokenizer": str(run.out / "tokenizer"),
+                "data": tuple(texts),
+                "out": str(run.out / "base"),
+                "warmup": 1,
+                "steps": size.base_steps,
+                "records": size.records,
+            },
+        ),
+    )
 
 
 def trained(stage: str, recipe: str, options: dict[str, Any]) -> None:
@@ -113,12 +168,27 @@ def adapter(run: Run, stage: str, scale: str, size: Size, quirk: str, changed: d
     # the note's own loss is always off: with the instruction first a row has no note separate from its question
     data = "pretrain" if pretrain else "train"
     rows = size.batch * (1 if changed.get("share_prefix", True) else ROWS_A_NOTE)
-    run.step(f"{stage}: {quirk}", lambda: trained(stage, f"{scale}-{stage}", {
-        "weights": str(run.out / "base" / "model"), "data": (str(folder / f"{data}.jsonl"),), "records": size.records,
-        "out": str(run.out / name_of(stage, quirk)), "batch_rows": rows, "micro_rows": 1, "block": size.block,
-        "steps": size.further_steps if pretrain else size.tune_steps, "warmup": 1,
-        "packing": "documents" if pretrain else "none", "note_loss": 0.0, **changed,
-    }))  # fmt: skip
+    run.step(
+        f"{stage}: {quirk}",
+        lambda: trained(
+            stage,
+            f"{scale}-{stage}",
+            {
+                "weights": str(run.out / "base" / "model"),
+                "data": (str(folder / f"{data}.jsonl"),),
+                "records": size.records,
+                "out": str(run.out / name_of(stage, quirk)),
+                "batch_rows": rows,
+                "micro_rows": 1,
+                "block": size.block,
+                "steps": size.further_steps if pretrain else size.tune_steps,
+                "warmup": 1,
+                "packing": "documents" if pretrain else "none",
+                "note_loss": 0.0,
+                **changed,
+            },
+        ),
+    )
 
 
 def loaded(run: Run, stage: str, quirk: str, base: str = "") -> Any:
@@ -126,8 +196,9 @@ def loaded(run: Run, stage: str, quirk: str, base: str = "") -> Any:
     from lora.quantized import quantize_base
     from model import Transformer
 
-    model = load_adapter(Transformer.from_pretrained(run.out / "base" / "model"),
-                         run.out / name_of(stage, quirk) / "adapter")  # fmt: skip
+    model = load_adapter(
+        Transformer.from_pretrained(run.out / "base" / "model"), run.out / name_of(stage, quirk) / "adapter"
+    )
     return (quantize_base(model, base) if base else model).use_attention("fast").eval()
 
 
@@ -140,8 +211,14 @@ def held_out(run: Run, stage: str, size: Size, quirk: str, changed: dict[str, An
     from train.recipe import Recipe
 
     form = {key: changed[key] for key in ("template", "share_prefix") if key in changed}
-    recipe = Recipe(data=("x",), out="x", weights="x", block=size.block,
-                    packing="documents" if stage == "pretrain" else "none", **form)  # fmt: skip
+    recipe = Recipe(
+        data=("x",),
+        out="x",
+        weights="x",
+        block=size.block,
+        packing="documents" if stage == "pretrain" else "none",
+        **form,
+    )
     source = run.out / "data" / f"{'pretrain_valid' if stage == 'pretrain' else 'heldout'}.jsonl"
     encoding = Encoding(stage, str(run.out / "base" / "model"), recipe.template)
     store = build_store([str(source)], encoding, run.out / "valid" / f"{stage}-{recipe.template}", 2 * size.notes)
@@ -175,8 +252,14 @@ def answered(run: Run, size: Size, changed: dict[str, Any], model: Any) -> dict[
     given = [tasks.parse_answer(one.text) if one.text.strip() else ["(no answer)"] for one in made]
     right = [set(a) == set(b) for a, b in zip(given, golds, strict=True)]
     stopped = [one.finish_reason == "stop" for one in made]
-    return {"exact_match": sum(right) / len(right), "stops": sum(stopped) / len(stopped), "questions": len(right),
-            "not_relevant": sum(not gold for gold in golds) / len(golds), "answers": given, "golds": golds}  # fmt: skip
+    return {
+        "exact_match": sum(right) / len(right),
+        "stops": sum(stopped) / len(stopped),
+        "questions": len(right),
+        "not_relevant": sum(not gold for gold in golds) / len(golds),
+        "answers": given,
+        "golds": golds,
+    }
 
 
 def moved(model: Any, row: Any, words: int) -> list[float]:
@@ -206,8 +289,9 @@ def leak(run: Run, size: Size, quirk: str, changed: dict[str, Any], model: Any) 
 
     together = changed.get("packing") == "concatenate"
     store = TokenStore(run.out / name_of("pretrain", quirk) / "tokens" / "train")
-    recipe = Recipe(data=("x",), out="x", weights="x", block=size.block, packing="concatenate" if together else
-                    "documents")  # fmt: skip
+    recipe = Recipe(
+        data=("x",), out="x", weights="x", block=size.block, packing="concatenate" if together else "documents"
+    )
     rows = Rows(store, recipe, "pretrain")
     several = (row for row in (rows[i] for i in range(len(rows))) if sum(len(unit.stretches) for unit in row.units) > 1)
     row = next(several, None)
@@ -226,12 +310,16 @@ def measure(run: Run, size: Size) -> dict[str, Any]:
     found: dict[str, Any] = {"pretrain": {}, "instruct": {}}
     for quirk, changed in FURTHER.items():
         model = loaded(run, "pretrain", quirk)
-        found["pretrain"][quirk] = {**held_out(run, "pretrain", size, quirk, {}, model),
-                                    "leak": leak(run, size, quirk, changed, model)}  # fmt: skip
+        found["pretrain"][quirk] = {
+            **held_out(run, "pretrain", size, quirk, {}, model),
+            "leak": leak(run, size, quirk, changed, model),
+        }
     for quirk, changed in TUNING.items():
         model = loaded(run, "instruct", quirk, changed.get("base", ""))
-        found["instruct"][quirk] = {**held_out(run, "instruct", size, quirk, changed, model),
-                                    **answered(run, size, changed, model)}  # fmt: skip
+        found["instruct"][quirk] = {
+            **held_out(run, "instruct", size, quirk, changed, model),
+            **answered(run, size, changed, model),
+        }
     sound = found["instruct"][SOUND]
     found["scoring"] = scoring(sound["answers"], sound["golds"])
     for entry in found["instruct"].values():
@@ -249,12 +337,21 @@ def table(found: dict[str, Any]) -> str:
     sound = found["instruct"][SOUND]
     for quirk, entry in found["instruct"].items():
         cost, lost = entry["held_out_loss"] - sound["held_out_loss"], sound["exact_match"] - entry["exact_match"]
-        lines.append(f"{quirk:26} {entry['held_out_loss']:14.4f} {cost:+8.4f} {entry['exact_match']:12.1%} "
-                     f"{lost:+7.1%} {entry['stops']:7.1%}")  # fmt: skip
-    floor = f"({sound['questions']} questions; answering all \"not relevant\" matches {sound['not_relevant']:.1%})"
+        lines.append(
+            f"{quirk:26} {entry['held_out_loss']:14.4f} {cost:+8.4f} {entry['exact_match']:12.1%} "
+            f"{lost:+7.1%} {entry['stops']:7.1%}"
+        )
+    floor = f'({sound["questions"]} questions; answering all "not relevant" matches {sound["not_relevant"]:.1%})'
     clinical, paper = found["scoring"]["clinical"], found["scoring"]["cancerllm"]
-    return "\n".join([*lines, floor, "", f"scoring, exact-match F1 of the sound answers: {clinical:.1f} as defined, "
-                      f"{paper:.1f} by the paper's scorer ({paper - clinical:+.1f})"])  # fmt: skip
+    return "\n".join(
+        [
+            *lines,
+            floor,
+            "",
+            f"scoring, exact-match F1 of the sound answers: {clinical:.1f} as defined, "
+            f"{paper:.1f} by the paper's scorer ({paper - clinical:+.1f})",
+        ]
+    )
 
 
 def main(options: Options) -> int:

@@ -80,8 +80,15 @@ def measure(index: Index, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
     mean = {str(k): sum(values) / len(values) for k, values in recalls.items()}
     note_ = f"{len(gains)} notes; {without} without a relevant record left out"
     low, high = interval(gains, patients, (0.0, 1.0))
-    return {"name": index.manifest["encoder"], "recall_at": mean, "ndcg": sum(gains) / len(gains), "ndcg_low": low,
-            "ndcg_high": high, "found_in": len(gains), "note": note_}  # fmt: skip
+    return {
+        "name": index.manifest["encoder"],
+        "recall_at": mean,
+        "ndcg": sum(gains) / len(gains),
+        "ndcg_low": low,
+        "ndcg_high": high,
+        "found_in": len(gains),
+        "note": note_,
+    }
 
 
 def main(options: Options) -> None:

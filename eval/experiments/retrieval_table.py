@@ -85,25 +85,31 @@ def table(options: Options) -> dict[str, Any]:
     references = [one for one in read_references(options.notes) if one.get("diagnosis")][: options.limit or None]
     if not references:
         raise UserError(f"{options.notes}: no note with a diagnosis; give annotated notes")
-    given = {kind: options.encoders / kind for kind, (_, source) in RETRIEVERS.items()
-             if source and (options.encoders / kind).is_dir()}  # fmt: skip
+    given = {
+        kind: options.encoders / kind
+        for kind, (_, source) in RETRIEVERS.items()
+        if source and (options.encoders / kind).is_dir()
+    }
     files = {"notes": options.notes, "data": options.data}
     made_of = made_from(options, files, (options.weights, options.adapter)) | {"given": sorted(given)}
     with begin(options.out, made_of, overwrite=options.overwrite) as run:
         return filled(run, options, references, given)
 
 
-def filled(
-    run: Run, options: Options, references: list[dict[str, Any]], given: dict[str, Path]
-) -> dict[str, Any]:  # fmt: skip
+def filled(run: Run, options: Options, references: list[dict[str, Any]], given: dict[str, Path]) -> dict[str, Any]:
     """The rows; `given` are the encoders whose weights are there."""
-    write_jsonl(run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one}
-                                          for one in references])  # fmt: skip
-    indexes = {name: index(run, options, name, given.get(name)) for name in RETRIEVERS
-               if name == "bm25" or name in given}  # fmt: skip
+    write_jsonl(
+        run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one} for one in references]
+    )
+    indexes = {
+        name: index(run, options, name, given.get(name)) for name in RETRIEVERS if name == "bm25" or name in given
+    }
     adapters = {AS_IT_IS: options.adapter, **(tuned(run, options, indexes["bm25"]) if options.tune_steps else {})}
-    rows = [row for end, adapter in adapters.items()
-            for row in answered(run, options, references, end, adapter, indexes, given)]  # fmt: skip
+    rows = [
+        row
+        for end, adapter in adapters.items()
+        for row in answered(run, options, references, end, adapter, indexes, given)
+    ]
     result = {"notes": len(references), "neighbours": options.neighbours, "rows": rows, "seconds": run.took()}
     write_json(run.out / "result.json", result)
     return result
@@ -111,38 +117,86 @@ def filled(
 
 def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
     folder = run.out / f"index-{name}"
-    run.step(f"index: {name}", [
-        "infer.retrieval.index", "--encoder", RETRIEVERS[name][0], "--notes", str(options.data), "--out", str(folder),
-        "--overwrite",
-        *(["--weights", str(weights)] if weights else []),
-    ])  # fmt: skip
+    run.step(
+        f"index: {name}",
+        [
+            "infer.retrieval.index",
+            "--encoder",
+            RETRIEVERS[name][0],
+            "--notes",
+            str(options.data),
+            "--out",
+            str(folder),
+            "--overwrite",
+            *(["--weights", str(weights)] if weights else []),
+        ],
+    )
     return folder
 
 
 def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
     """The adapter tuned further without and with neighbours, on diagnoses alone: {row's ending: folder}."""
     near, shown = run.out / "near.jsonl", ["--neighbours", str(options.neighbours)]
-    run.step("training notes with their neighbours", [
-        "train.data.neighbours", "--data", str(options.data), "--index", str(bm25), "--tokenizer", options.weights,
-        "--out", str(near), *shown, "--neighbour-tokens", str(options.neighbour_tokens),
-        "--overwrite",
-    ])  # fmt: skip
+    run.step(
+        "training notes with their neighbours",
+        [
+            "train.data.neighbours",
+            "--data",
+            str(options.data),
+            "--index",
+            str(bm25),
+            "--tokenizer",
+            options.weights,
+            "--out",
+            str(near),
+            *shown,
+            "--neighbour-tokens",
+            str(options.neighbour_tokens),
+            "--overwrite",
+        ],
+    )
     folders = {}
     for end, data, name in ((WITHOUT, options.data, "without"), (WITH, near, "with")):
-        run.step(f"further tuning, {name} neighbours", [
-            "train.instruct", options.recipe, "--weights", options.weights, "--adapter", options.adapter,
-            "--data", str(data), "--out", str(run.out / f"tuned-{name}"), "--tasks", "diagnosis",
-            "--steps", str(options.tune_steps), "--warmup", str(min(4, options.tune_steps)), "--batch-rows", "1",
-            "--learning-rate", "5e-4", "--dtype", options.dtype,
-        ])  # fmt: skip
+        run.step(
+            f"further tuning, {name} neighbours",
+            [
+                "train.instruct",
+                options.recipe,
+                "--weights",
+                options.weights,
+                "--adapter",
+                options.adapter,
+                "--data",
+                str(data),
+                "--out",
+                str(run.out / f"tuned-{name}"),
+                "--tasks",
+                "diagnosis",
+                "--steps",
+                str(options.tune_steps),
+                "--warmup",
+                str(min(4, options.tune_steps)),
+                "--batch-rows",
+                "1",
+                "--learning-rate",
+                "5e-4",
+                "--dtype",
+                options.dtype,
+            ],
+        )
         folders[end] = str(run.out / f"tuned-{name}" / "adapter")
     return folders
 
 
 def answered(
-    run: Run, options: Options, references: list[dict[str, Any]], end: str, adapter: str, indexes: dict[str, Path],
+    run: Run,
+    options: Options,
+    references: list[dict[str, Any]],
+    end: str,
+    adapter: str,
+    indexes: dict[str, Path],
     given: dict[str, Path],
-) -> list[dict[str, Any]]:  # fmt: skip
+) -> list[dict[str, Any]]:
     """One adapter's rows: none, then each retriever. A public encoder without weights has a row that says so."""
     none = ask(run, options, references, f"none{end}", adapter)
     rows = [{"name": f"none{end}", "diagnosis": figures(none)}]
@@ -151,14 +205,33 @@ def answered(
     for name, (kind, source) in RETRIEVERS.items():
         title = TITLES[name] + end
         if name in indexes:
-            more = ["--retriever", kind, "--index", str(indexes[name]), "--neighbours", str(options.neighbours),
-                    "--neighbour-tokens", str(options.neighbour_tokens)]  # fmt: skip
+            more = [
+                "--retriever",
+                kind,
+                "--index",
+                str(indexes[name]),
+                "--neighbours",
+                str(options.neighbours),
+                "--neighbour-tokens",
+                str(options.neighbour_tokens),
+            ]
             more += ["--encoder-weights", str(given[name])] if name in given else []
-            rows.append({"name": title, **row(none, ask(run, options, references, name + end, adapter, more)),
-                         **quality(run, name, indexes[name], given.get(name), references)})  # fmt: skip
+            rows.append(
+                {
+                    "name": title,
+                    **row(none, ask(run, options, references, name + end, adapter, more)),
+                    **quality(run, name, indexes[name], given.get(name), references),
+                }
+            )
         elif not end:
-            rows.append({"name": title, "diagnosis": None, "note": f"weights not given: put {source} into "
-                         f"{options.encoders / name} (infer/retrieval/README.md)"})  # fmt: skip
+            rows.append(
+                {
+                    "name": title,
+                    "diagnosis": None,
+                    "note": f"weights not given: put {source} into "
+                    f"{options.encoders / name} (infer/retrieval/README.md)",
+                }
+            )
     return rows
 
 
@@ -177,8 +250,10 @@ def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:
     test = paired_f1(none, shown, "average_f1")
     note = ""
     if test:
-        note = (f"against none {test['difference']:+.1f} {format_interval(test['low'], test['high'])} "
-                f"{format_p(test['p'])}; better {test['better']}, worse {test['worse']}")  # fmt: skip
+        note = (
+            f"against none {test['difference']:+.1f} {format_interval(test['low'], test['high'])} "
+            f"{format_p(test['p'])}; better {test['better']}, worse {test['worse']}"
+        )
     return {"diagnosis": figures(shown), "difference": test, "note": note}
 
 
@@ -203,8 +278,10 @@ def quality(
 
 def text(result: dict[str, Any]) -> str:
     """The table for a terminal."""
-    lines = [f"diagnosis, {result['notes']} notes, {result['neighbours']} neighbours: average F1 [95 % interval], "
-             "exact match, recall@1 / 5 / 10, nDCG@10"]  # fmt: skip
+    lines = [
+        f"diagnosis, {result['notes']} notes, {result['neighbours']} neighbours: average F1 [95 % interval], "
+        "exact match, recall@1 / 5 / 10, nDCG@10"
+    ]
     for one in result["rows"]:
         scores = "–"
         if one["diagnosis"]:

@@ -106,8 +106,19 @@ def check_folder() -> None:
 def extraction(weights: str, adapters: Iterable[str], notes: Path | str, out: Path | str, *more: str) -> list[str]:
     """The command of infer.extract that asks a tuned model."""
     merged = [word for adapter in adapters if adapter for word in ("--adapter", adapter)]
-    return ["infer.extract", "--weights", weights, *merged, "--notes", str(notes), "--out", str(out), "--form",
-            "template", *more]  # fmt: skip
+    return [
+        "infer.extract",
+        "--weights",
+        weights,
+        *merged,
+        "--notes",
+        str(notes),
+        "--out",
+        str(out),
+        "--form",
+        "template",
+        *more,
+    ]
 
 
 @contextmanager
@@ -125,8 +136,10 @@ def begin(out: Path, made_of: Mapping[str, Any], last: str = "", overwrite: bool
             check_writable(mark)
         claim(out, mark, made_of, begun=not is_empty(out))
         if last and (out / last).is_file():
-            raise UserError(f"{out}: a finished run, with its {last}; choose another --out, or give "
-                            "--overwrite to remove that run and begin again")  # fmt: skip
+            raise UserError(
+                f"{out}: a finished run, with its {last}; choose another --out, or give "
+                "--overwrite to remove that run and begin again"
+            )
         sweep(out)
         steps = out / "steps.json"
         yield Run(out, str(made_of.get("scale", "")), read_json(steps) if steps.is_file() else {})
@@ -151,16 +164,19 @@ def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, floa
     """Run programs (`python -m …`) in parallel, each with `threads` of torch's (0: its default). Returns their peak
     resident memory in MB. Raises UserError where one fails: the others run to their end first."""
     asked: list[int] = []  # a signal while a program starts: raised there, it would leave the program without the run
-    handlers = {number: signal.signal(number, lambda number, _: asked.append(number))
-                for number in (signal.SIGINT, signal.SIGTERM)}  # fmt: skip
+    handlers = {
+        number: signal.signal(number, lambda number, _: asked.append(number))
+        for number in (signal.SIGINT, signal.SIGTERM)
+    }
     children: dict[str, subprocess.Popen[bytes]] = {}
     peaks, failed = {}, []
     try:
         for line, (name, arguments) in enumerate(works.items()):
             bars = {"TQDM_POSITION": str(line)} if line else {}
             own = {"OMP_NUM_THREADS": str(threads)} if threads else {}
-            children[name] = subprocess.Popen([sys.executable, "-m", *arguments], stdout=sys.stderr,
-                                              env=os.environ | bars | own)  # fmt: skip
+            children[name] = subprocess.Popen(
+                [sys.executable, "-m", *arguments], stdout=sys.stderr, env=os.environ | bars | own
+            )
         for number in handlers:
             signal.signal(number, signal.default_int_handler)
         if asked:

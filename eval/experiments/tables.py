@@ -60,18 +60,52 @@ class Sizes:
 
 
 SIZES = {
-    "full": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=64, label_epochs=1.0,
-                  label_notes=24, misspelling_rates=(0.0, 0.05, 0.1, 0.2), misspelling_notes=40,
-                  canary_counts=(0, 1, 4, 16), canaries_each=5, canary_records=80, canary_epochs=4.0,
-                  retrieval_notes=40, tune_steps=60),
-    "nano": Sizes(label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9), filter_rate=0.3, label_records=400, label_epochs=2.0,
-                  label_notes=40, misspelling_rates=(0.0, 0.05, 0.1, 0.2, 0.4), misspelling_notes=40,
-                  canary_counts=(0, 1, 4, 16), canaries_each=10, canary_records=400, canary_epochs=3.0,
-                  retrieval_notes=40, tune_steps=100),
-    "tiny": Sizes(label_rates=(0.0, 0.5), filter_rate=0.5, label_records=8, label_epochs=1.0, label_notes=2,
-                  misspelling_rates=(0.0, 0.1), misspelling_notes=2, canary_counts=(0, 4), canaries_each=2,
-                  canary_records=8, canary_epochs=1.0, retrieval_notes=3, tune_steps=2),
-}  # fmt: skip
+    "full": Sizes(
+        label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
+        filter_rate=0.3,
+        label_records=64,
+        label_epochs=1.0,
+        label_notes=24,
+        misspelling_rates=(0.0, 0.05, 0.1, 0.2),
+        misspelling_notes=40,
+        canary_counts=(0, 1, 4, 16),
+        canaries_each=5,
+        canary_records=80,
+        canary_epochs=4.0,
+        retrieval_notes=40,
+        tune_steps=60,
+    ),
+    "nano": Sizes(
+        label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
+        filter_rate=0.3,
+        label_records=400,
+        label_epochs=2.0,
+        label_notes=40,
+        misspelling_rates=(0.0, 0.05, 0.1, 0.2, 0.4),
+        misspelling_notes=40,
+        canary_counts=(0, 1, 4, 16),
+        canaries_each=10,
+        canary_records=400,
+        canary_epochs=3.0,
+        retrieval_notes=40,
+        tune_steps=100,
+    ),
+    "tiny": Sizes(
+        label_rates=(0.0, 0.5),
+        filter_rate=0.5,
+        label_records=8,
+        label_epochs=1.0,
+        label_notes=2,
+        misspelling_rates=(0.0, 0.1),
+        misspelling_notes=2,
+        canary_counts=(0, 4),
+        canaries_each=2,
+        canary_records=8,
+        canary_epochs=1.0,
+        retrieval_notes=3,
+        tune_steps=2,
+    ),
+}
 
 
 def finished_demo(folder: Path, scale: str) -> Demo:
@@ -109,19 +143,30 @@ def main(options: Options) -> int:
 def steps(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str]]]:
     """(step, program) in order."""
     return [
-        ("table 3: wrong labels", experiments.labels(
-            demo, out, sizes.label_rates, sizes.filter_rate, sizes.label_records, sizes.label_epochs, sizes.label_notes
-        )),
-        ("table 4: misspelled notes, plain and repaired", experiments.misspelling(
-            demo, out, sizes.misspelling_rates, sizes.misspelling_notes
-        )),
-        ("canaries", experiments.canaries(
-            demo, out, sizes.canary_counts, sizes.canaries_each, sizes.canary_records, sizes.canary_epochs
-        )),
-        ("table 6: retrieval", experiments.retrieval(
-            demo, out, sizes.retrieval_notes, sizes.tune_steps
-        )),
-    ]  # fmt: skip
+        (
+            "table 3: wrong labels",
+            experiments.labels(
+                demo,
+                out,
+                sizes.label_rates,
+                sizes.filter_rate,
+                sizes.label_records,
+                sizes.label_epochs,
+                sizes.label_notes,
+            ),
+        ),
+        (
+            "table 4: misspelled notes, plain and repaired",
+            experiments.misspelling(demo, out, sizes.misspelling_rates, sizes.misspelling_notes),
+        ),
+        (
+            "canaries",
+            experiments.canaries(
+                demo, out, sizes.canary_counts, sizes.canaries_each, sizes.canary_records, sizes.canary_epochs
+            ),
+        ),
+        ("table 6: retrieval", experiments.retrieval(demo, out, sizes.retrieval_notes, sizes.tune_steps)),
+    ]
 
 
 def described(run: Run, demo: Demo) -> dict[str, Any]:
@@ -131,17 +176,25 @@ def described(run: Run, demo: Demo) -> dict[str, Any]:
     def moved(path: str) -> str:
         return os.path.relpath(demo.folder / path, run.out)
 
-    systems = [{**one, "predictions": {name: moved(path) for name, path in one["predictions"].items()}}
-               for one in given["systems"]]  # fmt: skip
+    systems = [
+        {**one, "predictions": {name: moved(path) for name, path in one["predictions"].items()}}
+        for one in given["systems"]
+    ]
     parts = {key: f"{folder}/result.json" for key, folder in PARTS.items()}
     quirks = run.out.parent / "quirks" / "quirks.json"  # of another program, on models of its own: shown if it was run
     parts |= {"quirks": os.path.relpath(quirks, run.out)} if quirks.is_file() else {}
     return {
-        **given, "title": f"All tables: {TITLES[demo.scale]}", "host": host(), "steps": {**given["steps"], **run.steps},
-        "seconds": given["seconds"] + run.took(), "peak_mb": max(given["peak_mb"], run.peak()), "systems": systems,
+        **given,
+        "title": f"All tables: {TITLES[demo.scale]}",
+        "host": host(),
+        "steps": {**given["steps"], **run.steps},
+        "seconds": given["seconds"] + run.took(),
+        "peak_mb": max(given["peak_mb"], run.peak()),
+        "systems": systems,
         "references": {name: moved(path) for name, path in given["references"].items()},
-        "curves": {name: moved(path) for name, path in given["curves"].items()}, **parts,
-    }  # fmt: skip
+        "curves": {name: moved(path) for name, path in given["curves"].items()},
+        **parts,
+    }
 
 
 if __name__ == "__main__":

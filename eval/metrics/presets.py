@@ -67,24 +67,76 @@ _SETS = f"set:comma-split,{_RULES}"
 PRESETS: dict[str, Preset] = {
     preset.name: preset
     for preset in (
-        Preset("clinical", text.clinical, _clinical, pairs.bleu_sacrebleu, _clinical, pairs.rouge_l_coco,
-               "em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|"
-               f"set:semicolon-split,{_RULES}",
-               nothing="not relevant", separator=r";+(?=\s|$)", splits_lists=True, version=2),
-        Preset("cancerllm", text.released, _stemmed, pairs.bleu_coco, _stemmed, pairs.rouge_l_coco,
-               f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}"),
-        Preset("cancerllm-released", text.released, _stemmed, None, _stemmed, pairs.rouge_1_sets,
-               f"em:lower,nopunct,porter|bleu:none|rouge:1,sets,tok:porter|{_SETS}"),
-        Preset("coco", folded, str.split, pairs.bleu_coco, _at_each_space, pairs.rouge_l_coco,
-               f"em:text|bleu:2,coco,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}"),
-        Preset("sacrebleu", folded, text.words_13a, pairs.bleu_sacrebleu, text.words_13a, pairs.rouge_l_coco,
-               f"em:text|bleu:2,nrefs:1,case:mixed,eff:yes,tok:13a,smooth:exp|rouge:L,beta:1.2,tok:13a|{_SETS}"),
-        Preset("nltk", folded, str.split, pairs.bleu_nltk, str.split, pairs.rouge_l_coco,
-               f"em:text|bleu:2,nltk,smooth:method0,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}"),
-        Preset("rouge_score", folded, text.words_rouge, pairs.bleu_coco, text.words_rouge, pairs.rouge_l_google,
-               f"em:text|bleu:2,coco,tok:rouge_score|rouge:L,beta:1,tok:rouge_score,stem:no|{_SETS}"),
+        Preset(
+            "clinical",
+            text.clinical,
+            _clinical,
+            pairs.bleu_sacrebleu,
+            _clinical,
+            pairs.rouge_l_coco,
+            "em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|"
+            f"set:semicolon-split,{_RULES}",
+            nothing="not relevant",
+            separator=r";+(?=\s|$)",
+            splits_lists=True,
+            version=2,
+        ),
+        Preset(
+            "cancerllm",
+            text.released,
+            _stemmed,
+            pairs.bleu_coco,
+            _stemmed,
+            pairs.rouge_l_coco,
+            f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}",
+        ),
+        Preset(
+            "cancerllm-released",
+            text.released,
+            _stemmed,
+            None,
+            _stemmed,
+            pairs.rouge_1_sets,
+            f"em:lower,nopunct,porter|bleu:none|rouge:1,sets,tok:porter|{_SETS}",
+        ),
+        Preset(
+            "coco",
+            folded,
+            str.split,
+            pairs.bleu_coco,
+            _at_each_space,
+            pairs.rouge_l_coco,
+            f"em:text|bleu:2,coco,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}",
+        ),
+        Preset(
+            "sacrebleu",
+            folded,
+            text.words_13a,
+            pairs.bleu_sacrebleu,
+            text.words_13a,
+            pairs.rouge_l_coco,
+            f"em:text|bleu:2,nrefs:1,case:mixed,eff:yes,tok:13a,smooth:exp|rouge:L,beta:1.2,tok:13a|{_SETS}",
+        ),
+        Preset(
+            "nltk",
+            folded,
+            str.split,
+            pairs.bleu_nltk,
+            str.split,
+            pairs.rouge_l_coco,
+            f"em:text|bleu:2,nltk,smooth:method0,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}",
+        ),
+        Preset(
+            "rouge_score",
+            folded,
+            text.words_rouge,
+            pairs.bleu_coco,
+            text.words_rouge,
+            pairs.rouge_l_google,
+            f"em:text|bleu:2,coco,tok:rouge_score|rouge:L,beta:1,tok:rouge_score,stem:no|{_SETS}",
+        ),
     )
-}  # fmt: skip
+}
 
 
 def chosen(name: str) -> Preset:
@@ -94,6 +146,5 @@ def chosen(name: str) -> Preset:
     if known not in PRESETS:
         raise UserError(f"no preset {known!r}{nearest(known, list(PRESETS))}; there are {', '.join(PRESETS)}")
     if known != name and name != PRESETS[known].signature:
-        raise UserError(f"the signature {name} cannot be reproduced here; the preset is now "
-                        f"{PRESETS[known].signature}")  # fmt: skip
+        raise UserError(f"the signature {name} cannot be reproduced here; the preset is now {PRESETS[known].signature}")
     return PRESETS[known]

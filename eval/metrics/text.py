@@ -106,8 +106,11 @@ def clinical(text: str) -> str:
 _SUPERSCRIPTS = str.maketrans("⁰¹²³⁴⁵⁶⁷⁸⁹⁺⁻", "0123456789+-")
 _POWER = re.compile(r"[⁺⁻]?[⁰¹²³⁴⁵⁶⁷⁸⁹]+")
 _VULGAR = re.compile(r"(?<![\w.,/⁄])(\d{1,9}) ?([¼-¾⅐-⅞↉])|([¼-¾⅐-⅞↉])")
-_DASHES = re.compile("[" + "".join(map(chr, (0x2010, 0x2011, 0x2012, 0x2013, 0x2014, 0x2015, 0x2043, 0x2212, 0x2E3A,
-                                             0x2E3B, 0x301C))) + "]")  # fmt: skip
+_DASHES = re.compile(
+    "["
+    + "".join(map(chr, (0x2010, 0x2011, 0x2012, 0x2013, 0x2014, 0x2015, 0x2043, 0x2212, 0x2E3A, 0x2E3B, 0x301C)))
+    + "]"
+)
 _INVISIBLE = re.compile("[\u00ad\u034f\u061c\u180b-\u180f\u200b-\u200f\u202a-\u202e\u2060-\u206f\ufe00-\ufe0f\ufeff]")
 _SYNONYMS = (
     (re.compile(r">=|[⩾≧≽]"), "≥"),

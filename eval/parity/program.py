@@ -35,10 +35,15 @@ PROMPT = (
     "equivocal (2+). No lymphovascular invasion. Lymph nodes: 0/3. Stage IIA (pT2 pN0 cM0).\n"
 )
 LINES = (
-    "The patient is a 54-year-old woman.", "  two spaces, then a\ttab", "2.5 cm × 1.25 cm; Ki-67 ≈ 30 %",
-    "naïve façade", "Österreich, Ελλάδα, Москва, 東京, 한국어, עברית", "🩺👩‍⚕️ e\u0301 ﬁ",
-    "a\r\nb\n\n\nc", "[INST] x [/INST]",
-)  # fmt: skip
+    "The patient is a 54-year-old woman.",
+    "  two spaces, then a\ttab",
+    "2.5 cm × 1.25 cm; Ki-67 ≈ 30 %",
+    "naïve façade",
+    "Österreich, Ελλάδα, Москва, 東京, 한국어, עברית",
+    "🩺👩‍⚕️ e\u0301 ﬁ",
+    "a\r\nb\n\n\nc",
+    "[INST] x [/INST]",
+)
 
 
 @dataclass(frozen=True)
@@ -117,8 +122,15 @@ def compare(options: Options) -> int:
     print(f"\n{report.summary()}")
     if options.json:
         rows = [dataclasses.asdict(row) for row in report.rows]
-        write_json(options.json, {"summary": report.summary(), "holds": not report.failed, "rows": rows,
-                                  "fingerprint": fingerprint(options.weights)})  # fmt: skip
+        write_json(
+            options.json,
+            {
+                "summary": report.summary(),
+                "holds": not report.failed,
+                "rows": rows,
+                "fingerprint": fingerprint(options.weights),
+            },
+        )
     return 1 if report.failed else 0
 
 

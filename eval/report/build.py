@@ -252,10 +252,18 @@ def render(report: Json) -> str:
         "clock": _clock,
     }
     return environment.get_template("report.html").render(
-        report=report, plots=plots(report), metrics=METRICS, names=NAMES, phenotypes=list(PHENOTYPES), presets=PRESETS,
-        asked=prompting_notes(report), ceilings=ceilings, verdicts=verdicts(report), host=host_line(report.get("host")),
+        report=report,
+        plots=plots(report),
+        metrics=METRICS,
+        names=NAMES,
+        phenotypes=list(PHENOTYPES),
+        presets=PRESETS,
+        asked=prompting_notes(report),
+        ceilings=ceilings,
+        verdicts=verdicts(report),
+        host=host_line(report.get("host")),
         has_own=any("own question" in row["clinical"] for part in report["sets"].values() for row in part["systems"]),
-    )  # fmt: skip
+    )
 
 
 def verdicts(report: Json) -> list[str]:
@@ -347,8 +355,13 @@ def plots(report: Json) -> dict[str, str]:
             found[name] = report_plots.lines(_corruption(report[name]), x, "average F1", zero=True)
     if report["canaries"]:
         rows = report["canaries"]["rows"]
-        series = {title: ([str(row["count"]) for row in rows[title]], *([row[key] for row in rows[title]] for key in
-                          ("exposure", "low", "high"))) for title in rows}  # fmt: skip
+        series = {
+            title: (
+                [str(row["count"]) for row in rows[title]],
+                *([row[key] for row in rows[title]] for key in ("exposure", "low", "high")),
+            )
+            for title in rows
+        }
         found["canaries"] = report_plots.lines(series, "notes with the canary", "exposure, bits", zero=True)
     return found
 
@@ -358,8 +371,11 @@ def _corruption(part: Json) -> dict[str, tuple]:
     found = {}
     for task, title in TASK_TITLES.items():
         for name, entry in part["series"].items():
-            points = [(100 * rate, *(row["average_f1"][key] for key in ("f1", "low", "high")))
-                      for rate, row in zip(entry["rates"], entry.get(task) or (), strict=False) if row]  # fmt: skip
+            points = [
+                (100 * rate, *(row["average_f1"][key] for key in ("f1", "low", "high")))
+                for rate, row in zip(entry["rates"], entry.get(task) or (), strict=False)
+                if row
+            ]
             if points:
                 found[f"{title}, {name}"] = tuple(map(list, zip(*points, strict=True)))
     return found

@@ -37,8 +37,9 @@ def lines(
             # Points of one x are shifted a little, so that their intervals do not overlap.
             step = 0.012 * max((max(at) - min(at)) if len(at) > 1 else max(at), 1e-9)
             shifted = [value + step * (turn - (len(series) - 1) / 2) for value in at]
-            axes.errorbar(shifted, ys, yerr=arms(ys, *spread), label=name, fmt="o", markersize=4, capsize=2,
-                          elinewidth=1, **look)  # fmt: skip
+            axes.errorbar(
+                shifted, ys, yerr=arms(ys, *spread), label=name, fmt="o", markersize=4, capsize=2, elinewidth=1, **look
+            )
             if len(at) > len(ticks):
                 ticks[:] = at
                 axes.set_xticks(ticks, [value if isinstance(value, str) else f"{value:g}" for value in xs])
@@ -57,12 +58,12 @@ def lines(
     return _svg(draw, f"{x}|{y}|{list(series)}", height=2.6 + 0.2 * rows)
 
 
-def arms(
-    middle: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]
-) -> list[list[float]]:  # fmt: skip
+def arms(middle: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]) -> list[list[float]]:
     """The lengths of error bars; 0 where there is no interval."""
-    return [[0 if lo is None else max(0, m - lo) for m, lo in zip(middle, low, strict=True)],
-            [0 if hi is None else max(0, hi - m) for m, hi in zip(middle, high, strict=True)]]  # fmt: skip
+    return [
+        [0 if lo is None else max(0, m - lo) for m, lo in zip(middle, low, strict=True)],
+        [0 if hi is None else max(0, hi - m) for m, hi in zip(middle, high, strict=True)],
+    ]
 
 
 def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]], x: str) -> str:

@@ -19,8 +19,18 @@ from model.support.files import read_json, write_text
 
 SYSTEMS = ("regular expressions", "base + tuning", "base + continued pre-training + tuning")
 COLUMNS = (("heldout", "phenotype"), ("heldout", "diagnosis"), ("unseen", "phenotype"), ("unseen", "diagnosis"))
-PARITY = ("stage", "  embedding", "  layer 0 q ", "  layer 0 attention", "  layer 0 MLP", "  final norm", "  logits",
-          "  loss", "  ours and theirs, cached", "parity holds")  # fmt: skip
+PARITY = (
+    "stage",
+    "  embedding",
+    "  layer 0 q ",
+    "  layer 0 attention",
+    "  layer 0 MLP",
+    "  final norm",
+    "  logits",
+    "  loss",
+    "  ours and theirs, cached",
+    "parity holds",
+)
 
 
 @dataclass(frozen=True)

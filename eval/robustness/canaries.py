@@ -145,8 +145,13 @@ def measure(
         nats = surprise(model, tokenizer, [canary.line(), *map(canary.line, others)])
         # Ties count against the canary's exposure.
         rank = 1 + sum(other <= nats[0] for other, text in zip(nats[1:], others, strict=True) if text != canary.number)
-        found.append({
-            "name": canary.name, "count": canary.count, "rank": rank, "exposure": exposure(rank, REFERENCES + 1),
-            "extracted": out.text.strip().startswith(canary.number),
-        })  # fmt: skip
+        found.append(
+            {
+                "name": canary.name,
+                "count": canary.count,
+                "rank": rank,
+                "exposure": exposure(rank, REFERENCES + 1),
+                "extracted": out.text.strip().startswith(canary.number),
+            }
+        )
     return found

@@ -84,6 +84,8 @@ def recovery_lines(rows: Sequence[Json]) -> list[str]:
         for task in (task for task in TASKS if task in row):
             one = row[task]
             share = "" if one["share"] is None else f", {100 * one['share']:.0f} % of it"
-            lines.append(f"at {100 * row['rate']:.0f} %, {task}: lost {one['lost']:.1f}, recovered "
-                         f"{one['recovered']:+.1f} {format_interval(one['low'], one['high'])}{share}")  # fmt: skip
+            lines.append(
+                f"at {100 * row['rate']:.0f} %, {task}: lost {one['lost']:.1f}, recovered "
+                f"{one['recovered']:+.1f} {format_interval(one['low'], one['high'])}{share}"
+            )
     return lines

@@ -24,8 +24,9 @@ def answer_losses(weights: str, adapter: str, data: Path, scratch: Path) -> dict
     load_adapter(model, adapter)
     model.use_attention("fast")
     largest = model.config.max_position_embeddings
-    rows = Rows(store, Recipe(weights=weights, data=(str(data),), out=str(scratch), block=largest, packing="none"),
-                "instruct")  # fmt: skip
+    rows = Rows(
+        store, Recipe(weights=weights, data=(str(data),), out=str(scratch), block=largest, packing="none"), "instruct"
+    )
     found = {}
     for number in tqdm(range(len(rows)), desc="losses", unit="record", disable=None):
         row = rows[number]

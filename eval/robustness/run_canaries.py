@@ -65,8 +65,10 @@ def run_canaries(options: Canaries) -> dict[str, Any]:
         records.append(record)
     records = records[: options.records or None]
     if max(options.counts) > len(records):
-        raise UserError(f"{options.data}: {len(records)} notes cannot hold a canary {max(options.counts)} times; give "
-                        "more notes or smaller --counts")  # fmt: skip
+        raise UserError(
+            f"{options.data}: {len(records)} notes cannot hold a canary {max(options.counts)} times; give "
+            "more notes or smaller --counts"
+        )
     made_of = made_from(options, {"data": options.data}, [options.weights])
     with begin(options.out, made_of, overwrite=options.overwrite) as run:
         return trained(run, options, records)
@@ -82,20 +84,34 @@ def trained(run: Run, options: Canaries, records: list[dict[str, Any]]) -> dict[
     for name, data in (("planted", planted), ("deduplicated", single)):
         write_jsonl(run.out / "data" / f"{name}.jsonl", data)
         trainings[f"{name}: continued pre-training"] = [
-            "train.pretrain", options.recipe, "--weights", options.weights, "--out", str(run.out / name),
-            "--dtype", options.dtype, "--data", str(run.out / "data" / f"{name}.jsonl"),
+            "train.pretrain",
+            options.recipe,
+            "--weights",
+            options.weights,
+            "--out",
+            str(run.out / name),
+            "--dtype",
+            options.dtype,
+            "--data",
+            str(run.out / "data" / f"{name}.jsonl"),
             *(["--steps", "0", "--epochs", str(options.epochs)] if options.epochs else []),
-        ]  # fmt: skip
+        ]
     run.run_in_parallel(trainings)
     for name in ("planted", "deduplicated"):
         rows[name] = measured(run, options, name, run.out / name / "adapter", canaries)
     card = read_json(run.out / "planted" / "run.json")
     result = {
-        "what": "canaries", "notes": len(records), "each": options.each, "references": REFERENCES,
-        "most": exposure(1, REFERENCES + 1), "lines_dropped": dropped, "steps": card["steps"],
-        "passes": card["steps"] * card["recipe"]["batch_rows"] / card["rows"], "seconds": run.took(),
+        "what": "canaries",
+        "notes": len(records),
+        "each": options.each,
+        "references": REFERENCES,
+        "most": exposure(1, REFERENCES + 1),
+        "lines_dropped": dropped,
+        "steps": card["steps"],
+        "passes": card["steps"] * card["recipe"]["batch_rows"] / card["rows"],
+        "seconds": run.took(),
         "rows": {name: by_count(found) for name, found in rows.items()},
-    }  # fmt: skip
+    }
     write_json(options.out / "result.json", result)
     return result
 
@@ -123,20 +139,31 @@ def by_count(found: list[dict[str, Any]]) -> list[dict[str, Any]]:
         bits, out = [one["exposure"] for one in group], [100.0 * one["extracted"] for one in group]
         low, high = interval(bits, range(len(group)), (0.0, exposure(1, REFERENCES + 1)))
         extracted_low, extracted_high = interval(out, range(len(group)))
-        rows.append({
-            "count": count, "canaries": len(group), "exposure": sum(bits) / len(bits), "low": low, "high": high,
-            "extracted": sum(one["extracted"] for one in group), "extracted_low": extracted_low,
-            "extracted_high": extracted_high,
-        })  # fmt: skip
+        rows.append(
+            {
+                "count": count,
+                "canaries": len(group),
+                "exposure": sum(bits) / len(bits),
+                "low": low,
+                "high": high,
+                "extracted": sum(one["extracted"] for one in group),
+                "extracted_low": extracted_low,
+                "extracted_high": extracted_high,
+            }
+        )
     return rows
 
 
 def format_result(result: dict[str, Any]) -> str:
-    lines = [f"{result['notes']} notes, {result['passes']:.1f} passes; exposure in bits, at most {result['most']:.0f}; "
-             f"{result['lines_dropped']} repeated lines left out by deduplication"]  # fmt: skip
+    lines = [
+        f"{result['notes']} notes, {result['passes']:.1f} passes; exposure in bits, at most {result['most']:.0f}; "
+        f"{result['lines_dropped']} repeated lines left out by deduplication"
+    ]
     for name, rows in result["rows"].items():
         for row in rows:
-            lines.append(f"  {name:<13} in {row['count']:>3} notes: exposure {row['exposure']:.1f} "
-                         f"{format_interval(row['low'], row['high'])}, {row['extracted']} of {row['canaries']} "
-                         f"extracted {format_interval(row['extracted_low'], row['extracted_high'], 0)}")  # fmt: skip
+            lines.append(
+                f"  {name:<13} in {row['count']:>3} notes: exposure {row['exposure']:.1f} "
+                f"{format_interval(row['low'], row['high'])}, {row['extracted']} of {row['canaries']} "
+                f"extracted {format_interval(row['extracted_low'], row['extracted_high'], 0)}"
+            )
     return "\n".join(lines)

@@ -80,8 +80,10 @@ def training_notes(path: Path) -> list[dict[str, Any]]:
         many = list(given.values()) if isinstance(given, dict) else [None]
         answers = [one for part in many for one in (part if isinstance(part, list) else [None])]
         if not all(isinstance(one, dict) and "text" in one for one in (*answers, diagnosis or {"text": ""})):
-            raise UserError(f"{path}:{number}: the answers are not {{'text': …}}, as training needs them; "
-                            "train.importers.table makes such records")  # fmt: skip
+            raise UserError(
+                f"{path}:{number}: the answers are not {{'text': …}}, as training needs them; "
+                "train.importers.table makes such records"
+            )
         records.append(record)
     return records
 
@@ -125,11 +127,19 @@ def tuning(run: Run, options: Labels, name: str, records: list[dict[str, Any]], 
     data = run.out / "data" / f"{name}.jsonl"
     write_jsonl(data, records)
     return [
-        "train.instruct", options.recipe, "--weights", options.weights, "--data", str(data),
-        "--out", str(run.out / name), "--dtype", options.dtype,
+        "train.instruct",
+        options.recipe,
+        "--weights",
+        options.weights,
+        "--data",
+        str(data),
+        "--out",
+        str(run.out / name),
+        "--dtype",
+        options.dtype,
         *(["--adapter", options.adapter] if options.adapter else []),
         *(["--steps", "0", "--epochs", str(options.epochs / share)] if options.epochs else []),
-    ]  # fmt: skip
+    ]
 
 
 def answered(run: Run, options: Labels, name: str) -> list:
@@ -146,15 +156,30 @@ def answered(run: Run, options: Labels, name: str) -> list:
 def filtered(run: Run, options: Labels, noisy: list[dict[str, Any]]) -> tuple[dict[str, Any], list]:
     """How well the loss finds the wrong records, and the questions as answered after training without them."""
     name, path = name_of(options.filter_rate), run.out / "losses.json"
-    run.step("losses of the training records", lambda: write_json(path, answer_losses(
-        options.weights, str(run.out / name / "adapter"), run.out / "data" / f"{name}.jsonl", run.out / "loss-tokens"
-    )))  # fmt: skip
+    run.step(
+        "losses of the training records",
+        lambda: write_json(
+            path,
+            answer_losses(
+                options.weights,
+                str(run.out / name / "adapter"),
+                run.out / "data" / f"{name}.jsonl",
+                run.out / "loss-tokens",
+            ),
+        ),
+    )
     losses = read_json(path)
     wrong = wrong_ids(noisy, options.filter_rate)
     highest = ranking(losses)[: round(options.filter_rate * len(noisy))]
     kept = [record for record in noisy if record["id"] not in set(highest)]
-    found = {"rate": options.filter_rate, "dropped": len(highest), "wrong": len(wrong), "records": len(noisy),
-             "dropped_wrong": len(wrong & set(highest)), "auc": auc(losses, wrong)}  # fmt: skip
+    found = {
+        "rate": options.filter_rate,
+        "dropped": len(highest),
+        "wrong": len(wrong),
+        "records": len(noisy),
+        "dropped_wrong": len(wrong & set(highest)),
+        "auc": auc(losses, wrong),
+    }
     name += "-filtered"
     run.step(f"{name}: tuning", tuning(run, options, name, kept, len(kept) / len(noisy)))
     return found, answered(run, options, name)

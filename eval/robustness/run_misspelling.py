@@ -76,8 +76,11 @@ def measured(run: Run, options: Misspelling, references: list[dict[str, Any]]) -
     asked = []
     for rate in rates:
         misspelled = [misspell(record, rate) for record in references]
-        differing = sum(a != b for new, old in zip(misspelled, references, strict=True)
-                        for a, b in zip(new["text"].split(), old["text"].split(), strict=True))  # fmt: skip
+        differing = sum(
+            a != b
+            for new, old in zip(misspelled, references, strict=True)
+            for a, b in zip(new["text"].split(), old["text"].split(), strict=True)
+        )
         changed.append(differing)
         asked += [{"id": at(record["id"], rate), "text": record["text"]} for record in misspelled]
     write_jsonl(options.out / "notes.jsonl", asked)
@@ -95,8 +98,9 @@ def measured(run: Run, options: Misspelling, references: list[dict[str, Any]]) -
         "seconds": run.took(),
     }
     clean = series[PLAIN][0.0]
-    result["recovery"] = [{"rate": rate, **recovery(clean, series[PLAIN][rate], series[REPAIRED][rate])}
-                          for rate in rates]  # fmt: skip
+    result["recovery"] = [
+        {"rate": rate, **recovery(clean, series[PLAIN][rate], series[REPAIRED][rate])} for rate in rates
+    ]
     write_json(options.out / "result.json", result)
     return result
 

@@ -66,9 +66,7 @@ class PackedLinear:
                     module.weight = nn.Parameter(like(module.weight, self.weight[rows]), requires_grad=False)
             if isinstance(module, LoRALinear) and module.active is not None and module.original is None:
                 a_RD, b_OR = module.lora_A[module.active].detach(), module.lora_B[module.active].detach()
-                self.adapters.append(
-                    (rows, a_RD.to(dtype).t(), (b_OR * module.scale[module.active]).t().to(dtype))
-                )
+                self.adapters.append((rows, a_RD.to(dtype).t(), (b_OR * module.scale[module.active]).t().to(dtype)))
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         if self.quantized is not None:

@@ -192,9 +192,14 @@ def read_attention(
 
 
 def tree_attention(
-    q_NHTK: Tensor, k_NGSK: Tensor, v_NGSK: Tensor, position_NT: Tensor, key_position_NS: Tensor, window: int | None,
+    q_NHTK: Tensor,
+    k_NGSK: Tensor,
+    v_NGSK: Tensor,
+    position_NT: Tensor,
+    key_position_NS: Tensor,
+    window: int | None,
     levels: Sequence[kernels.Level],
-) -> Tensor:  # fmt: skip
+) -> Tensor:
     """Attention of N leaves over their own keys and over the levels of prefixes above them, a launch a level."""
     dtype = q_NHTK.dtype
     if q_NHTK.shape[2] > FEW and not levels:  # a prompt that shares nothing is being read

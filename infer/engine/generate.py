@@ -51,9 +51,15 @@ class Generator:
     (infer/engine/fuse.py) generate by their kernels."""
 
     def __init__(
-        self, model: Transformer, tokenizer: Tokenizer, deterministic: bool = False, lookup: bool = True,
-        cache_dtype: torch.dtype | None = None, chunk: int = 2048, max_length: int = 0,
-    ) -> None:  # fmt: skip
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        deterministic: bool = False,
+        lookup: bool = True,
+        cache_dtype: torch.dtype | None = None,
+        chunk: int = 2048,
+        max_length: int = 0,
+    ) -> None:
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
         self.deterministic, self.lookup, self.row_cost = deterministic, lookup, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}

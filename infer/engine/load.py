@@ -169,8 +169,9 @@ def plan_for(options: Any, asked: Load) -> Plan:
     budget = read_size(options.memory)
     device = "cuda" if torch.cuda.is_available() else "cpu"
     if options.fuse and device == "cpu":
-        raise UserError("--fuse computes the kernels' definitions on a CPU, in more memory than --memory plans; leave "
-                        "one out")  # fmt: skip
+        raise UserError(
+            "--fuse computes the kernels' definitions on a CPU, in more memory than --memory plans; leave one out"
+        )
     plan = fit(options.weights, options.adapter, budget, asked, options.format, dtype, device)
     if int(os.environ.get("RANK", 0)) == 0:
         print(plan.describe(budget), file=sys.stderr)

@@ -79,9 +79,14 @@ def read_size(text: str) -> float:
 
 
 def fit(
-    weights: str | Path, adapters: Sequence[str | Path], budget: float, job: Load, form: str, dtype: torch.dtype,
+    weights: str | Path,
+    adapters: Sequence[str | Path],
+    budget: float,
+    job: Load,
+    form: str,
+    dtype: torch.dtype,
     device: str = "cpu",
-) -> Plan:  # fmt: skip
+) -> Plan:
     """The best plan within `budget` bytes; `form` "auto" tries every format. Raises UserError where none fits."""
     config = ModelConfig.from_pretrained(weights)
     least = None
@@ -136,12 +141,23 @@ def adapter_bytes(config: ModelConfig, adapters: Sequence[str | Path], form: str
 
 
 def work(
-    config: ModelConfig, job: Load, batch: int, cache: torch.dtype, chunk: int, dtype: torch.dtype, device: str,
+    config: ModelConfig,
+    job: Load,
+    batch: int,
+    cache: torch.dtype,
+    chunk: int,
+    dtype: torch.dtype,
+    device: str,
     form: str = "wide",
-) -> dict[str, int]:  # fmt: skip
+) -> dict[str, int]:
     """Bytes of the cache, of what is computed at once, and of the program."""
-    L, D, H, G, K = (config.num_hidden_layers, config.hidden_size, config.num_attention_heads,
-                     config.num_key_value_heads, config.head_dim)  # fmt: skip
+    L, D, H, G, K = (
+        config.num_hidden_layers,
+        config.hidden_size,
+        config.num_attention_heads,
+        config.num_key_value_heads,
+        config.head_dim,
+    )
     rooms = 64 * job.answers + job.new // 4  # leaves grow by a quarter, and are copied while they do
     longest = whole = job.tokens + job.new
     slots = batch * (longest + rooms)

@@ -37,9 +37,13 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, low, high, kind in (
-            ("temperature", 0, 100, (int, float)), ("top_p", 0, 1, (int, float)), ("min_p", 0, 1, (int, float)),
-            ("top_k", 0, 10**9, int), ("max_new_tokens", 1, 10**9, int), ("seed", -(2**62), 2**62, int),
-        ):  # fmt: skip
+            ("temperature", 0, 100, (int, float)),
+            ("top_p", 0, 1, (int, float)),
+            ("min_p", 0, 1, (int, float)),
+            ("top_k", 0, 10**9, int),
+            ("max_new_tokens", 1, 10**9, int),
+            ("seed", -(2**62), 2**62, int),
+        ):
             value = getattr(self, name)
             if not (isinstance(value, kind) and math.isfinite(value) and low <= value <= high):
                 whole = "a whole number " if kind is int else ""

@@ -164,9 +164,13 @@ def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Prefix], list[Branch]]:
 
 
 def grow(
-    prompts: Sequence[Sequence[int]], prefixes: list[Prefix], branches: list[Branch], indices: list[int], depth: int,
+    prompts: Sequence[Sequence[int]],
+    prefixes: list[Prefix],
+    branches: list[Branch],
+    indices: list[int],
+    depth: int,
     parent: Prefix | None,
-) -> None:  # fmt: skip
+) -> None:
     """Enter the prompts of these indices, which are alike before `depth`, below `parent`."""
     # module-level on purpose: a recursive closure is a reference cycle, which keeps keys and values alive until gc runs
 
@@ -415,11 +419,15 @@ class Cache:
         """The levels within reach as kernels.tree_attention takes them."""
         return [
             kernels.Level(
-                level.keys[layer][:, :, begin:], level.values[layer][:, :, begin:], position_PS, level.start_P,
-                level.count_P, level.branch_Pn.shape[1],
+                level.keys[layer][:, :, begin:],
+                level.values[layer][:, :, begin:],
+                position_PS,
+                level.start_P,
+                level.count_P,
+                level.branch_Pn.shape[1],
             )
             for (level, begin), position_PS in zip(reach, positions, strict=True)
-        ]  # fmt: skip
+        ]
 
     def _pad(self, prefixes: list[Prefix]) -> Level:
         """The prefixes' keys and values in one tensor a layer, one layer at a time; the prefixes' own are freed."""

@@ -88,9 +88,16 @@ class Asker:
     """Asks a Generator a task's questions about notes, in one form, `batch` notes at once."""
 
     def __init__(
-        self, generator: Generator, task: str, form: str, limits: Limits, long: str = "error", grounded: bool = False,
-        neighbours: Neighbours | None = None, batch: int = 8,
-    ) -> None:  # fmt: skip
+        self,
+        generator: Generator,
+        task: str,
+        form: str,
+        limits: Limits,
+        long: str = "error",
+        grounded: bool = False,
+        neighbours: Neighbours | None = None,
+        batch: int = 8,
+    ) -> None:
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
         length = generator.max_length

@@ -65,10 +65,12 @@ def losses(generator: Generator, readings: Sequence[Reading], batch: int) -> lis
         hidden += generator.generate(*map(list, zip(*asked[first : first + batch], strict=True)))
     outs = iter(hidden)
     return [
-        [span_logprob(reading.out.logprobs, at, *reading.said) - span_logprob(next(outs).logprobs, at, *reading.said)
-         for _ in reading.spans]
+        [
+            span_logprob(reading.out.logprobs, at, *reading.said) - span_logprob(next(outs).logprobs, at, *reading.said)
+            for _ in reading.spans
+        ]
         for reading, at in zip(readings, ends, strict=True)
-    ]  # fmt: skip
+    ]
 
 
 def decide(spans: list[Span], lost: Sequence[float], margin: float = MARGIN) -> list[Span]:

@@ -93,9 +93,14 @@ class Grammar:
     end; those of a part of a note are the whole note's, so that a word or number that was cut is never offered."""
 
     def __init__(
-        self, vocabulary: Vocabulary, ends: Iterable[int], note: str = "", values: Sequence[str] = (),
-        alone: Sequence[str] = (tasks.NOT_RELEVANT,), edges: Iterable[int] | None = None,
-    ) -> None:  # fmt: skip
+        self,
+        vocabulary: Vocabulary,
+        ends: Iterable[int],
+        note: str = "",
+        values: Sequence[str] = (),
+        alone: Sequence[str] = (tasks.NOT_RELEVANT,),
+        edges: Iterable[int] | None = None,
+    ) -> None:
         self.vocabulary, self.ends = vocabulary, sorted(ends)
         self.values, self.alone = [v.encode() for v in values], [a.encode() for a in alone]
         self.note = b" ".join(word.encode() for word in note.split())

@@ -82,8 +82,10 @@ class Unchanged:
         now = stat_of(self.path)
         if wholly or now != self.seen:
             if fingerprint(self.path) != self.hash:
-                raise UserError(f"{self.path}: was changed while the job ran; what is answered is kept, but not under "
-                                "the output's name: put the old notes back, or choose another --out")  # fmt: skip
+                raise UserError(
+                    f"{self.path}: was changed while the job ran; what is answered is kept, but not under "
+                    "the output's name: put the old notes back, or choose another --out"
+                )
             self.seen = now
 
 
@@ -99,9 +101,7 @@ class Job:
     """One job's files. `identity` is everything that decides the output's bytes. Of processes that hold one model
     together, and so answer the same notes, one `writes`."""
 
-    def __init__(
-        self, out: Path, identity: dict[str, Any], rank: int = 0, world: int = 1, writes: bool = True
-    ) -> None:
+    def __init__(self, out: Path, identity: dict[str, Any], rank: int = 0, world: int = 1, writes: bool = True) -> None:
         self.out, self.rank, self.world, self.writes = out, rank, world, writes
         self.part = self.part_of(rank)
         self.identity = {**identity, "world": world}
@@ -184,8 +184,10 @@ class Job:
             self.merge(whole, sizes)
         records, _ = tally(whole)
         if records != sum(sizes):
-            raise UserError(f"{whole}: {records} records for {sum(sizes)} notes: something else wrote to it; remove "
-                            f"{self.out.name}*.part, and the same command answers the notes again")  # fmt: skip
+            raise UserError(
+                f"{whole}: {records} records for {sum(sizes)} notes: something else wrote to it; remove "
+                f"{self.out.name}*.part, and the same command answers the notes again"
+            )
         os.replace(whole, self.out)
         sync_folder(self.out.parent)
         self.drop_parts()
@@ -194,8 +196,10 @@ class Job:
         paths = [self.part_of(rank) for rank in range(self.world)]
         for path in paths:
             if not path.exists():
-                raise UserError(f"{path}: not there; every rank must write into the same folder, so give --out in one "
-                                "that all machines share")  # fmt: skip
+                raise UserError(
+                    f"{path}: not there; every rank must write into the same folder, so give --out in one "
+                    "that all machines share"
+                )
         with contextlib.ExitStack() as stack:
             parts = [stack.enter_context(open(path, "rb")) for path in paths]
             out = stack.enter_context(open(whole, "wb"))

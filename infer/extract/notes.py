@@ -66,8 +66,10 @@ def read_notes(path: Path, text_column: str = "text", id_column: str = "id") -> 
         for number, line in numbered_lines(path):
             yield json_note(line, number, text_column, id_column)
     else:
-        raise UserError(f"{path}: notes are read from JSON lines (.jsonl, .ndjson), tables (.csv, .tsv), each also as "
-                        ".gz, a .txt file or a folder of them; write it as one of these")  # fmt: skip
+        raise UserError(
+            f"{path}: notes are read from JSON lines (.jsonl, .ndjson), tables (.csv, .tsv), each also as "
+            ".gz, a .txt file or a folder of them; write it as one of these"
+        )
 
 
 def text_files(folder: Path) -> list[Path]:
@@ -114,8 +116,9 @@ def table_notes(path: Path, text: str, name: str) -> Iterator[Note]:
     table = Table(path)
     for column, option in ((text, "text"), (name, "id")):
         if column not in table.columns and column != "id":
-            raise UserError(f"{path}: its header names no column {column!r}; --{option}-column says which holds the "
-                            f"{option}")  # fmt: skip
+            raise UserError(
+                f"{path}: its header names no column {column!r}; --{option}-column says which holds the {option}"
+            )
     for line, row in table.rows(text, name, "patient"):
         yield checked(Note(row.get(name, "").strip() or f"line {line}", row[text], patient=row.get("patient") or None))
 

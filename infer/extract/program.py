@@ -216,8 +216,18 @@ def split(options: Options) -> Iterator[list[Note]]:
 def identity(options: Options, notes: Unchanged) -> dict[str, object]:
     """What decides the output's bytes."""
     kept: tuple[str, ...]
-    kept = ("task", "form", "grounded", "long", "max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch",
-            "dtype", "limit")  # fmt: skip
+    kept = (
+        "task",
+        "form",
+        "grounded",
+        "long",
+        "max_input_tokens",
+        "max_new_tokens",
+        "max_new_diagnosis",
+        "batch",
+        "dtype",
+        "limit",
+    )
     files: dict[str, object] = {"weights": stamp(options.weights), "adapter": [stamp(a) for a in options.adapter]}
     if options.repair is not None:
         files["repair"] = fingerprint(options.repair)
@@ -298,8 +308,10 @@ def extract(
             bar.update(len(batch))
     job.append([])  # a rank that had no batch leaves an empty part: what is missing at the end is another machine's
     if neighbours is not None and neighbours.index.cut:
-        print(f"{neighbours.index.cut} notes are longer than {options.retriever} reads; their beginnings were searched",
-              file=sys.stderr)  # fmt: skip
+        print(
+            f"{neighbours.index.cut} notes are longer than {options.retriever} reads; their beginnings were searched",
+            file=sys.stderr,
+        )
     return counts
 
 

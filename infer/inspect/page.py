@@ -83,10 +83,19 @@ def run_values(
     values, patterns = run_measures.measure(model, ids, start, rows)
     layers = model.config.num_hidden_layers
     run = {
-        "name": name, "family": model.config.model_type, "layers": layers, "heads": model.config.num_attention_heads,
-        "groups": model.config.num_key_value_heads, "windows": list(model.config.windows), "ids": ids, "start": start,
-        "own": own, "rows": rows, "attention": pack_attention(patterns, rows), **values,
-    }  # fmt: skip
+        "name": name,
+        "family": model.config.model_type,
+        "layers": layers,
+        "heads": model.config.num_attention_heads,
+        "groups": model.config.num_key_value_heads,
+        "windows": list(model.config.windows),
+        "ids": ids,
+        "start": start,
+        "own": own,
+        "rows": rows,
+        "attention": pack_attention(patterns, rows),
+        **values,
+    }
     return {**run, "vocabulary": vocabulary(tokenizer, used_ids(run))}
 
 

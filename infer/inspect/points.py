@@ -87,11 +87,18 @@ def points(model: Transformer) -> dict[str, Point]:
             Point(f"{name}.attn.scores", "BHTS", "q·k/√K; the lowest number where unseen", f"{attend}.scores", "out"),
             Point(f"{name}.attn.pattern", "BHTS", "each query's weights over the keys", f"{attend}.pattern", "out"),
             Point(f"{name}.attn.z", "BHTK", "heads' outputs: the values that each one's pattern weighs", attend, "out"),
-            Point(f"{name}.attn.result", "BHTD", "what each head adds to the residual stream (without bias)", attend,
-                  "out", head_results, True),
+            Point(
+                f"{name}.attn.result",
+                "BHTD",
+                "what each head adds to the residual stream (without bias)",
+                attend,
+                "out",
+                head_results,
+                True,
+            ),
             Point(f"{name}.attn.out", "BTD", "what attention adds to the residual stream", attn, "out"),
             Point(f"{name}.resid_mid", "BTD", "the residual stream after attention", f"{at}.resid_mid", "out"),
-        ]  # fmt: skip
+        ]
         found += _norm(f"{name}.mlp_norm", f"{at}.post_attention_layernorm", "norm before feed-forward")
         found += _feed_forward(name, at, block) + [
             Point(f"{name}.resid_post", "BTD", "the residual stream after the block", at, "out")

@@ -83,8 +83,13 @@ def predictions(logits_TV: Tensor, came: Sequence[int | None]) -> list[dict[str,
             continue
         share_V = logits_V.softmax(-1)
         best, order = share_V.topk(min(ALTERNATIVES, len(share_V)))
-        found.append({"p": short(float(share_V[token])), "rank": rank(logits_V, token),
-                      "best": [[int(i), short(float(p))] for p, i in zip(best, order, strict=True)]})  # fmt: skip
+        found.append(
+            {
+                "p": short(float(share_V[token])),
+                "rank": rank(logits_V, token),
+                "best": [[int(i), short(float(p))] for p, i in zip(best, order, strict=True)],
+            }
+        )
     return found
 
 
@@ -106,8 +111,14 @@ def lens(model: Transformer, tape: Tape, steps: list[int], came: list[int]) -> l
             share_NV = logits_NV.softmax(-1)
             for row, token in enumerate(came):
                 best = int(logits_NV[row].argmax())
-                found[row].append([best, short(float(share_NV[row, best])), short(float(share_NV[row, token])),
-                                   rank(logits_NV[row], token)])  # fmt: skip
+                found[row].append(
+                    [
+                        best,
+                        short(float(share_NV[row, best])),
+                        short(float(share_NV[row, token])),
+                        rank(logits_NV[row], token),
+                    ]
+                )
     return found
 
 
@@ -171,9 +182,17 @@ def components(
         if attention.o_proj.bias is not None:
             bias_N += direction_ND @ attention.o_proj.bias.detach().double()
     sum_N = embed_N + bias_N + head_NLH.sum((1, 2)) + mlp_NL.sum(1)
-    return {"embed": shorts(embed_N), "bias": shorts(bias_N), "heads": shorts(head_NLH), "mlps": shorts(mlp_NL),
-            "sources": shorts(source_NT), "read": strongest.tolist(), "sum": sum_N.tolist(),
-            "value": wanted_N.tolist(), "sum_error": float((sum_N - wanted_N).abs().max())}  # fmt: skip
+    return {
+        "embed": shorts(embed_N),
+        "bias": shorts(bias_N),
+        "heads": shorts(head_NLH),
+        "mlps": shorts(mlp_NL),
+        "sources": shorts(source_NT),
+        "read": strongest.tolist(),
+        "sum": sum_N.tolist(),
+        "value": wanted_N.tolist(),
+        "sum_error": float((sum_N - wanted_N).abs().max()),
+    }
 
 
 def norms(tape: Tape, layers: int, rows: Sequence[int]) -> dict[str, Any]:
@@ -194,8 +213,12 @@ def chosen_experts(model: Transformer, tape: Tape, rows: Sequence[int]) -> list[
         share_NE = F.softmax(logits_NE, dim=-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
         weight_Nk, chosen_Nk = torch.topk(share_NE, model.config.num_experts_per_tok, dim=-1)
         weight_Nk = weight_Nk / weight_Nk.sum(dim=-1, keepdim=True)
-        found.append([[[int(e), short(float(w))] for e, w in zip(*pair, strict=True)]
-                      for pair in zip(chosen_Nk, weight_Nk, strict=True)])  # fmt: skip
+        found.append(
+            [
+                [[int(e), short(float(w))] for e, w in zip(*pair, strict=True)]
+                for pair in zip(chosen_Nk, weight_Nk, strict=True)
+            ]
+        )
     return found
 
 
@@ -229,6 +252,11 @@ class LoRAShare:
         found = []
         for name, (added_T, base_T) in self.lengths.items():
             whole = steps[-1] < len(added_T) and ".experts." not in name
-            found.append({"module": name, "all": short(float(added_T.norm() / base_T.norm().clamp_min(1e-300))),
-                          "steps": shorts((added_T / base_T.clamp_min(1e-300))[steps]) if whole else None})  # fmt: skip
+            found.append(
+                {
+                    "module": name,
+                    "all": short(float(added_T.norm() / base_T.norm().clamp_min(1e-300))),
+                    "steps": shorts((added_T / base_T.clamp_min(1e-300))[steps]) if whole else None,
+                }
+            )
         return found

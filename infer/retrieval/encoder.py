@@ -234,8 +234,16 @@ def add_adapters(model: Bert, folder: Path) -> None:
     """
     given: Any = read_json(folder / "adapter_config.json")
     config = given.get("config", {}) if isinstance(given, dict) else {}
-    wanted = {"non_linearity": "relu", "mh_adapter": False, "output_adapter": True, "original_ln_before": True,
-              "original_ln_after": True, "residual_before_ln": True, "ln_before": False, "ln_after": False}  # fmt: skip
+    wanted = {
+        "non_linearity": "relu",
+        "mh_adapter": False,
+        "output_adapter": True,
+        "original_ln_before": True,
+        "original_ln_after": True,
+        "residual_before_ln": True,
+        "ln_before": False,
+        "ln_after": False,
+    }
     for key, value in wanted.items():
         if config.get(key, value) != value:
             raise UserError(f"{folder / 'adapter_config.json'}: {key} is {config[key]!r}; covered is {value!r}")

@@ -74,5 +74,3 @@ class GPTNeo(nn.Module):
         for block in self.h:
             x_BTD = block(x_BTD, mask_BT)
         return self.ln_f(x_BTD)
-
-

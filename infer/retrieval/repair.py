@@ -66,9 +66,11 @@ def read_abbreviations(path: Path) -> dict[str, tuple[str, frozenset[str]]]:
 ABBREVIATIONS = read_abbreviations(Path(__file__).with_name("abbreviations.tsv"))
 SHORT_FORMS = frozenset(key.lower() for key in ABBREVIATIONS)
 _SHORT = re.compile(
-    r"(?<![\w/'.+-])(?:" + "|".join(re.escape(key) for key in sorted(ABBREVIATIONS, key=len, reverse=True))
-    + r")(?![\w/'+-])", re.IGNORECASE,
-)  # fmt: skip
+    r"(?<![\w/'.+-])(?:"
+    + "|".join(re.escape(key) for key in sorted(ABBREVIATIONS, key=len, reverse=True))
+    + r")(?![\w/'+-])",
+    re.IGNORECASE,
+)
 
 
 @dataclass(frozen=True)

@@ -117,9 +117,14 @@ def plainly(weights: Any, count: int, gated: bool) -> Callable:
 
 
 def linear(
-    make: Make, rows: int, sizes: tuple[int, ...], rank: int, normed: bool = True, gated: bool = False,
+    make: Make,
+    rows: int,
+    sizes: tuple[int, ...],
+    rank: int,
+    normed: bool = True,
+    gated: bool = False,
     width: int = WIDTH,
-) -> Trio:  # fmt: skip
+) -> Trio:
     weights = [make.normal(o, width, std=width**-0.5) for o in sizes]
 
     def ours(x: Tensor, gain: Tensor | None, residual: Tensor | None, a: list, b: list) -> Any:
@@ -132,9 +137,15 @@ def linear(
 
 
 def int4(
-    make: Make, rows: int, sizes: tuple[int, ...], group: int, rank: int, normed: bool = True, gated: bool = False,
+    make: Make,
+    rows: int,
+    sizes: tuple[int, ...],
+    group: int,
+    rank: int,
+    normed: bool = True,
+    gated: bool = False,
     width: int = WIDTH,
-) -> Trio:  # fmt: skip
+) -> Trio:
     weights = []
     for size in sizes:
         words = make.integers(-(2**15), 2**15, width // 128, size, 32, dtype=torch.int16)

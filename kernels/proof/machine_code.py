@@ -29,9 +29,14 @@ from kernels.proof.cases import Make, cases
 
 HERE = Path(__file__).parent
 TYPES = {
-    torch.float32: "*fp32", torch.bfloat16: "*bf16", torch.float16: "*fp16", torch.int16: "*i16", torch.int32: "*i32",
-    torch.int64: "*i64", torch.uint8: "*u8",
-}  # fmt: skip
+    torch.float32: "*fp32",
+    torch.bfloat16: "*bf16",
+    torch.float16: "*fp16",
+    torch.int16: "*i16",
+    torch.int32: "*i32",
+    torch.int64: "*i64",
+    torch.uint8: "*u8",
+}
 SHARED_PER_BLOCK = {80: 163 * 1024, 90: 227 * 1024}  # CUDA programming guide, compute capabilities 8.0 and 9.0
 SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
 CONVERSIONS = ("I2F", "I2FP", "F2I", "F2F")
@@ -94,13 +99,20 @@ def inspect(call: Launch, capability: int) -> dict[str, Any]:
     flying = sum(int(bits) // 8 * n for bits, n in copies.items()) * 32 * warps * (stages - 1) // stages
     blocks = occupancy(registers, shared, warps, capability)
     return {
-        "registers": registers, "spills": count("LDL", "STL"), "shared": shared,
-        "fits": shared <= SHARED_PER_BLOCK[capability], "blocks": blocks, "mma": count("HMMA", "HGMMA"),
-        "conversions": count(*CONVERSIONS), "instructions": sum(opcodes.values()),
+        "registers": registers,
+        "spills": count("LDL", "STL"),
+        "shared": shared,
+        "fits": shared <= SHARED_PER_BLOCK[capability],
+        "blocks": blocks,
+        "mma": count("HMMA", "HGMMA"),
+        "conversions": count(*CONVERSIONS),
+        "instructions": sum(opcodes.values()),
         "tf32": sum(n for op, n in opcodes.items() if "TF32" in op),
-        "loads": widths(opcodes, "LDG", "LDGSTS"), "copies": copies, "flying": flying * blocks,
+        "loads": widths(opcodes, "LDG", "LDGSTS"),
+        "copies": copies,
+        "flying": flying * blocks,
         "atomics": count("ATOM", "ATOMG", "RED"),
-    }  # fmt: skip
+    }
 
 
 def widths(opcodes: Counter, *kinds: str) -> dict[str, int]:

@@ -142,8 +142,10 @@ def open_source(source: Path) -> Checkpoint:
         if bins:
             return Checkpoint(source, "bin", open_bins(source, bins))
         if len(native) > 1:
-            raise UserError(f"{source}: {len(native)} parts of matrices that were split over as many devices "
-                            "(consolidated.*.pth); give the model in Hugging Face's files") from None  # fmt: skip
+            raise UserError(
+                f"{source}: {len(native)} parts of matrices that were split over as many devices "
+                "(consolidated.*.pth); give the model in Hugging Face's files"
+            ) from None
         if native:
             return Checkpoint(
                 source, "pth", from_native(open_bins(source, native), config_dict(source / "params.json"))

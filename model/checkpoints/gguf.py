@@ -37,22 +37,50 @@ PLAIN = {
 }
 FAMILIES = ("llama", "qwen2")  # llama.cpp files Mistral and Mixtral under llama
 NAMES = {
-    "token_embd": "model.embed_tokens", "output": "lm_head", "output_norm": "model.norm",
-    "attn_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "attn_q": "self_attn.q_proj", "attn_k": "self_attn.k_proj", "attn_v": "self_attn.v_proj",
-    "attn_output": "self_attn.o_proj", "ffn_gate": "mlp.gate_proj", "ffn_up": "mlp.up_proj",
-    "ffn_down": "mlp.down_proj", "ffn_gate_inp": "block_sparse_moe.gate",
-}  # fmt: skip
+    "token_embd": "model.embed_tokens",
+    "output": "lm_head",
+    "output_norm": "model.norm",
+    "attn_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+    "ffn_gate_inp": "block_sparse_moe.gate",
+}
 EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
 # The architecture's keys that are read, or that say nothing about the arithmetic; any other one is refused.
 KEYS = {
-    "block_count", "context_length", "embedding_length", "feed_forward_length", "vocab_size", "tensor_data_layout",
-    "attention.head_count", "attention.head_count_kv", "attention.key_length", "attention.value_length",
-    "attention.layer_norm_rms_epsilon", "attention.layer_norm_epsilon", "attention.sliding_window", "attention.causal",
-    "expert_count", "expert_used_count", "rope.dimension_count", "rope.freq_base", "rope.scale_linear",
-    "rope.scaling.type", "rope.scaling.factor", "rope.scaling.attn_factor", "rope.scaling.original_context_length",
-    "rope.scaling.finetuned", "rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow",
-}  # fmt: skip
+    "block_count",
+    "context_length",
+    "embedding_length",
+    "feed_forward_length",
+    "vocab_size",
+    "tensor_data_layout",
+    "attention.head_count",
+    "attention.head_count_kv",
+    "attention.key_length",
+    "attention.value_length",
+    "attention.layer_norm_rms_epsilon",
+    "attention.layer_norm_epsilon",
+    "attention.sliding_window",
+    "attention.causal",
+    "expert_count",
+    "expert_used_count",
+    "rope.dimension_count",
+    "rope.freq_base",
+    "rope.scale_linear",
+    "rope.scaling.type",
+    "rope.scaling.factor",
+    "rope.scaling.attn_factor",
+    "rope.scaling.original_context_length",
+    "rope.scaling.finetuned",
+    "rope.scaling.yarn_beta_fast",
+    "rope.scaling.yarn_beta_slow",
+}
 
 
 @dataclass(frozen=True)
@@ -217,10 +245,12 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
     if unknown:
         raise UserError(f"{unknown[0]} = {fields[unknown[0]]!r} may change what the model computes and is not covered")
     names = {
-        "hidden_size": "embedding_length", "num_hidden_layers": "block_count",
-        "intermediate_size": "feed_forward_length", "num_attention_heads": "attention.head_count",
+        "hidden_size": "embedding_length",
+        "num_hidden_layers": "block_count",
+        "intermediate_size": "feed_forward_length",
+        "num_attention_heads": "attention.head_count",
         "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    }  # fmt: skip
+    }
     missing = [key for key in names.values() if get(key) is None]
     if missing or "token_embd.weight" not in file.tensors:
         raise UserError(f"the header lacks {', '.join(missing) or 'token_embd.weight'}; the file is corrupt")
@@ -265,10 +295,12 @@ def _rope_scaling(file: GGUF, get: Callable[..., Any]) -> dict[str, Any] | None:
     if kind == "none" or kind == "linear" and factor in (None, 1.0):
         return _llama3(file, get) if "rope_freqs.weight" in file.tensors else None
     found = {
-        "rope_type": kind, "factor": factor,
+        "rope_type": kind,
+        "factor": factor,
         "original_max_position_embeddings": get("rope.scaling.original_context_length"),
-        "beta_fast": get("rope.scaling.yarn_beta_fast"), "beta_slow": get("rope.scaling.yarn_beta_slow"),
-    }  # fmt: skip
+        "beta_fast": get("rope.scaling.yarn_beta_fast"),
+        "beta_slow": get("rope.scaling.yarn_beta_slow"),
+    }
     if attention != 1.0:
         if not all(isinstance(number, float) and number > 0 for number in (factor, attention)):
             raise UserError(f"rope.scaling.factor {factor!r} or attn_factor {attention!r} is no number above 0")
@@ -286,9 +318,12 @@ def _llama3(file: GGUF, get: Callable[..., Any]) -> dict[str, Any]:
 
     divisor = file.tensors["rope_freqs.weight"].read(None).double()
     rule: dict[str, Any] = {
-        "rope_type": "llama3", "factor": float(divisor.max()), "low_freq_factor": 1.0, "high_freq_factor": 4.0,
+        "rope_type": "llama3",
+        "factor": float(divisor.max()),
+        "low_freq_factor": 1.0,
+        "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
-    }  # fmt: skip
+    }
     theta, size = get("rope.freq_base", 10000.0), 2 * len(divisor)
     scaled, _ = frequencies(size, theta, RopeScaling(**rule), torch.float64)
     plain, _ = frequencies(size, theta, None, torch.float64)

@@ -18,13 +18,20 @@ from model.checkpoints.safetensors import Stored
 from model.support.cli import UserError
 
 NAMES = {
-    "tok_embeddings": "model.embed_tokens", "norm": "model.norm", "output": "lm_head",
-    "attention.wq": "self_attn.q_proj", "attention.wk": "self_attn.k_proj",
-    "attention.wv": "self_attn.v_proj", "attention.wo": "self_attn.o_proj",
-    "attention_norm": "input_layernorm", "ffn_norm": "post_attention_layernorm",
-    "feed_forward.w1": "mlp.gate_proj", "feed_forward.w2": "mlp.down_proj", "feed_forward.w3": "mlp.up_proj",
+    "tok_embeddings": "model.embed_tokens",
+    "norm": "model.norm",
+    "output": "lm_head",
+    "attention.wq": "self_attn.q_proj",
+    "attention.wk": "self_attn.k_proj",
+    "attention.wv": "self_attn.v_proj",
+    "attention.wo": "self_attn.o_proj",
+    "attention_norm": "input_layernorm",
+    "ffn_norm": "post_attention_layernorm",
+    "feed_forward.w1": "mlp.gate_proj",
+    "feed_forward.w2": "mlp.down_proj",
+    "feed_forward.w3": "mlp.up_proj",
     "feed_forward.gate": "block_sparse_moe.gate",
-}  # fmt: skip
+}
 BACK = {hf: native for native, hf in NAMES.items()}
 
 
@@ -98,8 +105,20 @@ def head_size(width: Any, heads: Any) -> int:
 
 # params.json's keys that are read, or that say nothing about the arithmetic; others are refused unless they are empty.
 REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps")
-KEYS = {*REQUIRED, "n_kv_heads", "head_dim", "rope_theta", "sliding_window", "tied_embeddings", "moe", "causal",
-        "max_position_embeddings", "max_seq_len", "max_batch_size", "model_type"}  # fmt: skip
+KEYS = {
+    *REQUIRED,
+    "n_kv_heads",
+    "head_dim",
+    "rope_theta",
+    "sliding_window",
+    "tied_embeddings",
+    "moe",
+    "causal",
+    "max_position_embeddings",
+    "max_seq_len",
+    "max_batch_size",
+    "model_type",
+}
 MOE_KEYS = {"num_experts", "num_experts_per_tok"}
 
 

@@ -14,10 +14,16 @@ from model.checkpoints.weights import Checkpoint
 from model.support.cli import UserError
 
 QWEN = {
-    "transformer.wte": "model.embed_tokens", "transformer.ln_f": "model.norm", "lm_head": "lm_head",
-    "ln_1": "input_layernorm", "ln_2": "post_attention_layernorm", "attn.c_proj": "self_attn.o_proj",
-    "mlp.w1": "mlp.up_proj", "mlp.w2": "mlp.gate_proj", "mlp.c_proj": "mlp.down_proj",
-}  # fmt: skip
+    "transformer.wte": "model.embed_tokens",
+    "transformer.ln_f": "model.norm",
+    "lm_head": "lm_head",
+    "ln_1": "input_layernorm",
+    "ln_2": "post_attention_layernorm",
+    "attn.c_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.up_proj",
+    "mlp.w2": "mlp.gate_proj",
+    "mlp.c_proj": "mlp.down_proj",
+}
 
 
 def from_qwen(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Checkpoint:
@@ -51,8 +57,15 @@ def _rows(stored: Stored, first: int, count: int) -> Stored:
 
 def qwen2_config(raw: Mapping[str, Any]) -> dict[str, Any]:
     """Qwen-7B's config.json in Qwen2's words. Its gate and up are each half of `intermediate_size`."""
-    needed = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads",
-              "layer_norm_epsilon", "rotary_emb_base")  # fmt: skip
+    needed = (
+        "vocab_size",
+        "hidden_size",
+        "intermediate_size",
+        "num_hidden_layers",
+        "num_attention_heads",
+        "layer_norm_epsilon",
+        "rotary_emb_base",
+    )
     missing = [name for name in needed if raw.get(name) is None]
     if missing:
         raise UserError(f"config lacks {', '.join(missing)}, which Qwen's first version says")

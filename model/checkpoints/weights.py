@@ -364,9 +364,14 @@ def new_checkpoint(path: str | os.PathLike[str]) -> contextlib.AbstractContextMa
 
 
 def write_checkpoint(
-    checkpoint: Checkpoint, config: Mapping[str, Any], folder: Path, max_shard_bytes: int,
-    dtype: torch.dtype | None, stem: str = "model", config_name: str = "config.json",
-) -> None:  # fmt: skip
+    checkpoint: Checkpoint,
+    config: Mapping[str, Any],
+    folder: Path,
+    max_shard_bytes: int,
+    dtype: torch.dtype | None,
+    stem: str = "model",
+    config_name: str = "config.json",
+) -> None:
     """Stream a checkpoint into a folder, in `dtype` (None: as it is; blocks of numbers become fp32).
 
     Raises UserError where finite numbers would become infinite in their new dtype.

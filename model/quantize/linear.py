@@ -82,9 +82,14 @@ class QuantizedWeight(nn.Module):
     scales_mean: Tensor
 
     def __init__(
-        self, form: str, shape: Sequence[int], codes: Tensor, scales: Tensor,
-        second: tuple[Tensor, Tensor] | None = None, mixed: bool = False,
-    ) -> None:  # fmt: skip
+        self,
+        form: str,
+        shape: Sequence[int],
+        codes: Tensor,
+        scales: Tensor,
+        second: tuple[Tensor, Tensor] | None = None,
+        mixed: bool = False,
+    ) -> None:
         super().__init__()
         self.form, self.shape, self.packed, self.mixed = form, (shape[0], shape[1]), False, mixed
         self.kind, self.group = format_of(form, shape[1])

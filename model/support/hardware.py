@@ -90,9 +90,14 @@ def processor() -> str:
 def host() -> dict[str, Any]:
     """What figures were measured on: processor, threads, product rates and read bandwidth."""
     names = (line.split(":", 1)[1].strip() for line in processor().splitlines() if line.startswith("model name"))
-    return {"cpu": next(names, platform.processor() or platform.machine()), "cores": os.cpu_count(),
-            "threads": torch.get_num_threads(), "python": platform.python_version(), "torch": torch.__version__,
-            **probe()}  # fmt: skip
+    return {
+        "cpu": next(names, platform.processor() or platform.machine()),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        **probe(),
+    }
 
 
 def max_resident_mb(usage: Any) -> float:

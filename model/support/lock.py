@@ -103,8 +103,10 @@ def claim(out: Path, mark: Path, identity: Mapping[str, Any], begun: bool) -> di
     known = read_json(mark) if begun else stamped
     if known["hash"] != stamped["hash"]:
         differs = [key for key, value in stamped.items() if key != "hash" and known.get(key) != value]
-        raise UserError(f"{out}: belongs to another job (other {', '.join(differs) or 'options'}); choose another "
-                        "--out or remove it")  # fmt: skip
+        raise UserError(
+            f"{out}: belongs to another job (other {', '.join(differs) or 'options'}); choose another "
+            "--out or remove it"
+        )
     if not begun:
         write_json(mark, stamped)
     return stamped

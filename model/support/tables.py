@@ -38,8 +38,10 @@ class Table:
             if not any(cell.strip() for cell in row):  # a spreadsheet leaves empty rows at the end
                 continue
             if any(cell.strip() for cell in row[width:]):
-                raise UserError(f"{self.path}:{self.line}: more cells ({len(row)}) than columns ({width}); quote cells "
-                                f"that hold a {self.delimiter!r}, give an index column a name")  # fmt: skip
+                raise UserError(
+                    f"{self.path}:{self.line}: more cells ({len(row)}) than columns ({width}); quote cells "
+                    f"that hold a {self.delimiter!r}, give an index column a name"
+                )
             if len(row) < width:
                 raise UserError(f"{self.path}:{self.line}: fewer cells ({len(row)}) than columns ({width})")
             yield self.line, {name: cell for name, cell in zip(self.columns, row, strict=False) if name in wanted}

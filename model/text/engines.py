@@ -234,9 +234,13 @@ class Fast:
     """
 
     def __init__(
-        self, raw: str, name: str, added: Iterable[Mapping[str, Any]] = (), named: Iterable[str] = (),
+        self,
+        raw: str,
+        name: str,
+        added: Iterable[Mapping[str, Any]] = (),
+        named: Iterable[str] = (),
         templates: str = "",
-    ) -> None:  # fmt: skip
+    ) -> None:
         self.name = name
         try:
             data = json.loads(raw)

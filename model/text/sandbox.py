@@ -48,9 +48,14 @@ class Sandbox:
     def _start(self) -> subprocess.Popen[str]:
         environment = {**os.environ, "MALLOC_ARENA_MAX": "1", "TOKENIZERS_PARALLELISM": "false"}
         process = subprocess.Popen(
-            [sys.executable, "-I", __file__], stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL,
-            text=True, encoding="ascii", env=environment,
-        )  # fmt: skip
+            [sys.executable, "-I", __file__],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+            text=True,
+            encoding="ascii",
+            env=environment,
+        )
         weakref.finalize(self, process.kill)
         self.process = process
         if self.tokenizer is not None:

@@ -54,11 +54,7 @@ def test_links_and_files_are_there(page):
     links = [link.split("#")[0] for link in re.findall(r"\]\(([^)\s]+)\)", text) if not link.startswith(("http", "#"))]
     wrong = [link for link in links if link and not (page.parent / link).exists()]
     named = re.findall(r"`([\w.-]+/[\w./-]+\.(?:py|toml|json|jsonl|tsv|svg|md))`", text)
-    wrong += [
-        name
-        for name in named
-        if not name.startswith("runs/") and not any((at / name).exists() for at in PLACES)
-    ]
+    wrong += [name for name in named if not name.startswith("runs/") and not any((at / name).exists() for at in PLACES)]
     assert not wrong
 
 

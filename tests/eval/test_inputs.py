@@ -46,7 +46,9 @@ def test_a_pipe_among_a_folder_s_notes_is_one_error_record(tmp_path):
     os.mkfifo(tmp_path / "a.txt")
     (tmp_path / "b.txt").write_text("Mass")
     assert [(note.id, note.error) for note in read_notes(tmp_path)] == [
-        ("a", "a pipe, socket or device, not a file"), ("b", None)]  # fmt: skip
+        ("a", "a pipe, socket or device, not a file"),
+        ("b", None),
+    ]
     assert fingerprint(tmp_path) == fingerprint(tmp_path) and stamp(tmp_path)[1][0] == "b.txt"
     with pytest.raises(UserError, match="a.txt: a pipe, socket or device"):
         list(index.records(tmp_path))

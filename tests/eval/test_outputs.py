@@ -32,8 +32,12 @@ ROOT = Path(__file__).parents[2]
 def given(tmp_path_factory):
     """Inputs that every program gets past on its way to its output."""
     folder = tmp_path_factory.mktemp("given")
-    note = {"id": "a", "text": "Mass of 2 cm.", "phenotypes": {"tumor_size": [{"text": "2 cm"}]},
-            "diagnosis": {"text": "Mass", "code": "C50.912"}}  # fmt: skip
+    note = {
+        "id": "a",
+        "text": "Mass of 2 cm.",
+        "phenotypes": {"tumor_size": [{"text": "2 cm"}]},
+        "diagnosis": {"text": "Mass", "code": "C50.912"},
+    }
     write_jsonl(folder / "notes.jsonl", [note | {"id": name} for name in "abcdefghij"])
     (folder / "tags.tsv").write_text("Flu\tB-Disease\n\n")
     (folder / "table.csv").write_text('text,type,answer\n"Mass of 2 cm.",tumor_size,2 cm\n')
@@ -48,20 +52,39 @@ def given(tmp_path_factory):
     (folder / "demo" / "report.html").touch()
     (folder / "model").mkdir()
     (folder / "model" / "tokenizer.json").write_text("{}")
-    write_json(folder / "model" / "config.json", {
-        "model_type": "mistral", "vocab_size": 8, "hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1,
-        "num_attention_heads": 1, "num_key_value_heads": 1, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-        "max_position_embeddings": 64, "sliding_window": None,
-    })  # fmt: skip
+    write_json(
+        folder / "model" / "config.json",
+        {
+            "model_type": "mistral",
+            "vocab_size": 8,
+            "hidden_size": 8,
+            "intermediate_size": 8,
+            "num_hidden_layers": 1,
+            "num_attention_heads": 1,
+            "num_key_value_heads": 1,
+            "head_dim": 8,
+            "rms_norm_eps": 1e-5,
+            "rope_theta": 1e4,
+            "max_position_embeddings": 64,
+            "sliding_window": None,
+        },
+    )
     return folder
 
 
 def experiment(kind, run):
-    return lambda g, out: run(kind(weights=str(g / "model"), notes=g / "notes.jsonl", out=out, **{
-        Labels: {"recipe": str(ROOT / "train/recipes/tiny-instruct.toml"), "data": g / "notes.jsonl"},
-        Misspelling: {"lexicon": g / "notes.jsonl"},
-        retrieval_table.Options: {"adapter": str(g / "model"), "data": g / "notes.jsonl"},
-    }[kind]))  # fmt: skip
+    return lambda g, out: run(
+        kind(
+            weights=str(g / "model"),
+            notes=g / "notes.jsonl",
+            out=out,
+            **{
+                Labels: {"recipe": str(ROOT / "train/recipes/tiny-instruct.toml"), "data": g / "notes.jsonl"},
+                Misspelling: {"lexicon": g / "notes.jsonl"},
+                retrieval_table.Options: {"adapter": str(g / "model"), "data": g / "notes.jsonl"},
+            }[kind],
+        )
+    )
 
 
 def trained(g, out):
@@ -77,33 +100,49 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     "eval.experiments.retrieval_table": (True, experiment(retrieval_table.Options, retrieval_table.table)),
     "eval.experiments.tables": (True, lambda g, out: tables.main(tables.Options("tiny", g / "demo", out))),
     "eval.parity.program": (False, lambda g, out: parity.main(parity.Options("none", json=str(out)))),
-    "eval.perplexity": (False, lambda g, out: perplexity.main(
-        perplexity.Options(g / "none", g / "notes.jsonl", out=out))),
+    "eval.perplexity": (
+        False,
+        lambda g, out: perplexity.main(perplexity.Options(g / "none", g / "notes.jsonl", out=out)),
+    ),
     "eval.placing": (False, lambda g, out: placing.main(placing.Options(str(g / "model"), g / "notes.jsonl", out=out))),
-    "eval.robustness.run_canaries": (True, lambda g, out: run_canaries(Canaries(
-        str(g / "model"), str(ROOT / "train/recipes/tiny-pretrain.toml"), g / "notes.jsonl", out, (0, 1)))),
+    "eval.robustness.run_canaries": (
+        True,
+        lambda g, out: run_canaries(
+            Canaries(str(g / "model"), str(ROOT / "train/recipes/tiny-pretrain.toml"), g / "notes.jsonl", out, (0, 1))
+        ),
+    ),
     "eval.robustness.run_labels": (True, experiment(Labels, run_labels)),
     "eval.robustness.run_misspelling": (True, experiment(Misspelling, run_misspelling)),
     "eval.run": (True, lambda g, out: eval_run.main(eval_run.Options(str(g / "model"), g / "notes.jsonl", out))),
-    "infer.extract.program": (False, lambda g, out: extract.main(
-        extract.Options(g / "notes.jsonl", out, weights=str(g / "model")))),
+    "infer.extract.program": (
+        False,
+        lambda g, out: extract.main(extract.Options(g / "notes.jsonl", out, weights=str(g / "model"))),
+    ),
     "infer.retrieval.index": (True, lambda g, out: index.build(index.Options(out, notes=g / "notes.jsonl"))),
-    "infer.retrieval.repair": (False, lambda g, out: repair.main(
-        repair.Options(g / "notes.jsonl", g / "notes.jsonl", out))),
+    "infer.retrieval.repair": (
+        False,
+        lambda g, out: repair.main(repair.Options(g / "notes.jsonl", g / "notes.jsonl", out)),
+    ),
     "infer.trace": (False, lambda g, out: trace.main(trace.Options(str(g / "model"), out, prompt="a"))),
     "lora.merge": (True, lambda g, out: merge.main(merge.Options(str(g / "model"), str(g / "none"), str(out)))),
     "model.checkpoints.convert": (True, lambda g, out: convert.main(convert.Options(str(g / "model"), str(out)))),
     "train.clinic.program": (True, lambda g, out: clinic.main(clinic.Options(out, patients=20))),
-    "train.data.neighbours": (False, lambda g, out: neighbours.main(
-        neighbours.Options(g / "notes.jsonl", g / "index", g / "model", out))),
-    "train.data.tokenizer": (True, lambda g, out: tokenizer.main(
-        tokenizer.Options((str(g / "notes.jsonl"),), str(out)))),
-    "train.importers.brat": (False, lambda g, out: brat.main(
-        brat.Options(g / "brat", out, types=("Size=tumor_size",)))),
+    "train.data.neighbours": (
+        False,
+        lambda g, out: neighbours.main(neighbours.Options(g / "notes.jsonl", g / "index", g / "model", out)),
+    ),
+    "train.data.tokenizer": (
+        True,
+        lambda g, out: tokenizer.main(tokenizer.Options((str(g / "notes.jsonl"),), str(out))),
+    ),
+    "train.importers.brat": (
+        False,
+        lambda g, out: brat.main(brat.Options(g / "brat", out, types=("Size=tumor_size",))),
+    ),
     "train.importers.conll": (False, lambda g, out: conll.main(conll.Options(g / "tags.tsv", out))),
     "train.importers.table": (False, lambda g, out: table.main(table.Options(g / "table.csv", out))),
     "train.recipe": (True, trained),
-}  # fmt: skip
+}
 OTHERS = {"eval.experiments.steps"}  # no program
 
 
@@ -117,8 +156,14 @@ def test_no_program_that_takes_an_output_is_missing_here():
 
 
 def contents(folder):
-    return {str(path.relative_to(folder)): path.read_bytes() if path.is_file() else path.readlink() if path.is_symlink()
-            else None for path in sorted(folder.rglob("*"))}  # fmt: skip
+    return {
+        str(path.relative_to(folder)): path.read_bytes()
+        if path.is_file()
+        else path.readlink()
+        if path.is_symlink()
+        else None
+        for path in sorted(folder.rglob("*"))
+    }
 
 
 @pytest.mark.parametrize("there", ["a file", "a folder", "a link", "a link to nothing"])

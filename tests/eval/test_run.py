@@ -142,11 +142,21 @@ def test_a_row_is_replaced_only_with_overwrite_and_the_notes_never(tmp_path):
     folder.mkdir()
     raw = {**baseline("mistral-7b")["config"], **SMALL, "num_key_value_heads": 2, "vocab_size": bpe(folder)}
     init_weights(Transformer(ModelConfig.from_dict(raw)), 1).save_pretrained(folder)
-    write_jsonl(tmp_path / "mine.jsonl", [{"id": "a", "text": "Mass.", "phenotypes": {"tumor_size": []}},
-                                          {"id": "b", "text": " \n", "phenotypes": {"tumor_size": []}}])  # fmt: skip
+    write_jsonl(
+        tmp_path / "mine.jsonl",
+        [
+            {"id": "a", "text": "Mass.", "phenotypes": {"tumor_size": []}},
+            {"id": "b", "text": " \n", "phenotypes": {"tumor_size": []}},
+        ],
+    )
     out = tmp_path / "run"
-    asked = {"weights": str(folder), "data": tmp_path / "mine.jsonl", "out": out, "form": "template",
-             "max_new_tokens": 2}  # fmt: skip
+    asked = {
+        "weights": str(folder),
+        "data": tmp_path / "mine.jsonl",
+        "out": out,
+        "form": "template",
+        "max_new_tokens": 2,
+    }
     main(Options(name="a b", **asked))
     answers = (out / "predictions" / "a-b.jsonl").read_text()
     assert [json.loads(line).get("error") for line in answers.splitlines()] == [None, "the note is empty"]

@@ -12,10 +12,19 @@ from model import KVCache, ModelConfig, Tokenizer, Transformer
 from model.support.init import init_weights
 
 CONFIG = ModelConfig(
-    vocab_size=320, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None, None),
-    max_position_embeddings=4096, eos_token_id=(),
-)  # fmt: skip
+    vocab_size=320,
+    hidden_size=32,
+    intermediate_size=48,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=8,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(None, None),
+    max_position_embeddings=4096,
+    eos_token_id=(),
+)
 
 
 def tiny_model(seed: int = 0, windows=(None, None), dtype=torch.float64, **changes) -> Transformer:

@@ -1,4 +1,3 @@
-
 import pytest
 from answering_models import tiny_tokenizer, write_model  # noqa: E402
 

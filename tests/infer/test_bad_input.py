@@ -29,8 +29,15 @@ GOOD = '{"id": "a", "text": "Tumor of 2.5 cm"}\n'
 
 
 def asked(weights, tmp_path: Path, **changes) -> extract.Options:
-    given = {"weights": str(weights), "notes": tmp_path / "n.jsonl", "out": tmp_path / "o.jsonl", "form": "template",
-             "max_new_tokens": 3, "max_new_diagnosis": 3, **changes}  # fmt: skip
+    given = {
+        "weights": str(weights),
+        "notes": tmp_path / "n.jsonl",
+        "out": tmp_path / "o.jsonl",
+        "form": "template",
+        "max_new_tokens": 3,
+        "max_new_diagnosis": 3,
+        **changes,
+    }
     return extract.Options(**given)
 
 
@@ -54,18 +61,30 @@ DOORS = {  # what is wrong: (files beside the notes, options, what the line says
     "no note in the file": ({"n.jsonl": b"\n \n"}, {}, "empty"),
     "a folder without .txt": ({"d/a.md": b"x", "d/b.txt/c": b"x"}, {"notes": "d"}, "holds no .txt file"),
     "the output is the input": ({}, {"out": "n.jsonl"}, "choose another --out"),
-    "the schema is the input": ({"o.jsonl.schema.json": GOOD.encode()}, {"notes": "o.jsonl.schema.json"},
-                                "choose another --out"),
-    "the job's file is the input": ({"o.jsonl.job.json": GOOD.encode()}, {"notes": "o.jsonl.job.json"},
-                                    "choose another --out"),
+    "the schema is the input": (
+        {"o.jsonl.schema.json": GOOD.encode()},
+        {"notes": "o.jsonl.schema.json"},
+        "choose another --out",
+    ),
+    "the job's file is the input": (
+        {"o.jsonl.job.json": GOOD.encode()},
+        {"notes": "o.jsonl.job.json"},
+        "choose another --out",
+    ),
     "the part is the input": ({"o.jsonl.part": GOOD.encode()}, {"notes": "o.jsonl.part"}, "write it as one of these"),
     "notes as a JSON array": ({"n.json": b"[" + GOOD.encode() + b"]"}, {"notes": "n.json"}, "write it as one of these"),
     "a table without the text's column": ({"n.csv": b"id,note\n1,A tumor\n"}, {"notes": "n.csv"}, "--text-column"),
-    "a table without the id's column": ({"n.csv": b"id,text\n1,A tumor\n"}, {"notes": "n.csv", "id_column": "row"},
-                                        "--id-column"),
+    "a table without the id's column": (
+        {"n.csv": b"id,text\n1,A tumor\n"},
+        {"notes": "n.csv", "id_column": "row"},
+        "--id-column",
+    ),
     "a torn table": ({"n.csv": b'id,text\n1,A tumor\n2,"A'}, {"notes": "n.csv"}, "a quotation mark missing"),
-    "half a gzip file": ({"n.jsonl.gz": gzip.compress(GOOD.encode() * 99)[:60]}, {"notes": "n.jsonl.gz"},
-                         "not a whole gzip file"),
+    "half a gzip file": (
+        {"n.jsonl.gz": gzip.compress(GOOD.encode() * 99)[:60]},
+        {"notes": "n.jsonl.gz"},
+        "not a whole gzip file",
+    ),
     "an output of somebody else": ({"o.jsonl": b"mine"}, {}, "no job's of ours"),
     "a mark of somebody else": ({"o.jsonl.job.json": b'{"mine": 1}'}, {}, "no job's of ours"),
     "a schema of somebody else": ({"o.jsonl.schema.json": b'{"mine": 1}'}, {}, "no job's of ours"),
@@ -81,7 +100,7 @@ DOORS = {  # what is wrong: (files beside the notes, options, what the line says
     "no notes asked for": ({}, {"limit": 0}, "--limit is 0"),
     "an adapter that is none": ({}, {"adapter": ("missing",)}, "no adapter_config.json there"),
     "no weights": ({}, {"weights": "/nowhere"}, "/nowhere"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", DOORS)
@@ -98,8 +117,9 @@ def test_a_mistake_is_one_line_and_overwrites_nothing(wrong, weights, tmp_path, 
     (line,) = capsys.readouterr().err.strip().splitlines()
     assert line.startswith("infer.extract: ") and said in line, line
     after = everything(tmp_path)
-    assert {name: after[name] for name in before} == before and not (set(after) - set(before) - {
-        str(tmp_path / f"o.jsonl.{own}.json") for own in ("job", "schema")})  # fmt: skip
+    assert {name: after[name] for name in before} == before and not (
+        set(after) - set(before) - {str(tmp_path / f"o.jsonl.{own}.json") for own in ("job", "schema")}
+    )
 
 
 def test_an_adapter_of_another_base(weights, tmp_path, capsys):
@@ -176,9 +196,13 @@ def test_a_folder_s_texts_as_they_stand(weights, tmp_path, capsys):
     notes = list(read_notes(folder))
     assert notes[0].text == "Tumor\r\nof 2.5 cm"
     assert [(note.id, note.error) for note in notes] == [
-        ("a", None), ("b", "not UTF-8 text (byte 0)"), ("c", "no such file"),
-        ("d\\udcff", None), ("e", "the note is empty"), ("g", None),
-    ]  # fmt: skip
+        ("a", None),
+        ("b", "not UTF-8 text (byte 0)"),
+        ("c", "no such file"),
+        ("d\\udcff", None),
+        ("e", "the note is empty"),
+        ("g", None),
+    ]
     assert extract.main(asked(weights, tmp_path, notes=folder, task="diagnosis")) == 1
     assert len(records(tmp_path / "o.jsonl")) == 6
     assert (
@@ -212,10 +236,15 @@ def test_a_limit_beyond_the_model_s_length_is_the_model_s(tmp_path):
     assert "limit 125" in long["error"] and "error" not in short
 
 
-@pytest.mark.parametrize(("options", "option"), [
-    ({"max_new_diagnosis": 500}, "--max-new-diagnosis 500"), ({"max_new_diagnosis": 250}, "--max-new-diagnosis 250"),
-    ({"max_new_tokens": 300}, "--max-new-tokens 300"),
-    ({"max_new_tokens": 240, "max_new_diagnosis": 500, "task": "phenotype"}, "--max-new-tokens 240")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("options", "option"),
+    [
+        ({"max_new_diagnosis": 500}, "--max-new-diagnosis 500"),
+        ({"max_new_diagnosis": 250}, "--max-new-diagnosis 250"),
+        ({"max_new_tokens": 300}, "--max-new-tokens 300"),
+        ({"max_new_tokens": 240, "max_new_diagnosis": 500, "task": "phenotype"}, "--max-new-tokens 240"),
+    ],
+)
 def test_answers_that_leave_the_model_no_room_for_a_note(options, option, tmp_path, capsys):
     """Not an error in each record: no note at all could be asked about."""
     weights = write_model(tmp_path / "short", max_position_embeddings=300)
@@ -226,14 +255,25 @@ def test_answers_that_leave_the_model_no_room_for_a_note(options, option, tmp_pa
     assert extract.main(asked(weights, tmp_path, max_new_diagnosis=200)) == 0
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"prompt": "x" * 5000}, "exceeds the model's"), ({"prompt": "half \udc80"}, "not Unicode"),
-    ({"stop": ("",)}, "stop string is empty"), ({"stop": ("</s>",)}, "is a special token"),
-    ({"stop": ("\ud800",)}, "not Unicode"), ({"temperature": -1.0}, "temperature is -1"),
-    ({"temperature": float("inf")}, "temperature is inf"), ({"top_p": 0.0}, "leaves no token"),
-    ({"top_p": 1.1}, "top_p is 1.1"), ({"min_p": -0.1}, "min_p is -0.1"), ({"top_k": -1}, "top_k is -1"),
-    ({"max_new_tokens": 0}, "max_new_tokens is 0"), ({"seed": 2**70}, "seed is"), ({"memory": "6XB"}, "is not a size"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"prompt": "x" * 5000}, "exceeds the model's"),
+        ({"prompt": "half \udc80"}, "not Unicode"),
+        ({"stop": ("",)}, "stop string is empty"),
+        ({"stop": ("</s>",)}, "is a special token"),
+        ({"stop": ("\ud800",)}, "not Unicode"),
+        ({"temperature": -1.0}, "temperature is -1"),
+        ({"temperature": float("inf")}, "temperature is inf"),
+        ({"top_p": 0.0}, "leaves no token"),
+        ({"top_p": 1.1}, "top_p is 1.1"),
+        ({"min_p": -0.1}, "min_p is -0.1"),
+        ({"top_k": -1}, "top_k is -1"),
+        ({"max_new_tokens": 0}, "max_new_tokens is 0"),
+        ({"seed": 2**70}, "seed is"),
+        ({"memory": "6XB"}, "is not a size"),
+    ],
+)
 def test_a_prompt_s_mistakes(wrong, said, weights, capsys):
     given = {"prompt": "A tumor", **wrong}
     chosen = {name: given.pop(name) for name in wrong if name in Settings.__dataclass_fields__}

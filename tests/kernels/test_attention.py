@@ -43,10 +43,16 @@ def tree(B, P, make, device):
 
 @settings(max_examples=24, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    st.sampled_from([1, 3, 20]), st.sampled_from(HEADS), st.sampled_from([1, 2, 5]), st.sampled_from([5, 33, 130]),
-    st.sampled_from([64, 80, 128]), st.sampled_from(DTYPES), st.sampled_from([None, 1, 7, 64]),
-    st.sampled_from([0, 50]), st.sampled_from([0, 12]),
-)  # fmt: skip
+    st.sampled_from([1, 3, 20]),
+    st.sampled_from(HEADS),
+    st.sampled_from([1, 2, 5]),
+    st.sampled_from([5, 33, 130]),
+    st.sampled_from([64, 80, 128]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([None, 1, 7, 64]),
+    st.sampled_from([0, 50]),
+    st.sampled_from([0, 12]),
+)
 def test_decoding_is_as_good_as_pytorchs(device, as_good_as, B, heads, T, S, K, dtype, window, P, sms):
     q, k, v, i, j, levels = case(B, heads, T, S, K, dtype, device, P)
     with pytest.MonkeyPatch.context() as patch:  # one program walks all keys, or each a few blocks

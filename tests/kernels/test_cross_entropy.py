@@ -29,9 +29,12 @@ def results(function, x, w, targets, cast, reduction="mean"):
 
 @settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    st.sampled_from([1, 2, 40, 65]), st.sampled_from([16, 48, 65]), st.sampled_from([2, 33, 300]),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.sampled_from(["mean", "sum"]),
-)  # fmt: skip
+    st.sampled_from([1, 2, 40, 65]),
+    st.sampled_from([16, 48, 65]),
+    st.sampled_from([2, 33, 300]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.sampled_from(["mean", "sum"]),
+)
 def test_loss_and_gradients_are_as_good_as_pytorchs(device, as_good_as, N, D, V, dtype, reduction):
     x, w, targets = case(N, D, V, dtype, device)
     truth = results(linear_cross_entropy_definition, x, w, targets, torch.Tensor.double, reduction)

@@ -12,10 +12,20 @@ from model.mask import Layout
 from model.support.init import init_weights
 
 BASE = {
-    "model_type": "mistral", "hidden_size": 128, "intermediate_size": 128, "num_hidden_layers": 2,
-    "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 32, "vocab_size": 61, "rms_norm_eps": 1e-5,
-    "rope_theta": 10000.0, "sliding_window": 5, "max_position_embeddings": 64, "tie_word_embeddings": False,
-}  # fmt: skip
+    "model_type": "mistral",
+    "hidden_size": 128,
+    "intermediate_size": 128,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
+    "vocab_size": 61,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 10000.0,
+    "sliding_window": 5,
+    "max_position_embeddings": 64,
+    "tie_word_embeddings": False,
+}
 FAMILIES = {
     "mistral": {},
     "qwen2": {"model_type": "qwen2", "sliding_window": None},

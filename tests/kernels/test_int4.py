@@ -45,10 +45,14 @@ def bf16(generator, *shape, std=1.0):
 
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    st.sampled_from([1, 5, 16, 17, 65]), st.sampled_from([1, 3, 6]), st.sampled_from([32, 64, 128]),
-    st.lists(st.sampled_from([24, 33, 130]), min_size=1, max_size=3), st.sampled_from([0, 1, 8, 48]), st.booleans(),
+    st.sampled_from([1, 5, 16, 17, 65]),
+    st.sampled_from([1, 3, 6]),
+    st.sampled_from([32, 64, 128]),
+    st.lists(st.sampled_from([24, 33, 130]), min_size=1, max_size=3),
+    st.sampled_from([0, 1, 8, 48]),
     st.booleans(),
-)  # fmt: skip
+    st.booleans(),
+)
 def test_int4_is_as_good_as_dequantizing_first(device, as_good_as, N, groups, group, sizes, R, normed, bias):
     D = groups * max(group, 64)
     parts = [quantized(size, D, group, seed) for seed, size in enumerate(sizes)]

@@ -55,11 +55,15 @@ def ours(x, gain, weights, a, b, c):
 
 @settings(max_examples=40, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    st.sampled_from([0, 1, 3, 16, 17]), st.sampled_from([32, 65, 160, 700]),
+    st.sampled_from([0, 1, 3, 16, 17]),
+    st.sampled_from([32, 65, 160, 700]),
     st.lists(st.sampled_from([1, 24, 48, 130]), min_size=1, max_size=3),
     st.lists(st.sampled_from([0, 1, 8, 16, 40]), min_size=3, max_size=3),
-    st.sampled_from(DTYPES), st.booleans(), st.booleans(), st.sampled_from([0, 5]),
-)  # fmt: skip
+    st.sampled_from(DTYPES),
+    st.booleans(),
+    st.booleans(),
+    st.sampled_from([0, 5]),
+)
 def test_outputs_are_as_good_as_pytorchs(device, as_good_as, N, D, sizes, ranks, dtype, norm, bias, padding):
     assume(N == 0 or N * sum(sizes) >= 24)
     x, gain, *rest = layer(N, D, sizes, ranks[: len(sizes)], dtype, device, bias, padding)

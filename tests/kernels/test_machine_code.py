@@ -110,9 +110,12 @@ def test_the_decode_kernels_compile_to_what_is_committed(tmp_path):
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
     environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
-        [sys.executable, "-c", FRESH], cwd=Path(launch.__file__).parents[1], env=environment, capture_output=True,
+        [sys.executable, "-c", FRESH],
+        cwd=Path(launch.__file__).parents[1],
+        env=environment,
+        capture_output=True,
         text=True,
-    )  # fmt: skip
+    )
     assert done.returncode == 0, done.stderr
     fresh = [json.loads(line) for line in done.stdout.splitlines()]
     assert len(fresh) == 12 and all(row in ROWS for row in fresh)

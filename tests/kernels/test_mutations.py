@@ -81,9 +81,7 @@ def linear(module, check):
 
     def plain(x, gain, a, b, c):
         outs = zip(weights, a, b, c, strict=True)
-        return [
-            module.rms_norm_lora_linear_definition(x, gain, w.to(x), a, b, 1.5, 1e-2, c) for w, a, b, c in outs
-        ]  # fmt: skip
+        return [module.rms_norm_lora_linear_definition(x, gain, w.to(x), a, b, 1.5, 1e-2, c) for w, a, b, c in outs]
 
     layers(module, check, ours, plain, torch.float32)
     x, residual, gain = normal(3, 1300), normal(3, 24, seed=5) * 4, normal(1300, std=0.3) + 1
@@ -150,7 +148,9 @@ def attention(module, check):
     whole = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     levels = (
         Level(normal(1, 2, 9, 64, seed=3), normal(1, 2, 9, 64, seed=4), whole([*range(9)]), whole(0), whole(2), 2),
-        Level(normal(1, 2, 11, 64, seed=3), normal(1, 2, 11, 64, seed=4), whole([*range(9, 20)]), whole(1), whole(1), 1),
+        Level(
+            normal(1, 2, 11, 64, seed=3), normal(1, 2, 11, 64, seed=4), whole([*range(9, 20)]), whole(1), whole(1), 1
+        ),
     )
     for window, i in ((None, 109), (30, 109), (30, 40), (None, 40)):
         arguments = [q, k, v, torch.tensor([[i - 1, i]] * 2), slots, window, levels]
@@ -166,7 +166,12 @@ MISTAKES = [
     (norm, "eps left out", "/ D + eps)", "/ D)"),
     (norm, "mean over the tile instead of the row", "axis=0) / D + eps", "axis=0) / BLOCK + eps"),
     (norm, "the residual is not added", "value.to(tl.float32) + other.to(tl.float32)", "value.to(tl.float32)"),
-    (norm, "the residual's gradient is lost", "            grad += tl.load(dtotal", "            grad += 0 * tl.load(dtotal"),
+    (
+        norm,
+        "the residual's gradient is lost",
+        "            grad += tl.load(dtotal",
+        "            grad += 0 * tl.load(dtotal",
+    ),
     (norm, "no cast before the gain", "n = (wide * r).to(y.dtype.element_ty)", "n = wide * r"),
     (norm, "the statistic's gradient is lost", "(w - n * (tl.sum", "(w - 0 * n * (tl.sum"),
     (norm, "a program skips a row", "tl.cdiv(N - p, P)", "tl.cdiv(N - p, P) - (p == 1)"),
@@ -174,26 +179,76 @@ MISTAKES = [
     (activation, "half of silu's gradient", "share * (1.0 + a * (1.0 - share))", "share"),
     (linear, "the scale is left out of the adapter", "u * (r * s)[:, None]", "u * r[:, None]"),
     (linear, "the adapter's u is not normed", "u * (r * s)[:, None]", "u * s"),
-    (linear, "the statistic is of one part of the columns", "square += tl.load(squares + split * N + n, mask=n < N, other=0.0)", "square += 0.0"),
+    (
+        linear,
+        "the statistic is of one part of the columns",
+        "square += tl.load(squares + split * N + n, mask=n < N, other=0.0)",
+        "square += 0.0",
+    ),
     (linear, "eps is left out", "square / D + eps", "square / D"),
-    (linear, "the gain is left out", "tile = (tile.to(tl.float32) * g.to(tl.float32)[None, :]).to(tile.dtype)\n        w_DO", "w_DO"),
-    (linear, "the gain is one step late", "next_g = tl.load(gain + d + BD, mask=d + BD < D, other=0.0)", "next_g = tl.load(gain + d, mask=d < D, other=0.0)"),
-    (linear, "the last part is not added", "for split in tl.static_range(1, SPLITS):\n        at =", "for split in tl.static_range(1, SPLITS - 1):\n        at ="),
-    (linear, "a part's last columns are left out", "for first in range(start, stop, BD):", "for first in range(start, stop - BD, BD):"),
-    (linear, "the third output takes the second's weight", "matrix, size, own = m2, O2, edge", "matrix, size, own = m1, O2, edge"),
-    (linear, "the third output takes the second's adapter", "edge + tl.cdiv(R0, BO) + tl.cdiv(R1, BO), O0 + O1", "edge + tl.cdiv(R1, BO), O0 + O1"),
+    (
+        linear,
+        "the gain is left out",
+        "tile = (tile.to(tl.float32) * g.to(tl.float32)[None, :]).to(tile.dtype)\n        w_DO",
+        "w_DO",
+    ),
+    (
+        linear,
+        "the gain is one step late",
+        "next_g = tl.load(gain + d + BD, mask=d + BD < D, other=0.0)",
+        "next_g = tl.load(gain + d, mask=d < D, other=0.0)",
+    ),
+    (
+        linear,
+        "the last part is not added",
+        "for split in tl.static_range(1, SPLITS):\n        at =",
+        "for split in tl.static_range(1, SPLITS - 1):\n        at =",
+    ),
+    (
+        linear,
+        "a part's last columns are left out",
+        "for first in range(start, stop, BD):",
+        "for first in range(start, stop - BD, BD):",
+    ),
+    (
+        linear,
+        "the third output takes the second's weight",
+        "matrix, size, own = m2, O2, edge",
+        "matrix, size, own = m1, O2, edge",
+    ),
+    (
+        linear,
+        "the third output takes the second's adapter",
+        "edge + tl.cdiv(R0, BO) + tl.cdiv(R1, BO), O0 + O1",
+        "edge + tl.cdiv(R1, BO), O0 + O1",
+    ),
     (linear, "outputs are written over each other", "(y_start + o)[None, :]", "o[None, :]"),
     (linear, "the bias is forgotten", "total += tl.load(bias + o", "total += 0 * tl.load(bias + o"),
     (linear, "the residual is forgotten", "out += tl.load(residual", "out += 0 * tl.load(residual"),
     (linear, "the gate gates itself", "(1.0 + tl.exp(-out)) * up", "(1.0 + tl.exp(-out)) * out"),
     (linear, "up takes gate's adapter", "edge + tl.cdiv(R0, BO), o, N", "edge, o, N"),
-    (int4, "the next group's scale is this one's", "group = (first + i * (BD // 4)) // GROUP + 1", "group = (first + i * (BD // 4)) // GROUP"),
-    (int4, "planes in another order", "planes[:, :, 0] | planes[:, :, 1] << 4", "planes[:, :, 1] | planes[:, :, 0] << 4"),
+    (
+        int4,
+        "the next group's scale is this one's",
+        "group = (first + i * (BD // 4)) // GROUP + 1",
+        "group = (first + i * (BD // 4)) // GROUP",
+    ),
+    (
+        int4,
+        "planes in another order",
+        "planes[:, :, 0] | planes[:, :, 1] << 4",
+        "planes[:, :, 1] | planes[:, :, 0] << 4",
+    ),
     (int4, "the exponent of 2", "0x3F80).to", "0x4000).to"),
     (int4, "a plane is shifted by one bit too few", "words >> (4 * i - 3)", "words >> (4 * i - 4)"),
     (int4, "groups end at the step only", "(i + 1) * (BD // 4) % GROUP == 0 or i == 3", "i == 3"),
     (int4, "the adapters' tiles are not computed", "elif LORA:", "elif tile < 0:"),
-    (int4, "scale and zero swapped", "steps.contiguous() for steps in steps_GO2.unbind(-1)", "steps.contiguous() for steps in steps_GO2.flip(-1).unbind(-1)"),
+    (
+        int4,
+        "scale and zero swapped",
+        "steps.contiguous() for steps in steps_GO2.unbind(-1)",
+        "steps.contiguous() for steps in steps_GO2.flip(-1).unbind(-1)",
+    ),
     (cross_entropy, "the running sum is not rescaled", "s = s * tl.exp(m - base) +", "s = s +"),
     (cross_entropy, "the lanes' sums have one maximum", "tl.sum(s * tl.exp(m - top), axis=0)", "tl.sum(s, axis=0)"),
     (cross_entropy, "the target is not subtracted", "tl.where(v == target, 1.0, 0.0)", "0.0"),
@@ -206,12 +261,22 @@ MISTAKES = [
     (attention, "the scores are not scaled", 'input_precision="ieee") * scale', 'input_precision="ieee")'),
     (attention, "e in the place of 2", "K**-0.5 * LOG2_E", "K**-0.5"),
     (attention, "the sum of values is not rescaled", "sum_MK * alpha[:, None]", "sum_MK"),
-    (attention, "the parts are averaged", "weight = tl.exp2(L - tl.where(highest == float(\"-inf\"), 0.0, highest))", "weight = tl.where(L > float(\"-inf\"), 1.0, 0.0)"),
+    (
+        attention,
+        "the parts are averaged",
+        'weight = tl.exp2(L - tl.where(highest == float("-inf"), 0.0, highest))',
+        'weight = tl.where(L > float("-inf"), 1.0, 0.0)',
+    ),
     (attention, "the last part is left out", "mask=i < PARTS, other", "mask=i < PARTS - 1, other"),
-    (attention, "all rows see a node", "b_first, b_count = tl.load(first + m), tl.load(count + m)", "b_first, b_count = 0, 2"),
+    (
+        attention,
+        "all rows see a node",
+        "b_first, b_count = tl.load(first + m), tl.load(count + m)",
+        "b_first, b_count = 0, 2",
+    ),
     (attention, "a head of another group", "h = g * HEADS + r // T % HEADS", "h = r // T % HEADS * G + g"),
     (attention, "levels write over each other", "first += splits", "first += 0"),
-]  # fmt: skip
+]
 
 
 def load(path, name):
@@ -222,9 +287,7 @@ def load(path, name):
     return module
 
 
-@pytest.mark.parametrize(
-    "guard", [norm, activation, linear, int4, cross_entropy, attention]
-)
+@pytest.mark.parametrize("guard", [norm, activation, linear, int4, cross_entropy, attention])
 def test_the_guards_pass_on_the_real_kernels(guard, as_good_as):
     guard(importlib.import_module(f"kernels.{guard.__name__}"), as_good_as)
 

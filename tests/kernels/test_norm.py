@@ -31,9 +31,13 @@ def outputs_and_gradients(function, inputs, seed):
 
 @settings(max_examples=25, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    st.integers(0, 5), st.sampled_from([1, 2, 7, 64, 100, 129, 576, 2049]), st.sampled_from(DTYPES),
-    st.sampled_from([0, 3, 16]), st.sampled_from([1e-6, 1e-5, 0.1]), st.booleans(),
-)  # fmt: skip
+    st.integers(0, 5),
+    st.sampled_from([1, 2, 7, 64, 100, 129, 576, 2049]),
+    st.sampled_from(DTYPES),
+    st.sampled_from([0, 3, 16]),
+    st.sampled_from([1e-6, 1e-5, 0.1]),
+    st.booleans(),
+)
 def test_outputs_and_gradients_are_as_good_as_pytorchs(device, as_good_as, N, D, dtype, row_stride, eps, add):
     x, r, g = tensors(N * 7 + D, N, D, dtype, device, row_stride)
     ours, plain = (

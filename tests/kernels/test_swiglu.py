@@ -10,9 +10,11 @@ from kernels.activation import swiglu, swiglu_definition
 
 @settings(max_examples=20, deadline=None, derandomize=True, phases=[Phase.generate])
 @given(
-    st.integers(0, 4), st.sampled_from([1, 5, 64, 1024, 2049]),
-    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]), st.booleans(),
-)  # fmt: skip
+    st.integers(0, 4),
+    st.sampled_from([1, 5, 64, 1024, 2049]),
+    st.sampled_from([torch.float32, torch.bfloat16, torch.float16]),
+    st.booleans(),
+)
 def test_output_and_gradients_are_as_good_as_pytorchs(device, as_good_as, N, F, dtype, halves):
     generator = torch.Generator().manual_seed(N * 31 + F)
     both = (torch.randn(N, 2 * F, generator=generator) * 4).to(dtype).to(device)

@@ -1,3 +1,1 @@
 """Makes tiny_adapters importable."""
-
-

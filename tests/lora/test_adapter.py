@@ -23,10 +23,21 @@ from model.support.cli import UserError
 @pytest.fixture()
 def weights(tmp_path):
     base().save_pretrained(tmp_path / "base")
-    (tmp_path / "base" / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": None, "post_processor": None, "decoder": None,
-        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))  # fmt: skip
+    (tmp_path / "base" / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [],
+                "normalizer": None,
+                "pre_tokenizer": None,
+                "post_processor": None,
+                "decoder": None,
+                "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+            }
+        )
+    )
     return tmp_path / "base"
 
 
@@ -118,8 +129,11 @@ def test_several_adapters_one_active_and_off_in_a_context():
         assert torch.equal(model(TOKENS), base()(TOKENS))
     assert torch.equal(model(TOKENS), first)
     merge_lora(model)
-    for change in (lambda: set_adapter(model, "second"), lambda: add_lora(model, CONFIGS[0], name="third"),
-                   lambda: no_adapter(model).__enter__()):  # fmt: skip
+    for change in (
+        lambda: set_adapter(model, "second"),
+        lambda: add_lora(model, CONFIGS[0], name="third"),
+        lambda: no_adapter(model).__enter__(),
+    ):
         with pytest.raises(UserError, match="call unmerge_lora first"):
             change()
     unmerge_lora(model)
@@ -152,7 +166,8 @@ def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path, capsys):
     assert main(Options(str(weights), str(tmp_path / "adapter"), str(tmp_path / "again"), overwrite=True)) == 0
     assert "without a tokenizer that can be read: " in capsys.readouterr().err
     assert (tmp_path / "again" / "model.safetensors").read_bytes() == (
-        tmp_path / "merged" / "model.safetensors").read_bytes()  # fmt: skip
+        tmp_path / "merged" / "model.safetensors"
+    ).read_bytes()
 
 
 def test_audit_agrees_with_the_whole_matrices(weights, tmp_path):
@@ -225,10 +240,19 @@ def damaged(folder, how):
         tensors.write_bytes(tensors.read_bytes()[:-10])
 
 
-@pytest.mark.parametrize(("how", "said"), [
-    ("dora", "use_dora is not covered"), ("unknown", "unknown field 'use_magic'"), ("rank", "whole number from 1"),
-    ("missing", "lacks"), ("surplus", "no place for"), ("shape", "made for another model"), ("nan", "not finite"),
-    ("truncated", "corrupt|cut short|past the end")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("how", "said"),
+    [
+        ("dora", "use_dora is not covered"),
+        ("unknown", "unknown field 'use_magic'"),
+        ("rank", "whole number from 1"),
+        ("missing", "lacks"),
+        ("surplus", "no place for"),
+        ("shape", "made for another model"),
+        ("nan", "not finite"),
+        ("truncated", "corrupt|cut short|past the end"),
+    ],
+)
 def test_a_wrong_adapter_is_refused_by_name(tmp_path, how, said):
     save_adapter(trained(CONFIGS[0]), tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")

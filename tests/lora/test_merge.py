@@ -33,8 +33,14 @@ print(peak() - before)
 
 def write(layers: int, folder: Path) -> Path:
     """A model of so many layers of 17 MB and an adapter of 4 MB for each."""
-    config = replace(CONFIG, hidden_size=512, intermediate_size=2048, head_dim=128, num_hidden_layers=layers,
-                     windows=(None,) * layers)  # fmt: skip
+    config = replace(
+        CONFIG,
+        hidden_size=512,
+        intermediate_size=2048,
+        head_dim=128,
+        num_hidden_layers=layers,
+        windows=(None,) * layers,
+    )
     model = init_weights(Transformer(config), 0)
     model.save_pretrained(folder / "base", max_shard_bytes=30 * 2**20)
     save_adapter(add_lora(model, LoRAConfig(r=128)), folder / "adapter")
@@ -43,8 +49,9 @@ def write(layers: int, folder: Path) -> Path:
 
 def peak_of_a_merge(small: Path, folder: Path) -> float:
     """Megabytes that resident memory rises during a merge, in a process of its own: an older one's heap has holes."""
-    said = subprocess.run([sys.executable, "-c", MERGE, str(small), str(folder)], capture_output=True, text=True,
-                          check=True)  # fmt: skip
+    said = subprocess.run(
+        [sys.executable, "-c", MERGE, str(small), str(folder)], capture_output=True, text=True, check=True
+    )
     return float(said.stdout)
 
 

@@ -41,21 +41,32 @@ def test_what_peft_writes_by_default_is_read_and_each_refused_field_is_named(tmp
         with pytest.raises(UserError, match=f"init_lora_weights '{start}' is not covered; it changes the base"):
             read_config(write(tmp_path, init_lora_weights=start))
     assert all(read_config(write(tmp_path, init_lora_weights=start)).r == 4 for start in STARTS)
-    for wrong, said in (({"bias": "some"}, "bias 'some'"), ({"layers_pattern": "blocks"}, "layers_pattern 'blocks'"),
-                        ({"lora_alpha": [2]}, "another kind of value"), ({"target_modules": [1, "a"]}, "another kind"),
-                        ({"lora_alpha": 0}, "above 0"), ({"rank_pattern": {"(": 2}}, "not a regular expression"),
-                        ({"peft_type": "IA3"}, "only LoRA"), ({"r": None}, "lacks r")):  # fmt: skip
+    for wrong, said in (
+        ({"bias": "some"}, "bias 'some'"),
+        ({"layers_pattern": "blocks"}, "layers_pattern 'blocks'"),
+        ({"lora_alpha": [2]}, "another kind of value"),
+        ({"target_modules": [1, "a"]}, "another kind"),
+        ({"lora_alpha": 0}, "above 0"),
+        ({"rank_pattern": {"(": 2}}, "not a regular expression"),
+        ({"peft_type": "IA3"}, "only LoRA"),
+        ({"r": None}, "lacks r"),
+    ):
         with pytest.raises(UserError, match=said):
             read_config(write(tmp_path, **wrong))
 
 
-@pytest.mark.parametrize("fields", [
-    {"target_modules": "all-linear"}, {"target_modules": r".*\.(q|down)_proj"},
-    {"target_modules": ["q_proj", "mlp.up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]},
-    {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
-    {"target_modules": ["v_proj", "o_proj"], "layers_to_transform": [1], "rank_pattern": {"o_proj": 2, "v.*": 3}},
-    {"target_modules": ["v_proj", "o_proj"], "alpha_pattern": {r"layers\.0\..*": 3}, "use_rslora": True},
-    {"target_modules": ["v_proj"], "layers_to_transform": []}])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {"target_modules": "all-linear"},
+        {"target_modules": r".*\.(q|down)_proj"},
+        {"target_modules": ["q_proj", "mlp.up_proj"], "exclude_modules": ["layers.0.mlp.up_proj"]},
+        {"target_modules": "all-linear", "exclude_modules": r".*\.1\..*"},
+        {"target_modules": ["v_proj", "o_proj"], "layers_to_transform": [1], "rank_pattern": {"o_proj": 2, "v.*": 3}},
+        {"target_modules": ["v_proj", "o_proj"], "alpha_pattern": {r"layers\.0\..*": 3}, "use_rslora": True},
+        {"target_modules": ["v_proj"], "layers_to_transform": []},
+    ],
+)
 def test_modules_ranks_and_scales_are_chosen_as_peft_chooses_them(fields, tmp_path):
     """peft builds and saves, we load and save again, and peft loads that: every module, rank, scale and number."""
     base().save_pretrained(tmp_path / "base")
@@ -78,8 +89,11 @@ def test_modules_ranks_and_scales_are_chosen_as_peft_chooses_them(fields, tmp_pa
 
 
 def scales_of(model):
-    return {path.removeprefix("base_model.model."): module.scaling["default"]
-            for path, module in model.named_modules() if hasattr(module, "lora_A")}  # fmt: skip
+    return {
+        path.removeprefix("base_model.model."): module.scaling["default"]
+        for path, module in model.named_modules()
+        if hasattr(module, "lora_A")
+    }
 
 
 def loss_of(model, tokens):
@@ -108,8 +122,11 @@ def test_forward_gradients_and_one_adamw_step_are_pefts(alpha, tmp_path):
     for path, layer in adapted(ours).items():
         their_layer, true_layer = theirs.base_model.model.get_submodule(path), judge.get_submodule(path)
         for kind in ("lora_A", "lora_B"):
-            pairs = (getattr(layer, kind)["default"], getattr(their_layer, kind)["default"].weight,
-                     getattr(true_layer, kind)["default"])  # fmt: skip
+            pairs = (
+                getattr(layer, kind)["default"],
+                getattr(their_layer, kind)["default"].weight,
+                getattr(true_layer, kind)["default"],
+            )
             for values, param in zip(found, pairs, strict=True):
                 values += [param.grad, param.detach()]
     for mine, other, truth in zip(*found, strict=True):

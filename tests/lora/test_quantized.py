@@ -64,8 +64,9 @@ def test_a_quantized_base_gives_the_widened_weights_results_and_gradients(kind):
     y2_BTD = model(x2_BTD)
     y2_BTD.square().sum().backward()
     assert torch.equal(y_BTD, y2_BTD)
-    for ours, theirs in zip(found, [x2_BTD.grad, *(p.grad for p in model.parameters() if p.requires_grad)],
-                            strict=True):  # fmt: skip
+    for ours, theirs in zip(
+        found, [x2_BTD.grad, *(p.grad for p in model.parameters() if p.requires_grad)], strict=True
+    ):
         assert torch.equal(ours, theirs)
     quantize_base(model, kind)
     with pytest.raises(UserError, match="the base is quantized"):

@@ -36,8 +36,10 @@ def changed(source, folder, fields=None, rename=None, extra=None):
     raw = json.loads((source / "adapter_config.json").read_text()) | (fields or {})
     (folder / "adapter_config.json").write_text(json.dumps(raw))
     tensors = load_file(source / "adapter_model.safetensors")
-    save_file({(rename or str)(key): value for key, value in tensors.items()} | (extra or {}),
-              folder / "adapter_model.safetensors")  # fmt: skip
+    save_file(
+        {(rename or str)(key): value for key, value in tensors.items()} | (extra or {}),
+        folder / "adapter_model.safetensors",
+    )
     return folder
 
 
@@ -63,10 +65,16 @@ def test_what_changes_nothing_loads_and_merges_as_in_peft(case, made, tmp_path):
     assert torch.allclose(peft.PeftModel.from_pretrained(theirs, folder)(TOKENS).logits, expected, atol=1e-5)
 
 
-@pytest.mark.parametrize("key, name", [
-    ("lm_head.weight", "lm_head.weight"), ("lm_head.base_layer.weight", "lm_head.weight"),
-    ("lm_head.modules_to_save.weight", "lm_head.weight"), ("model.embed_tokens.weight", "model.embed_tokens.weight"),
-    ("model.embed_tokens.modules_to_save.default.weight", "model.embed_tokens.weight")])  # fmt: skip
+@pytest.mark.parametrize(
+    "key, name",
+    [
+        ("lm_head.weight", "lm_head.weight"),
+        ("lm_head.base_layer.weight", "lm_head.weight"),
+        ("lm_head.modules_to_save.weight", "lm_head.weight"),
+        ("model.embed_tokens.weight", "model.embed_tokens.weight"),
+        ("model.embed_tokens.modules_to_save.default.weight", "model.embed_tokens.weight"),
+    ],
+)
 def test_a_copy_of_the_bases_weight_loads_and_a_trained_one_is_refused(key, name, made, tmp_path):
     weights, adapter, expected = made
     weight = base().get_parameter(name).detach().clone()
@@ -76,8 +84,10 @@ def test_a_copy_of_the_bases_weight_loads_and_a_trained_one_is_refused(key, name
     merge_folders(str(weights), str(folder), str(tmp_path / "merged"))
     weight[0, 0] += 1
     other = changed(adapter, tmp_path / "c", saved, extra={f"base_model.model.{key}": weight})
-    for load in (lambda: load_adapter(base(), other),
-                 lambda: merge_folders(str(weights), str(other), str(tmp_path / "no"))):  # fmt: skip
+    for load in (
+        lambda: load_adapter(base(), other),
+        lambda: merge_folders(str(weights), str(other), str(tmp_path / "no")),
+    ):
         with pytest.raises(UserError, match="is not the base's"):
             load()
     longer = {f"base_model.model.{key}": torch.cat([weight, weight[:1]])}
@@ -89,8 +99,10 @@ def test_an_adapter_on_the_head_is_refused_everywhere(made, tmp_path):
     _, adapter, _ = made
     with pytest.raises(UserError, match="lm_head is not covered"):
         add_lora(base(), LoRAConfig(target_modules=("q_proj", "lm_head")))
-    head = {"base_model.model.lm_head.lora_A.weight": torch.zeros(2, 24),
-            "base_model.model.lm_head.lora_B.weight": torch.zeros(61, 2)}  # fmt: skip
+    head = {
+        "base_model.model.lm_head.lora_A.weight": torch.zeros(2, 24),
+        "base_model.model.lm_head.lora_B.weight": torch.zeros(61, 2),
+    }
     for targets in (["q_proj", "v_proj", "lm_head"], ".*(q_proj|v_proj|lm_head)"):
         folder = changed(adapter, tmp_path / str(len(targets)), {"target_modules": targets}, extra=head)
         with pytest.raises(UserError, match="lm_head is not covered"):
@@ -116,9 +128,14 @@ def claims(folder, header, size):
         file.truncate(8 + len(raw) + size)  # a sparse file, which takes no disk
 
 
-@pytest.mark.parametrize("shape, size, said", [
-    ([10**10], 40 * 10**9, "where this model needs"), ([10**30, 0], 0, "impossible shape"),
-    ([10**10], 0, "past the end of the file")])  # fmt: skip
+@pytest.mark.parametrize(
+    "shape, size, said",
+    [
+        ([10**10], 40 * 10**9, "where this model needs"),
+        ([10**30, 0], 0, "impossible shape"),
+        ([10**10], 0, "past the end of the file"),
+    ],
+)
 def test_a_size_that_a_file_claims_is_not_believed(shape, size, said, made, tmp_path):
     _, adapter, _ = made
     folder = changed(adapter, tmp_path / "b")
@@ -126,8 +143,11 @@ def test_a_size_that_a_file_claims_is_not_believed(shape, size, said, made, tmp_
     tensors = load_file(adapter / "adapter_model.safetensors")
     header, begin = {}, 0
     for name, tensor in tensors.items():
-        own, took = (shape, 4 * torch.Size(shape).numel() if 0 not in shape else 0) if name == key else (
-            list(tensor.shape), 4 * tensor.numel())  # fmt: skip
+        own, took = (
+            (shape, 4 * torch.Size(shape).numel() if 0 not in shape else 0)
+            if name == key
+            else (list(tensor.shape), 4 * tensor.numel())
+        )
         header[name] = {"dtype": "F32", "shape": own, "data_offsets": [begin, begin + took]}
         begin += took
     claims(folder, header, begin if size or said.startswith("impossible") else 100)
@@ -137,8 +157,12 @@ def test_a_size_that_a_file_claims_is_not_believed(shape, size, said, made, tmp_
 
 def test_other_programs_adapters_are_named(made, tmp_path):
     _, adapter, _ = made
-    for name, said in (("adapter_model.bin", "model.checkpoints.convert"), ("adapters.safetensors", "MLX"),
-                       ("adapters.npz", "MLX"), ("lora.safetensors", "mistral-finetune")):  # fmt: skip
+    for name, said in (
+        ("adapter_model.bin", "model.checkpoints.convert"),
+        ("adapters.safetensors", "MLX"),
+        ("adapters.npz", "MLX"),
+        ("lora.safetensors", "mistral-finetune"),
+    ):
         folder = changed(adapter, tmp_path / name)
         os.rename(folder / "adapter_model.safetensors", folder / name)
         for read in (AdapterFile, lambda path: load_adapter(base(), path)):

@@ -8,9 +8,18 @@ from model import ModelConfig, Transformer
 from model.support.init import init_weights
 
 CONFIG = ModelConfig(
-    vocab_size=61, hidden_size=24, intermediate_size=40, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=6, rms_norm_eps=1e-5, rope_theta=1e4, windows=(8, 8), max_position_embeddings=64,
-)  # fmt: skip
+    vocab_size=61,
+    hidden_size=24,
+    intermediate_size=40,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=6,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(8, 8),
+    max_position_embeddings=64,
+)
 TOKENS = torch.randint(0, 61, (2, 20), generator=torch.Generator().manual_seed(1))
 
 

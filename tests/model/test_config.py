@@ -123,10 +123,14 @@ def test_llama_2_as_published_needs_no_theta():
 
 
 junk = st.one_of(
-    st.none(), st.booleans(), st.integers(-3, 70), st.floats(), st.text(max_size=4),
+    st.none(),
+    st.booleans(),
+    st.integers(-3, 70),
+    st.floats(),
+    st.text(max_size=4),
     st.lists(st.integers(), max_size=2),
     st.dictionaries(st.sampled_from(("rope_type", "factor", "rope_theta")), st.integers(0, 3)),
-)  # fmt: skip
+)
 
 
 @settings(max_examples=150, deadline=None)

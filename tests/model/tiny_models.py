@@ -9,12 +9,28 @@ from model import ModelConfig, Transformer
 from model.support.init import init_weights
 
 BASE = {
-    "vocab_size": 61, "hidden_size": 24, "intermediate_size": 40, "num_hidden_layers": 3, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "head_dim": 6, "rms_norm_eps": 1e-5, "rope_theta": 1e4, "hidden_act": "silu",
-    "max_position_embeddings": 64, "bos_token_id": 1, "eos_token_id": 2, "tie_word_embeddings": False,
-}  # fmt: skip
-LLAMA3 = {"rope_type": "llama3", "factor": 8.0, "low_freq_factor": 1.0, "high_freq_factor": 4.0,
-          "original_max_position_embeddings": 16}  # fmt: skip
+    "vocab_size": 61,
+    "hidden_size": 24,
+    "intermediate_size": 40,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 6,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "hidden_act": "silu",
+    "max_position_embeddings": 64,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "tie_word_embeddings": False,
+}
+LLAMA3 = {
+    "rope_type": "llama3",
+    "factor": 8.0,
+    "low_freq_factor": 1.0,
+    "high_freq_factor": 4.0,
+    "original_max_position_embeddings": 16,
+}
 YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 16}
 EXPERTS = {"intermediate_size": 64, "num_local_experts": 4, "num_experts_per_tok": 2}
 QWEN = {"model_type": "qwen2", "use_sliding_window": True, "sliding_window": 7, "max_window_layers": 1}
@@ -30,16 +46,25 @@ FAMILIES: dict[str, dict] = {
     "llama-3": {"model_type": "llama", "rope_theta": 5e5, "rope_scaling": LLAMA3},
     "llama-linear": {"model_type": "llama", "rope_scaling": {"rope_type": "linear", "factor": 2.0}},
     "llama-yarn": {"model_type": "llama", "rope_scaling": YARN},
-    "llama-dynamic": {"model_type": "llama", "max_position_embeddings": 12,
-                      "rope_scaling": {"rope_type": "dynamic", "factor": 3.0}},
-    "odd-heads": {"model_type": "mistral", "sliding_window": 6, "hidden_size": 30, "num_attention_heads": 3,
-                  "num_key_value_heads": 3, "head_dim": 10},
+    "llama-dynamic": {
+        "model_type": "llama",
+        "max_position_embeddings": 12,
+        "rope_scaling": {"rope_type": "dynamic", "factor": 3.0},
+    },
+    "odd-heads": {
+        "model_type": "mistral",
+        "sliding_window": 6,
+        "hidden_size": 30,
+        "num_attention_heads": 3,
+        "num_key_value_heads": 3,
+        "head_dim": 10,
+    },
     "mixtral": {"model_type": "mixtral", "sliding_window": None, **EXPERTS},
     "mixtral-window": {"model_type": "mixtral", "sliding_window": 6, **EXPERTS},
     "qwen2": {"model_type": "qwen2", "use_sliding_window": False},
     "qwen2-window": QWEN,
     "qwen2-tied": {"model_type": "qwen2", "use_sliding_window": False, "tie_word_embeddings": True},
-}  # fmt: skip
+}
 
 
 def raw_config(family: str, **changes) -> dict:

@@ -45,13 +45,17 @@ TEMPLATES = {
     ),
     "chatml": CHATML,
     "hermes": [
-        {"name": "default", "template": "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
-         "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + CHATML},
+        {
+            "name": "default",
+            "template": "{{ bos_token }}{% if messages[0]['role'] != 'system' %}"
+            "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}" + CHATML,
+        },
         {"name": "tool_use", "template": "{{ 'tools' }}"},
     ],
     "llama-2": (
         "{% if messages[0]['role'] == 'system' %}{% set rest = messages[1:] %}{% set system = messages[0]['content'] %}"
-        "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for m in rest %}" + ALTERNATE
+        "{% else %}{% set rest = messages %}{% set system = false %}{% endif %}{% for m in rest %}"
+        + ALTERNATE
         + "{% if loop.index0 == 0 and system != false %}"
         "{% set content = '<<SYS>>\n' + system + '\n<</SYS>>\n\n' + m['content'] %}"
         "{% else %}{% set content = m['content'] %}{% endif %}"
@@ -95,8 +99,8 @@ TEMPLATES = {
         "{%- if tools %}\n    {{- tools | tojson }}\n{%- else %}\n    {%- if messages[0]['role'] == 'system' %}\n"
         "        {{- '<|im_start|>system\\n' + messages[0]['content'] + '<|im_end|>\\n' }}\n    {%- else %}\n"
         "        {{- '<|im_start|>system\\nYou are Qwen.<|im_end|>\\n' }}\n    {%- endif %}\n{%- endif %}\n"
-        "{%- for message in messages %}\n    {%- if (message.role == \"user\") or (message.role == \"system\" and not "
-        "loop.first) or (message.role == \"assistant\" and not message.tool_calls) %}\n"
+        '{%- for message in messages %}\n    {%- if (message.role == "user") or (message.role == "system" and not '
+        'loop.first) or (message.role == "assistant" and not message.tool_calls) %}\n'
         "        {{- '<|im_start|>' + message.role + '\\n' + message.content + '<|im_end|>' + '\\n' }}\n"
         "    {%- endif %}\n"
         "{%- endfor %}\n{%- if add_generation_prompt %}\n    {{- '<|im_start|>assistant\\n' }}\n{%- endif %}\n"
@@ -121,11 +125,24 @@ TEMPLATES = {
         "{% generation %}{{ m['content'] + eos_token }}{% endgeneration %}{% continue %}{% endif %}"
         "{{ m | tojson }}{% endfor %}"
     ),
-}  # fmt: skip
+}
 SPECIAL = (
-    "<s>", "</s>", "<|user|>", "<|system|>", "<|end_of_turn|>", "<|im_start|>", "<|im_end|>", "<|start_header_id|>",
-    "<|end_header_id|>", "<|eot_id|>", "[INST]", "[/INST]", "[SYSTEM_PROMPT]", "[/SYSTEM_PROMPT]", "<|end|>",
-)  # fmt: skip
+    "<s>",
+    "</s>",
+    "<|user|>",
+    "<|system|>",
+    "<|end_of_turn|>",
+    "<|im_start|>",
+    "<|im_end|>",
+    "<|start_header_id|>",
+    "<|end_header_id|>",
+    "<|eot_id|>",
+    "[INST]",
+    "[/INST]",
+    "[SYSTEM_PROMPT]",
+    "[/SYSTEM_PROMPT]",
+    "<|end|>",
+)
 PLAIN = ("<｜User｜>", "<｜Assistant｜>", "<think>", "</think>", "<｜end▁of▁sentence｜>")  # "special": false
 KINDS = ("byte-level", "metaspace", "prepended")
 WORDS = "Stage II, ER+ 95 %. Left breast mass of 2.5 cm; no HER2 user assistant system [INST] naïve 東京".split(" ")

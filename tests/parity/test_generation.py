@@ -34,13 +34,16 @@ def is_near_tie(folder, prompt: list[int], ours: list[int], other: list[int]) ->
     """Whether the two lie, where they first differ, closer in fp64 than fp32's measured error: either may be taken."""
     at = next(n for n, (a, b) in enumerate(zip(ours, other, strict=False)) if a != b)
     ids_1T = torch.tensor([prompt + ours[:at]])
-    exact_V, fp32_V = (Transformer.from_pretrained(folder, dtype=dtype)(ids_1T)[0, -1].double().detach()
-                       for dtype in (torch.float64, torch.float32))  # fmt: skip
+    exact_V, fp32_V = (
+        Transformer.from_pretrained(folder, dtype=dtype)(ids_1T)[0, -1].double().detach()
+        for dtype in (torch.float64, torch.float32)
+    )
     return bool((exact_V[ours[at]] - exact_V[other[at]]).abs() <= 2 * (exact_V - fp32_V).abs().max())
 
 
-@pytest.mark.parametrize("family", ["mistral", "mistral-no-window", "llama", "llama-3", "llama-tied", "qwen2",
-                                    "qwen2-window", "mixtral"])  # fmt: skip
+@pytest.mark.parametrize(
+    "family", ["mistral", "mistral-no-window", "llama", "llama-3", "llama-tied", "qwen2", "qwen2-window", "mixtral"]
+)
 def test_greedy_text_is_transformers(family, published, tmp_path):
     folder, asked = published(family, max_position_embeddings=256), prompts()
     generator = Generator(Transformer.from_pretrained(folder), tiny_tokenizer(tmp_path))

@@ -137,8 +137,18 @@ MUTATIONS = {
     "rotary layouts swapped": ("mistral", method("Rotate", interleaved), Q),
     "q left in the native layout": ("llama", weights("q_proj.weight", lambda q: to_pairs(q, 6)), Q),
     "positions off by one after padding": ("mistral", shifted, Q),
-    "positions from one": ("llama-3", lambda m: (setattr(m.model.rotary, "forward", types.MethodType(
-        lambda self, p, d: Rotary.forward(self, p + 1, d), m.model.rotary)), m)[1], Q),
+    "positions from one": (
+        "llama-3",
+        lambda m: (
+            setattr(
+                m.model.rotary,
+                "forward",
+                types.MethodType(lambda self, p, d: Rotary.forward(self, p + 1, d), m.model.rotary),
+            ),
+            m,
+        )[1],
+        Q,
+    ),
     "Llama-3's scaling ignored": ("llama-3", config_change(rope_scaling=None), Q),
     "linear scaling ignored": ("llama-linear", config_change(rope_scaling=None), Q),
     "yarn's scaling ignored": ("llama-yarn", config_change(rope_scaling=None), Q),
@@ -147,16 +157,47 @@ MUTATIONS = {
     "v bias dropped": ("qwen2", weights("v_proj.bias", torch.zeros_like), V),
     "router softmax after the choice": ("mixtral", method("Experts", softmax_after_top_k), "layer 0 experts"),
     "router weights not made to sum to one": ("mixtral", method("Experts", unnormalised), "layer 0 experts"),
-    "gate and up swapped": ("llama", lambda m: ([setattr(b.mlp, "forward", types.MethodType(
-        lambda self, x: self.down_proj(F.silu(self.up_proj(x)) * self.gate_proj(x)), b.mlp))
-        for b in m.model.layers], m)[1], "layer 0 MLP"),
-    "gelu for silu": ("llama", lambda m: ([setattr(b.mlp, "forward", types.MethodType(
-        lambda self, x: self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x)), b.mlp))
-        for b in m.model.layers], m)[1], "layer 0 MLP"),
+    "gate and up swapped": (
+        "llama",
+        lambda m: (
+            [
+                setattr(
+                    b.mlp,
+                    "forward",
+                    types.MethodType(
+                        lambda self, x: self.down_proj(F.silu(self.up_proj(x)) * self.gate_proj(x)), b.mlp
+                    ),
+                )
+                for b in m.model.layers
+            ],
+            m,
+        )[1],
+        "layer 0 MLP",
+    ),
+    "gelu for silu": (
+        "llama",
+        lambda m: (
+            [
+                setattr(
+                    b.mlp,
+                    "forward",
+                    types.MethodType(
+                        lambda self, x: self.down_proj(F.gelu(self.gate_proj(x)) * self.up_proj(x)), b.mlp
+                    ),
+                )
+                for b in m.model.layers
+            ],
+            m,
+        )[1],
+        "layer 0 MLP",
+    ),
     "the final norm left out": ("llama", lambda m: (setattr(m.model.norm, "forward", lambda x: x), m)[1], "final norm"),
-    "one row of the output matrix": ("llama", weights("lm_head.weight", lambda w: w.index_fill(
-        0, torch.tensor([5]), 0.0)), "logits"),
-}  # fmt: skip
+    "one row of the output matrix": (
+        "llama",
+        weights("lm_head.weight", lambda w: w.index_fill(0, torch.tensor([5]), 0.0)),
+        "logits",
+    ),
+}
 
 
 @pytest.mark.parametrize("what", MUTATIONS)

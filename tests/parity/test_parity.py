@@ -68,8 +68,11 @@ def test_an_adapter_against_peft(family, published, tmp_path):
             if parameter.requires_grad:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     save_adapter(model, tmp_path / "adapter")
-    report = hold(Options(weights=str(published(family)), adapter=str(tmp_path / "adapter"), tokens=40, new_tokens=0,
-                          gradients=False))  # fmt: skip
+    report = hold(
+        Options(
+            weights=str(published(family)), adapter=str(tmp_path / "adapter"), tokens=40, new_tokens=0, gradients=False
+        )
+    )
     assert report.failed == [], report.summary()
     assert any(row.section == "adapter" and row.name == "layer 0 q" for row in report.rows)
 

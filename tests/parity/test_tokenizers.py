@@ -22,9 +22,11 @@ from mistral_common.tokens.tokenizers.mistral import MistralTokenizer  # noqa: E
 
 DATA = Path(mistral_common.__file__).parent / "data"
 FILES = {
-    "v1": "tokenizer.model.v1", "v2": "mistral_instruct_tokenizer_240216.model.v2",
-    "v3": "mistral_instruct_tokenizer_240323.model.v3", "v7": "mistral_instruct_tokenizer_241114.model.v7",
-}  # fmt: skip
+    "v1": "tokenizer.model.v1",
+    "v2": "mistral_instruct_tokenizer_240216.model.v2",
+    "v3": "mistral_instruct_tokenizer_240323.model.v3",
+    "v7": "mistral_instruct_tokenizer_241114.model.v7",
+}
 attacks = st.sampled_from(
     "[INST] [/INST] </s> <s> [SYSTEM_PROMPT] [/SYSTEM_PROMPT] <unk> <0x0A> ▁".split(" ") + ["\n\n", "  ", "\t"]
 )
@@ -36,8 +38,10 @@ texts = st.one_of(
 
 @pytest.fixture(scope="module")
 def pairs():
-    return {v: (Tokenizer.from_pretrained(DATA / name), MistralTokenizer.from_file(str(DATA / name)))
-            for v, name in FILES.items()}  # fmt: skip
+    return {
+        v: (Tokenizer.from_pretrained(DATA / name), MistralTokenizer.from_file(str(DATA / name)))
+        for v, name in FILES.items()
+    }
 
 
 @settings(max_examples=80, deadline=None)
@@ -128,8 +132,6 @@ def test_chats_as_the_models_own_template_writes_them(smollm, users, system):
     assert ours.engine.model.decode(ours.encode_chat(messages), skip_special_tokens=False) == wanted
 
 
-
-
 # SentencePiece beside added tokens of other files, as transformers' LlamaTokenizer reads them.
 ADDED = {"<|im_end|>": 32000, "<|im_start|>": 32001, "HER2+": 32002, "Ki-67": 32003}
 CHATML = (
@@ -142,15 +144,28 @@ def spell(folder: Path, how: str, **more) -> Path:
     """A Llama-like folder of a SentencePiece file and tokens that stand elsewhere."""
     folder.mkdir()
     shutil.copy(DATA / FILES["v1"], folder / "tokenizer.model")
-    config = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "<|im_end|>", "unk_token": "<unk>",
-              "chat_template": CHATML, **more}  # fmt: skip
+    config = {
+        "tokenizer_class": "LlamaTokenizer",
+        "bos_token": "<s>",
+        "eos_token": "<|im_end|>",
+        "unk_token": "<unk>",
+        "chat_template": CHATML,
+        **more,
+    }
     if how == "added_tokens.json":
         (folder / "added_tokens.json").write_text(json.dumps({"<s>": 1, "</s>": 2, "<unk>": 0, **ADDED}))
     else:
         config["added_tokens_decoder"] = {
-            str(i): {"content": text, "special": text[0] == "<", "normalized": False, "lstrip": False, "rstrip": False,
-                     "single_word": False} for text, i in {"<unk>": 0, "<s>": 1, "</s>": 2, **ADDED}.items()
-        }  # fmt: skip
+            str(i): {
+                "content": text,
+                "special": text[0] == "<",
+                "normalized": False,
+                "lstrip": False,
+                "rstrip": False,
+                "single_word": False,
+            }
+            for text, i in {"<unk>": 0, "<s>": 1, "</s>": 2, **ADDED}.items()
+        }
     (folder / "tokenizer_config.json").write_text(json.dumps(config))
     (folder / "config.json").write_text(json.dumps({"model_type": "llama"}))
     return folder
@@ -255,16 +270,26 @@ def test_paritys_rows_hold_and_name_what_differs(kind, tmp_path):
 
     from eval.parity.checks import tokenizer_rows
 
-    settings_ = {"tokenizer_class": "PreTrainedTokenizerFast", "bos_token": "<|endoftext|>",
-                 "eos_token": "<|im_end|>", "chat_template": CHATML}  # fmt: skip
+    settings_ = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "bos_token": "<|endoftext|>",
+        "eos_token": "<|im_end|>",
+        "chat_template": CHATML,
+    }
     folder = written(tmp_path / "m", settings_, "<|endoftext|>", {"model_type": kind})
     ours, theirs = Tokenizer.from_pretrained(folder), AutoTokenizer.from_pretrained(folder)
     lines = ["e\u0301 2.5 cm", "<|im_end|> 東京"]
     rows = tokenizer_rows(ours, theirs, lines, [256], [256])
     assert [row.name for row in rows] == [
-        "text → ids → text", "offsets cover the text", "ids as transformers'", "offsets as transformers'", "stop ids",
-        "begin token", "added tokens", "a chat",
-    ] and all(row.ok for row in rows)  # fmt: skip
+        "text → ids → text",
+        "offsets cover the text",
+        "ids as transformers'",
+        "offsets as transformers'",
+        "stop ids",
+        "begin token",
+        "added tokens",
+        "a chat",
+    ] and all(row.ok for row in rows)
 
     def failing(change) -> set[str]:
         other = Tokenizer.from_pretrained(folder)

@@ -13,8 +13,10 @@ from model.support.init import init_weights
 from model.transformer import Transformer
 from train.data.store import Encoding, TokenStore, build_store
 
-WORDS = ("patient tumor breast left right grade stage cm margin positive negative biopsy showed invasive ductal "
-         "carcinoma lesion measured").split()  # fmt: skip
+WORDS = (
+    "patient tumor breast left right grade stage cm margin positive negative biopsy showed invasive ductal "
+    "carcinoma lesion measured"
+).split()
 
 
 def make_note(rng: random.Random, number: int, words: int) -> dict:
@@ -27,8 +29,13 @@ def make_note(rng: random.Random, number: int, words: int) -> dict:
         for name in names
     }
     diagnosis = {"text": "Malignant neoplasm of breast", "code": "C50.9"}
-    return {"id": f"note-{number}", "patient": f"p{number}", "text": text, "phenotypes": phenotypes,
-            "diagnosis": diagnosis}  # fmt: skip
+    return {
+        "id": f"note-{number}",
+        "patient": f"p{number}",
+        "text": text,
+        "phenotypes": phenotypes,
+        "diagnosis": diagnosis,
+    }
 
 
 def write_lines(path: Path, records: list[dict]) -> Path:
@@ -77,6 +84,18 @@ def options(data, tmp_path_factory) -> dict:
     init_weights(Transformer(CONFIG), 1).save_pretrained(folder)
     for file in (data / "tok").iterdir():
         shutil.copy(file, folder)
-    return {"data": [str(data / "notes.jsonl")], "valid_data": [str(data / "notes.jsonl")], "weights": str(folder),
-            "valid_rows": 2, "valid_every": 2, "steps": 6, "batch_rows": 3, "save_every": 2, "r": 3, "dropout": 0.1,
-            "learning_rate": 1e-2, "block": 400, "threads": 1}  # fmt: skip
+    return {
+        "data": [str(data / "notes.jsonl")],
+        "valid_data": [str(data / "notes.jsonl")],
+        "weights": str(folder),
+        "valid_rows": 2,
+        "valid_every": 2,
+        "steps": 6,
+        "batch_rows": 3,
+        "save_every": 2,
+        "r": 3,
+        "dropout": 0.1,
+        "learning_rate": 1e-2,
+        "block": 400,
+        "threads": 1,
+    }

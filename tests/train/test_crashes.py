@@ -90,7 +90,9 @@ def test_killed_before_any_write_or_removal_and_resumed_ends_with_the_same_bytes
             finish(made, "instruct", 0.0)
             same = [*same, "adapter"]
             assert json.loads((state / "run.json").read_text())["steps"] == 3
-        ours, theirs = ({name: held for name, held in found.items() if name.split("/")[0] in same}
-                        for found in (contents(state), whole))  # fmt: skip
+        ours, theirs = (
+            {name: held for name, held in found.items() if name.split("/")[0] in same}
+            for found in (contents(state), whole)
+        )
         assert ours == theirs, state.name
     assert reached == 3 and "adapter" in same

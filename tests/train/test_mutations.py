@@ -30,11 +30,15 @@ def mistake():
 MISTAKES = {
     "the document mask dropped": (
         ("train.data.rows", "collate", "document[r, part] = number", "document[r, part] = 0"),
-        lambda notes, documents: test_rows.test_the_leak_meter_reads_zero_for_packed_documents_and_not_for_the_faithful_rows(documents, True),
+        lambda notes, documents: (
+            test_rows.test_the_leak_meter_reads_zero_for_packed_documents_and_not_for_the_faithful_rows(documents, True)
+        ),
     ),
     "labels shifted by one, in answers": (
         ("train.data.rows", "branch_columns", "target = whole[1:].copy()", "target = whole[:-1].copy()"),
-        lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(notes),
+        lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(
+            notes
+        ),
     ),
     "labels shifted by one, in texts": (
         ("train.data.rows", "text_units", "zeros, part[1:], ones", "zeros, part[:-1], ones"),
@@ -42,13 +46,15 @@ MISTAKES = {
     ),
     "a padding token in the loss": (
         ("train.data.rows", "collate", "torch.full(shape, IGNORE)", "torch.zeros(shape, dtype=torch.int64)"),
-        lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(notes),
+        lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(
+            notes
+        ),
     ),
     "the adapter's scale ignored": (
         ("lora.layer", "LoRALinear.forward", " * self.scale[self.active]", ""),
         lambda notes, documents: an_adapter_does_what_it_adds_to_the_weights(),
     ),
-}  # fmt: skip
+}
 
 
 def an_adapter_does_what_it_adds_to_the_weights():
@@ -67,11 +73,30 @@ def test_a_mistake_in_rows_or_layers_is_noticed(name, mistake, notes, documents)
         guard(notes, documents)
 
 
-@pytest.mark.parametrize(("name", "place"), [
-    ("the optimizer's state not restored", ("train.distributed.checkpoint", "restore", "if held:", "if False:")),
-    ("one record skipped at resume", ("train.data.rows", "order", "range(step * batch, (step + 1) * batch)", "range(step * batch + 1, (step + 1) * batch + 1)")),
-    ("dropout's masks begin again at resume", ("train.loop", "Trainer.gradients", "self.plan.step, self.plan.rows = step,", "self.plan.step, self.plan.rows = step % 2,")),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("name", "place"),
+    [
+        ("the optimizer's state not restored", ("train.distributed.checkpoint", "restore", "if held:", "if False:")),
+        (
+            "one record skipped at resume",
+            (
+                "train.data.rows",
+                "order",
+                "range(step * batch, (step + 1) * batch)",
+                "range(step * batch + 1, (step + 1) * batch + 1)",
+            ),
+        ),
+        (
+            "dropout's masks begin again at resume",
+            (
+                "train.loop",
+                "Trainer.gradients",
+                "self.plan.step, self.plan.rows = step,",
+                "self.plan.step, self.plan.rows = step % 2,",
+            ),
+        ),
+    ],
+)
 def test_a_mistake_at_resume_is_noticed(name, place, mistake, options, tmp_path):
     """A run of four steps loses its last checkpoint and goes on from the second step, with the mistake."""
     recipe = as_recipe(options, out=str(tmp_path / "run"), steps=4)

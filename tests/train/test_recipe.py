@@ -14,32 +14,54 @@ from train.recipe import Recipe, parse, read_toml
 GOOD = {"data": ("x",), "out": "x", "weights": "x"}
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"r": 0}, "r is 0; it must be at least 1"),
-    ({"steps": 5, "warmup": 6}, "warmup of 6 steps is longer than the run of 5"),
-    ({"warmup": 1, "warmup_share": 0.1}, "either warmup"), ({"warmup_share": 1.5}, "warmup_share is 1.5"),
-    ({"batch_rows": 5, "micro_rows": 2}, "batch_rows 5 is not a multiple of micro_rows 2"),
-    ({"learning_rate": -1.0}, "learning_rate"), ({"dropout": 1.0}, "dropout is 1.0"), ({"epochs": 0.0}, "epochs"),
-    ({"init": "y"}, "either weights"), ({"full": True, "base": "nf4"}, "full trains all weights"),
-    ({"full": True, "dtype": "bfloat16"}, "no fp32 copy of bfloat16 weights"),
-    ({"optimizer": "muon"}, "muon is for full training"), ({"merge_adapter": True}, "merge_adapter needs adapter"),
-    ({"template": "faithful"}, "set share_prefix = false"), ({"data": ()}, "data is missing"),
-    ({"seed": -1}, "seed is -1"), ({"alpha": 0.0}, "alpha is 0.0"), ({"alpha": float("nan")}, "alpha is nan"),
-    ({"betas": (0.9, 1.0)}, "betas are"), ({"betas": (0.9,)}, "betas are"), ({"epochs": float("inf")}, "epochs is inf"),
-    ({"final_rate": 2.0}, "at most 1"), ({"learning_rate": float("nan")}, "learning_rate is nan"),
-    ({"valid_rows": 0}, "valid_rows is 0"), ({"keep_last": 0}, "keep_last is 0")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"r": 0}, "r is 0; it must be at least 1"),
+        ({"steps": 5, "warmup": 6}, "warmup of 6 steps is longer than the run of 5"),
+        ({"warmup": 1, "warmup_share": 0.1}, "either warmup"),
+        ({"warmup_share": 1.5}, "warmup_share is 1.5"),
+        ({"batch_rows": 5, "micro_rows": 2}, "batch_rows 5 is not a multiple of micro_rows 2"),
+        ({"learning_rate": -1.0}, "learning_rate"),
+        ({"dropout": 1.0}, "dropout is 1.0"),
+        ({"epochs": 0.0}, "epochs"),
+        ({"init": "y"}, "either weights"),
+        ({"full": True, "base": "nf4"}, "full trains all weights"),
+        ({"full": True, "dtype": "bfloat16"}, "no fp32 copy of bfloat16 weights"),
+        ({"optimizer": "muon"}, "muon is for full training"),
+        ({"merge_adapter": True}, "merge_adapter needs adapter"),
+        ({"template": "faithful"}, "set share_prefix = false"),
+        ({"data": ()}, "data is missing"),
+        ({"seed": -1}, "seed is -1"),
+        ({"alpha": 0.0}, "alpha is 0.0"),
+        ({"alpha": float("nan")}, "alpha is nan"),
+        ({"betas": (0.9, 1.0)}, "betas are"),
+        ({"betas": (0.9,)}, "betas are"),
+        ({"epochs": float("inf")}, "epochs is inf"),
+        ({"final_rate": 2.0}, "at most 1"),
+        ({"learning_rate": float("nan")}, "learning_rate is nan"),
+        ({"valid_rows": 0}, "valid_rows is 0"),
+        ({"keep_last": 0}, "keep_last is 0"),
+    ],
+)
 def test_impossible_recipes_are_refused(wrong, said):
     Recipe(**GOOD)
     with pytest.raises(UserError, match=said):
         Recipe(**{**GOOD, **wrong})
 
 
-@pytest.mark.parametrize(("text", "said"), [
-    ("learning_rat = 1.0", "unknown key 'learning_rat' .did you mean 'learning_rate'"),
-    ("r = 'eight'", "r is 'eight'; it must be a whole number"), ("r = true", "whole number"),
-    ("r = = 2", "not a TOML"), ("rank_pattern = 3", "must be a table"),
-    ("[rank_pattern]\nv_proj = 2.5", "rank_pattern.v_proj is 2.5; it must be a whole number"),
-    ("[alpha_pattern]\nv_proj = true", "alpha_pattern.v_proj is True; it must be a number")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "said"),
+    [
+        ("learning_rat = 1.0", "unknown key 'learning_rat' .did you mean 'learning_rate'"),
+        ("r = 'eight'", "r is 'eight'; it must be a whole number"),
+        ("r = true", "whole number"),
+        ("r = = 2", "not a TOML"),
+        ("rank_pattern = 3", "must be a table"),
+        ("[rank_pattern]\nv_proj = 2.5", "rank_pattern.v_proj is 2.5; it must be a whole number"),
+        ("[alpha_pattern]\nv_proj = true", "alpha_pattern.v_proj is True; it must be a number"),
+    ],
+)
 def test_recipe_files_are_checked_key_by_key(tmp_path, text, said):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=said):
@@ -84,8 +106,10 @@ def test_ranks_and_alphas_by_pattern_reach_the_layers(tmp_path):
     text = 'data = ["a"]\nout = "o"\nweights = "w"\nr = 4\n[rank_pattern]\nv_proj = 2\n[alpha_pattern]\n'
     (tmp_path / "r.toml").write_text(text + '"layers.1.*" = 6\n')
     model, _ = empty_model(parse([str(tmp_path / "r.toml")], "instruct"), CONFIG)
-    found = {path.split("layers.")[1]: (len(layer.lora_A["default"]), layer.scale["default"])
-             for path, layer in adapted(model).items()}  # fmt: skip
+    found = {
+        path.split("layers.")[1]: (len(layer.lora_A["default"]), layer.scale["default"])
+        for path, layer in adapted(model).items()
+    }
     assert found["0.self_attn.v_proj"] == (2, 8.0) and found["0.mlp.up_proj"] == (4, 4.0)
     assert found["1.self_attn.v_proj"] == (2, 3.0) and found["1.mlp.up_proj"] == (4, 1.5)
     model, _ = empty_model(parse([str(tmp_path / "r.toml"), "--first-layer", "1"], "instruct"), CONFIG)
@@ -112,15 +136,21 @@ def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path)
     assert all(tensors[key].equal(value) for key, value in adapter_state(held).items())
 
 
-@pytest.mark.parametrize(("wrong", "said"), [
-    ({"target_modules": ("q_prj",)}, "target module 'q_prj' is not in this model .did you mean 'q_proj'"),
-    ({"target_modules": ()}, "target_modules is empty"), ({"first_layer": 2}, "first_layer 2; the model has 2 layers"),
-    ({"rank_pattern": {"v_proj(": 2}}, "is not a regular expression"),
-    ({"rank_pattern": {"v_proj": 0}}, "the rank for 'v_proj' is 0"),
-    ({"adapter": "none"}, "no such file; an adapter is a folder"),
-    ({"adapter": "none", "merge_adapter": True}, "none/adapter_model.safetensors: no such file"),
-    ({"valid_data": ("none.jsonl",)}, "none.jsonl: no such file"), ({"weights": None}, "holds no weights"),
-    ({"adapter": "another's"}, "was trained on another base than")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("wrong", "said"),
+    [
+        ({"target_modules": ("q_prj",)}, "target module 'q_prj' is not in this model .did you mean 'q_proj'"),
+        ({"target_modules": ()}, "target_modules is empty"),
+        ({"first_layer": 2}, "first_layer 2; the model has 2 layers"),
+        ({"rank_pattern": {"v_proj(": 2}}, "is not a regular expression"),
+        ({"rank_pattern": {"v_proj": 0}}, "the rank for 'v_proj' is 0"),
+        ({"adapter": "none"}, "no such file; an adapter is a folder"),
+        ({"adapter": "none", "merge_adapter": True}, "none/adapter_model.safetensors: no such file"),
+        ({"valid_data": ("none.jsonl",)}, "none.jsonl: no such file"),
+        ({"weights": None}, "holds no weights"),
+        ({"adapter": "another's"}, "was trained on another base than"),
+    ],
+)
 def test_a_mistake_costs_no_work_and_leaves_nothing(options, tmp_path, wrong, said):
     from tiny_runs import as_recipe, tiny
 
@@ -162,28 +192,51 @@ def test_the_schedule_warms_up_and_falls_to_its_share():
 # what the paper's scripts do: recipe → what it must say
 SCRIPTS = {
     "cancerllm-faithful": {
-        "r": 8, "alpha": 16.0, "dropout": 0.05, "learning_rate": 2e-4, "warmup_share": 0.05, "weight_decay": 0.01,
-        "epochs": 0.5, "block": 3000, "dtype": "bfloat16", "checkpoint_blocks": True, "packing": "concatenate",
+        "r": 8,
+        "alpha": 16.0,
+        "dropout": 0.05,
+        "learning_rate": 2e-4,
+        "warmup_share": 0.05,
+        "weight_decay": 0.01,
+        "epochs": 0.5,
+        "block": 3000,
+        "dtype": "bfloat16",
+        "checkpoint_blocks": True,
+        "packing": "concatenate",
         "target_modules": ("all-linear",),
     },
     "cancerllm-tune-faithful": {
-        "base": "nf4", "optimizer": "adamw8bit", "learning_rate": 2e-4, "epochs": 5.0, "clip": 0.3,
-        "warmup_share": 0.03, "r": 64, "alpha": 16.0, "dropout": 0.1, "block": 4000, "template": "faithful",
-        "loss_on": "all", "append_eos": False, "batch_rows": 4, "micro_rows": 1,
+        "base": "nf4",
+        "optimizer": "adamw8bit",
+        "learning_rate": 2e-4,
+        "epochs": 5.0,
+        "clip": 0.3,
+        "warmup_share": 0.03,
+        "r": 64,
+        "alpha": 16.0,
+        "dropout": 0.1,
+        "block": 4000,
+        "template": "faithful",
+        "loss_on": "all",
+        "append_eos": False,
+        "batch_rows": 4,
+        "micro_rows": 1,
     },
-}  # fmt: skip
+}
 SOUND = {
     "cancerllm": SCRIPTS["cancerllm-faithful"] | {"packing": "documents"},
-    "cancerllm-tune": SCRIPTS["cancerllm-tune-faithful"] | {"template": "note-first", "loss_on": "answer",
-                                                           "append_eos": True, "share_prefix": True},
-}  # fmt: skip
+    "cancerllm-tune": SCRIPTS["cancerllm-tune-faithful"]
+    | {"template": "note-first", "loss_on": "answer", "append_eos": True, "share_prefix": True},
+}
 
 
 @pytest.mark.parametrize("file", sorted(Path("train/recipes").glob("*.toml")), ids=lambda file: file.stem)
 def test_every_recipe_that_ships_is_one_and_the_faithful_ones_say_what_the_scripts_do(file):
     raw = read_toml(file)
-    recipe = Recipe(**{**({} if "init" in raw else {"weights": "x"}), "data": ("x",), "out": "x", **raw}
-                    | ({"init": "x", "tokenizer": "x", "weights": ""} if raw.get("full") else {}))  # fmt: skip
+    recipe = Recipe(
+        **{**({} if "init" in raw else {"weights": "x"}), "data": ("x",), "out": "x", **raw}
+        | ({"init": "x", "tokenizer": "x", "weights": ""} if raw.get("full") else {})
+    )
     expected = SCRIPTS.get(file.stem, {})
     assert {key: getattr(recipe, key) for key in expected} == expected
     sound = SOUND.get(file.stem, {})

@@ -268,12 +268,19 @@ def test_the_program_on_two_ranks_trains_what_one_does_and_goes_on_from_its_chec
     train(as_recipe(options, out=str(out)), "instruct")
     shutil.rmtree(steps_saved(out / "checkpoints")[-1])  # step 4 is the newest now
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.instruct"]
-    done = subprocess.run([sys.executable, *command, str(tmp_path / "recipe.toml"), "--out", str(out)],
-                          capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [sys.executable, *command, str(tmp_path / "recipe.toml"), "--out", str(out)],
+        capture_output=True,
+        text=True,
+        timeout=120,
+        cwd=Path(__file__).parents[2],
+        env=os.environ | {"OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
-    one, two = ([json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
-                for run in ("one", "two"))  # fmt: skip
+    one, two = (
+        [json.loads(line) for line in (tmp_path / run / "metrics.jsonl").read_text().splitlines()]
+        for run in ("one", "two")
+    )
     assert [line["tokens"] for line in one] == [line["tokens"] for line in two]
     assert all(abs(a["loss"] - b["loss"]) < 1e-6 * a["loss"] for a, b in zip(one, two, strict=True))
     held_out = [[line.get("valid_loss", 0.0) for line in lines] for lines in (one, two)]

@@ -38,14 +38,20 @@ def test_a_second_training_in_a_folder_is_refused_and_changes_nothing(options, t
 @pytest.mark.slow
 def test_ranks_are_refused_together_and_the_first_says_it(options, tmp_path):
     out = tmp_path / "run"
-    text = "\n".join(f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}"
-                     for key, value in options.items())  # fmt: skip
+    text = "\n".join(
+        f"{key} = {str(value).lower() if isinstance(value, bool) else repr(value)}" for key, value in options.items()
+    )
     (tmp_path / "recipe.toml").write_text(text)
     command = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", "-m", "train.instruct"]
     with hold(out):
-        done = subprocess.run([sys.executable, *command, str(tmp_path / "recipe.toml"), "--out", str(out)],
-                              capture_output=True, text=True, timeout=120, cwd=Path(__file__).parents[2],
-                              env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+        done = subprocess.run(
+            [sys.executable, *command, str(tmp_path / "recipe.toml"), "--out", str(out)],
+            capture_output=True,
+            text=True,
+            timeout=120,
+            cwd=Path(__file__).parents[2],
+            env=os.environ | {"OMP_NUM_THREADS": "1"},
+        )
     assert done.returncode != 0 and not out.exists()
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("train.instruct: ")]
     assert f"process {os.getpid()} on" in line

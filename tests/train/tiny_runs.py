@@ -31,10 +31,18 @@ from train.optim.optimizer import named_trainable
 from train.recipe import Recipe
 
 CONFIG = ModelConfig(
-    vocab_size=300, hidden_size=16, intermediate_size=24, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=4, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None, 9),
+    vocab_size=300,
+    hidden_size=16,
+    intermediate_size=24,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=4,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(None, 9),
     max_position_embeddings=2048,
-)  # fmt: skip
+)
 RECIPE = Recipe(data=("x",), out="x", weights="x", packing="none", block=400)
 
 
@@ -85,8 +93,11 @@ def as_recipe(options: dict, **more) -> Recipe:
 def ends(out: Path) -> dict[str, bytes]:
     """What must be the same to the byte: the last checkpoint, the adapter, the metrics. The manifest holds hashes."""
     last = steps_saved(out / "checkpoints")[-1]
-    files = [*sorted(p for p in last.rglob("*") if p.is_file()), *sorted((out / "adapter").iterdir()),
-             out / "metrics.jsonl"]  # fmt: skip
+    files = [
+        *sorted(p for p in last.rglob("*") if p.is_file()),
+        *sorted((out / "adapter").iterdir()),
+        out / "metrics.jsonl",
+    ]
     return {str(file.relative_to(out)): file.read_bytes() for file in files}
 
 

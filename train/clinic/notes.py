@@ -220,8 +220,9 @@ class Writer:
         template = choose(self.wording(cancer.where if sided else cancer.nowhere), self.rng)
         if self.case.side == "bilateral" and sided:
             new = self.style.unseen
-            words = choose("[the two ovaries|ovary on either side]" if new else "[both ovaries|bilateral ovaries]",
-                           self.rng)  # fmt: skip
+            words = choose(
+                "[the two ovaries|ovary on either side]" if new else "[both ovaries|bilateral ovaries]", self.rng
+            )
             first, site = words.rsplit(" ", 1) if "either" not in words else ("on either side", "ovary")
             site = mark("tumor_site", site)
             self.stated |= {"site", "side"}

@@ -16,8 +16,10 @@ from train.clinic.terms import CANCERS, GRADES, TRAINING, Style, Wording, read
 
 VARIED = read("varied")
 BANKS = {style.name: style.bank for style in TRAINING.styles}
-SCALE = {int(grade): dict(zip(("R", "low", "well", "poor", "gl", "sum"), words, strict=True)) for grade, words in
-         VARIED["scale"].items()}  # fmt: skip
+SCALE = {
+    int(grade): dict(zip(("R", "low", "well", "poor", "gl", "sum"), words, strict=True))
+    for grade, words in VARIED["scale"].items()
+}
 _HEAD = re.compile(r"(.+) (carcinoma|adenocarcinoma|melanoma|lymphoma|leukemia|astrocytoma|ca)")
 _PLACE = re.compile(r"(.+) (quadrant|lobe|wall|pole|colon|body|antrum|cardia|fundus|esophagus|lymph nodes|LN|arm|leg)")
 _OF = re.compile(r"(.+) of the (\w+)")

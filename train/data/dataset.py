@@ -28,8 +28,9 @@ class Rows:
             self.held = alone if recipe.packing == "none" else pack(lengths, recipe.block)
         if not self.held:
             files = ", ".join(store.manifest["identity"]["sources"])
-            raise UserError(f"{files}: not one whole row of block = {recipe.block} tokens in it; give more text or a "
-                            "smaller block")  # fmt: skip
+            raise UserError(
+                f"{files}: not one whole row of block = {recipe.block} tokens in it; give more text or a smaller block"
+            )
 
     def __len__(self) -> int:
         return len(self.held)

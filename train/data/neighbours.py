@@ -60,8 +60,9 @@ def beside(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator
 
 def main(options: Options) -> None:
     check_not_read(options.out, options.data)
-    near = Neighbours(Index(options.index, weights=options.encoder_weights), options.neighbours,
-                      options.neighbour_tokens)  # fmt: skip
+    near = Neighbours(
+        Index(options.index, weights=options.encoder_weights), options.neighbours, options.neighbour_tokens
+    )
     with output(options.out, options.overwrite):
         count = write_jsonl(options.out, beside(options, near, Tokenizer.from_pretrained(options.tokenizer)))
     print(f"{options.out}: {count} notes, {near.index.manifest['encoder']}")

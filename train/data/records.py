@@ -78,8 +78,9 @@ def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
                 texts = list(dict.fromkeys(value["text"] for value in values))
                 asked.append((tasks.PHENOTYPES[name].question, tasks.answer(texts)))
             except (TypeError, KeyError) as error:
-                raise ValueError(f"{name} is not a list of {{'text': …}}; train.importers.table makes such records"
-                                 ) from error  # fmt: skip
+                raise ValueError(
+                    f"{name} is not a list of {{'text': …}}; train.importers.table makes such records"
+                ) from error
     if which != "phenotype" and record.get("diagnosis"):
         given = record["diagnosis"]
         if not (isinstance(given, dict) and all(isinstance(given.get(key), str) for key in ("text", "code"))):

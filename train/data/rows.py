@@ -158,8 +158,13 @@ def collate(rows: Sequence[Row], pad_to: int = 1) -> Batch:
         start = 0
         for number, unit in enumerate(row.units):
             part = slice(start, start + len(unit.tokens))
-            for into, values in ((tokens, unit.tokens), (positions, unit.positions), (branch, unit.branch),
-                                 (target, unit.target), (kind, unit.kind)):  # fmt: skip
+            for into, values in (
+                (tokens, unit.tokens),
+                (positions, unit.positions),
+                (branch, unit.branch),
+                (target, unit.target),
+                (kind, unit.kind),
+            ):
                 into[r, part] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
             document[r, part] = number
             start = part.stop

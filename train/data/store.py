@@ -58,9 +58,13 @@ class Encoding:
 
 
 def build_store(
-    files: Sequence[str], encoding: Encoding, out: str | Path, limit: int = 0, workers: int = 0,
+    files: Sequence[str],
+    encoding: Encoding,
+    out: str | Path,
+    limit: int = 0,
+    workers: int = 0,
     identity: dict[str, Any] | None = None,
-) -> TokenStore:  # fmt: skip
+) -> TokenStore:
     """Tokenise JSON-lines files into a store at `out`, unless a store of just these contents is there already.
 
     Records that cannot be used go to rejects.jsonl; more than 1 % of them raise a UserError that names the first, and
@@ -78,8 +82,13 @@ def build_store(
         check_rejects(rejects, records, out)
         write_jsonl(folder / "rejects.jsonl", rejects)
         tokens = sum(shard["tokens"] for shard in shards)
-        manifest = {"identity": identity, "shards": shards, "records": records, "tokens": tokens,
-                    "rejects": len(rejects)}  # fmt: skip
+        manifest = {
+            "identity": identity,
+            "shards": shards,
+            "records": records,
+            "tokens": tokens,
+            "rejects": len(rejects),
+        }
         write_json(folder / "manifest.json", manifest)
     return TokenStore(out)
 
@@ -202,12 +211,16 @@ class TokenStore:
             while len(self.shards) >= OPEN:
                 self.shards.pop(next(iter(self.shards)))
             try:
-                arrays = [np.load(self.path / f"{number}.{kind}.npy", mmap_mode="r")
-                          for kind in ("tokens", "pieces", "records")]  # fmt: skip
+                arrays = [
+                    np.load(self.path / f"{number}.{kind}.npy", mmap_mode="r")
+                    for kind in ("tokens", "pieces", "records")
+                ]
                 names = json.loads((self.path / f"{number}.names.json").read_text("utf-8"))
             except (ValueError, EOFError, OSError) as error:
-                raise UserError(f"{self.path}: shard {number} is damaged; remove this folder, and the run that made it "
-                                "tokenises again") from error  # fmt: skip
+                raise UserError(
+                    f"{self.path}: shard {number} is damaged; remove this folder, and the run that made it "
+                    "tokenises again"
+                ) from error
             self.shards[number] = (*arrays, names)
         return self.shards[number]
 

@@ -64,13 +64,25 @@ def train_tokenizer(options: Options) -> Path:
     made = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
-            sentence_iterator=iter(lines), model_writer=made, model_type="bpe", vocab_size=options.vocab,
-            byte_fallback=True, normalization_rule_name="identity", remove_extra_whitespaces=False,
-            split_digits=options.split_digits, split_by_number=options.split_digits,
-            character_coverage=0.9999, required_chars="#?",
-            unk_id=0, bos_id=1, eos_id=2, pad_id=-1, num_threads=1, max_sentence_length=max(longest + 1, 4192),
+            sentence_iterator=iter(lines),
+            model_writer=made,
+            model_type="bpe",
+            vocab_size=options.vocab,
+            byte_fallback=True,
+            normalization_rule_name="identity",
+            remove_extra_whitespaces=False,
+            split_digits=options.split_digits,
+            split_by_number=options.split_digits,
+            character_coverage=0.9999,
+            required_chars="#?",
+            unk_id=0,
+            bos_id=1,
+            eos_id=2,
+            pad_id=-1,
+            num_threads=1,
+            max_sentence_length=max(longest + 1, 4192),
             minloglevel=2,
-        )  # fmt: skip
+        )
     except RuntimeError as error:  # its message quotes source lines: keep what it asks for only
         reason = str(error).rpartition("] ")[2] or "the texts do not do"
         raise UserError(f"--vocab {options.vocab}: SentencePiece says: {reason}") from error

@@ -33,8 +33,13 @@ def load_sharded(model: nn.Module, ranks: Ranks, read: Read, adapter: Mapping[st
     """Fill every parameter of an empty model: weights from `read`, adapters from PEFT's tensors or freshly drawn."""
     dtype = next(model.parameters()).dtype  # the embedding's: the base's
     packed = {f"{path}.quantized.codes": layer for path, layer in adapted(model).items() if layer.quantized is not None}
-    for name, param in tqdm(list(model.named_parameters()), desc="loading", unit="tensor", leave=False,
-                            disable=None if ranks.first else True):  # fmt: skip
+    for name, param in tqdm(
+        list(model.named_parameters()),
+        desc="loading",
+        unit="tensor",
+        leave=False,
+        disable=None if ranks.first else True,
+    ):
         mine, into = ranks.rows(len(param)), local(param)
         assert len(into) == mine.stop - mine.start, name
         if ".lora_A." in name or ".lora_B." in name:

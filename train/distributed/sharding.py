@@ -42,8 +42,10 @@ class Ranks:
         local = int(os.environ.get("LOCAL_RANK", "0"))
         beside, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if kind == "cuda" and beside > gpus:
-            raise UserError(f"device cuda: {beside} processes on this machine, where torch can use {gpus} GPUs; start "
-                            "one process a GPU, or take --device cpu")  # fmt: skip
+            raise UserError(
+                f"device cuda: {beside} processes on this machine, where torch can use {gpus} GPUs; start "
+                "one process a GPU, or take --device cpu"
+            )
         where = torch.device(kind, local) if kind == "cuda" else torch.device(kind)
         if where.type == "cuda":
             torch.cuda.set_device(where)
@@ -163,8 +165,9 @@ def sharded_like(rows: Tensor, param: Tensor, shape: Sequence[int]) -> Tensor:
 
     assert isinstance(param, DTensor)
     strides = torch.empty(tuple(shape), device="meta").stride()
-    return DTensor.from_local(rows, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape),
-                              stride=strides)  # fmt: skip
+    return DTensor.from_local(
+        rows, param.device_mesh, param.placements, run_check=False, shape=torch.Size(shape), stride=strides
+    )
 
 
 def differences(

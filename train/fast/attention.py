@@ -51,8 +51,11 @@ class Segment:
         made = []
         for start in range(self.trunk.start, self.trunk.stop, QUERIES):
             stop = min(start + QUERIES, self.trunk.stop)
-            made.append(Part(slice(start, stop), (slice(self.trunk.start, stop),),
-                             causal(stop - start, stop - self.trunk.start)))  # fmt: skip
+            made.append(
+                Part(
+                    slice(start, stop), (slice(self.trunk.start, stop),), causal(stop - start, stop - self.trunk.start)
+                )
+            )
         group: list[slice] = []
         for branch in self.branches:
             if group and branch.stop - group[0].start > QUERIES:
@@ -83,8 +86,9 @@ def segments(visible: Visible, window: int | None) -> list[Segment] | None:
     """The documents of these rows, or None where they are not runs of tokens in reach of each other."""
     if visible.layout is None or visible.offset or visible.layout is not visible.key_layout:
         return None
-    rows = zip(*(x.tolist() for x in (visible.layout.document_BT, visible.layout.branch_BT, visible.position_BT)),
-               strict=True)  # fmt: skip
+    rows = zip(
+        *(x.tolist() for x in (visible.layout.document_BT, visible.layout.branch_BT, visible.position_BT)), strict=True
+    )
     found: list[Segment] = []
     for row, (document_T, branch_T, position_T) in enumerate(rows):
         runs = cut(document_T, branch_T, position_T)
@@ -114,8 +118,9 @@ def cut(document_T: list[int], branch_T: list[int], position_T: list[int]) -> li
             else:
                 return None  # a document in pieces, or a trunk behind its branches
             trunk = found[-1][0]
-            if branch_T[start] and position_T[start] != (position_T[trunk.stop - 1] + 1 if trunk.stop > trunk.start
-                                                         else position_T[start]):  # fmt: skip
+            if branch_T[start] and position_T[start] != (
+                position_T[trunk.stop - 1] + 1 if trunk.stop > trunk.start else position_T[start]
+            ):
                 return None
         start = end
     return found

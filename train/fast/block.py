@@ -107,8 +107,14 @@ class Products(torch.autograd.Function):
     """linear(norm(x)) of several layers that read one input; with `residual`, one layer's result plus that."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, residual_ND: Tensor | None, norm: RMSNorm | None, linears: Sequence[nn.Linear],
-                *held: Tensor | None) -> tuple[Tensor, ...]:  # fmt: skip
+    def forward(
+        ctx: Any,
+        x_ND: Tensor,
+        residual_ND: Tensor | None,
+        norm: RMSNorm | None,
+        linears: Sequence[nn.Linear],
+        *held: Tensor | None,
+    ) -> tuple[Tensor, ...]:
         n_ND, inverse_N1 = normed(x_ND, norm)
         layers = [Adapted(*part) for part in zip(linears, held[::2], held[1::2], strict=True)]
         results, lows = zip(*(layer.forward(n_ND) for layer in layers), strict=True)

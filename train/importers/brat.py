@@ -87,8 +87,9 @@ def annotated(path: Path, found: list[Entity], notices: Counter[str]) -> str:
     """The text that the offsets are of: the file's as it is, else with "\\n" for "\\r\\n", else without its byte order
     mark."""
     raw = read_text(path, keep_mark=True)
-    for text in dict.fromkeys((raw, raw.replace("\r\n", "\n"), raw.removeprefix("\ufeff"),
-                               raw.replace("\r\n", "\n").removeprefix("\ufeff"))):  # fmt: skip
+    for text in dict.fromkeys(
+        (raw, raw.replace("\r\n", "\n"), raw.removeprefix("\ufeff"), raw.replace("\r\n", "\n").removeprefix("\ufeff"))
+    ):
         if all(entity.fits(text) for entity in found):
             notices[LINE_ENDS] += text.count("\r") < raw.count("\r")
             notices[MARK] += raw[:1] == "\ufeff" != text[:1]
@@ -102,8 +103,10 @@ def annotated(path: Path, found: list[Entity], notices: Counter[str]) -> str:
 def pairs(folder: Path) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
     """(text, annotation) of every name that has both, and the folder's other files by what they are."""
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    seen = {end: {path.with_suffix(""): path for path in files if path.suffix.lower() == end and path.name[0] != "."}
-            for end in (".txt", ".ann")}  # fmt: skip
+    seen = {
+        end: {path.with_suffix(""): path for path in files if path.suffix.lower() == end and path.name[0] != "."}
+        for end in (".txt", ".ann")
+    }
     texts, annotations = seen.values()
     both = [(path, annotations[name]) for name, path in texts.items() if name in annotations]
     groups = {

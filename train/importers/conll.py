@@ -102,8 +102,10 @@ def read_iob(path: Path) -> list[list[Sentence]]:
             documents[-1][-1].append((parts[0], parts[-1]))
         elif not line.startswith("#"):
             cause = f"{len(parts)} columns where the first token has {width}" if len(parts) != width else "no such tag"
-            raise UserError(f"{path}:{number}: not a token and its tag ({cause}); tags are O, B-TYPE, I-TYPE and those "
-                            "of BIOES or BILOU, and tabs divide the columns of tokens with spaces")  # fmt: skip
+            raise UserError(
+                f"{path}:{number}: not a token and its tag ({cause}); tags are O, B-TYPE, I-TYPE and those "
+                "of BIOES or BILOU, and tabs divide the columns of tokens with spaces"
+            )
     return [[sentence for sentence in sentences if sentence] for sentences in documents]
 
 

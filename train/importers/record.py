@@ -58,13 +58,17 @@ def diagnosis(answer: str, where: str) -> Record:
         raise UserError(f"{where}: the diagnosis holds several codes ({', '.join(found)}); give one")
     for code, (start, end) in found.items():
         if canonical(code) is None:
-            raise UserError(f"{where}: {code} is not an ICD-10-CM code of C00-D49 (release of April 2026); leave the "
-                            "row out, or correct the code")  # fmt: skip
+            raise UserError(
+                f"{where}: {code} is not an ICD-10-CM code of C00-D49 (release of April 2026); leave the "
+                "row out, or correct the code"
+            )
         return {"text": _without(answer, start, end) or describe(code), "code": code}
     exact = described(answer)
     if not exact:
-        raise UserError(f"{where}: the diagnosis holds no ICD-10-CM code of C00-D49, and is no code's description; "
-                        "write it as 'description (code)'")  # fmt: skip
+        raise UserError(
+            f"{where}: the diagnosis holds no ICD-10-CM code of C00-D49, and is no code's description; "
+            "write it as 'description (code)'"
+        )
     return {"text": answer.strip(" ."), "code": exact[0]}
 
 

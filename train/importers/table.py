@@ -53,8 +53,9 @@ def records(path: Path, separator: str = "", notices: Counter[str] | None = None
     table = Table(path)
     if not {"text", "answer"} <= set(table.columns) or not {"type", "question"} & set(table.columns):
         known = ", ".join(name for name in COLUMNS if name in table.columns)  # the line may be a note's text
-        raise UserError(f"{path}: its first line names {known or 'no column'}; a header needs text, answer, and type "
-                        "or question")  # fmt: skip
+        raise UserError(
+            f"{path}: its first line names {known or 'no column'}; a header needs text, answer, and type or question"
+        )
     made: dict[str, Record] = {}
     for line, row in table.rows(*COLUMNS):
         where = f"{path}:{line}"

@@ -107,9 +107,14 @@ def sheet_peak(name: str) -> float | None:
 def code_version(root: Path) -> dict[str, Any]:
     """{"hash"} of the programs that train, with {"commit", "dirty"} in a git checkout, else {"version"}."""
     held: dict[str, Any] = {"hash": code_hash(root)}
-    top, commit, changed = (git(root, *words) for words in (
-        ("rev-parse", "--show-toplevel"), ("rev-parse", "HEAD"), ("status", "--porcelain", "--untracked-files=no")
-    ))  # fmt: skip
+    top, commit, changed = (
+        git(root, *words)
+        for words in (
+            ("rev-parse", "--show-toplevel"),
+            ("rev-parse", "HEAD"),
+            ("status", "--porcelain", "--untracked-files=no"),
+        )
+    )
     if top is None or commit is None or Path(top).resolve() != root.resolve():
         return held | {"version": version("cancerllm-reference")}
     return held | {"commit": commit, "dirty": bool(changed)}

@@ -30,8 +30,11 @@ from train.loss import chunk
 from train.recipe import Recipe, read_toml
 
 GPUS = {  # bytes of memory, dense bf16 FLOP/s: the makers' data sheets
-    "a100-40gb": (40e9, 312e12), "a100-80gb": (80e9, 312e12), "h100-80gb": (80e9, 989e12), "l4-24gb": (24e9, 121e12),
-}  # fmt: skip
+    "a100-40gb": (40e9, 312e12),
+    "a100-80gb": (80e9, 312e12),
+    "h100-80gb": (80e9, 989e12),
+    "l4-24gb": (24e9, 121e12),
+}
 GPU_SHARE = 0.30  # of the peak: 3,354 tok/s of LoRA on Mistral-7B on an A100 (fms-acceleration's table) is 31 % of it
 SHEETS = {name.split("-")[0].upper(): rate for name, (_, rate) in GPUS.items()}  # by the word in the driver's names
 CPU_SHARE = 0.75  # of the measured product rate: a step of ours on a CPU (eval.bench train)
@@ -115,8 +118,11 @@ def memory(
     trained = [p for p in model.parameters() if p.requires_grad]
     width = sum(p.numel() * p.element_size() for p in trained)
     count = sum(p.numel() for p in trained)
-    matrices = sum(p.numel() * p.element_size() for name, p in model.named_parameters()
-                   if p.requires_grad and p.dim() == 2 and ".layers." in name)  # fmt: skip
+    matrices = sum(
+        p.numel() * p.element_size()
+        for name, p in model.named_parameters()
+        if p.requires_grad and p.dim() == 2 and ".layers." in name
+    )
     state = {"adamw": 2 * width, "sgd": 0.0, "adamw8bit": count * (2 + 2 * 4 / 256), "muon": 2 * width - matrices}
     tokens, layers = recipe.micro_rows * row_tokens, config.num_hidden_layers
     inside, passing = block_bytes(config, recipe, e, plain(config, recipe))
@@ -187,8 +193,9 @@ def arithmetic(config: ModelConfig, recipe: Recipe, load: Load) -> float:
     gradient, 2 more for a trained weight's own; attention 14 a pair and width (4 forward, 10 backward, where scores are
     made again); recomputed blocks forward again."""
     model = built(config, recipe)
-    linear = sum(p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2
-                 and "lora_" not in name)  # fmt: skip
+    linear = sum(
+        p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2 and "lora_" not in name
+    )
     low = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     if config.num_local_experts:
         linear = int(linear * config.num_experts_per_tok / config.num_local_experts)  # attention's share is small
@@ -235,8 +242,10 @@ def find_load(options: Options, recipe: Recipe, stage: str) -> Load:
 
     encoding = encoding_of(recipe, stage)
     if not Path(encoding.tokenizer).exists():
-        raise UserError(f"{encoding.tokenizer}: no such folder, so nothing counts the data's tokens; give them: "
-                        "--documents N --document-tokens M")  # fmt: skip
+        raise UserError(
+            f"{encoding.tokenizer}: no such folder, so nothing counts the data's tokens; give them: "
+            "--documents N --document-tokens M"
+        )
     with tempfile.TemporaryDirectory() as folder:
         rows = Rows(build_store(recipe.data, encoding, Path(folder) / "tokens", recipe.records), recipe, stage)
         seen = [rows[i] for i in range(0, len(rows), max(1, len(rows) // 256))]
@@ -298,8 +307,9 @@ def plan(options: Options) -> dict[str, Any]:
     if options.gpus < 1 or not 0 <= options.mfu <= 1 or options.row_tokens < 0:
         raise UserError("--gpus is at least 1, --mfu lies in (0, 1], --row-tokens is not negative")
     raw = read_toml(options.recipe)
-    recipe = Recipe(**{"data": ("data.jsonl",), "out": "runs/planned", **({} if raw.get("init") else {"weights": NONE}),
-                       **raw})  # fmt: skip
+    recipe = Recipe(
+        **{"data": ("data.jsonl",), "out": "runs/planned", **({} if raw.get("init") else {"weights": NONE}), **raw}
+    )
     stage = options.stage
     if stage == "auto":
         asks = {"template", "share_prefix", "tasks", "loss_on", "append_eos", "note_loss"} & raw.keys()
@@ -312,30 +322,48 @@ def plan(options: Options) -> dict[str, Any]:
     flops = arithmetic(config, recipe, load) * passes
     seconds = flops / (peak * share * options.gpus)
     return {
-        "recipe": options.recipe, "stage": stage, "gpus": options.gpus, "gpu": options.gpu, "data": asdict(load),
+        "recipe": options.recipe,
+        "stage": stage,
+        "gpus": options.gpus,
+        "gpu": options.gpu,
+        "data": asdict(load),
         "bytes": {**parts, **({"context (assumed)": GPU_CONTEXT} if options.gpu != "cpu" else {})},
-        "total_bytes": total, "room_bytes": room, "fits": total <= room,
+        "total_bytes": total,
+        "room_bytes": room,
+        "fits": total <= room,
         "steps": recipe.steps or max(1, round(recipe.epochs * load.rows / recipe.batch_rows)),
-        "tokens": load.tokens * passes, "flops": flops, "mfu": share, "mfu_basis": basis, "seconds": seconds,
+        "tokens": load.tokens * passes,
+        "flops": flops,
+        "mfu": share,
+        "mfu_basis": basis,
+        "seconds": seconds,
         "tokens_per_second": load.tokens * passes / seconds,
         "remedies": [] if total <= room else remedies(config, recipe, options, load, room),
-    }  # fmt: skip
+    }
 
 
 def shown(found: dict[str, Any]) -> str:
-    lines = [f"{found['recipe']} ({found['stage']}) on {found['gpus']} x {found['gpu']}: {found['data']['source']}, "
-             f"rows of at most {found['data']['longest']:,} tokens", "", "memory of each process, GB"]  # fmt: skip
+    lines = [
+        f"{found['recipe']} ({found['stage']}) on {found['gpus']} x {found['gpu']}: {found['data']['source']}, "
+        f"rows of at most {found['data']['longest']:,} tokens",
+        "",
+        "memory of each process, GB",
+    ]
     lines += [f"  {name:20} {size / 1e9:8.3f}" for name, size in found["bytes"].items()]
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
     lines += [f"  {'total':20} {found['total_bytes'] / 1e9:8.3f}   of {found['room_bytes'] / 1e9:.1f}: {verdict}", ""]
     hours = found["seconds"] / 3600
     time = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
-    lines.append(f"time {time} for {found['tokens']:,.0f} tokens in {found['steps']:,} steps: "
-                 f"{found['tokens_per_second']:,.0f} tok/s, {found['flops']:.2e} FLOP at {found['mfu']:.0%} "
-                 f"{found['mfu_basis']}")  # fmt: skip
+    lines.append(
+        f"time {time} for {found['tokens']:,.0f} tokens in {found['steps']:,} steps: "
+        f"{found['tokens_per_second']:,.0f} tok/s, {found['flops']:.2e} FLOP at {found['mfu']:.0%} "
+        f"{found['mfu_basis']}"
+    )
     for remedy in found["remedies"]:
-        lines.append(f"  {'' if remedy is found['remedies'][0] else 'and '}{remedy['change']}: "
-                     f"{remedy['total_gb']:.1f} GB{', fits' if remedy['fits'] else ''}")  # fmt: skip
+        lines.append(
+            f"  {'' if remedy is found['remedies'][0] else 'and '}{remedy['change']}: "
+            f"{remedy['total_gb']:.1f} GB{', fits' if remedy['fits'] else ''}"
+        )
     if found["remedies"] and not found["remedies"][-1]["fits"]:
         lines.append("  still too much: a smaller block (shorter rows) or a smaller model")
     return "\n".join(lines)

@@ -58,8 +58,10 @@ def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
                 start += length
     counted = taken[step] - taken.get(step - 1, 0)
     if counted != sum(tokens.values()):
-        raise UserError(f"{folder}: step {step} took {counted} tokens, and {sum(tokens.values())} by the run's recipe: "
-                        "data or recipe changed after it (--allow-changed), so its records are not known")  # fmt: skip
+        raise UserError(
+            f"{folder}: step {step} took {counted} tokens, and {sum(tokens.values())} by the run's recipe: "
+            "data or recipe changed after it (--allow-changed), so its records are not known"
+        )
     return [{"record": name, "tokens": count, "targets": targets[name]} for name, count in tokens.items()]
 
 
@@ -73,10 +75,16 @@ def recorded(folder: Path) -> tuple[Recipe, str, dict[str, Any]]:
         where = found / "state.json"
         card = read_json(where)["identity"]
     else:
-        raise UserError(f"{folder}: holds neither run.json nor a whole checkpoint; give the folder that a recipe calls "
-                        "out, once a checkpoint is in it")  # fmt: skip
-    if not (isinstance(card, dict) and isinstance(card.get("recipe"), dict) and isinstance(card.get("data"), dict)
-            and card.get("stage") in ("pretrain", "instruct")):  # fmt: skip
+        raise UserError(
+            f"{folder}: holds neither run.json nor a whole checkpoint; give the folder that a recipe calls "
+            "out, once a checkpoint is in it"
+        )
+    if not (
+        isinstance(card, dict)
+        and isinstance(card.get("recipe"), dict)
+        and isinstance(card.get("data"), dict)
+        and card.get("stage") in ("pretrain", "instruct")
+    ):
         raise UserError(f"{where}: not the card of a training run; give the folder that a recipe calls out")
     known = {each.name: {} if each.default is MISSING else each.default for each in fields(Recipe)}
     held = {key: checked(value, known[key], f"{where}: {key}") for key, value in card["recipe"].items() if key in known}

@@ -31,12 +31,24 @@ def test_a_row_for_every_format_and_peer():
     narrows, peers = {"int4": quantize_model(model(), "int4")}, {"constant": lambda: 1.0}
     rows = compare("tiny", model(), NoText(), narrows, peers, [5, 6, 7], 4, 1, "here")
     assert {(row.name.split()[-1], row.peer_name.split()[0]) for row in rows} == {
-        ("fp32", "transformers"), ("int4", "transformers"), ("int4", "constant")}  # fmt: skip
+        ("fp32", "transformers"),
+        ("int4", "transformers"),
+        ("int4", "constant"),
+    }
     assert all(row.ours > 0 and row.share_of_limit == row.ours / row.limit for row in rows)
 
 
-@pytest.mark.parametrize(("unit", "less"), [("ms a pair", True), ("MB", True), ("s to the first token", True),
-                                            ("tokens/s", False), ("GB/s", False), ("average F1", False)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("unit", "less"),
+    [
+        ("ms a pair", True),
+        ("MB", True),
+        ("s to the first token", True),
+        ("tokens/s", False),
+        ("GB/s", False),
+        ("average F1", False),
+    ],
+)
 def test_a_ratio_above_one_is_better_in_every_unit(unit, less):
     good, bad = (1.0, 4.0) if less else (4.0, 1.0)
     assert Row("x", good, bad, "peer", unit, "").ratio == 4 and Row("x", bad, good, "peer", unit, "").ratio == 1 / 4

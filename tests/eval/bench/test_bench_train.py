@@ -17,8 +17,16 @@ def test_each_side_begins_with_the_same_loss(kind, base, tmp_path):
     if base:
         pytest.importorskip("bitsandbytes")
     train.save_base("tiny", tmp_path, torch.float32)
-    asked = {"kind": kind, "size": "tiny", "steps": 1, "r": 4, "folder": str(tmp_path), "base": base, "fuse": False,
-             "threads": 1}  # fmt: skip
+    asked = {
+        "kind": kind,
+        "size": "tiny",
+        "steps": 1,
+        "r": 4,
+        "folder": str(tmp_path),
+        "base": base,
+        "fuse": False,
+        "threads": 1,
+    }
     sides = ("peft", *train.OURS) if kind == "records" else ("peft", "ours")
     found = {who: train.job(who, **asked) for who in sides}
     assert all(abs(side["loss"] - found["peft"]["loss"]) < 1e-5 * found["peft"]["loss"] for side in found.values())

@@ -18,10 +18,18 @@ def asked(*names):
 
 
 def test_names_are_counted_once_a_record_and_exactly(tmp_path):
-    gold = [{"id": "a", "questions": asked("flu", "flu", "colon cancer")}, {"id": "b", "questions": asked()},
-            {"id": "c", "questions": asked("gout")}, {"id": "d", "questions": asked()}]  # fmt: skip
-    said = [{"id": "b", "answers": asked()}, {"id": "a", "answers": asked("flu", "Colon cancer")},
-            {"id": "c", "error": "too long"}, {"id": "d", "answers": asked("flu")}]  # fmt: skip
+    gold = [
+        {"id": "a", "questions": asked("flu", "flu", "colon cancer")},
+        {"id": "b", "questions": asked()},
+        {"id": "c", "questions": asked("gout")},
+        {"id": "d", "questions": asked()},
+    ]
+    said = [
+        {"id": "b", "answers": asked()},
+        {"id": "a", "answers": asked("flu", "Colon cancer")},
+        {"id": "c", "error": "too long"},
+        {"id": "d", "answers": asked("flu")},
+    ]
     found = score(write(tmp_path / "gold", gold), write(tmp_path / "predicted", said))
     assert (found["names"], found["predicted"], found["right"]) == (3, 3, 1)
     assert found["precision"] == found["recall"] == found["f1"] == pytest.approx(100 / 3)

@@ -17,9 +17,20 @@ from model import ModelConfig, Transformer
 from model.support.cli import UserError
 from model.support.init import init_weights
 
-SMALL = {"vocab_size": 258, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 1,
-         "num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "rms_norm_eps": 1e-5, "rope_theta": 1e4,
-         "windows": (None,), "max_position_embeddings": 4096, "eos_token_id": (257,)}  # fmt: skip
+SMALL = {
+    "vocab_size": 258,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 8,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "windows": (None,),
+    "max_position_embeddings": 4096,
+    "eos_token_id": (257,),
+}
 
 
 def model_folder(folder):
@@ -38,9 +49,16 @@ def model_folder(folder):
 
 def notes(path, start, count):
     sites = [("left breast", "C50.912"), ("colon", "C18.9")]
-    rows = [{"id": f"n{i}", "patient": f"p{i // 2}", "text": f"Mass of the {sites[i % 2][0]}, seen on day {i} by us.",
-             "phenotypes": {}, "diagnosis": {"text": f"Neoplasm of {sites[i % 2][0]}", "code": sites[i % 2][1]}}
-            for i in range(start, start + count)]  # fmt: skip
+    rows = [
+        {
+            "id": f"n{i}",
+            "patient": f"p{i // 2}",
+            "text": f"Mass of the {sites[i % 2][0]}, seen on day {i} by us.",
+            "phenotypes": {},
+            "diagnosis": {"text": f"Neoplasm of {sites[i % 2][0]}", "code": sites[i % 2][1]},
+        }
+        for i in range(start, start + count)
+    ]
     path.write_text("".join(json.dumps(one) + "\n" for one in rows))
     return path
 
@@ -51,9 +69,15 @@ def test_the_table_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     model_folder(tmp_path)
     train, heldout = notes(tmp_path / "train.jsonl", 0, 12), notes(tmp_path / "heldout.jsonl", 11, 3)
     options = Options(
-        weights=str(tmp_path / "base"), adapter=str(tmp_path / "adapter"), data=train, notes=heldout,
-        out=tmp_path / "out", encoders=tmp_path / "encoders", limit=2, grounded=True,
-    )  # fmt: skip
+        weights=str(tmp_path / "base"),
+        adapter=str(tmp_path / "adapter"),
+        data=train,
+        notes=heldout,
+        out=tmp_path / "out",
+        encoders=tmp_path / "encoders",
+        limit=2,
+        grounded=True,
+    )
     result = table(options)
     assert [one["name"] for one in result["rows"]] == ["none", "BM25", "Contriever", "MedCPT", "SPECTER2", "SGPT"]
     assert [one["diagnosis"] is None for one in result["rows"]] == [False, False, True, True, True, True]
@@ -97,7 +121,18 @@ def test_a_note_that_cannot_be_answered_does_not_stop_an_experiment(tmp_path):
     rows[1]["text"] = " "
     heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(tmp_path)
-    run.step("answers", extraction(str(tmp_path / "base"), [str(tmp_path / "adapter")], heldout, out, "--task",
-                                   "diagnosis", "--max-new-diagnosis", "4"))  # fmt: skip
+    run.step(
+        "answers",
+        extraction(
+            str(tmp_path / "base"),
+            [str(tmp_path / "adapter")],
+            heldout,
+            out,
+            "--task",
+            "diagnosis",
+            "--max-new-diagnosis",
+            "4",
+        ),
+    )
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record.get("error") for record in answers] == [None, "the note is empty", None] and "answers" in run.steps

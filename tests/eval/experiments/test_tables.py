@@ -33,8 +33,10 @@ def test_every_experiment_is_one_that_its_program_takes(scale, tmp_path):
     dtype = "bfloat16" if scale == "full" else "float32"
     seen = set()
     out, ours = tmp_path / "tables", SCALES[scale]
-    demos = [("", experiments.misspelling(demo, out, (0.0, 0.1), ours.misspelling_notes)),
-             ("", experiments.retrieval(demo, out, ours.retrieval_notes))]  # fmt: skip
+    demos = [
+        ("", experiments.misspelling(demo, out, (0.0, 0.1), ours.misspelling_notes)),
+        ("", experiments.retrieval(demo, out, ours.retrieval_notes)),
+    ]
     for _, (program, *arguments) in [*demos, *steps(demo, SIZES[scale], out)]:
         if program == "eval.robustness":
             kind = KINDS[arguments[0]]
@@ -65,10 +67,18 @@ def test_only_a_finished_demo_of_the_scale_will_do(tmp_path):
 
 def test_the_demos_files_are_named_as_seen_from_the_tables(tmp_path):
     demo = tmp_path / "demo"
-    write_json(demo / "run.json", {"systems": [{"name": "a", "kind": "model", "predictions": {"heldout": "p/a.jsonl"}}],
-                                   "references": {"heldout": "heldout.jsonl"}, "curves": {"tuned": "t/m.jsonl"},
-                                   "retrieval": "retrieval/result.json", "steps": {}, "seconds": 1.0,
-                                   "peak_mb": 2.0})  # fmt: skip
+    write_json(
+        demo / "run.json",
+        {
+            "systems": [{"name": "a", "kind": "model", "predictions": {"heldout": "p/a.jsonl"}}],
+            "references": {"heldout": "heldout.jsonl"},
+            "curves": {"tuned": "t/m.jsonl"},
+            "retrieval": "retrieval/result.json",
+            "steps": {},
+            "seconds": 1.0,
+            "peak_mb": 2.0,
+        },
+    )
     out = tmp_path / "tables"
     given = described(Run(out, "tiny", {"s": {"seconds": 2.0, "peak_mb": 9.0}}), Demo(demo, "tiny"))
     assert (out / given["systems"][0]["predictions"]["heldout"]).resolve() == (demo / "p/a.jsonl").resolve()
@@ -86,8 +96,16 @@ def test_the_report_shows_and_plots_every_result(tmp_path, parts):
     assert read == json.loads(json.dumps(parts))
     assert read_parts(tmp_path, {}) == dict.fromkeys(parts)
     empty = {"title": "held out", "notes": 0, "patients": 0, "systems": [], "paired": []}
-    bare = {"sets": {"heldout": empty}, "curves": {}, "examples": [], "ledger": [], "paper": PAPER, "title": "T",
-            "seconds": None, "bits_per_byte": None}  # fmt: skip
+    bare = {
+        "sets": {"heldout": empty},
+        "curves": {},
+        "examples": [],
+        "ledger": [],
+        "paper": PAPER,
+        "title": "T",
+        "seconds": None,
+        "bits_per_byte": None,
+    }
     page = render({**bare, **read})
     assert page.count("<svg") == 3 and all(f'<h2 id="{name}"' in page for name in ("t3", "t4", "t6", "canaries"))
     for said in ("40 of 400", "recovered by repair", "2 of them were wrong", "1 of 1", "<td>0.123</td>", "25.0"):

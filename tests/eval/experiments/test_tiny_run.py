@@ -39,7 +39,9 @@ def test_the_demo_fills_what_it_promises(demo):
     found = report(demo)
     assert len(found["sets"]["heldout"]["systems"]) == 6 and found["bits_per_byte"][0]["after"] > 0
     assert found["misspelling"]["rates"] == [0.0, 0.1] and set(found["misspelling"]["series"]) == {
-        "as misspelled", "repaired"}  # fmt: skip
+        "as misspelled",
+        "repaired",
+    }
     assert [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]] == ["none", "BM25"]
     assert found["wrong_labels"] is None and found["canaries"] is None
 
@@ -53,11 +55,17 @@ def test_each_system_answers_with_its_own_adapter(demo):
     models = [one for one in read_json(demo / "run.json")["systems"] if one["kind"] in ("base", "model")]
     jobs = {one["name"]: one["predictions"]["heldout"].removesuffix("-heldout.jsonl") for one in models}
     assert {name: adapters(job) for name, job in jobs.items()} == {
-        "base": [], "base + continued pre-training": ["pretrained"], "base + tuning": ["tuned-only"],
-        "base + continued pre-training + tuning": ["tuned"]}  # fmt: skip
+        "base": [],
+        "base + continued pre-training": ["pretrained"],
+        "base + tuning": ["tuned-only"],
+        "base + continued pre-training + tuning": ["tuned"],
+    }
     cards = {name: read_json(demo / name / "run.json") for name in ("pretrained", "tuned-only", "tuned")}
     assert {name: Path(card["recipe"]["adapter"]).parent.name for name, card in cards.items()} == {
-        "pretrained": "", "tuned-only": "", "tuned": "pretrained"}  # fmt: skip
+        "pretrained": "",
+        "tuned-only": "",
+        "tuned": "pretrained",
+    }
     assert [card["stage"] for card in cards.values()] == ["pretrain", "instruct", "instruct"]
     assert adapters("misspelling/plain") == adapters("misspelling/repaired") == ["tuned"]
     for one in models:

@@ -24,9 +24,11 @@ def finished(tmp_path) -> Path:
         for n, name in enumerate(SYSTEMS)
     ]
     report = {
-        "seconds": 600, "preset": "clinical", "host": {"cores": 2, "cpu": "A Processor"},
+        "seconds": 600,
+        "preset": "clinical",
+        "host": {"cores": 2, "cpu": "A Processor"},
         "sets": {where: {"notes": 40, "systems": systems} for where, _ in COLUMNS},
-    }  # fmt: skip
+    }
     (folder / "report.json").write_text(json.dumps(report))
     (folder / "tuned" / "run.json").write_text(json.dumps({"code": {"commit": "0123456789abcdef"}}))
     (folder / "parity.txt").write_text("stage  max error\n  embedding 0.0\n  layer 0 q  0\nother\nparity holds: x\n")

@@ -107,8 +107,10 @@ def run(tmp_path):
                     "predictions": {s: f"{n}.{s}.jsonl" for s in ("heldout", "unseen")},
                     **extra,
                 }
-                for n, k, extra in (("bad", "base", {"notes": 3, "form": "chat", "grounded": False}),
-                                    ("good", "model", {"form": "template", "grounded": True}))
+                for n, k, extra in (
+                    ("bad", "base", {"notes": 3, "form": "chat", "grounded": False}),
+                    ("good", "model", {"form": "template", "grounded": True}),
+                )
             ],
         },
     )
@@ -163,8 +165,10 @@ def test_what_quotes_notes_is_for_its_owner_alone(run):
 def test_page_says_how_each_system_was_asked(run):
     write(run)
     page = (run / "report.html").read_text()
-    assert ("bad: asked in their own chat form, answering freely.<br>good: asked in the tuning&#39;s form, answering "
-            "grounded: spans of the note, closed values, existing ICD-10-CM entries.<") in page  # fmt: skip
+    assert (
+        "bad: asked in their own chat form, answering freely.<br>good: asked in the tuning&#39;s form, answering "
+        "grounded: spans of the note, closed values, existing ICD-10-CM entries.<"
+    ) in page
     systems = json.loads((run / "run.json").read_text())["systems"]
     bare = [{key: value for key, value in one.items() if key not in ("form", "grounded")} for one in systems]
     given(run, systems=bare)
@@ -269,16 +273,31 @@ def test_short_forms_of_predictions_are_taken():
 
 def test_short_forms_of_right_answers_are_taken(tmp_path):
     """A file of one's own need not know our records: text for a phenotype is not taken letter by letter."""
-    mine = {"id": "n7", "text": TEXT, "phenotypes": {"tumor_size": "2.5 cm", "cancer_stage": "not relevant",
-            "hormone_receptor_status": "ER+; HER2-", "tumor_site": None}, "diagnosis": "C18.7"}  # fmt: skip
+    mine = {
+        "id": "n7",
+        "text": TEXT,
+        "phenotypes": {
+            "tumor_size": "2.5 cm",
+            "cancer_stage": "not relevant",
+            "hormone_receptor_status": "ER+; HER2-",
+            "tumor_site": None,
+        },
+        "diagnosis": "C18.7",
+    }
     write_jsonl(tmp_path / "gold.jsonl", [mine])
     (tmp_path / "gold.jsonl").write_bytes(b"\xef\xbb\xbf" + (tmp_path / "gold.jsonl").read_bytes())
     (record,) = read_references(tmp_path / "gold.jsonl")
-    questions, counts = pair([record], [{**answer(7), "diagnosis": "C18.7", "phenotypes": {**answer(7)["phenotypes"],
-                               "tumor_site": []}}])  # fmt: skip
+    questions, counts = pair(
+        [record], [{**answer(7), "diagnosis": "C18.7", "phenotypes": {**answer(7)["phenotypes"], "tumor_site": []}}]
+    )
     golds = {one.name: one.gold for one in questions}
-    assert golds == {"tumor_size": ("2.5 cm",), "cancer_stage": (), "hormone_receptor_status": ("ER+", "HER2-"),
-                     "tumor_site": (), "diagnosis": ("C18.7",)}  # fmt: skip
+    assert golds == {
+        "tumor_size": ("2.5 cm",),
+        "cancer_stage": (),
+        "hormone_receptor_status": ("ER+", "HER2-"),
+        "tumor_site": (),
+        "diagnosis": ("C18.7",),
+    }
     assert figures(questions)["exact_match"]["f1"] == 100 and counts.missing == []
 
 
@@ -309,8 +328,10 @@ def test_a_text_that_is_none_is_refused_with_its_line(tmp_path):
 
 @pytest.mark.parametrize("nobody", [None, "", "absent"])
 def test_notes_that_name_no_patient_are_patients_of_their_own(nobody):
-    notes = [{key: value for key, value in note(i, nobody).items() if (key, value) != ("patient", "absent")}
-             for i in range(3)]  # fmt: skip
+    notes = [
+        {key: value for key, value in note(i, nobody).items() if (key, value) != ("patient", "absent")}
+        for i in range(3)
+    ]
     assert figures(pair(notes, [])[0])["patients"] == 3
 
 
@@ -377,8 +398,13 @@ def test_records_with_questions_of_their_own_are_scored(tmp_path, capsys):
     assert found["own question, unanswerable"]["exact_match"]["f1"] == 100
     write_jsonl(tmp_path / "said.jsonl", said[:1])
     assert [one.empty_output for one in pair(records, read_predictions(tmp_path / "said.jsonl"))[0]] == [False, True]
-    write_json(tmp_path / "run.json", {"references": {"test": "gold.jsonl"}, "systems": [
-        {"name": "m", "kind": "model", "predictions": {"test": "said.jsonl"}}]})  # fmt: skip
+    write_json(
+        tmp_path / "run.json",
+        {
+            "references": {"test": "gold.jsonl"},
+            "systems": [{"name": "m", "kind": "model", "predictions": {"test": "said.jsonl"}}],
+        },
+    )
     write(tmp_path)
     assert "The records' own questions" in (tmp_path / "report.html").read_text()
     write_jsonl(tmp_path / "bad.jsonl", [{"id": "1", "text": "a", "questions": [{"answers": []}]}])
@@ -411,7 +437,8 @@ def test_the_ledger_lists_right_answers_that_a_definition_gives_nothing():
     entries = ledger([(("left",), ("left",)), (("25 mm",), ("2.5 cm",)), (("left lobe",), ("left lobe",))])
     assert [entry["why"] == ONE_WORD for entry in entries] == [False, True]
     assert entries[1]["verdicts"] == {name: "BLEU-2 0.1" for name in ("cancerllm", "coco", "rouge_score")} | {
-        "nltk": "BLEU-2 0.0"}  # fmt: skip
+        "nltk": "BLEU-2 0.0"
+    }
 
 
 def test_ledger_counts_equal_disagreements():
@@ -445,7 +472,7 @@ def call(*arguments):
         (lambda run: given(run, references=["x"]), "run.json: 'systems' or 'references' is missing"),
         (lambda run: write_jsonl(run / "curve.jsonl", [{"step": 1, "loss": "low"}]), "curve.jsonl:1: 'step', 'loss'"),
         (lambda run: given(run, quirks="report.json"), "report.json: no such file"),
-    ],  # fmt: skip
+    ],
 )
 def test_mistakes_are_one_line(run, spoil, said):
     spoil(run)

@@ -27,8 +27,10 @@ from model.support.cli import UserError
 from model.support.files import write_json, write_jsonl
 from model.support.init import init_weights
 
-NOTES = [{"id": f"n{i}", "text": f"Note {i} of the clinic.\nA tumor of {i}.5 cm was seen today.\nSeen with nobody."}
-         for i in range(30)]  # fmt: skip
+NOTES = [
+    {"id": f"n{i}", "text": f"Note {i} of the clinic.\nA tumor of {i}.5 cm was seen today.\nSeen with nobody."}
+    for i in range(30)
+]
 
 
 @pytest.fixture(scope="module")
@@ -41,9 +43,20 @@ def tiny(tmp_path_factory):
     built.add_special_tokens(["</s>"])
     built.save(str(folder / "tokenizer.json"))
     write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
-    config = ModelConfig(vocab_size=257, hidden_size=32, intermediate_size=48, num_hidden_layers=2,
-                         num_attention_heads=4, num_key_value_heads=2, head_dim=8, rms_norm_eps=1e-5, rope_theta=1e4,
-                         windows=(None, None), max_position_embeddings=2048, eos_token_id=(256,))  # fmt: skip
+    config = ModelConfig(
+        vocab_size=257,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        rms_norm_eps=1e-5,
+        rope_theta=1e4,
+        windows=(None, None),
+        max_position_embeddings=2048,
+        eos_token_id=(256,),
+    )
     model = init_weights(Transformer(config), 0).double().requires_grad_(False)
     for parameter in model.parameters():
         if parameter.dim() > 1:
@@ -104,8 +117,12 @@ def test_a_model_that_was_trained_on_a_number_gives_it_away(tiny):
 
 
 def test_counts_are_reported_with_intervals_over_canaries():
-    rows = by_count([{"name": f"c{i}", "count": i // 10, "rank": 1, "exposure": 8.0 * (i // 10), "extracted": i > 17}
-                     for i in range(20)])  # fmt: skip
+    rows = by_count(
+        [
+            {"name": f"c{i}", "count": i // 10, "rank": 1, "exposure": 8.0 * (i // 10), "extracted": i > 17}
+            for i in range(20)
+        ]
+    )
     assert [row["exposure"] for row in rows] == [0, 8] and [row["extracted"] for row in rows] == [0, 2]
     assert rows[0]["low"] == 0 < rows[0]["high"] and rows[1]["low"] < 8 == rows[1]["high"]
     (few,) = by_count([{"name": "c", "count": 1, "rank": 1, "exposure": 8.0, "extracted": True}] * 9)

@@ -69,8 +69,12 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
         Labels(recipe="r", data=tmp_path / "bare.jsonl", rates=(0.0, 0.301, 0.3), **base)
     with pytest.raises(UserError, match="same tenth of a percent"):
         Misspelling(lexicon=tmp_path / "bare.jsonl", rates=(0.0, 0.1, 0.1001), **base)
-    for wrong in ({"phenotypes": {"tumor_size": "2 cm"}}, {"phenotypes": {"tumor_size": ["2 cm"]}}, {"phenotypes": []},
-                  {"phenotypes": {}, "diagnosis": "C61"}):  # fmt: skip
+    for wrong in (
+        {"phenotypes": {"tumor_size": "2 cm"}},
+        {"phenotypes": {"tumor_size": ["2 cm"]}},
+        {"phenotypes": []},
+        {"phenotypes": {}, "diagnosis": "C61"},
+    ):
         write_jsonl(tmp_path / "short.jsonl", [{"id": "a", "text": "t", **wrong}])
         with pytest.raises(UserError, match="short.jsonl:1: the answers are not"):
             run_labels(Labels(recipe="r", data=tmp_path / "short.jsonl", filter_rate=0, **base))
@@ -85,8 +89,10 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
     given = {**base, "data": tmp_path / "full.jsonl"}
     with pytest.raises(UserError, match="bare.jsonl:1: no 'phenotypes'"):  # the test notes, before any tuning
         run_labels(Labels(recipe="r", **given))
-    for run, options in ((run_labels, Labels(recipe="r.toml", **{**given, "notes": tmp_path / "full.jsonl"})),
-                         (run_canaries, Canaries("w", "r.toml", tmp_path / "full.jsonl", tmp_path / "out"))):
+    for run, options in (
+        (run_labels, Labels(recipe="r.toml", **{**given, "notes": tmp_path / "full.jsonl"})),
+        (run_canaries, Canaries("w", "r.toml", tmp_path / "full.jsonl", tmp_path / "out")),
+    ):
         with pytest.raises(UserError, match="^r.toml: no such file; give a recipe"):
             run(options)
     write_jsonl(tmp_path / "lexicon.jsonl", [{"id": "a", "text": "t"}, {"id": "b", "text": 5}])

@@ -24,11 +24,15 @@ TEXT = (
 def record(i):
     start = TEXT.index("left")
     return {
-        "id": f"n{i}", "patient": f"p{i}", "text": TEXT,
-        "phenotypes": {"tumor_laterality": [{"text": ["left", "right", "bilateral"][i % 3], "start": start,
-                                             "end": start + 4}], "cancer_stage": []},
+        "id": f"n{i}",
+        "patient": f"p{i}",
+        "text": TEXT,
+        "phenotypes": {
+            "tumor_laterality": [{"text": ["left", "right", "bilateral"][i % 3], "start": start, "end": start + 4}],
+            "cancer_stage": [],
+        },
         "diagnosis": {"text": f"disease {i % 5}", "code": f"C5{i % 5}"},
-    }  # fmt: skip
+    }
 
 
 RECORDS = [record(i) for i in range(300)]

@@ -14,8 +14,24 @@ LAYERS = 2
 class Count(TorchDispatchMode):
     """Counts operations; views are free and are left out."""
 
-    VIEWS = ("view", "transpose", "slice", "select", "unsqueeze", "expand", "permute", "_unsafe_view", "split", "t.",
-             "alias", "detach", "chunk", "unbind", "as_strided", "squeeze")  # fmt: skip
+    VIEWS = (
+        "view",
+        "transpose",
+        "slice",
+        "select",
+        "unsqueeze",
+        "expand",
+        "permute",
+        "_unsafe_view",
+        "split",
+        "t.",
+        "alias",
+        "detach",
+        "chunk",
+        "unbind",
+        "as_strided",
+        "squeeze",
+    )
 
     def __init__(self) -> None:
         super().__init__()

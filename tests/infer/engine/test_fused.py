@@ -138,8 +138,15 @@ def test_the_programs_fuse_when_asked(weights, tmp_path, capsys):
         said[fused] = [extract_texts(json.loads(line)) for line in out.read_text().splitlines()], tokens
     assert said[True] == said[False] and said[True][1]
     with pytest.raises(UserError, match="another job"):
-        extract.main(extract.Options(notes=tmp_path / "n.jsonl", out=tmp_path / "True.jsonl", max_new_tokens=5,
-                                     max_new_diagnosis=5, **{**given, "fuse": False}))  # fmt: skip
+        extract.main(
+            extract.Options(
+                notes=tmp_path / "n.jsonl",
+                out=tmp_path / "True.jsonl",
+                max_new_tokens=5,
+                max_new_diagnosis=5,
+                **{**given, "fuse": False},
+            )
+        )
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="needs a machine without CUDA")

@@ -142,9 +142,11 @@ def test_the_cache_goes_with_its_request(tokenizer):
 
 @settings(deadline=None, max_examples=20)
 @given(
-    period=st.integers(2, 30), prompts=st.integers(1, 4), hot=st.booleans(),
+    period=st.integers(2, 30),
+    prompts=st.integers(1, 4),
+    hot=st.booleans(),
     further=st.sampled_from([None, 0.0, 1 / 64, 1 / 4, 1.0]),
-)  # fmt: skip
+)
 def test_prompt_lookup_loses_nothing(period, prompts, hot, further, tokenizer):
     """Repeating prompts, where guesses abound: the same tokens with and without, greedy and sampled, whatever a further
     row is thought to take and so whenever requests guess (0: always; 1: never; None: as on this machine)."""
@@ -175,7 +177,7 @@ def test_guesses_come_true_on_repeated_text(tokenizer):
 @given(
     requests=st.lists(st.tuples(st.floats(0, 1), st.integers(0, 7)), min_size=1, max_size=9),
     further=st.floats(0, 1),
-)  # fmt: skip
+)
 def test_guesses_are_checked_where_they_are_expected_to_pay(requests, further):
     """best_guess_count() against its definition: no other number of guesses gives more tokens a time, and none is taken
     for a gain below a tenth."""
@@ -351,10 +353,22 @@ def test_cycles_are_four_whole_turns(tokens):
 
 
 @pytest.mark.parametrize(
-    "bad", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"top_p": 1.5}, {"min_p": 2.0},
-            {"top_k": -1}, {"max_new_tokens": 0}, {"stop": ("",)}, {"stop": "text"}, {"stop": None}, {"stop": (5,)},
-            {"stop": (b"x",)}],
-)  # fmt: skip
+    "bad",
+    [
+        {"temperature": -1.0},
+        {"temperature": float("nan")},
+        {"top_p": 0.0},
+        {"top_p": 1.5},
+        {"min_p": 2.0},
+        {"top_k": -1},
+        {"max_new_tokens": 0},
+        {"stop": ("",)},
+        {"stop": "text"},
+        {"stop": None},
+        {"stop": (5,)},
+        {"stop": (b"x",)},
+    ],
+)
 def test_settings_out_of_range(bad):
     with pytest.raises(UserError):
         Settings(**bad)

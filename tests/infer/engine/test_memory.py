@@ -23,10 +23,19 @@ from model import ModelConfig
 from model.support.cli import UserError
 
 SEVEN_B = {
-    "model_type": "mistral", "vocab_size": 32000, "hidden_size": 4096, "intermediate_size": 14336,
-    "num_hidden_layers": 32, "num_attention_heads": 32, "num_key_value_heads": 8, "head_dim": 128,
-    "rms_norm_eps": 1e-5, "rope_theta": 1e4, "sliding_window": 4096, "max_position_embeddings": 32768,
-}  # fmt: skip
+    "model_type": "mistral",
+    "vocab_size": 32000,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_hidden_layers": 32,
+    "num_attention_heads": 32,
+    "num_key_value_heads": 8,
+    "head_dim": 128,
+    "rms_norm_eps": 1e-5,
+    "rope_theta": 1e4,
+    "sliding_window": 4096,
+    "max_position_embeddings": 32768,
+}
 
 
 @pytest.fixture(scope="module")
@@ -99,8 +108,19 @@ def test_a_rotated_format_is_planned_with_the_matrix_that_is_turned(seven_b):
     assert fit(seven_b, (), 9e9, large, "auto", torch.float32).form != "w8a8"  # a plan does not depend on the machine
 
 
-@pytest.mark.parametrize(("text", "size"), [("6GB", 6e9), ("5000 MB", 5e9), ("4.5GiB", 4.5 * 2**30), ("7e9", None),
-                                            ("much", None), ("0GB", None), ("6 TB", None), ("-1GB", None)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("6GB", 6e9),
+        ("5000 MB", 5e9),
+        ("4.5GiB", 4.5 * 2**30),
+        ("7e9", None),
+        ("much", None),
+        ("0GB", None),
+        ("6 TB", None),
+        ("-1GB", None),
+    ],
+)
 def test_sizes(text, size):
     if size is None:
         with pytest.raises(UserError, match="for example 6GB"):
@@ -191,8 +211,16 @@ def test_a_jobs_peak_is_within_its_plan(weights, tmp_path):
     the program. The bound allows for what the plan's "program" has above the imports (some 80 MB): the holes that the
     allocator branches between long-lived keys and freed activations. The cache, 296 MB, is several times that."""
     (tmp_path / "small").symlink_to(weights)
-    write_model(tmp_path / "large", windows=(None,) * 8, num_hidden_layers=8, hidden_size=64, intermediate_size=64,
-                num_attention_heads=8, num_key_value_heads=8, head_dim=128)  # fmt: skip
+    write_model(
+        tmp_path / "large",
+        windows=(None,) * 8,
+        num_hidden_layers=8,
+        hidden_size=64,
+        intermediate_size=64,
+        num_attention_heads=8,
+        num_key_value_heads=8,
+        head_dim=128,
+    )
     notes = [json.dumps({"id": str(n), "text": (f"Note {n}: tumor {n}.5 cm. " * 40)[:540]}) for n in range(6)]
     (tmp_path / "large.jsonl").write_text("\n".join(notes))
     (tmp_path / "small.jsonl").write_text(json.dumps({"id": "a", "text": "Tumor 2.5 cm"}))

@@ -114,14 +114,21 @@ print((most() - before) * 1024 - kept)
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="peak memory is read as Linux reports it")
 def test_loading_holds_one_tensor_at_a_time(tmp_path, weights):
     """A checkpoint of 200 MB in bf16 (its largest tensor 17 MB) is read with 100 MB beside the quantized model."""
-    model = tiny_model(dtype=torch.bfloat16, windows=(None,) * 4, num_hidden_layers=4, hidden_size=1024,
-                       intermediate_size=8192, head_dim=128)  # fmt: skip
+    model = tiny_model(
+        dtype=torch.bfloat16,
+        windows=(None,) * 4,
+        num_hidden_layers=4,
+        hidden_size=1024,
+        intermediate_size=8192,
+        head_dim=128,
+    )
     model.save_pretrained(tmp_path / "large")
     write_tokenizer(tmp_path / "large")
     assert sum(p.numel() * 2 for p in model.parameters()) > 200e6
     del model
-    said = subprocess.run([sys.executable, "-c", PEAK, str(tmp_path / "large"), str(weights)], capture_output=True,
-                          text=True, check=True)  # fmt: skip
+    said = subprocess.run(
+        [sys.executable, "-c", PEAK, str(tmp_path / "large"), str(weights)], capture_output=True, text=True, check=True
+    )
     assert int(said.stdout.split()[-1]) < 100e6
 
 
@@ -143,8 +150,15 @@ def test_onednns_products_give_logits_as_exact_as_the_plain_path(rows, monkeypat
     """SmolLM2's widths, three layers, 48 tokens entered so many at a time: the logits' error against fp64 is at most
     twice the plain path's, the largest and the mean."""
     monkeypatch.setattr("model.support.hardware.onednn_suits", lambda: True)
-    widths = {"hidden_size": 576, "intermediate_size": 1536, "num_attention_heads": 9, "num_key_value_heads": 3,
-              "head_dim": 64, "num_hidden_layers": 3, "windows": (None,) * 3}  # fmt: skip
+    widths = {
+        "hidden_size": 576,
+        "intermediate_size": 1536,
+        "num_attention_heads": 9,
+        "num_key_value_heads": 3,
+        "head_dim": 64,
+        "num_hidden_layers": 3,
+        "windows": (None,) * 3,
+    }
     exact = init_weights(Transformer(replace(CONFIG, **widths)), 0).requires_grad_(False)
     for parameter in exact.parameters():
         if parameter.dim() > 1:

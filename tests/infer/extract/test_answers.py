@@ -34,7 +34,10 @@ def test_each_value_has_its_place_and_the_log_probability_of_its_own_tokens(toke
     text = " left; 2.5 cm; 3 cm; left"
     found = record(text, tokenizer)
     assert [(a["text"], a["start"], a["end"]) for a in found["answers"]] == [
-        ("left", 0, 4), ("2.5 cm", 13, 19), ("3 cm", None, None)]  # fmt: skip
+        ("left", 0, 4),
+        ("2.5 cm", 13, 19),
+        ("3 cm", None, None),
+    ]
     assert not found["not_relevant"] and "raw" not in found
     out, spelt = said(text, tokenizer), 0
     expected = dict.fromkeys(("left", "2.5 cm", "3 cm"), 0.0)
@@ -48,8 +51,9 @@ def test_each_value_has_its_place_and_the_log_probability_of_its_own_tokens(toke
     assert len(set(expected.values())) == 3
 
 
-@pytest.mark.parametrize(("text", "not_relevant", "raw"), [
-    (" not relevant", True, None), (" Not relevant.", True, None), ("", False, "")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "not_relevant", "raw"), [(" not relevant", True, None), (" Not relevant.", True, None), ("", False, "")]
+)
 def test_no_value_is_either_not_relevant_or_nothing_said(text, not_relevant, raw, tokenizer):
     found = record(text, tokenizer)
     assert found["answers"] == [] and found["not_relevant"] == not_relevant and found.get("raw") == raw
@@ -69,8 +73,10 @@ def saying(tokenizer, token):
     return model
 
 
-@pytest.mark.parametrize(("token", "new", "reason"), [
-    ("</s>", 20, "stop"), ("Ċ", 20, "stop_string"), ("x", 20, "repetition"), ("x", 7, "length")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("token", "new", "reason"),
+    [("</s>", 20, "stop"), ("Ċ", 20, "stop_string"), ("x", 20, "repetition"), ("x", 7, "length")],
+)
 def test_an_answer_ends_at_the_end_token_the_next_line_or_a_cycle_and_says_why(tokenizer, token, new, reason):
     model = saying(tokenizer, tokenizer.engine.model.token_to_id(token))
     asker = Asker(Generator(model, tokenizer), "both", "template", Limits(1500, new, new))
@@ -81,8 +87,9 @@ def test_an_answer_ends_at_the_end_token_the_next_line_or_a_cycle_and_says_why(t
 
 
 @settings(deadline=None, max_examples=60)
-@given(pieces=st.lists(st.text("ab é漢.\n", min_size=1, max_size=4), min_size=25, max_size=150),
-       limit=st.integers(70, 200))  # fmt: skip
+@given(
+    pieces=st.lists(st.text("ab é漢.\n", min_size=1, max_size=4), min_size=25, max_size=150), limit=st.integers(70, 200)
+)
 @example(pieces=["a"] * 24 + [" "], limit=200)
 def test_windows_hold_all_of_a_long_note_overlap_and_keep_to_the_limit(pieces, limit, tokenizer):
     text = "".join(f"{number}{piece}" for number, piece in enumerate(pieces))  # no window stands at two places
@@ -169,9 +176,16 @@ def test_windows_are_merged_each_value_once_with_its_best_probability():
     assert merge([window(not_relevant=True)]) == window(not_relevant=True)
 
 
-@pytest.mark.parametrize(("reasons", "kept"), [
-    ("stop stop", "stop"), ("length stop", "length"), ("stop repetition length", "repetition"),
-    ("stop stop_string stop", "stop_string"), ("stop_string length", "length")])  # fmt: skip
+@pytest.mark.parametrize(
+    ("reasons", "kept"),
+    [
+        ("stop stop", "stop"),
+        ("length stop", "length"),
+        ("stop repetition length", "repetition"),
+        ("stop stop_string stop", "stop_string"),
+        ("stop_string length", "length"),
+    ],
+)
 def test_an_answer_that_one_window_cut_short_says_so(reasons, kept):
     assert merge([window(reason=reason) for reason in reasons.split()])["finish_reason"] == kept
 

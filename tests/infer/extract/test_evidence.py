@@ -77,8 +77,11 @@ def test_what_evidence_does_not_decide_stays_ambiguous(lost, margin):
 
 
 @settings(deadline=None, max_examples=12)
-@given(st.lists(st.sampled_from(["2.5 cm", "12.5 cm", "left", "Left", ",", "癌", "cyst"]), min_size=5, max_size=12),
-       st.integers(0, 9), st.booleans())  # fmt: skip
+@given(
+    st.lists(st.sampled_from(["2.5 cm", "12.5 cm", "left", "Left", ",", "癌", "cyst"]), min_size=5, max_size=12),
+    st.integers(0, 9),
+    st.booleans(),
+)
 def test_a_record_names_every_place_that_may_have_been_read(tokenizer, words, seed, grounded):
     text = " ".join(words)
     (record,) = asked(tiny_model(seed), tokenizer, grounded=grounded).records([Note("n", text)])
@@ -93,7 +96,7 @@ def test_a_record_names_every_place_that_may_have_been_read(tokenizer, words, se
 
 
 def test_a_value_is_placed_in_the_window_that_said_it(tokenizer):
-    """"7 cm" is in every window; each window's answer is read in its own."""
+    """ "7 cm" is in every window; each window's answer is read in its own."""
     asker = asked(tiny_model(), tokenizer, long="windows")
     note = Note("n", "A breast of 7 cm. " * 40)
     asker.limits = Limits(200, 8, 8)
@@ -136,8 +139,14 @@ def test_a_note_is_encoded_once(tokenizer, long):
     """By the check of its length, the prompts of all questions and the count of its tokens together; a window once."""
     encoded: list[str] = []
     note = "Margins are clear. " * (40 if long else 2) + "Unique."
-    asker = Asker(Generator(tiny_model(), counting(tokenizer, encoded)), "both", "template", Limits(1500, 4, 4),
-                  "windows", grounded=True)  # fmt: skip
+    asker = Asker(
+        Generator(tiny_model(), counting(tokenizer, encoded)),
+        "both",
+        "template",
+        Limits(1500, 4, 4),
+        "windows",
+        grounded=True,
+    )
     asker.limits = Limits(200, 4, 4) if long else asker.limits
     encoded.clear()
     (record,) = asker.records([Note("n", note)])
@@ -168,17 +177,24 @@ def test_the_measuring_program_counts_repeated_values(tmp_path, capsys):
         return {"id": name, "text": text, "phenotypes": spans}
 
     left = NOTE.index("left")
-    write_jsonl(tmp_path / "n.jsonl", [
-        note("a", NOTE, ("tumor_size", "2.5 cm", 25, 31), ("tumor_laterality", "left", left, left + 4)),
-        note("b", "left breast, 3 cm", ("tumor_size", "3 cm", 13, 17), ("tumor_laterality", "left", 0, 4)),
-        note("c", "lt, left or left breast", ("tumor_laterality", "left", 0, 2)),  # named otherwise: none of the two
-    ])  # fmt: skip
+    write_jsonl(
+        tmp_path / "n.jsonl",
+        [
+            note("a", NOTE, ("tumor_size", "2.5 cm", 25, 31), ("tumor_laterality", "left", left, left + 4)),
+            note("b", "left breast, 3 cm", ("tumor_size", "3 cm", 13, 17), ("tumor_laterality", "left", 0, 4)),
+            note(
+                "c", "lt, left or left breast", ("tumor_laterality", "left", 0, 2)
+            ),  # named otherwise: none of the two
+        ],
+    )
     options = placing.Options(str(weights), tmp_path / "n.jsonl", out=tmp_path / "o.json", dtype="float64")
     placing.main(options)
     found = json.loads((tmp_path / "o.json").read_text())
     rows = found["rows"]
     assert [(row["id"], row["phenotype"], len(row["spans"])) for row in rows] == [
-        ("a", "tumor_size", 3), ("a", "tumor_laterality", 2)]  # fmt: skip
+        ("a", "tumor_size", 3),
+        ("a", "tumor_laterality", 2),
+    ]
     best = [row["spans"][max(range(len(row["losses"])), key=row["losses"].__getitem__)] for row in rows]
     assert found["right"] == 50.0 * sum(one == row["right"] for one, row in zip(best, rows, strict=True))
     assert (found["first"], found["last"], found["values"]) == (50.0, 0.0, 2)

@@ -65,9 +65,12 @@ def closed(schema):
 @pytest.mark.parametrize("long", ["error", "truncate", "windows"])
 def test_every_kind_of_record_is_what_the_schema_says(weights, tmp_path, long):
     """Answered, own questions, too long, wrong; with --repair. Of a finished job too, whose schema was removed."""
-    lines = [{"id": "plain", "text": "tumor of the LUL"}, {"id": "wrong", "text": 5},
-             {"id": "own", "text": "a tumor", "questions": [{"question": "Which?"}, {"question": "Where?"}]},
-             {"id": "long", "text": "tumor of the breast " * 30}]  # fmt: skip
+    lines = [
+        {"id": "plain", "text": "tumor of the LUL"},
+        {"id": "wrong", "text": 5},
+        {"id": "own", "text": "a tumor", "questions": [{"question": "Which?"}, {"question": "Where?"}]},
+        {"id": "long", "text": "tumor of the breast " * 30},
+    ]
     (tmp_path / "n.jsonl").write_text("".join(json.dumps(line) + "\n" for line in lines))
     options = {"max_input_tokens": 300, "long": long, "repair": write_notes(tmp_path / "lexicon.jsonl", 3)}
     extract(weights, tmp_path / "n.jsonl", tmp_path / "o.jsonl", **options)
@@ -97,16 +100,33 @@ def test_the_batch_does_not_change_answers(weights, tmp_path):
 
 def test_bad_notes_do_not_end_the_job(weights, tmp_path, capsys):
     notes = tmp_path / "n.jsonl"
-    lines = [b'{"id": "good", "text": "a tumor"}', b'{"id": "empty", "text": "  "}', b'{"id": "number", "text": 5}',
-             b"not json", b"[1]", b'{"id": "none"}', b"\xff\xfe", b'{"id": "half", "text": "\\ud800"}',
-             json.dumps({"id": "long", "text": "word " * 400}).encode(), b'{"id": 7, "text": "last"}']  # fmt: skip
+    lines = [
+        b'{"id": "good", "text": "a tumor"}',
+        b'{"id": "empty", "text": "  "}',
+        b'{"id": "number", "text": 5}',
+        b"not json",
+        b"[1]",
+        b'{"id": "none"}',
+        b"\xff\xfe",
+        b'{"id": "half", "text": "\\ud800"}',
+        json.dumps({"id": "long", "text": "word " * 400}).encode(),
+        b'{"id": 7, "text": "last"}',
+    ]
     notes.write_bytes(b"\n".join(lines))
     assert extract(weights, notes, tmp_path / "o.jsonl", max_input_tokens=300) == 1
     found = records(tmp_path / "o.jsonl")
     assert [("error" in r, r["id"]) for r in found] == [
-        (False, "good"), (True, "empty"), (True, "number"), (True, "line 4"), (True, "line 5"), (True, "none"),
-        (True, "line 7"), (True, "half"), (True, "long"), (False, "7"),
-    ]  # fmt: skip
+        (False, "good"),
+        (True, "empty"),
+        (True, "number"),
+        (True, "line 4"),
+        (True, "line 5"),
+        (True, "none"),
+        (True, "line 7"),
+        (True, "half"),
+        (True, "long"),
+        (False, "7"),
+    ]
     assert "too long" in found[8]["error"] and "word word" not in found[8]["error"]
     assert f"{tmp_path / 'o.jsonl'}: 10 notes, 8 with an error, " in capsys.readouterr().out.splitlines()[-1]
     assert extract(weights, notes, tmp_path / "o.jsonl", max_input_tokens=300, json=True) == 1
@@ -164,8 +184,25 @@ def test_long_notes_say_what_was_done(weights, tmp_path, long):
 
 
 def command(weights, notes, out) -> list[str]:
-    return [sys.executable, "-m", "infer.extract", "--weights", str(weights), "--notes", str(notes), "--out", str(out),
-            "--form", "template", "--max-new-tokens", "6", "--max-new-diagnosis", "9", "--batch", "2"]  # fmt: skip
+    return [
+        sys.executable,
+        "-m",
+        "infer.extract",
+        "--weights",
+        str(weights),
+        "--notes",
+        str(notes),
+        "--out",
+        str(out),
+        "--form",
+        "template",
+        "--max-new-tokens",
+        "6",
+        "--max-new-diagnosis",
+        "9",
+        "--batch",
+        "2",
+    ]
 
 
 @pytest.mark.slow
@@ -284,8 +321,12 @@ def test_ranks_merge_with_none_missing(tmp_path):
 def test_more_ranks_than_batches(weights, tmp_path):
     notes, out = write_notes(tmp_path / "n.jsonl", 1), tmp_path / "o.jsonl"
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    done = subprocess.run([*launch, *command(weights, notes, out)[1:]], capture_output=True, text=True,
-                          env={**os.environ, "OMP_NUM_THREADS": "1"})  # fmt: skip
+    done = subprocess.run(
+        [*launch, *command(weights, notes, out)[1:]],
+        capture_output=True,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
     assert done.returncode == 0, done.stderr[-2000:]
     assert [record["id"] for record in records(out)] == ["n0"]
 
@@ -366,8 +407,13 @@ def rewritten(notes: Path, how: str) -> None:
         (notes.parent / "new").write_text("".join(lines[::-1]))
         os.replace(notes.parent / "new", notes)
         return
-    changed = {"fewer": lines[:5], "doubled": lines * 2, "of other texts": [line.replace("left", "lung") for line in
-               lines], "emptied": [], "removed": []}[how]  # fmt: skip
+    changed = {
+        "fewer": lines[:5],
+        "doubled": lines * 2,
+        "of other texts": [line.replace("left", "lung") for line in lines],
+        "emptied": [],
+        "removed": [],
+    }[how]
     notes.write_text("".join(changed))
     if how == "removed":
         notes.unlink()
@@ -460,7 +506,8 @@ def test_an_output_holds_a_record_for_each_note_or_has_no_name(tmp_path_factory,
     part.write_bytes(b"".join(lines))
     ranks[0].finish(sizes, Unchanged(folder))
     assert [record["id"] for record in records(folder / "o.jsonl")] == [
-        f"{number}-{i}" for number, size in enumerate(sizes) for i in range(size)]  # fmt: skip
+        f"{number}-{i}" for number, size in enumerate(sizes) for i in range(size)
+    ]
 
 
 def test_nothing_to_read(weights, tmp_path):

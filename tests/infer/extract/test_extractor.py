@@ -31,8 +31,11 @@ def test_the_answers_are_the_programs(weights, adapter, tmp_path, grounded, adap
     (tmp_path / "n.jsonl").write_text(json.dumps({"id": "a", "text": NOTE}) + "\n")
     out = tmp_path / "o.jsonl"
     chosen = (str(adapter),) if adapted else ()
-    main(Options(weights=str(weights), notes=tmp_path / "n.jsonl", out=out, adapter=chosen, grounded=grounded,
-                 long="windows"))  # fmt: skip
+    main(
+        Options(
+            weights=str(weights), notes=tmp_path / "n.jsonl", out=out, adapter=chosen, grounded=grounded, long="windows"
+        )
+    )
     record = json.loads(out.read_text())
     extractor = Extractor(weights, adapter if adapted else None, grounded=grounded)
     found = extractor.answers(NOTE)

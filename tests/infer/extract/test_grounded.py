@@ -40,9 +40,13 @@ def shorten(asker):
 
 @settings(deadline=None, max_examples=15)
 @given(
-    note=st.one_of(letters, long_letters), seed=st.integers(0, 99), hot=st.sampled_from([0.0, 3.0]),
-    new=st.integers(1, 12), form=st.sampled_from(FORMS), long=st.sampled_from(LONG),
-)  # fmt: skip
+    note=st.one_of(letters, long_letters),
+    seed=st.integers(0, 99),
+    hot=st.sampled_from([0.0, 3.0]),
+    new=st.integers(1, 12),
+    form=st.sampled_from(FORMS),
+    long=st.sampled_from(LONG),
+)
 def test_no_output_ever_breaks_it(either, note, seed, hot, new, form, long):
     generator = Generator(tiny_model(seed % 5, vocab_size=either.vocab_size), either)
     asker = Asker(generator, "both", form, Limits(1500, new, new * 9), long, grounded=True)
@@ -87,8 +91,11 @@ def test_a_cut_note_offers_no_part_of_the_word_or_number_that_was_cut(either, no
     asker = Asker(generator, "phenotype", form, Limits(1500, 5, 5), long, grounded=True)
     shorten(asker)
     for part in asker.parts(Note("n", note)):
-        (request,) = [r for r, (name, _) in zip(asker.requests(part, {}), asker.questions(part.note), strict=True)
-                      if name == "tumor_size"]  # fmt: skip
+        (request,) = [
+            r
+            for r, (name, _) in zip(asker.requests(part, {}), asker.questions(part.note), strict=True)
+            if name == "tumor_size"
+        ]
         spans = request.settings.constraint.grammar
         offered = {spans.note[start:stop].decode() for start in spans.starts for stop in spans.stops if stop > start}
         assert all(occurrences(value, note) for value in offered)
@@ -141,8 +148,20 @@ def test_what_is_not_in_the_note_is_refused(tokenizer):
 
     for text in (" 2.5 cm", " tumor; 2.5 cm", " 2.5 cm, grade 2", " not relevant", " tumor of 2.5", "grade 2"):
         assert legal(text), text
-    for text in (" 3 cm", " 5 cm", " of 2", " of 2.", " umor", " 2.5 c", " tumor; not relevant", " cm; grade 3",
-                 " tumor;", " tumor, 2.5 cm", " ", " Tumor"):  # fmt: skip
+    for text in (
+        " 3 cm",
+        " 5 cm",
+        " of 2",
+        " of 2.",
+        " umor",
+        " 2.5 c",
+        " tumor; not relevant",
+        " cm; grade 3",
+        " tumor;",
+        " tumor, 2.5 cm",
+        " ",
+        " Tumor",
+    ):
         assert not legal(text), text
     assert grammar.complete(" tumor; gra") == " tumor"
     assert grammar.complete(" not relev") == ""
@@ -188,8 +207,17 @@ def test_the_score_says_how_many_answers_were_invented(weights, tmp_path, capsys
     said = {}
     for grounded in (True, False):
         out = tmp_path / f"{grounded}.jsonl"
-        extract.main(extract.Options(weights=str(weights), notes=notes, out=out, form="template", task="phenotype",
-                                     grounded=grounded, max_new_tokens=12))  # fmt: skip
+        extract.main(
+            extract.Options(
+                weights=str(weights),
+                notes=notes,
+                out=out,
+                form="template",
+                task="phenotype",
+                grounded=grounded,
+                max_new_tokens=12,
+            )
+        )
         capsys.readouterr()
         score.main(score.Options(predictions=out, references=notes, task="phenotype", json=True))
         said[grounded] = json.loads(capsys.readouterr().out)

@@ -170,8 +170,16 @@ def test_base_and_adapted_read_the_same_tokens(made):
 @pytest.mark.parametrize("other", ["two", "other"])
 def test_compare_puts_another_adapter_or_model_beside_it(other, made, tmp_path):
     out = tmp_path / "page.html"
-    trace.main(trace.Options(made.weights, out, prompt="size 2.5 cm", adapter=(str(made.at / "one"),), max_new_tokens=3,
-                             compare=str(made.at / other)))  # fmt: skip
+    trace.main(
+        trace.Options(
+            made.weights,
+            out,
+            prompt="size 2.5 cm",
+            adapter=(str(made.at / "one"),),
+            max_new_tokens=3,
+            compare=str(made.at / other),
+        )
+    )
     a, b = data_of(out)["runs"]
     assert a["ids"] == b["ids"] and other in b["name"] and bool(b["lora"]) == (other == "two")
     assert a["attribution"]["logit"]["value"] != b["attribution"]["logit"]["value"]

@@ -20,8 +20,11 @@ def pages(tmp_path_factory):
     write_model(at / NAME, seed=3, windows=(6, 6))
     write_model(at / "experts", model_type="mixtral", num_local_experts=3, num_experts_per_tok=2)
     (at / "note.txt").write_text(HOSTILE, encoding="utf-8")
-    trace.main(trace.Options(str(at / "model"), at / "two.html", note=at / "note.txt", compare=str(at / NAME),
-                             max_new_tokens=5))  # fmt: skip
+    trace.main(
+        trace.Options(
+            str(at / "model"), at / "two.html", note=at / "note.txt", compare=str(at / NAME), max_new_tokens=5
+        )
+    )
     trace.main(trace.Options(str(at / "experts"), at / "experts.html", prompt="size 2.5 cm", max_new_tokens=0))
     return at
 

@@ -25,9 +25,18 @@ SITES = ["left breast", "right lung", "colon", "prostate", "bladder", "thyroid",
 def encoder_folder(path, seed=0):
     path.mkdir()
     pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *LETTERS, *(f"##{c}" for c in LETTERS)]
-    config = {"model_type": "bert", "hidden_act": "gelu", "vocab_size": len(pieces), "hidden_size": 16,
-              "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16, "type_vocab_size": 2,
-              "max_position_embeddings": 512, "layer_norm_eps": 1e-12}  # fmt: skip
+    config = {
+        "model_type": "bert",
+        "hidden_act": "gelu",
+        "vocab_size": len(pieces),
+        "hidden_size": 16,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "intermediate_size": 16,
+        "type_vocab_size": 2,
+        "max_position_embeddings": 512,
+        "layer_norm_eps": 1e-12,
+    }
     (path / "config.json").write_text(json.dumps(config))
     (path / "vocab.txt").write_text("\n".join(pieces))
     torch.manual_seed(seed)
@@ -38,8 +47,10 @@ def encoder_folder(path, seed=0):
 
 
 def notes_file(path, count=150):
-    rows = [{"id": f"n{i}", "patient": f"p{i // 2}", "text": f"Mass of the {SITES[i % 7]}, number {i}."}
-            for i in range(count)]  # fmt: skip
+    rows = [
+        {"id": f"n{i}", "patient": f"p{i // 2}", "text": f"Mass of the {SITES[i % 7]}, number {i}."}
+        for i in range(count)
+    ]
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -167,8 +178,11 @@ def test_a_question_is_answered_whatever_form_the_diagnoses_have(tmp_path, capsy
     index.main(Options(out=tmp_path / "i", ask="breast", k=6))
     lines = sorted(line.split(maxsplit=1)[1].strip() for line in capsys.readouterr().out.splitlines())
     assert lines == ["n0  Neoplasm of breast", "n1  Breast cancer", "n2", "n3", "n4", "n5"]
-    for options, wrong in (({"k": 0}, "--k 0"), ({"weights": tmp_path}, "bm25 has no weights"),
-                           ({"encoder": "contriever", "weights": tmp_path / "no"}, "no such folder")):  # fmt: skip
+    for options, wrong in (
+        ({"k": 0}, "--k 0"),
+        ({"weights": tmp_path}, "bm25 has no weights"),
+        ({"encoder": "contriever", "weights": tmp_path / "no"}, "no such folder"),
+    ):
         with pytest.raises(UserError, match=wrong):
             build(Options(out=tmp_path / "j", notes=tmp_path / "n.jsonl", **options))
     with pytest.raises(UserError, match="no such index; build it"):
@@ -191,8 +205,12 @@ def test_specter2_is_compared_by_squared_distance(tmp_path):
     for part in ("proximity", "adhoc_query"):
         (specter / part).mkdir()
         (specter / part / "adapter_config.json").write_text("{}")
-        shapes = {"adapter_down.0.weight": (4, 16), "adapter_down.0.bias": (4,), "adapter_up.weight": (16, 4),
-                  "adapter_up.bias": (16,)}  # fmt: skip
+        shapes = {
+            "adapter_down.0.weight": (4, 16),
+            "adapter_down.0.bias": (4,),
+            "adapter_up.weight": (16, 4),
+            "adapter_up.bias": (16,),
+        }
         state = {f"encoder.layer.0.output.adapters.{part}.{key}": torch.randn(shape) for key, shape in shapes.items()}
         described = {key: (tuple(value.shape), value.dtype) for key, value in state.items()}
         write_safetensors(specter / part / "adapter.safetensors", described, lambda key, held=state: iter([held[key]]))

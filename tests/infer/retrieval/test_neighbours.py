@@ -23,8 +23,12 @@ SMALL = {"max_new_tokens": 5, "max_new_diagnosis": 8, "form": "template"}
 
 def note(number: int, site: str, words: str) -> dict:
     text, code = CODES[site]
-    return {"id": f"n{number}", "patient": f"p{number}", "text": f"Carcinoma of the {site}, {words}.",
-            "diagnosis": {"text": text, "code": code}}  # fmt: skip
+    return {
+        "id": f"n{number}",
+        "patient": f"p{number}",
+        "text": f"Carcinoma of the {site}, {words}.",
+        "diagnosis": {"text": text, "code": code},
+    }
 
 
 NOTES = [

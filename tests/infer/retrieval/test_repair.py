@@ -18,10 +18,30 @@ KEPT = st.one_of(
     st.decimals(0, 999, places=1).map(str),
     st.builds("{} {}".format, st.integers(1, 500), st.sampled_from(["mg", "cm", "mm", "mg/m2", "Gy", "mCi", "mL"])),
     st.from_regex(r"[cpy]?T[0-4][abc]?N[0-3]M[01X]", fullmatch=True),
-    st.sampled_from(["BRCA1", "EGFR", "KRAS", "ALK", "TP53", "HER2", "HER2+", "ER+", "PR-", "ER/PR", "Ki-67", "PD-L1",
-                     "ROS1", "BRAF", "MSI-H", "stage IIIB", "FOLFOX", "R-CHOP"]),
+    st.sampled_from(
+        [
+            "BRCA1",
+            "EGFR",
+            "KRAS",
+            "ALK",
+            "TP53",
+            "HER2",
+            "HER2+",
+            "ER+",
+            "PR-",
+            "ER/PR",
+            "Ki-67",
+            "PD-L1",
+            "ROS1",
+            "BRAF",
+            "MSI-H",
+            "stage IIIB",
+            "FOLFOX",
+            "R-CHOP",
+        ]
+    ),
     st.sampled_from(sorted(CODES)),
-)  # fmt: skip
+)
 
 
 @settings(deadline=None, max_examples=300)

@@ -24,14 +24,19 @@ def test_the_worked_example():
     found = {"phenotypes": {"x": {"answers": [{"text": t, "start": s, "end": e} for t, s, e in answers]}}}
     back = way.restore(found)
     assert [tuple(one.values()) for one in back["phenotypes"]["x"]["answers"]] == [
-        ("LUL", 16, 19), ("invasive", 21, 29), ("upper lobe", 16, 19), ("T2", 0, 2),
-    ]  # fmt: skip
+        ("LUL", 16, 19),
+        ("invasive", 21, 29),
+        ("upper lobe", 16, 19),
+        ("T2", 0, 2),
+    ]
     assert back["repairs"] == [[16, 19, "left upper lobe"], [21, 29, "invasive"]]
 
 
 @settings(deadline=None, max_examples=200)
-@given(st.lists(st.tuples(st.text("abc ", min_size=1, max_size=4), st.none() | st.text("xyz", min_size=1, max_size=6))),
-       st.data())  # fmt: skip
+@given(
+    st.lists(st.tuples(st.text("abc ", min_size=1, max_size=4), st.none() | st.text("xyz", min_size=1, max_size=6))),
+    st.data(),
+)
 def test_every_place_leads_to_what_stood_there(parts, data):
     """The words of a repaired span are those of its place in the original, with the changes in that place made."""
     original, changes = "", []
@@ -46,8 +51,11 @@ def test_every_place_leads_to_what_stood_there(parts, data):
         end = data.draw(st.integers(start + 1, len(text)))
         back = way.answer(start, end, text[start:end])
         first, last = back["start"], back["end"]
-        inside = [Change(c.start - first, c.end - first, c.before, c.after) for c in changes
-                  if first <= c.start and c.end <= last]  # fmt: skip
+        inside = [
+            Change(c.start - first, c.end - first, c.before, c.after)
+            for c in changes
+            if first <= c.start and c.end <= last
+        ]
         assert text[start:end] in apply(original[first:last], inside)
 
 

@@ -71,8 +71,12 @@ def test_medcpt_reads_documents_as_pairs_and_queries_of_64_tokens(tmp_path):
 def test_a_specter2_adapter_is_the_bottleneck_worked_out_by_hand(tmp_path):
     base, tokenizer = bert_folder(tmp_path / "base", layers=1)
     torch.manual_seed(5)
-    shapes = {"adapter_down.0.weight": (4, 32), "adapter_down.0.bias": (4,), "adapter_up.weight": (32, 4),
-              "adapter_up.bias": (32,)}  # fmt: skip
+    shapes = {
+        "adapter_down.0.weight": (4, 32),
+        "adapter_down.0.bias": (4,),
+        "adapter_up.weight": (32, 4),
+        "adapter_up.bias": (32,),
+    }
     own = {}
     for part in ("proximity", "adhoc_query"):
         (tmp_path / part).mkdir()
@@ -110,9 +114,14 @@ def neo_folder(path):
     tokenizer.save(str(path / "tokenizer.json"))
     torch.manual_seed(3)
     config = transformers.GPTNeoConfig(
-        vocab_size=tokenizer.get_vocab_size(), hidden_size=32, num_layers=2, num_heads=4, window_size=4,
-        attention_types=[[["global", "local"], 1]], max_position_embeddings=512,
-    )  # fmt: skip
+        vocab_size=tokenizer.get_vocab_size(),
+        hidden_size=32,
+        num_layers=2,
+        num_heads=4,
+        window_size=4,
+        attention_types=[[["global", "local"], 1]],
+        max_position_embeddings=512,
+    )
     config._attn_implementation = "eager"
     model = transformers.GPTNeoModel(config).eval()
     with torch.no_grad():
@@ -128,8 +137,10 @@ def test_sgpt_is_transformers_with_brackets_put_in_after_tokenising(tmp_path, qu
     ours = Encoder.from_pretrained(tmp_path / "neo", "sgpt")
     texts = ["tumor", "grade 2 tumor of the breast", "left " * 400]
     marks = "[]" if query else "{}"
-    rows = [[tokenizer.encode(marks[0]).ids[0], *tokenizer.encode(t).ids[:300], tokenizer.encode(marks[1]).ids[0]]
-            for t in texts]  # fmt: skip
+    rows = [
+        [tokenizer.encode(marks[0]).ids[0], *tokenizer.encode(t).ids[:300], tokenizer.encode(marks[1]).ids[0]]
+        for t in texts
+    ]
     tokens, mask, _ = pad([(row, [0] * len(row)) for row in rows])
     hidden = theirs(model, {"input_ids": tokens, "attention_mask": mask.long()})
     weights = torch.arange(1, hidden.shape[1] + 1)[None, :, None].expand(hidden.size()).float()

@@ -133,9 +133,12 @@ def test_a_bin_that_is_packed_inside_is_refused(tmp_path):
 
 
 STRANGE = {
-    "complex": lambda x: x.to(torch.complex64), "sparse": lambda x: x.to_sparse(), "rows": lambda x: x.to_sparse_csr(),
-    "without data": lambda x: x.to("meta"), "unsigned": lambda x: torch.zeros(x.shape, dtype=torch.uint16),
-}  # fmt: skip
+    "complex": lambda x: x.to(torch.complex64),
+    "sparse": lambda x: x.to_sparse(),
+    "rows": lambda x: x.to_sparse_csr(),
+    "without data": lambda x: x.to("meta"),
+    "unsigned": lambda x: torch.zeros(x.shape, dtype=torch.uint16),
+}
 
 
 @pytest.mark.parametrize("kind", STRANGE)
@@ -168,10 +171,16 @@ def as_qwen_1(model, folder):
     """A tiny Qwen2 under the names and config of Qwen-7B's first version."""
     config, back = model.config, {}
     names = {
-        "model.embed_tokens": "transformer.wte", "model.norm": "transformer.ln_f", "lm_head": "lm_head",
-        "input_layernorm": "ln_1", "post_attention_layernorm": "ln_2", "self_attn.o_proj": "attn.c_proj",
-        "mlp.up_proj": "mlp.w1", "mlp.gate_proj": "mlp.w2", "mlp.down_proj": "mlp.c_proj",
-    }  # fmt: skip
+        "model.embed_tokens": "transformer.wte",
+        "model.norm": "transformer.ln_f",
+        "lm_head": "lm_head",
+        "input_layernorm": "ln_1",
+        "post_attention_layernorm": "ln_2",
+        "self_attn.o_proj": "attn.c_proj",
+        "mlp.up_proj": "mlp.w1",
+        "mlp.gate_proj": "mlp.w2",
+        "mlp.down_proj": "mlp.c_proj",
+    }
     state = {name: p.detach().clone() for name, p in model.named_parameters()}
     for layer in range(config.num_hidden_layers):
         for leaf in ("weight", "bias"):
@@ -188,10 +197,20 @@ def as_qwen_1(model, folder):
     back["transformer.rotary_emb.inv_freq"] = torch.ones(3)
     folder.mkdir()
     raw = {
-        "model_type": "qwen", "vocab_size": 61, "hidden_size": 24, "intermediate_size": 80, "num_hidden_layers": 3,
-        "num_attention_heads": 4, "kv_channels": 6, "layer_norm_epsilon": 1e-5, "rotary_emb_base": 10000,
-        "rotary_pct": 1.0, "no_bias": True, "seq_length": 64, "tie_word_embeddings": False,
-    }  # fmt: skip
+        "model_type": "qwen",
+        "vocab_size": 61,
+        "hidden_size": 24,
+        "intermediate_size": 80,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+        "kv_channels": 6,
+        "layer_norm_epsilon": 1e-5,
+        "rotary_emb_base": 10000,
+        "rotary_pct": 1.0,
+        "no_bias": True,
+        "seq_length": 64,
+        "tie_word_embeddings": False,
+    }
     (folder / "config.json").write_text(json.dumps(raw))
     torch.save(back, folder / "pytorch_model.bin")
     return folder

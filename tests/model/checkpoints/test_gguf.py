@@ -17,12 +17,20 @@ from model.checkpoints.weights import open_checkpoint
 from model.support.cli import UserError
 
 HF = {
-    "model.embed_tokens": "token_embd", "lm_head": "output", "model.norm": "output_norm",
-    "input_layernorm": "attn_norm", "post_attention_layernorm": "ffn_norm", "self_attn.q_proj": "attn_q",
-    "self_attn.k_proj": "attn_k", "self_attn.v_proj": "attn_v", "self_attn.o_proj": "attn_output",
-    "mlp.gate_proj": "ffn_gate", "mlp.up_proj": "ffn_up", "mlp.down_proj": "ffn_down",
+    "model.embed_tokens": "token_embd",
+    "lm_head": "output",
+    "model.norm": "output_norm",
+    "input_layernorm": "attn_norm",
+    "post_attention_layernorm": "ffn_norm",
+    "self_attn.q_proj": "attn_q",
+    "self_attn.k_proj": "attn_k",
+    "self_attn.v_proj": "attn_v",
+    "self_attn.o_proj": "attn_output",
+    "mlp.gate_proj": "ffn_gate",
+    "mlp.up_proj": "ffn_up",
+    "mlp.down_proj": "ffn_down",
     "block_sparse_moe.gate": "ffn_gate_inp",
-}  # fmt: skip
+}
 
 
 def write_gguf(model: Transformer, path, family: str, kind=None, **fields):
@@ -72,8 +80,17 @@ def write_gguf(model: Transformer, path, family: str, kind=None, **fields):
 
 
 @pytest.mark.parametrize(
-    "family, arch", [("llama", "llama"), ("llama-tied", "llama"), ("mistral", "llama"), ("mistral-wide-heads", "llama"),
-                     ("mixtral", "llama"), ("qwen2", "qwen2"), ("qwen2-tied", "qwen2")])  # fmt: skip
+    "family, arch",
+    [
+        ("llama", "llama"),
+        ("llama-tied", "llama"),
+        ("mistral", "llama"),
+        ("mistral-wide-heads", "llama"),
+        ("mixtral", "llama"),
+        ("qwen2", "qwen2"),
+        ("qwen2-tied", "qwen2"),
+    ],
+)
 def test_every_family_reads_bit_for_bit(family, arch, tmp_path):
     model = tiny(family, torch.float32)
     path = write_gguf(model, tmp_path / "m.gguf", arch)
@@ -121,16 +138,22 @@ HOSTILE = {
     "array longer than the file": (header(text(b"a") + struct.pack("<IIQ", 9, 4, 2**61)), "past the end"),
     "array of texts without end": (header(text(b"a") + struct.pack("<IIQ", 9, 8, 2**61)), "longer than the file"),
     "arrays in arrays": (
-        header(text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000), "array of arrays"),
+        header(text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
+        "array of arrays",
+    ),
     "unknown kind": (header(text(b"a") + struct.pack("<I", 99)), "kind of value"),
     "field twice": (header(*[text(b"a") + struct.pack("<II", 4, 1)] * 2), "twice"),
     "alignment 0": (header(text(b"general.alignment") + struct.pack("<II", 4, 0)), "alignment"),
     "tensor past the end": (
-        header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 1000, 0, 0), "past the end of the file"),
+        header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 1000, 0, 0),
+        "past the end of the file",
+    ),
     "tensor of no known kind": (header(tensors=1) + text(b"a") + struct.pack("<IQIQ", 1, 32, 77, 0), "type 77"),
     "shape that overflows": (
-        header(tensors=1) + text(b"a") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0), "impossible"),
-}  # fmt: skip
+        header(tensors=1) + text(b"a") + struct.pack("<IQQIQ", 2, 2**40, 2**40, 0, 0),
+        "impossible",
+    ),
+}
 
 
 @pytest.mark.parametrize("why", HOSTILE)

@@ -14,13 +14,28 @@ from model.rotary import RopeScaling, frequencies
 from model.support.cli import UserError
 
 SHAPES = {
-    "token_embd.weight": (61, 24), "output_norm.weight": (24,), "output.weight": (61, 24),
-    "blk.0.attn_norm.weight": (24,), "blk.0.ffn_norm.weight": (24,), "blk.0.attn_q.weight": (24, 24),
-    "blk.0.attn_k.weight": (24, 24), "blk.0.attn_v.weight": (24, 24), "blk.0.attn_output.weight": (24, 24),
-    "blk.0.ffn_gate.weight": (40, 24), "blk.0.ffn_up.weight": (40, 24), "blk.0.ffn_down.weight": (24, 40),
-}  # fmt: skip
-REQUIRED = {"block_count": 1, "embedding_length": 24, "feed_forward_length": 40, "attention.head_count": 4,
-            "attention.layer_norm_rms_epsilon": 1e-5, "context_length": 64, "rope.freq_base": 10000.0}  # fmt: skip
+    "token_embd.weight": (61, 24),
+    "output_norm.weight": (24,),
+    "output.weight": (61, 24),
+    "blk.0.attn_norm.weight": (24,),
+    "blk.0.ffn_norm.weight": (24,),
+    "blk.0.attn_q.weight": (24, 24),
+    "blk.0.attn_k.weight": (24, 24),
+    "blk.0.attn_v.weight": (24, 24),
+    "blk.0.attn_output.weight": (24, 24),
+    "blk.0.ffn_gate.weight": (40, 24),
+    "blk.0.ffn_up.weight": (40, 24),
+    "blk.0.ffn_down.weight": (24, 40),
+}
+REQUIRED = {
+    "block_count": 1,
+    "embedding_length": 24,
+    "feed_forward_length": 40,
+    "attention.head_count": 4,
+    "attention.layer_norm_rms_epsilon": 1e-5,
+    "context_length": 64,
+    "rope.freq_base": 10000.0,
+}
 YARN = {"rope.scaling.type": "yarn", "rope.scaling.factor": 8.0, "rope.scaling.original_context_length": 16}
 
 
@@ -50,28 +65,40 @@ def turned(path):
     return frequencies(config.head_dim, config.rope_theta, config.rope_scaling, torch.float64)
 
 
-@pytest.mark.parametrize("fields, scaling, gain", [
-    ({}, None, 1.0),
-    ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None, 1.0),
-    ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0), 1.0),
-    ({"rope.scale_linear": 4.0}, RopeScaling("linear", 4.0), 1.0),
-    ({"rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0), 1.0),
-    ({"rope.scaling.factor": 0.0, "rope.scale_linear": 4.0}, RopeScaling("linear", 4.0), 1.0),
-    ({"rope.scaling.type": "linear"}, None, 1.0),
-    (YARN, RopeScaling("yarn", 8.0, original_max_position_embeddings=16), 1.0),
-    ({**YARN, "rope.scaling.attn_factor": 1.5}, RopeScaling("yarn", 8.0, original_max_position_embeddings=16), 1.5),
-    ({**YARN, "rope.scaling.yarn_beta_fast": 16.0},
-     RopeScaling("yarn", 8.0, original_max_position_embeddings=16, beta_fast=16.0), 1.0)])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields, scaling, gain",
+    [
+        ({}, None, 1.0),
+        ({"rope.scaling.type": "none", "rope.scaling.factor": 4.0}, None, 1.0),
+        ({"rope.scaling.type": "linear", "rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0), 1.0),
+        ({"rope.scale_linear": 4.0}, RopeScaling("linear", 4.0), 1.0),
+        ({"rope.scaling.factor": 4.0}, RopeScaling("linear", 4.0), 1.0),
+        ({"rope.scaling.factor": 0.0, "rope.scale_linear": 4.0}, RopeScaling("linear", 4.0), 1.0),
+        ({"rope.scaling.type": "linear"}, None, 1.0),
+        (YARN, RopeScaling("yarn", 8.0, original_max_position_embeddings=16), 1.0),
+        ({**YARN, "rope.scaling.attn_factor": 1.5}, RopeScaling("yarn", 8.0, original_max_position_embeddings=16), 1.5),
+        (
+            {**YARN, "rope.scaling.yarn_beta_fast": 16.0},
+            RopeScaling("yarn", 8.0, original_max_position_embeddings=16, beta_fast=16.0),
+            1.0,
+        ),
+    ],
+)
 def test_rotary_scaling_is_llama_cpps(fields, scaling, gain, tmp_path):
     frequency, own = turned(write(tmp_path / "m.gguf", REQUIRED | fields))
     expected, plain = frequencies(6, 1e4, scaling, torch.float64)
     assert torch.allclose(frequency, expected, rtol=1e-12) and own == pytest.approx(plain * gain, rel=1e-6)
 
 
-@pytest.mark.parametrize("fields, said", [
-    ({"rope.scaling.attn_factor": 1.5}, "attn_factor 1.5 beside"),
-    ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "longrope"),
-    ({"attention.causal": False}, "encoder"), ({"attention.value_length": 4}, "value_length")])  # fmt: skip
+@pytest.mark.parametrize(
+    "fields, said",
+    [
+        ({"rope.scaling.attn_factor": 1.5}, "attn_factor 1.5 beside"),
+        ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "longrope"),
+        ({"attention.causal": False}, "encoder"),
+        ({"attention.value_length": 4}, "value_length"),
+    ],
+)
 def test_what_is_not_covered_is_named(fields, said, tmp_path):
     with pytest.raises(UserError, match=said):
         ModelConfig.from_pretrained(write(tmp_path / "m.gguf", REQUIRED | fields))
@@ -92,10 +119,14 @@ def parts(folder, cuts):
     """The model in files of the names up to each cut."""
     names, edges = list(SHAPES), [0, *cuts, len(SHAPES)]
     return [
-        write(folder / f"m-{n + 1:05d}-of-{len(edges) - 1:05d}.gguf", REQUIRED if n == 0 else {}, names[a:b],
-              (n, len(edges) - 1))
+        write(
+            folder / f"m-{n + 1:05d}-of-{len(edges) - 1:05d}.gguf",
+            REQUIRED if n == 0 else {},
+            names[a:b],
+            (n, len(edges) - 1),
+        )
         for n, (a, b) in enumerate(zip(edges, edges[1:], strict=False))
-    ]  # fmt: skip
+    ]
 
 
 @settings(max_examples=15, deadline=None)
@@ -119,8 +150,11 @@ def test_a_model_in_parts_is_the_model(tmp_path_factory, cuts):
 def test_parts_of_two_models_are_refused(tmp_path):
     files = parts(tmp_path, [4, 8])
     names = list(SHAPES)
-    for split, held, said in (((2, 3), names[4:8], "is not part 2 of 3"), ((1, 3), names[3:8], "another part too"),
-                              ((1, 3), names[4:7], "11 tensors, not 12")):  # fmt: skip
+    for split, held, said in (
+        ((2, 3), names[4:8], "is not part 2 of 3"),
+        ((1, 3), names[3:8], "another part too"),
+        ((1, 3), names[4:7], "11 tensors, not 12"),
+    ):
         write(files[1], {}, held, split)
         with pytest.raises(UserError, match=said):
             Transformer.from_pretrained(tmp_path)

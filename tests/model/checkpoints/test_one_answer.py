@@ -63,8 +63,10 @@ def test_an_index_may_name_a_tied_head_and_rotary_buffers_or_not(data, tmp_path_
     raw = json.loads(index.read_text())
     file = folder / raw["weight_map"]["model.embed_tokens.weight"]
     tensors = load_file(file)
-    extra = {"lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
-             "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(3)}  # fmt: skip
+    extra = {
+        "lm_head.weight": tensors["model.embed_tokens.weight"].clone(),
+        "model.layers.1.self_attn.rotary_emb.inv_freq": torch.ones(3),
+    }
     for name, tensor in extra.items():
         if data.draw(st.booleans(), label=f"{name} listed"):
             raw["weight_map"][name] = file.name
@@ -192,8 +194,15 @@ def test_an_adapters_pickle_is_named_by_loaders_and_converted(tmp_path):
         Transformer.from_pretrained(tmp_path / "a")
 
 
-NATIVE = {"dim": 24, "n_layers": 1, "n_heads": 4, "hidden_dim": 40, "vocab_size": 61, "norm_eps": 1e-5,
-          "rope_theta": 1e4}  # fmt: skip
+NATIVE = {
+    "dim": 24,
+    "n_layers": 1,
+    "n_heads": 4,
+    "hidden_dim": 40,
+    "vocab_size": 61,
+    "norm_eps": 1e-5,
+    "rope_theta": 1e4,
+}
 WORD = st.from_regex(r"[a-z_]{1,16}", fullmatch=True).filter(lambda key: key not in KEYS | MOE_KEYS)
 VALUE = st.one_of(st.just(True), st.integers(1, 9), st.floats(0.1, 2), st.just([None, 8]), st.just({"beta": 1}))
 
@@ -208,9 +217,20 @@ def test_any_key_of_params_json_that_is_not_known_is_refused(key, inner, value):
         native_config({**NATIVE, "moe": {"num_experts": 2, "num_experts_per_tok": 1, inner: value}})
 
 
-@pytest.mark.parametrize("change", [
-    {"causal": False}, {"moe": 3}, {"moe": {"num_experts": 2}}, {"dim": "24"}, {"n_heads": 0}, {"dim": None},
-    {"sliding_window": [None, 8]}, {"sliding_window": "8"}, {"rope_theta": None}])  # fmt: skip
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"causal": False},
+        {"moe": 3},
+        {"moe": {"num_experts": 2}},
+        {"dim": "24"},
+        {"n_heads": 0},
+        {"dim": None},
+        {"sliding_window": [None, 8]},
+        {"sliding_window": "8"},
+        {"rope_theta": None},
+    ],
+)
 def test_a_params_json_of_another_shape_is_a_user_error(change):
     with pytest.raises(UserError):
         ModelConfig.from_dict(native_config({**NATIVE, **change}))
@@ -236,11 +256,23 @@ main(Options(sys.argv[1], sys.argv[2]))
 
 def test_a_converted_folder_has_its_name_when_its_tokenizer_is_there(tmp_path):
     tiny("llama", torch.float32).save_pretrained(tmp_path / "m")
-    (tmp_path / "m" / "tokenizer.json").write_text(json.dumps({
-        "version": "1.0", "truncation": None, "padding": None, "added_tokens": [], "normalizer": None,
-        "pre_tokenizer": None, "post_processor": None, "decoder": None,
-        "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []}}))  # fmt: skip
-    done = subprocess.run([sys.executable, "-c", WATCH, str(tmp_path / "m"), str(tmp_path / "new")],
-                          capture_output=True, text=True)  # fmt: skip
+    (tmp_path / "m" / "tokenizer.json").write_text(
+        json.dumps(
+            {
+                "version": "1.0",
+                "truncation": None,
+                "padding": None,
+                "added_tokens": [],
+                "normalizer": None,
+                "pre_tokenizer": None,
+                "post_processor": None,
+                "decoder": None,
+                "model": {"type": "BPE", "vocab": {"a": 0}, "merges": []},
+            }
+        )
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", WATCH, str(tmp_path / "m"), str(tmp_path / "new")], capture_output=True, text=True
+    )
     assert done.returncode == 0, done.stderr[-500:]
     assert sorted(os.listdir(tmp_path / "new")) == ["config.json", "model.safetensors", "tokenizer.json"]

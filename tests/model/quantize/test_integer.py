@@ -27,7 +27,7 @@ def codes(rows, columns, seed):
 @settings(deadline=None, max_examples=50)
 @given(
     N=st.integers(0, 30), O=st.integers(1, 40), D=st.integers(1, 300), seed=st.integers(0, 99), extreme=st.booleans()
-)  # fmt: skip
+)
 @example(N=1, O=2, D=1, seed=0, extreme=False)
 def test_sums_are_exact(N, O, D, seed, extreme):
     a_ND, b_OD = codes(N, D, seed), codes(O, D, seed + 1)
@@ -114,8 +114,14 @@ def test_mixed_inputs_in_fp64_are_the_plain_product():
 
 @pytest.mark.parametrize(
     ("said", "fast"),
-    [("flags : fpu avx2 fma", False), ("flags : avx512f avx512bw avx512_bf16", False), ("flags : avx2 avx_vnni", True),
-     ("flags : avx512f avx512_vnni", True), ("flags : amx_int8 amx_tile", True), ("flags : my_avx_vnni_not", False)],
-)  # fmt: skip
+    [
+        ("flags : fpu avx2 fma", False),
+        ("flags : avx512f avx512bw avx512_bf16", False),
+        ("flags : avx2 avx_vnni", True),
+        ("flags : avx512f avx512_vnni", True),
+        ("flags : amx_int8 amx_tile", True),
+        ("flags : my_avx_vnni_not", False),
+    ],
+)
 def test_only_vnni_and_amx_multiply_integers_fast(said, fast):
     assert int8_products("cpu", said) is fast

@@ -11,9 +11,17 @@ from model.quantize.linear import FORMATS, PACKED_ROWS, QuantizedWeight, bytes_o
 from model.support.init import init_weights
 
 CONFIG = ModelConfig(
-    vocab_size=64, hidden_size=64, intermediate_size=128, num_hidden_layers=2, num_attention_heads=4,
-    num_key_value_heads=2, head_dim=16, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None, None),
-)  # fmt: skip
+    vocab_size=64,
+    hidden_size=64,
+    intermediate_size=128,
+    num_hidden_layers=2,
+    num_attention_heads=4,
+    num_key_value_heads=2,
+    head_dim=16,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(None, None),
+)
 NAMES = sorted(FORMATS)
 
 
@@ -26,8 +34,13 @@ def held(weight, form):
 
 
 @settings(deadline=None, max_examples=60)
-@given(form=st.sampled_from(NAMES), rows=st.integers(1, 9), columns=st.sampled_from([32, 40, 64, 128, 192, 256]),
-       seed=st.integers(0, 999), size=st.floats(1e-6, 1e6))  # fmt: skip
+@given(
+    form=st.sampled_from(NAMES),
+    rows=st.integers(1, 9),
+    columns=st.sampled_from([32, 40, 64, 128, 192, 256]),
+    seed=st.integers(0, 999),
+    size=st.floats(1e-6, 1e6),
+)
 def test_no_weight_is_off_by_more_than_half_a_step(form, rows, columns, seed, size):
     weight = drawn(rows, columns, seed) * size
     own = held(weight, form)

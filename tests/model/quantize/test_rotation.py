@@ -14,9 +14,17 @@ from model.quantize.rotation import Rotation, kronecker_factors, rotate, turn
 from model.support.init import init_weights
 
 BASE = ModelConfig(
-    vocab_size=80, hidden_size=48, intermediate_size=80, num_hidden_layers=2, num_attention_heads=6,
-    num_key_value_heads=2, head_dim=12, rms_norm_eps=1e-5, rope_theta=1e4, windows=(7, None),
-)  # fmt: skip
+    vocab_size=80,
+    hidden_size=48,
+    intermediate_size=80,
+    num_hidden_layers=2,
+    num_attention_heads=6,
+    num_key_value_heads=2,
+    head_dim=12,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(7, None),
+)
 FAMILIES = {
     "mistral": {"windows": (5, 5)},
     "llama": {"model_type": "llama", "windows": (None, None), "qkv_bias": True, "o_bias": True},
@@ -85,7 +93,7 @@ MUTATIONS = {
     "the values are not turned": ("mixes_rows", lambda path: path.endswith((".o_proj", ".down_proj", ".w2"))),
     "gains are left out": ("norm_before", lambda path: None),
     "the last norm's gains": ("norm_before", lambda path: None if "embed" in path else "model.norm.weight"),
-}  # fmt: skip
+}
 
 
 @pytest.mark.parametrize("wrong", MUTATIONS)

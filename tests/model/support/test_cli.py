@@ -20,12 +20,16 @@ class Options:
     """How many columns."""
 
 
-@pytest.mark.parametrize(("argv", "said"), [
-    (["--weights", "w", "--rnak", "1"], "Unrecognized options: --rnak, 1; Perhaps you meant: --rank INT"),
-    (["--weights", "w", "--rank", "zero"], "Error parsing --rank: invalid literal for int() with base 10: 'zero'"),
-    (["--weights"], "Missing value for argument '--weights'. Expected 1 values."),
-    (["--rank", "2"], "Missing from python -m x: --weights STR"), (["--weights", "w", "y"], "Unrecognized options: y"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    ("argv", "said"),
+    [
+        (["--weights", "w", "--rnak", "1"], "Unrecognized options: --rnak, 1; Perhaps you meant: --rank INT"),
+        (["--weights", "w", "--rank", "zero"], "Error parsing --rank: invalid literal for int() with base 10: 'zero'"),
+        (["--weights"], "Missing value for argument '--weights'. Expected 1 values."),
+        (["--rank", "2"], "Missing from python -m x: --weights STR"),
+        (["--weights", "w", "y"], "Unrecognized options: y"),
+    ],
+)
 @pytest.mark.parametrize(("columns", "encoding"), [("40", "ascii"), ("40", "utf-8"), ("200", "utf-8")])
 def test_a_refused_command_line_is_one_line(argv, said, columns, encoding, monkeypatch, capsys):
     """However wide the terminal is, and whether or not it can draw a frame."""

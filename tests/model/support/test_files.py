@@ -179,12 +179,21 @@ def test_a_symbolic_link_stays_and_what_it_points_to_is_replaced(tmp_path):
     assert (tmp_path / "model").is_symlink() and (tmp_path / "notes.json").is_symlink()
 
 
-@pytest.mark.parametrize("name, read", [
-    ("config.json", ModelConfig.from_pretrained), ("model.safetensors", Transformer.from_pretrained),
-    ("model.safetensors.index.json", Transformer.from_pretrained), ("m.gguf", Transformer.from_pretrained),
-    ("pytorch_model.bin", open_any), ("consolidated.00.pth", open_any), ("params.json", open_any),
-    ("adapter_config.json", read_config), ("adapter_model.safetensors", AdapterFile),
-    ("adapter_model.bin", AdapterFile)])  # fmt: skip
+@pytest.mark.parametrize(
+    "name, read",
+    [
+        ("config.json", ModelConfig.from_pretrained),
+        ("model.safetensors", Transformer.from_pretrained),
+        ("model.safetensors.index.json", Transformer.from_pretrained),
+        ("m.gguf", Transformer.from_pretrained),
+        ("pytorch_model.bin", open_any),
+        ("consolidated.00.pth", open_any),
+        ("params.json", open_any),
+        ("adapter_config.json", read_config),
+        ("adapter_model.safetensors", AdapterFile),
+        ("adapter_model.bin", AdapterFile),
+    ],
+)
 def test_a_pipe_or_device_among_the_files_is_never_opened(tmp_path, name, read):
     others = {"params.json": "consolidated.00.pth", "consolidated.00.pth": "params.json"}
     (tmp_path / others.get(name, "config.json")).write_text('{"model_type": "llama"}')

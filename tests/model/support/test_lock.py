@@ -36,8 +36,10 @@ def test_another_process_is_named_and_a_killed_one_is_in_nobody_s_way(tmp_path, 
     (tmp_path / "link").symlink_to("runs")
     out = tmp_path / "runs" / "a"
     first = holder(out)
-    with pytest.raises(UserError, match=rf"process {first.pid} on .* is writing it"), \
-            hold(out if by == "its path" else tmp_path / "link" / "a"):  # fmt: skip
+    with (
+        pytest.raises(UserError, match=rf"process {first.pid} on .* is writing it"),
+        hold(out if by == "its path" else tmp_path / "link" / "a"),
+    ):
         pass
     with hold(tmp_path / "runs" / "b"):
         first.send_signal(signal.SIGKILL)

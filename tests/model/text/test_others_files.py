@@ -17,10 +17,15 @@ from model.text.tokenizer import to_characters
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
 NORMALIZERS = {
-    "none": None, "NFC": normalizers.NFC(), "NFD": normalizers.NFD(), "NFKC": normalizers.NFKC(),
-    "lower": normalizers.Lowercase(), "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
-    "prepended": normalizers.Prepend("▁"), "strip": normalizers.Strip(),
-}  # fmt: skip
+    "none": None,
+    "NFC": normalizers.NFC(),
+    "NFD": normalizers.NFD(),
+    "NFKC": normalizers.NFKC(),
+    "lower": normalizers.Lowercase(),
+    "accents": normalizers.Sequence([normalizers.NFD(), normalizers.StripAccents()]),
+    "prepended": normalizers.Prepend("▁"),
+    "strip": normalizers.Strip(),
+}
 
 
 def byte_level(special: tuple[str, ...] = (), plain: tuple[str, ...] = ()) -> Library:
@@ -71,8 +76,15 @@ def normalizing(tmp_path_factory):
 
 
 @settings(max_examples=150, deadline=None)
-@given(text=st.lists(st.one_of(st.sampled_from([*ODD, " 2.5 cm ", "ER+", " "]), st.text(
-    st.characters(exclude_categories=("Cs",)), max_size=4)), max_size=6).map("".join))  # fmt: skip
+@given(
+    text=st.lists(
+        st.one_of(
+            st.sampled_from([*ODD, " 2.5 cm ", "ER+", " "]),
+            st.text(st.characters(exclude_categories=("Cs",)), max_size=4),
+        ),
+        max_size=6,
+    ).map("".join)
+)
 @pytest.mark.parametrize("name", NORMALIZERS)
 def test_offsets_are_the_librarys(normalizing, name, text):
     ours, library = normalizing[name]
@@ -84,9 +96,12 @@ def test_offsets_are_the_librarys(normalizing, name, text):
 def test_stop_ids_are_all_that_the_files_list(tmp_path):
     tokenizer = byte_level(("<|end|>", "<|im_end|>", "<|eot_id|>"))
     path = folder(
-        tmp_path / "m", tokenizer, tokenizer_config={"eos_token": "<|end|>"}, config={"eos_token_id": 257},
+        tmp_path / "m",
+        tokenizer,
+        tokenizer_config={"eos_token": "<|end|>"},
+        config={"eos_token_id": 257},
         generation_config={"eos_token_id": [256, 7]},
-    )  # fmt: skip
+    )
     ours = Tokenizer.from_pretrained(path)
     assert sorted(ours.stop_ids) == [7, 256, 257] and ours.eos_id == 256  # none because of its name alone
     ours.save(tmp_path / "saved")
@@ -110,8 +125,11 @@ def test_an_added_token_keeps_the_id_that_its_file_gives(tmp_path):
 
 
 @settings(max_examples=60, deadline=None)
-@given(text=st.lists(st.sampled_from(["<|im_end|>", "<|im_start|>", "<tool_call>", "### User:", "HER2+", " ", "a"]),
-                     max_size=6).map("".join))  # fmt: skip
+@given(
+    text=st.lists(
+        st.sampled_from(["<|im_end|>", "<|im_start|>", "<tool_call>", "### User:", "HER2+", " ", "a"]), max_size=6
+    ).map("".join)
+)
 def test_control_tokens_written_as_plain_ones_are_not_forged(tmp_path_factory, text):
     path = tmp_path_factory.getbasetemp() / "plain"
     if not path.exists():
@@ -152,9 +170,15 @@ def gguf_file(path: Path, kind: str, pre: str | None, tokens: list[str], types: 
 
 @pytest.mark.parametrize(
     "kind, pre, said, puts",
-    [("gpt2", "qwen2", None, False), ("gpt2", "qwen2", True, True), ("gpt2", "llama-bpe", None, True),
-     ("gpt2", "llama-bpe", False, False), ("llama", None, None, True), ("llama", None, False, False)],
-)  # fmt: skip
+    [
+        ("gpt2", "qwen2", None, False),
+        ("gpt2", "qwen2", True, True),
+        ("gpt2", "llama-bpe", None, True),
+        ("gpt2", "llama-bpe", False, False),
+        ("llama", None, None, True),
+        ("llama", None, False, False),
+    ],
+)
 def test_a_gguf_says_how_a_text_begins_and_ends(kind, pre, said, puts, tmp_path):
     marks, plain = ["<s>", "</s>", "<|eot|>", "<|eom|>"], ["HER2+", "<|note|>"]
     base = LETTERS if kind == "gpt2" else ["<unk>", *(f"<0x{byte:02X}>" for byte in range(256)), "▁"]
@@ -162,10 +186,19 @@ def test_a_gguf_says_how_a_text_begins_and_ends(kind, pre, said, puts, tmp_path)
     n = len(base)
     more = {} if said is None else {"add_bos_token": said}
     path = gguf_file(
-        tmp_path / "m.gguf", kind, pre, [*base, *marks, *plain], [*types, *[3] * 4, *[4] * 2], bos_token_id=n,
-        eos_token_id=n + 1, eot_token_id=n + 2, eom_token_id=n + 3, chat_template=CHATML, chat_template__rag="x",
+        tmp_path / "m.gguf",
+        kind,
+        pre,
+        [*base, *marks, *plain],
+        [*types, *[3] * 4, *[4] * 2],
+        bos_token_id=n,
+        eos_token_id=n + 1,
+        eot_token_id=n + 2,
+        eom_token_id=n + 3,
+        chat_template=CHATML,
+        chat_template__rag="x",
         **more,
-    )  # fmt: skip
+    )
     ours = Tokenizer.from_pretrained(path)
     ours.save(tmp_path / "saved")
     for tokenizer in (ours, Tokenizer.from_pretrained(tmp_path / "saved")):
@@ -213,12 +246,17 @@ def test_regular_expressions_of_others_run_bounded(pattern, tmp_path):
     [
         "{% for i in range(99999) %}{% for j in range(99999) %}{% for k in range(99999) %}{% endfor %}{% endfor %}"
         "{% endfor %}",
-        "{{ 'x' * 10**10 }}", "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}", "{{ 9**(9**9) }}",
+        "{{ 'x' * 10**10 }}",
+        "{% for i in range(99999) %}{{ 'x' * 99999 }}{% endfor %}",
+        "{{ 9**(9**9) }}",
         "{% set n = namespace(x='xx') %}{% for i in range(60) %}{% set n.x = n.x ~ n.x %}{% endfor %}",
-        "{{ messages.__class__.__mro__ }}", "{% include '/etc/passwd' %}", "{{ raise_exception('no such role') }}",
-        "{{ cycler.__init__.__globals__.os.listdir('/') }}", "{% if %}",
+        "{{ messages.__class__.__mro__ }}",
+        "{% include '/etc/passwd' %}",
+        "{{ raise_exception('no such role') }}",
+        "{{ cycler.__init__.__globals__.os.listdir('/') }}",
+        "{% if %}",
     ],
-)  # fmt: skip
+)
 def test_templates_of_others_run_bounded_and_see_no_file(template, tmp_path):
     path = folder(tmp_path / "m", byte_level(("<s>",)), tokenizer_config={"chat_template": template})
     ours = Tokenizer.from_pretrained(path)

@@ -121,7 +121,11 @@ def test_saved_files_are_the_same_tokenizer(which, request, tmp_path):
     text = "Tumor 2.5 cm, naïve <|im_end|> 東"
     assert again.encode(text, bos=True, eos=True) == tokenizer.encode(text, bos=True, eos=True)
     assert (again.bos_id, again.eos_id, again.pad_id, again.form) == (
-        tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id, tokenizer.form)  # fmt: skip
+        tokenizer.bos_id,
+        tokenizer.eos_id,
+        tokenizer.pad_id,
+        tokenizer.form,
+    )
     assert again.stop_ids == tokenizer.stop_ids and again.vocab_size == tokenizer.vocab_size
 
 
@@ -142,12 +146,18 @@ def turns(*roles):
 @pytest.mark.parametrize(
     "messages, named",
     [
-        ([], "last message"), (turns("assistant"), "last message"), (turns("user", "user"), "assistant's turn"),
-        (turns("user", "assistant"), "last message"), (turns("user", "system", "user"), "assistant's turn"),
-        (turns("assistant", "user"), "user's turn"), (turns("tool", "user"), "roles are"),
-        ([{"role": "user"}], "content"), ([{"role": "user", "content": 3}], "content"), (turns("system"), "last"),
+        ([], "last message"),
+        (turns("assistant"), "last message"),
+        (turns("user", "user"), "assistant's turn"),
+        (turns("user", "assistant"), "last message"),
+        (turns("user", "system", "user"), "assistant's turn"),
+        (turns("assistant", "user"), "user's turn"),
+        (turns("tool", "user"), "roles are"),
+        ([{"role": "user"}], "content"),
+        ([{"role": "user", "content": 3}], "content"),
+        (turns("system"), "last"),
     ],
-)  # fmt: skip
+)
 def test_roles_out_of_turn_are_refused(smollm, messages, named):
     with pytest.raises(UserError, match=named):
         smollm.encode_chat(messages, form="alpaca")
@@ -170,8 +180,12 @@ def test_alpaca_form(smollm):
 
 
 def test_llama_2_form(sentencepiece):
-    messages = [{"role": "system", "content": "S"}, {"role": "user", "content": "U"},
-                {"role": "assistant", "content": "A"}, {"role": "user", "content": "V"}]  # fmt: skip
+    messages = [
+        {"role": "system", "content": "S"},
+        {"role": "user", "content": "U"},
+        {"role": "assistant", "content": "A"},
+        {"role": "user", "content": "V"},
+    ]
     ids = sentencepiece.encode_chat(messages, form="llama-2")
     first = sentencepiece.encode("[INST] <<SYS>>\nS\n<</SYS>>\n\nU [/INST] A ", bos=True, eos=True)
     assert ids == first + sentencepiece.encode("[INST] V [/INST]", bos=True)

@@ -17,11 +17,24 @@ FILE = Path(program.__file__).with_name("written.jsonl")
 NOTES = read_references(FILE)
 HALVES = {split: [note for note in NOTES if note["split"] == split] for split in ("open", "sealed")}
 CANCERS = {
-    "breast": ("C50",), "lung": ("C34",), "colorectal": ("C18", "C19", "C20"), "prostate": ("C61",),
-    "bladder": ("C67",), "kidney": ("C64",), "pancreas": ("C25",), "liver": ("C22",), "stomach": ("C16",),
-    "esophagus": ("C15",), "thyroid": ("C73",), "ovary": ("C56",), "uterus": ("C54", "C55"), "melanoma": ("C43",),
-    "brain": ("C71",), "lymphoma": ("C81", "C82", "C83", "C84", "C85"), "leukemia": ("C91", "C92", "C93", "C94", "C95"),
-}  # fmt: skip
+    "breast": ("C50",),
+    "lung": ("C34",),
+    "colorectal": ("C18", "C19", "C20"),
+    "prostate": ("C61",),
+    "bladder": ("C67",),
+    "kidney": ("C64",),
+    "pancreas": ("C25",),
+    "liver": ("C22",),
+    "stomach": ("C16",),
+    "esophagus": ("C15",),
+    "thyroid": ("C73",),
+    "ovary": ("C56",),
+    "uterus": ("C54", "C55"),
+    "melanoma": ("C43",),
+    "brain": ("C71",),
+    "lymphoma": ("C81", "C82", "C83", "C84", "C85"),
+    "leukemia": ("C91", "C92", "C93", "C94", "C95"),
+}
 NAMES = {category: name for name, categories in CANCERS.items() for category in categories}
 SHORT = "two-line post-operative note"
 

@@ -31,10 +31,15 @@ class Bare:
 def test_training_and_inference_build_the_same_prompt(data, tmp_path):
     tokenizer_folder = data / "tok"
     rows = [
-        {"id": f"n{i}", "patient": f"p{i // 2}", "text": f"Mass of the {site}, note {i}, {site} biopsy was done.",
-         "phenotypes": {}, "diagnosis": {"text": f"Neoplasm of {site}", "code": f"C{i}"}}
+        {
+            "id": f"n{i}",
+            "patient": f"p{i // 2}",
+            "text": f"Mass of the {site}, note {i}, {site} biopsy was done.",
+            "phenotypes": {},
+            "diagnosis": {"text": f"Neoplasm of {site}", "code": f"C{i}"},
+        }
         for i, site in enumerate(["breast", "breast", "breast", "lung", "colon", "breast"])
-    ]  # fmt: skip
+    ]
     notes, out = tmp_path / "train.jsonl", tmp_path / "near.jsonl"
     notes.write_text("".join(json.dumps(row) + "\n" for row in rows))
     build(IndexOptions(out=tmp_path / "i", notes=notes))

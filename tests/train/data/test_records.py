@@ -99,8 +99,16 @@ def test_a_recipe_trains_on_its_first_records_and_judges_on_its_first_held_out_r
 def test_the_held_out_loss_is_the_mean_over_the_answers_of_its_rows(options, tmp_path):
     """Against the definition, in the middle of training. No two micro-batches have as many targets, so a mean of means
     is another number; the note's own targets are there, and count nowhere."""
-    recipe = as_recipe(options, out=str(tmp_path), dtype="float64", dropout=0.3, valid_rows=5, batch_rows=2,
-                       micro_rows=2, note_loss=0.3)  # fmt: skip
+    recipe = as_recipe(
+        options,
+        out=str(tmp_path),
+        dtype="float64",
+        dropout=0.3,
+        valid_rows=5,
+        batch_rows=2,
+        micro_rows=2,
+        note_loss=0.3,
+    )
     made = prepare(recipe, "instruct", Ranks())
     generator = torch.Generator().manual_seed(0)
     for name, param in named_trainable(made.model).items():
@@ -120,8 +128,16 @@ def test_the_held_out_loss_is_the_mean_over_the_answers_of_its_rows(options, tmp
 
 def test_switches_reach_the_rows(options, tmp_path):
     """Every switch of tuning at once, from a recipe to what stands in a row."""
-    recipe = as_recipe(options, out=str(tmp_path), template="faithful", share_prefix=False, append_eos=False,
-                       loss_on="all", packing="none", tasks="phenotype")  # fmt: skip
+    recipe = as_recipe(
+        options,
+        out=str(tmp_path),
+        template="faithful",
+        share_prefix=False,
+        append_eos=False,
+        loss_on="all",
+        packing="none",
+        tasks="phenotype",
+    )
     store = build_store(recipe.data, encoding_of(recipe, "instruct"), tmp_path / "store")
     rows = Rows(store, recipe, "instruct")
     assert len(rows) == 3 * len(store) and store.manifest["identity"]["template"] == "faithful"

@@ -97,8 +97,9 @@ def test_the_chunked_loss_is_cross_entropy(notes):
     weight_VD, target_N = torch.randn(30, 16, dtype=torch.float64, requires_grad=True), torch.arange(1100) % 30
     loss, _ = ChunkedCrossEntropy.apply(x_ND, weight_VD, target_N, torch.full((1100,), 1 / 1100, dtype=torch.float64))
     plain = torch.nn.functional.cross_entropy(x_ND @ weight_VD.t(), target_N)
-    for ours, other in zip(torch.autograd.grad(loss, (x_ND, weight_VD)), torch.autograd.grad(plain, (x_ND, weight_VD)),
-                           strict=True):  # fmt: skip
+    for ours, other in zip(
+        torch.autograd.grad(loss, (x_ND, weight_VD)), torch.autograd.grad(plain, (x_ND, weight_VD)), strict=True
+    ):
         assert (ours - other).abs().max() < 1e-12 * other.abs().max()
 
 
@@ -109,8 +110,9 @@ def test_the_notes_own_loss_is_a_mean_beside_the_answers_mean(notes):
     loss, summed = batch_loss(model, batch, count(rows), note_loss=0.3)
     with torch.no_grad():
         logits = model(batch.tokens, positions=batch.positions, layout=batch.layout)
-        answers, own = (float(plain_loss(logits, batch.target.where(batch.kind == kind, IGNORE)))
-                        for kind in (ANSWER, NOTE))  # fmt: skip
+        answers, own = (
+            float(plain_loss(logits, batch.target.where(batch.kind == kind, IGNORE))) for kind in (ANSWER, NOTE)
+        )
     assert answers != own and float(loss.detach()) == pytest.approx(answers + 0.3 * own, rel=1e-12)
     assert float(summed) == pytest.approx(answers * count(rows)[ANSWER], rel=1e-12)
 

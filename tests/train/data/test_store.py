@@ -111,11 +111,21 @@ def test_two_workers_and_many_shards_hold_what_one_process_writes(data, tmp_path
         assert len(store.shards) <= 2
 
 
-@pytest.mark.parametrize("record", [
-    '{"id": "x", "text": "t", "phenotypes": {"tumor_size": [{"text": 3}]}}', '{"id": "x", "text": "t"}',
-    '{"id": "x", "text": "t", "phenotypes": 4}', '{"id": "x", "text": "t", "phenotypes": {"tumor_size": "3 cm"}}',
-    '{"id": "x", "text": 7, "phenotypes": {}}',
-    '{"id": "x", "text": "t", "phenotypes": {"tumor_sice": []}}', '[1]', '{"text": "t"}', "{", "\udc80"])  # fmt: skip
+@pytest.mark.parametrize(
+    "record",
+    [
+        '{"id": "x", "text": "t", "phenotypes": {"tumor_size": [{"text": 3}]}}',
+        '{"id": "x", "text": "t"}',
+        '{"id": "x", "text": "t", "phenotypes": 4}',
+        '{"id": "x", "text": "t", "phenotypes": {"tumor_size": "3 cm"}}',
+        '{"id": "x", "text": 7, "phenotypes": {}}',
+        '{"id": "x", "text": "t", "phenotypes": {"tumor_sice": []}}',
+        "[1]",
+        '{"text": "t"}',
+        "{",
+        "\udc80",
+    ],
+)
 def test_no_record_of_whatever_shape_is_a_traceback(data, tmp_path, record):
     lines = (data / "notes.jsonl").read_bytes() * 20
     (tmp_path / "notes.jsonl").write_bytes(lines + record.encode("utf-8", "surrogateescape") + b"\n")

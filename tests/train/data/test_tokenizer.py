@@ -15,8 +15,10 @@ def made(tmp_path_factory):
     """The folders of two tokenizers of the same notes, by what the command line says of digits."""
     folder, dice = tmp_path_factory.mktemp("tokenizer"), random.Random(0)
     words = "left right breast mass grade stage of the size margin node".split()
-    write_jsonl(folder / "texts.jsonl", [{"text": f"{' '.join(dice.choices(words, k=6))} 2.5 cm, 12 mm, T2N0"}
-                                         for _ in range(200)])  # fmt: skip
+    write_jsonl(
+        folder / "texts.jsonl",
+        [{"text": f"{' '.join(dice.choices(words, k=6))} 2.5 cm, 12 mm, T2N0"} for _ in range(200)],
+    )
     for name, more in (("split", []), ("again", []), ("joined", ["--no-split-digits"])):
         options = ["--texts", str(folder / "texts.jsonl"), "--vocab", "400", "--out", str(folder / name), *more]
         with pytest.raises(SystemExit) as ended:

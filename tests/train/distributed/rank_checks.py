@@ -28,10 +28,18 @@ from train.recipe import Recipe
 
 # no dimension divides by 3; rows of 320 hold a block of 256 and a rest, and five blocks of NF4; keys have four rows
 WIDE = ModelConfig(
-    vocab_size=301, hidden_size=64, intermediate_size=320, num_hidden_layers=2, num_attention_heads=16,
-    num_key_value_heads=1, head_dim=4, rms_norm_eps=1e-5, rope_theta=1e4, windows=(None, None),
+    vocab_size=301,
+    hidden_size=64,
+    intermediate_size=320,
+    num_hidden_layers=2,
+    num_attention_heads=16,
+    num_key_value_heads=1,
+    head_dim=4,
+    rms_norm_eps=1e-5,
+    rope_theta=1e4,
+    windows=(None, None),
     max_position_embeddings=2048,
-)  # fmt: skip
+)
 
 
 def placed(name: str, options: dict, ranks: Ranks) -> dict[str, torch.Tensor]:

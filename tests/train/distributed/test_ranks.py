@@ -27,8 +27,13 @@ def launch(ranks: int, cases: dict, folder: Path, program: str = "tiny_runs.py")
     if ranks > 1:
         start += ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(ranks)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(sys.path)}
-    done = subprocess.run([*start, worker, str(folder / "cases.json"), str(out)], env=environment, capture_output=True,
-                          text=True, timeout=300)  # fmt: skip
+    done = subprocess.run(
+        [*start, worker, str(folder / "cases.json"), str(out)],
+        env=environment,
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
     assert done.returncode == 0, done.stderr[-3000:]
     assert "returned a view tensor" not in done.stderr, "FSDP2 warns of a block whose result is a view"
     return load_file(out)
@@ -102,8 +107,10 @@ def test_ranks_take_turns_at_the_same_micro_batches(notes, world):
 def test_accumulation_does_not_change_loss_or_gradients(few_notes, optimizer):
     """One row at a time, or two at once; blocks kept, or computed again. With dropout under SGD."""
     base = {**MANY, **OPTIMIZERS[optimizer], "batch_rows": 2, "dropout": 0.2 * (optimizer == "sgd")}
-    found = [run_case({**base, **case}, str(few_notes.path), "instruct", Ranks(), every=True)
-             for case in ({}, {"micro_rows": 2}, {"checkpoint_blocks": True})]  # fmt: skip
+    found = [
+        run_case({**base, **case}, str(few_notes.path), "instruct", Ranks(), every=True)
+        for case in ({}, {"micro_rows": 2}, {"checkpoint_blocks": True})
+    ]
     same_training(*found)
 
 
@@ -111,11 +118,17 @@ def test_accumulation_does_not_change_loss_or_gradients(few_notes, optimizer):
 def test_packing_does_not_change_loss_or_gradients(few_documents, optimizer):
     """All documents in each step: a row each, or packed rows with masks between them. With dropout under SGD."""
     base = {**MANY, **OPTIMIZERS[optimizer], "dropout": 0.2 * (optimizer == "sgd")}
-    rows = {packing: len(Rows(few_documents, replace(RECIPE, packing=packing), "pretrain"))
-            for packing in ("none", "documents")}  # fmt: skip
+    rows = {
+        packing: len(Rows(few_documents, replace(RECIPE, packing=packing), "pretrain"))
+        for packing in ("none", "documents")
+    }
     assert rows["documents"] < rows["none"] / 2
-    found = [run_case({**base, "packing": packing, "batch_rows": count}, str(few_documents.path), "pretrain", Ranks(),
-                      every=True) for packing, count in rows.items()]  # fmt: skip
+    found = [
+        run_case(
+            {**base, "packing": packing, "batch_rows": count}, str(few_documents.path), "pretrain", Ranks(), every=True
+        )
+        for packing, count in rows.items()
+    ]
     same_training(*found)
 
 
@@ -127,6 +140,14 @@ def test_branches_that_share_a_note_train_as_separate_rows_do(few_notes, optimiz
     assert len(apart) == 4 * len(shared) == 12
     tokens = [sum(len(rows[i]) for i in range(len(rows))) for rows in (shared, apart)]
     assert tokens[0] < tokens[1] / 1.5
-    found = [run_case({**base, "share_prefix": rows is shared, "batch_rows": len(rows), "micro_rows": 3},
-                      str(few_notes.path), "instruct", Ranks(), every=True) for rows in (shared, apart)]  # fmt: skip
+    found = [
+        run_case(
+            {**base, "share_prefix": rows is shared, "batch_rows": len(rows), "micro_rows": 3},
+            str(few_notes.path),
+            "instruct",
+            Ranks(),
+            every=True,
+        )
+        for rows in (shared, apart)
+    ]
     same_training(*found)

@@ -42,23 +42,43 @@ def cases(data, tmp_path_factory) -> dict:
     save_adapter(adapted, root / "adapter")
     (root / "config.json").write_text(json.dumps(WIDE.to_dict()))
     common = {"data": [str(data / "notes.jsonl")], "out": str(root / "out"), "weights": wide, "r": 4, "seed": 3}
-    run = {**common, "weights": small, "steps": 6, "batch_rows": 3, "save_every": 2, "learning_rate": 1e-2,
-           "block": 400, "threads": 1, "dtype": "float64"}  # fmt: skip
+    run = {
+        **common,
+        "weights": small,
+        "steps": 6,
+        "batch_rows": 3,
+        "save_every": 2,
+        "learning_rate": 1e-2,
+        "block": 400,
+        "threads": 1,
+        "dtype": "float64",
+    }
     return {
         "placed": {
-            "new": common, "full": {**common, "full": True, "dtype": "float64"}, "tied": {**common, "weights": tied},
-            "nf4": {**common, "base": "nf4", "dtype": "bfloat16"}, "int8": {**common, "base": "int8"},
+            "new": common,
+            "full": {**common, "full": True, "dtype": "float64"},
+            "tied": {**common, "weights": tied},
+            "nf4": {**common, "base": "nf4", "dtype": "bfloat16"},
+            "int8": {**common, "base": "int8"},
             "on": {**common, "adapter": str(root / "adapter")},
             "merged": {**common, "adapter": str(root / "adapter"), "merge_adapter": True},
-            "fresh": {**common, "weights": "", "init": str(root / "config.json"), "tokenizer": str(data / "tok"),
-                      "full": True},
+            "fresh": {
+                **common,
+                "weights": "",
+                "init": str(root / "config.json"),
+                "tokenizer": str(data / "tok"),
+                "full": True,
+            },
         },
-        "runs": [{**run, "optimizer": "adamw8bit", "out": "8bit", "r": 260},
-                 {**run, "optimizer": "muon", "out": "muon", "full": True},
-                 {**run, "weights": wide, "base": "nf4", "out": "nf4"}, {**run, "base": "int8", "out": "int8"}],
+        "runs": [
+            {**run, "optimizer": "adamw8bit", "out": "8bit", "r": 260},
+            {**run, "optimizer": "muon", "out": "muon", "full": True},
+            {**run, "weights": wide, "base": "nf4", "out": "nf4"},
+            {**run, "base": "int8", "out": "int8"},
+        ],
         "stopped": {**run, "out": "stopped"},
         **{name: {**run, "dtype": "bfloat16", "steps": 4, "out": name} for name in ("narrow", "straight")},
-    }  # fmt: skip
+    }
 
 
 def at(cases: dict, folder: Path) -> dict:
@@ -93,12 +113,13 @@ def test_a_model_placed_row_by_row_is_the_one_loaded_whole(cases, alone):
         "new": lambda: add_lora(Transformer.from_pretrained(path), config, seed=3),
         "full": lambda: Transformer.from_pretrained(path, dtype=torch.float64),
         "tied": lambda: add_lora(Transformer.from_pretrained(tied), config, seed=3),
-        "nf4": lambda: quantize_base(add_lora(Transformer.from_pretrained(path, dtype=torch.bfloat16), config, seed=3),
-                                   "nf4"),
+        "nf4": lambda: quantize_base(
+            add_lora(Transformer.from_pretrained(path, dtype=torch.bfloat16), config, seed=3), "nf4"
+        ),
         "int8": lambda: quantize_base(add_lora(Transformer.from_pretrained(path), config, seed=3), "int8"),
         "on": lambda: load_adapter(Transformer.from_pretrained(path), adapter),
         "fresh": lambda: init_weights(Transformer(WIDE), 3),
-    }  # fmt: skip
+    }
     for name, build in made.items():
         model = build()
         expected = dict([*model.named_parameters(), *model.named_buffers()])
@@ -125,16 +146,20 @@ def test_three_ranks_place_step_and_resume_as_one_does(cases, alone, tmp_path):
         if name == "fresh":
             assert read == [0] * ranks and whole == 0
             continue
-        assert whole == (Path(options["weights"]) / "model.safetensors").stat().st_size - header(options["weights"]) \
-            or name == "merged"  # fmt: skip
+        assert (
+            whole == (Path(options["weights"]) / "model.safetensors").stat().st_size - header(options["weights"])
+            or name == "merged"
+        )
         if name == "nf4":  # a block of 64 may begin within a row: at most a row more at each of the two edges
             assert whole <= sum(read) <= 1.1 * whole
         elif name != "merged":  # there the first rank has read the base once more, to merge it
             assert sum(read) == whole, "each byte is read once, whatever the number of ranks"
             assert max(read) <= -(-whole // ranks) * 1.05
     for run in cases["runs"]:
-        ours, theirs = ([json.loads(line) for line in (folder / run["out"] / "metrics.jsonl").read_text().splitlines()]
-                        for folder in (tmp_path, before))  # fmt: skip
+        ours, theirs = (
+            [json.loads(line) for line in (folder / run["out"] / "metrics.jsonl").read_text().splitlines()]
+            for folder in (tmp_path, before)
+        )
         assert len(ours) == len(theirs) == 6 and ours[0]["loss"] - ours[-1]["loss"] > 0.002
         for a, b in zip(ours, theirs, strict=True):
             assert abs(a["loss"] - b["loss"]) < 1e-12 * b["loss"] and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-10
@@ -147,10 +172,16 @@ def test_three_ranks_place_step_and_resume_as_one_does(cases, alone, tmp_path):
     for differ, missing in told["refusals"]:
         assert f"ranks disagree: recipe.learning_rate on rank 0 0.01, on rank {ranks - 1} 0.5" in differ
         assert missing == f"on rank {ranks - 1}: no such file"
-    train(Recipe(**{k: tuple(v) if isinstance(v, list) else v for k, v in cases["stopped"].items()}
-                 | {"out": str(tmp_path / "alone")}), "instruct")  # fmt: skip
-    stopped, straight = (load_file(tmp_path / run / "adapter" / "adapter_model.safetensors")
-                         for run in ("stopped", "alone"))  # fmt: skip
+    train(
+        Recipe(
+            **{k: tuple(v) if isinstance(v, list) else v for k, v in cases["stopped"].items()}
+            | {"out": str(tmp_path / "alone")}
+        ),
+        "instruct",
+    )
+    stopped, straight = (
+        load_file(tmp_path / run / "adapter" / "adapter_model.safetensors") for run in ("stopped", "alone")
+    )
     assert all((stopped[key] - straight[key]).abs().max() < 1e-9 for key in straight)
     names = [json.loads(line)["step"] for line in (tmp_path / "stopped" / "metrics.jsonl").read_text().splitlines()]
     assert names == [1, 2, 3, 4, 5, 6]

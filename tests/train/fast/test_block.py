@@ -39,8 +39,10 @@ def step(model, batch, counts) -> dict[str, torch.Tensor]:
 
 def worst(ours: dict, theirs: dict) -> float:
     assert ours.keys() == theirs.keys()
-    return max(float((ours[k].double() - theirs[k].double()).abs().max() / theirs[k].abs().max().clamp_min(1e-30))
-               for k in theirs)  # fmt: skip
+    return max(
+        float((ours[k].double() - theirs[k].double()).abs().max() / theirs[k].abs().max().clamp_min(1e-30))
+        for k in theirs
+    )
 
 
 def error(ours: torch.Tensor, truth: torch.Tensor) -> float:
@@ -119,15 +121,23 @@ def test_full_training_keeps_its_blocks():
 
 
 pieces = st.lists(st.integers(1, 90), max_size=4).flatmap(
-    lambda branches: st.tuples(st.integers(0 if branches else 2, 150), st.just(branches)))  # fmt: skip
+    lambda branches: st.tuples(st.integers(0 if branches else 2, 150), st.just(branches))
+)
 
 
 @given(st.lists(st.lists(pieces, min_size=1, max_size=3), min_size=1, max_size=3), st.sampled_from([None, 5, 400]))
 @settings(deadline=None, max_examples=40)
 def test_segments_hold_exactly_the_pairs_that_see_each_other(rows, window):
     """Attention by segments against the definition: result and gradients to 1e-12, whatever stands in the rows."""
-    made = [Row(tuple(note_unit("a", [np.zeros(n, int), *(np.zeros(k, int) for b in sizes for k in (b, 1))])
-                      for n, sizes in row)) for row in rows]  # fmt: skip
+    made = [
+        Row(
+            tuple(
+                note_unit("a", [np.zeros(n, int), *(np.zeros(k, int) for b in sizes for k in (b, 1))])
+                for n, sizes in row
+            )
+        )
+        for row in rows
+    ]
     batch = collate(made)
     B, T = batch.tokens.shape
     visible = Visible((batch.positions, batch.layout), (batch.positions, batch.layout), 0)

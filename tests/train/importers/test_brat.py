@@ -84,9 +84,18 @@ def test_every_file_is_read_or_counted_with_a_name(tmp_path, capsys):
     """Sub-folders and endings in capitals are read; what has no partner and other files are named."""
     notes = tmp_path / "notes"
     pair = [("a.txt", "2 cm"), ("a.ann", "T1\ttumor_size 0 4\t2 cm\nR1\tOf Arg1:T1\n#1\tNote T1\tx\n")]
-    for name, content in [*pair, *((f"x/y/{name}", content) for name, content in pair), ("B.TXT", "x"), ("B.ANN", ""),
-                          ("c.txt", "x"), ("d.txt", "x"), ("x/e.ann", ""), ("._a.txt", "x"), ("tools.conf", "x"),
-                          ("README", "x")]:  # fmt: skip
+    for name, content in [
+        *pair,
+        *((f"x/y/{name}", content) for name, content in pair),
+        ("B.TXT", "x"),
+        ("B.ANN", ""),
+        ("c.txt", "x"),
+        ("d.txt", "x"),
+        ("x/e.ann", ""),
+        ("._a.txt", "x"),
+        ("tools.conf", "x"),
+        ("README", "x"),
+    ]:
         (notes / name).parent.mkdir(parents=True, exist_ok=True)
         (notes / name).write_text(content)
     main(Options(notes, tmp_path / "o.jsonl"))
@@ -112,8 +121,10 @@ def test_a_mark_at_the_start_hides_no_entity(tmp_path):
 
 def test_the_first_of_several_diagnoses_is_asked_for_and_none_is_lost(tmp_path):
     text = "C50.912 here, C18.7 there, C50.912 again"
-    lines = [f"T{i}\tdiagnosis {at} {at + len(code)}\t{code}\n" for i, (at, code) in
-             enumerate([(0, "C50.912"), (14, "C18.7"), (27, "C50.912")])]  # fmt: skip
+    lines = [
+        f"T{i}\tdiagnosis {at} {at + len(code)}\t{code}\n"
+        for i, (at, code) in enumerate([(0, "C50.912"), (14, "C18.7"), (27, "C50.912")])
+    ]
     (made, _) = records(folder(tmp_path, "".join(lines), text), {})
     assert made["diagnosis"]["code"] == "C50.912" and [one["code"] for one in made["further_diagnoses"]] == ["C18.7"]
     assert "1 further diagnoses" in remarks([made])

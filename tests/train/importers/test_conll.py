@@ -26,9 +26,19 @@ def test_every_mention_of_the_corpus_is_an_answer_in_its_place(split, count):
 
 
 @settings(max_examples=200, deadline=None)
-@given(st.lists(st.lists(st.tuples(st.sampled_from('a 12 , . ( ) [ ] - / " \'s of %'.split()),
-                                   st.sampled_from("O B-X I-X B-Y I-Y".split())), min_size=1, max_size=8),
-                min_size=1, max_size=3))  # fmt: skip
+@given(
+    st.lists(
+        st.lists(
+            st.tuples(
+                st.sampled_from("a 12 , . ( ) [ ] - / \" 's of %".split()), st.sampled_from("O B-X I-X B-Y I-Y".split())
+            ),
+            min_size=1,
+            max_size=8,
+        ),
+        min_size=1,
+        max_size=3,
+    )
+)
 def test_joining_loses_no_token_and_keeps_spans(sentences):
     text, spans = group(sentences)
     assert text.replace(" ", "") == "".join(token for sentence in sentences for token, _ in sentence)

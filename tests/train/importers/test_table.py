@@ -73,9 +73,14 @@ def places(record, name):
 
 
 def test_a_cell_is_one_answer_unless_a_separator_is_named(tmp_path):
-    rows = [("ER+; PR-. pT2, pN1a. 2,5 cm", kind, answer) for kind, answer in
-            (("hormone_receptor_status", "ER+; PR-"), ("cancer_stage", "pT2, pN1a"), ("tumor_size", "2,5 cm"))
-            ]  # fmt: skip
+    rows = [
+        ("ER+; PR-. pT2, pN1a. 2,5 cm", kind, answer)
+        for kind, answer in (
+            ("hormone_receptor_status", "ER+; PR-"),
+            ("cancer_stage", "pT2, pN1a"),
+            ("tumor_size", "2,5 cm"),
+        )
+    ]
     with open(tmp_path / "t.csv", "w", newline="") as out:
         csv.writer(out).writerows([HEAD.strip().split(","), *rows])
     (one,), (divided,) = records(tmp_path / "t.csv"), records(tmp_path / "t.csv", ";")
@@ -102,9 +107,24 @@ def test_span_of_an_answer_that_stands_nowhere():
     assert place("upper\r\n outer", "upper outer") == {"text": "upper outer", "start": 0, "end": 13}
 
 
-FORMS = ("{code}", "{bare}", "{low}", "{text} ({code})", "{text} ({low})", "{text} [{code}]", "{text} ({bare})",
-         "{code} {text}", "{code} - {text}", "{code}: {text}", "{bare}: {text}", "{text}, {code}.", "{text} {code}",
-         "{text} \u2013 {code}", "{code}.", "{text}.")  # fmt: skip
+FORMS = (
+    "{code}",
+    "{bare}",
+    "{low}",
+    "{text} ({code})",
+    "{text} ({low})",
+    "{text} [{code}]",
+    "{text} ({bare})",
+    "{code} {text}",
+    "{code} - {text}",
+    "{code}: {text}",
+    "{bare}: {text}",
+    "{text}, {code}.",
+    "{text} {code}",
+    "{text} \u2013 {code}",
+    "{code}.",
+    "{text}.",
+)
 
 
 @given(st.sampled_from(BILLABLE), st.sampled_from(FORMS))
@@ -130,9 +150,18 @@ def test_a_written_code_is_never_replaced(code, text, form):
         diagnosis(answer, "f:2")
 
 
-@pytest.mark.parametrize("answer", [
-    "Malignant neoplasm of breast (174.9)", "Lung cancer (8140/3)", "Lump", "Personal history of breast cancer (Z853)",
-    "breast", "Malignant neoplasm of breast C1.80", "Malignant neoplasm of colon CI8.0"])  # fmt: skip
+@pytest.mark.parametrize(
+    "answer",
+    [
+        "Malignant neoplasm of breast (174.9)",
+        "Lung cancer (8140/3)",
+        "Lump",
+        "Personal history of breast cancer (Z853)",
+        "breast",
+        "Malignant neoplasm of breast C1.80",
+        "Malignant neoplasm of colon CI8.0",
+    ],
+)
 def test_no_similar_diagnosis_is_looked_up(answer):
     with pytest.raises(UserError, match="^f:2: .*ICD-10-CM code"):
         diagnosis(answer, "f:2")
@@ -172,9 +201,15 @@ def test_a_long_cell_is_read(tmp_path):
     assert len(made["text"]) == 250_000
 
 
-@pytest.mark.parametrize(("text", "answer", "start"), [
-    ("Cyst of 2.5 cm. Tumor of 5 cm.", "5 cm", 25), ("Only a cyst of 2.5 cm.", "5 cm", None),
-    ("Cleft palate repaired. Tumor in the left breast.", "left", 36), ("左乳癌，左側", "左側", 4)])  # fmt: skip
+@pytest.mark.parametrize(
+    ("text", "answer", "start"),
+    [
+        ("Cyst of 2.5 cm. Tumor of 5 cm.", "5 cm", 25),
+        ("Only a cyst of 2.5 cm.", "5 cm", None),
+        ("Cleft palate repaired. Tumor in the left breast.", "left", 36),
+        ("左乳癌，左側", "左側", 4),
+    ],
+)
 def test_an_answer_is_placed_at_whole_words_and_numbers(text, answer, start):
     assert place(text, answer)["start"] == start
 

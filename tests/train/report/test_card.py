@@ -70,8 +70,15 @@ def test_the_records_of_a_step_are_those_that_made_it(options, tmp_path, capsys)
 def test_every_text_of_a_running_row_is_named_with_its_own_tokens_and_targets(options, data, tmp_path):
     """Texts run together and cut: the last token of a row is the only one without a target."""
     out = tmp_path / "run"
-    recipe = as_recipe(options, out=str(out), data=[str(data / "documents.jsonl")], valid_data=[], batch_rows=2,
-                       packing="concatenate", steps=1)  # fmt: skip
+    recipe = as_recipe(
+        options,
+        out=str(out),
+        data=[str(data / "documents.jsonl")],
+        valid_data=[],
+        batch_rows=2,
+        packing="concatenate",
+        steps=1,
+    )
     session.train(recipe, "pretrain")
     store = TokenStore(out / "tokens" / "train")
     texts = {name: len(pieces[0]) for name, pieces in (store[index] for index in range(len(store)))}
@@ -84,8 +91,9 @@ def test_every_text_of_a_running_row_is_named_with_its_own_tokens_and_targets(op
             tokens[name] += 1
             targets[name] += place + 1 < (row + 1) * recipe.block
     found = records_of(out, 1)
-    assert len(found) > 4 and {each["record"]: (each["tokens"], each["targets"]) for each in found} \
-        == {name: (tokens[name], targets[name]) for name in tokens}  # fmt: skip
+    assert len(found) > 4 and {each["record"]: (each["tokens"], each["targets"]) for each in found} == {
+        name: (tokens[name], targets[name]) for name in tokens
+    }
     made = session.prepare(recipe, "pretrain", Ranks())
     with pytest.raises(UserError, match=f"its records are {', '.join(each['record'] for each in found)};"):
         made.bad_step(0, float("nan"), 1.0)
@@ -100,9 +108,12 @@ def test_records_that_a_later_change_has_made_others_are_not_shown(options, tmp_
     with pytest.raises(UserError, match="step 1 took .* tokens, and .* by the run's recipe: data or recipe changed"):
         records_of(out, 1)
     told = json.loads((out / "run.json").read_text())
-    for changes, said in (({"stage": "demo"}, "not the card of a training run"), ({"recipe": 3}, "not the card of"),
-                          ({"recipe": told["recipe"] | {"batch_rows": "3"}}, "batch_rows is '3'; it must be a whole"),
-                          ({"data": None}, "not the card of a training run")):  # fmt: skip
+    for changes, said in (
+        ({"stage": "demo"}, "not the card of a training run"),
+        ({"recipe": 3}, "not the card of"),
+        ({"recipe": told["recipe"] | {"batch_rows": "3"}}, "batch_rows is '3'; it must be a whole"),
+        ({"data": None}, "not the card of a training run"),
+    ):
         (out / "run.json").write_text(json.dumps(told | changes))
         with pytest.raises(UserError, match=f"run.json: {said}"):
             records_of(out, 4)
@@ -148,8 +159,10 @@ def test_a_base_that_nf4_cannot_hold_is_said_to_be_int8(options, tmp_path, capsy
     """This model's layers are all 16 or 24 wide."""
     session.prepare(as_recipe(options, out=str(tmp_path), base="nf4"), "instruct", Ranks())
     said = [line for line in capsys.readouterr().err.splitlines() if "int8" in line]
-    assert said == ["base = nf4: 14 of 14 matrices are kept in int8, since 64 does not divide their width: "
-                    "model.layers.0.self_attn.q_proj"]  # fmt: skip
+    assert said == [
+        "base = nf4: 14 of 14 matrices are kept in int8, since 64 does not divide their width: "
+        "model.layers.0.self_attn.q_proj"
+    ]
     session.prepare(as_recipe(options, out=str(tmp_path), base="int8"), "instruct", Ranks())
     assert "int8" not in capsys.readouterr().err
 
@@ -192,8 +205,11 @@ def test_the_arithmetic_is_what_torch_counts(full, notes):
     row = Row((note_unit(name, pieces),))
     with FlopCounterMode(display=False) as counted:
         batch_loss(model, collate([row]), count([row]))[0].backward()
-    found = sum(flops for call, flops in counted.get_flop_counts()["Global"].items() if "bmm" not in str(call)
-                and "attention" not in str(call))  # fmt: skip
+    found = sum(
+        flops
+        for call, flops in counted.get_flop_counts()["Global"].items()
+        if "bmm" not in str(call) and "attention" not in str(call)
+    )
     # torch's counter does not know addmm_, by which a layer adds B's product and the loss the head's gradient
     targets, head = sum(count([row]).values()), CONFIG.vocab_size * CONFIG.hidden_size
     found += sum(2 * len(row) * p.numel() for name, p in model.named_parameters() if "lora_B" in name)

@@ -13,8 +13,14 @@ from train.recipe import Recipe, read_toml
 from train.report.plan import Options, main, memory, plan
 from train.session import empty_model
 
-PAPER = Options("train/recipes/cancerllm.toml", config="train/recipes/mistral-7b.json", gpus=10, gpu="a100-80gb",
-                documents=3_192_166, document_tokens=600)  # fmt: skip
+PAPER = Options(
+    "train/recipes/cancerllm.toml",
+    config="train/recipes/mistral-7b.json",
+    gpus=10,
+    gpu="a100-80gb",
+    documents=3_192_166,
+    document_tokens=600,
+)
 TUNE = replace(PAPER, recipe="train/recipes/cancerllm-tune-faithful.toml", gpus=1, gpu="l4-24gb", documents=10_635)
 
 
@@ -28,8 +34,9 @@ def test_weights_adapters_gradients_and_state_are_the_built_models(full):
     assert made["adapters"] == (0 if full else size[1])
 
 
-@pytest.mark.parametrize(("base", "hidden", "kinds"), [("nf4", 64, {"nf4"}), ("nf4", 96, {"nf4", "int8"}),
-                                                       ("int8", 96, {"int8"})])  # fmt: skip
+@pytest.mark.parametrize(
+    ("base", "hidden", "kinds"), [("nf4", 64, {"nf4"}), ("nf4", 96, {"nf4", "int8"}), ("int8", 96, {"int8"})]
+)
 def test_a_quantized_base_is_counted_as_it_is_kept(base, hidden, kinds):
     """A width that 64 does not divide is kept in int8, whatever was asked for."""
     config = replace(CONFIG, hidden_size=hidden, intermediate_size=128, head_dim=16)
@@ -81,12 +88,19 @@ def test_remedies_add_up_and_never_take_back_8_bit_state(gpus):
     assert found["remedies"][-1]["total_gb"] == pytest.approx((sum(last.values()) + 1e9) / 1e9)
 
 
-@pytest.mark.parametrize("changes, said", [
-    ({"gpu": "a100-80"}, "did you mean 'a100-80gb'"), ({"gpus": 0}, "at least 1"), ({"mfu": 1.5}, "--mfu"),
-    ({"document_tokens": 0}, "both --documents"), ({"config": ""}, "--config"),
-    ({"documents": 0, "document_tokens": 0}, "notes.jsonl: no such file"),
-    ({"config": "train/recipes"}, "holds no weights"), ({"recipe": "train/recipes"}, "no such file; give a recipe"),
-])  # fmt: skip
+@pytest.mark.parametrize(
+    "changes, said",
+    [
+        ({"gpu": "a100-80"}, "did you mean 'a100-80gb'"),
+        ({"gpus": 0}, "at least 1"),
+        ({"mfu": 1.5}, "--mfu"),
+        ({"document_tokens": 0}, "both --documents"),
+        ({"config": ""}, "--config"),
+        ({"documents": 0, "document_tokens": 0}, "notes.jsonl: no such file"),
+        ({"config": "train/recipes"}, "holds no weights"),
+        ({"recipe": "train/recipes"}, "no such file; give a recipe"),
+    ],
+)
 def test_a_mistake_is_named(changes, said):
     with pytest.raises(UserError, match=said):
         plan(replace(PAPER, **changes))
@@ -98,8 +112,10 @@ def test_what_a_recipe_of_ones_own_leaves_out_is_asked_for(tmp_path, data):
     (tmp_path / "list.json").write_text("[1]")
     mine = replace(PAPER, recipe=str(tmp_path / "mine.toml"))
     assert plan(mine)["steps"] == 3
-    for changes, said in (({"config": ""}, "names no weights.* give the model's shape with --config"),
-                          ({"documents": 0, "document_tokens": 0}, "names no weights.*--documents N"),
-                          ({"config": str(tmp_path / "list.json")}, "not a JSON object")):  # fmt: skip
+    for changes, said in (
+        ({"config": ""}, "names no weights.* give the model's shape with --config"),
+        ({"documents": 0, "document_tokens": 0}, "names no weights.*--documents N"),
+        ({"config": str(tmp_path / "list.json")}, "not a JSON object"),
+    ):
         with pytest.raises(UserError, match=said):
             plan(replace(mine, **changes))
