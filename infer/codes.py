@@ -21,7 +21,7 @@ from pathlib import Path
 
 _CODE = re.compile(
     r"""(?<![\w.]) (?:
-        [A-Z]\d[0-9A-Z] \. (?:[0-9AXZ][0-9A-Z]{0,5})? -?    # dotted, of any chapter: C50.911, Z85.3, C18.-
+        [A-Z]\d[0-9A-Z] \. (?:[0-9ABCXZ][0-9A-Z]{0,5})? -?    # dotted, of any chapter: C50.911, Z85.3, C18.-
       | [CD]\d[0-9AB] [0-9A-Z]{0,5}                         # without a dot, of this chapter: c180
       | (?<=[(\[]) [A-Z]\d[0-9A-Z]{1,5} (?=[)\]])           # alone in brackets, of any chapter: (Z853)
     ) (?!\w|\.\w)""",

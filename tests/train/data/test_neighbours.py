@@ -25,7 +25,7 @@ class Bare:
 
     def __init__(self, tokenizer):
         self.tokenizer = tokenizer
-        self.engine = SimpleNamespace(config=SimpleNamespace(max_position_embeddings=4096))
+        self.max_length = 4096
 
 
 def test_training_and_inference_build_the_same_prompt(data, tmp_path):
