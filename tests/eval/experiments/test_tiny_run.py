@@ -94,7 +94,7 @@ def test_the_tables_are_filled_by_a_run_that_was_ended_once(demo, tmp_path):
     for name in ("base", "planted", "deduplicated"):
         assert [row["count"] for row in found["canaries"]["rows"][name]] == list(sizes.canary_counts)
     filled = [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]]
-    assert len(filled) == 7 and sum("neighbours" in name for name in filled) == 4
+    assert len(filled) == 5 and sum("neighbours" in name for name in filled) == 3
     assert found["sets"] == report(demo)["sets"] and found["curves"].keys() == report(demo)["curves"].keys()
     again = call(*command)
     assert "·" not in again.stderr and report(out) | {"host": None} == found | {"host": None}

@@ -553,7 +553,7 @@ def peak_of(weights, folder: Path, count: int, answered: bool) -> int:
     folder.mkdir()
     with open(folder / "n.jsonl", "w") as out:
         for n in range(count):
-            note = {"id": f"n{n}", "text": f"{n} tumor " * (3 if answered else 2000), "questions": [{"question": "?"}]}
+            note = {"id": f"n{n}", "text": f"{n:03d} tumor " * (3 if answered else 2000), "questions": [{"question": "?"}]}
             out.write(json.dumps(note) + "\n")
     gc.collect()
     tracemalloc.start()
