@@ -553,7 +553,8 @@ def peak_of(weights, folder: Path, count: int, answered: bool) -> int:
     folder.mkdir()
     with open(folder / "n.jsonl", "w") as out:
         for n in range(count):
-            note = {"id": f"n{n}", "text": f"{n:03d} tumor " * (3 if answered else 2000), "questions": [{"question": "?"}]}
+            text = f"{n:03d} tumor " * (3 if answered else 2000)
+            note = {"id": f"n{n}", "text": text, "questions": [{"question": "?"}]}
             out.write(json.dumps(note) + "\n")
     gc.collect()
     tracemalloc.start()
