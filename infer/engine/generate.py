@@ -254,8 +254,9 @@ class Generator:
             return logits_BV
         id_M = torch.cat(ids)
         counts = torch.tensor([len(each) for each in ids])
-        row_M = torch.tensor(rows).repeat_interleave(counts).to(logits_BV.device)
-        masked_BV = logits_BV.index_fill(0, torch.tensor(rows).to(logits_BV.device), float("-inf"))
+        row_n = torch.tensor(rows)
+        row_M = row_n.repeat_interleave(counts).to(logits_BV.device)
+        masked_BV = logits_BV.index_fill(0, row_n.to(logits_BV.device), float("-inf"))
         masked_BV[row_M, id_M] = logits_BV[row_M, id_M]
         return masked_BV
 

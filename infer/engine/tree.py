@@ -112,6 +112,11 @@ class Level:
         )
         self.even = len(places) == stop - start == self.branch_Pn.numel()
 
+    def positions(self, begin: int) -> Tensor:
+        """position_PS of the keys from `begin` on; −1 where a prefix has no key."""
+        index_S = torch.arange(begin, self.keys[0].shape[2])
+        return torch.where(index_S < self.length_P[:, None], self.first_P[:, None] + index_S, -1)
+
     def retain(self) -> None:
         """Free the prefixes that have no branch left, and index the others again."""
         kept = [m for m, prefix in enumerate(self.prefixes) if len(prefix.branches)]
@@ -138,7 +143,7 @@ class Level:
 
 
 def levels_of(prefixes: list[Prefix]) -> Iterator[list[Prefix]]:
-    """Nodes that become a Level: of one depth, adjacent, and of lengths alike enough that padding at most doubles."""
+    """Prefixes that become a Level: of one depth, adjacent, of lengths so similar that padding at most doubles."""
     depth = [prefix for prefix in prefixes if prefix.parent is None]
     while depth:
         group: list[Prefix] = []
@@ -375,14 +380,11 @@ class Cache:
         B, T = slots_BT.shape
         parts = []
         for level, begin in reach:
-            length = level.keys[0].shape[2]
-            index_S = torch.arange(begin, length)
-            held_PS = index_S < level.length_P[:, None]
-            seen_rTS = (held_PS[level.prefix_r] & level.below_r[:, None])[:, None].expand(-1, T, -1)
+            key_position_rS = level.positions(begin)[level.prefix_r]
+            seen_rTS = ((key_position_rS >= 0) & level.below_r[:, None])[:, None].expand(-1, T, -1)
             if window is not None:
-                key_position_rS = level.first_P[level.prefix_r, None] + index_S
                 seen_rTS = seen_rTS & (key_position_rS[:, None] > position_BT[level.rows][..., None] - window)
-            seen_BTS = seen_rTS.new_zeros(B, T, length - begin)
+            seen_BTS = seen_rTS.new_zeros(B, T, key_position_rS.shape[1])
             seen_BTS[level.rows] = seen_rTS
             parts.append(seen_BTS)
         slot_S = torch.arange(S)
@@ -404,14 +406,8 @@ class Cache:
         return found
 
     def _key_positions(self, reach: list[tuple[Level, int]]) -> list[Tensor]:
-        """position_PS of each level's keys within reach (int32; −1 where there is none), for the kernels' masks."""
-        found = []
-        for level, begin in reach:
-            index_S = torch.arange(begin, level.keys[0].shape[2])
-            position_PS = level.first_P[:, None] + index_S
-            position_PS = torch.where(index_S < level.length_P[:, None], position_PS, -1)
-            found.append(position_PS.to(self.engine.device, torch.int32))
-        return found
+        """Each level's `positions` within reach, int32 on the device, for the kernels' masks."""
+        return [level.positions(begin).to(self.engine.device, torch.int32) for level, begin in reach]
 
     def _kernel_levels(
         self, layer: int, reach: list[tuple[Level, int]], positions: list[Tensor]

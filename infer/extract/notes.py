@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.support.cli import UserError
-from model.support.files import check_regular, numbered_lines, parse_json_line
+from model.support.files import check_regular, numbered_lines, parse_json_line, sha256_file
 from model.support.tables import Table
 
 LONGEST = 1_000_000
@@ -166,9 +166,7 @@ def fingerprint(path: Path) -> str:
         if path.is_dir():
             digest.update(os.fsencode(file.name) + b"\0")
         try:
-            check_regular(file)
-            with open(file, "rb") as data:
-                digest.update(hashlib.file_digest(data, "sha256").digest())
+            digest.update(bytes.fromhex(sha256_file(file)))
         except (UserError, OSError):  # its record will say so
             digest.update(b"unread")
     return digest.hexdigest()

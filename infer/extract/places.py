@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import re
 import unicodedata
+from functools import lru_cache
 
 Span = tuple[int, int]
 
@@ -75,7 +76,8 @@ _NUMBER = re.compile(
 )
 
 
-def edges(text: str) -> list[int]:
+@lru_cache(16)  # a note is asked for its edges by each of its parts and answers
+def edges(text: str) -> tuple[int, ...]:
     """The places, 0 to len(text) in rising order, where a span of a text may begin or end."""
     kinds = [""]  # before the text
     found = []
@@ -86,7 +88,7 @@ def edges(text: str) -> list[int]:
         kinds.append(kinds[-1] if kind == "mark" else kind)
     found.append(len(text))
     inside = {n for number in _NUMBER.finditer(text) for n in range(number.start() + 1, number.end())}
-    return [n for n in found if n not in inside]
+    return tuple(n for n in found if n not in inside)
 
 
 def _kind(character: str, before: str) -> str:

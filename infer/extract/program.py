@@ -215,8 +215,7 @@ def split(options: Options) -> Iterator[list[Note]]:
 
 def identity(options: Options, notes: Unchanged) -> dict[str, object]:
     """What decides the output's bytes."""
-    kept: tuple[str, ...]
-    kept = (
+    kept: tuple[str, ...] = (
         "task",
         "form",
         "grounded",

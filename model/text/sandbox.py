@@ -8,6 +8,7 @@ The lower half of this file is what runs there: it imports neither torch nor the
 
 from __future__ import annotations
 
+import functools
 import json
 import os
 import subprocess
@@ -76,9 +77,10 @@ class Sandbox:
 # What runs in the sandbox.
 
 
-def render(template: str, inputs: list[dict[str, Any]]) -> list[str]:
-    """What a template writes for each of some inputs, with what transformers gives chat templates: blocks trimmed,
-    `break` and `continue`, `generation` blocks, tojson without HTML escapes, raise_exception and strftime_now."""
+@functools.lru_cache(8)  # every question of every note is rendered by the same template
+def compiled(template: str) -> Any:
+    """A jinja2 template with what transformers gives chat templates: blocks trimmed, `break` and `continue`,
+    `generation` blocks, tojson without HTML escapes, raise_exception and strftime_now."""
     import datetime
 
     import jinja2
@@ -106,12 +108,18 @@ def render(template: str, inputs: list[dict[str, Any]]) -> list[str]:
     environment.filters["tojson"] = tojson
     environment.globals["raise_exception"] = refuse
     environment.globals["strftime_now"] = lambda form: datetime.datetime.now().strftime(form)
-    compiled = environment.from_string(template)
+    return environment.from_string(template)
+
+
+def render(template: str, inputs: list[dict[str, Any]]) -> list[str]:
+    """What a template writes for each of some inputs."""
+    import jinja2
+
     written = []
     for given in inputs:
         room = CHARACTERS + 8 * len(json.dumps(given))
         pieces = []
-        for piece in compiled.generate(**given):
+        for piece in compiled(template).generate(**given):
             room -= len(piece)
             if room < 0:
                 raise jinja2.TemplateError(f"it writes more than {CHARACTERS} characters beside its messages")
