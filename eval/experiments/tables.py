@@ -181,8 +181,6 @@ def described(run: Run, demo: Demo) -> dict[str, Any]:
         for one in given["systems"]
     ]
     parts = {key: f"{folder}/result.json" for key, folder in PARTS.items()}
-    quirks = run.out.parent / "quirks" / "quirks.json"  # of another program, on models of its own: shown if it was run
-    parts |= {"quirks": os.path.relpath(quirks, run.out)} if quirks.is_file() else {}
     return {
         **given,
         "title": f"All tables: {TITLES[demo.scale]}",

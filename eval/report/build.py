@@ -10,8 +10,7 @@ RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
      "compare": [[name, name], …]: the pairs of systems whose difference matters,
      "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}],
      and where they were run, a result.json each: "wrong_labels", "misspelling", "canaries" (eval.robustness) and
-     "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]};
-     "quirks": quirks.json of eval.experiments.quirks}
+     "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]}}
 
 Every figure is computed here from the predictions; answerable and unanswerable questions never share a mean. The report
 quotes notes, so report.html and report.json can be read by their owner alone.

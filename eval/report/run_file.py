@@ -9,7 +9,7 @@ from model.support.cli import UserError
 from model.support.files import read_json
 
 Json = dict[str, Any]
-PARTS = ("wrong_labels", "misspelling", "canaries", "retrieval", "quirks")  # the experiments' results
+PARTS = ("wrong_labels", "misspelling", "canaries", "retrieval")  # the experiments' results
 
 
 def read_run(run: Path) -> Json:

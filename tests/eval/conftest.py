@@ -55,11 +55,4 @@ def parts():
             {"name": "MedCPT", "note": "weights not given", "diagnosis": None},
         ],
     }
-    sound = {"held_out_loss": 2.0, "leak": 0.0, "exact_match": 0.5, "stops": 1.0, "questions": 16, "not_relevant": 0.4}
-    quirks = {
-        "scale": "nano",
-        "pretrain": {"sound": sound, "texts run together": {**sound, "leak": 0.1234}},
-        "instruct": {"sound": sound, "no end-of-text": {**sound, "stops": 0.25}},
-        "scoring": {"clinical": 50.0, "cancerllm": 61.0},
-    }
-    return {"wrong_labels": wrong, "misspelling": spelled, "canaries": leaks, "retrieval": near, "quirks": quirks}
+    return {"wrong_labels": wrong, "misspelling": spelled, "canaries": leaks, "retrieval": near}

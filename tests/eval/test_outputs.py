@@ -8,7 +8,7 @@ import pytest
 from eval import perplexity, placing
 from eval import run as eval_run
 from eval.bench import __main__ as bench
-from eval.experiments import demo, demo_ner, quirks, retrieval_table, tables
+from eval.experiments import demo, demo_ner, retrieval_table, tables
 from eval.parity import program as parity
 from eval.robustness.run_canaries import Canaries, run_canaries
 from eval.robustness.run_labels import Labels, run_labels
@@ -96,7 +96,6 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     "eval.bench": (False, lambda g, out: bench.main(["plan", "--json", str(out)])),
     "eval.experiments.demo": (True, lambda g, out: demo.main(demo.Options("tiny", out))),
     "eval.experiments.demo_ner": (True, lambda g, out: demo_ner.main(demo_ner.Options(out))),
-    "eval.experiments.quirks": (True, lambda g, out: quirks.main(quirks.Options(out, "tiny"))),
     "eval.experiments.retrieval_table": (True, experiment(retrieval_table.Options, retrieval_table.table)),
     "eval.experiments.tables": (True, lambda g, out: tables.main(tables.Options("tiny", g / "demo", out))),
     "eval.parity.program": (False, lambda g, out: parity.main(parity.Options("none", json=str(out)))),

@@ -11,7 +11,6 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from eval.metrics import PRESETS, pairs, score
-from eval.metrics.stemmer import stem
 from eval.metrics.text import clinical, released, words_13a
 from model.support.cli import UserError
 
@@ -57,34 +56,10 @@ def one(p, g, preset):
     return score([[p]], [[g]], preset).per_question[0]
 
 
-@pytest.mark.parametrize("module", ["stemmer", "text", "pairs", "scoring"])
+@pytest.mark.parametrize("module", ["text", "pairs", "scoring"])
 def test_worked_examples(module):
     result = doctest.testmod(importlib.import_module(f"eval.metrics.{module}"))
     assert result.attempted and not result.failed
-
-
-@likely
-@given(
-    st.one_of(
-        st.text(alphabet="abcdefghilmnostuyzeed", max_size=12),
-        st.text(max_size=8),
-        st.tuples(
-            st.text(alphabet="abcdeiotuylrs", max_size=6),
-            st.sampled_from(
-                (
-                    "ational tional enci izer bli alli entli eli ousli ization ation ator "
-                    "alism iveness fulness aliti iviti biliti fulli logi icate ative alize "
-                    "iciti ical ful ness ance ement ment ent ion sion ism ate ous ive ize "
-                    "eed ed ing ies ied sses ss s y e ll at bl iz "
-                ).split()
-            ),
-        ).map("".join),
-    )
-)
-def test_stemmer_is_nltks(word):
-    from nltk.stem import PorterStemmer
-
-    assert stem(word) == PorterStemmer().stem(word)
 
 
 @likely

@@ -471,7 +471,7 @@ def call(*arguments):
         (lambda run: given(run, systems=[{"name": "a", "predictions": {}}]), r"systems\[0\] lacks kind"),
         (lambda run: given(run, references=["x"]), "run.json: 'systems' or 'references' is missing"),
         (lambda run: write_jsonl(run / "curve.jsonl", [{"step": 1, "loss": "low"}]), "curve.jsonl:1: 'step', 'loss'"),
-        (lambda run: given(run, quirks="report.json"), "report.json: no such file"),
+        (lambda run: given(run, retrieval="report.json"), "report.json: no such file"),
     ],
 )
 def test_mistakes_are_one_line(run, spoil, said):
