@@ -147,30 +147,14 @@ class Generator:
         if text not in self.tokenizer.decode(self.tokenizer.encode(text)):
             raise UserError(f"stop string {text!r} cannot occur: the tokenizer has no way to spell it")
 
-    @torch.inference_mode()
     def run(self, states: list[State]) -> Iterator[None]:
         """Generate all requests to their end; yields after each step (of one or more tokens a request)."""
-        if not states:
-            return
-        prefixes, branches = plan([state.prompt for state in states])
-        cache = Cache(self.engine, prefixes, branches)
-        active = [states[branch.prompt] for branch in branches]
-        x_BTD = self.read_branches(cache, [branch.tokens for branch in branches])[:, None]
-        guesses: list[list[int]] = [[] for _ in active]
-        while True:
-            self.take(x_BTD, active, guesses, cache)
+        rows = Rows(self)
+        rows.add(states)
+        yield
+        while rows.active:
+            rows.step()
             yield
-            alive = [row for row, state in enumerate(active) if state.finish is None]
-            if not alive:
-                return
-            if len(alive) < len(active):
-                cache.retain(alive)
-                active = [active[row] for row in alive]
-            guesses = self.guess(active)
-            T = 1 + max(map(len, guesses))
-            fed = [[state.tokens[-1], *guess] for state, guess in zip(active, guesses, strict=True)]
-            tokens_BT = torch.tensor([[*row, *[0] * (T - len(row))] for row in fed], device=self.engine.device)
-            x_BTD = cache.step(tokens_BT, torch.ones(len(fed), dtype=torch.int64))
 
     def guess(self, active: list[State]) -> list[list[int]]:
         """Each request's guesses of what comes after its newest token; none where checking them would not pay."""
@@ -285,6 +269,58 @@ class Generator:
     def result(self, state: State) -> Generation:
         assert state.finish is not None
         return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt))
+
+
+class Rows:
+    """Requests that are generated side by side: `add` and `step` give each a token or more, and those that end leave.
+
+    Requests that are added between two steps find a cache of alike ones: their tree is read by itself and put beside
+    the others', so what a request computes does not depend on when it came, but for rounding.
+    """
+
+    def __init__(self, generator: Generator) -> None:
+        self.generator = generator
+        self.active: list[State] = []
+        self.cache: Cache | None = None
+
+    @torch.inference_mode()
+    def add(self, states: Sequence[State]) -> None:
+        """Read further prompts, and choose their first tokens."""
+        if not states:
+            return
+        generator = self.generator
+        prefixes, branches = plan([state.prompt for state in states])
+        cache = Cache(generator.engine, prefixes, branches)
+        added = [states[branch.prompt] for branch in branches]
+        x_BTD = generator.read_branches(cache, [branch.tokens for branch in branches])[:, None]
+        generator.take(x_BTD, added, [[] for _ in added], cache)
+        if self.cache is None:
+            self.cache = cache
+        else:
+            self.cache.join(cache)
+        self.active = [*self.active, *added]
+        self._drop_ended(self.cache)
+
+    @torch.inference_mode()
+    def step(self) -> None:
+        """The next token of every request, and those after it that were guessed right."""
+        cache, active, generator = self.cache, self.active, self.generator
+        assert cache is not None
+        guesses = generator.guess(active)
+        T = 1 + max(map(len, guesses))
+        fed = [[state.tokens[-1], *guess] for state, guess in zip(active, guesses, strict=True)]
+        tokens_BT = torch.tensor([[*row, *[0] * (T - len(row))] for row in fed], device=generator.engine.device)
+        x_BTD = cache.step(tokens_BT, torch.ones(len(fed), dtype=torch.int64))
+        generator.take(x_BTD, active, guesses, cache)
+        self._drop_ended(cache)
+
+    def _drop_ended(self, cache: Cache) -> None:
+        kept = [row for row, state in enumerate(self.active) if state.finish is None]
+        if not kept:
+            self.cache = None
+        elif len(kept) < len(self.active):
+            cache.retain(kept)
+        self.active = [self.active[row] for row in kept]
 
 
 def draw(logits_V: Tensor, state: State) -> int:

@@ -69,7 +69,7 @@ class Branch:
     prompt: int
 
 
-@dataclass
+@dataclass(eq=False)
 class Level:
     """Adjacent prefixes of one depth: their keys and values padded to one length, side by side.
 
@@ -130,6 +130,16 @@ class Level:
         if kept:
             self.index()
 
+    def join(self, other: Level) -> None:
+        """Take over another level's prefixes, whose branches come after this one's, one layer at a time."""
+        for store, added in ((self.keys, other.keys), (self.values, other.values)):
+            for layer, held_PGSK in enumerate(store):
+                store[layer] = beside(held_PGSK, added[layer], dim=-2)
+        self.prefixes = [*self.prefixes, *other.prefixes]
+        self.first_P = torch.cat([self.first_P, other.first_P])
+        self.length_P = torch.cat([self.length_P, other.length_P])
+        self.index()
+
     def product(self, x_rGMA: Tensor, y_PGAC: Tensor) -> Tensor:
         """Each branch's rows times its prefix's matrix: (r, G, M, A) × (P, G, A, C) → (r, G, M, C)."""
         prefixes, n = self.branch_Pn.shape
@@ -142,14 +152,19 @@ class Level:
         return out_PnGMC.flatten(0, 1)[self.place_r].masked_fill_(self.outside_r[:, None, None, None], 0)
 
 
+def alike(lengths: Sequence[int]) -> bool:
+    """Whether padding to the longest at most doubles their sum."""
+    return max(lengths) * len(lengths) <= 2 * sum(lengths)
+
+
 def levels_of(prefixes: list[Prefix]) -> Iterator[list[Prefix]]:
-    """Prefixes that become a Level: of one depth, adjacent, of lengths so similar that padding at most doubles."""
+    """Prefixes that become a Level: of one depth, adjacent, of alike lengths."""
     depth = [prefix for prefix in prefixes if prefix.parent is None]
     while depth:
         group: list[Prefix] = []
         for prefix in (prefix for prefix in depth if len(prefix.branches)):
             lengths = [len(each.keys[0][0]) for each in (*group, prefix)]
-            if group and max(lengths) * len(lengths) > 2 * sum(lengths):
+            if not alike(lengths):
                 yield group
                 group = []
             group.append(prefix)
@@ -481,9 +496,39 @@ class Cache:
         for prefix in self.prefixes:
             below = [new for new, old in enumerate(rows) if old in prefix.branches]
             prefix.branches = range(below[0], below[-1] + 1) if below else range(0)
+        self.prefixes = [prefix for prefix in self.prefixes if prefix.branches]
         for level in self.levels:
             level.retain()
         self.levels = [level for level in self.levels if level.prefixes]
+
+    def join(self, other: Cache) -> None:
+        """Put another tree's branches behind this one's, and its levels each beside one of alike lengths."""
+        own = len(self.start_B)
+        for layer in range(len(self.engine.layers)):
+            self.keys[layer] = self._key_layout(beside(self.keys[layer], other.keys[layer], dim=-1))
+            self.values[layer] = beside(self.values[layer], other.values[layer], dim=-2)
+        self.capacity = max(self.capacity, other.capacity)
+        self.start_B = torch.cat([self.start_B, other.start_B])
+        self.length_B = torch.cat([self.length_B, other.length_B])
+        for prefix in other.prefixes:
+            prefix.branches = range(own + prefix.branches.start, own + prefix.branches.stop)
+        self.prefixes += other.prefixes
+        free = [*self.levels]  # a branch is below one prefix of a level, so a tree's levels go to different ones
+        for level in other.levels:
+            level.index()
+            length_P = level.length_P.tolist()
+            place = next((held for held in free if alike([*held.length_P.tolist(), *length_P])), None)
+            if place is None:
+                self.levels.append(level)
+            else:
+                free.remove(place)
+                place.join(level)
+
+
+def beside(one: Tensor, other: Tensor, dim: int) -> Tensor:
+    """Two tensors along the first dimension; the shorter one's slots, dimension `dim` (-1 or -2), are filled up."""
+    longest = max(one.shape[dim], other.shape[dim])
+    return torch.cat([F.pad(x, (*(0, 0) * (-1 - dim), 0, longest - x.shape[dim])) for x in (one, other)])
 
 
 def causal(

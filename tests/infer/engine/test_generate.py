@@ -1,7 +1,10 @@
 """Generation equals the plain model one token at a time, whatever shares the batch, the tree or the window."""
 
+import contextlib
 import gc
+import inspect
 import random
+import textwrap
 from dataclasses import replace
 from functools import lru_cache
 
@@ -11,9 +14,10 @@ from answering_models import plain_greedy, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer.engine.generate import Generator, Settings, cycles
+from infer.engine import tree
+from infer.engine.generate import Generator, Rows, Settings, cycles
 from infer.engine.lookup import Lookup, best_guess_count
-from infer.engine.tree import SPARE, Cache, Prefix, causal, plan
+from infer.engine.tree import SPARE, Cache, Level, Prefix, causal, plan
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend
 from model.mask import Visible
@@ -424,3 +428,70 @@ def test_in_bf16_shared_prompts_are_as_near_to_fp64_as_the_plain_bf16_path(token
         ours = torch.tensor(out.logprobs, dtype=torch.float64)
         errors += torch.stack([(ours - truth).square().sum(), (plain - truth).square().sum()])
     assert errors[0] > 0 and errors[0].sqrt() <= 2 * errors[1].sqrt()
+
+
+def check_added(generator, groups, between):
+    """Each group of (prompt, new tokens) comes after so many steps of those before it: the plain model's tokens."""
+    rows, states = Rows(generator), []
+    for group, steps in zip(groups, between, strict=True):
+        added = generator.states(*zip(*[(p, Settings(max_new_tokens=new)) for p, new in group], strict=True), {})
+        rows.add(added)
+        states += added
+        for _ in range(steps):
+            if rows.active:
+                rows.step()
+    while rows.active:
+        rows.step()
+    for state in states:
+        new, model = state.settings.max_new_tokens, generator.engine.model
+        tokens, logprobs = plain_greedy(model, state.prompt, new, generator.stop_ids)
+        assert state.tokens == tokens
+        assert torch.allclose(torch.tensor(state.logprobs), torch.tensor(logprobs), atol=1e-5)
+
+
+@settings(deadline=None, max_examples=15)
+@given(data=st.data(), reading=readings(), kind=st.sampled_from(["plain", "mixed"]))
+def test_tokens_do_not_depend_on_when_a_request_was_added(data, reading, kind, tokenizer):
+    window, chunk = reading
+    groups = [
+        [(prompt, data.draw(st.integers(1, 12))) for prompt in prompts]
+        for prompts in data.draw(st.lists(trees(), min_size=2, max_size=4))
+    ]
+    between = [data.draw(st.integers(0, 9)) for _ in groups]
+    check_added(Generator(windowed(kind, window), tokenizer, chunk=chunk), groups, between)
+
+
+def notes_of(lengths, new):
+    """A group a note: three questions about so many tokens, with answers of different lengths."""
+    notes = [[(7 * i + n) % 250 for i in range(length)] for n, length in enumerate(lengths)]
+    return [[([*note, 200 + q, q], new + 2 * q) for q in range(3)] for note in notes]
+
+
+MISTAKES = {  # of Cache.join, Cache.retain or Level's index
+    "a slot off by one": ("join", "[self.length_B, other.length_B]", "[self.length_B, other.length_B - 1]"),
+    "positions off by one": ("join", "[self.start_B, other.start_B]", "[self.start_B, other.start_B + 1]"),
+    "a stale slot after a refill": ("join", "other.keys[layer], dim=-1", "self.keys[layer], dim=-1"),
+    "values of the rows before": ("join", "other.values[layer], dim=-2", "self.values[layer], dim=-2"),
+    "a note's keys for its neighbour's": ("join", "own + prefix.branches.start,", "own - 1 + prefix.branches.start,"),
+    "a tree's levels in one": ("join", "free.remove(place)", "pass"),
+    "a mask of the wrong row": ("index", "places.get(branch, 0) // n", "places.get(branch + 1, 0) // n"),
+    "a row kept for its neighbour": ("retain", "self.start_B[kept_B]", "self.start_B[: len(rows)]"),
+}
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES])
+def test_a_mistake_in_refilling_is_noticed(mistake, tokenizer, monkeypatch):
+    if mistake is not None:
+        name, right, wrong = MISTAKES[mistake]
+        owner = Level if name == "index" else Cache
+        source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+        assert source.count(right) == 1
+        scope = dict(vars(tree))
+        exec(source.replace(right, wrong), scope)
+        monkeypatch.setattr(owner, name, scope[name])
+    noticed = pytest.raises((AssertionError, IndexError, RuntimeError)) if mistake else contextlib.nullcontext()
+    with noticed:
+        groups = notes_of([40, 30, 60, 12], 4)
+        above, below = [*range(40)], [*range(100, 140)]  # a tree of two levels of alike lengths
+        shared = [([*above, *below, 7], 5), ([*above, *below, 8], 5), ([*above, 9], 5)]
+        check_added(Generator(MODELS["full"], tokenizer), [*groups, shared], [2, 3, 6, 1, 0])
