@@ -20,9 +20,10 @@ from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.engine.settings import Generation, Settings
 from infer.extract.ask import Answer, Asker, Limits
-from infer.extract.evidence import MARGIN, MOST, Forced, Reading, decide, losses
+from infer.extract.evidence import MARGIN, MOST, Forced, Reading, decide
 from infer.extract.notes import Note
 from infer.extract.places import Span
+from infer.extract.schedule import Work
 from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_jsonl, write_json
@@ -82,7 +83,7 @@ def measure(asker: Asker, records: Iterable[Mapping[str, Any]]) -> list[dict[str
                 if 1 < len(reading.spans) <= MOST and place in reading.spans:
                     readings.append(reading)
                     rows.append({"id": record["id"], "phenotype": answer.name, "spans": reading.spans, "right": place})
-        measured = losses(asker.generator, readings, asker.batch)
+        (measured,) = asker.results([Work(asker.losses(readings))])
         found += [{**row, "losses": one} for row, one in zip(rows, measured, strict=True)]
     return found
 

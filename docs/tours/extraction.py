@@ -12,6 +12,7 @@ from pathlib import Path
 import torch
 
 from infer import Generator, tasks
+from infer.engine.generate import Rows
 from infer.engine.load import load
 from infer.engine.tree import plan
 from infer.extract.answers import phenotype_record
@@ -55,7 +56,7 @@ prefix, branch = tokenizer.encode(tasks.prefix(note.text), bos=True), tokenizer.
 check("tokens of the note + tokens of the first question", len(prefix) + len(branch), len(prompts[0]))
 prefixes, branches = plan(prompts)
 computed = sum(len(part.tokens) for part in (*prefixes, *branches))
-show(Generator.run, "plan(", branches=len(branches), computed_tokens=f"{computed} in place of {sum(map(len, prompts))}")
+show(Rows.add, "plan(", branches=len(branches), computed_tokens=f"{computed} in place of {sum(map(len, prompts))}")
 check("tokens that all prompts begin with", len(commonprefix(prompts)), len(prefixes[0].tokens))
 
 # %% [markdown]
@@ -64,7 +65,7 @@ check("tokens that all prompts begin with", len(commonprefix(prompts)), len(pref
 # log-probability is the model's own, as if nothing had been forbidden. In the record each value has its place in the
 # note (start, end), and the diagnosis its code.
 # %%
-outs = asker.answers(requests)
+outs = generator.generate(prompts, [request.settings for request in requests])
 number = list(tasks.PHENOTYPES).index("tumor_site")
 asked, out = requests[number], outs[number]
 grammar = asked.settings.constraint.grammar

@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Generator as Steps
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from infer import tasks
-from infer.engine.generate import Generator
+from infer.engine.generate import Generator, Rows
 from infer.engine.settings import Generation, Settings
 from infer.extract.answers import diagnosis_record, kept_logprobs, phenotype_record, written_values
-from infer.extract.evidence import MOST, Reading, decide, losses
+from infer.extract.evidence import MOST, Reading, decide, hiding, losses
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note, refusal
 from infer.extract.places import Span, edges, occurrences
+from infer.extract.schedule import Piece, Schedule, Work, ahead
 from infer.retrieval.neighbours import Neighbours
 from model.support.cli import UserError
 from model.text.tokenizer import Tokenizer, to_characters
@@ -104,6 +106,7 @@ class Asker:
         limits = replace(limits, input=min(limits.input, length - longest))  # what the model can take
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
         self.batch = batch
+        self.slots = batch * len(self.questions(Note("")))
         self.grounding = Grounding(self.tokenizer, generator.stop_ids, generator.engine.device) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
             raise UserError("the model has no chat template, so no chat form; ask with --form template")
@@ -206,28 +209,33 @@ class Asker:
             parts.append(Part(note, text, self.prompts(note, text), tokens, start, done))
         return parts
 
-    def records(self, notes: Sequence[Note]) -> list[dict[str, Any]]:
-        """One record a note, in order; what is wrong with a note becomes its record's `error`."""
-        records: list[dict[str, Any]] = []
-        asked: list[tuple[dict[str, Any], list[Part]]] = []
-        for note in notes:
-            records.append({"id": note.id})
-            try:
-                if reason := refusal(note):
-                    raise UserError(reason)
-                asked.append((records[-1], self.parts(note)))
-            except UserError as error:
-                records[-1]["error"] = str(error)
-        requests = (self.requests(part, record) for record, parts in asked for part in parts)
-        outs = (out for batch in self.slices(requests) for out in self.answers(batch))
+    def records(self, notes: Iterable[Note], ended: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
+        """One record a note, in order; what is wrong with a note becomes its record's `error`. `ended` is called for
+        each."""
+        return self.results(ahead(lambda note: Work(self.work(note)), notes, self.batch), ended)
+
+    def results(self, works: Iterable[Work], ended: Callable[[], object] = lambda: None) -> list[Any]:
+        """What works come to, `batch` notes and their questions at once."""
+        return Schedule(Rows(self.generator), self.batch, self.slots, ended).results(iter(works))
+
+    def work(self, note: Note) -> Steps[list[Piece], None, dict[str, Any]]:
+        """A note's way to its record."""
+        record: dict[str, Any] = {"id": note.id}
+        try:
+            if reason := refusal(note):
+                raise UserError(reason)
+            parts = self.parts(note)
+        except UserError as error:
+            return record | {"error": str(error)}
+        asked = [self.pieces(self.requests(part, record), self.slots) for part in parts]
+        yield [piece for of_part in asked for piece in of_part]
+        outs = [[out for piece in of_part for out in self.outs(piece)] for of_part in asked]
         answers = [
-            [[Answer(part, *question, next(outs)) for question in self.questions(part.note)] for part in parts]
-            for _, parts in asked
+            [Answer(part, *question, out) for question, out in zip(self.questions(note), of_part, strict=True)]
+            for part, of_part in zip(parts, outs, strict=True)
         ]
-        places = iter(self.places([answer for note in answers for part in note for answer in part]))
-        for (record, _), of_note in zip(asked, answers, strict=True):
-            record |= self.record(of_note, [[next(places) for _ in part] for part in of_note])
-        return records
+        places = iter((yield from self.places([answer for of_part in answers for answer in of_part])))
+        return record | self.record(answers, [[next(places) for _ in of_part] for of_part in answers])
 
     def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:
         """Everything that is asked about a part; the neighbours that it is shown enter its record."""
@@ -243,46 +251,49 @@ class Asker:
                 listed = record.setdefault("neighbours", [])
                 listed += [one for one, _ in shown if one not in listed]
             constraint = Grounded(grammars[name]) if grammars else None
+            if constraint is not None:
+                constraint.allowed([])  # the first mask is the longest to make
             slots = 1 if name else -(-len(self.tokenizer.encode(question)) // tasks.QUESTION)
             chosen = self.wide if name == "diagnosis" else self.short
             requests.append(Request(prompt, replace(chosen, constraint=constraint), slots))
         return requests
 
-    def slices(self, asked: Iterable[list[Request]]) -> Iterator[list[Request]]:
-        """The parts' requests in order, at once as many as `batch` notes with the task's questions have: so windows and
-        own questions, however many, take no more memory. A part's stay together where they can: they share its text."""
-        most = self.batch * len(self.questions(Note("")))
-        batch: list[Request] = []
-        parts = slots = 0
-        for requests in asked:
-            if batch and (parts == self.batch or slots + sum(request.slots for request in requests) > most):
-                yield batch
-                batch, parts, slots = [], 0, 0
-            parts += 1
-            for request in requests:
-                if batch and slots + request.slots > most:
-                    yield batch
-                    batch, parts, slots = [], 1, 0
-                batch.append(request)
-                slots += request.slots
-        if batch:
-            yield batch
+    def pieces(self, requests: Iterable[Request], most: int, shared: bool = True) -> list[Piece]:
+        """Requests in order, in pieces of at most `most` slots: so own questions, however many, take no more memory
+        than a task's. The requests share one text, or have a text each."""
+        groups: list[list[Request]] = []
+        for request in requests:
+            if not groups or sum(held.slots for held in groups[-1]) + request.slots > most:
+                groups.append([])
+            groups[-1].append(request)
+        made = []
+        for group in groups:
+            prompts, settings = [request.prompt for request in group], [request.settings for request in group]
+            slots = min(most, sum(request.slots for request in group))
+            made.append(Piece(self.generator.states(prompts, settings, {}), 1 if shared else len(group), slots))
+        return made
 
-    def answers(self, requests: list[Request]) -> list[Generation]:
-        settings = [request.settings for request in requests]
-        found = self.generator.generate([request.prompt for request in requests], settings)
-        return [whole(out, chosen) for out, chosen in zip(found, settings, strict=True)]
+    def outs(self, piece: Piece) -> list[Generation]:
+        return [whole(self.generator.result(state), state.settings) for state in piece.states]
 
-    def places(self, answers: Sequence[Answer]) -> list[list[list[Span]]]:
+    def places(self, answers: Sequence[Answer]) -> Steps[list[Piece], None, list[list[list[Span]]]]:
         """For every value of every answer the place in the note where it was read, then the others where it may have
         been (infer/extract/evidence.py); nothing for a diagnosis, which is no span of the note."""
         readings = [self.readings(answer) if answer.name != "diagnosis" else [] for answer in answers]
         repeated = [one for of_answer in readings for one in of_answer if 1 < len(one.spans) <= MOST]
-        lost = iter(losses(self.generator, repeated, self.batch))
+        lost = iter((yield from self.losses(repeated)))
         return [
             [decide(one.spans, next(lost)) if 1 < len(one.spans) <= MOST else one.spans for one in of_answer]
             for of_answer in readings
         ]
+
+    def losses(self, readings: Sequence[Reading]) -> Steps[list[Piece], None, list[list[float]]]:
+        """What the value of each reading loses without each of its places, in nats."""
+        asked = [Request(*hidden) for reading in readings for hidden in hiding(self.generator, reading)]
+        pieces = self.pieces(asked, max(1, self.batch // 2), shared=False)
+        yield pieces
+        outs = iter([out for piece in pieces for out in self.outs(piece)])
+        return [losses(reading, [next(outs) for _ in reading.spans], self.generator.decode) for reading in readings]
 
     def readings(self, answer: Answer) -> list[Reading]:
         """Where each value of an answer may have been read."""
@@ -331,7 +342,7 @@ def candidates(answer: Answer, value: str) -> list[Span]:
 
 def whole(out: Generation, settings: Settings) -> Generation:
     """A grounded answer that was cut short keeps only what is whole of it."""
-    if settings.constraint is None:
+    if not isinstance(settings.constraint, Grounded):
         return out
     return replace(out, text=settings.constraint.grammar.complete(out.text))
 

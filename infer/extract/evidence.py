@@ -8,7 +8,7 @@ on the note without one of the two; where the occurrence that was read is missin
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 
 from infer.engine.generate import Generator
@@ -50,27 +50,21 @@ class Forced:
         return [self.tokens[len(tokens)]]
 
 
-def losses(generator: Generator, readings: Sequence[Reading], batch: int) -> list[list[float]]:
-    """The loss of every place of every reading, in nats; `batch` texts are read at once."""
-    longest = generator.max_length
-    ends = [token_ends(reading.out, generator.decode) for reading in readings]
-    asked = []
-    for reading, at in zip(readings, ends, strict=True):
-        count = 1 + next(n for n, end in enumerate(at) if end >= reading.said[1])
+def hiding(generator: Generator, reading: Reading) -> Iterator[tuple[list[int], Settings]]:
+    """The prompt and settings that score the value again without each of its places."""
+    ends = token_ends(reading.out, generator.decode)
+    count = 1 + next(n for n, end in enumerate(ends) if end >= reading.said[1])
+    for span in reading.spans:
         forced = Settings(max_new_tokens=count, constraint=Forced(reading.out.tokens[:count]))
         # a text with less in it may take a token more, which may be one too many: the first is left out then
-        asked += [(reading.without(span)[-(longest - count) :], forced) for span in reading.spans]
-    hidden: list[Generation] = []
-    for first in range(0, len(asked), batch):
-        hidden += generator.generate(*map(list, zip(*asked[first : first + batch], strict=True)))
-    outs = iter(hidden)
-    return [
-        [
-            span_logprob(reading.out.logprobs, at, *reading.said) - span_logprob(next(outs).logprobs, at, *reading.said)
-            for _ in reading.spans
-        ]
-        for reading, at in zip(readings, ends, strict=True)
-    ]
+        yield reading.without(span)[-(generator.max_length - count) :], forced
+
+
+def losses(reading: Reading, hidden: Sequence[Generation], decode: Callable[[list[int]], str]) -> list[float]:
+    """The loss of every place of a reading, in nats, from the outcomes of `hiding`."""
+    ends = token_ends(reading.out, decode)
+    kept = span_logprob(reading.out.logprobs, ends, *reading.said)
+    return [kept - span_logprob(out.logprobs, ends, *reading.said) for out in hidden]
 
 
 def decide(spans: list[Span], lost: Sequence[float], margin: float = MARGIN) -> list[Span]:

@@ -1,6 +1,7 @@
 """From generated tokens to a record: values with their log-probabilities, why an answer ended, windows merged."""
 
 from dataclasses import replace
+from typing import ClassVar
 
 import pytest
 import torch
@@ -8,11 +9,12 @@ from answering_models import tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from infer.engine.generate import Generation, Generator
+from infer.engine.generate import Generation, Generator, Rows
 from infer.extract.answers import SCHEMA, phenotype_record, written_values
 from infer.extract.ask import Answer, Asker, Limits, best_diagnosis, merge
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
+from infer.extract.schedule import Work
 from model.support.cli import UserError
 
 NOTE = "Left breast, 2.5 cm; the right one is clear. 2.5  CM again"
@@ -115,48 +117,55 @@ def test_windows_hold_all_of_a_long_note_overlap_and_keep_to_the_limit(pieces, l
             asker.parts(Note("n", text))
 
 
-class Counting(Generator):
-    """Notes what every call is asked."""
+class Counting(Rows):
+    """Notes what is added, and how many requests are under way then."""
 
-    def __init__(self, *arguments):
-        super().__init__(*arguments)
-        self.calls = []
+    added: ClassVar[list[list[int]]]
+    at_once: ClassVar[list[int]]
 
-    def generate(self, prompts, settings=None, **options):
-        self.calls.append(list(prompts))
-        return super().generate(prompts, settings, **options)
+    def add(self, states):
+        self.added += [list(state.prompt) for state in states]
+        self.at_once.append(len(self.active) + len(states))
+        super().add(states)
 
 
-def asked_in(batch, notes, tokenizer, task="both", limit=200):
-    """(what each call was asked, the records) of notes that are asked `batch` at once, in windows of `limit` tokens."""
-    generator = Counting(tiny_model(), tokenizer)
+def asked_in(batch, notes, tokenizer, monkeypatch, task="both", limit=200):
+    """(the prompts asked, the most requests at once, the records) of notes, `batch` at once, in windows of `limit`
+    tokens."""
+    monkeypatch.setattr("infer.extract.ask.Rows", Counting)
+    Counting.added, Counting.at_once = [], []
+    generator = Generator(tiny_model(), tokenizer)
     records = Asker(generator, task, "template", Limits(limit, 4, 6), "windows", batch=batch).records(notes)
-    return generator.calls, records
+    return sorted(Counting.added), Counting.at_once, records
 
 
 @pytest.mark.parametrize("task", ["both", "phenotype", "diagnosis"])
-def test_windows_are_asked_no_more_at_once_than_the_batch_s_notes(task, tokenizer):
+def test_windows_are_asked_no_more_at_once_than_the_batch_s_notes(task, tokenizer, monkeypatch):
     notes = [Note("long", "Left breast, 2.5 cm. " * 50), Note("bad", error="unread"), Note("short", NOTE)]
-    (whole,), expected = asked_in(100, notes, tokenizer, task)
+    whole, at_once, expected = asked_in(100, notes, tokenizer, monkeypatch, task)
     questions = {"both": 9, "phenotype": 8, "diagnosis": 1}[task]
-    assert expected[0]["long"]["windows"] > 5 and len(whole) == (expected[0]["long"]["windows"] + 1) * questions
-    calls, records = asked_in(2, notes, tokenizer, task)
-    assert records == expected and [prompt for call in calls for prompt in call] == whole
-    assert all(len(call) == 2 * questions for call in calls[:-1])  # whole windows, which share their text
+    assert expected[0]["long"]["windows"] > 5 and at_once[0] == (expected[0]["long"]["windows"] + 1) * questions
+    asked, at_once, records = asked_in(2, notes, tokenizer, monkeypatch, task)
+    assert records == expected and asked == whole
+    assert max(at_once) == 2 * questions
 
 
-def test_own_questions_are_asked_no_more_at_once_than_a_batch_s_task_has(tokenizer):
+def test_own_questions_are_asked_no_more_at_once_than_a_batch_s_task_has(tokenizer, monkeypatch):
     """What --memory plans with: as many answers, and as many tokens of questions."""
     short, long = tuple(f"Is it {n}?" for n in range(40)), tuple(f"{n} " + "x y " * 30 for n in range(5))
     notes = [Note("n", NOTE, questions=short), Note("m", NOTE, questions=(*long, "Which?")), Note("o", NOTE)]
-    (whole,), expected = asked_in(100, notes, tokenizer, limit=400)
-    calls, records = asked_in(1, notes, tokenizer, limit=400)
-    assert records == expected and [prompt for call in calls for prompt in call] == whole
-    assert [len(call) for call in calls] == [9, 9, 9, 9, 4, 4, 2, 9]  # a long question has the room of two
-    calls, records = asked_in(2, [Note("w", "Left breast, 2.5 cm. " * 50, questions=("Which?",))], tokenizer)
-    assert records[0]["long"]["windows"] > 5 and max(map(len, calls)) == 2
-    calls, _ = asked_in(2, [Note(name, NOTE, questions=short[:12]) for name in "pq"], tokenizer, limit=400)
-    assert [len(call) for call in calls] == [12, 12]  # not 18 and 6: a note's are asked together
+    whole, _, expected = asked_in(100, notes, tokenizer, monkeypatch, limit=400)
+    asked, at_once, records = asked_in(1, notes, tokenizer, monkeypatch, limit=400)
+    assert records == expected and asked == whole
+    assert at_once == [9, 9, 9, 9, 4, 4, 2, 9]  # a long question has the room of two
+    asked, at_once, records = asked_in(
+        2, [Note("w", "Left breast, 2.5 cm. " * 50, questions=("Which?",))], tokenizer, monkeypatch
+    )
+    assert records[0]["long"]["windows"] > 5 and max(at_once) == 2
+    _, at_once, _ = asked_in(
+        2, [Note(name, NOTE, questions=short[:12]) for name in "pq"], tokenizer, monkeypatch, limit=400
+    )
+    assert at_once == [12, 12]  # not 18 and 6: a note's are asked together
 
 
 def window(*values, not_relevant=False, reason="stop"):
@@ -190,13 +199,13 @@ def test_an_answer_that_one_window_cut_short_says_so(reasons, kept):
     assert merge([window(reason=reason) for reason in reasons.split()])["finish_reason"] == kept
 
 
-def test_the_diagnosis_is_the_likeliest_window_s_and_says_which(tokenizer):
+def test_the_diagnosis_is_the_likeliest_window_s_and_says_which(tokenizer, monkeypatch):
     outs = [Generation(text, [1, 2], [-logprob, -0.2], "stop") for text, logprob in (("a", 3), ("b", 1), ("c", 2))]
     found = best_diagnosis(outs, tokenizer.decode)
     assert (found["text"], found["window"]) == ("b", 1)
     assert "window" not in best_diagnosis(outs[:1], tokenizer.decode)
     note = Note("n", "Left breast, 2.5 cm. " * 50)
-    _, (record,) = asked_in(8, [note], tokenizer, "diagnosis")
+    *_, (record,) = asked_in(8, [note], tokenizer, monkeypatch, "diagnosis")
     assert 0 <= record["diagnosis"]["window"] < record["long"]["windows"]
     assert set(record["diagnosis"]) <= set(SCHEMA["properties"]["diagnosis"]["properties"])
 
@@ -224,6 +233,6 @@ def test_a_place_is_the_whole_note_s_whatever_window_said_it(tokenizer):
         [Answer(part, "tumor_size", "Size?", said(" 7" if "7" in part.text else " not relevant", tokenizer))]
         for part in parts
     ]
-    places = [asker.places(of_part) for of_part in answers]
+    places = asker.results([Work(asker.places(of_part)) for of_part in answers])
     (found,) = asker.record(answers, places)["phenotypes"]["tumor_size"]["answers"]
     assert (found["start"], found["end"]) == (len(text) - 1, len(text)) and found["end"] > len(parts[-1].text)

@@ -13,9 +13,10 @@ from eval import placing
 from infer import tasks
 from infer.engine.generate import Generator, Settings
 from infer.extract.ask import FORMS, Answer, Asker, Limits
-from infer.extract.evidence import MARGIN, MOST, Forced, decide, losses
+from infer.extract.evidence import MARGIN, MOST, Forced, decide
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
+from infer.extract.schedule import Work
 from infer.retrieval.repair import Change
 from infer.retrieval.repaired_note import repair_note
 from model.support.files import write_jsonl
@@ -54,7 +55,7 @@ def test_losses_are_the_plain_models(tokenizer, form):
     answer = answered(asker, NOTE, "tumor_size", " cyst; 2.5 cm")
     (first, reading) = asker.readings(answer)
     assert len(first.spans) == 1 and reading.spans == [(10, 16), (25, 31), (len(NOTE) - 6, len(NOTE))]
-    (found,) = losses(asker.generator, [reading], 2)
+    ((found,),) = asker.results([Work(asker.losses([reading]))])
     tokens = asker.tokenizer.encode(" cyst; 2.5 cm")
     own = len(tokens) - len(asker.tokenizer.encode("2.5 cm"))
     assert asker.tokenizer.decode(tokens[own:]) == "2.5 cm"
@@ -108,7 +109,8 @@ def test_a_value_is_placed_in_the_window_that_said_it(tokenizer):
         prompts = dict(zip((name for name, _ in asker.questions(note)), part.prompts, strict=True))
         forced = Settings(max_new_tokens=len(tokens), constraint=Forced(tokens))
         (out,) = asker.generator.generate([prompts["tumor_size"]], forced)
-        ((places,),) = asker.places([Answer(part, "tumor_size", tasks.PHENOTYPES["tumor_size"].question, out)])
+        answer = Answer(part, "tumor_size", tasks.PHENOTYPES["tumor_size"].question, out)
+        (((places,),),) = asker.results([Work(asker.places([answer]))])
         assert places and all(part.start <= start and end <= part.end for start, end in places)
         assert all(note.text[start:end] == "7 cm" for start, end in places)
 
@@ -116,7 +118,7 @@ def test_a_value_is_placed_in_the_window_that_said_it(tokenizer):
 def test_a_value_that_occurs_too_often_to_be_tried_keeps_all_its_places(tokenizer):
     asker = asked(tiny_model(), tokenizer)
     few, many = (answered(asker, "1 cm " * count, "tumor_size", " 1 cm") for count in (MOST, MOST + 1))
-    (((first, *_),), (places,)) = asker.places([few, many])
+    ((((first, *_),), (places,)),) = asker.results([Work(asker.places([few, many]))])
     assert first in occurrences("1 cm", "1 cm " * MOST)
     assert places == occurrences("1 cm", "1 cm " * (MOST + 1))
 
