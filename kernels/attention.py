@@ -20,7 +20,7 @@ warps would each do all the work, so 16 rows get one warp and 64 rows four; byte
 programs instead (`test_machine_code.py` bounds mma per thread).
 
 Sums are fp32 and added in a fixed order. A query that sees no key gives zeros. Prefill and training use torch's SDPA
-and FlexAttention, which have many-row kernels already.
+and FlexAttention (model/flex.py), which have many-row kernels already.
 """
 
 from __future__ import annotations

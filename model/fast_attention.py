@@ -2,6 +2,7 @@
 
 * A few queries (decoding): all query heads of a key/value head are rows of one product, so nothing is copied.
 * One document within the window: SDPA with `is_causal`, without a mask.
+* Otherwise on a GPU: FlexAttention (flex.py).
 * Otherwise blocks of queries against the range of keys that they can see. Where positions are contiguous, a block's
   mask depends on distances alone, so one mask serves every block of every layer. Elsewhere (packed documents,
   branches, padding) the range comes from the block's documents and positions: packed documents cost the sum of their
@@ -32,8 +33,13 @@ class FastAttend(nn.Module):
         k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)
         if T <= self.few:
             return self.grouped(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
+        whole = T == S and (window is None or window >= S) and contiguous(visible)
+        if q_BHTK.is_cuda and not whole:
+            from model import flex  # its import loads torch's compiler
+
+            return flex.attend(q_BHTK, k_BGSK, v_BGSK, visible, window)
         k_BHSK, v_BHSK = repeat_kv(k_BGSK, H), repeat_kv(v_BGSK, H)
-        if T == S and (window is None or window >= S) and contiguous(visible):
+        if whole:
             return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
         blocks = []
         step = BLOCK if window is None else min(BLOCK, max(LEAST, window // 2))  # keys in reach: W + step − 1
