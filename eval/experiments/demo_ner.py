@@ -9,15 +9,16 @@ and are scored on every mention's place, reach 85–90 entity F1 there. An inter
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.experiments.demo import smollm2
-from eval.experiments.steps import Run, begin, check_folder, extraction, made_from, training_dtype
+from eval.experiments.steps import Run, argv, begin, check_folder, extraction, made_from, training_dtype
+from eval.questions import pair, read_predictions, read_references
 from model.support.cli import UserError, run
-from model.support.files import read_json, read_jsonl, write_json
+from model.support.files import read_json, write_json
 
 CORPUS = Path("train/data/ncbi_disease")
 PUBLISHED = "published taggers: 85–90 entity F1 on this test split"
@@ -49,51 +50,22 @@ def main(options: Options) -> None:
 
 def measured(run: Run, options: Options) -> None:
     """Every step, in order, and the score."""
-    files = {split: str(run.out / f"{split}.jsonl") for split in ("train", "test")}
+    files = {split: run.out / f"{split}.jsonl" for split in ("train", "test")}
     for split, file in files.items():
+        source = CORPUS / f"{split}.tsv"
         run.step(
             f"questions of {split}",
-            [
-                "train.importers.conll",
-                "--iob",
-                str(CORPUS / f"{split}.tsv"),
-                "--out",
-                file,
-                "--limit",
-                str(options.limit),
-                "--overwrite",
-            ],
+            argv("train.importers.conll", iob=source, out=file, limit=options.limit, overwrite=True),
         )
-    base, tuned = options.weights, str(run.out / "tuned")
+    base, tuned, answers = options.weights, run.out / "tuned", run.out / "answers.jsonl"
     if not base:
         base = str(run.out / "base")
-        run.step("base", ["model.checkpoints.convert", str(smollm2()), base, "--overwrite"])
-    steps = ["--steps", str(options.steps)] if options.steps else []
-    run.step(
-        "tuning",
-        [
-            "train.instruct",
-            options.recipe,
-            "--weights",
-            base,
-            "--data",
-            files["train"],
-            "--out",
-            tuned,
-            "--dtype",
-            training_dtype(run.out),
-            *steps,
-        ],
-    )
-    answers = str(run.out / "answers.jsonl")
-    run.step("answers", extraction(base, [f"{tuned}/adapter"], files["test"], answers, "--max-new-tokens", "120"))
-    found = score(files["test"], answers)
-    card = read_json(Path(tuned) / "run.json")
-    found |= {
-        "training_seconds": card.get("training_seconds"),
-        "steps": card.get("steps"),
-        "peak_mb": run.peak("tuning"),
-    }
+        run.step("base", argv("model.checkpoints.convert", smollm2(), base, overwrite=True))
+    how = {"weights": base, "data": files["train"], "out": tuned, "dtype": training_dtype(run.out)}
+    run.step("tuning", argv("train.instruct", options.recipe, **how, steps=options.steps or None))
+    run.step("answers", extraction(base, tuned / "adapter", files["test"], answers, max_new_tokens=120))
+    found, card = score(files["test"], answers), read_json(tuned / "run.json")
+    found |= {key: card.get(key) for key in ("training_seconds", "steps")} | {"peak_mb": run.peak("tuning")}
     write_json(run.out / "score.json", {**found, "published": PUBLISHED})
     print(
         f"{found['records']} records, {found['names']} distinct names: precision {found['precision']:.1f}, "
@@ -102,38 +74,30 @@ def measured(run: Run, options: Options) -> None:
     )
 
 
-def score(references: str, answers: str) -> dict[str, Any]:
+def score(references: Path, answers: Path) -> dict[str, Any]:
     """Precision, recall and F1 (× 100) over the distinct names of every question of every record."""
-    given = {record["id"]: record for _, record in read_jsonl(answers, ("id",))}
-    right = predicted = names = empty = empty_right = records = 0
-    for _, record in read_jsonl(references, ("id", "questions")):
-        records += 1
-        if record["id"] not in given:
-            raise UserError(f"{answers}: lacks record {record['id']!r}; it is not a whole answer to {references}")
-        replies = given[record["id"]].get("answers", [])  # none where the record ended in an error
-        for number, asked in enumerate(record["questions"]):
-            gold = distinct(asked["answers"])
-            reply = distinct(replies[number]["answers"]) if number < len(replies) else set()
-            right, predicted, names = right + len(gold & reply), predicted + len(reply), names + len(gold)
-            empty += not gold
-            empty_right += not gold and not reply and number < len(replies)
-    precision, recall = (100 * right / total if total else 0.0 for total in (predicted, names))
-    f1 = 2 * precision * recall / (precision + recall) if right else 0.0
+    asked, counts = pair(read_references(references), read_predictions(answers))
+    if counts.missing:
+        raise UserError(f"{answers}: lacks record {counts.missing[0]!r}; it is not a whole answer to {references}")
+    sets = [(distinct(one.gold), distinct(one.predicted)) for one in asked]
+    names, predicted = sum(len(gold) for gold, _ in sets), sum(len(given) for _, given in sets)
+    right = sum(len(gold & given) for gold, given in sets)
+    empty = [one for one in asked if not one.gold]
     return {
-        "records": records,
+        "records": len({one.record for one in asked}),
         "names": names,
         "predicted": predicted,
         "right": right,
-        "precision": precision,
-        "recall": recall,
-        "f1": f1,
-        "empty": empty,
-        "empty_right": empty_right,
+        "precision": 100 * right / max(1, predicted),
+        "recall": 100 * right / max(1, names),
+        "f1": 200 * right / max(1, names + predicted),
+        "empty": len(empty),
+        "empty_right": sum(not one.predicted and not one.empty_output for one in empty),
     }
 
 
-def distinct(values: Sequence[dict[str, Any]]) -> set[str]:
-    return {" ".join(value["text"].split()) for value in values}
+def distinct(names: Iterable[str]) -> set[str]:
+    return {" ".join(name.split()) for name in names}
 
 
 if __name__ == "__main__":

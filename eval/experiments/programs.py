@@ -10,8 +10,9 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
-from eval.experiments.steps import RECIPES, training_dtype
+from eval.experiments.steps import RECIPES, argv, training_dtype
 
 PARTS = {"wrong_labels": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
 # run.json's name for each experiment, and its folder
@@ -47,108 +48,62 @@ class Demo:
         return str(self.folder / name / "adapter")
 
     @property
-    def tuned(self) -> list[str]:
+    def tuned(self) -> dict[str, Any]:
         """The tuned model and the held-out notes, as the experiments' programs are given them."""
-        return [
-            "--weights",
-            self.weights,
-            "--adapter",
-            self.adapter("tuned"),
-            "--grounded",
-            "--notes",
-            str(self.folder / "heldout.jsonl"),
-        ]
+        return {
+            "weights": self.weights,
+            "adapter": self.adapter("tuned"),
+            "grounded": True,
+            "notes": self.folder / "heldout.jsonl",
+        }
 
 
 def labels(
     demo: Demo, out: Path, rates: Sequence[float], filter_rate: float, records: int, epochs: float, notes: int
 ) -> list[str]:
-    return [
-        "eval.robustness",
-        "labels",
-        "--weights",
-        demo.weights,
-        "--adapter",
-        demo.adapter("pretrained"),
-        "--grounded",
-        "--notes",
-        str(demo.folder / "heldout.jsonl"),
-        "--dtype",
-        demo.dtype,
-        "--recipe",
-        demo.recipe("instruct"),
-        "--data",
-        demo.data("train"),
-        "--rates",
-        *map(str, rates),
-        "--filter-rate",
-        str(filter_rate),
-        "--records",
-        str(records),
-        "--epochs",
-        str(epochs),
-        "--limit",
-        str(notes),
-        "--out",
-        str(out / PARTS["wrong_labels"]),
-    ]
+    return argv(
+        "eval.robustness labels",
+        **demo.tuned | {"adapter": demo.adapter("pretrained")},
+        dtype=demo.dtype,
+        recipe=demo.recipe("instruct"),
+        data=demo.data("train"),
+        rates=rates,
+        filter_rate=filter_rate,
+        records=records,
+        epochs=epochs,
+        limit=notes,
+        out=out / PARTS["wrong_labels"],
+    )
 
 
 def misspelling(demo: Demo, out: Path, rates: Sequence[float], notes: int) -> list[str]:
-    return [
-        "eval.robustness",
-        "misspelling",
-        *demo.tuned,
-        "--lexicon",
-        demo.data("train"),
-        "--rates",
-        *map(str, rates),
-        "--limit",
-        str(notes),
-        "--out",
-        str(out / PARTS["misspelling"]),
-    ]
+    own = {"lexicon": demo.data("train"), "rates": rates, "limit": notes, "out": out / PARTS["misspelling"]}
+    return argv("eval.robustness misspelling", **demo.tuned, **own)
 
 
 def canaries(demo: Demo, out: Path, counts: Sequence[int], each: int, records: int, epochs: float) -> list[str]:
-    return [
-        "eval.robustness",
-        "canaries",
-        "--weights",
-        demo.weights,
-        "--recipe",
-        demo.recipe("pretrain"),
-        "--data",
-        demo.data("pretrain"),
-        "--counts",
-        *map(str, counts),
-        "--each",
-        str(each),
-        "--records",
-        str(records),
-        "--epochs",
-        str(epochs),
-        "--dtype",
-        demo.dtype,
-        "--out",
-        str(out / PARTS["canaries"]),
-    ]
+    return argv(
+        "eval.robustness canaries",
+        weights=demo.weights,
+        recipe=demo.recipe("pretrain"),
+        data=demo.data("pretrain"),
+        counts=counts,
+        each=each,
+        records=records,
+        epochs=epochs,
+        dtype=demo.dtype,
+        out=out / PARTS["canaries"],
+    )
 
 
 def retrieval(demo: Demo, out: Path, notes: int, tune_steps: int = 0) -> list[str]:
-    return [
+    return argv(
         "eval.experiments.retrieval_table",
-        *demo.tuned,
-        "--data",
-        demo.data("train"),
-        "--recipe",
-        demo.recipe("instruct"),
-        "--dtype",
-        demo.dtype,
-        "--tune-steps",
-        str(tune_steps),
-        "--limit",
-        str(notes),
-        "--out",
-        str(out / PARTS["retrieval"]),
-    ]
+        **demo.tuned,
+        data=demo.data("train"),
+        recipe=demo.recipe("instruct"),
+        dtype=demo.dtype,
+        tune_steps=tune_steps,
+        limit=notes,
+        out=out / PARTS["retrieval"],
+    )

@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.experiments.retrieval import measure
-from eval.experiments.steps import LONG, Run, begin, extraction, made_from
+from eval.experiments.steps import LONG, Run, argv, begin, extraction, made_from
 from eval.metrics.statistics import format_interval, format_p
 from eval.questions import Question, figures, pair, paired_f1, read_predictions, read_references
 from infer.retrieval.index import Index
@@ -117,72 +117,46 @@ def filled(run: Run, options: Options, references: list[dict[str, Any]], given: 
 
 def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
     folder = run.out / f"index-{name}"
-    run.step(
-        f"index: {name}",
-        [
-            "infer.retrieval.index",
-            "--encoder",
-            RETRIEVERS[name][0],
-            "--notes",
-            str(options.data),
-            "--out",
-            str(folder),
-            "--overwrite",
-            *(["--weights", str(weights)] if weights else []),
-        ],
-    )
+    kind = RETRIEVERS[name][0]
+    made = argv("infer.retrieval.index", encoder=kind, notes=options.data, out=folder, weights=weights, overwrite=True)
+    run.step(f"index: {name}", made)
     return folder
 
 
 def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
     """The adapter tuned further without and with neighbours, on diagnoses alone: {row's ending: folder}."""
-    near, shown = run.out / "near.jsonl", ["--neighbours", str(options.neighbours)]
+    near = run.out / "near.jsonl"
     run.step(
         "training notes with their neighbours",
-        [
+        argv(
             "train.data.neighbours",
-            "--data",
-            str(options.data),
-            "--index",
-            str(bm25),
-            "--tokenizer",
-            options.weights,
-            "--out",
-            str(near),
-            *shown,
-            "--neighbour-tokens",
-            str(options.neighbour_tokens),
-            "--overwrite",
-        ],
+            data=options.data,
+            index=bm25,
+            tokenizer=options.weights,
+            out=near,
+            neighbours=options.neighbours,
+            neighbour_tokens=options.neighbour_tokens,
+            overwrite=True,
+        ),
     )
     folders = {}
     for end, data, name in ((WITHOUT, options.data, "without"), (WITH, near, "with")):
         run.step(
             f"further tuning, {name} neighbours",
-            [
+            argv(
                 "train.instruct",
                 options.recipe,
-                "--weights",
-                options.weights,
-                "--adapter",
-                options.adapter,
-                "--data",
-                str(data),
-                "--out",
-                str(run.out / f"tuned-{name}"),
-                "--tasks",
-                "diagnosis",
-                "--steps",
-                str(options.tune_steps),
-                "--warmup",
-                str(min(4, options.tune_steps)),
-                "--batch-rows",
-                "1",
-                "--learning-rate",
-                "5e-4",
-                "--dtype",
-                options.dtype,
-            ],
+                weights=options.weights,
+                adapter=options.adapter,
+                data=data,
+                out=run.out / f"tuned-{name}",
+                tasks="diagnosis",
+                steps=options.tune_steps,
+                warmup=min(4, options.tune_steps),
+                batch_rows=1,
+                learning_rate=5e-4,
+                dtype=options.dtype,
+            ),
         )
         folders[end] = str(run.out / f"tuned-{name}" / "adapter")
     return folders
@@ -205,21 +179,17 @@ def answered(
     for name, (kind, source) in RETRIEVERS.items():
         title = TITLES[name] + end
         if name in indexes:
-            more = [
-                "--retriever",
-                kind,
-                "--index",
-                str(indexes[name]),
-                "--neighbours",
-                str(options.neighbours),
-                "--neighbour-tokens",
-                str(options.neighbour_tokens),
-            ]
-            more += ["--encoder-weights", str(given[name])] if name in given else []
+            shown = {
+                "retriever": kind,
+                "index": indexes[name],
+                "encoder_weights": given.get(name),
+                "neighbours": options.neighbours,
+                "neighbour_tokens": options.neighbour_tokens,
+            }
             rows.append(
                 {
                     "name": title,
-                    **row(none, ask(run, options, references, name + end, adapter, more)),
+                    **row(none, ask(run, options, references, name + end, adapter, **shown)),
                     **quality(run, name, indexes[name], given.get(name), references),
                 }
             )
@@ -236,12 +206,12 @@ def answered(
 
 
 def ask(
-    run: Run, options: Options, references: list[dict[str, Any]], name: str, adapter: str, more: Sequence[str] = ()
+    run: Run, options: Options, references: list[dict[str, Any]], name: str, adapter: str, **shown: Any
 ) -> list[Question]:
     """The diagnosis questions with one system's answers."""
     out = run.out / f"answers-{name.replace(', ', '-').replace(' ', '-')}.jsonl"
-    more = ["--task", "diagnosis", *LONG, *more, *(["--grounded"] if options.grounded else [])]
-    run.step(f"answers: {name}", extraction(options.weights, [adapter], run.out / "notes.jsonl", out, *more))
+    how = LONG | {"task": "diagnosis", "grounded": options.grounded} | shown
+    run.step(f"answers: {name}", extraction(options.weights, adapter, run.out / "notes.jsonl", out, **how))
     return [one for one in pair(references, read_predictions(out))[0] if one.task == "diagnosis"]
 
 

@@ -28,7 +28,7 @@ from model.support.hardware import compute_dtype, max_resident_mb
 from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
 
 RECIPES = Path("train/recipes")
-LONG = ("--long", "windows", "--max-new-diagnosis", "60")  # how the experiments ask: no note is cut
+LONG = {"long": "windows", "max_new_diagnosis": 60}  # how the experiments ask: no note is cut
 
 
 @dataclass
@@ -103,22 +103,24 @@ def check_folder() -> None:
         raise UserError("run this from the repository's root, where train/recipes lies")
 
 
-def extraction(weights: str, adapters: Iterable[str], notes: Path | str, out: Path | str, *more: str) -> list[str]:
+def argv(program: str, *arguments: Any, **options: Any) -> list[str]:
+    """A program as `python -m` takes it: limit=3 is --limit 3, of a sequence every value follows, True is the option
+    alone, and None and False are no option.
+
+    >>> argv("infer.extract", max_new_tokens=8, grounded=True, adapter=None)
+    ['infer.extract', '--max-new-tokens', '8', '--grounded']
+    """
+    words = [*program.split(), *map(str, arguments)]
+    for name, value in options.items():
+        if value is not None and value is not False:
+            words.append(f"--{name.replace('_', '-')}")
+            words += map(str, value if isinstance(value, list | tuple) else [] if value is True else [value])
+    return words
+
+
+def extraction(weights: str, adapter: Path | str | None, notes: Path | str, out: Path | str, **how: Any) -> list[str]:
     """The command of infer.extract that asks a tuned model."""
-    merged = [word for adapter in adapters if adapter for word in ("--adapter", adapter)]
-    return [
-        "infer.extract",
-        "--weights",
-        weights,
-        *merged,
-        "--notes",
-        str(notes),
-        "--out",
-        str(out),
-        "--form",
-        "template",
-        *more,
-    ]
+    return argv("infer.extract", weights=weights, adapter=adapter, notes=notes, out=out, form="template", **how)
 
 
 @contextmanager

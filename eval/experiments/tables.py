@@ -11,6 +11,7 @@ finished one only rewrites its report.
 from __future__ import annotations
 
 import os
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -40,72 +41,7 @@ class Options:
     """Remove the tables that are there, and begin again."""
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """How much of everything. `rates` include 0, the reference."""
-
-    label_rates: tuple[float, ...]
-    filter_rate: float
-    label_records: int
-    label_epochs: float
-    label_notes: int
-    misspelling_rates: tuple[float, ...]
-    misspelling_notes: int
-    canary_counts: tuple[int, ...]
-    canaries_each: int
-    canary_records: int
-    canary_epochs: float
-    retrieval_notes: int
-    tune_steps: int
-
-
-SIZES = {
-    "full": Sizes(
-        label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
-        filter_rate=0.3,
-        label_records=64,
-        label_epochs=1.0,
-        label_notes=24,
-        misspelling_rates=(0.0, 0.05, 0.1, 0.2),
-        misspelling_notes=40,
-        canary_counts=(0, 1, 4, 16),
-        canaries_each=5,
-        canary_records=80,
-        canary_epochs=4.0,
-        retrieval_notes=40,
-        tune_steps=60,
-    ),
-    "nano": Sizes(
-        label_rates=(0.0, 0.1, 0.3, 0.5, 0.7, 0.9),
-        filter_rate=0.3,
-        label_records=400,
-        label_epochs=2.0,
-        label_notes=40,
-        misspelling_rates=(0.0, 0.05, 0.1, 0.2, 0.4),
-        misspelling_notes=40,
-        canary_counts=(0, 1, 4, 16),
-        canaries_each=10,
-        canary_records=400,
-        canary_epochs=3.0,
-        retrieval_notes=40,
-        tune_steps=100,
-    ),
-    "tiny": Sizes(
-        label_rates=(0.0, 0.5),
-        filter_rate=0.5,
-        label_records=8,
-        label_epochs=1.0,
-        label_notes=2,
-        misspelling_rates=(0.0, 0.1),
-        misspelling_notes=2,
-        canary_counts=(0, 4),
-        canaries_each=2,
-        canary_records=8,
-        canary_epochs=1.0,
-        retrieval_notes=3,
-        tune_steps=2,
-    ),
-}
+SIZES = tomllib.loads(Path(__file__).with_name("tables.toml").read_text(encoding="utf-8"))
 
 
 def finished_demo(folder: Path, scale: str) -> Demo:
@@ -129,8 +65,7 @@ def main(options: Options) -> int:
     demo = finished_demo(options.run or Path("runs") / f"demo{end}", options.scale)
     out = options.out or Path("runs") / f"tables{end}"
     sizes = SIZES[options.scale]
-    amounts = {key: list(value) if isinstance(value, tuple) else value for key, value in vars(sizes).items()}
-    made_of = {"scale": options.scale, "demo": sha256_file(demo.folder / "run.json"), "sizes": amounts}
+    made_of = {"scale": options.scale, "demo": sha256_file(demo.folder / "run.json"), "sizes": sizes}
     with begin(out, made_of, overwrite=options.overwrite) as run:
         for name, arguments in steps(demo, sizes, out):
             run.step(name, arguments)
@@ -140,32 +75,13 @@ def main(options: Options) -> int:
     return 0
 
 
-def steps(demo: Demo, sizes: Sizes, out: Path) -> list[tuple[str, list[str]]]:
+def steps(demo: Demo, sizes: dict[str, Any], out: Path) -> list[tuple[str, list[str]]]:
     """(step, program) in order."""
     return [
-        (
-            "table 3: wrong labels",
-            experiments.labels(
-                demo,
-                out,
-                sizes.label_rates,
-                sizes.filter_rate,
-                sizes.label_records,
-                sizes.label_epochs,
-                sizes.label_notes,
-            ),
-        ),
-        (
-            "table 4: misspelled notes, plain and repaired",
-            experiments.misspelling(demo, out, sizes.misspelling_rates, sizes.misspelling_notes),
-        ),
-        (
-            "canaries",
-            experiments.canaries(
-                demo, out, sizes.canary_counts, sizes.canaries_each, sizes.canary_records, sizes.canary_epochs
-            ),
-        ),
-        ("table 6: retrieval", experiments.retrieval(demo, out, sizes.retrieval_notes, sizes.tune_steps)),
+        ("table 3: wrong labels", experiments.labels(demo, out, **sizes["labels"])),
+        ("table 4: misspelled notes, plain and repaired", experiments.misspelling(demo, out, **sizes["misspelling"])),
+        ("canaries", experiments.canaries(demo, out, **sizes["canaries"])),
+        ("table 6: retrieval", experiments.retrieval(demo, out, **sizes["retrieval"])),
     ]
 
 

@@ -9,20 +9,20 @@ The figures are in DIR/result.json, which eval.report shows (run.json's "wrong_l
 
 from __future__ import annotations
 
-from eval.robustness import run_canaries, run_labels, run_misspelling
-from eval.robustness.run_canaries import Canaries
-from eval.robustness.run_labels import Labels
-from eval.robustness.run_misspelling import Misspelling
+from eval.robustness import canaries, labels, misspelling
+from eval.robustness.canaries import Canaries
+from eval.robustness.labels import Labels
+from eval.robustness.misspelling import Misspelling
 from model.support.cli import run
 
 
 def main(options: Labels | Misspelling | Canaries) -> None:
     if isinstance(options, Labels):
-        text = run_labels.format_result(run_labels.run_labels(options))
+        text = labels.format_result(labels.run_labels(options))
     elif isinstance(options, Misspelling):
-        text = run_misspelling.format_result(run_misspelling.run_misspelling(options))
+        text = misspelling.format_result(misspelling.run_misspelling(options))
     else:
-        text = run_canaries.format_result(run_canaries.run_canaries(options))
+        text = canaries.format_result(canaries.run_canaries(options))
     print(f"{text}\nfigures: {options.out / 'result.json'}")
 
 

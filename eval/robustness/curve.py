@@ -9,9 +9,24 @@ from typing import Any
 from eval.metrics.statistics import format_interval, slope
 from eval.questions import Question, f1_of, figures, pair, paired_f1, read_predictions, read_references
 from eval.score import groups
+from model.support.cli import UserError
 
 Json = dict[str, Any]
 TASKS = ("phenotype", "diagnosis")
+
+
+def name_of(rate: float) -> str:
+    """A rate as a part of files' names."""
+    return f"rate-{round(1000 * rate):03d}"
+
+
+def check_rates(rates: Sequence[float]) -> None:
+    """Raises UserError unless the rates are within 0 … 1, have names of their own, and 0 is among them."""
+    said = f"--rates {' '.join(map(str, rates))}"
+    if 0.0 not in rates or any(not 0 <= rate <= 1 for rate in rates):
+        raise UserError(f"{said}: rates between 0 and 1, and 0 among them")
+    if len(set(map(name_of, rates))) < len(rates):
+        raise UserError(f"{said}: two of them are the same tenth of a percent")
 
 
 def questions(references: Path, predictions: Path, limit: int = 0) -> list[Question]:

@@ -1,9 +1,12 @@
-"""Misspelled notes by five rules: a neighbouring key, two letters swapped, one left out, one doubled, one by its sound.
+"""Misspelled notes: a tuned adapter answers the same notes at nested rates of misspelling, as they are and repaired.
 
-Every word has one fixed draw u in [0, 1) from (seed, record's id, the word's place), and is misspelled where u < rate:
-what is wrong at 5 % is wrong in the same way at 10 %. Words are runs of four letters or more that touch no digit or
-sign and are no Roman numeral, so sizes, codes, stages and receptors stay what they were: the question is spelling. Only
-a note's text changes; the answers stay in their right spelling, and their places are moved along.
+A word is misspelled by one of five rules: a neighbouring key, two letters swapped, one left out, one doubled, one by
+its sound. Every word has one fixed number in [0, 1) from (seed, record's id, the word's place), and is misspelled where
+it is below the rate: what is wrong at 5 % is wrong in the same way at 10 %. Words are runs of four letters or more that
+touch no digit or sign and are no Roman numeral, so sizes, codes, stages and receptors stay what they were: the question
+is spelling. Only a note's text changes; the answers stay in their right spelling, and their places are moved along.
+
+The repair is infer.extract's. All rates are asked in one job each way.
 """
 
 from __future__ import annotations
@@ -12,8 +15,55 @@ import copy
 import hashlib
 import random
 import re
+import sys
 from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
+
+from eval.experiments.steps import LONG, Run, begin, extraction, made_from
+from eval.questions import Question, pair, read_predictions, read_references
+from eval.robustness.curve import check_rates, curve, name_of, recovery, recovery_lines, text_table
+from infer.retrieval.repair import read_lexicon
+from model.support.cli import UserError
+from model.support.files import write_json, write_jsonl
+
+Record = dict[str, Any]
+PLAIN, REPAIRED = "as misspelled", "repaired"
+
+
+@dataclass(frozen=True)
+class Misspelling:
+    """Answer notes at nested rates of misspelling, plain and repaired."""
+
+    weights: str
+    """The base model's folder."""
+    notes: Path
+    """JSON lines of annotated test notes; their words are misspelled, their answers are not."""
+    lexicon: Path
+    """JSON lines whose `text` is spelled well (training notes): what repair corrects towards."""
+    out: Path
+    """The run's folder: the misspelled notes, answers, result.json."""
+    adapter: str = ""
+    """The tuned adapter (empty: the base alone)."""
+    rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)
+    """The shares of words (of four letters or more) that are misspelled; a word wrong at one rate is wrong in the same
+    way at a higher one."""
+    limit: int = 0
+    """Only the first notes (0: all)."""
+    grounded: bool = False
+    """Ask as infer.extract --grounded does."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
+
+    def __post_init__(self) -> None:
+        check_rates(self.rates)
+        if self.limit < 0:
+            raise UserError(f"--limit {self.limit}: 0 or more")
+
+
+# ---- the corruption -------------------------------------------------------------------------------------------
+
 
 _WORD = re.compile(r"(?<![\w.+/-])(?![IVX]+[A-C]?\b)[A-Za-z]{4,}(?![\w+/]|[-.]\w)")
 _ROWS = ("qwertyuiop", "asdfghjkl", "zxcvbnm")
@@ -62,12 +112,7 @@ def phonetic(word: str, rng: random.Random) -> str:
 RULES: tuple[Callable[[str, random.Random], str], ...] = (keyboard, transposition, omission, doubling, phonetic)
 
 
-def eligible(text: str) -> int:
-    """How many words of a text can be misspelled."""
-    return sum(1 for _ in _WORD.finditer(text))
-
-
-def misspell(record: dict[str, Any], rate: float, seed: int = 0) -> dict[str, Any]:
+def misspell(record: Record, rate: float, seed: int = 0) -> Record:
     """A copy of an annotated note with about `rate` of its words misspelled. Raises ValueError outside 0 … 1."""
     if not 0 <= rate <= 1:
         raise ValueError(f"a rate of {rate} is not between 0 and 1")
@@ -90,3 +135,67 @@ def misspell(record: dict[str, Any], rate: float, seed: int = 0) -> dict[str, An
                 for name in ("start", "end"):
                     span[name] += sum(by for end, by in moves if end <= span[name])
     return changed
+
+
+# ---- the experiment -------------------------------------------------------------------------------------------
+
+
+def run_misspelling(options: Misspelling) -> dict[str, Any]:
+    """Answer and score what is not yet done; writes result.json and returns it."""
+    given = read_references(options.notes)[: options.limit or None]
+    references = [record for record in given if record["text"].strip()]
+    if not references:
+        raise UserError(f"{options.notes}: every note is empty")
+    if len(references) < len(given):
+        left_out = len(given) - len(references)
+        print(f"{options.notes}: {left_out} of {len(given)} notes are empty and left out", file=sys.stderr)
+    read_lexicon(options.lexicon)  # repair reads it after the plain answers; a mistake in it is reported first
+    files = {"notes": options.notes, "lexicon": options.lexicon}
+    made_of = made_from(options, files, (options.weights, options.adapter))
+    with begin(options.out, made_of, overwrite=options.overwrite) as run:
+        return measured(run, options, references)
+
+
+def measured(run: Run, options: Misspelling, references: list[Record]) -> dict[str, Any]:
+    """The notes of all rates answered and scored, as they are and repaired."""
+    rates, notes = sorted(options.rates), options.out / "notes.jsonl"
+    misspelled = {rate: [misspell(record, rate) for record in references] for rate in rates}
+    write_jsonl(
+        notes,
+        [
+            {"id": f"{record['id']}@{name_of(rate)}", "text": record["text"]}
+            for rate in rates
+            for record in misspelled[rate]
+        ],
+    )
+    series = {}
+    for name, file, lexicon in ((PLAIN, "plain", None), (REPAIRED, "repaired", options.lexicon)):
+        answers = options.out / f"{file}.jsonl"
+        how = LONG | {"repair": lexicon, "grounded": options.grounded}
+        run.step(f"answers: {name}", extraction(options.weights, options.adapter or None, notes, answers, **how))
+        given = {prediction["id"]: prediction for prediction in read_predictions(answers)}
+        series[name] = {rate: questions_at(rate, references, given) for rate in rates}
+    plain, repaired = series[PLAIN], series[REPAIRED]
+    result: dict[str, Any] = {
+        "corrupted": "words misspelled",
+        "changed": [sum(map(words_changed, misspelled[rate], references)) for rate in rates],
+        "of": sum(len(_WORD.findall(record["text"])) for record in references),
+        "recovery": [{"rate": rate, **recovery(plain[0.0], plain[rate], repaired[rate])} for rate in rates],
+        **curve(series),
+        "seconds": run.took(),
+    }
+    write_json(options.out / "result.json", result)
+    return result
+
+
+def words_changed(new: Record, old: Record) -> int:
+    return sum(a != b for a, b in zip(new["text"].split(), old["text"].split(), strict=True))
+
+
+def questions_at(rate: float, references: list[Record], given: dict[str, Record]) -> list[Question]:
+    own = [{**given[f"{record['id']}@{name_of(rate)}"], "id": record["id"]} for record in references]
+    return pair(references, own)[0]
+
+
+def format_result(result: dict[str, Any]) -> str:
+    return "\n".join([text_table(result), *recovery_lines(result["recovery"])])

@@ -3,8 +3,8 @@
 import pytest
 
 from eval.questions import Question
+from eval.robustness.canaries import by_count
 from eval.robustness.curve import curve, recovery
-from eval.robustness.run_canaries import by_count
 
 
 def asked(right):

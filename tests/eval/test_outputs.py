@@ -10,9 +10,9 @@ from eval import run as eval_run
 from eval.bench import __main__ as bench
 from eval.experiments import demo, demo_ner, retrieval_table, tables
 from eval.parity import program as parity
-from eval.robustness.run_canaries import Canaries, run_canaries
-from eval.robustness.run_labels import Labels, run_labels
-from eval.robustness.run_misspelling import Misspelling, run_misspelling
+from eval.robustness.canaries import Canaries, run_canaries
+from eval.robustness.labels import Labels, run_labels
+from eval.robustness.misspelling import Misspelling, run_misspelling
 from infer import trace
 from infer.extract import program as extract
 from infer.retrieval import index, repair
@@ -104,14 +104,14 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
         lambda g, out: perplexity.main(perplexity.Options(g / "none", g / "notes.jsonl", out=out)),
     ),
     "eval.placing": (False, lambda g, out: placing.main(placing.Options(str(g / "model"), g / "notes.jsonl", out=out))),
-    "eval.robustness.run_canaries": (
+    "eval.robustness.canaries": (
         True,
         lambda g, out: run_canaries(
             Canaries(str(g / "model"), str(ROOT / "train/recipes/tiny-pretrain.toml"), g / "notes.jsonl", out, (0, 1))
         ),
     ),
-    "eval.robustness.run_labels": (True, experiment(Labels, run_labels)),
-    "eval.robustness.run_misspelling": (True, experiment(Misspelling, run_misspelling)),
+    "eval.robustness.labels": (True, experiment(Labels, run_labels)),
+    "eval.robustness.misspelling": (True, experiment(Misspelling, run_misspelling)),
     "eval.run": (True, lambda g, out: eval_run.main(eval_run.Options(str(g / "model"), g / "notes.jsonl", out))),
     "infer.extract.program": (
         False,

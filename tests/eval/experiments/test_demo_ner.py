@@ -10,19 +10,20 @@ from model.support.cli import UserError
 
 def write(path, rows):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return str(path)
+    return path
 
 
 def asked(*names):
-    return [{"question": "Which?", "answers": [{"text": name} for name in names]}]
+    answers = [{"text": name} for name in names]
+    return [{"question": "Which?", "answers": answers, "not_relevant": not names}]
 
 
 def test_names_are_counted_once_a_record_and_exactly(tmp_path):
     gold = [
-        {"id": "a", "questions": asked("flu", "flu", "colon cancer")},
-        {"id": "b", "questions": asked()},
-        {"id": "c", "questions": asked("gout")},
-        {"id": "d", "questions": asked()},
+        {"id": "a", "text": "t", "questions": asked("flu", "flu", "colon cancer")},
+        {"id": "b", "text": "t", "questions": asked()},
+        {"id": "c", "text": "t", "questions": asked("gout")},
+        {"id": "d", "text": "t", "questions": asked()},
     ]
     said = [
         {"id": "b", "answers": asked()},
@@ -37,6 +38,6 @@ def test_names_are_counted_once_a_record_and_exactly(tmp_path):
 
 
 def test_a_missing_record_is_no_score(tmp_path):
-    gold = write(tmp_path / "gold", [{"id": "a", "questions": asked("x")}])
+    gold = write(tmp_path / "gold", [{"id": "a", "text": "t", "questions": asked("x")}])
     with pytest.raises(UserError, match="'a'"):
         score(gold, write(tmp_path / "predicted", [{"id": "b", "answers": asked()}]))

@@ -80,19 +80,19 @@ def test_the_tables_are_filled_by_a_run_that_was_ended_once(demo, tmp_path):
     out, sizes = tmp_path / "tables", SIZES["tiny"]
     command = ["eval.experiments.tables", "--scale", "tiny", "--run", demo, "--out", out]
     with subprocess.Popen([sys.executable, "-m", *map(str, command)], stderr=subprocess.PIPE, text=True) as run:
-        assert any(line.startswith("· rate-00: answers") for line in run.stderr)
+        assert any(line.startswith("· rate-000: answers") for line in run.stderr)
         run.send_signal(signal.SIGTERM)
         rest = run.communicate()[1]
     assert run.returncode == 130 and rest.splitlines()[-1] == "eval.experiments.tables: interrupted"
-    first = (out / "labels" / "rate-00" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
+    first = (out / "labels" / "rate-000" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns
     call(*command)
-    assert (out / "labels" / "rate-00" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == first
+    assert (out / "labels" / "rate-000" / "adapter" / "adapter_model.safetensors").stat().st_mtime_ns == first
     found, page = report(out), (out / "report.html").read_text()
     assert all(found[part] for part in PARTS) and all(f'"#{name}"' in page for name in ("t3", "t4", "t6", "canaries"))
-    assert found["wrong_labels"]["rates"] == list(sizes.label_rates) and found["wrong_labels"]["filter"]
-    assert found["misspelling"]["rates"] == list(sizes.misspelling_rates)
+    assert found["wrong_labels"]["rates"] == sizes["labels"]["rates"] and found["wrong_labels"]["filter"]
+    assert found["misspelling"]["rates"] == sizes["misspelling"]["rates"]
     for name in ("base", "planted", "deduplicated"):
-        assert [row["count"] for row in found["canaries"]["rows"][name]] == list(sizes.canary_counts)
+        assert [row["count"] for row in found["canaries"]["rows"][name]] == sizes["canaries"]["counts"]
     filled = [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]]
     assert len(filled) == 5 and sum("neighbours" in name for name in filled) == 3
     assert found["sets"] == report(demo)["sets"] and found["curves"].keys() == report(demo)["curves"].keys()

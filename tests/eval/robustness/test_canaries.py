@@ -13,15 +13,17 @@ from tokenizers import decoders, models, pre_tokenizers
 
 from eval.robustness.canaries import (
     REFERENCES,
+    Canaries,
     Canary,
+    by_count,
     deduplicate,
     exposure,
     make_canaries,
     measure,
     plant,
+    run_canaries,
     surprise,
 )
-from eval.robustness.run_canaries import Canaries, by_count, run_canaries
 from model import ModelConfig, Tokenizer, Transformer
 from model.support.cli import UserError
 from model.support.files import write_json, write_jsonl
@@ -138,7 +140,7 @@ def test_mistakes_are_one_line(tmp_path):
         run_canaries(Canaries(weights="w", recipe=recipe, data=tmp_path / "few.jsonl", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     write_jsonl(tmp_path / "odd.jsonl", [{"id": "a", "text": 5}])
-    with pytest.raises(UserError, match="odd.jsonl:1: 'text' is not text"):
+    with pytest.raises(UserError, match="odd.jsonl:1: lacks 'text'"):
         run_canaries(Canaries(weights="w", recipe=recipe, data=tmp_path / "odd.jsonl", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
     with pytest.raises(UserError, match="different numbers"):

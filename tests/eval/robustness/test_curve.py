@@ -5,11 +5,10 @@ from __future__ import annotations
 import pytest
 
 from eval.questions import Question, f1_of
+from eval.robustness.canaries import Canaries, run_canaries
 from eval.robustness.curve import curve, recovery, text_table
-from eval.robustness.filtering import ranking
-from eval.robustness.run_canaries import Canaries, run_canaries
-from eval.robustness.run_labels import Labels, auc, run_labels
-from eval.robustness.run_misspelling import Misspelling, run_misspelling
+from eval.robustness.labels import Labels, auc, ranking, run_labels
+from eval.robustness.misspelling import Misspelling, run_misspelling
 from model.support.cli import UserError
 from model.support.files import write_jsonl
 
@@ -65,8 +64,8 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
         Labels(recipe="r", data=tmp_path / "bare.jsonl", filter_rate=0.25, **base)
     with pytest.raises(UserError, match="between 0 and 1"):
         Labels(recipe="r", data=tmp_path / "bare.jsonl", rates=(0.0, 1.5), **base)
-    with pytest.raises(UserError, match="same whole percent"):  # they would share one adapter
-        Labels(recipe="r", data=tmp_path / "bare.jsonl", rates=(0.0, 0.301, 0.3), **base)
+    with pytest.raises(UserError, match="same tenth of a percent"):  # they would share one adapter
+        Labels(recipe="r", data=tmp_path / "bare.jsonl", rates=(0.0, 0.3001, 0.3), **base)
     with pytest.raises(UserError, match="same tenth of a percent"):
         Misspelling(lexicon=tmp_path / "bare.jsonl", rates=(0.0, 0.1, 0.1001), **base)
     for wrong in (
@@ -76,11 +75,11 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
         {"phenotypes": {}, "diagnosis": "C61"},
     ):
         write_jsonl(tmp_path / "short.jsonl", [{"id": "a", "text": "t", **wrong}])
-        with pytest.raises(UserError, match="short.jsonl:1: the answers are not"):
+        with pytest.raises(UserError, match="short.jsonl:1: "):
             run_labels(Labels(recipe="r", data=tmp_path / "short.jsonl", filter_rate=0, **base))
     with pytest.raises(UserError, match="0 among them"):
         Misspelling(lexicon=tmp_path / "bare.jsonl", rates=(0.1,), **base)
-    with pytest.raises(UserError, match="lacks the field 'phenotypes'"):
+    with pytest.raises(UserError, match="'phenotypes'"):
         run_labels(Labels(recipe="r", data=tmp_path / "bare.jsonl", **base))
     with pytest.raises(UserError, match="give annotated notes"):
         run_misspelling(Misspelling(lexicon=tmp_path / "bare.jsonl", **base))

@@ -9,8 +9,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from eval.robustness.labels import corrupt, derangement
 from eval.robustness.misspelling import RULES, misspell
-from eval.robustness.wrong_labels import corrupt, derangement
 from infer.retrieval.repair import Repair
 from train.clinic.program import patient_notes
 from train.clinic.terms import UNSEEN
