@@ -17,11 +17,10 @@ import tyro
 
 from eval.failures import is_right
 from eval.metrics.statistics import format_interval, format_p
-from eval.questions import Question, pair, paired_f1, read_predictions, read_references
-from eval.report.run_file import read_run
+from eval.questions import Question, asked_both, paired_f1
+from eval.report.run_file import read_questions, read_run
 from eval.score import groups
-from model.support import cli as command
-from model.support.cli import UserError, nearest
+from model.support.cli import UserError, nearest, run
 
 
 @dataclass(frozen=True)
@@ -46,31 +45,16 @@ class Options:
             raise UserError(f"--changed {self.changed}: 0 or more")
 
 
-def system_questions(run: Path, name: str, test_set: str) -> list[Question]:
-    """Every question that a system of a run was asked in a test set."""
-    given = read_run(run)
-    names = [system["name"] for system in given["systems"]]
-    if name not in names:
-        raise UserError(f"{run}: no system {name!r}{nearest(name, names)}; there are {', '.join(names)}")
-    system = given["systems"][names.index(name)]
-    if test_set not in system["predictions"]:
-        return []
-    references = read_references(run / given["references"][test_set])
-    return pair(references, read_predictions(run / system["predictions"][test_set]), system.get("notes"))[0]
-
-
 def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
     """For each group of questions that both answered: figures of both, the paired test, the answers that changed.
 
     Raises UserError where the same question has different right answers: the runs were scored on different data.
     """
-    theirs, found = {(one.record, one.name): one for one in b}, []
+    found = []
     for task, mine in groups(a).items():
-        both = [(one, theirs[one.record, one.name]) for one in mine if (one.record, one.name) in theirs]
+        both = asked_both(mine, b)
         if other := next((one.record for one, two in both if one.gold != two.gold), None):
-            raise UserError(
-                f"{other}: the two runs have different right answers for it; were they made from the same data?"
-            )
+            raise UserError(f"{other}: the two runs have different right answers; were they made from the same data?")
         if test := paired_f1(mine, b):
             changed = [
                 {
@@ -88,26 +72,39 @@ def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
     return found
 
 
-def main(options: Options) -> None:
-    runs = read_run(options.a), read_run(options.b)
-    names = [[system["name"] for system in run["systems"]] for run in runs]
+def compared(options: Options) -> list[tuple[str, str]]:
+    """The pairs of systems. Raises UserError where a run has no such system, or none is in both."""
+    names = [[system["name"] for system in read_run(run)["systems"]] for run in (options.a, options.b)]
     if options.system_b and not options.system_a:
         raise UserError("--system-b needs --system-a")
-    pairs = [(name, name) for name in names[0] if name in names[1]]
-    if options.system_a:
-        pairs = [(options.system_a, options.system_b or options.system_a)]
-    if not pairs:
+    if not options.system_a:
+        if both := [(name, name) for name in names[0] if name in names[1]]:
+            return both
         raise UserError(
             f"no system is in both runs ({', '.join(names[0])}; {', '.join(names[1])}); "
             "name two with --system-a and --system-b"
         )
-    rows = []
-    for test_set in runs[0]["references"]:
-        for first, second in pairs if test_set in runs[1]["references"] else ():
-            for row in changes(
-                system_questions(options.a, first, test_set), system_questions(options.b, second, test_set)
-            ):
-                rows.append({"set": test_set, "system_a": first, "system_b": second, **row})
+    pair = options.system_a, options.system_b or options.system_a
+    for folder, name, known in zip((options.a, options.b), pair, names, strict=True):
+        if name not in known:
+            raise UserError(f"{folder}: no system {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    return [pair]
+
+
+def compare(options: Options) -> list[dict[str, Any]]:
+    """A row for each test set, pair of systems and group of questions."""
+    pairs, runs, rows = compared(options), (read_run(options.a), read_run(options.b)), []
+    for test_set in (name for name in runs[0]["references"] if name in runs[1]["references"]):
+        a, b = read_questions(options.a, runs[0], test_set), read_questions(options.b, runs[1], test_set)
+        for first, second in pairs:
+            if first in a and second in b:
+                named = {"set": test_set, "system_a": first, "system_b": second}
+                rows += [named | row for row in changes(a[first][1], b[second][1])]
+    return rows
+
+
+def main(options: Options) -> None:
+    rows = compare(options)
     if options.json:
         print(json.dumps(rows, indent=2, ensure_ascii=False))
         return
@@ -119,11 +116,9 @@ def main(options: Options) -> None:
             f"n = {row['n']}; {row['better']} better, {row['worse']} worse)"
         )
         for one in row["changed"][: options.changed]:
-            print(
-                f"    {one['record']} {one['question']}: {'; '.join(one['a']) or 'not relevant'} -> "
-                f"{'; '.join(one['b']) or 'not relevant'} (now {one['now']})"
-            )
+            before, after = ("; ".join(one[side]) or "not relevant" for side in ("a", "b"))
+            print(f"    {one['record']} {one['question']}: {before} -> {after} (now {one['now']})")
 
 
 if __name__ == "__main__":
-    command.run(main, Options)
+    run(main, Options)

@@ -19,6 +19,8 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
+from nltk.metrics.distance import edit_distance
+
 from eval.metrics.text import clinical
 from eval.questions import Question, f1_of
 from infer.extract.places import occurs_in
@@ -65,13 +67,13 @@ def classify(one: Question, note: str = "", witnesses: int = 0) -> str:
         return "misspelling"
     if _shortened(given, right) or _shortened(right, given):
         return "abbreviation"
-    if note and one.name in PHENOTYPES and not PHENOTYPES[one.name].values:
+    if note and is_open(one):
         text = f" {clinical(note)} "
         if (witnesses and f" {predicted[0]} " in text) or not all(f" {answer} " in text for answer in gold):
             return "label noise suspected"
-    closed = one.name in PHENOTYPES and bool(PHENOTYPES[one.name].values)
     alike = set(given.split()) & set(right.split()) - {"mm", "x", "-"} or kinds(given) & kinds(right)
-    if closed and set(one.predicted) & set(PHENOTYPES[one.name].values) or alike:
+    values = PHENOTYPES[one.name].values if one.name in PHENOTYPES else ()
+    if alike or set(one.predicted) & set(values):
         return "another value"
     return "irrelevant"
 
@@ -81,9 +83,14 @@ def kinds(text: str) -> set[str]:
     return {name for name, pattern in _KINDS.items() if pattern.search(text)}
 
 
+def is_open(one: Question) -> bool:
+    """Whether a phenotype's values are words of the note, and not a closed list."""
+    return one.name in PHENOTYPES and not PHENOTYPES[one.name].values
+
+
 def invented(one: Question, note: str) -> int:
     """How many answers to an open phenotype do not occur in the note."""
-    if one.name not in PHENOTYPES or PHENOTYPES[one.name].values:
+    if not is_open(one):
         return 0
     text = f" {clinical(note)} "
     return sum(not occurs_in(answer, note) and f" {clinical(answer)} " not in text for answer in one.predicted)
@@ -97,36 +104,26 @@ def count_failures(
 ) -> dict[str, Any]:
     """Counts of each class with the first few examples, and the invented answers. `others`: the answers that
     independent systems gave, by (record, question): one for each family, since adapters of one base share errors."""
-    counts: dict[str, int] = dict.fromkeys(CLASSES, 0)
     shown: dict[str, list[dict[str, str]]] = {name: [] for name in CLASSES}
-    made_up = wrong = 0
-    for one in questions:
-        note = notes.get(one.record, "")
-        made_up += invented(one, note)
-        if is_right(one):
-            continue
-        wrong += 1
+    for one in (one for one in questions if not is_right(one)):
         same = sum(answer == one.predicted for answer in others.get((one.record, one.name), ()))
-        name = classify(one, note, same)
-        counts[name] += 1
-        if len(shown[name]) < examples:
-            shown[name].append(
-                {
-                    "record": one.record,
-                    "question": one.name,
-                    "right": "; ".join(one.gold) or "not relevant",
-                    "answered": "; ".join(one.predicted)[:200] or ("" if one.empty_output else "not relevant"),
-                }
-            )
+        shown[classify(one, notes.get(one.record, ""), same)].append(
+            {
+                "record": one.record,
+                "question": one.name,
+                "right": "; ".join(one.gold) or "not relevant",
+                "answered": "; ".join(one.predicted)[:200] or ("" if one.empty_output else "not relevant"),
+            }
+        )
     return {
         "n": len(questions),
-        "wrong": wrong,
-        "invented": made_up,
+        "wrong": sum(map(len, shown.values())),
+        "invented": sum(invented(one, notes.get(one.record, "")) for one in questions),
         "answers": sum(len(one.predicted) for one in questions),
         "classes": [
-            {"name": name, "what": CLASSES[name], "count": counts[name], "examples": shown[name]}
-            for name in CLASSES
-            if counts[name]
+            {"name": name, "what": CLASSES[name], "count": len(found), "examples": found[:examples]}
+            for name, found in shown.items()
+            if found
         ],
     }
 
@@ -139,17 +136,7 @@ def _misspelt(a: str, b: str) -> bool:
     if max(len(a), len(b)) < 4 or _GROUP.search(b) or re.findall(r"\d+|[+-]", a) != re.findall(r"\d+|[+-]", b):
         return False
     limit = 1 if min(len(a), len(b)) < 8 else 2
-    return abs(len(a) - len(b)) <= limit and _edits(a, b) <= limit
-
-
-def _edits(a: str, b: str) -> int:
-    """Levenshtein's distance."""
-    row = list(range(len(b) + 1))
-    for i, x in enumerate(a, 1):
-        above, row = row, [i]
-        for j, y in enumerate(b, 1):
-            row.append(min(above[j] + 1, row[-1] + 1, above[j - 1] + (x != y)))
-    return row[-1]
+    return abs(len(a) - len(b)) <= limit and edit_distance(a, b) <= limit
 
 
 def _shortened(short: str, long: str) -> bool:

@@ -13,10 +13,10 @@ token but the first few is predicted from at least half a window.
 
 from __future__ import annotations
 
-import json
 import math
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
@@ -26,8 +26,7 @@ from tqdm import tqdm
 from lora import load_adapter, no_adapter
 from lora.origin import check_origin
 from model import Tokenizer, Transformer
-from model.support import cli as command
-from model.support.cli import UserError
+from model.support.cli import UserError, run
 from model.support.files import check_regular, read_jsonl, write_json
 from model.support.lock import output
 
@@ -46,10 +45,8 @@ class Options:
     """Window in tokens."""
     documents: int = 0
     """Read only the first so many documents (0: all)."""
-    json: bool = False
-    """Print one JSON object."""
     out: Path | None = None
-    """Write that object to this file."""
+    """Write the figures to this file, as JSON."""
     overwrite: bool = False
     """Replace a file that is there."""
 
@@ -62,7 +59,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """Sums over documents. `tokens` were predicted; `unpredicted` first tokens could not be (no begin token)."""
+    """Sums over documents. `tokens` were predicted: without a begin token a document's first one is not."""
 
     documents: int
     tokens: int
@@ -70,7 +67,6 @@ class Result:
     nats: float
     perplexity: float
     bits_per_byte: float
-    unpredicted: int
 
 
 def windows(length: int, block: int) -> Iterator[tuple[int, int, int]]:
@@ -89,25 +85,19 @@ def windows(length: int, block: int) -> Iterator[tuple[int, int, int]]:
 @torch.no_grad()
 def measure(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], block: int = 1024) -> Result:
     """Perplexity and bits per byte of documents under a model. Raises UserError where there is nothing to predict."""
-    nats, tokens, size, documents, first = 0.0, 0, 0, 0, 0
+    nats, tokens, size, documents = 0.0, 0, 0, 0
     for text in texts:
         ids = tokenizer.encode(text, bos=True)
-        first += tokenizer.bos_id is None
         documents += 1
         size += len(text.encode("utf-8"))
         for start, scored, end in windows(len(ids), block):
-            nats += _nats(model, ids[start:end], scored - start)
+            tokens_BT = torch.tensor([ids[start:end]], device=model.device)
+            logits_TV = model(tokens_BT)[0, scored - start - 1 : -1].double()
+            nats += float(functional.cross_entropy(logits_TV, tokens_BT[0, scored - start :], reduction="sum"))
             tokens += end - scored
     if not tokens:
         raise UserError("no token to predict: the text is empty or one token long")
-    return Result(documents, tokens, size, nats, math.exp(min(700.0, nats / tokens)), nats / math.log(2) / size, first)
-
-
-def _nats(model: Transformer, ids: Sequence[int], skip: int) -> float:
-    """−log p of ids[skip:] given the tokens before them in the window."""
-    tokens_BT = torch.tensor([ids], device=model.device)
-    logits_BTV = model(tokens_BT)
-    return float(functional.cross_entropy(logits_BTV[0, skip - 1 : -1].double(), tokens_BT[0, skip:], reduction="sum"))
+    return Result(documents, tokens, size, nats, math.exp(min(700.0, nats / tokens)), nats / math.log(2) / size)
 
 
 def read_texts(path: Path, limit: int = 0) -> list[str]:
@@ -119,42 +109,21 @@ def read_texts(path: Path, limit: int = 0) -> list[str]:
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
     texts = []
-    for number, record in read_jsonl(path, ("text",)):
+    for number, record in islice(read_jsonl(path, ("text",)), limit or None):
         if not isinstance(record["text"], str):
             raise UserError(f"{path}:{number}: 'text' is not a string")
         texts.append(record["text"])
-        if len(texts) == limit:
-            break
     return texts
 
 
 def main(options: Options) -> None:
     texts = read_texts(options.text, options.documents)
-    with output(options.out, options.overwrite):
-        report(options, texts)
-
-
-def report(options: Options, texts: list[str]) -> None:
     if options.adapter is not None:
         check_origin(options.weights, [options.adapter])
-    model, tokenizer = Transformer.from_pretrained(options.weights), Tokenizer.from_pretrained(options.weights)
-
-    def run(name: str) -> Result:
-        return measure(model, tokenizer, tqdm(texts, desc=name, unit="document", disable=None), options.block)
-
-    if options.adapter is None:
-        results = {"weights": run("weights")}
-    else:
-        load_adapter(model, options.adapter)
-        with no_adapter(model):
-            results = {"before": run("before")}
-        results["after"] = run("after")
-    figures = {name: asdict(result) for name, result in results.items()}
-    if options.out is not None:
-        write_json(options.out, figures)
-    if options.json:
-        print(json.dumps(figures, indent=2))
-        return
+    with output(options.out, options.overwrite):
+        results = figures(options, texts)
+        if options.out is not None:
+            write_json(options.out, {name: asdict(one) for name, one in results.items()})
     for name, one in results.items():
         print(
             f"{name:<8} perplexity {one.perplexity:.3f}  bits per byte {one.bits_per_byte:.4f}  "
@@ -162,5 +131,20 @@ def report(options: Options, texts: list[str]) -> None:
         )
 
 
+def figures(options: Options, texts: list[str]) -> dict[str, Result]:
+    """Of the weights; with an adapter, of the model before and after it."""
+    model, tokenizer = Transformer.from_pretrained(options.weights), Tokenizer.from_pretrained(options.weights)
+
+    def measured(name: str) -> Result:
+        return measure(model, tokenizer, tqdm(texts, desc=name, unit="document", disable=None), options.block)
+
+    if options.adapter is None:
+        return {"weights": measured("weights")}
+    load_adapter(model, options.adapter)
+    with no_adapter(model):
+        before = measured("before")
+    return {"before": before, "after": measured("after")}
+
+
 if __name__ == "__main__":
-    command.run(main, Options)
+    run(main, Options)

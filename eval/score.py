@@ -11,18 +11,16 @@ from __future__ import annotations
 
 import json
 import sys
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.failures import invented
+from eval.failures import invented, is_open
 from eval.metrics.presets import chosen
 from eval.metrics.scoring import METRICS
 from eval.metrics.statistics import format_interval
-from eval.questions import Question, figures, pair, read_predictions, read_references
-from infer.tasks import PHENOTYPES
-from model.support import cli as command
-from model.support.cli import UserError
+from eval.questions import Counts, Question, figures, pair, read_predictions, read_references
+from model.support.cli import UserError, run
 
 NAMES = {"exact_match": "exact match", "bleu2": "BLEU-2", "rouge_l": "ROUGE-L", "average_f1": "average F1"}
 
@@ -61,9 +59,12 @@ def groups(questions: list[Question], task: str = "both") -> dict[str, list[Ques
 def main(options: Options) -> None:
     references = read_references(options.references)
     questions, counts = pair(references, read_predictions(options.predictions))
-    result: dict[str, Any] = {"counts": counts.named(), "groups": {}}
+    result: dict[str, Any] = {"counts": asdict(counts), "groups": {}}
     if options.task != "diagnosis":
-        result["invented"] = made_up(questions, {one["id"]: one["text"] for one in references})
+        notes = {one["id"]: one["text"] for one in references}
+        opened = [one for one in questions if is_open(one)]
+        count = sum(invented(one, notes[one.record]) for one in opened)
+        result["invented"] = {"count": count, "answers": sum(len(one.predicted) for one in opened)}
     for name, group in groups(questions, options.task).items():
         if group:
             result["groups"][name] = figures(group, chosen(options.preset).name)
@@ -74,24 +75,13 @@ def main(options: Options) -> None:
         print(json.dumps(result, indent=2))
         return
     print(table(result))
-    warn(counts.named(), str(options.predictions))
-
-
-def made_up(questions: list[Question], notes: dict[str, str]) -> dict[str, int]:
-    """How many answers to open phenotypes there are, and how many of them do not occur in their note (none can where
-    infer.extract was --grounded)."""
-    asked = [one for one in questions if one.name in PHENOTYPES and not PHENOTYPES[one.name].values]
-    return {
-        "count": sum(invented(one, notes[one.record]) for one in asked),
-        "answers": sum(len(one.predicted) for one in asked),
-    }
+    warn(counts, options.predictions)
 
 
 def table(result: dict[str, Any]) -> str:
-    lines, signature = [], ""
+    lines = []
     for name, group in result["groups"].items():
         lines.append(f"{name} (n = {group['n']} questions, {group['patients']} patients)")
-        signature = group["signature"]
         for metric in (*METRICS, "average_f1"):
             value = group[metric]
             if value is None:
@@ -105,23 +95,23 @@ def table(result: dict[str, Any]) -> str:
     if "invented" in result:
         count, answers = result["invented"].values()
         lines.append(f"invented: {count} of {answers} answers to open questions do not occur in the note")
-    return "\n".join([*lines, f"signature {signature}"])
+    return "\n".join([*lines, f"signature {group['signature']}"])
 
 
-def warn(counts: dict[str, Any], where: str) -> None:
+def warn(counts: Counts, where: Path) -> None:
     """Say on stderr what did not pair up."""
-    for kind, what in (
-        ("missing", "notes without a prediction (every question of them is wrong)"),
-        ("extra", "predictions for unknown notes"),
-        ("duplicate", "notes predicted twice (the first counts)"),
-        ("failed", "notes that failed"),
-    ):
-        if ids := counts[kind]:
-            shown = ", ".join(map(str, ids[:5])) + (", …" if len(ids) > 5 else "")
-            print(f"{where}: {len(ids)} {what}: {shown}", file=sys.stderr)
-    if counts["empty_answers"]:
-        print(f"{where}: {counts['empty_answers']} empty answers", file=sys.stderr)
+    kinds = {
+        "notes without a prediction (every question of them is wrong)": counts.missing,
+        "predictions for unknown notes": counts.extra,
+        "notes predicted twice (the first counts)": counts.duplicate,
+        "notes that failed": counts.failed,
+    }
+    for what, ids in kinds.items():
+        if ids:
+            print(f"{where}: {len(ids)} {what}: {', '.join(ids[:5])}{', …' * (len(ids) > 5)}", file=sys.stderr)
+    if counts.empty_answers:
+        print(f"{where}: {counts.empty_answers} empty answers", file=sys.stderr)
 
 
 if __name__ == "__main__":
-    command.run(main, Options)
+    run(main, Options)

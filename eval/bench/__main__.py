@@ -12,7 +12,20 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-NAMES = ("decode", "extract", "gpu", "long", "lookup", "narrow", "plan", "prefill", "rotation", "seven-b", "train")
+NAMES = (
+    "decode",
+    "extract",
+    "gpu",
+    "long",
+    "lookup",
+    "narrow",
+    "placing",
+    "plan",
+    "prefill",
+    "rotation",
+    "seven-b",
+    "train",
+)
 
 
 def main(argv: list[str]) -> int:

@@ -7,7 +7,7 @@ own model in a wider dtype on the same weights: ours holds when its error is at 
 from __future__ import annotations
 
 import unicodedata
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -80,31 +80,33 @@ def compare_all(
     return rows
 
 
+# ---- greedy text ----------------------------------------------------------------------------------------------
+
+Text = tuple[list[int], Tensor]  # the tokens that were chosen, and the logits_NV that chose them
+
+
 @torch.no_grad()
-def greedy(model: Transformer, tokens_1T: Tensor, count: int) -> tuple[list[int], Tensor]:
-    """(tokens, the logits that chose them) of `count` steps with our cache; ties go to the lowest id."""
-    cache, step_1T, chosen, logits = KVCache(model.config), tokens_1T, [], []
+def greedy(step: Callable[[Tensor], Tensor], tokens_1T: Tensor, count: int) -> Text:
+    """`count` greedy tokens; `step` gives the logits_1TV of its tokens after those of the steps before it. Ties go to
+    the lowest id."""
+    chosen: list[int] = []
+    logits: list[Tensor] = []
     for _ in range(count):
-        logits.append(model(step_1T, cache=cache)[0, -1].cpu())
+        logits.append(step(tokens_1T)[0, -1].float().cpu())
         chosen.append(int(logits[-1].argmax()))
-        step_1T = torch.tensor([[chosen[-1]]], device=tokens_1T.device)
+        tokens_1T = torch.tensor([chosen[-1:]], device=tokens_1T.device)
     return chosen, torch.stack(logits)
 
 
 @torch.no_grad()
-def greedy_theirs(model: Any, tokens_1T: Tensor, count: int) -> tuple[list[int], Tensor]:
-    """The same by transformers with its own cache."""
-    past, step_1T, chosen, logits = None, tokens_1T, [], []
-    for _ in range(count):
-        out = model(step_1T, past_key_values=past, use_cache=True)
-        past = out.past_key_values
-        logits.append(out.logits[0, -1].float().cpu())
-        chosen.append(int(logits[-1].argmax()))
-        step_1T = torch.tensor([[chosen[-1]]], device=tokens_1T.device)
-    return chosen, torch.stack(logits)
+def uncached(logits_of: Callable[[Tensor], Tensor], prompt_1T: Tensor, chosen: Sequence[int]) -> Text:
+    """What one pass over prompt and chosen tokens, without a cache, would have chosen at each step."""
+    more = torch.tensor([list(chosen[:-1])], dtype=torch.int64, device=prompt_1T.device)
+    logits = logits_of(torch.cat((prompt_1T, more), dim=1))[0, prompt_1T.shape[1] - 1 :].float().cpu()
+    return logits.argmax(-1).tolist(), logits
 
 
-def compare_text(name: str, got: tuple[list[int], Tensor], wanted: tuple[list[int], Tensor]) -> Row:
+def compare_text(name: str, got: Text, wanted: Text) -> Row:
     """Two greedy runs. A first difference is allowed only where the two best logits lie closer than the error."""
     length = len(got[0])
     first = next((i for i in range(length) if got[0][i] != wanted[0][i]), length)
@@ -118,22 +120,25 @@ def compare_text(name: str, got: tuple[list[int], Tensor], wanted: tuple[list[in
     return Row("generation", name, gap <= 2 * error, error, detail=detail)
 
 
-@torch.no_grad()
-def uncached(logits_of: Any, prompt_1T: Tensor, chosen: Sequence[int]) -> tuple[list[int], Tensor]:
-    """What one pass over prompt and chosen tokens, without a cache, would have chosen at each step."""
-    more = torch.tensor([list(chosen[:-1])], dtype=torch.int64, device=prompt_1T.device)
-    logits = logits_of(torch.cat((prompt_1T, more), dim=1))[0, prompt_1T.shape[1] - 1 :].float().cpu()
-    return logits.argmax(-1).tolist(), logits
-
-
 def generation_rows(model: Transformer, peer: Any, prompt_1T: Tensor, count: int) -> list[Row]:
     """Greedy text of both, each with and without its cache."""
-    mine = greedy(model, prompt_1T, count)
+    cache, past = KVCache(model.config), None
+
+    def their_step(tokens_1T: Tensor) -> Tensor:
+        nonlocal past
+        out = peer(tokens_1T, past_key_values=past, use_cache=True)
+        past = out.past_key_values
+        return out.logits
+
+    mine = greedy(lambda tokens_1T: model(tokens_1T, cache=cache), prompt_1T, count)
     rows = [compare_text("ours, cached and not", uncached(model, prompt_1T, mine[0]), mine)]
     if model.config.window == 1:  # transformers' cached decode is wrong there; its uncached pass is the peer
-        logits_of = lambda tokens: peer(tokens, use_cache=False).logits  # noqa: E731
+        logits_of = lambda tokens_1T: peer(tokens_1T, use_cache=False).logits  # noqa: E731
         return [*rows, compare_text("ours and theirs, uncached", mine, uncached(logits_of, prompt_1T, mine[0]))]
-    return [*rows, compare_text("ours and theirs, cached", mine, greedy_theirs(peer, prompt_1T, count))]
+    return [*rows, compare_text("ours and theirs, cached", mine, greedy(their_step, prompt_1T, count))]
+
+
+# ---- tokenizers -----------------------------------------------------------------------------------------------
 
 
 def tokenizer_rows(
@@ -142,27 +147,23 @@ def tokenizer_rows(
     """Every line back from its ids and placed by its offsets; ids, offsets, begin token, stop ids, added tokens and a
     chat as transformers' tokenizer of the same files has them. `stops` and `theirs`: the ids that the two models'
     configurations list as ends."""
-    back, spans, same, places = [], [], [], []
+    checks: dict[str, list[int]] = {"text → ids → text": [], "offsets cover the text": []}
     library = None if peer is None else _as_its_file(tokenizer, peer)
+    if library is not None:
+        checks |= {"ids as transformers'": [], "offsets as transformers'": []}
     for number, line in enumerate(lines, start=1):
         ids, offsets = tokenizer.encode(line, offsets=True)
-        data = line.encode()
         # a normalizer (é as one letter) changes the text that comes back, and letters of several tokens are whole
-        normal = unicodedata.normalize("NFKC", line)
-        if tokenizer.decode(ids) != line and unicodedata.normalize("NFKC", tokenizer.decode(ids)) != normal:
-            back.append(number)
-        if set(range(len(data))) - {byte for a, b in offsets for byte in range(a, b)}:
-            spans.append(number)
+        back, normal = (unicodedata.normalize("NFKC", text) for text in (tokenizer.decode(ids), line))
+        covered = {byte for start, end in offsets for byte in range(start, end)}
+        holds = [back == normal, covered >= set(range(len(line.encode())))]
         if library is not None:
             found = library(line, add_special_tokens=False, split_special_tokens=True, return_offsets_mapping=True)
-            same += [number] if found.input_ids != ids else []
-            wanted = [tuple(span) for span in found.offset_mapping]
-            places += [number] if to_characters(line, offsets) != wanted else []
-    checks = [("text → ids → text", back), ("offsets cover the text", spans)]
-    if library is not None:
-        checks += [("ids as transformers'", same), ("offsets as transformers'", places)]
+            holds += [found.input_ids == ids, [*map(tuple, found.offset_mapping)] == to_characters(line, offsets)]
+        for wrong, right in zip(checks.values(), holds, strict=True):
+            wrong += [] if right else [number]
     rows = []
-    for name, wrong in checks:
+    for name, wrong in checks.items():
         detail = f"{len(lines) - len(wrong)} of {len(lines)} lines" + (f"; first wrong: {wrong[0]}" if wrong else "")
         rows.append(Row("tokenizer", name, not wrong, detail=detail))
     if peer is None or library is None:

@@ -10,10 +10,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
+import importlib.util
 import sys
 import tempfile
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -46,6 +45,9 @@ LINES = (
 )
 
 
+LONGEST = 1024  # prompt tokens, also where two windows are longer (the summary then says so)
+
+
 @dataclass(frozen=True)
 class Options:
     weights: str
@@ -53,13 +55,10 @@ class Options:
     adapter: str | None = None
     """A PEFT adapter's folder, held against peft too."""
     prompt: str = PROMPT
-    """The text that both models read; repeated until it is longer than two windows (or `tokens`)."""
-    text: str | None = None
-    """A text file whose lines the tokenizers encode and decode."""
+    """The text that both models read; repeated until it is longer than two windows (or `tokens`), up to 1,024
+    tokens."""
     tokens: int = 96
     """The least number of prompt tokens. A prompt within the window would prove nothing about the window."""
-    longest: int = 1024
-    """The most prompt tokens, also where two windows are longer (the summary then says so)."""
     new_tokens: int = 64
     """How many tokens to generate greedily; 0 for none."""
     gradients: bool = True
@@ -104,84 +103,80 @@ class Report:
 
 
 def main(options: Options) -> int:
-    _need_transformers(options.adapter is not None)
+    for package in ("transformers", *(("peft",) if options.adapter else ())):
+        if importlib.util.find_spec(package) is None:
+            raise UserError(f"needs {package}: pip install -c constraints.txt -e '.[parity]'")
     with output(options.json, options.overwrite):
-        return compare(options)
+        report = compare(options)
+        print_rows(report.rows)
+        print(f"\n{report.summary()}")
+        if options.json:
+            found = {"summary": report.summary(), "holds": not report.failed}
+            rows = [dataclasses.asdict(row) for row in report.rows]
+            write_json(options.json, found | {"rows": rows, "fingerprint": fingerprint(options.weights)})
+    return 1 if report.failed else 0
 
 
-def compare(options: Options) -> int:
-    report = hold(options)
+def print_rows(rows: list[Row]) -> None:
     section = ""
-    for row in report.rows:
+    for row in rows:
         if row.section != section:
             section = row.section
             print(f"\n{section:<44} {'max error':>10} {'ULPs':>8} {'cosine':>12}")
         mark = " " if row.ok else "✗"
         numbers = f"{row.error:10.2e} {row.ulps:8d} {row.cosine:12.9f}" if section != "tokenizer" else " " * 32
         print(f"{mark} {row.name:<42} {numbers}  {row.detail}".rstrip())
-    print(f"\n{report.summary()}")
-    if options.json:
-        rows = [dataclasses.asdict(row) for row in report.rows]
-        write_json(
-            options.json,
-            {
-                "summary": report.summary(),
-                "holds": not report.failed,
-                "rows": rows,
-                "fingerprint": fingerprint(options.weights),
-            },
-        )
-    return 1 if report.failed else 0
 
 
-@contextmanager
-def one_thread(wanted: bool) -> Iterator[None]:
-    """Experts are held on one thread: transformers joins their gate and up, and several threads cut so wide a product
-    at other places than ours, which moves its last bits on some processors."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1 if wanted else before)
-    try:
-        yield
-    finally:
-        torch.set_num_threads(before)
-
-
-def hold(options: Options) -> Report:
+def compare(options: Options) -> Report:
     """Run everything that the options ask for and return the rows."""
-    dtype = getattr(torch, options.dtype)
+    dtype, on_cpu = getattr(torch, options.dtype), options.device == "cpu"
     ours = Transformer.from_pretrained(options.weights, dtype=dtype, device=options.device)
-    with one_thread(options.device == "cpu" and bool(ours.config.num_local_experts)):
-        return _held(options, ours, dtype)
+    threads, experts = torch.get_num_threads(), ours.config.num_local_experts
+    if on_cpu and experts:  # several threads cut transformers' joined gate and up elsewhere: other last bits
+        torch.set_num_threads(1)
+    # Experts whose width does not fill vectors: transformers takes silu of half a joined product, row by row, and the
+    # numbers at a row's end go through other instructions (an ULP apart). Bits cannot be compared then, errors are.
+    odd = bool(experts) and ours.config.intermediate_size % 32 != 0
+    wide = torch.float64 if on_cpu and dtype == torch.float32 else torch.float32
+    try:
+        judge = None if on_cpu and dtype == torch.float32 and not odd else wide
+        rows, tokens = compare_rows(options, ours, judge, wide)
+    finally:
+        torch.set_num_threads(threads)
+    return Report(options.weights, ours.config.model_type, tokens.shape[1], ours.config.window, rows)
 
 
-def _held(options: Options, ours: Transformer, dtype: torch.dtype) -> Report:
-    exact = options.device == "cpu" and dtype == torch.float32 and not _odd_experts(ours)
-    wide = torch.float64 if options.device == "cpu" and dtype == torch.float32 else torch.float32
+def compare_rows(
+    options: Options, ours: Transformer, judge: torch.dtype | None, wide: torch.dtype
+) -> tuple[list[Row], Tensor]:
+    """The rows and the prompt's tokens. Stages are judged by our own model in `judge` (None: bit by bit), gradients in
+    `wide`."""
+    dtype = ours.dtype
     tokenizer = _tokenizer(options.weights)
     tokens = prompt_tokens(options, ours, tokenizer)
     mine = _observed(stages.ours, ours, tokens, options.gradients)
-    judge: tuple[stages.Stages, dict[str, Tensor]] | None = None
-    if options.gradients or not exact:
-        judge = _observed(stages.ours, ours.to(wide), tokens, options.gradients)
-        ours = ours.to("meta")
+    exact: tuple[stages.Stages, dict[str, Tensor]] = {}, {}
+    if options.gradients or judge:
+        exact = _observed(stages.ours, ours.to(wide), tokens, options.gradients)
+        ours.to("meta")
         gc.collect()
         ours = Transformer.from_pretrained(options.weights, dtype=dtype, device=options.device)
     with tempfile.TemporaryDirectory() as scratch:
         peer = load_theirs(options.weights, ours, dtype, options.device, Path(scratch))
         their = _observed(stages.theirs, peer, tokens, options.gradients)
-        rows = compare_all("stage", mine[0], their[0], None if exact or judge is None else judge[0])
-        if options.gradients and judge is not None:
-            rows += compare_all("gradient", mine[1], their[1], judge[1])
+        rows = compare_all("stage", mine[0], their[0], exact[0] if judge else None)
+        rows += compare_all("gradient", mine[1], their[1], exact[1])
         if options.new_tokens:
             rows += generation_rows(ours, peer, tokens[:1], options.new_tokens)
         if tokenizer is not None:
-            lines = Path(options.text).read_text("utf-8").splitlines() if options.text else [*LINES, options.prompt]
-            ends = [_ids(part.eos_token_id) for part in (peer.config, peer.generation_config)]
-            theirs = _their_tokenizer(options.weights)
-            rows += tokenizer_rows(tokenizer, theirs, lines, ours.config.eos_token_id, sum(ends, []))
+            listed = [part.eos_token_id for part in (peer.config, peer.generation_config)]
+            ends = [i for ids in listed if ids is not None for i in (ids if isinstance(ids, list) else [ids])]
+            lines, theirs = [*LINES, options.prompt], _their_tokenizer(options.weights)
+            rows += tokenizer_rows(tokenizer, theirs, lines, ours.config.eos_token_id, ends)
         if options.adapter:
-            rows += adapter_rows(options.adapter, ours, peer, tokens, None if exact else wide)
-    return Report(options.weights, ours.config.model_type, tokens.shape[1], ours.config.window, rows)
+            rows += adapter_rows(options.adapter, ours, peer, tokens, judge)
+    return rows, tokens
 
 
 def adapter_rows(adapter: str, ours: Transformer, peer: Any, tokens: Tensor, judge: torch.dtype | None) -> list[Row]:
@@ -203,14 +198,14 @@ def adapter_rows(adapter: str, ours: Transformer, peer: Any, tokens: Tensor, jud
 def prompt_tokens(options: Options, model: Transformer, tokenizer: Tokenizer | None) -> Tensor:
     """tokens_1T of the prompt, repeated past two windows of the narrowest layer; without a tokenizer, drawn by seed."""
     narrow = [window for window in model.config.windows if window is not None]
-    least = min(max(options.tokens, 2 * min(narrow) + 1 if narrow else 0), options.longest)
+    least = min(max(options.tokens, 2 * min(narrow) + 1 if narrow else 0), LONGEST)
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
         return torch.randint(0, model.config.vocab_size, (1, least), generator=generator).to(options.device)
     ids = tokenizer.encode(options.prompt)
     if not ids:
         raise UserError("--prompt is empty; give a text")
-    ids = (ids * -(-least // len(ids)))[: max(least, min(len(ids), options.longest))]
+    ids = (ids * -(-least // len(ids)))[: max(least, min(len(ids), LONGEST))]
     return torch.tensor([ids], device=options.device)
 
 
@@ -238,12 +233,6 @@ def _observed(watch: Any, model: Any, tokens: Tensor, backward: bool) -> tuple[s
     return found, stages.gradients(model, loss) if backward else {}
 
 
-def _odd_experts(model: Transformer) -> bool:
-    """Experts whose width does not fill vectors: transformers takes silu of half a joined product, row by row, and the
-    numbers at a row's end go through other instructions (an ULP apart). Bits cannot be compared then, errors are."""
-    return bool(model.config.num_local_experts) and model.config.intermediate_size % 32 != 0
-
-
 def _tokenizer(weights: str) -> Tokenizer | None:
     try:
         return Tokenizer.from_pretrained(weights)
@@ -260,15 +249,3 @@ def _their_tokenizer(weights: str) -> Any | None:
     if not (folder / "tokenizer.json").is_file() or not (folder / "tokenizer_config.json").is_file():
         return None
     return AutoTokenizer.from_pretrained(folder, local_files_only=True)
-
-
-def _ids(value: Any) -> list[int]:
-    return value if isinstance(value, list) else [] if value is None else [value]
-
-
-def _need_transformers(adapter: bool) -> None:
-    for package in ("transformers", *(("peft",) if adapter else ())):
-        try:
-            __import__(package)
-        except ImportError as error:
-            raise UserError(f"needs {package}: pip install -c constraints.txt -e '.[parity]'") from error

@@ -1,10 +1,10 @@
 """What each stage of a forward pass computes, ours and transformers', under the same names.
 
-    embedding · layer 0 norm · layer 0 q, k (turned by position) · layer 0 v · layer 0 attention · layer 0 second norm ·
+    embedding · layer 0 norm · layer 0 q, k (after rotary) · layer 0 v · layer 0 attention · layer 0 second norm ·
     layer 0 MLP (or experts) · … · final norm · logits · loss
 
-`ours(model, tokens)` and `theirs(model, tokens)` return {stage: tensor} in that order. Nothing is re-implemented here:
-the values are picked up by hooks from the modules that compute them, and from transformers' own eager attention
+`ours(model, tokens)` and `theirs(model, tokens)` return {stage: tensor}, ours in that order. Nothing is re-implemented
+here: the values are picked up by hooks from the modules that compute them, and from transformers' own eager attention
 function, so a stage that differs is the stage that is wrong.
 """
 
@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import contextlib
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch.nn.functional as F
@@ -26,48 +26,46 @@ Stages = dict[str, Tensor]
 
 def ours(model: Transformer, tokens_BT: Tensor) -> tuple[Stages, Tensor]:
     """(stages on the CPU, the loss with its graph) of one plain forward pass."""
-    core, K = model.model, model.config.head_dim
-    watched: dict[str, tuple[nn.Module, Callable[[Tensor], Tensor]]] = {"embedding": (core.embed_tokens, _same)}
-    for index, block in enumerate(core.layers):
-        at = f"layer {index}"
-        attention = block.self_attn
-        watched[f"{at} norm"] = (block.input_layernorm, _same)
-        watched[f"{at} q"], watched[f"{at} k"] = (attention.rotate_q, _same), (attention.rotate_k, _same)
-        watched[f"{at} v"] = (attention.v_proj, lambda x: split_heads(x, K))
-        watched[f"{at} attention"] = (attention, _same)
-        watched[f"{at} second norm"] = (block.post_attention_layernorm, _same)
-        watched[f"{at} {'experts' if model.config.num_local_experts else 'MLP'}"] = (block.feed_forward, _same)
-    watched["final norm"] = (core.norm, _same)
+    core = model.model
+    watched: dict[str, nn.Module] = {"embedding": core.embed_tokens}
+    for number, block in enumerate(core.layers):
+        attention, feed_forward = block.self_attn, "experts" if model.config.num_local_experts else "MLP"
+        parts = {
+            "norm": block.input_layernorm,
+            "q": attention.rotate_q,
+            "k": attention.rotate_k,
+            "v": attention.v_proj,
+            "attention": attention,
+            "second norm": block.post_attention_layernorm,
+            feed_forward: block.feed_forward,
+        }
+        watched |= {f"layer {number} {name}": part for name, part in parts.items()}
+    watched["final norm"] = core.norm
     with _watching(watched) as seen:
         logits_BTV = model(tokens_BT)
-    loss = cross_entropy(logits_BTV, tokens_BT)
-    return {**_in_order(watched, seen), "logits": _kept(logits_BTV), "loss": _kept(loss)}, loss
+    loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+    found = {
+        name: split_heads(seen[name], model.config.head_dim) if name.endswith(" v") else seen[name] for name in watched
+    }
+    return {**found, "logits": _kept(logits_BTV), "loss": _kept(loss)}, loss
 
 
 def theirs(model: Any, tokens_BT: Tensor) -> tuple[Stages, Tensor]:
     """The same of a transformers model of one of our families (eager attention), or of a peft model around one."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     core = causal.model
-    watched: dict[str, tuple[nn.Module, Callable[[Any], Tensor]]] = {"embedding": (core.embed_tokens, _same)}
-    order = ["embedding"]
-    for index, block in enumerate(core.layers):
-        at = f"layer {index}"
-        feed = f"{at} {'experts' if hasattr(block.mlp, 'experts') else 'MLP'}"
-        watched[f"{at} norm"] = (block.input_layernorm, _same)
-        watched[f"{at} attention"] = (block.self_attn, lambda out: out[0])
-        watched[f"{at} second norm"] = (block.post_attention_layernorm, _same)
-        watched[feed] = (block.mlp, _same)
-        order += [f"{at} {part}" for part in ("norm", "q", "k", "v", "attention", "second norm")] + [feed]
-    watched["final norm"] = (core.norm, _same)
+    watched: dict[str, nn.Module] = {"embedding": core.embed_tokens, "final norm": core.norm}
+    for number, block in enumerate(core.layers):
+        parts = {
+            "norm": block.input_layernorm,
+            "attention": block.self_attn,
+            "second norm": block.post_attention_layernorm,
+            "experts" if hasattr(block.mlp, "experts") else "MLP": block.mlp,
+        }
+        watched |= {f"layer {number} {name}": part for name, part in parts.items()}
     with _watching(watched) as seen, _eager_attention(core, seen):
         out = model(tokens_BT, labels=tokens_BT, use_cache=False)
-    named = {name: seen[name] for name in [*order, "final norm"]}
-    return {**named, "logits": _kept(out.logits), "loss": _kept(out.loss)}, out.loss
-
-
-def cross_entropy(logits_BTV: Tensor, tokens_BT: Tensor) -> Tensor:
-    """Mean next-token loss, in the logits' precision."""
-    return F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
+    return {**seen, "logits": _kept(out.logits), "loss": _kept(out.loss)}, out.loss
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
@@ -91,46 +89,37 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _same(x: Tensor) -> Tensor:
-    return x
-
-
 def _kept(x: Tensor) -> Tensor:
     return x.detach().cpu().clone()
 
 
-def _in_order(names: Any, seen: Stages) -> Stages:
-    return {name: seen[name] for name in names}
-
-
 @contextlib.contextmanager
-def _watching(watched: dict[str, tuple[nn.Module, Callable[[Any], Tensor]]]) -> Iterator[Stages]:
+def _watching(watched: dict[str, nn.Module]) -> Iterator[Stages]:
+    """What the modules give while the context is open; of several outputs the first."""
     seen: Stages = {}
 
-    def hook(name: str, pick: Callable[[Any], Tensor]) -> Any:
-        return lambda _module, _inputs, output: seen.__setitem__(name, _kept(pick(output)))
+    def hook(name: str) -> Any:
+        return lambda _module, _inputs, out: seen.update({name: _kept(out[0] if isinstance(out, tuple) else out)})
 
-    handles = [module.register_forward_hook(hook(name, pick)) for name, (module, pick) in watched.items()]
-    try:
+    with contextlib.ExitStack() as stack:
+        for name, module in watched.items():
+            stack.callback(module.register_forward_hook(hook(name)).remove)
         yield seen
-    finally:
-        for handle in handles:
-            handle.remove()
 
 
 @contextlib.contextmanager
 def _eager_attention(core: Any, seen: Stages) -> Iterator[None]:
-    """Note what transformers hands its eager attention function: queries and keys already turned, and values."""
-    place = sys.modules[type(core.layers[0].self_attn).__module__]
-    original = place.eager_attention_forward
+    """Note what transformers passes to its eager attention function: queries and keys after rotary, and values."""
+    source = sys.modules[type(core.layers[0].self_attn).__module__]
+    original = source.eager_attention_forward
 
     def noted(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
-        for name, x in (("q", query), ("k", key), ("v", value)):
-            seen[f"layer {module.layer_idx} {name}"] = _kept(x)
+        parts = {"q": query, "k": key, "v": value}
+        seen.update({f"layer {module.layer_idx} {name}": _kept(x) for name, x in parts.items()})
         return original(module, query, key, value, *rest, **options)
 
-    place.eager_attention_forward = noted  # type: ignore[attr-defined]
+    source.eager_attention_forward = noted  # type: ignore[attr-defined]
     try:
         yield
     finally:
-        place.eager_attention_forward = original  # type: ignore[attr-defined]
+        source.eager_attention_forward = original  # type: ignore[attr-defined]

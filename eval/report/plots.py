@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import re
-import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -64,26 +63,6 @@ def arms(middle: Sequence[float], low: Sequence[float | None], high: Sequence[fl
         [0 if lo is None else max(0, m - lo) for m, lo in zip(middle, low, strict=True)],
         [0 if hi is None else max(0, hi - m) for m, hi in zip(middle, high, strict=True)],
     ]
-
-
-def bars(names: Sequence[str], groups: Mapping[str, Sequence[tuple[float, float, float] | None]], x: str) -> str:
-    """Points with intervals (value, low, high), one line a name, one colour a group."""
-
-    def draw(axes):
-        for turn, ((group, values), colour) in enumerate(zip(groups.items(), COLOURS, strict=False)):
-            offset = 0.16 * (turn - (len(groups) - 1) / 2)
-            points = [(place + offset, *value) for place, value in enumerate(values) if value is not None]
-            if points:
-                at, mid, low, high = zip(*points, strict=True)
-                axes.errorbar(
-                    mid, at, xerr=arms(mid, low, high), fmt="o", color=colour, label=group, capsize=3, markersize=5
-                )
-        axes.set_yticks(range(len(names)), [textwrap.fill(name, 24, break_on_hyphens=False) for name in names])
-        axes.set(xlabel=x, xlim=(-2, 102), ylim=(len(names) - 0.5, -0.5))
-        axes.grid(alpha=0.2, axis="x")
-        axes.legend(frameon=False, fontsize=9, loc="lower center", bbox_to_anchor=(0.5, 1), ncols=2)
-
-    return _svg(draw, f"{x}|{list(names)}|{list(groups)}", height=0.9 + 0.4 * len(names))
 
 
 def _svg(draw, salt: str, height: float) -> str:

@@ -1,14 +1,17 @@
-"""run.json and the results that it names, as our programs write them."""
+"""run.json and the files that it names, as our programs write them."""
 
 from __future__ import annotations
 
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
+from eval.questions import Question, pair, read_predictions, read_references
 from model.support.cli import UserError
 from model.support.files import read_json
 
 Json = dict[str, Any]
+Asked = dict[str, tuple[Json, list[Question], Json]]
 PARTS = ("wrong_labels", "misspelling", "canaries", "retrieval")  # the experiments' results
 
 
@@ -28,3 +31,14 @@ def read_run(run: Path) -> Json:
 def read_parts(run: Path, given: Json) -> Json:
     """The results of the experiments that run.json names; None for the others."""
     return {key: read_json(run / given[key]) if given.get(key) else None for key in PARTS}
+
+
+def read_questions(run: Path, given: Json, test_set: str) -> Asked:
+    """(run.json's entry, questions, what did not pair up) of every system that was asked about a test set."""
+    references, found = read_references(run / given["references"][test_set]), {}
+    for system in given["systems"]:
+        if test_set in system["predictions"]:
+            predictions = read_predictions(run / system["predictions"][test_set])
+            questions, counts = pair(references, predictions, system.get("notes"))
+            found[system["name"]] = system, questions, asdict(counts)
+    return found

@@ -17,7 +17,7 @@ from infer.extract.answers import span_logprob, token_ends
 from infer.extract.places import Span
 
 MARGIN = 0.25
-"""Nats between the two largest losses below which they do not decide (python -m eval.placing)."""
+"""Nats between the two largest losses below which they do not decide (python -m eval.bench placing)."""
 MOST = 8
 """Occurrences that are hidden in turn: each costs a reading of the note from there on. Of a value with more, none is
 decided."""

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import perplexity, placing
+from eval import perplexity
 from eval import run as eval_run
 from eval.bench import __main__ as bench
 from eval.experiments import demo, demo_ner, retrieval_table, tables
@@ -103,7 +103,6 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
         False,
         lambda g, out: perplexity.main(perplexity.Options(g / "none", g / "notes.jsonl", out=out)),
     ),
-    "eval.placing": (False, lambda g, out: placing.main(placing.Options(str(g / "model"), g / "notes.jsonl", out=out))),
     "eval.robustness.canaries": (
         True,
         lambda g, out: run_canaries(

@@ -106,12 +106,13 @@ def test_bits_per_byte_before_and_after_an_adapter(tmp_path, capsys):
             parameter.data.normal_(generator=torch.Generator().manual_seed(2))
     save_adapter(model, tmp_path / "adapter")
     write_jsonl(tmp_path / "texts.jsonl", [{"text": "Left breast mass."}, {"text": "Größe 2 cm"}])
-    asked = {"weights": tmp_path, "text": tmp_path / "texts.jsonl", "json": True}
+    asked = {"weights": tmp_path, "text": tmp_path / "texts.jsonl"}
     found = []
     for adapter in (None, tmp_path / "adapter"):
         perplexity.main(perplexity.Options(adapter=adapter, out=tmp_path / "bits.json", overwrite=True, **asked))
-        found.append(json.loads(capsys.readouterr().out))
-        assert json.loads((tmp_path / "bits.json").read_text()) == found[-1]
+        found.append(json.loads((tmp_path / "bits.json").read_text()))
+        said = capsys.readouterr().out.splitlines()
+        assert [line.split()[0] for line in said] == list(found[-1])
     assert found[0]["weights"] == found[1]["before"] and found[1]["before"]["bytes"] == 17 + 12
     after = perplexity.measure(model, Tokenizer.from_pretrained(tmp_path), ["Left breast mass.", "Größe 2 cm"])
     assert found[1]["after"]["nats"] == pytest.approx(after.nats) != found[1]["before"]["nats"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 from tiny_models import FAMILIES
 
-from eval.parity.program import Options, hold, main
+from eval.parity.program import Options, compare, main
 from lora import LoRAConfig, add_lora, save_adapter
 from lora.adapter import adapted
 from model import Transformer
@@ -16,7 +16,7 @@ from model import Transformer
 def test_every_stage_is_bit_identical(family, published):
     """fp32 on a CPU, prompts longer than two windows; gradients, and greedy text with and without the cache."""
     new = 0 if family == "llama-dynamic" else 16  # past its trained length, its cached keys keep their old angles
-    report = hold(Options(weights=str(published(family)), tokens=40, new_tokens=new))
+    report = compare(Options(weights=str(published(family)), tokens=40, new_tokens=new))
     assert report.failed == [], report.summary()
     stages = [row for row in report.rows if row.section == "stage"]
     assert len(stages) == 3 * 7 + 4 and all(row.error == 0 and row.ulps == 0 for row in stages)
@@ -40,18 +40,18 @@ def test_transformers_loads_what_we_save_bit_for_bit(family, published, tmp_path
     after = AutoModelForCausalLM.from_pretrained(tmp_path / "ours").state_dict()
     assert before.keys() == after.keys()
     assert all(torch.equal(before[name], after[name]) for name in before)
-    report = hold(Options(weights=str(tmp_path / "ours"), tokens=40, new_tokens=0, gradients=False))
+    report = compare(Options(weights=str(tmp_path / "ours"), tokens=40, new_tokens=0, gradients=False))
     assert report.failed == [], report.summary()
 
 
 @pytest.mark.parametrize("family", ["mistral", "llama-3", "mixtral"])
 def test_bf16_is_judged_by_its_error(family, published):
-    report = hold(Options(weights=str(published(family)), tokens=40, new_tokens=0, dtype="bfloat16"))
+    report = compare(Options(weights=str(published(family)), tokens=40, new_tokens=0, dtype="bfloat16"))
     assert report.failed == [], report.summary()
 
 
 def test_experts_of_odd_width_are_judged_by_their_error(published):
-    report = hold(Options(weights=str(published("mixtral", intermediate_size=40)), tokens=40, new_tokens=16))
+    report = compare(Options(weights=str(published("mixtral", intermediate_size=40)), tokens=40, new_tokens=16))
     assert report.failed == [], report.summary()
     assert all(row.error < 1e-5 for row in report.rows if row.section == "stage")
 
@@ -68,7 +68,7 @@ def test_an_adapter_against_peft(family, published, tmp_path):
             if parameter.requires_grad:
                 parameter.data = torch.randn(parameter.shape, generator=generator) * 0.3
     save_adapter(model, tmp_path / "adapter")
-    report = hold(
+    report = compare(
         Options(
             weights=str(published(family)), adapter=str(tmp_path / "adapter"), tokens=40, new_tokens=0, gradients=False
         )

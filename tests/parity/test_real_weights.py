@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from eval.parity.program import Options, hold
+from eval.parity.program import Options, compare
 from model.checkpoints.convert import Options as ConvertOptions
 from model.checkpoints.convert import main as convert
 
@@ -24,7 +24,7 @@ def smollm() -> str:
 
 
 def test_bit_for_bit_from_the_gguf_file(smollm):
-    report = hold(Options(weights=smollm, new_tokens=24, gradients=False))  # the command compares them too
+    report = compare(Options(weights=smollm, new_tokens=24, gradients=False))  # the command compares them too
     assert report.failed == [], report.summary()
     stages = [row for row in report.rows if row.section == "stage"]
     assert len(stages) == 30 * 7 + 4 and all(row.error == 0 for row in stages)
@@ -32,7 +32,7 @@ def test_bit_for_bit_from_the_gguf_file(smollm):
 
 def test_bit_for_bit_from_converted_safetensors(smollm, tmp_path):
     convert(ConvertOptions(smollm, str(tmp_path / "m")))
-    report = hold(Options(weights=str(tmp_path / "m"), new_tokens=0, gradients=False))
+    report = compare(Options(weights=str(tmp_path / "m"), new_tokens=0, gradients=False))
     assert report.failed == [], report.summary()
     assert any(row.name == "ids as transformers'" for row in report.rows)
 

@@ -14,7 +14,7 @@ from eval.experiments.demo import SCALES
 from eval.experiments.programs import PARTS
 from eval.experiments.steps import Run
 from eval.experiments.tables import SIZES, Demo, Options, described, finished_demo, main, steps
-from eval.report.build import render
+from eval.report.page import render
 from eval.report.paper import PAPER
 from eval.report.run_file import read_parts
 from eval.robustness.canaries import Canaries

@@ -15,8 +15,9 @@ from eval import compare, score
 from eval.failures import CLASSES, classify, invented, is_right
 from eval.metrics.ledger import ONE_WORD, ledger
 from eval.questions import Question, figures, pair, read_predictions, read_references, score_question
-from eval.report.build import build, terminal_table, write
+from eval.report.build import build, write
 from eval.report.examples import examples, pieces
+from eval.report.page import terminal_table
 from model.support.cli import UserError
 from model.support.files import write_json, write_jsonl
 from train.importers import conll
@@ -242,7 +243,7 @@ def test_terminal_table_names_systems_and_n(run):
 def test_nothing_is_dropped_in_silence():
     questions, counts = pair([note(0, "a"), note(1, "a")], [answer(0), answer(0, size="9 cm"), answer(7)])
     assert (counts.missing, counts.duplicate, counts.extra) == (["n1"], ["n0"], ["n7"])
-    assert len(questions) == 8 and counts.empty == 4
+    assert len(questions) == 8 and counts.empty_answers == 4
     assert figures([q for q in questions if q.name == "tumor_size"])["exact_match"]["f1"] == 50
 
 
@@ -470,7 +471,10 @@ def call(*arguments):
         (lambda run: (run / "heldout.jsonl").write_text('{"id": 1}\n'), "heldout.jsonl:1: lacks the field 'text'"),
         (lambda run: given(run, systems=[{"name": "a", "predictions": {}}]), r"systems\[0\] lacks kind"),
         (lambda run: given(run, references=["x"]), "run.json: 'systems' or 'references' is missing"),
-        (lambda run: write_jsonl(run / "curve.jsonl", [{"step": 1, "loss": "low"}]), "curve.jsonl:1: 'step', 'loss'"),
+        (
+            lambda run: write_jsonl(run / "curve.jsonl", [{"step": 1, "loss": "low"}]),
+            "curve.jsonl:1: 'step' and 'loss'",
+        ),
         (lambda run: given(run, retrieval="report.json"), "report.json: no such file"),
     ],
 )

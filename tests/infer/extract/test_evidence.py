@@ -1,6 +1,5 @@
 """Where a repeated value was read: what the answer loses without each occurrence, and what a record says of it."""
 
-import json
 from copy import copy
 
 import pytest
@@ -9,9 +8,10 @@ from answering_models import tiny_model, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval import placing
+from eval.bench import placing
 from infer import tasks
 from infer.engine.generate import Generator, Settings
+from infer.engine.load import load
 from infer.extract.ask import FORMS, Answer, Asker, Limits
 from infer.extract.evidence import MARGIN, MOST, Forced, decide
 from infer.extract.notes import Note
@@ -19,7 +19,7 @@ from infer.extract.places import occurrences
 from infer.extract.schedule import Work
 from infer.retrieval.repair import Change
 from infer.retrieval.repaired_note import repair_note
-from model.support.files import write_jsonl
+from model.support.files import read_jsonl, write_jsonl
 
 NOTE = "A cyst of 2.5 cm. Tumor: 2.5 cm (not 12.5 cm); left, LEFT breast. 2.5 cm"
 
@@ -170,8 +170,8 @@ def test_ambiguous_places_are_the_original_notes_after_repair():
     assert (found["start"], found["end"], found["ambiguous"]) == (11, 15, [[0, 4]])
 
 
-def test_the_measuring_program_counts_repeated_values(tmp_path, capsys):
-    """`python -m eval.placing` over three notes: which values it takes, and its shares from their losses."""
+def test_the_measuring_program_counts_repeated_values(tmp_path):
+    """`python -m eval.bench placing` over three notes: which values it takes, and its shares from their losses."""
     weights = write_model(tmp_path / "model")
 
     def note(name, text, *answers):
@@ -189,16 +189,18 @@ def test_the_measuring_program_counts_repeated_values(tmp_path, capsys):
             ),  # named otherwise: none of the two
         ],
     )
-    options = placing.Options(str(weights), tmp_path / "n.jsonl", out=tmp_path / "o.json", dtype="float64")
-    placing.main(options)
-    found = json.loads((tmp_path / "o.json").read_text())
-    rows = found["rows"]
-    assert [(row["id"], row["phenotype"], len(row["spans"])) for row in rows] == [
+    found = placing.rows(str(weights), str(tmp_path / "n.jsonl"), dtype="float64")
+    by_name = {(row.name, row.peer_name): row for row in found}
+    first, last = (by_name["placed right: all", f"{which} occurrence"] for which in ("first", "last"))
+    assert first.setting == "2 values of 3 notes" and (first.peer, last.peer) == (50.0, 0.0)
+    records = [record for _, record in read_jsonl(tmp_path / "n.jsonl")]
+    model, tokenizer = load(str(weights), (), "float64")
+    values = placing.measure(Asker(Generator(model, tokenizer), "phenotype", "template", Limits()), records)
+    assert [(row["id"], row["phenotype"], len(row["spans"])) for row in values] == [
         ("a", "tumor_size", 3),
         ("a", "tumor_laterality", 2),
     ]
-    best = [row["spans"][max(range(len(row["losses"])), key=row["losses"].__getitem__)] for row in rows]
-    assert found["right"] == 50.0 * sum(one == row["right"] for one, row in zip(best, rows, strict=True))
-    assert (found["first"], found["last"], found["values"]) == (50.0, 0.0, 2)
-    assert found["margins"][0]["decided"] == 100.0 and any(row["margin"] == MARGIN for row in found["margins"])
-    assert "2 repeated values of 3 notes" in capsys.readouterr().out
+    best = [row["spans"][max(range(len(row["losses"])), key=row["losses"].__getitem__)] for row in values]
+    assert first.ours == 50.0 * sum(one == row["right"] for one, row in zip(best, values, strict=True))
+    assert by_name["margin 0.0", None].setting == "100.0 % decided"
+    assert any(row.name == f"margin {MARGIN} (in use)" for row in found)

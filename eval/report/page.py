@@ -1,0 +1,165 @@
+"""How a report is shown: as one HTML page that needs nothing else, and as a table in a terminal."""
+
+from __future__ import annotations
+
+from datetime import timedelta
+from pathlib import Path
+from typing import Any
+
+import jinja2
+
+from eval.metrics import PRESETS
+from eval.metrics.scoring import METRICS
+from eval.metrics.statistics import format_interval
+from eval.report.plots import lines
+from eval.score import NAMES
+from infer.tasks import PHENOTYPES
+
+Json = dict[str, Any]
+TASK_TITLES = {"phenotype": "phenotypes", "diagnosis": "diagnosis", "phenotype, unanswerable": "not relevant"}
+
+
+def terminal_table(report: Json) -> str:
+    """The report's main figures as text: exact-match F1 and average F1 with intervals and numbers of questions."""
+    width = max(32, *(len(row["name"]) for part in report["sets"].values() for row in part["systems"]))
+    found = []
+    for name, part in report["sets"].items():
+        found.append(f"{part['title']} ({name}): {part['notes']} notes of {part['patients']} patients")
+        columns = "".join(f"{title:<27}" for title in TASK_TITLES.values())
+        found.append(f"  {'exact-match F1 [95 % interval] n':<{width}}  {columns}average F1")
+        for row in part["systems"]:
+            group = row["clinical"]
+            own = "own question" if "own question" in group else ""
+            tasks = (own, "", f"{own}, unanswerable") if own else tuple(TASK_TITLES)
+            cells = "".join(f"{cell(group.get(task)):<27}" for task in tasks)
+            average = " / ".join(f"{group[task]['average_f1']['f1']:.1f}" for task in tasks[:2] if group.get(task))
+            found.append(f"  {row['name']:<{width}}  {cells}{average}")
+        found.append("")
+    return "\n".join(
+        [
+            *found,
+            "average F1: phenotypes / diagnosis, mean of exact match, BLEU-2 and ROUGE-L; gold against gold is 100 "
+            "under the clinical scorer used here",
+        ]
+    )
+
+
+def cell(group: Json | None) -> str:
+    if group is None:
+        return "–"
+    exact = group["exact_match"]
+    return f"{exact['f1']:5.1f} {format_interval(exact['low'], exact['high'])} {group['n']}"
+
+
+def render(report: Json) -> str:
+    """The report as one HTML page that needs nothing else."""
+    environment = jinja2.Environment(
+        loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
+    )
+    environment.filters |= {
+        "figure": lambda value: "–" if value is None else f"{value:.1f}",
+        "words": lambda name: name.replace("_", " "),
+        "clock": lambda seconds: "–" if seconds is None else str(timedelta(seconds=round(seconds))),
+    }
+    return environment.get_template("report.html").render(
+        report=report,
+        plots=plots(report),
+        metrics=METRICS,
+        names=NAMES,
+        phenotypes=list(PHENOTYPES),
+        presets=PRESETS,
+        asked=prompting_notes(report),
+        ceilings=ceilings,
+        verdicts=list(filter(None, map(verdict, report["sets"].values()))),
+        host=host_line(report.get("host")),
+        has_own=any("own question" in row["clinical"] for part in report["sets"].values() for row in part["systems"]),
+    )
+
+
+def verdict(part: Json) -> str:
+    """One sentence on a test set: what the best model reaches, and what is reached without one."""
+    task = "phenotype" if any(row["clinical"].get("phenotype") for row in part["systems"]) else "own question"
+    rows = sorted(
+        (row for row in part["systems"] if row["clinical"].get(task)),
+        key=lambda row: row["clinical"][task]["exact_match"]["f1"],
+    )
+    models = [row for row in rows if row["kind"] in ("model", "base")]
+    others = [row for row in rows if row["kind"] not in ("model", "base")]
+    if not models:
+        return ""
+
+    def reached(row: Json, of_task: str, of_diagnosis: str) -> str:
+        exact, diagnosis = row["clinical"][task]["exact_match"], row["clinical"].get("diagnosis")
+        said = f"{exact['f1']:.1f} {format_interval(exact['low'], exact['high'])}".rstrip() + of_task
+        return said + (f" and {diagnosis['exact_match']['f1']:.1f}{of_diagnosis}" if diagnosis else "")
+
+    best = reached(models[-1], " on phenotypes" if task == "phenotype" else "", " on diagnoses")
+    title = part["title"][:1].upper() + part["title"][1:]
+    sentence = f"{title}: {models[-1]['name']} reaches an exact-match F1 of {best}"
+    if others:
+        sentence += f"; without a model, {others[-1]['name']}: {reached(others[-1], '', '')}"
+    return f"{sentence} ({part['patients']} patients)."
+
+
+def host_line(host: Json | None) -> str:
+    """The machine in a few words."""
+    host = host or {}
+    parts = [str(host[key]) for key in ("gpu", "cpu", "processor") if host.get(key)][:1]
+    parts += [f"{host['cores']} cores"] if host.get("cores") else []
+    parts += [f"torch {host['torch']}"] if host.get("torch") else []
+    return ", ".join(parts)
+
+
+def prompting_notes(report: Json) -> dict[str, list[str]]:
+    """How the systems were asked, each way with their names; what run.json does not say is left out."""
+    found: dict[str, list[str]] = {}
+    for row in next(iter(report["sets"].values()))["systems"]:
+        if row["grounded"] is not None and row["form"] is not None:
+            form = "the tuning's form" if row["form"] == "template" else "their own chat form"
+            how = "grounded: spans of the note, closed values, existing ICD-10-CM entries"
+            how = how if row["grounded"] else "freely"
+            found.setdefault(f"asked in {form}, answering {how}", []).append(row["name"])
+    return found
+
+
+def ceilings(rows: list[Json], preset: str, task: str) -> list[tuple[list[str], Json]]:
+    """What gold against gold gives, with the systems' names: once where it is the same for all, since a system that
+    was given fewer notes has other right answers to reach."""
+    found: dict[str, tuple[list[str], Json]] = {}
+    for row in rows:
+        if group := row[preset].get(task):
+            key = str([group[name] and round(group[name]["ceiling"], 1) for name in ("average_f1", *METRICS)])
+            found.setdefault(key, ([], group))[0].append(row["name"])
+    return list(found.values())
+
+
+def plots(report: Json) -> dict[str, str]:
+    """The report's plots, as SVG text."""
+    found = {}
+    for name, curve in report["curves"].items():
+        series: Json = {"training": (curve["step"], curve["loss"])}
+        if curve["valid_step"]:
+            series["held out"] = (curve["valid_step"], curve["valid_loss"])
+        found[f"curve {name}"] = lines(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)
+    for name, x in (("wrong_labels", "wrong training labels, %"), ("misspelling", "misspelled words, %")):
+        if report[name]:
+            found[name] = lines(corruption(report[name]), x, "average F1", zero=True)
+    if report["canaries"]:
+        series = {}
+        for name, rows in report["canaries"]["rows"].items():
+            bits = [[row[key] for row in rows] for key in ("exposure", "low", "high")]
+            series[name] = ([str(row["count"]) for row in rows], *bits)
+        found["canaries"] = lines(series, "notes with the canary", "exposure, bits", zero=True)
+    return found
+
+
+def corruption(part: Json) -> dict[str, tuple]:
+    """A curve's lines: average F1 with its interval for each task and series, by rate in percent."""
+    found = {}
+    for task in ("phenotype", "diagnosis"):
+        for name, entry in part["series"].items():
+            rows = [(rate, row["average_f1"]) for rate, row in zip(entry["rates"], entry[task], strict=True) if row]
+            if rows:
+                f1s = [[row[key] for _, row in rows] for key in ("f1", "low", "high")]
+                found[f"{TASK_TITLES[task]}, {name}"] = ([100 * rate for rate, _ in rows], *f1s)
+    return found
