@@ -16,13 +16,14 @@ from __future__ import annotations
 import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from itertools import product
+from typing import Any, NamedTuple
 
 from infer.codes import describe, is_billable, lookup
 from infer.tasks import PHENOTYPES, diagnosis_answer
 
 Answers = dict[str, Any]
+Records = Sequence[Mapping[str, Any]]
 
 _NUMBER = r"\d+(?:\.\d+)?"
 _UNIT = r"(?:cm|mm|centimeters?|millimeters?)"
@@ -54,10 +55,11 @@ _ASIDE = re.compile(
 )
 _NUMERALS = {"i": 1, "ii": 2, "iii": 3, "iv": 4, "1": 1, "2": 2, "3": 3, "4": 4}
 _WORD_GRADES = {"well": 1, "low": 1, "moderately": 2, "intermediate": 2, "poorly": 3, "high": 3}
+_SIDES = {"l": "left", "r": "right", "b": "bilateral"}
+_PICKS = ("first", "last", "largest", "commonest")
 
 
-@dataclass(frozen=True)
-class Found:
+class Found(NamedTuple):
     """One candidate answer: where it starts, and its weight where the largest is wanted (mm)."""
 
     value: str
@@ -65,226 +67,194 @@ class Found:
     amount: float = 0.0
 
 
-@dataclass(frozen=True)
-class Reading:
-    """How to choose among candidates: `pick` one of first, last, largest or commonest, outside sentences that speak
-    of relatives and the past (`aside`), after a cue word of the phenotype if there is one (`cued`)."""
+class Reading(NamedTuple):
+    """How to choose among candidates: `pick` one, outside sentences that speak of relatives and the past (`aside`),
+    after a cue word of the phenotype if there is one (`cued`)."""
 
     pick: str
     aside: bool
     cued: bool
 
 
-_READINGS = [
-    Reading(p, a, c) for p in ("first", "last", "largest", "commonest") for a in (True, False) for c in (True, False)
-]
-
-
-def empty_answers() -> Answers:
-    """The answer "not relevant" to every phenotype, and no diagnosis."""
-    return {"phenotypes": {name: [] for name in PHENOTYPES}, "diagnosis": ""}
-
-
 class MajorityBaseline:
     """Answers every note alike: the commonest non-empty training answer of each phenotype, the commonest diagnosis."""
 
-    def fit(self, records: Iterable[Mapping[str, Any]]) -> MajorityBaseline:
+    def fit(self, records: Records) -> MajorityBaseline:
         """Count the answers of training records. Ties go to the answer met first."""
-        counts: dict[str, Counter[tuple[str, ...]]] = {name: Counter() for name in PHENOTYPES}
-        diagnoses: Counter[str] = Counter()
-        for record in records:
-            for name, spans in record["phenotypes"].items():
-                if spans:
-                    counts[name][tuple(span["text"] for span in spans)] += 1
-            diagnoses[diagnosis_answer(record["diagnosis"]["text"], record["diagnosis"]["code"]).strip()] += 1
-        self._answers = empty_answers()
-        for name, count in counts.items():
-            self._answers["phenotypes"][name] = list(count.most_common(1)[0][0]) if count else []
-        self._answers["diagnosis"] = diagnoses.most_common(1)[0][0] if diagnoses else ""
+        self._phenotypes = {}
+        for name in PHENOTYPES:
+            counts = Counter(texts for record in records if (texts := tuple(texts_of(record, name))))
+            self._phenotypes[name] = commonest(counts, ())
+        given = (record["diagnosis"] for record in records)
+        self._diagnosis = commonest(Counter(diagnosis_answer(one["text"], one["code"]).strip() for one in given), "")
         return self
 
     def answers(self, text: str) -> Answers:
         """The same answers for every text."""
-        return {
-            "phenotypes": {k: list(v) for k, v in self._answers["phenotypes"].items()},
-            "diagnosis": self._answers["diagnosis"],
-        }
-
-
-def _millimetres(size: str) -> float:
-    numbers = [float(number) for number in re.findall(_NUMBER, size)]
-    return max(numbers) * (1 if re.search(r"mm|millim", size, re.I) else 10)
-
-
-def _listed(words: Iterable[str]) -> re.Pattern[str] | None:
-    longest_first = sorted(set(words), key=lambda word: (-len(word), word))
-    if not longest_first:
-        return None
-    return re.compile(r"(?<![\w-])(?:" + "|".join(re.escape(word) for word in longest_first) + r")(?![\w-])", re.I)
+        phenotypes = {name: list(texts) for name, texts in self._phenotypes.items()}
+        return {"phenotypes": phenotypes, "diagnosis": self._diagnosis}
 
 
 class RegexBaseline:
     """Regular expressions, word lists from the training answers, and the reading that suits each phenotype best."""
 
-    def fit(self, records: Sequence[Mapping[str, Any]]) -> RegexBaseline:
+    def fit(self, records: Records) -> RegexBaseline:
         """Learn word lists, cue words and readings from training records; nothing else is ever looked at."""
-        self._vocabulary = {
-            name: _listed(self._answer_words(records, name)) for name in ("tumor_site", "histological_type")
-        }
-        self._shown: dict[str, dict[str, Counter[str]]] = {
-            "cancer_grade": defaultdict(Counter),
-            "cancer_stage": defaultdict(Counter),
-        }
+        self._words: dict[str, re.Pattern[str]] = {}
+        for name in ("tumor_site", "histological_type"):
+            self._words[name] = any_of(text for record in records for text in texts_of(record, name))
+        self._grades: dict[str, Counter[str]] = defaultdict(Counter)  # by the words that show them
         for record in records:
             for span in record["phenotypes"]["cancer_grade"]:
-                evidence = record["text"][span["start"] : span["end"]].lower()
-                self._shown["cancer_grade"][evidence][span["text"]] += 1
-        self._grades = _listed(self._shown["cancer_grade"])
+                self._grades[record["text"][span["start"] : span["end"]].lower()][span["text"]] += 1
+        self._words["cancer_grade"] = any_of(self._grades)
         self._cues = {name: self._cue_words(records, name) for name in PHENOTYPES}
         self._reading = {name: self._best_reading(records, name) for name in PHENOTYPES}
-        self._fit_diagnosis(records)
+        self._codes: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
+        for record in records:
+            for key in code_keys(self._phenotypes(record["text"])):
+                self._codes[key][record["diagnosis"]["code"]] += 1
         return self
 
     def answers(self, text: str) -> Answers:
         """The baseline's answers for a note."""
-        found = empty_answers()
-        for name in PHENOTYPES:
-            found["phenotypes"][name] = self._answer(text, name, self._reading[name])
-        found["diagnosis"] = self._diagnosis(found["phenotypes"])
-        return found
+        phenotypes = self._phenotypes(text)
+        return {"phenotypes": phenotypes, "diagnosis": self._diagnosis(phenotypes)}
 
-    # ---- phenotypes ------------------------------------------------------------------------------------------
+    def _phenotypes(self, text: str) -> dict[str, list[str]]:
+        return {
+            name: self._chosen(self._candidates(text, name), text, name, self._reading[name]) for name in PHENOTYPES
+        }
 
-    @staticmethod
-    def _answer_words(records: Iterable[Mapping[str, Any]], name: str) -> list[str]:
-        return [span["text"].lower() for record in records for span in record["phenotypes"][name]]
-
-    def _cue_words(self, records: Iterable[Mapping[str, Any]], name: str) -> frozenset[str]:
-        """The words that precede right candidates at least twice as often as before wrong ones."""
+    def _cue_words(self, records: Records, name: str) -> frozenset[str]:
+        """The words that precede right candidates at least twice as often as wrong ones."""
         right: Counter[str] = Counter()
         wrong: Counter[str] = Counter()
         for record in records:
-            answers = {span["text"].lower() for span in record["phenotypes"][name]}
+            answers = lowered(texts_of(record, name))
             for found in self._candidates(record["text"], name):
                 count = right if found.value.lower() in answers else wrong
-                count.update(set(self._before(record["text"], found.start)))
+                count.update(words_before(record["text"], found.start))
         return frozenset(word for word, times in right.items() if times >= 3 and times >= 2 * wrong[word])
 
-    @staticmethod
-    def _before(text: str, start: int) -> list[str]:
-        return re.findall(r"[a-z]+|:", text[max(0, start - 30) : start].lower())[-4:]
-
-    def _best_reading(self, records: Sequence[Mapping[str, Any]], name: str) -> Reading:
-        candidates = [(record, self._candidates(record["text"], name)) for record in records]
+    def _best_reading(self, records: Records, name: str) -> Reading:
+        found = [(record, self._candidates(record["text"], name)) for record in records]
 
         def right(reading: Reading) -> int:
             return sum(
-                {answer.lower() for answer in self._chosen(found, record["text"], name, reading)}
-                == {span["text"].lower() for span in record["phenotypes"][name]}
-                for record, found in candidates
+                lowered(self._chosen(candidates, record["text"], name, reading)) == lowered(texts_of(record, name))
+                for record, candidates in found
             )
 
-        return max(_READINGS, key=right)
-
-    def _answer(self, text: str, name: str, reading: Reading) -> list[str]:
-        return self._chosen(self._candidates(text, name), text, name, reading)
+        return max((Reading(*one) for one in product(_PICKS, (True, False), (True, False))), key=right)
 
     def _chosen(self, found: list[Found], text: str, name: str, reading: Reading) -> list[str]:
         if reading.aside:
-            found = [one for one in found if not _ASIDE.search(self._sentence(text, one.start))]
+            found = [one for one in found if not _ASIDE.search(sentence_at(text, one.start))]
         if reading.cued:
-            cued = [one for one in found if self._cues[name] & set(self._before(text, one.start))]
-            found = cued or found
+            found = [one for one in found if self._cues[name] & words_before(text, one.start)] or found
+        values = [one.value for one in found]
         if name.startswith("hormone"):
-            return list(dict.fromkeys(one.value for one in found))
-        if not found:
-            return []
-        if reading.pick == "commonest":
-            return [Counter(one.value for one in found).most_common(1)[0][0]]
-        if reading.pick == "largest":
+            return list(dict.fromkeys(values))
+        if reading.pick == "largest" and found:
             return [max(found, key=lambda one: (one.amount, len(one.value))).value]
-        return [found[0 if reading.pick == "first" else -1].value]
-
-    @staticmethod
-    def _sentence(text: str, position: int) -> str:
-        start = max(text.rfind(". ", 0, position), text.rfind("\n", 0, position)) + 1
-        ends = [end for end in (text.find(". ", position), text.find("\n", position)) if end >= 0]
-        return text[start : min(ends, default=len(text))]
+        if reading.pick == "commonest":
+            return [value for value, _ in Counter(values).most_common(1)]
+        return values[:1] if reading.pick == "first" else values[-1:]
 
     def _candidates(self, text: str, name: str) -> list[Found]:
         if name == "tumor_size":
-            return [Found(m[0], m.start(), _millimetres(m[0])) for m in _SIZE.finditer(text)]
+            return [Found(m[0], m.start(), millimetres(m[0])) for m in _SIZE.finditer(text)]
         if name in ("tumor_site", "histological_type"):
-            words = self._vocabulary[name]
-            return [Found(m[0], m.start()) for m in words.finditer(text)] if words else []
+            return [Found(m[0], m.start()) for m in self._words[name].finditer(text)]
         if name == "cancer_stage":
-            groups = [Found(m[1], m.start(1), 1.0) for m in _GROUP.finditer(text)]
+            groups = [Found(m[1], m.start(1)) for m in _GROUP.finditer(text)]
             return groups or [Found(m[0], m.start()) for m in _TNM.finditer(text)]
         if name == "cancer_grade":
             return self._grade_candidates(text)
         if name == "tumor_laterality":
-            sides = {"l": "left", "r": "right", "b": "bilateral"}
-            return [Found(sides[m[0][0].lower()], m.start()) for m in _SIDE.finditer(text)]
-        return self._receptor_candidates(text, status=name.endswith("status"))
+            return [Found(_SIDES[m[0][0].lower()], m.start()) for m in _SIDE.finditer(text)]
+        return receptor_candidates(text, status=name.endswith("status"))
 
     def _grade_candidates(self, text: str) -> list[Found]:
         found = {}
         for match in _GRADE.finditer(text):
             grade = (match["named"] or match["tier"] or match["number"]).lower()
             found[match.start()] = Found(f"grade {_WORD_GRADES.get(grade) or _NUMERALS[grade]}", match.start())
-        for match in self._grades.finditer(text) if self._grades else ():
-            value = self._shown["cancer_grade"][match[0].lower()].most_common(1)[0][0]
+        for match in self._words["cancer_grade"].finditer(text):
+            value = commonest(self._grades[match[0].lower()], "")
             found[match.start()] = Found(value, match.start(), 1.0)
         return [found[start] for start in sorted(found)]
-
-    @staticmethod
-    def _receptor_candidates(text: str, status: bool) -> list[Found]:
-        triple = re.search(r"triple[\s-]neg|TNBC", text, re.I)
-        if triple:
-            return [Found(name + "-" * status, triple.start()) for name in _RECEPTORS]
-        found = []
-        for name, pattern in _RECEPTORS.items():
-            for match in re.finditer(pattern, text, re.I):
-                after = re.split(r"[;.\n]|\band\b|, (?=[A-Zep])", text[match.end() : match.end() + 40])[0]
-                result = _RESULT.search(after)
-                if result is None or _PENDING.search(after) and not result["equivocal"]:
-                    continue
-                sign = "+" if result["plus"] else "-" if result["minus"] else " equivocal"
-                found.append(Found(name + (sign if status else ""), match.start()))
-                break
-        return sorted(found, key=lambda one: one.start)
-
-    # ---- diagnosis -------------------------------------------------------------------------------------------
-
-    def _fit_diagnosis(self, records: Sequence[Mapping[str, Any]]) -> None:
-        """Which code the training notes give to a site, side and histology as the expressions find them."""
-        self._codes: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
-        for record in records:
-            found = {name: self._answer(record["text"], name, self._reading[name]) for name in PHENOTYPES}
-            for key in self._keys(found):
-                self._codes[key][record["diagnosis"]["code"]] += 1
-
-    @staticmethod
-    def _keys(found: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
-        site, side, kind = (
-            "/".join(found[name]).lower() for name in ("tumor_site", "tumor_laterality", "histological_type")
-        )
-        return [
-            ("site, side, type", site, side, kind),
-            ("site, side", site, side),
-            ("type", kind),
-            ("site", site),
-            ("any",),
-        ]
 
     def _diagnosis(self, found: Mapping[str, Sequence[str]]) -> str:
         """The commonest training code of the most specific key that training met; failing both site and type, the code
         whose ICD description is nearest to the words found."""
-        keys = self._keys(found)
-        if all(key not in self._codes for key in keys[:2]):
+        keys = code_keys(found)
+        if found["tumor_site"] and all(key not in self._codes for key in keys[:2]):
             words = " ".join(("malignant neoplasm", *found["tumor_site"], *found["tumor_laterality"]))
-            near = [code for code in lookup(words) if is_billable(code)]
-            if near and found["tumor_site"]:
+            if near := [code for code in lookup(words) if is_billable(code)]:
                 return diagnosis_answer(describe(near[0]), near[0]).strip()
-        code = next((self._codes[key].most_common(1)[0][0] for key in keys if key in self._codes), "")
+        code = next((commonest(self._codes[key], "") for key in keys if key in self._codes), "")
         return diagnosis_answer(describe(code), code).strip() if code else ""
+
+
+def texts_of(record: Mapping[str, Any], name: str) -> list[str]:
+    return [span["text"] for span in record["phenotypes"].get(name) or ()]
+
+
+def lowered(texts: Iterable[str]) -> set[str]:
+    return {text.lower() for text in texts}
+
+
+def commonest(counts: Counter[Any], otherwise: Any) -> Any:
+    return counts.most_common(1)[0][0] if counts else otherwise
+
+
+def any_of(words: Iterable[str]) -> re.Pattern[str]:
+    """Any of the words, the longest first; of no words, a pattern that matches nothing."""
+    longest_first = sorted(lowered(words), key=lambda word: (-len(word), word))
+    return re.compile(r"(?<![\w-])(?:" + ("|".join(map(re.escape, longest_first)) or "(?!)") + r")(?![\w-])", re.I)
+
+
+def millimetres(size: str) -> float:
+    return max(map(float, re.findall(_NUMBER, size))) * (1 if re.search(r"mm|millim", size, re.I) else 10)
+
+
+def words_before(text: str, start: int) -> set[str]:
+    return set(re.findall(r"[a-z]+|:", text[max(0, start - 30) : start].lower())[-4:])
+
+
+def sentence_at(text: str, position: int) -> str:
+    start = max(text.rfind(". ", 0, position), text.rfind("\n", 0, position)) + 1
+    ends = [end for end in (text.find(". ", position), text.find("\n", position)) if end >= 0]
+    return text[start : min(ends, default=len(text))]
+
+
+def receptor_candidates(text: str, status: bool) -> list[Found]:
+    """Each receptor's first mention with a result, as its name alone or with the sign of its status."""
+    if triple := re.search(r"triple[\s-]neg|TNBC", text, re.I):
+        return [Found(name + "-" * status, triple.start()) for name in _RECEPTORS]
+    found = []
+    for name, pattern in _RECEPTORS.items():
+        for match in re.finditer(pattern, text, re.I):
+            after = re.split(r"[;.\n]|\band\b|, (?=[A-Zep])", text[match.end() : match.end() + 40])[0]
+            result = _RESULT.search(after)
+            if result is None or _PENDING.search(after) and not result["equivocal"]:
+                continue
+            sign = "+" if result["plus"] else "-" if result["minus"] else " equivocal"
+            found.append(Found(name + (sign if status else ""), match.start()))
+            break
+    return sorted(found, key=lambda one: one.start)
+
+
+def code_keys(found: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
+    """What a code is looked up by, the most specific first."""
+    names = ("tumor_site", "tumor_laterality", "histological_type")
+    site, side, kind = ("/".join(found[name]).lower() for name in names)
+    return [
+        ("site, side, type", site, side, kind),
+        ("site, side", site, side),
+        ("type", kind),
+        ("site", site),
+        ("any",),
+    ]
