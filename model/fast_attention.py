@@ -81,7 +81,7 @@ def contiguous(visible: Visible) -> bool:
 def reach(visible: Visible, window: int | None, rows: slice) -> slice:
     """A range of keys that includes every key seen by these queries."""
     S = visible.key_position_BS.shape[1]
-    if torch.compiler.is_compiling():  # a range found from tensors would break the graph
+    if torch.compiler.is_compiling():  # a range computed from tensors would break the graph
         return slice(0, S)
     if contiguous(visible):
         first = 0 if window is None else max(0, visible.offset + rows.start - window + 1)

@@ -29,12 +29,12 @@ class Layout:
 
 
 class Visible:
-    """Who sees whom, for one forward pass. Masks are built per window, when asked for."""
+    """Which keys each query sees in one forward pass. Masks are built per window, on demand."""
 
     def __init__(self, query: tuple[Tensor, Layout | None], key: tuple[Tensor, Layout | None], offset: int) -> None:
         (self.position_BT, self.layout), (self.key_position_BS, self.key_layout) = query, key
         self.offset = offset  # index of the first query among the keys
-        self.memo: dict[Any, Any] = {}  # masks by window; what the fast path finds out once a pass
+        self.memo: dict[Any, Any] = {}  # masks by window; what the fast path computes once per pass
 
     def mask(self, window: int | None) -> Tensor:
         """The whole mask_BTS (bool, True: seen), kept for the layers that share the window."""

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are stretched for long texts (`rope_type` and its numbers, as config.json spells them)."""
+    """How rotary frequencies are scaled for long texts (`rope_type` and its numbers, as config.json spells them)."""
 
     rope_type: str
     factor: float = 1.0
@@ -59,7 +59,7 @@ class Rotate(nn.Module):
 
 
 def dynamic_theta(theta: float, size: int, scaling: RopeScaling, trained: int, positions_BT: Tensor) -> float:
-    """NTK-aware base for texts longer than the model was trained on; θ itself for shorter ones."""
+    """NTK-aware base for sequences longer than the model was trained on; θ itself for shorter ones."""
     length = max(int(positions_BT.max()) + 1, trained)
     return theta * (scaling.factor * length / trained - (scaling.factor - 1)) ** (size / (size - 2))
 
@@ -77,15 +77,15 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None, dtype: tor
 
 
 def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths are stretched by `factor`, short ones kept, those between blended (Llama 3.1)."""
+    """Long wavelengths are scaled by `factor`, short ones kept, those between blended (Llama 3.1)."""
     assert scaling.low_freq_factor and scaling.high_freq_factor and scaling.original_max_position_embeddings
     length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
     wavelength = 2 * math.pi / frequency
-    stretched = torch.where(wavelength > length / low, frequency / scaling.factor, frequency)
+    scaled = torch.where(wavelength > length / low, frequency / scaling.factor, frequency)
     keep = (length / wavelength - low) / (high - low)
-    blended = (1 - keep) * stretched / scaling.factor + keep * stretched
+    blended = (1 - keep) * scaled / scaling.factor + keep * scaled
     between = ~(wavelength < length / high) & ~(wavelength > length / low)
-    return torch.where(between, blended, stretched)
+    return torch.where(between, blended, scaled)
 
 
 def _yarn(size: int, theta: float, scaling: RopeScaling, dtype: torch.dtype) -> tuple[Tensor, float]:

@@ -1,9 +1,9 @@
 """The decoder: embedding, L blocks of attention and feed-forward, a final norm, logits. Llama, Mistral, Mixtral, Qwen2.
 
 Module names are the checkpoint's names (`model.layers.0.self_attn.q_proj.weight`), so there is no key mapping. What is
-unusual: every mask comes from absolute positions (attention.py); norms cast to the input's dtype before the weight
+unusual: every mask comes from absolute positions (mask.py); norms cast to the input's dtype before the weight
 multiplies, as transformers does; logits are fp32 whatever the weights are; `readout` lets a caller take from the last
-hidden states only what it needs, so that logits for tokens that nobody looks at are never computed.
+hidden states only what it needs, so that logits that are not used are never computed.
 """
 
 from __future__ import annotations
@@ -85,14 +85,14 @@ class Experts(nn.Module):
         x_ND = x_BTD.flatten(0, 1)
         logits_NE = self.gate(x_BTD).flatten(0, 1)
         # the softmax runs over all experts, in at least fp32, before the best are taken and made to sum to 1
-        share_NE = F.softmax(logits_NE, dim=-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
-        weight_Nk, chosen_Nk = torch.topk(share_NE, self.top_k, dim=-1)
+        probability_NE = F.softmax(logits_NE, dim=-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
+        weight_Nk, chosen_Nk = torch.topk(probability_NE, self.top_k, dim=-1)
         weight_Nk = weight_Nk / weight_Nk.sum(dim=-1, keepdim=True)
         out_ND = torch.zeros_like(x_ND)
         for index, expert in enumerate(self.experts):  # in order of the experts, so the sum's order is fixed
-            token, place = (chosen_Nk == index).nonzero(as_tuple=True)
-            y_MD = expert(x_ND[token]) * weight_Nk[token, place, None]
-            out_ND = out_ND.index_add(0, token, y_MD.to(out_ND.dtype))
+            token_M, choice_M = (chosen_Nk == index).nonzero(as_tuple=True)
+            y_MD = expert(x_ND[token_M]) * weight_Nk[token_M, choice_M, None]
+            out_ND = out_ND.index_add(0, token_M, y_MD.to(out_ND.dtype))
         return out_ND.view_as(x_BTD)
 
 
@@ -134,7 +134,7 @@ class Decoder(nn.Module):
         self.layers = cast(MutableSequence[Block], blocks)  # for the type checker: what a ModuleList holds
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-        self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping its inside
+        self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping its activations
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor | None, cache: KVCache | None, layout: Layout | None
@@ -167,12 +167,12 @@ def visibility(positions_BT: Tensor, cache: KVCache | None, layout: Layout | Non
     if cache is None:
         return Visible((positions_BT, layout), (positions_BT, layout), 0)
     cache.extend(positions_BT, layout)
-    held, T = slice(0, cache.length), positions_BT.shape[1]
+    filled, T = slice(0, cache.length), positions_BT.shape[1]
     assert cache.position_BS is not None and cache.document_BS is not None and cache.branch_BS is not None
-    keys = Layout(cache.document_BS[:, held], cache.branch_BS[:, held])
+    keys = Layout(cache.document_BS[:, filled], cache.branch_BS[:, filled])
     new = slice(cache.length - T, cache.length)
     queries = Layout(cache.document_BS[:, new], cache.branch_BS[:, new]) if cache.has_layout else None
-    return Visible((positions_BT, queries), (cache.position_BS[:, held], keys), cache.length - T)
+    return Visible((positions_BT, queries), (cache.position_BS[:, filled], keys), cache.length - T)
 
 
 class Transformer(nn.Module):
@@ -231,7 +231,7 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """Load a checkpoint (safetensors, Mistral's native files, or GGUF), streamed into `dtype` on `device`.
 
-        Raises UserError where files are missing, damaged, or disagree with the config.
+        Raises UserError where files are missing, corrupt, or disagree with the config.
         """
         from model.checkpoints.weights import load_weights
 

@@ -67,8 +67,8 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     if raw.get("attention_bias") and family in ("mistral", "mixtral"):
         raise UserError(f"config: attention_bias is not part of the {family} family")
     given = {name: value for name, value in raw.items() if value is not None}
-    width = whole("hidden_size", raw["hidden_size"], 1, UPPER_BOUNDS["hidden_size"])
-    heads = whole("num_attention_heads", raw["num_attention_heads"], 1, UPPER_BOUNDS["num_attention_heads"])
+    sizes = {name: whole(name, raw[name], 1, most) for name, most in UPPER_BOUNDS.items() if name in required}
+    width, heads, layers = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     if "head_dim" not in given and width % heads:
         raise UserError(f"config lacks head_dim, and hidden_size {width} is no multiple of {heads} heads")
     theta, scaling = _rope(raw)
@@ -80,7 +80,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         "head_dim": given.get("head_dim", width // heads),
         "rope_theta": theta,
         "rope_scaling": scaling,
-        "windows": _windows(raw),
+        "windows": _windows(raw, layers),
         "model_type": family,
         "max_position_embeddings": given.get("max_position_embeddings", 32768),
         # transformers writes only what differs from its family default, which is untied for all four
@@ -123,23 +123,19 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token(name: str, value: Any) -> int | None:
-    """A token's id; null, and the negative ids of some old files, stand for none."""
-    if value is not None and (not isinstance(value, int) or isinstance(value, bool)):
-        raise UserError(f"config: {name} is {value!r}; it must be a token's id (a whole number) or null")
-    return value if value is not None and value >= 0 else None
+    """A token's id; null, and the negative ids of some old files, mean none."""
+    return value if value is not None and whole(name, value, -(2**31), 2**31) >= 0 else None
 
 
-def _windows(raw: Mapping[str, Any]) -> tuple[int | None, ...]:
+def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
     """Each layer's window. Qwen2's first `max_window_layers` layers see everything."""
     family, window = raw["model_type"], raw.get("sliding_window")
-    layers = whole("num_hidden_layers", raw["num_hidden_layers"], 1, UPPER_BOUNDS["num_hidden_layers"])
     if family == "llama" or family == "qwen2" and not raw.get("use_sliding_window"):
         return (None,) * layers
     if family != "qwen2":
         if "sliding_window" not in raw:
             raise UserError(
-                "config lacks sliding_window; say 4096 for Mistral-7B v0.1 or null for none "
-                "(v0.2, v0.3 and Mixtral): readers guess it differently"
+                "config lacks sliding_window: 4096 for Mistral-7B v0.1, null (none) for v0.2, v0.3, Mixtral"
             )
         return (window,) * layers
     kinds, full = raw.get("layer_types"), raw.get("max_window_layers")

@@ -27,12 +27,13 @@ from torch import Tensor
 
 from model.checkpoints.mistral import from_native, native_params, to_native
 from model.checkpoints.qwen1 import from_qwen, qwen2_config
-from model.checkpoints.safetensors import NAMES, PLAIN_NAME, Stored, held, save_tensors
+from model.checkpoints.safetensors import NAMES, PLAIN_NAME, Stored, in_memory, save_tensors
 from model.checkpoints.weights import (
     MERGED,
     Checkpoint,
     config_dict,
     find_format,
+    merge_disjoint,
     new_checkpoint,
     open_checkpoint,
     select,
@@ -104,8 +105,8 @@ def add_tokenizer(source: str | Path, folder: Path, target: str | Path) -> None:
             copy_tokenizer(source, folder)
         Tokenizer.from_pretrained(folder)  # files are copied unread
     except UserError as error:
-        said = str(error).replace(str(folder), str(target))
-        print(f"without a tokenizer that can be read: {said}", file=sys.stderr)
+        message = str(error).replace(str(folder), str(target))
+        print(f"without a tokenizer that can be read: {message}", file=sys.stderr)
 
 
 def convert_adapter(source: Path, target: Path) -> None:
@@ -139,17 +140,16 @@ def open_source(source: Path) -> Checkpoint:
     except UserError:
         bins = sorted(file for file in source.glob("*.bin") if re.fullmatch(BINS, file.name))
         native = sorted(source.glob("consolidated*.pth"))
-        if bins:
-            return Checkpoint(source, "bin", open_bins(source, bins))
         if len(native) > 1:
             raise UserError(
                 f"{source}: {len(native)} parts of matrices that were split over as many devices "
                 "(consolidated.*.pth); give the model in Hugging Face's files"
             ) from None
+        if bins:
+            return Checkpoint(source, "bin", open_bins(source, bins))
         if native:
-            return Checkpoint(
-                source, "pth", from_native(open_bins(source, native), config_dict(source / "params.json"))
-            )
+            tensors = from_native(open_bins(source, native), config_dict(source / "params.json"))
+            return Checkpoint(source, "pth", tensors)
         raise
     return open_checkpoint(source)
 
@@ -158,25 +158,25 @@ def open_bins(folder: Path, files: list[Path]) -> dict[str, Stored]:
     """The tensors of .bin files, mapped and not read. Raises UserError where a file is corrupt or holds more than
     tensors (then reading it would run code)."""
     index = folder / "pytorch_model.bin.index.json"
-    if index.is_file():
-        named = read_json(index)
-        places = named.get("weight_map") if isinstance(named, dict) else None
-        names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
-        if missing := sorted(names - {file.name for file in files}):
-            raise UserError(f"{folder}: lacks {', '.join(missing)}, which its index names")
+    listed = read_json(index) if index.is_file() else {}
+    places = listed.get("weight_map") if isinstance(listed, dict) else None
+    names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
+    if missing := sorted(names - {file.name for file in files}):
+        raise UserError(f"{folder}: lacks {', '.join(missing)}, which its index names")
+    return merge_disjoint((file, _stored(file)) for file in files)
+
+
+def _stored(file: Path) -> dict[str, Stored]:
+    """The tensors of one .bin file, each checked."""
     tensors: dict[str, Stored] = {}
-    for file in files:
-        for name, tensor in _load_bin(file).items():
-            if not isinstance(name, str) or not isinstance(tensor, Tensor):
-                raise UserError(f"{file}: holds {type(tensor).__name__} {name!r} where a weight should be")
-            if not PLAIN_NAME.fullmatch(name):
-                raise UserError(f"{file}: {name!r} is not a tensor's name (letters, digits, _ and - between dots)")
-            if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
-                kind = "without data" if tensor.is_meta else f"of {tensor.dtype}, {tensor.layout}"
-                raise UserError(f"{file}: {name!r} is a tensor {kind}; weights are dense floating-point numbers")
-            if name in tensors:
-                raise UserError(f"{file}: {name!r} is in {tensors[name].where} too; the checkpoint is corrupt")
-            tensors[name] = replace(held(tensor), where=file.name)
+    for name, tensor in _load_bin(file).items():
+        if not isinstance(name, str) or not isinstance(tensor, Tensor):
+            raise UserError(f"{file}: holds {type(tensor).__name__} {name!r} where a weight should be")
+        if not PLAIN_NAME.fullmatch(name):
+            raise UserError(f"{file}: {name!r} is not a tensor's name (letters, digits, _ and - between dots)")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
+            raise UserError(f"{file}: {name!r} is of {tensor.dtype}, {tensor.layout}, {tensor.device}: no dense weight")
+        tensors[name] = replace(in_memory(tensor), where=file.name)
     return tensors
 
 
@@ -190,9 +190,9 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
         raise UserError(f"{file}: holds more than tensors, so reading it could run code; it is refused") from error
+    except PermissionError:
+        raise
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
-        if isinstance(error, PermissionError):
-            raise
         raise UserError(f"{file}: not a file of weights, or corrupt; download it again") from error
     if not isinstance(found, dict):
         raise UserError(f"{file}: holds a {type(found).__name__}, not a dictionary of weights")
@@ -200,17 +200,17 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
 
 
 def _check_archive(file: Path) -> None:
-    """A .bin is a zip archive whose members are stored as they are: a mapped tensor is a place in the file. A packed
-    member would be mapped as the noise that it looks like, or unpacked to any size; public readers do not look."""
+    """A .bin is a zip archive of uncompressed members, so that a tensor can be mapped. A compressed one would be mapped
+    as noise, or unpacked to any size; public readers do not check."""
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
     except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):  # of torch before 1.6, or corrupt
         return
     if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
-        raise UserError(f"{file}: is packed (compressed or encrypted) inside, as no file of weights is; it is refused")
+        raise UserError(f"{file}: its members are packed (compressed or encrypted); it is refused")
     if len({member.filename for member in members}) != len(members):
-        raise UserError(f"{file}: holds two members of one name; the file cannot be trusted")
+        raise UserError(f"{file}: holds two members of one name; the file is corrupt")
 
 
 if __name__ == "__main__":

@@ -22,8 +22,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from model.checkpoints.mistral import head_size, is_rotary, permuted, to_halves
-from model.checkpoints.safetensors import Stored, fill
+from model.checkpoints.mistral import head_size, is_rotary, permuted, split_name, to_halves
+from model.checkpoints.safetensors import Stored, reader
+from model.checkpoints.weights import merge_disjoint
+from model.support.checks import one_of, positive
 from model.support.cli import UserError
 from model.support.files import check_regular
 
@@ -52,35 +54,31 @@ NAMES = {
     "ffn_gate_inp": "block_sparse_moe.gate",
 }
 EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
-# The architecture's keys that are read, or that say nothing about the arithmetic; any other one is refused.
-KEYS = {
-    "block_count",
-    "context_length",
-    "embedding_length",
-    "feed_forward_length",
-    "vocab_size",
-    "tensor_data_layout",
-    "attention.head_count",
-    "attention.head_count_kv",
-    "attention.key_length",
-    "attention.value_length",
-    "attention.layer_norm_rms_epsilon",
-    "attention.layer_norm_epsilon",
-    "attention.sliding_window",
-    "attention.causal",
-    "expert_count",
-    "expert_used_count",
-    "rope.dimension_count",
-    "rope.freq_base",
-    "rope.scale_linear",
-    "rope.scaling.type",
-    "rope.scaling.factor",
-    "rope.scaling.attn_factor",
-    "rope.scaling.original_context_length",
-    "rope.scaling.finetuned",
-    "rope.scaling.yarn_beta_fast",
-    "rope.scaling.yarn_beta_slow",
+# config.json's keys from the architecture's; the first five are required.
+CONFIG = {
+    "hidden_size": "embedding_length",
+    "num_hidden_layers": "block_count",
+    "intermediate_size": "feed_forward_length",
+    "num_attention_heads": "attention.head_count",
+    "rms_norm_eps": "attention.layer_norm_rms_epsilon",
+    "num_key_value_heads": "attention.head_count_kv",
+    "head_dim": "attention.key_length",
+    "max_position_embeddings": "context_length",
+    "rope_theta": "rope.freq_base",
+    "sliding_window": "attention.sliding_window",
+    "num_local_experts": "expert_count",
+    "num_experts_per_tok": "expert_used_count",
 }
+ROPE = {
+    "factor": "rope.scaling.factor",
+    "original_max_position_embeddings": "rope.scaling.original_context_length",
+    "beta_fast": "rope.scaling.yarn_beta_fast",
+    "beta_slow": "rope.scaling.yarn_beta_slow",
+}
+# What else is read, or does not affect the arithmetic; any other key of the architecture is refused.
+KEYS = {*CONFIG.values(), *ROPE.values(), "vocab_size", "tensor_data_layout", "attention.value_length"}
+KEYS |= {"attention.layer_norm_epsilon", "attention.causal", "rope.dimension_count", "rope.scale_linear"}
+KEYS |= {"rope.scaling.type", "rope.scaling.attn_factor", "rope.scaling.finetuned"}
 
 
 @dataclass(frozen=True)
@@ -103,7 +101,7 @@ class _Header:
         self.left -= count
         data = self.file.read(count) if self.left >= 0 else b""
         if len(data) != count:
-            raise UserError(f"{self.path}: the header reaches past the end of the file; it was cut short or is corrupt")
+            raise UserError(f"{self.path}: the header reaches past the end of the file; it is truncated or corrupt")
         return data
 
     def number(self, kind: str) -> Any:
@@ -142,14 +140,13 @@ def open_gguf(path: Path) -> GGUF:
         raise UserError(
             f"{path}: one of {count} parts; give the first, NAME-00001-of-{count:05d}.gguf, beside the others"
         )
-    tensors = dict(first.tensors)
+    parts = [first]
     for number in range(2, count + 1):
         part = _open_file(path.with_name(f"{named[1]}-{number:05d}-of-{count:05d}.gguf"))
         if part.fields.get("split.no") != number - 1 or part.fields.get("split.count") != count:
             raise UserError(f"{part.path}: is not part {number} of {count} of the model that {path.name} begins")
-        if twice := sorted(tensors.keys() & part.tensors.keys()):
-            raise UserError(f"{part.path}: {twice[0]!r} is in another part too; the files cannot be trusted")
-        tensors |= part.tensors
+        parts.append(part)
+    tensors = merge_disjoint((part.path, part.tensors) for part in parts)
     if whole is not None and whole != len(tensors):
         raise UserError(f"{path}: its {count} parts hold {len(tensors)} tensors, not {whole}; one is of another model")
     return GGUF(path, first.fields, tensors)
@@ -160,7 +157,7 @@ def _open_file(path: Path) -> GGUF:
     with open(path, "rb") as file:
         header = _Header(path, file)
         if header.left < 24 or header.take(4) != b"GGUF":
-            raise UserError(f"{path}: not a GGUF file, or cut short; download it again")
+            raise UserError(f"{path}: not a GGUF file, or truncated; download it again")
         if (version := header.number("I")) not in (2, 3):
             raise UserError(f"{path}: GGUF version {version} (or big-endian); versions 2 and 3 are covered")
         tensor_count, field_count = header.number("Q"), header.number("Q")
@@ -168,13 +165,13 @@ def _open_file(path: Path) -> GGUF:
         for _ in range(field_count):
             key = header.text()
             if key in fields:
-                raise UserError(f"{path}: {key!r} is there twice in the header; the file cannot be trusted")
+                raise UserError(f"{path}: {key!r} is there twice in the header; the file is corrupt")
             fields[key] = header.value(header.number("I"))
         table = {}
         for _ in range(tensor_count):
             name = header.text()
             if name in table:
-                raise UserError(f"{path}: {name!r} is there twice in the header; the file cannot be trusted")
+                raise UserError(f"{path}: {name!r} is there twice in the header; the file is corrupt")
             dims = [header.number("Q") for _ in range(min(header.number("I"), 5))]
             table[name] = (tuple(reversed(dims)), header.number("I"), header.number("Q"))
         alignment = fields.get("general.alignment", 32)
@@ -199,116 +196,83 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], code: int, offset: in
     row_bytes = shape[-1] // block * block_bytes
     begin = start + offset
     if begin + math.prod(shape[:-1]) * row_bytes > size:
-        raise UserError(f"{path}: {name!r} reaches past the end of the file; it was cut short")
+        raise UserError(f"{path}: {name!r} reaches past the end of the file; it is truncated")
     return Stored(shape, kind.name, path.name, _reader(path, kind, shape, begin, row_bytes))
 
 
 def _reader(
     path: Path, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], begin: int, row_bytes: int
 ) -> Callable[[slice | None], Tensor]:
-    def read(rows: slice | None) -> Tensor:
-        """Rows of the first dimension, as the file's own floats or as fp32 out of its blocks."""
-        rows = slice(0, shape[0]) if rows is None else rows
-        inner = math.prod(shape[1:-1]) if len(shape) > 1 else 1
-        if len(shape) == 1:  # blocks run along the only dimension: take all of it
-            return read_blocks(0, 1)[0][rows]
-        wanted = (rows.stop - rows.start, *shape[1:])
-        return read_blocks(rows.start * inner, wanted[0] * inner).view(wanted)
+    """Rows of the first dimension, as the file's own floats or as fp32 out of its blocks."""
+    if kind in PLAIN:
+        return reader(path, PLAIN[kind], shape, begin)
+    read_blocks = reader(path, torch.uint8, (*shape[:-1], row_bytes), begin)
 
-    def read_blocks(first: int, count: int) -> Tensor:
-        raw = torch.empty((count, row_bytes), dtype=torch.uint8)
-        with open(path, "rb", buffering=0) as file:
-            file.seek(begin + first * row_bytes)
-            fill(path, file, raw)
-        if kind in PLAIN:
-            return raw.view(PLAIN[kind])
-        return torch.from_numpy(gguf.dequantize(raw.numpy(), kind))
+    def read(rows: slice | None) -> Tensor:
+        if len(shape) == 1 and rows is not None:  # blocks run along the only dimension: take all of it
+            return read(None)[rows]
+        return torch.from_numpy(gguf.dequantize(read_blocks(rows).numpy(), kind))
 
     return read
 
 
 def gguf_config(file: GGUF) -> dict[str, Any]:
-    """The header in config.json's words. llama.cpp keeps no window for Mistral: its files are llamas, here as there."""
-    fields, family = file.fields, file.fields.get("general.architecture")
-    if family not in FAMILIES:
-        raise UserError(f"a GGUF file of architecture {family!r} is not covered; covered are {', '.join(FAMILIES)}")
-
-    def get(key: str, default: Any = None) -> Any:
-        value = fields.get(f"{family}.{key}", default)
+    """The header under config.json's keys. llama.cpp keeps no window for Mistral: its files are llamas here too."""
+    family = one_of("the GGUF architecture", file.fields.get("general.architecture"), FAMILIES)
+    found = {key.removeprefix(f"{family}."): v for key, v in file.fields.items() if key.startswith(f"{family}.")}
+    for key, value in sorted(found.items()):
+        if key not in KEYS:
+            raise UserError(f"{family}.{key} = {value!r} may change what the model computes and is not covered")
         if isinstance(value, (list, np.ndarray)):
             raise UserError(f"{family}.{key} differs by layer, which is not covered")
-        return value
-
-    unknown = sorted(
-        key for key in fields if key.startswith(f"{family}.") and key.removeprefix(f"{family}.") not in KEYS
-    )
-    if unknown:
-        raise UserError(f"{unknown[0]} = {fields[unknown[0]]!r} may change what the model computes and is not covered")
-    names = {
-        "hidden_size": "embedding_length",
-        "num_hidden_layers": "block_count",
-        "intermediate_size": "feed_forward_length",
-        "num_attention_heads": "attention.head_count",
-        "rms_norm_eps": "attention.layer_norm_rms_epsilon",
-    }
-    missing = [key for key in names.values() if get(key) is None]
+    missing = [key for key in list(CONFIG.values())[:5] if key not in found]
     if missing or "token_embd.weight" not in file.tensors:
         raise UserError(f"the header lacks {', '.join(missing) or 'token_embd.weight'}; the file is corrupt")
-    raw: dict[str, Any] = {name: get(key) for name, key in names.items()}
-    window, experts = get("attention.sliding_window"), get("expert_count", 0)
-    raw |= {
-        "model_type": "mixtral" if experts else "mistral" if family == "llama" and window else family,
-        "num_key_value_heads": get("attention.head_count_kv", raw["num_attention_heads"]),
-        "head_dim": get("attention.key_length") or head_size(raw["hidden_size"], raw["num_attention_heads"]),
-        "vocab_size": file.tensors["token_embd.weight"].shape[0],
-        "max_position_embeddings": get("context_length"),
-        "rope_theta": get("rope.freq_base", 10000.0),
-        "tie_word_embeddings": "output.weight" not in file.tensors,
-        "rope_scaling": _rope_scaling(file, get),
-        "sliding_window": window,
-    }
-    if get("rope.dimension_count", raw["head_dim"]) != raw["head_dim"]:
-        raise UserError("rotary positions on a part of each head are not covered")
-    if get("attention.value_length", raw["head_dim"]) != raw["head_dim"]:
-        raise UserError("values of another size than keys (attention.value_length) are not covered")
-    if get("attention.causal", True) is not True:
-        raise UserError("attention.causal = false (an encoder) is not covered")
+    raw = {name: found[key] for name, key in CONFIG.items() if key in found}
+    heads, experts = raw["num_attention_heads"], raw.get("num_local_experts")
+    if not raw.get("head_dim"):
+        raw["head_dim"] = head_size(raw["hidden_size"], heads)
+    one_of("rope.dimension_count", found.get("rope.dimension_count", raw["head_dim"]), [raw["head_dim"]])
+    one_of("attention.value_length", found.get("attention.value_length", raw["head_dim"]), [raw["head_dim"]])
+    one_of("attention.causal", found.get("attention.causal", True), [True])
     if experts:
-        raw |= {"num_local_experts": experts, "num_experts_per_tok": get("expert_used_count")}
+        raw["model_type"] = "mixtral"
+    else:
+        raw["model_type"] = "mistral" if family == "llama" and raw.get("sliding_window") else family
+    raw |= {
+        "num_key_value_heads": raw.get("num_key_value_heads", heads),
+        "vocab_size": file.tensors["token_embd.weight"].shape[0],
+        "rope_theta": raw.get("rope_theta", 10000.0),
+        "tie_word_embeddings": "output.weight" not in file.tensors,
+        "rope_scaling": _rope_scaling(file, found),
+        "sliding_window": raw.get("sliding_window"),
+    }
     if family == "llama" and "blk.0.attn_q.bias" in file.tensors:
         raw["attention_bias"] = True
-    for kind in ("bos", "eos", "padding"):
-        name = "pad" if kind == "padding" else kind
-        raw[f"{name}_token_id"] = fields.get(f"tokenizer.ggml.{kind}_token_id")
+    for name, kind in (("bos", "bos"), ("eos", "eos"), ("pad", "padding")):
+        raw[f"{name}_token_id"] = file.fields.get(f"tokenizer.ggml.{kind}_token_id")
     return raw
 
 
-def _rope_scaling(file: GGUF, get: Callable[..., Any]) -> dict[str, Any] | None:
+def _rope_scaling(file: GGUF, found: Mapping[str, Any]) -> dict[str, Any] | None:
     """As llama.cpp reads it: a factor without a type is linear, 2023's files call it scale_linear, and attn_factor
     multiplies YaRN's own gain on cosine and sine."""
-    factor, attention = get("rope.scaling.factor") or get("rope.scale_linear"), get("rope.scaling.attn_factor", 1.0)
-    kind = get("rope.scaling.type", "linear" if factor else "none")
-    if kind not in ("none", "linear", "yarn"):
-        raise UserError(f"rope scaling {kind!r} in a GGUF file is not covered")
+    scaling = {name: found[key] for name, key in ROPE.items() if key in found}
+    factor = scaling["factor"] = scaling.get("factor") or found.get("rope.scale_linear")
+    attention = found.get("rope.scaling.attn_factor", 1.0)
+    kind = found.get("rope.scaling.type", "linear" if factor else "none")
+    one_of("rope.scaling.type", kind, ("none", "linear", "yarn"))
     if kind != "yarn" and attention != 1.0:
         raise UserError(f"rope.scaling.attn_factor {attention!r} beside rope scaling {kind!r} is not covered")
     if kind == "none" or kind == "linear" and factor in (None, 1.0):
-        return _llama3(file, get) if "rope_freqs.weight" in file.tensors else None
-    found = {
-        "rope_type": kind,
-        "factor": factor,
-        "original_max_position_embeddings": get("rope.scaling.original_context_length"),
-        "beta_fast": get("rope.scaling.yarn_beta_fast"),
-        "beta_slow": get("rope.scaling.yarn_beta_slow"),
-    }
+        return _llama3(file, found) if "rope_freqs.weight" in file.tensors else None
     if attention != 1.0:
-        if not all(isinstance(number, float) and number > 0 for number in (factor, attention)):
-            raise UserError(f"rope.scaling.factor {factor!r} or attn_factor {attention!r} is no number above 0")
-        found["attention_factor"] = attention * (0.1 * math.log(factor) + 1.0)
-    return {key: value for key, value in found.items() if value is not None}
+        positive("rope.scaling.factor", factor)
+        scaling["attention_factor"] = positive("rope.scaling.attn_factor", attention) * (0.1 * math.log(factor) + 1.0)
+    return {"rope_type": kind, **{name: value for name, value in scaling.items() if value is not None}}
 
 
-def _llama3(file: GGUF, get: Callable[..., Any]) -> dict[str, Any]:
+def _llama3(file: GGUF, found: Mapping[str, Any]) -> dict[str, Any]:
     """Llama-3's scaling from the divisors that the file keeps per rotary pair, or a UserError where they are others.
 
     The file holds the result and not the rule; the rule's bounds (1 and 4 wavelengths of 8,192) are those of every
@@ -324,7 +288,7 @@ def _llama3(file: GGUF, get: Callable[..., Any]) -> dict[str, Any]:
         "high_freq_factor": 4.0,
         "original_max_position_embeddings": 8192,
     }
-    theta, size = get("rope.freq_base", 10000.0), 2 * len(divisor)
+    theta, size = found.get("rope.freq_base", 10000.0), 2 * len(divisor)
     scaled, _ = frequencies(size, theta, RopeScaling(**rule), torch.float64)
     plain, _ = frequencies(size, theta, None, torch.float64)
     if not torch.allclose(plain / scaled, divisor, rtol=1e-4):
@@ -339,7 +303,7 @@ def from_gguf(file: GGUF, config: Mapping[str, Any]) -> dict[str, Stored]:
     for name, stored in file.tensors.items():
         if name == "rope_freqs.weight":
             continue
-        layer, stem, leaf = _split(name)
+        layer, stem, leaf = split_name(name, "blk")
         if (merged := re.fullmatch(r"ffn_(gate|up|down)_exps", stem)) and len(stored.shape) == 3:
             for expert in range(stored.shape[0]):
                 out[f"{layer}block_sparse_moe.experts.{expert}.{EXPERT[merged[1]]}.{leaf}"] = _one_of(stored, expert)
@@ -349,14 +313,6 @@ def from_gguf(file: GGUF, config: Mapping[str, Any]) -> dict[str, Stored]:
         hf = f"{layer}{known}.{leaf}" if known else name
         out[hf] = permuted(stored, config["head_dim"], to_halves) if pairs and is_rotary(hf) else stored
     return out
-
-
-def _split(name: str) -> tuple[str, str, str]:
-    """`blk.3.attn_q.weight` → (`model.layers.3.`, `attn_q`, `weight`)."""
-    found = re.fullmatch(r"(?:blk\.(\d+)\.)?(.+)\.(\w+)", name)
-    if not found:
-        return "", name, ""
-    return (f"model.layers.{found[1]}." if found[1] else ""), found[2], found[3]
 
 
 def _one_of(stored: Stored, expert: int) -> Stored:

@@ -35,26 +35,31 @@ NAMES = {
 BACK = {hf: native for native, hf in NAMES.items()}
 
 
+def split_name(name: str, layers: str) -> tuple[str, str, str]:
+    """With layers = "blk": `blk.3.attn_q.weight` → (`model.layers.3.`, `attn_q`, `weight`). Without a layer the first
+    part is empty; of a name of another form only the second is not."""
+    found = re.fullmatch(rf"(?:{layers}\.(\d+)\.)?(.+)\.(weight|bias)", name)
+    if not found:
+        return "", name, ""
+    return (f"model.layers.{found[1]}." if found[1] else ""), found[2], found[3]
+
+
 def to_hf_name(name: str) -> str:
     """`layers.0.attention.wq.weight` → `model.layers.0.self_attn.q_proj.weight`; an unknown name stays."""
-    found = re.fullmatch(r"(layers\.\d+\.)?(.+)\.(weight|bias)", name)
-    if not found:
-        return name
-    layer, stem, leaf = found.groups()
-    expert = re.fullmatch(r"feed_forward\.(experts\.\d+\.w[123])", stem)
-    stem = f"block_sparse_moe.{expert[1]}" if expert else NAMES.get(stem, "")
-    return f"model.{layer}{stem}.{leaf}" if stem and layer else f"{stem}.{leaf}" if stem else name
+    layer, stem, leaf = split_name(name, "layers")
+    stem = re.sub(r"^feed_forward(\.experts\.\d+\.w[123])$", r"block_sparse_moe\1", stem)
+    hf = stem if stem.startswith("block_sparse_moe") else NAMES.get(stem)
+    return f"{layer}{hf}.{leaf}" if hf else name
 
 
 def to_native_name(name: str) -> str:
     """The other way; raises UserError for a tensor that native files have no name for."""
-    found = re.fullmatch(r"(?:model\.(layers\.\d+\.))?(.+)\.(weight|bias)", name)
-    layer, stem, leaf = found.groups() if found else ("", "", "")
-    expert = re.fullmatch(r"block_sparse_moe\.(experts\.\d+\.w[123])", stem)
-    stem = f"feed_forward.{expert[1]}" if expert else BACK.get(stem, "")
-    if not stem:
+    layer, stem, leaf = split_name(name, r"model\.layers")
+    stem = re.sub(r"^block_sparse_moe(\.experts\.\d+\.w[123])$", r"feed_forward\1", stem)
+    native = stem if stem.startswith("feed_forward") else BACK.get(stem)
+    if not native:
         raise UserError(f"Mistral's native files have no name for {name!r}")
-    return f"{layer or ''}{stem}.{leaf}"
+    return f"{layer.removeprefix('model.')}{native}.{leaf}"
 
 
 def to_halves(x_ND: Tensor, head_dim: int) -> Tensor:
@@ -103,93 +108,69 @@ def head_size(width: Any, heads: Any) -> int:
     return width // heads
 
 
-# params.json's keys that are read, or that say nothing about the arithmetic; others are refused unless they are empty.
-REQUIRED = ("dim", "n_layers", "n_heads", "hidden_dim", "vocab_size", "norm_eps")
-KEYS = {
-    *REQUIRED,
-    "n_kv_heads",
-    "head_dim",
-    "rope_theta",
-    "sliding_window",
-    "tied_embeddings",
-    "moe",
-    "causal",
-    "max_position_embeddings",
-    "max_seq_len",
-    "max_batch_size",
-    "model_type",
+# params.json's keys by config.json's; the first six are required.
+PARAMS = {
+    "hidden_size": "dim",
+    "num_hidden_layers": "n_layers",
+    "num_attention_heads": "n_heads",
+    "intermediate_size": "hidden_dim",
+    "vocab_size": "vocab_size",
+    "rms_norm_eps": "norm_eps",
+    "num_key_value_heads": "n_kv_heads",
+    "head_dim": "head_dim",
+    "rope_theta": "rope_theta",
+    "sliding_window": "sliding_window",
+    "max_position_embeddings": "max_position_embeddings",
 }
+REQUIRED = list(PARAMS.values())[:6]
+# Keys that are read, or that do not affect the arithmetic; others are refused unless they are empty.
+KEYS = {*PARAMS.values(), "tied_embeddings", "moe", "causal", "max_seq_len", "max_batch_size", "model_type"}
 MOE_KEYS = {"num_experts", "num_experts_per_tok"}
 
 
 def native_config(params: Mapping[str, Any]) -> dict[str, Any]:
-    """params.json in config.json's words. A native file without a window has none; nothing else is guessed."""
-    missing = [key for key in REQUIRED if key not in params]
-    if missing:
+    """params.json under config.json's keys. A native file without a window has none; nothing else is guessed."""
+    if missing := [key for key in REQUIRED if key not in params]:
         raise UserError(f"params.json lacks {', '.join(missing)}")
     moe = params.get("moe") or {}
     for where, found, known in (("", params, KEYS), ("moe.", moe, MOE_KEYS)):
         if not isinstance(found, Mapping):
             raise UserError(f"params.json: {where[:-1]} is {found!r}; it must be an object")
-        unknown = [key for key, value in found.items() if key not in known and value not in (None, False, {}, [])]
-        if unknown:
-            raise UserError(
-                f"params.json: {where + unknown[0]!r} may change what the model computes; it is not covered"
-            )
+        for key, value in found.items():
+            if key not in known and value not in (None, False, {}, []):
+                raise UserError(f"params.json: {where + key!r} may change what the model computes; it is not covered")
     if params.get("causal") not in (None, True):
         raise UserError("params.json: causal = false is not covered")
-    if lacking := sorted(MOE_KEYS - moe.keys()) if moe else []:
+    if moe and (lacking := sorted(MOE_KEYS - moe.keys())):
         raise UserError(f"params.json: moe lacks {lacking[0]}")
-    raw = {
+    raw: dict[str, Any] = {
         "model_type": "mixtral" if moe else "mistral",
-        "hidden_size": params["dim"],
-        "num_hidden_layers": params["n_layers"],
-        "num_attention_heads": params["n_heads"],
-        "num_key_value_heads": params.get("n_kv_heads", params["n_heads"]),
-        "head_dim": params.get("head_dim") or head_size(params["dim"], params["n_heads"]),
-        "intermediate_size": params["hidden_dim"],
-        "vocab_size": params["vocab_size"],
-        "rms_norm_eps": params["norm_eps"],
-        "rope_theta": params.get("rope_theta"),
-        "sliding_window": params.get("sliding_window"),
+        "sliding_window": None,
         "tie_word_embeddings": bool(params.get("tied_embeddings", False)),
         "bos_token_id": 1,
         "eos_token_id": 2,
     }
-    if params.get("max_position_embeddings"):
-        raw["max_position_embeddings"] = params["max_position_embeddings"]
+    raw |= {hf: params[native] for hf, native in PARAMS.items() if params.get(native) is not None}
+    raw.setdefault("num_key_value_heads", params["n_heads"])
+    if not raw.get("head_dim"):
+        raw["head_dim"] = head_size(params["dim"], params["n_heads"])
     if moe:
         raw |= {"num_local_experts": moe["num_experts"], "num_experts_per_tok": moe["num_experts_per_tok"]}
     return raw
 
 
 def native_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json (as ModelConfig.to_dict writes it) in params.json's words, or a UserError for what they lack."""
+    """config.json (as ModelConfig.to_dict writes it) under params.json's keys, or a UserError for what they lack."""
     if config["model_type"] not in ("mistral", "mixtral"):
         raise UserError(f"Mistral's native files hold mistral and mixtral models, not {config['model_type']}")
     if config.get("rope_scaling"):
-        raise UserError("Mistral's native files have no words for rope scaling")
-    params = {
-        "dim": config["hidden_size"],
-        "n_layers": config["num_hidden_layers"],
-        "head_dim": config["head_dim"],
-        "hidden_dim": config["intermediate_size"],
-        "n_heads": config["num_attention_heads"],
-        "n_kv_heads": config["num_key_value_heads"],
-        "norm_eps": config["rms_norm_eps"],
-        "vocab_size": config["vocab_size"],
-        "rope_theta": config["rope_theta"],
-        "max_position_embeddings": config["max_position_embeddings"],
-    }
-    if config.get("sliding_window") is not None:
-        params["sliding_window"] = config["sliding_window"]
+        raise UserError("Mistral's native files have no key for rope scaling")
+    params: dict[str, Any] = {native: config[hf] for hf, native in PARAMS.items() if config.get(hf) is not None}
     if config["tie_word_embeddings"]:
         params["tied_embeddings"] = True
     if config["model_type"] == "mixtral":
-        params["moe"] = {
-            "num_experts": config["num_local_experts"],
-            "num_experts_per_tok": config["num_experts_per_tok"],
-        }
+        experts, chosen = config["num_local_experts"], config["num_experts_per_tok"]
+        params["moe"] = {"num_experts": experts, "num_experts_per_tok": chosen}
     return params
 
 

@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
 from dataclasses import replace
 from typing import Any
 
 from torch import Tensor
 
+from model.checkpoints.mistral import split_name
 from model.checkpoints.safetensors import Stored
 from model.checkpoints.weights import Checkpoint
 from model.support.cli import UserError
@@ -24,6 +24,8 @@ QWEN = {
     "mlp.w2": "mlp.gate_proj",
     "mlp.c_proj": "mlp.down_proj",
 }
+SAME = ("vocab_size", "hidden_size", "intermediate_size", "num_hidden_layers", "num_attention_heads")
+RENAMED = {"layer_norm_epsilon": "rms_norm_eps", "rotary_emb_base": "rope_theta"}
 
 
 def from_qwen(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Checkpoint:
@@ -31,14 +33,12 @@ def from_qwen(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Checkpoint:
     third = raw.get("kv_channels", 128) * raw.get("num_attention_heads", 0)
     out: dict[str, Stored] = {}
     for name, stored in checkpoint.tensors.items():
-        found = re.fullmatch(r"(?:transformer\.h\.(\d+)\.)?(.+)\.(weight|bias)", name)
-        layer, stem, leaf = found.groups() if found else (None, "", "")
-        at = f"model.layers.{layer}." if layer else ""
+        layer, stem, leaf = split_name(name, r"transformer\.h")
         if stem == "attn.c_attn":
             for number, part in enumerate(("q_proj", "k_proj", "v_proj")):
-                out[f"{at}self_attn.{part}.{leaf}"] = _rows(stored, number * third, third)
+                out[f"{layer}self_attn.{part}.{leaf}"] = _rows(stored, number * third, third)
         elif stem in QWEN:
-            out[f"{at}{QWEN[stem]}.{leaf}"] = stored
+            out[f"{layer}{QWEN[stem]}.{leaf}"] = stored
         elif not name.endswith("rotary_emb.inv_freq"):
             out[name] = stored
     return replace(checkpoint, tensors=out, format="qwen")
@@ -56,29 +56,18 @@ def _rows(stored: Stored, first: int, count: int) -> Stored:
 
 
 def qwen2_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen-7B's config.json in Qwen2's words. Its gate and up are each half of `intermediate_size`."""
-    needed = (
-        "vocab_size",
-        "hidden_size",
-        "intermediate_size",
-        "num_hidden_layers",
-        "num_attention_heads",
-        "layer_norm_epsilon",
-        "rotary_emb_base",
-    )
-    missing = [name for name in needed if raw.get(name) is None]
-    if missing:
+    """Qwen-7B's config.json under Qwen2's keys. Its gate and up are each half of `intermediate_size`."""
+    if missing := [name for name in (*SAME, *RENAMED) if raw.get(name) is None]:
         raise UserError(f"config lacks {', '.join(missing)}, which Qwen's first version says")
     if raw.get("rotary_pct", 1.0) != 1.0 or not raw.get("no_bias", True):
         raise UserError("config: Qwen with partial rotary positions or biases throughout is not covered")
     return {
         "model_type": "qwen2",
-        **{name: raw[name] for name in needed[:2] + needed[3:5]},
+        **{name: raw[name] for name in SAME},
+        **{RENAMED[name]: raw[name] for name in RENAMED},
         "intermediate_size": raw["intermediate_size"] // 2,
         "num_key_value_heads": raw["num_attention_heads"],
         "head_dim": raw.get("kv_channels", 128),
-        "rms_norm_eps": raw["layer_norm_epsilon"],
-        "rope_theta": raw["rotary_emb_base"],
         "max_position_embeddings": raw.get("seq_length") or raw.get("max_position_embeddings"),
         "use_sliding_window": False,
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings", False)),

@@ -21,6 +21,7 @@ from typing import Any, BinaryIO
 import torch
 from torch import Tensor
 
+from model.support.checks import one_of
 from model.support.cli import UserError
 from model.support.files import check_regular, parse_json
 
@@ -39,7 +40,7 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E5M2": torch.float8_e5m2,
 }
 NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000  # bytes; the public reader's own bound
+LONGEST_HEADER = 100_000_000  # bytes; the public reader's own limit
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-|:]+(\.[A-Za-z0-9_\-|:]+)*")
 
 assert sys.byteorder == "little", "the format is little-endian, and bytes are read into tensors as they are"
@@ -47,7 +48,7 @@ assert sys.byteorder == "little", "the format is little-endian, and bytes are re
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is in a file: its shape, the file's word for its dtype, and how to read it.
+    """A tensor that is in a file: its shape, the file's name for its dtype, and how to read it.
 
     `read(None)` gives all of it, `read(slice(a, b))` the rows a to b of its first dimension.
     """
@@ -58,7 +59,7 @@ class Stored:
     read: Callable[[slice | None], Tensor]
 
 
-def held(tensor: Tensor) -> Stored:
+def in_memory(tensor: Tensor) -> Stored:
     """A tensor in memory, for use where one in a file is."""
 
     def read(rows: slice | None) -> Tensor:
@@ -69,66 +70,56 @@ def held(tensor: Tensor) -> Stored:
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
     """The tensors of one file, by name, none of them read. Raises UserError for a corrupt or contradictory header."""
-    header, start, size = read_header(path)
+    check_regular(path)
+    with open(path, "rb") as file:
+        size = os.fstat(file.fileno()).st_size
+        start = 8 + int.from_bytes(file.read(8), "little")
+        if start > min(size, LONGEST_HEADER):
+            raise UserError(f"{path}: not a safetensors file, or truncated; download it again")
+        raw = file.read(start - 8)
+    header = parse_json(path, raw.decode("utf-8", errors="replace"), unique=True)
+    if not isinstance(header, dict):
+        raise UserError(f"{path}: the header is not a JSON object; the file is corrupt")
+    header.pop("__metadata__", None)
     stored, spans = {}, []
     for name, entry in header.items():
-        if name == "__metadata__":
-            continue
-        shape, dtype, (begin, end) = _check_entry(path, name, entry, size - start)
+        shape, dtype, (begin, end) = _check_entry(f"{path}: {name!r}", name, entry)
         spans.append((begin, end, name))
-        stored[name] = Stored(shape, dtype, path.name, _reader(path, DTYPES[dtype], shape, start + begin))
-    spans.sort()
+        stored[name] = Stored(shape, dtype, path.name, reader(path, DTYPES[dtype], shape, start + begin))
     reached = 0
-    for begin, end, name in spans:
+    for begin, end, name in sorted(spans):
         if begin != reached:
             raise UserError(f"{path}: {name!r} does not begin where the tensor before it ends; the header is corrupt")
+        if start + end > size:
+            raise UserError(f"{path}: {name!r} reaches past the end of the file; it is truncated")
         reached = end
     if start + reached != size:
         raise UserError(f"{path}: {size - start - reached} bytes after the last tensor; the file is corrupt")
     return stored
 
 
-def read_header(path: Path) -> tuple[dict[str, Any], int, int]:
-    """(header, where the tensors' bytes begin, the file's size)."""
-    check_regular(path)
-    with open(path, "rb") as file:
-        size = os.fstat(file.fileno()).st_size
-        length = int.from_bytes(file.read(8), "little")
-        if size < 8 or length > min(size - 8, LONGEST_HEADER):
-            raise UserError(f"{path}: not a safetensors file, or cut short; download it again")
-        raw = file.read(length)
-    try:
-        header = parse_json(path, raw.decode("utf-8"), unique=True)
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: the header is not JSON; not a safetensors file, or corrupt") from error
-    if not isinstance(header, dict):
-        raise UserError(f"{path}: the header is not a JSON object; the file is corrupt")
-    return header, 8 + length, size
-
-
-def _check_entry(path: Path, name: str, entry: Any, room: int) -> tuple[tuple[int, ...], str, tuple[int, int]]:
+def _check_entry(where: str, name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
     """One header entry as (shape, dtype, (begin, end)), each checked."""
     if not PLAIN_NAME.fullmatch(name):
-        raise UserError(f"{path}: {name!r} is not a tensor's name (letters, digits, _ and - between dots)")
+        raise UserError(f"{where} is not a tensor's name (letters, digits, _ and - between dots)")
     try:
         dtype, shape, (begin, end) = entry["dtype"], entry["shape"], entry["data_offsets"]
     except (TypeError, KeyError, ValueError) as error:
-        raise UserError(f"{path}: {name!r} lacks dtype, shape or data_offsets; the header is corrupt") from error
-    if not isinstance(dtype, str) or dtype not in DTYPES:
-        raise UserError(f"{path}: {name!r} has dtype {dtype!r}; covered are {', '.join(DTYPES)}")
+        raise UserError(f"{where} lacks dtype, shape or data_offsets; the header is corrupt") from error
+    one_of(f"{where}: dtype", dtype, list(DTYPES))
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        raise UserError(f"{path}: {name!r} has an impossible shape or place; the header is corrupt")
+        raise UserError(f"{where} has an impossible shape or place; the header is corrupt")
     if math.prod(n or 1 for n in shape) >= 2**48:  # also beside a 0, where it takes no bytes
-        raise UserError(f"{path}: {name!r} has the impossible shape {shape}; the header is corrupt")
-    if end > room:
-        raise UserError(f"{path}: {name!r} reaches {end - room} bytes past the end of the file; it was cut short")
+        raise UserError(f"{where} has the impossible shape {shape}; the header is corrupt")
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise UserError(f"{path}: {name!r} holds {end - begin} bytes, not what shape {shape} in {dtype} takes")
+        raise UserError(f"{where} holds {end - begin} bytes, not what shape {shape} in {dtype} takes")
     return tuple(shape), dtype, (begin, end)
 
 
-def _reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Callable[[slice | None], Tensor]:
+def reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Callable[[slice | None], Tensor]:
+    """How to read a tensor whose bytes are at `begin` of a file: all of it, or rows of its first dimension."""
+
     def read(rows: slice | None) -> Tensor:
         first, wanted = (0, shape) if rows is None else (rows.start, (rows.stop - rows.start, *shape[1:]))
         tensor = torch.empty(wanted, dtype=dtype)
@@ -147,10 +138,10 @@ def fill(path: Path, file: BinaryIO, tensor: Tensor) -> None:
         return
     view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     done = 0
-    while done < len(view):
+    while done < len(view):  # one read gives at most 2 GiB
         count = file.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
-            raise UserError(f"{path}: ended while being read; it was cut short")
+            raise UserError(f"{path}: ended while being read; it is truncated")
         done += count
 
 

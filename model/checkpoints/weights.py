@@ -1,7 +1,7 @@
 """Checkpoints on disk: what a path holds, streamed into a model, and written back as transformers reads it.
 
     open_checkpoint(path) → Checkpoint      names, shapes and reads under transformers' names, whatever the format
-    config_dict(path)                       its config in config.json's words
+    config_dict(path)                       its config under config.json's keys
     load_weights(model, path, …)            one tensor in flight, cast on the way
     save_weights(state, config, path, …)    model.safetensors, or shards and their index
 
@@ -19,7 +19,7 @@ import math
 import os
 import re
 import warnings
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +28,7 @@ import torch
 from torch import Tensor, nn
 
 from model.checkpoints.mistral import from_native, native_config
-from model.checkpoints.safetensors import DTYPES, Stored, held, open_safetensors, write_safetensors
+from model.checkpoints.safetensors import DTYPES, Stored, in_memory, open_safetensors, write_safetensors
 from model.support.cli import UserError, nearest
 from model.support.files import atomic_folder, read_json
 
@@ -109,34 +109,28 @@ def first_part(file: Path) -> Path:
 
 
 def config_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config in config.json's words. A folder with a config.json and no weights, or the file itself, will do."""
+    """The config under config.json's keys. A folder with a config.json and no weights, or the file itself, will do."""
     path = Path(path)
     if path.suffix == ".json" and not path.is_dir():
-        return native_config(_object(path)) if path.name == "params.json" else _object(path)
+        raw = read_json(path)
+        if not isinstance(raw, dict):
+            raise UserError(f"{path}: not a JSON object")
+        return native_config(raw) if path.name == "params.json" else raw
     try:
         kind, where = find_format(path)
     except UserError:
         if (path / "config.json").is_file():
-            return _object(path / "config.json")
+            return config_dict(path / "config.json")
         raise
-    if kind == "native":
-        return native_config(_object(where / "params.json"))
     if kind == "gguf":
         from model.checkpoints.gguf import gguf_config, open_gguf
 
         return gguf_config(open_gguf(where))
-    return _object(where / "config.json")
-
-
-def _object(path: Path) -> dict[str, Any]:
-    found = read_json(path)
-    if not isinstance(found, dict):
-        raise UserError(f"{path}: not a JSON object")
-    return found
+    return config_dict(where / ("params.json" if kind == "native" else "config.json"))
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open whatever format `path` holds. Raises UserError for files that are missing, corrupt or dishonest."""
+    """Open whatever format `path` holds. Raises UserError for files that are missing, corrupt or contradictory."""
     kind, where = find_format(path)
     if kind == "gguf":
         from model.checkpoints.gguf import from_gguf, gguf_config, open_gguf
@@ -145,7 +139,7 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
         return Checkpoint(where, kind, from_gguf(file, gguf_config(file)))
     if kind == "native":
         tensors = _open_files(where, "consolidated", sorted(where.glob("consolidated*.safetensors")))
-        return Checkpoint(where, kind, from_native(tensors, native_config(_object(where / "params.json"))))
+        return Checkpoint(where, kind, from_native(tensors, config_dict(where / "params.json")))
     return Checkpoint(where, kind, _open_files(where, "model", [where / "model.safetensors"]))
 
 
@@ -160,52 +154,53 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
     return digest.hexdigest()
 
 
-def _open_files(folder: Path, stem: str, without_index: list[Path]) -> dict[str, Stored]:
-    """The tensors of one file, or of the shards that an index names; each name in exactly one place."""
+def _open_files(folder: Path, stem: str, files: list[Path]) -> dict[str, Stored]:
+    """The tensors of these files, or of the shards that an index names; each name in exactly one place."""
     index = folder / f"{stem}.safetensors.index.json"
-    named: dict[str, Any] | None = None
-    files = without_index
-    if index.exists():
-        named = _read_index(index)
-        files = [folder / file for file in sorted(set(named.values()))]
-        if (other := [file for file in without_index if file.name == f"{stem}.safetensors" and file not in files]) and (
-            other[0].exists()
-        ):
+    listed = _read_index(index) if index.exists() else None
+    if listed is not None:
+        single, files = folder / f"{stem}.safetensors", [folder / file for file in sorted(set(listed.values()))]
+        if single not in files and single.exists():
             raise UserError(
-                f"{folder}: two models: {other[0].name}, and {files[0].name} … that {index.name} names; public readers "
-                "take the one or the other, so remove what is not meant"
+                f"{folder}: two models: {single.name}, and {files[0].name} … that {index.name} names; public readers "
+                "take the one or the other, so remove the one that is not meant"
             )
+    tensors = merge_disjoint((file, open_safetensors(file)) for file in files)
+    if listed is not None:  # writers have listed tied heads and rotary buffers without writing them, and the other way
+        for name, file in listed.items():
+            if (name in tensors or not _is_optional(name)) and (name not in tensors or tensors[name].where != file):
+                raise UserError(f"{index}: {name!r} is not in {file}")
+        for name in tensors.keys() - listed.keys():
+            if not _is_optional(name):
+                raise UserError(f"{index}: lacks {name!r} of {tensors[name].where}")
+    return tensors
+
+
+def merge_disjoint(parts: Iterable[tuple[Path, Mapping[str, Stored]]]) -> dict[str, Stored]:
+    """The tensors of several files, or a UserError where a name is in two of them."""
     tensors: dict[str, Stored] = {}
-    for file in files:
-        for name, stored in open_safetensors(file).items():
-            if name in tensors:
-                raise UserError(f"{file}: {name!r} is in {tensors[name].where} too; the checkpoint is corrupt")
-            tensors[name] = stored
-    if named is not None:  # writers have listed tied heads and rotary buffers without writing them, and the other way
-        wrong = [name for name, file in named.items() if name not in tensors or tensors[name].where != file]
-        wrong = [name for name in wrong if name in tensors or not _is_optional(name)]
-        unnamed = [name for name in tensors if name not in named and not _is_optional(name)]
-        if wrong:
-            raise UserError(f"{index}: {wrong[0]!r} is not in {named[wrong[0]]} ({len(wrong)} such names)")
-        if unnamed:
-            raise UserError(f"{index}: lacks {unnamed[0]!r} of {tensors[unnamed[0]].where} ({len(unnamed)} such)")
+    for file, found in parts:
+        for name in found.keys() & tensors.keys():
+            raise UserError(f"{file}: {name!r} is in {tensors[name].where} too; the checkpoint is corrupt")
+        tensors |= found
     return tensors
 
 
 def _is_optional(name: str) -> bool:
-    """Whether a model may do without: a tied head, or a buffer that is computed."""
+    """Whether a model may lack it: a tied head, or a buffer that is computed."""
     return name == "lm_head.weight" or COMPUTED.fullmatch(name) is not None
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    whole = read_json(index, unique=True)
-    named = whole.get("weight_map") if isinstance(whole, dict) else None
-    if not isinstance(named, dict) or not named:
+    """{tensor: file}, every file a plain name."""
+    found = read_json(index, unique=True)
+    listed = found.get("weight_map") if isinstance(found, dict) else None
+    if not isinstance(listed, dict) or not listed:
         raise UserError(f"{index}: lacks weight_map, or it is empty; the index is corrupt")
-    for name, file in named.items():
+    for name, file in listed.items():
         if not isinstance(file, str) or not re.fullmatch(r"[A-Za-z0-9_\-][A-Za-z0-9_.\-]*\.safetensors", file):
             raise UserError(f"{index}: {name!r} points to {file!r}, which is not a safetensors file of this folder")
-    return named
+    return listed
 
 
 def load_weights(
@@ -217,8 +212,8 @@ def load_weights(
 ) -> None:
     """Give a model (built on meta or not) the checkpoint's weights, one tensor in flight, cast to `dtype` on the way.
 
-    `keep(name, pieces)` may hold a matrix in a way of its own: it gets its layer's name and its rows in order, a few
-    megabytes at a time, and returns the module that takes the layer's place, or None without reading.
+    `keep(name, pieces)` may quantize a matrix as it is read: it gets the layer's name and its rows in order, a few
+    megabytes at a time, and returns the module that replaces the layer, or None without reading.
 
     Resident memory grows by the model in `dtype` and at most the largest tensor besides. Raises UserError listing every
     missing and unexpected name and every shape that disagrees; warns of tensors that hold NaN or infinity, in the file
@@ -229,56 +224,46 @@ def load_weights(
     from tqdm import tqdm
 
     for name in tqdm(checkpoint.tensors, desc="loading", unit="tensor", disable=None, leave=False):
-        place, _, leaf = name.rpartition(".")
+        path_of_layer, _, leaf = name.rpartition(".")
+        layer, module = model.get_submodule(path_of_layer), None
         if keep is not None and leaf == "weight" and wanted[name].dim() == 2:
-            module = keep(place, _pieces(checkpoint, name))
-            if module is not None:
-                if isinstance(module, nn.Linear):
-                    module.bias = model.get_submodule(place).bias  # type: ignore[assignment]
-                model.set_submodule(place, module)
-                continue
-        parameter = nn.Parameter(
-            _read_into(checkpoint, name, dtype, torch.device(device)), requires_grad=wanted[name].requires_grad
-        )
-        setattr(model.get_submodule(place), leaf, parameter)
+            module = keep(path_of_layer, _pieces(checkpoint, name))
+        if module is None:
+            tensor = _read_into(checkpoint, name, dtype, torch.device(device))
+            setattr(layer, leaf, nn.Parameter(tensor, requires_grad=wanted[name].requires_grad))
+            continue
+        if isinstance(module, nn.Linear):
+            module.bias = layer.bias  # type: ignore[assignment]
+        model.set_submodule(path_of_layer, module)
 
 
 def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]:
-    """A tensor's rows in order, a few megabytes at a time; a piece that is not finite is warned of."""
+    """A tensor's rows in order, a few megabytes at a time; warns once of a tensor that is not finite."""
+    finite = True
     for rows, piece in checkpoint.stream(name):
-        if not _finite(piece):
-            _warn_of(checkpoint, name)
+        finite = finite and _is_finite(piece)
         yield rows, piece
-
-
-def _warn_of(checkpoint: Checkpoint, name: str, what: str = "holds NaN or infinite numbers") -> None:
-    warnings.warn(f"{checkpoint.path}: {name} {what}", stacklevel=4)
+    if not finite:
+        warnings.warn(f"{checkpoint.path}: {name} holds NaN or infinite numbers", stacklevel=4)
 
 
 def _read_into(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The whole tensor; one that needs no cast is read straight into place. What is not finite is warned of."""
+    """The whole tensor in `dtype`, cast piece by piece."""
     stored = checkpoint.tensors[name]
-    if DTYPES.get(stored.dtype) == dtype and device.type == "cpu":
-        tensor = stored.read(None)
-        if not _finite(tensor):
-            _warn_of(checkpoint, name)
-        return tensor
-    tensor, finite, overflow = torch.empty(stored.shape, dtype=dtype, device=device), True, 0
-    for rows, piece in checkpoint.stream(name):
+    tensor, overflow = torch.empty(stored.shape, dtype=dtype, device=device), 0
+    for rows, piece in _pieces(checkpoint, name):
         part, lost = cast(piece, dtype)
-        finite, overflow = finite and _finite(piece), overflow + lost
+        overflow += lost
         (tensor if stored.shape else tensor.view(1))[rows].copy_(part)
-    if not finite:
-        _warn_of(checkpoint, name)
     if overflow:
-        _warn_of(checkpoint, name, overflow_of(overflow, dtype))
+        warnings.warn(f"{checkpoint.path}: {name} {overflow_of(overflow, dtype)}", stacklevel=4)
     return tensor
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
     """(x in `dtype`, how many of its finite numbers are not finite there)."""
     y = x.to(dtype)
-    if y.dtype == x.dtype or _finite(y):
+    if y.dtype == x.dtype or _is_finite(y):
         return y, 0
     return y, int((x.isfinite() & ~y.isfinite()).sum())
 
@@ -287,8 +272,8 @@ def overflow_of(count: int, dtype: torch.dtype) -> str:
     return f"has {count} numbers beyond {str(dtype).removeprefix('torch.')}'s largest, {torch.finfo(dtype).max:g}"
 
 
-def _finite(tensor: Tensor) -> bool:
-    """Whether every number is finite: the least and the largest say it (NaN is both), in one pass without a copy."""
+def _is_finite(tensor: Tensor) -> bool:
+    """Whether every number is finite: the extremes suffice (NaN is both), in one pass without a copy."""
     if not tensor.numel():
         return True
     least, largest = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
@@ -305,7 +290,7 @@ def select(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], rows: 
     head = tensors.pop("lm_head.weight", None) if "lm_head.weight" not in wanted else None
     both = head is not None and tensors.setdefault("model.embed_tokens.weight", head) is not head
     check_names(checkpoint, tensors, wanted)
-    if both and not _same(checkpoint, rows):
+    if both and not _is_tied(checkpoint, rows):
         raise UserError(
             f"{checkpoint.path}: config says tie_word_embeddings, but lm_head.weight is not the embedding; "
             "set tie_word_embeddings to false"
@@ -313,20 +298,24 @@ def select(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], rows: 
     return replace(checkpoint, tensors=tensors)
 
 
-def _same(checkpoint: Checkpoint, rows: slice | None) -> bool:
+def _is_tied(checkpoint: Checkpoint, rows: slice | None) -> bool:
     """Whether the output matrix is the embedding."""
     head, embedding = checkpoint.tensors["lm_head.weight"], checkpoint.tensors["model.embed_tokens.weight"]
+    if head.shape != embedding.shape:
+        return False
     pieces = checkpoint.stream("lm_head.weight") if rows is None else [(rows, checkpoint.read("lm_head.weight", rows))]
-    return head.shape == embedding.shape and all(
+    return all(
         torch.equal(piece, checkpoint.read("model.embed_tokens.weight", part).to(piece.dtype)) for part, piece in pieces
     )
 
 
 def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]]) -> None:
     """Compare what is there with what the config asks for; every disagreement goes into one UserError."""
-    missing, surplus = sorted(wanted.keys() - tensors.keys()), sorted(tensors.keys() - wanted.keys())
-    wrong = [f"missing {name}{_hint(name)}" for name in missing]
-    for number, name in enumerate(surplus):
+    wrong = []
+    for name in sorted(wanted.keys() - tensors.keys()):
+        tied = " (tie_word_embeddings = true, if the model has no output matrix)" if name == "lm_head.weight" else ""
+        wrong.append(f"missing {name}{tied}")
+    for number, name in enumerate(sorted(tensors.keys() - wanted.keys())):
         wrong.append(f"unexpected {name}{nearest(name, list(wanted)) if number < LISTED else ''}")
     for name in sorted(wanted.keys() & tensors.keys()):
         stored = tensors[name]
@@ -340,10 +329,6 @@ def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: M
         raise UserError(f"{checkpoint.path}: the weights are not those of the config: " + "; ".join(wrong))
 
 
-def _hint(name: str) -> str:
-    return " (tie_word_embeddings = true, if the model has no output matrix)" if name == "lm_head.weight" else ""
-
-
 def save_weights(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: str | os.PathLike[str], max_shard_bytes: int
 ) -> None:
@@ -352,7 +337,7 @@ def save_weights(
     The folder takes its name only when it is whole; a folder that was there keeps its other files (the tokenizer's)
     and loses its old weights. A shard holds at least one tensor, so one may be larger than `max_shard_bytes`.
     """
-    checkpoint = Checkpoint(Path(path), "memory", {name: held(tensor) for name, tensor in state.items()})
+    checkpoint = Checkpoint(Path(path), "memory", {name: in_memory(tensor) for name, tensor in state.items()})
     with new_checkpoint(path) as folder:
         write_checkpoint(checkpoint, config, folder, max_shard_bytes, None)
 
@@ -372,12 +357,12 @@ def write_checkpoint(
     stem: str = "model",
     config_name: str = "config.json",
 ) -> None:
-    """Stream a checkpoint into a folder, in `dtype` (None: as it is; blocks of numbers become fp32).
+    """Stream a checkpoint into a folder, in `dtype` (None: as it is; quantized blocks become fp32).
 
     Raises UserError where finite numbers would become infinite in their new dtype.
     """
     plan = {
-        name: (stored.shape, dtype or DTYPES.get(stored.dtype) or _unblocked(stored.dtype))
+        name: (stored.shape, dtype or DTYPES.get(stored.dtype, torch.float32))
         for name, stored in checkpoint.tensors.items()
     }
     sizes = {name: math.prod(shape) * kind.itemsize for name, (shape, kind) in plan.items()}
@@ -424,7 +409,3 @@ def split_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
 
 def _shard_name(stem: str, number: int, count: int) -> str:
     return f"{stem}.safetensors" if count == 1 else f"{stem}-{number:05d}-of-{count:05d}.safetensors"
-
-
-def _unblocked(name: str) -> torch.dtype:
-    return torch.float32 if name not in ("F8_E4M3", "F8_E5M2") else torch.bfloat16

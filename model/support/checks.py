@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from collections.abc import Sequence
 from typing import Any
@@ -13,8 +14,8 @@ def one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
     """`value`, or a UserError where it is none of `known`. Types count: JSON's 0 and 1 are neither true nor false."""
     if not any(type(value) is type(one) and value == one for one in known):
         names = [one for one in known if isinstance(one, str)]
-        choices = ", ".join(names) or "false" + (" or true" if True in known else "")
         hint = nearest(value, names) if isinstance(value, str) else ""
+        choices = ", ".join(one if isinstance(one, str) else json.dumps(one) for one in known)
         raise UserError(f"{name} is {value!r}, which is not covered{hint}; covered: {choices}")
     return value
 

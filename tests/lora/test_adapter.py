@@ -250,7 +250,7 @@ def damaged(folder, how):
         ("surplus", "no place for"),
         ("shape", "made for another model"),
         ("nan", "not finite"),
-        ("truncated", "corrupt|cut short|past the end"),
+        ("truncated", "corrupt|truncated|past the end"),
     ],
 )
 def test_a_wrong_adapter_is_refused_by_name(tmp_path, how, said):

@@ -9,7 +9,7 @@ from tiny_models import FAMILIES, raw_config, some_tokens, tiny
 from model import KVCache, Layout
 
 # past the trained length, dynamic scaling turns old keys by another angle than new ones: cached ≠ uncached by design
-STEADY = [family for family in FAMILIES if family != "llama-dynamic"]
+CACHEABLE = [family for family in FAMILIES if family != "llama-dynamic"]
 
 
 def in_chunks(model, tokens, sizes, cache=None, **layout_and_positions):
@@ -38,7 +38,7 @@ def assert_same(got, wanted):
 
 
 @pytest.mark.parametrize("slack", [0, 1, 5, 256])
-@pytest.mark.parametrize("family", STEADY)
+@pytest.mark.parametrize("family", CACHEABLE)
 def test_chunked_equals_uncached(family, slack):
     model = tiny(family)
     W = model.config.window or raw_config(family).get("sliding_window") or 6
@@ -71,7 +71,7 @@ def test_any_chunks_any_offset_any_padding(data):
     assert_same(got[live], whole[live])
 
 
-def test_plain_positions_go_on_from_the_cache():
+def test_plain_positions_continue_from_the_cache():
     model, tokens = tiny("llama"), some_tokens(12)
     cache = KVCache(model.config)
     model(tokens[:, :7], cache=cache)
@@ -102,37 +102,15 @@ def test_the_cache_of_a_window_does_not_grow():
         model(tokens[:, t : t + 1], cache=cache)
         sizes.append(cache.bytes())
     assert max(sizes) == 2 * 2 * 6 * 8 * (8 + 8)  # keys and values, 2 heads of 6, fp64, window + slack slots
-    assert cache.seen == 200 and cache.length <= 16 and cache.dropped == 200 - cache.length
+    assert cache.length <= 16 and cache.dropped == 200 - cache.length
 
 
-def test_rows_and_truncate():
-    model, tokens = tiny("mistral"), some_tokens(14, 3)
+def test_another_number_of_rows_is_refused():
+    model, tokens = tiny("mistral"), some_tokens(9, 3)
     cache = KVCache(model.config)
-    model(tokens[:, :9], cache=cache)
-    cache.rows(torch.tensor([2, 0, 2]))
-    kept = tokens[[2, 0, 2]]
-    model(some_tokens(4, 3, seed=9), cache=cache)  # tried, not taken
-    cache.truncate(9)
-    assert_same(model(kept[:, 9:], cache=cache), model(kept)[:, 9:])
-    with pytest.raises(ValueError, match="truncate"):
-        cache.truncate(15)
+    model(tokens, cache=cache)
     with pytest.raises(ValueError, match="rows"):
-        model(tokens[:1, :2], cache=cache, positions=torch.tensor([[14, 15]]))
-
-
-def test_truncating_past_what_was_dropped_is_refused():
-    """Dropping makes room for the tokens that come; going back before them would need keys that are gone."""
-    model, tokens = tiny("mistral", sliding_window=4), some_tokens(30, 1)
-    cache = KVCache(model.config, slack=2)
-    model(tokens[:, :6], cache=cache)
-    model(tokens[:, 6:9], cache=cache)  # drops
-    assert cache.dropped == 3
-    kept = cache.length - 3
-    cache.truncate(kept)  # the three that made the room may go
-    assert_same(model(tokens[:, 6:9], cache=cache), model(tokens[:, :9])[:, 6:])
-    cache.truncate(cache.length)
-    with pytest.raises(ValueError, match="truncate"):
-        cache.truncate(2)
+        model(tokens[:1, :2], cache=cache, positions=torch.tensor([[9, 10]]))
 
 
 def test_a_narrow_cache_is_used_at_the_models_dtype():

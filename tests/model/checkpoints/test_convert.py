@@ -14,7 +14,7 @@ from tiny_models import some_tokens, tiny
 from model import ModelConfig, Tokenizer, Transformer
 from model.checkpoints.convert import Options, main, open_any
 from model.checkpoints.mistral import to_native
-from model.checkpoints.safetensors import held
+from model.checkpoints.safetensors import in_memory
 from model.support.cli import UserError
 
 
@@ -38,7 +38,7 @@ def test_to_mistrals_native_files_and_back(family, tmp_path):
 
 def test_native_layout_moves_rows_within_each_head():
     model = tiny("mistral", torch.float32)
-    state = {name: held(p.detach()) for name, p in model.named_parameters()}
+    state = {name: in_memory(p.detach()) for name, p in model.named_parameters()}
     native = to_native(state, 6)
     q, k = (native[f"layers.0.attention.w{x}.weight"].read(None) for x in "qk")
     ours = model.model.layers[0].self_attn

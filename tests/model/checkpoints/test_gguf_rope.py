@@ -95,7 +95,7 @@ def test_rotary_scaling_is_llama_cpps(fields, scaling, gain, tmp_path):
     [
         ({"rope.scaling.attn_factor": 1.5}, "attn_factor 1.5 beside"),
         ({"rope.scaling.type": "longrope", "rope.scaling.factor": 4.0}, "longrope"),
-        ({"attention.causal": False}, "encoder"),
+        ({"attention.causal": False}, "attention.causal is False"),
         ({"attention.value_length": 4}, "value_length"),
     ],
 )
@@ -152,7 +152,7 @@ def test_parts_of_two_models_are_refused(tmp_path):
     names = list(SHAPES)
     for split, held, said in (
         ((2, 3), names[4:8], "is not part 2 of 3"),
-        ((1, 3), names[3:8], "another part too"),
+        ((1, 3), names[3:8], "m-00001-of-00003.gguf too"),
         ((1, 3), names[4:7], "11 tensors, not 12"),
     ):
         write(files[1], {}, held, split)

@@ -28,8 +28,8 @@ def entry(shape=(2,), begin=0, end=8, dtype="F32"):
 
 
 HOSTILE = {
-    "empty file": (None, b"", "cut short"),
-    "header longer than the file": ({"a": entry()}, b"\0" * 8, "cut short"),
+    "empty file": (None, b"", "truncated"),
+    "header longer than the file": ({"a": entry()}, b"\0" * 8, "truncated"),
     "header not JSON": (b"{not json", b"", "not JSON"),
     "header a list": ([1], b"", "not a JSON object"),
     "header of endless digits": (b'{"a": ' + b"1" * 5000 + b"}", b"", "not JSON"),
@@ -47,7 +47,7 @@ HOSTILE = {
     "overlap": ({"a": entry(), "b": entry()}, b"\0" * 8, "does not begin"),
     "hole": ({"a": entry(), "b": entry((2,), 12, 20)}, b"\0" * 20, "does not begin"),
     "bytes left over": ({"a": entry()}, b"\0" * 9, "after the last"),
-    "unknown dtype": ({"a": entry(dtype="F7")}, b"\0" * 8, "dtype 'F7'"),
+    "unknown dtype": ({"a": entry(dtype="F7")}, b"\0" * 8, "dtype is 'F7'"),
     "dtype a list": ({"a": entry(dtype=[])}, b"\0" * 8, "dtype"),
     "entry a number": ({"a": 3}, b"", "lacks dtype"),
     "three offsets": ({"a": {**entry(), "data_offsets": [0, 4, 8]}}, b"\0" * 8, "lacks dtype"),
