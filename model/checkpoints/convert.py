@@ -27,13 +27,12 @@ from torch import Tensor
 
 from model.checkpoints.mistral import from_native, native_params, to_native
 from model.checkpoints.qwen1 import from_qwen, qwen2_config
-from model.checkpoints.safetensors import NAMES, PLAIN_NAME, Stored, in_memory, save_tensors
+from model.checkpoints.safetensors import NAMES, PLAIN_NAME, Stored, in_memory, merge_disjoint, save_tensors
 from model.checkpoints.weights import (
     MERGED,
     Checkpoint,
     config_dict,
     find_format,
-    merge_disjoint,
     new_checkpoint,
     open_checkpoint,
     select,

@@ -23,8 +23,7 @@ import torch
 from torch import Tensor
 
 from model.checkpoints.mistral import head_size, is_rotary, permuted, split_name, to_halves
-from model.checkpoints.safetensors import Stored, reader
-from model.checkpoints.weights import merge_disjoint
+from model.checkpoints.safetensors import Stored, merge_disjoint, reader
 from model.support.checks import one_of, positive
 from model.support.cli import UserError
 from model.support.files import check_regular
@@ -267,8 +266,8 @@ def _rope_scaling(file: GGUF, found: Mapping[str, Any]) -> dict[str, Any] | None
     if kind == "none" or kind == "linear" and factor in (None, 1.0):
         return _llama3(file, found) if "rope_freqs.weight" in file.tensors else None
     if attention != 1.0:
-        positive("rope.scaling.factor", factor)
-        scaling["attention_factor"] = positive("rope.scaling.attn_factor", attention) * (0.1 * math.log(factor) + 1.0)
+        gain = 0.1 * math.log(positive("rope.scaling.factor", factor)) + 1.0
+        scaling["attention_factor"] = positive("rope.scaling.attn_factor", attention) * gain
     return {"rope_type": kind, **{name: value for name, value in scaling.items() if value is not None}}
 
 

@@ -13,7 +13,7 @@ import math
 import os
 import re
 import sys
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
@@ -66,6 +66,16 @@ def in_memory(tensor: Tensor) -> Stored:
         return tensor if rows is None else tensor[rows]
 
     return Stored(tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype)), "memory", read)
+
+
+def merge_disjoint(parts: Iterable[tuple[Path, Mapping[str, Stored]]]) -> dict[str, Stored]:
+    """The tensors of several files, or a UserError where a name is in two of them."""
+    tensors: dict[str, Stored] = {}
+    for file, found in parts:
+        for name in found.keys() & tensors.keys():
+            raise UserError(f"{file}: {name!r} is in {tensors[name].where} too; the checkpoint is corrupt")
+        tensors |= found
+    return tensors
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
