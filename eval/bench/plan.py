@@ -62,7 +62,7 @@ def rows(weights: str = "", only: str = "") -> list[Row]:
 
 def base(folder: Path) -> str:
     """SmolLM2-135M as safetensors."""
-    from eval.experiments.demo import smollm2
+    from infer.released import smollm2
 
     program("base", ["model.checkpoints.convert", str(smollm2()), str(folder)])
     return str(folder)

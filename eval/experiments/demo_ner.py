@@ -14,9 +14,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.experiments.demo import smollm2
 from eval.experiments.steps import Run, argv, begin, check_folder, extraction, made_from, training_dtype
 from eval.questions import pair, read_predictions, read_references
+from infer.released import smollm2
 from model.support.cli import UserError, run
 from model.support.files import read_json, write_json
 

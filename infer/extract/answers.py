@@ -37,6 +37,10 @@ _ANSWER: dict[str, Any] = {
     "properties": {
         "answers": {"type": "array", "items": _VALUE},
         "not_relevant": {"type": "boolean", "description": "the model answered that the note does not say"},
+        "logprob": {
+            "type": "number",
+            "description": "natural log-probability of the whole answer and its end; of several windows' the least",
+        },
         "finish_reason": {
             "enum": ["stop", "stop_string", "repetition", "length"],
             "description": "why the answer ended; of several windows' the first that was cut short, if one was",
@@ -142,7 +146,13 @@ def phenotype_record(
         if len(spans) > 1:
             answers[-1]["ambiguous"] = [list(span) for span in spans[1:]]
     not_relevant = bool(out.text.strip()) and not answers
-    record = {"answers": answers, "not_relevant": not_relevant, "finish_reason": out.finish_reason}
+    logprob = round(sum(kept_logprobs(out, decode)), 4)
+    record = {
+        "answers": answers,
+        "not_relevant": not_relevant,
+        "logprob": logprob,
+        "finish_reason": out.finish_reason,
+    }
     if not answers and not not_relevant:
         record["raw"] = out.text
     return record

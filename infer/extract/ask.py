@@ -371,7 +371,12 @@ def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
     others = [reason for reason in reasons if reason != "stop"]
     reason = next((reason for reason in others if reason != "stop_string"), next(iter(others), "stop"))
     not_relevant = not best and all(record["not_relevant"] for record in records)
-    merged = {"answers": list(best.values()), "not_relevant": not_relevant, "finish_reason": reason}
+    merged = {
+        "answers": list(best.values()),
+        "not_relevant": not_relevant,
+        "logprob": min(record["logprob"] for record in records),
+        "finish_reason": reason,
+    }
     if not best and not not_relevant:
         merged["raw"] = next(record["raw"] for record in records if "raw" in record)
     return merged

@@ -9,6 +9,7 @@ from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.extract.ask import Asker, Limits, form_for
 from infer.extract.notes import Note
+from infer.released import adapter, smollm2
 from model.support.cli import UserError
 
 
@@ -25,6 +26,11 @@ class Extractor:
         model, tokenizer = load(weights, adapters)
         form = form_for(tokenizer, adapters)
         self.asker = Asker(Generator(model, tokenizer), "both", form, Limits(), long="windows", grounded=grounded)
+
+    @classmethod
+    def released(cls) -> Extractor:
+        """The released adapter on its base (infer/released). Raises UserError where the base is missing or another."""
+        return cls(smollm2(), adapter())
 
     def answers(self, text: str) -> dict[str, Any]:
         """A note's record without its id: `phenotypes` and `diagnosis`, each answer with its place in `text` (start

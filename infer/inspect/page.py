@@ -1,19 +1,14 @@
 """The trace page: values and attention packed into one HTML file that needs nothing else.
 
 Attention is kept in 16 shades, evenly spaced in √weight (the finest is 0.004; the page says so), a byte each, over the
-keys that a position can see, deflated a layer at a time; the page inflates a layer when it is shown. The page's
-script is allowed by its hash and nothing may be loaded, so whatever a note holds is text.
+keys that a position can see, deflated a layer at a time; the page inflates a layer when it is shown.
 """
 
 from __future__ import annotations
 
 import base64
-import hashlib
-import html
-import json
 import zlib
 from collections.abc import Sequence
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -21,13 +16,13 @@ import torch
 
 from infer.extract.grounded import token_bytes
 from infer.inspect import values as run_measures
+from infer.inspect.html import build
 from infer.inspect.recording import Tape
 from lora.layer import LoRALinear
 from model import Tokenizer, Transformer, attention, transformer
 from model.support.source import place
 
-PARTS = Path(__file__).parent / "trace_page"
-SCRIPTS = ("text.js", "figures.js", "page.js")
+SCRIPTS = ("elements.js", "tokens.js", "figures.js", "trace.js")
 SHADES = 15
 
 
@@ -100,13 +95,5 @@ def run_values(
 
 
 def page(data: dict[str, Any]) -> str:
-    """The HTML of a trace. No character of the data can end its block or begin a tag."""
-    script = "\n".join((PARTS / name).read_text("utf-8") for name in SCRIPTS)
-    style = (PARTS / "style.css").read_text("utf-8")
-    allowed = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
-    text = json.dumps(data, ensure_ascii=True, allow_nan=False, separators=(",", ":"))
-    for letter in "<>&":
-        text = text.replace(letter, f"\\u{ord(letter):04x}")
-    parts = {"HASH": allowed, "STYLE": style, "SCRIPT": script, "TITLE": html.escape(data["title"]), "DATA": text}
-    fragments = (PARTS / "page.html").read_text("utf-8").split("%%")  # text, name, text, name, …, text
-    return "".join(parts[text] if number % 2 else text for number, text in enumerate(fragments))
+    """The HTML of a trace."""
+    return build("trace.html", ("page.css", "trace.css"), SCRIPTS, data["title"], data)

@@ -171,13 +171,14 @@ def test_own_questions_are_asked_no_more_at_once_than_a_batch_s_task_has(tokeniz
 def window(*values, not_relevant=False, reason="stop"):
     answers = [{"text": text, "start": 0, "end": 1, "logprob": logprob} for text, logprob in values]
     raw = {} if values or not_relevant else {"raw": " "}
-    return {"answers": answers, "not_relevant": not_relevant, "finish_reason": reason, **raw}
+    least = min((logprob for _, logprob in values), default=-3.0)
+    return {"answers": answers, "not_relevant": not_relevant, "logprob": least, "finish_reason": reason, **raw}
 
 
 def test_windows_are_merged_each_value_once_with_its_best_probability():
     found = merge([window(("left", -2.0)), window(not_relevant=True), window(("right", -1.0), ("left", -0.5))])
     assert [(a["text"], a["logprob"]) for a in found["answers"]] == [("left", -0.5), ("right", -1.0)]
-    assert not found["not_relevant"]
+    assert not found["not_relevant"] and found["logprob"] == -3.0  # that of the least sure window
     assert merge([window(not_relevant=True)] * 2)["not_relevant"]
     silent = merge([window(not_relevant=True), window(), window(not_relevant=True)])  # one window said nothing at all
     assert not silent["not_relevant"] and silent["raw"] == " "

@@ -16,6 +16,7 @@ from answering_models import tiny_model, write_model, write_tokenizer
 from infer import record, trace
 from infer.inspect import page as trace_html
 from infer.inspect import values as trace_values
+from infer.inspect.html import PAGES
 from lora import LoRAConfig, add_lora, save_adapter
 from lora.adapter import adapted
 from model.checkpoints.weights import fingerprint
@@ -122,7 +123,7 @@ def test_packed_attention_is_the_pattern_to_half_a_shade():
 
 def test_every_line_of_code_that_the_page_names_is_there():
     for line in trace_html.code().values():
-        text = (trace_html.PARTS.parents[2] / line["file"]).read_text().splitlines()[line["line"] - 1]
+        text = (PAGES.parents[2] / line["file"]).read_text().splitlines()[line["line"] - 1]
         assert text.strip() == line["code"] and line["code"]
 
 
