@@ -22,10 +22,14 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Which document and branch each token belongs to: int64 tensors of shape (B, T). Document −1 is padding."""
+    """Which document and branch each token belongs to: int64 tensors of shape (B, T). Document −1 is padding.
+
+    `wanted_N`: the tokens, of all B · T, whose last hidden state is read; None: all. Other states may be anything.
+    """
 
     document_BT: Tensor
     branch_BT: Tensor
+    wanted_N: Tensor | None = None
 
 
 class Visible:

@@ -11,6 +11,8 @@ respect to the hidden states are made in one go and forgotten, so memory is chun
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -93,7 +95,9 @@ def batch_loss(
         loss, loss_N = ChunkedCrossEntropy.apply(x_ND, weight_VD, target_N, scale_N)
         return loss, loss_N[answer_N].sum(dtype=torch.float64)
 
-    return model(batch.tokens, positions=batch.positions, layout=batch.layout, readout=readout)
+    some = 0 < len(place_N) < batch.target.numel()
+    layout = replace(batch.layout, wanted_N=place_N if some else None)
+    return model(batch.tokens, positions=batch.positions, layout=layout, readout=readout)
 
 
 def plain_loss(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:

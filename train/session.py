@@ -32,7 +32,7 @@ from train.data.store import Encoding, TokenStore, build_store, identity_of
 from train.distributed.checkpoint import check_unchanged, snapshot, steps_saved
 from train.distributed.sharded_load import base_shapes, fresh, from_checkpoint, load_sharded
 from train.distributed.sharding import Ranks, shard
-from train.fast.block import training_blocks
+from train.fast.block import pack_weights, training_blocks
 from train.loop import Trainer
 from train.recipe import Recipe, encoding_of, lora_config, parse
 from train.report.card import code_hash, peak_memory, write_card
@@ -211,6 +211,8 @@ def load_model(
         shard(model, ranks)
     model.to_empty(device=ranks.device)
     load_sharded(model, ranks, read, adapter, recipe.seed)
+    if ranks.world == 1:
+        pack_weights(model)
     return model, base
 
 

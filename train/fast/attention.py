@@ -31,11 +31,32 @@ QUERIES = 96  # queries at once, about: few enough that not many pairs are maske
 
 @dataclass(frozen=True)
 class Part:
-    """Queries that are computed at once, the keys that any of them sees, and who sees whom: 0 or −∞, (t, s)."""
+    """Queries that are computed at once, and the keys that any of them sees. The last keys are the queries' own tokens:
+    who sees whom there is in the bias, 0 or −∞, (t, t); the keys before them are seen by all."""
 
     queries: slice
     keys: tuple[slice, ...]
-    bias_ts: Tensor
+    bias_tt: Tensor
+
+    def rows(self, bias_Nt: Tensor) -> slice:
+        """Where the queries stand when each token has several rows, as many as the bias has."""
+        ratio = len(bias_Nt) // len(self.bias_tt)
+        return slice(self.queries.start * ratio, self.queries.stop * ratio)
+
+    def gather(self, x_GTK: Tensor) -> Tensor:
+        """The keys' rows, (G, s, K)."""
+        return x_GTK[:, self.keys[0]] if len(self.keys) == 1 else torch.cat([x_GTK[:, keys] for keys in self.keys], 1)
+
+    def add(self, sum_GTK: Tensor, part_GsK: Tensor) -> None:
+        """Add to the keys' rows."""
+        start = 0
+        for keys in self.keys:
+            stop = start + keys.stop - keys.start
+            sum_GTK[:, keys] += part_GsK[:, start:stop]
+            start = stop
+
+
+Placed = tuple[int, Part, Tensor]  # (row, part, its bias for every query head of a group)
 
 
 @dataclass(frozen=True)
@@ -51,11 +72,7 @@ class Segment:
         made = []
         for start in range(self.trunk.start, self.trunk.stop, QUERIES):
             stop = min(start + QUERIES, self.trunk.stop)
-            made.append(
-                Part(
-                    slice(start, stop), (slice(self.trunk.start, stop),), causal(stop - start, stop - self.trunk.start)
-                )
-            )
+            made.append(Part(slice(start, stop), (slice(self.trunk.start, stop),), causal(stop - start)))
         group: list[slice] = []
         for branch in self.branches:
             if group and branch.stop - group[0].start > QUERIES:
@@ -66,20 +83,18 @@ class Segment:
 
     def beside(self, group: list[slice]) -> Part:
         """Whole branches on the trunk and on themselves; they do not see each other."""
-        first, own = group[0].start, slice(group[0].start, group[-1].stop)
-        length = self.trunk.stop - self.trunk.start
-        bias_ts = torch.full((own.stop - first, length + own.stop - first), float("-inf"))
-        bias_ts[:, :length] = 0.0
+        own = slice(group[0].start, group[-1].stop)
+        bias_tt = torch.full((own.stop - own.start,) * 2, float("-inf"))
         for branch in group:
-            rows = slice(branch.start - first, branch.stop - first)
-            bias_ts[rows, length + rows.start : length + rows.stop] = causal(rows.stop - rows.start)
-        return Part(own, (self.trunk, own), bias_ts)
+            rows = slice(branch.start - own.start, branch.stop - own.start)
+            bias_tt[rows, rows] = causal(branch.stop - branch.start)
+        keys = (slice(self.trunk.start, own.stop),) if own.start == self.trunk.stop else (self.trunk, own)
+        return Part(own, keys, bias_tt)
 
 
-def causal(queries: int, keys: int | None = None) -> Tensor:
-    """The bias of `queries` last tokens on `keys` up to them."""
-    keys = queries if keys is None else keys
-    return torch.full((queries, keys), float("-inf")).triu_(1 + keys - queries)
+def causal(tokens: int) -> Tensor:
+    """The bias of tokens on themselves and those before them."""
+    return torch.full((tokens, tokens), float("-inf")).triu_(1)
 
 
 def segments(visible: Visible, window: int | None) -> list[Segment] | None:
@@ -129,75 +144,75 @@ def cut(document_T: list[int], branch_T: list[int], position_T: list[int]) -> li
 class SegmentedAttention(torch.autograd.Function):
     """softmax(q kᵀ / √K) v over the parts; padding gets zeros. q (B, H, T, K), k and v (B, G, T, K).
 
-    Scores and weights have q's dtype, as in the plain path; sums and softmax are formed in at least fp32.
+    Scores and weights have q's dtype, as in the plain path; sums and softmax are formed in at least fp32. Queries are
+    laid out token by token, a token's heads of one group below each other (N = H/G · T), so a part's are a view.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, found: list[tuple[int, Part]]) -> Tensor:
-        B, H, T, K = q_BHTK.shape
-        out_BTHK = q_BHTK.new_zeros(B, T, H, K)
-        for row, part in found:
-            q_GNK, k_GsK, v_GsK = gathered(part, q_BHTK[row], k_BGTK[row], v_BGTK[row])
-            out_GNK = torch.bmm(weights(part, q_GNK, k_GsK), v_GsK)
-            out_BTHK[row, part.queries] = spread(out_GNK, H).transpose(0, 1)
+    def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, found: list[Placed]) -> Tensor:
+        q_BGNK, k_BGTK, v_BGTK = by_group(q_BHTK, k_BGTK.shape[1]), k_BGTK.contiguous(), v_BGTK.contiguous()
+        out_BGNK = torch.zeros_like(q_BGNK)
+        for row, part, bias_Nt in found:
+            queries = part.rows(bias_Nt)
+            weight_GNs = weights(q_BGNK[row, :, queries], part.gather(k_BGTK[row]), bias_Nt)
+            out_BGNK[row, :, queries] = torch.bmm(weight_GNs, part.gather(v_BGTK[row]))
         ctx.found = found
-        ctx.save_for_backward(q_BHTK, k_BGTK, v_BGTK)
-        return out_BTHK.transpose(1, 2)
+        ctx.save_for_backward(q_BGNK, k_BGTK, v_BGTK)
+        return by_head(out_BGNK, q_BHTK.shape[2])
 
     @staticmethod
     def backward(ctx: Any, grad_BHTK: Tensor) -> Any:  # type: ignore[override]
-        q_BHTK, k_BGTK, v_BGTK = ctx.saved_tensors
-        (B, H, T, K), G = q_BHTK.shape, k_BGTK.shape[1]
-        dq_BTHK = q_BHTK.new_zeros(B, T, H, K)
-        dk_BTGK, dv_BTGK = (q_BHTK.new_zeros(B, T, G, K) for _ in range(2))
-        for row, part in ctx.found:
-            q_GNK, k_GsK, v_GsK = gathered(part, q_BHTK[row], k_BGTK[row], v_BGTK[row])
-            grad_GNK = grad_BHTK[row, :, part.queries].reshape(q_GNK.shape)
-            weight_GNs = weights(part, q_GNK, k_GsK)
-            dv_GsK = torch.bmm(weight_GNs.transpose(1, 2), grad_GNK)
-            d_weight_GNs = torch.bmm(grad_GNK, v_GsK.transpose(1, 2))
+        q_BGNK, k_BGTK, v_BGTK = ctx.saved_tensors
+        grad_BGNK = by_group(grad_BHTK, k_BGTK.shape[1])
+        dq_BGNK, dk_BGTK, dv_BGTK = (torch.zeros_like(x) for x in (q_BGNK, k_BGTK, v_BGTK))
+        for row, part, bias_Nt in ctx.found:
+            queries = part.rows(bias_Nt)
+            q_GNK, grad_GNK = q_BGNK[row, :, queries], grad_BGNK[row, :, queries]
+            k_GsK = part.gather(k_BGTK[row])
+            weight_GNs = weights(q_GNK, k_GsK, bias_Nt)
+            part.add(dv_BGTK[row], torch.bmm(weight_GNs.transpose(1, 2), grad_GNK))
+            d_weight_GNs = torch.bmm(grad_GNK, part.gather(v_BGTK[row]).transpose(1, 2))
             d_score_GNs = torch._softmax_backward_data(d_weight_GNs, weight_GNs, -1, weight_GNs.dtype)
-            dq_GNK = torch.bmm(d_score_GNs, k_GsK).mul_(K**-0.5)
-            dk_GsK = torch.bmm(d_score_GNs.transpose(1, 2), q_GNK).mul_(K**-0.5)
-            dq_BTHK[row, part.queries] = spread(dq_GNK, H).transpose(0, 1)
-            start = 0
-            for keys in part.keys:
-                stop = start + keys.stop - keys.start
-                dk_BTGK[row, keys] += dk_GsK[:, start:stop].transpose(0, 1)
-                dv_BTGK[row, keys] += dv_GsK[:, start:stop].transpose(0, 1)
-                start = stop
-        return dq_BTHK.transpose(1, 2), dk_BTGK.transpose(1, 2), dv_BTGK.transpose(1, 2), None
+            dq_BGNK[row, :, queries] = torch.bmm(d_score_GNs, k_GsK)
+            part.add(dk_BGTK[row], torch.bmm(d_score_GNs.transpose(1, 2), q_GNK))
+        scale = q_BGNK.shape[-1] ** -0.5
+        return by_head(dq_BGNK.mul_(scale), grad_BHTK.shape[2]), dk_BGTK.mul_(scale), dv_BGTK, None
 
 
-def gathered(part: Part, q_HTK: Tensor, k_GTK: Tensor, v_GTK: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """A part's queries, a group's heads below each other (G, N = H/G · t, K), and its keys and values (G, s, K)."""
-    k_GsK, v_GsK = (
-        x_GTK[:, part.keys[0]] if len(part.keys) == 1 else torch.cat([x_GTK[:, keys] for keys in part.keys], 1)
-        for x_GTK in (k_GTK, v_GTK)
-    )
-    return q_HTK[:, part.queries].reshape(k_GTK.shape[0], -1, q_HTK.shape[-1]), k_GsK, v_GsK
+def by_group(x_BHTK: Tensor, groups: int) -> Tensor:
+    """(B, G, T · H/G, K) out of (B, H, T, K)."""
+    B, H, T, K = x_BHTK.shape
+    return x_BHTK.reshape(B, groups, H // groups, T, K).transpose(2, 3).reshape(B, groups, -1, K)
 
 
-def spread(x_GNK: Tensor, heads: int) -> Tensor:
-    """(H, t, K) out of (G, H/G · t, K)."""
-    return x_GNK.reshape(heads, -1, x_GNK.shape[-1])
+def by_head(x_BGNK: Tensor, tokens: int) -> Tensor:
+    """(B, H, T, K) out of (B, G, T · H/G, K), a token's heads side by side in memory."""
+    B, G, _, K = x_BGNK.shape
+    return x_BGNK.view(B, G, tokens, -1, K).transpose(1, 2).reshape(B, tokens, -1, K).transpose(1, 2)
 
 
-def weights(part: Part, q_GNK: Tensor, k_GsK: Tensor) -> Tensor:
-    """softmax(q kᵀ / √K + bias): (G, N, s)."""
-    G, N, K = q_GNK.shape
-    bias_Ns = part.bias_ts.to(q_GNK.dtype).repeat(N // part.bias_ts.shape[0], 1)
-    return torch.softmax(torch.baddbmm(bias_Ns.expand(G, -1, -1), q_GNK, k_GsK.transpose(1, 2), alpha=K**-0.5), -1)
+def weights(q_GNK: Tensor, k_GsK: Tensor, bias_Nt: Tensor) -> Tensor:
+    """softmax(q kᵀ / √K + bias), the bias on the last keys: (G, N, s)."""
+    score_GNs = torch.baddbmm(q_GNK[:, :1, :1], q_GNK, k_GsK.transpose(1, 2), beta=0, alpha=q_GNK.shape[-1] ** -0.5)
+    score_GNs[..., -bias_Nt.shape[1] :] += bias_Nt
+    return torch.softmax(score_GNs, -1)
 
 
 class SegmentAttend(FastAttend):
     """FastAttend, by segments where the rows allow it."""
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        held = visible.__dict__.setdefault("segments", {})  # the same for every layer of this window
+        held = visible.memo.setdefault("segments", {})  # the same for every layer of this window
         if window not in held:
             found = segments(visible, window) if q_BHTK.is_cpu else None
-            held[window] = None if found is None else [(one.row, part) for one in found for part in one.parts()]
+            held[window] = found and placed(found, q_BHTK.shape[1] // k_BGSK.shape[1], q_BHTK.dtype)
         if held[window] is None:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, visible, window)
         return SegmentedAttention.apply(q_BHTK, k_BGSK, v_BGSK, held[window])
+
+
+def placed(found: list[Segment], ratio: int, dtype: torch.dtype) -> list[Placed]:
+    """Every part, with its bias for `ratio` query heads a key."""
+    return [
+        (one.row, part, part.bias_tt.repeat_interleave(ratio, 0).to(dtype)) for one in found for part in one.parts()
+    ]

@@ -4,8 +4,10 @@
 
 - kept for the backward pass are a half-block's input, q, k, v, the attention's result, gate and up, and each adapter's
   (N, R) product. The norm's result and silu(gate) · up are made again (a few passes over memory, no product);
-- gradients of layers that read the same input are added up in the products themselves (addmm into one tensor);
-- attention computes little more than the pairs that see each other (attend.py).
+- layers that read the same input are one layer: q, k and v; gate and up. Their frozen weights are one matrix, their
+  adapters another, so a block's 7 products each way are 4, and 28 small ones of the adapters are 16;
+- attention computes little more than the pairs that see each other (attention.py);
+- the last block's o_proj and feed-forward are computed for the tokens with a target alone.
 
 Products and their number are the plain block's: 2 FLOP a weight and token forward, 2 backward, none for frozen weights'
 gradients, none below the first adapter. With y = n Wᵀ + s (n Aᵀ) Bᵀ, l = s n Aᵀ and gradient g of y:
@@ -26,7 +28,6 @@ from torch import Tensor, nn
 
 from infer.engine.fuse import fuse as kernel_blocks
 from lora.layer import LoRALinear
-from model.attention import Attention, split_heads
 from model.cache import KVCache
 from model.mask import Visible
 from model.support.hardware import product, suits_onednn
@@ -34,10 +35,32 @@ from model.transformer import Block, RMSNorm, Transformer
 from train.fast.attention import SegmentAttend
 
 
-def matrix(linear: nn.Linear, dtype: torch.dtype) -> Tensor:
-    """The frozen weight, widened for one product where it is quantized."""
-    quantized = getattr(linear, "quantized", None)
-    return linear.weight if quantized is None else quantized.dequantize(dtype)
+def matrices(linears: Sequence[nn.Linear], dtype: torch.dtype) -> list[Tensor]:
+    """The frozen weights of layers that read one input: one matrix if they are neighbours in memory (`pack_weights`).
+    Quantized ones are widened for one product each."""
+    packed = [getattr(linear, "quantized", None) for linear in linears]
+    if packed[0] is not None:
+        return [one.dequantize(dtype) for one in packed]  # type: ignore[union-attr]
+    weights = [linear.weight for linear in linears]
+    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
+    beside = ends[:-1] == [weight.data_ptr() for weight in weights[1:]]
+    if len(weights) == 1 or not beside or len({weight.untyped_storage().data_ptr() for weight in weights}) > 1:
+        return weights
+    rows = sum(len(weight) for weight in weights)
+    return [torch.as_strided(weights[0].detach(), (rows, weights[0].shape[1]), (weights[0].shape[1], 1))]
+
+
+def pack_weights(model: Transformer) -> None:
+    """Let q, k and v, and gate and up, stand below each other in memory: their products are then one. The parameters
+    stay, as views. For weights that are whole and stay where they are, so not for sharded ones."""
+    for block in model.model.layers:
+        if isinstance(block, FastBlock):
+            for linears in block.groups():
+                weights = [linear.weight for linear in linears]
+                if len(weights) > 1 and all(weight is not None for weight in weights):
+                    whole_OD = torch.cat([weight.detach() for weight in weights])
+                    for weight, part_OD in zip(weights, whole_OD.split([len(w) for w in weights]), strict=True):
+                        weight.data = part_OD
 
 
 def adapters(linears: Sequence[nn.Linear]) -> list[Tensor | None]:
@@ -51,39 +74,75 @@ def adapters(linears: Sequence[nn.Linear]) -> list[Tensor | None]:
     return made
 
 
-class Adapted:
-    """One linear layer's arithmetic inside a hand-written pass."""
+class Group:
+    """Linear layers that read one input, as one layer inside a hand-written pass: their results side by side.
 
-    def __init__(self, linear: nn.Linear, a_RD: Tensor | None, b_OR: Tensor | None) -> None:
-        self.linear, self.a_RD, self.b_OR = linear, a_RD, b_OR
-        self.scale = linear.scale[linear.active] if a_RD is not None else 0.0  # type: ignore[index]
+    Their A matrices stand below each other, and s·B of each on the diagonal, so that all adapters are two products.
+    """
+
+    def __init__(self, linears: Sequence[nn.Linear], held: Sequence[Tensor | None], dtype: torch.dtype) -> None:
+        self.linears, self.held = linears, held
+        self.sizes = [linear.out_features for linear in linears]
+        self.biases: list[Tensor | None] = [linear.bias for linear in linears]
+        adapted = [(n, a, b) for n, (a, b) in enumerate(zip(held[::2], held[1::2], strict=True)) if a is not None]
+        self.a_RD = self.b_OR = None
+        if adapted:
+            self.a_RD = torch.cat([a_RD for _, a_RD, _ in adapted]).to(dtype)
+            self.b_OR = self.a_RD.new_zeros(sum(self.sizes), len(self.a_RD))
+            for n, outputs, ranks in self.places():
+                self.b_OR[outputs, ranks] = held[2 * n + 1] * self.scale(n)  # type: ignore[operator]
+
+    def scale(self, n: int) -> float:
+        return self.linears[n].scale[self.linears[n].active]  # type: ignore[union-attr, index, return-value]
+
+    def places(self) -> list[tuple[int, slice, slice]]:
+        """(layer, its outputs, its adapter's ranks) of each layer that has an adapter."""
+        made, output, rank = [], 0, 0
+        for n, size in enumerate(self.sizes):
+            a_RD = self.held[2 * n]
+            if a_RD is not None:
+                made.append((n, slice(output, output + size), slice(rank, rank + len(a_RD))))
+                rank += len(a_RD)
+            output += size
+        return made
 
     def forward(self, n_ND: Tensor) -> tuple[Tensor, Tensor | None]:
-        """(y_NO, the adapter's scaled product low_NR)."""
-        y_NO = product(n_ND, matrix(self.linear, n_ND.dtype), self.linear.bias)
+        """(y_NO, the adapters' n Aᵀ, low_NR)."""
+        weights = matrices(self.linears, n_ND.dtype)
+        if len(weights) == 1:
+            given = [bias for bias in self.biases if bias is not None]  # of q, k and v all or none has one
+            y_NO = product(n_ND, weights[0], torch.cat(given) if given else None)
+        else:
+            y_NO = torch.cat([product(n_ND, *one) for one in zip(weights, self.biases, strict=True)], 1)
         if self.a_RD is None or self.b_OR is None:
             return y_NO, None
-        low_NR = F.linear(n_ND, self.a_RD.to(n_ND.dtype)).mul_(self.scale)
-        return y_NO.addmm_(low_NR, self.b_OR.to(n_ND.dtype).t()), low_NR
+        low_NR = F.linear(n_ND, self.a_RD)
+        return y_NO.addmm_(low_NR, self.b_OR.t()), low_NR
 
     def backward(
-        self, g_NO: Tensor, n_ND: Tensor, low_NR: Tensor | None, dn_ND: Tensor | None, wants: bool
-    ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-        """(dn with this layer's part added where it is wanted, dA, dB)."""
-        da_RD = db_OR = None
+        self, g_NO: Tensor, n_ND: Tensor, low_NR: Tensor | None, wants: bool
+    ) -> tuple[Tensor | None, list[Tensor | None]]:
+        """(dn if it is wanted, the adapters' gradients as `held` has them)."""
+        dn_ND = None
         if wants:
-            weight_OD = matrix(self.linear, g_NO.dtype)
-            if dn_ND is None or suits_onednn(g_NO, weight_OD):
-                part_ND = product(g_NO, weight_OD.t())
-                dn_ND = part_ND if dn_ND is None else dn_ND.add_(part_ND)
-            else:
-                dn_ND.addmm_(g_NO, weight_OD)
+            weights = matrices(self.linears, g_NO.dtype)
+            for one, part_NO in zip(weights, g_NO.split([len(weight) for weight in weights], 1), strict=True):
+                if dn_ND is None or suits_onednn(part_NO, one):
+                    part_ND = product(part_NO, one.t())
+                    dn_ND = part_ND if dn_ND is None else dn_ND.add_(part_ND)
+                else:
+                    dn_ND.addmm_(part_NO, one)
+        made: list[Tensor | None] = [None] * len(self.held)
         if self.a_RD is not None and self.b_OR is not None and low_NR is not None:
-            dlow_NR = (g_NO @ self.b_OR.to(g_NO.dtype)).mul_(self.scale)
-            db_OR, da_RD = (g_NO.t() @ low_NR).to(self.b_OR.dtype), (dlow_NR.t() @ n_ND).to(self.a_RD.dtype)
+            dlow_NR = g_NO @ self.b_OR
             if dn_ND is not None:
-                dn_ND.addmm_(dlow_NR, self.a_RD.to(g_NO.dtype))
-        return dn_ND, da_RD, db_OR
+                dn_ND.addmm_(dlow_NR, self.a_RD)
+            da_RD, db_OR = dlow_NR.t() @ n_ND, g_NO.t() @ low_NR
+            for n, outputs, ranks in self.places():
+                a_RD, b_OR = self.held[2 * n : 2 * n + 2]
+                made[2 * n] = da_RD[ranks].to(a_RD.dtype)  # type: ignore[union-attr]
+                made[2 * n + 1] = db_OR[outputs, ranks].to(b_OR.dtype) * self.scale(n)  # type: ignore[union-attr]
+        return dn_ND, made
 
 
 def normed(x_ND: Tensor, norm: RMSNorm | None) -> tuple[Tensor, Any]:
@@ -104,39 +163,32 @@ def norm_backward(dn_ND: Tensor, x_ND: Tensor, norm: RMSNorm, inverse_N1: Tensor
 
 
 class Products(torch.autograd.Function):
-    """linear(norm(x)) of several layers that read one input; with `residual`, one layer's result plus that."""
+    """linear(norm(x)) of several layers that read one input, side by side; with `residual`, plus that."""
 
     @staticmethod
     def forward(
         ctx: Any,
         x_ND: Tensor,
-        residual_ND: Tensor | None,
+        residual_NO: Tensor | None,
         norm: RMSNorm | None,
         linears: Sequence[nn.Linear],
         *held: Tensor | None,
-    ) -> tuple[Tensor, ...]:
+    ) -> Tensor:
         n_ND, inverse_N1 = normed(x_ND, norm)
-        layers = [Adapted(*part) for part in zip(linears, held[::2], held[1::2], strict=True)]
-        results, lows = zip(*(layer.forward(n_ND) for layer in layers), strict=True)
-        if residual_ND is not None:
-            results[0].add_(residual_ND)
-        ctx.norm, ctx.linears, ctx.held = norm, linears, held
-        ctx.save_for_backward(x_ND, inverse_N1, *lows)
-        return results
+        group = Group(linears, held, x_ND.dtype)
+        y_NO, low_NR = group.forward(n_ND)
+        ctx.norm, ctx.group = norm, group
+        ctx.save_for_backward(x_ND, inverse_N1, low_NR)
+        return y_NO if residual_NO is None else y_NO.add_(residual_NO)
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> Any:  # type: ignore[override]
-        x_ND, _, *lows = ctx.saved_tensors
+    def backward(ctx: Any, g_NO: Tensor) -> Any:  # type: ignore[override]
+        x_ND, _, low_NR = ctx.saved_tensors
         n_ND, inverse_N1 = normed(x_ND, ctx.norm)
-        layers = [Adapted(*part) for part in zip(ctx.linears, ctx.held[::2], ctx.held[1::2], strict=True)]
-        dn_ND, wants, made = None, ctx.needs_input_grad[0], []
-        for layer, g_NO, low_NR in zip(layers, grads, lows, strict=True):
-            dn_ND, da_RD, db_OR = layer.backward(g_NO, n_ND, low_NR, dn_ND, wants)
-            made += [da_RD, db_OR]
-        dx_ND = dn_ND
-        if dn_ND is not None and inverse_N1 is not None:
-            dx_ND = norm_backward(dn_ND, x_ND, ctx.norm, inverse_N1)
-        return dx_ND, grads[0] if ctx.needs_input_grad[1] else None, None, None, *made
+        dx_ND, made = ctx.group.backward(g_NO, n_ND, low_NR, ctx.needs_input_grad[0])
+        if dx_ND is not None and inverse_N1 is not None:
+            dx_ND = norm_backward(dx_ND, x_ND, ctx.norm, inverse_N1)
+        return dx_ND, g_NO if ctx.needs_input_grad[1] else None, None, None, *made
 
 
 class FeedForward(torch.autograd.Function):
@@ -145,86 +197,104 @@ class FeedForward(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x_ND: Tensor, norm: RMSNorm, linears: Sequence[nn.Linear], *held: Tensor | None) -> Tensor:
         n_ND, _ = normed(x_ND, norm)
-        gate, up, down = (Adapted(*part) for part in zip(linears, held[::2], held[1::2], strict=True))
-        (gate_NF, low_gate), (up_NF, low_up) = gate.forward(n_ND), up.forward(n_ND)
-        y_ND, low_down = down.forward(F.silu(gate_NF).mul_(up_NF))
-        ctx.norm, ctx.linears, ctx.held = norm, linears, held
-        ctx.save_for_backward(x_ND, gate_NF, up_NF, low_gate, low_up, low_down)
+        gate_up, down = Group(linears[:2], held[:4], x_ND.dtype), Group(linears[2:], held[4:], x_ND.dtype)
+        y_N2F, low_NR = gate_up.forward(n_ND)
+        gate_NF, up_NF = y_N2F.chunk(2, 1)
+        y_ND, low_down_NR = down.forward(F.silu(gate_NF).mul_(up_NF))
+        ctx.norm, ctx.groups = norm, (gate_up, down)
+        ctx.save_for_backward(x_ND, y_N2F, low_NR, low_down_NR)
         return y_ND.add_(x_ND)
 
     @staticmethod
     def backward(ctx: Any, g_ND: Tensor) -> Any:  # type: ignore[override]
-        x_ND, gate_NF, up_NF, low_gate, low_up, low_down = ctx.saved_tensors
-        gate, up, down = (Adapted(*part) for part in zip(ctx.linears, ctx.held[::2], ctx.held[1::2], strict=True))
+        x_ND, y_N2F, low_NR, low_down_NR = ctx.saved_tensors
+        gate_up, down = ctx.groups
+        gate_NF, up_NF = y_N2F.chunk(2, 1)
         on_NF = F.silu(gate_NF)
-        dh_NF, da_down, db_down = down.backward(g_ND, on_NF * up_NF, low_down, None, True)
+        dh_NF, made_down = down.backward(g_ND, on_NF * up_NF, low_down_NR, True)
         assert dh_NF is not None
-        d_up_NF = on_NF.mul_(dh_NF)
-        d_gate_NF = torch.ops.aten.silu_backward(dh_NF.mul_(up_NF), gate_NF)
-        n_ND, inverse_N1 = normed(x_ND, ctx.norm)
-        wants = ctx.needs_input_grad[0]
-        dn_ND, da_gate, db_gate = gate.backward(d_gate_NF, n_ND, low_gate, None, wants)
-        dn_ND, da_up, db_up = up.backward(d_up_NF, n_ND, low_up, dn_ND, wants)
-        dx_ND = norm_backward(dn_ND, x_ND, ctx.norm, inverse_N1).add_(g_ND) if dn_ND is not None else None
-        return dx_ND, None, None, da_gate, db_gate, da_up, db_up, da_down, db_down
+        g_N2F = torch.empty_like(y_N2F)
+        d_gate_NF, d_up_NF = g_N2F.chunk(2, 1)
+        torch.mul(on_NF, dh_NF, out=d_up_NF)
+        torch.ops.aten.silu_backward.grad_input(dh_NF.mul_(up_NF), gate_NF, grad_input=d_gate_NF)
+        n_ND, inverse_N1 = normed(x_ND, norm := ctx.norm)
+        dn_ND, made = gate_up.backward(g_N2F, n_ND, low_NR, ctx.needs_input_grad[0])
+        dx_ND = norm_backward(dn_ND, x_ND, norm, inverse_N1).add_(g_ND) if dn_ND is not None else None
+        return dx_ND, None, None, *made, *made_down
 
 
 class Turn(torch.autograd.Function):
-    """Rotary positions on (B, H, T, K); backward turns the other way."""
+    """The results of q, k and v, (B, T, H + 2G, K) → q (B, H, T, K) and k (B, G, T, K) at rotary positions, and v."""
 
     @staticmethod
-    def forward(ctx: Any, x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor) -> Tensor:
+    def forward(ctx: Any, y_BTCK: Tensor, heads: int, cos_BTK: Tensor, sin_BTK: Tensor) -> tuple[Tensor, ...]:
+        groups = (y_BTCK.shape[2] - heads) // 2
+        ctx.sizes = [heads + groups, groups]
+        turned_BTCK, v_BTGK = torch.empty_like(y_BTCK).split(ctx.sizes, 2)
+        given_BTCK, given_BTGK = y_BTCK.split(ctx.sizes, 2)
+        turn(given_BTCK, cos_BTK, sin_BTK, 1, turned_BTCK)
+        v_BTGK.copy_(given_BTGK)
         ctx.save_for_backward(cos_BTK, sin_BTK)
-        return turned(x_BHTK, cos_BTK, sin_BTK, 1)
+        q_BTHK, k_BTGK = turned_BTCK.split([heads, groups], 2)
+        return q_BTHK.transpose(1, 2), k_BTGK.transpose(1, 2), v_BTGK.transpose(1, 2)
 
     @staticmethod
-    def backward(ctx: Any, grad_BHTK: Tensor) -> Any:  # type: ignore[override]
+    def backward(ctx: Any, dq_BHTK: Tensor, dk_BGTK: Tensor, dv_BGTK: Tensor) -> Any:  # type: ignore[override]
         cos_BTK, sin_BTK = ctx.saved_tensors
-        return turned(grad_BHTK, cos_BTK, sin_BTK, -1), None, None
+        dy_BTCK = torch.cat([x.transpose(1, 2) for x in (dq_BHTK, dk_BGTK, dv_BGTK)], 2)
+        turned_BTCK = dy_BTCK.split(ctx.sizes, 2)[0]
+        turn(turned_BTCK.clone(), cos_BTK, sin_BTK, -1, turned_BTCK)
+        return dy_BTCK, None, None, None
 
 
-def turned(x_BHTK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor, sign: int) -> Tensor:
-    half = x_BHTK.shape[-1] // 2
-    out_BHTK, sin_B1TK = x_BHTK * cos_BTK[:, None], sin_BTK[:, None]
-    out_BHTK[..., :half].addcmul_(x_BHTK[..., half:], sin_B1TK[..., :half], value=-sign)
-    out_BHTK[..., half:].addcmul_(x_BHTK[..., :half], sin_B1TK[..., half:], value=sign)
-    return out_BHTK
+def turn(x_BTCK: Tensor, cos_BTK: Tensor, sin_BTK: Tensor, sign: int, out_BTCK: Tensor) -> None:
+    """Rotary positions on x; with sign −1 the other way round."""
+    half = x_BTCK.shape[-1] // 2
+    sin_BT1K = sin_BTK[:, :, None]
+    torch.mul(x_BTCK, cos_BTK[:, :, None], out=out_BTCK)
+    out_BTCK[..., :half].addcmul_(x_BTCK[..., half:], sin_BT1K[..., :half], value=-sign)
+    out_BTCK[..., half:].addcmul_(x_BTCK[..., :half], sin_BT1K[..., half:], value=sign)
 
 
 class FastBlock(Block):
     """A block's own modules under their own names, computed by the functions above."""
 
-    def __init__(self, block: Block) -> None:
+    def __init__(self, block: Block, last: bool) -> None:
         nn.Module.__init__(self)
+        self.last = last
         for name, child in block.named_children():
             self.add_module(name, child)
         self.self_attn.attend = SegmentAttend()
         self.training = block.training
 
+    def groups(self) -> list[list[nn.Linear]]:
+        """The layers that read one input each."""
+        own, mlp = self.self_attn, self.mlp
+        return [[own.q_proj, own.k_proj, own.v_proj], [own.o_proj], [mlp.gate_proj, mlp.up_proj], [mlp.down_proj]]
+
     def forward(
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None = None
     ) -> Tensor:
-        own, mlp = self.self_attn, self.mlp
-        linears = [own.q_proj, own.k_proj, own.v_proj, own.o_proj, mlp.gate_proj, mlp.up_proj, mlp.down_proj]
-        if cache is not None or any(drops(linear) for linear in linears):
+        three, output, gate_up, down = self.groups()
+        if cache is not None or any(drops(linear) for linear in [*three, *output, *gate_up, *down]):
             return super().forward(x_BTD, rotary, visible, cache)
-        x_ND = x_BTD.flatten(0, 1)
-        x_ND = self.attention(x_ND, x_BTD.shape, own, rotary, visible)
-        x_ND = FeedForward.apply(x_ND, self.post_attention_layernorm, linears[4:], *adapters(linears[4:]))
+        own, (B, T, _), x_ND = self.self_attn, x_BTD.shape, x_BTD.flatten(0, 1)
+        y_NO = Products.apply(x_ND, None, self.input_layernorm, three, *adapters(three))
+        q_BHTK, k_BGTK, v_BGTK = Turn.apply(
+            y_NO.view(B, T, -1, own.head_dim), own.q_proj.out_features // own.head_dim, *rotary
+        )
+        a_BHTK = own.attend(q_BHTK, k_BGTK, v_BGTK, visible, own.window)
+        a_ND = a_BHTK.transpose(1, 2).flatten(2).flatten(0, 1)
+        wanted_N = visible.layout.wanted_N if self.last and visible.layout is not None else None
+        if wanted_N is not None:
+            a_ND, x_ND = a_ND[wanted_N], x_ND[wanted_N]
+        x_ND = Products.apply(a_ND, x_ND, None, output, *adapters(output))
+        both = [*gate_up, *down]
+        x_ND = FeedForward.apply(x_ND, self.post_attention_layernorm, both, *adapters(both))
+        if wanted_N is not None:
+            x_ND = x_ND.new_zeros(B * T, x_ND.shape[1]).index_copy(0, wanted_N, x_ND)
         # as torch's own matmul gives its result another shape: FSDP2 warns of a block whose result is a view
         return torch.ops.aten._unsafe_view(x_ND, x_BTD.shape)
-
-    def attention(
-        self, x_ND: Tensor, shape: torch.Size, own: Attention, rotary: tuple[Tensor, Tensor], visible: Visible
-    ) -> Tensor:
-        """x + Attention(norm(x))."""
-        three = [own.q_proj, own.k_proj, own.v_proj]
-        made = Products.apply(x_ND, None, self.input_layernorm, three, *adapters(three))
-        q_BHTK, k_BGTK, v_BGTK = (split_heads(y_NO.view(*shape[:2], -1), own.head_dim) for y_NO in made)
-        q_BHTK, k_BGTK = Turn.apply(q_BHTK, *rotary), Turn.apply(k_BGTK, *rotary)
-        out_BHTK = own.attend(q_BHTK, k_BGTK, v_BGTK, visible, own.window)
-        out_ND = out_BHTK.transpose(1, 2).flatten(2).flatten(0, 1)
-        return Products.apply(out_ND, x_ND, None, [own.o_proj], *adapters([own.o_proj]))[0]
 
 
 def drops(linear: nn.Module) -> bool:
@@ -239,7 +309,7 @@ def fast_blocks(model: Transformer) -> Transformer:
     for number, block in enumerate(model.model.layers):
         frozen = all(not p.requires_grad for name, p in block.named_parameters() if "lora_" not in name)
         if type(block) is Block and frozen and hasattr(block, "mlp"):
-            model.model.layers[number] = FastBlock(block)
+            model.model.layers[number] = FastBlock(block, last=number == len(model.model.layers) - 1)
     return model
 
 

@@ -17,10 +17,10 @@ from model.config import ModelConfig
 from model.mask import Visible
 from model.transformer import Block
 from train.data.dataset import Rows
-from train.data.rows import Row, collate, count, note_unit
+from train.data.rows import IGNORE, Row, collate, count, note_unit
 from train.distributed.sharding import Ranks
 from train.fast.attention import SegmentAttend, segments
-from train.fast.block import FastBlock, fast_blocks, training_blocks
+from train.fast.block import FastBlock, fast_blocks, matrices, pack_weights, product, training_blocks
 from train.loop import Trainer
 from train.loss import batch_loss
 
@@ -65,7 +65,7 @@ def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str
         config = replace(config, hidden_size=64, intermediate_size=128, head_dim=16)
     batch, counts = batches(notes)
 
-    def made(dtype: torch.dtype, fast: bool, wide: bool = False) -> dict[str, torch.Tensor]:
+    def made(dtype: torch.dtype, fast: bool, wide: bool = False, packed: bool = False) -> dict[str, torch.Tensor]:
         model = tiny(RECIPE, config, dtype)
         model = model.double() if wide else model
         model = quantize_base(model, base) if base else model
@@ -73,14 +73,37 @@ def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str
         assert kinds == ({base} if base else set())
         model = fast_blocks(model) if fast else model.use_attention("plain")
         assert isinstance(model.model.layers[0], FastBlock) == fast
+        if packed:
+            pack_weights(model)
         return step(model, batch, counts)
 
-    assert worst(made(torch.float64, True), made(torch.float64, False)) < 1e-12
+    for packed in (False, True):
+        assert worst(made(torch.float64, True, packed=packed), made(torch.float64, False)) < 1e-12
     for dtype in () if base else (torch.float32, torch.bfloat16):  # a quantized base's own values differ between dtypes
-        judge, plain, fast = made(dtype, False, wide=True), made(dtype, False), made(dtype, True)
+        judge, plain, fast = made(dtype, False, wide=True), made(dtype, False), made(dtype, True, packed=True)
         assert plain["loss"].dtype == torch.float32 and judge["loss"].dtype == torch.float64
         for name in judge.keys() - {"loss"}:
             assert 0 < error(fast[name], judge[name]) <= 2 * error(plain[name], judge[name]), (dtype, name)
+
+
+def test_a_block_has_four_products_each_way_and_the_last_one_only_those_that_are_read(notes, monkeypatch):
+    """Packing changes no weight, and later changes to one are seen."""
+    batch, counts = batches(notes)
+    model = fast_blocks(tiny(RECIPE))
+    before = {name: value.clone() for name, value in model.state_dict().items()}
+    pack_weights(model)
+    assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
+    seen: list[int] = []
+    monkeypatch.setattr("train.fast.block.product", lambda x, *rest: (seen.append(len(x)), product(x, *rest))[1])
+    step(model, batch, counts)
+    every, read = batch.target.numel(), int((batch.target != IGNORE).sum())
+    assert 0 < read < every
+    forward = [every] * 4 * (CONFIG.num_hidden_layers - 1) + [every, read, read, read]
+    assert seen == forward + [read, read, read, every] + [every] * (4 * (CONFIG.num_hidden_layers - 1) - 1)
+    model.model.layers[0].self_attn.k_proj.weight.data.zero_()
+    assert len(matrices([*model.model.layers[0].groups()[0]], torch.float64)) == 1
+    model.model.layers[0].self_attn.k_proj.weight.data = torch.zeros_like(model.model.layers[0].self_attn.k_proj.weight)
+    assert len(matrices([*model.model.layers[0].groups()[0]], torch.float64)) == 3
 
 
 def test_no_gradient_below_the_first_adapter_and_recomputed_blocks_agree(notes):
