@@ -28,6 +28,10 @@ from model.support.hardware import decode_dtype, int8_products
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
+def device_here() -> str:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
 def load(
     weights: str | Path,
     adapters: Sequence[str | Path] = (),
@@ -46,7 +50,7 @@ def load(
     """
     if dtype not in DTYPES:
         raise UserError(f"dtype {dtype!r} is not covered; covered are {', '.join(DTYPES)}")
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or device_here()
     check_format(form, device)
     for adapter in adapters:  # cheap checks before the weights are read
         if not (Path(adapter) / "adapter_config.json").is_file():
@@ -167,7 +171,7 @@ def plan_for(options: Any, asked: Load) -> Plan:
     if not options.memory:
         return Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
     budget = read_size(options.memory)
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device_here()
     if options.fuse and device == "cpu":
         raise UserError(
             "--fuse computes the kernels' definitions on a CPU, in more memory than --memory plans; leave one out"
@@ -179,9 +183,13 @@ def plan_for(options: Any, asked: Load) -> Plan:
 
 
 def dtype_for(options: Any, rows: int, known: str | None = None) -> str:
-    """A program's dtype; "auto" is chosen here and said on stderr: fp32 beside quantized weights (whose products choose
-    for themselves), else what steps of `rows` rows are soonest in. `known`: what a job that goes on had chosen."""
-    if options.dtype != "auto":
+    """A program's dtype; "auto" (and "default" where there is a GPU) is chosen here and said on stderr: fp32 beside
+    quantized weights (whose products choose for themselves), else what steps of `rows` rows are soonest in. `known`:
+    what a job that goes on had chosen."""
+    device = device_here()
+    if options.dtype == "default" and device == "cpu":
+        return "float32"
+    if options.dtype in DTYPES:
         return options.dtype
     if known in DTYPES:
         print(f"dtype auto: {known}, as this job began", file=sys.stderr)
@@ -189,7 +197,7 @@ def dtype_for(options: Any, rows: int, known: str | None = None) -> str:
     if options.format not in ("auto", "wide"):
         print(f"dtype auto: float32 beside {options.format} weights", file=sys.stderr)
         return "float32"
-    chosen = str(decode_dtype(rows, "cuda" if torch.cuda.is_available() else "cpu")).removeprefix("torch.")
+    chosen = str(decode_dtype(rows, device)).removeprefix("torch.")
     print(f"dtype auto: {chosen}, measured for steps of 1 to {rows} rows", file=sys.stderr)
     return chosen
 

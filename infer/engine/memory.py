@@ -110,6 +110,33 @@ def fit(
     )
 
 
+def notes_at_once(
+    weights: str | Path,
+    adapters: Sequence[str | Path],
+    free: float,
+    job: Load,
+    form: str,
+    dtype: torch.dtype,
+    device: str = "cpu",
+    ranks: int = 1,
+) -> int:
+    """The most requests at once, of `job.batch` or half as many, and so on, for which `free` bytes are enough, beside a
+    model of which each of `ranks` processes holds a part. Raises UserError where a GPU has no room for one."""
+    config = ModelConfig.from_pretrained(weights)
+    fixed = weight_bytes(config, form, dtype) + adapter_bytes(config, adapters, form)
+    batch = job.batch
+    while True:
+        need = (fixed + sum(work(config, job, batch, dtype, 2048, dtype, device, form).values())) / ranks
+        if need <= free or (batch == 1 and device == "cpu"):  # a CPU's memory can be given back by others
+            return batch
+        if batch == 1:
+            raise UserError(
+                f"{weights}: {need / 1e9:.1f} GB are needed for one note, {free / 1e9:.1f} GB of the GPU are free; "
+                "give --format int8 or int4, or --memory"
+            )
+        batch //= 2
+
+
 def weight_bytes(config: ModelConfig, form: str, dtype: torch.dtype) -> int:
     """Bytes of a model's parameters with its linear layers in a format, embedding and norms in `dtype`."""
     with torch.device("meta"):

@@ -19,8 +19,9 @@ class ModelOptions:
     max_length: int = 0
     """Tokens of a prompt and its answer together; 0: what the model's config says, times its rotary scaling. A larger
     number is taken with a warning."""
-    dtype: Literal["auto", "float32", "bfloat16", "float64"] = "float32"
-    """What the model computes in; auto: the fastest for decoding on this machine, measured."""
+    dtype: Literal["default", "auto", "float32", "bfloat16", "float64"] = "default"
+    """What the model computes in; auto: the fastest for decoding on this machine, measured; default: auto where there
+    is a GPU, else float32."""
     format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4", "w8a8"] = "auto"
     """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
     w8a8: inputs in 8 bits too, for processors and GPUs that multiply integers; auto: wide, or what fits --memory."""

@@ -19,6 +19,7 @@ import os
 from collections.abc import Sequence
 from dataclasses import replace
 from datetime import timedelta
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -57,14 +58,15 @@ def wait() -> None:
     dist.all_reduce(torch.zeros(1))
 
 
-def of_first(choice: int) -> int:
-    """The first rank's choice, on every rank."""
+def of_first(choice: int, together: int = 0) -> int:
+    """The first rank's choice, on every rank; with `together`, the first's of those that hold one model."""
     join()
-    held = torch.tensor(choice)
-    dist.broadcast(held, src=0)
+    held, group = torch.tensor(int(choice)), model_mesh(together).get_group() if together else None
+    dist.broadcast(held, group=group, group_src=0)
     return int(held)
 
 
+@cache
 def model_mesh(size: int) -> DeviceMesh:
     """The ranks that hold one model together: `size` neighbours."""
     join()

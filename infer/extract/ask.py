@@ -19,6 +19,8 @@ from infer.extract.notes import Note, refusal
 from infer.extract.places import Span, edges, occurrences
 from infer.extract.schedule import Piece, Schedule, Work, ahead
 from infer.retrieval.neighbours import Neighbours
+from infer.retrieval.repair import Repair
+from infer.retrieval.repaired_note import repair_note
 from model.support.cli import UserError
 from model.text.tokenizer import Tokenizer, to_characters
 
@@ -99,14 +101,14 @@ class Asker:
         grounded: bool = False,
         neighbours: Neighbours | None = None,
         batch: int = 8,
+        repair: Repair | None = None,
     ) -> None:
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
         length = generator.max_length
         limits = replace(limits, input=min(limits.input, length - longest))  # what the model can take
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
-        self.batch = batch
-        self.slots = batch * len(self.questions(Note("")))
+        self.batch, self.repair = batch, repair
         self.grounding = Grounding(self.tokenizer, generator.stop_ids, generator.engine.device) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
             raise UserError("the model has no chat template, so no chat form; ask with --form template")
@@ -120,6 +122,11 @@ class Asker:
         stop = ("\n",) if form == "template" else ()
         self.short = Settings(max_new_tokens=limits.phenotype, stop=stop, stop_cycles=True)
         self.wide = replace(self.short, max_new_tokens=limits.diagnosis)
+
+    @property
+    def slots(self) -> int:
+        """How many questions are asked at once."""
+        return self.batch * len(self.questions(Note("")))
 
     def questions(self, note: Note) -> list[tuple[str, str]]:
         """(name, question) for everything that is asked about a note; its own questions have no name."""
@@ -220,6 +227,13 @@ class Asker:
 
     def work(self, note: Note) -> Steps[list[Piece], None, dict[str, Any]]:
         """A note's way to its record."""
+        if self.repair is None:
+            return (yield from self.answered(note))
+        repaired, original = repair_note(note, self.repair)
+        return original.restore((yield from self.answered(repaired)))
+
+    def answered(self, note: Note) -> Steps[list[Piece], None, dict[str, Any]]:
+        """The record of a note that is read as it is."""
         record: dict[str, Any] = {"id": note.id}
         try:
             if reason := refusal(note):

@@ -1,20 +1,20 @@
-"""A job that may be killed at any moment: its output grows batch by batch, and it continues where it stopped.
+"""A job that may be killed at any moment, and goes on where it stopped.
 
-While it runs, OUT.part holds what is done and OUT.job.json says which job that is (a hash of notes and options); both
-are this job's alone (model/support/lock.py). A batch is a function of the notes' order, so the same batches come
-whether or not the job was interrupted; a batch is one write followed by a sync, and whatever a kill left behind it is
-cut off. At the end OUT.part is renamed to OUT, if it holds a record for each note and the notes are those of the
-beginning. With several ranks, rank r takes the batches r, r + N, … and writes OUT.r.part; the first rank merges them in
-order.
+Notes are taken in epochs of some hundreds. No request goes from one epoch to the next, so an epoch's records are a
+function of its notes: the same bytes, whether or not the job was interrupted and whichever process answers it.
+OUT.parts/N.jsonl holds epoch N, written in one go, and OUT.job.json says which job that is (a hash of notes and
+options). Processes take epochs as they become free: OUT.parts/N.taken says which one has it, until the next call. At
+the end the first process joins the parts as OUT, if they hold a record for each note and the notes are those of the
+beginning.
 """
 
 from __future__ import annotations
 
 import contextlib
 import hashlib
-import json
 import os
-import re
+import shutil
+import sys
 from collections.abc import Iterable, Iterator, Sequence
 from itertools import islice
 from pathlib import Path
@@ -22,21 +22,18 @@ from typing import Any
 
 from infer.extract.notes import Note, fingerprint
 from model.support.cli import UserError
-from model.support.files import parse_json_line, read_json, sync_folder, write_json
-from model.support.lock import claim, hold
+from model.support.files import atomic_file, parse_json_line, read_json, write_json, write_jsonl
+from model.support.lock import claim, hold, is_claimed, sweep
 
+EPOCH = 32  # times the notes at once: at an epoch's end only some of the slots are in use
 END = 2**20  # bytes of each end of a weights' file that tell it from another
 
 
-def batches(notes: Iterable[Note], most: int) -> Iterator[list[Note]]:
-    """Notes in order, in batches of `most` notes.
-
-    They are not sorted by length: prompts are read ragged, without padding, so that would save nothing there, while a
-    job would have to hold all notes, or its records' places, to write them in order.
-    """
+def epochs(notes: Iterable[Note], most: int) -> Iterator[list[Note]]:
+    """Notes in order, `most` at a time."""
     left = iter(notes)
-    while batch := list(islice(left, most)):
-        yield batch
+    while epoch := list(islice(left, most)):
+        yield epoch
 
 
 def mark_of(out: Path) -> Path:
@@ -63,11 +60,6 @@ def stamp(path: str | Path) -> list[Any]:
                 digest.update(data.read(END))
             found.append([file.name, size, digest.hexdigest()])
     return found
-
-
-def is_part(name: str, out: str) -> bool:
-    """Whether a file's name is that of what a job has done of this output; o32.part is none of o3's."""
-    return re.fullmatch(rf"{re.escape(out)}(\.\d+|\.merged)?\.part", name) is not None
 
 
 class Unchanged:
@@ -98,20 +90,22 @@ def stat_of(path: Path) -> tuple[int, int, int] | None:
 
 
 class Job:
-    """One job's files. `identity` is everything that decides the output's bytes. Of processes that hold one model
-    together, and so answer the same notes, one `writes`."""
+    """One job's files. `identity` is everything that decides the output's bytes. Of the processes the one of rank 0
+    alone takes the output's name, and joins the parts."""
 
-    def __init__(self, out: Path, identity: dict[str, Any], rank: int = 0, world: int = 1, writes: bool = True) -> None:
-        self.out, self.rank, self.world, self.writes = out, rank, world, writes
-        self.part = self.part_of(rank)
-        self.identity = {**identity, "world": world}
+    def __init__(self, out: Path, identity: dict[str, Any], rank: int = 0) -> None:
+        self.out, self.identity, self.rank = out, identity, rank
+        self.parts = out.with_name(out.name + ".parts")
 
-    def part_of(self, rank: int) -> Path:
-        return self.out.with_name(self.out.name + (f".{rank}.part" if self.world > 1 else ".part"))
+    def part(self, epoch: int) -> Path:
+        return self.parts / f"{epoch}.jsonl"
+
+    def taken(self, epoch: int) -> Path:
+        return self.parts / f"{epoch}.taken"
 
     def lock(self) -> contextlib.AbstractContextManager[None]:
-        """Keep every other job off this output, and another rank off this rank's part, while the process lives."""
-        return hold(self.out if self.rank == 0 else self.part) if self.writes else contextlib.nullcontext()
+        """Keep every other job off this output while the process lives."""
+        return hold(self.out) if self.rank == 0 else contextlib.nullcontext()
 
     def claim(self) -> bool:
         """Take the output's name for this job; True where the job is already finished.
@@ -120,55 +114,78 @@ class Job:
         """
         if self.out.is_dir():
             raise UserError(f"{self.out}: a folder; name the output file")
-        if self.rank == 0 and self.writes:
-            begun = self.out.exists() or any(is_part(file.name, self.out.name) for file in self.out.parent.iterdir())
+        if self.rank == 0:
+            held = os.path.lexists(self.parts) and not is_claimed(mark_of(self.out))
+            begun = self.out.exists() or held or any(self.parts.glob("*.jsonl"))
             claim(self.out, mark_of(self.out), self.identity, begun)
             if self.out.exists():
                 self.drop_parts()  # a kill just after the output got its name leaves them
+            else:
+                self.parts.mkdir(exist_ok=True)
+                sweep(self.parts)
+                for mark in sorted(self.parts.glob("*.taken")):  # of processes that have ended
+                    if not self.part(int(mark.stem)).exists():
+                        owner = f"rank {mark.read_text()} ended in epoch {mark.stem}"
+                        print(f"{self.out}: {owner}, which is answered again", file=sys.stderr)
+                    mark.unlink()
         return self.out.exists()
 
     def drop_parts(self) -> None:
-        if self.rank == 0 and self.writes:
-            for rank in range(self.world):
-                self.part_of(rank).unlink(missing_ok=True)
+        shutil.rmtree(self.parts, ignore_errors=True)
 
-    def resume(self, sizes: Iterable[int]) -> int:
-        """Cut the part file after its last whole batch, given this rank's batch sizes in order; batches done.
+    def done(self, sizes: Sequence[int]) -> set[int]:
+        """The epochs that are answered, of epochs of these sizes. Raises UserError where a part is not as it was
+        written."""
+        found = set()
+        for epoch, size in enumerate(sizes):
+            if self.part(epoch).exists():
+                self.check(epoch, size)
+                found.add(epoch)
+        return found
 
-        Raises UserError where a whole line of it is no JSON object: then this job did not write it so.
-        """
-        if not self.part.exists():
-            return 0
-        done, end, lines_before = 0, 0, 0
-        with open(self.part, "rb") as data:
-            for size in sizes:
-                lines = [data.readline() for _ in range(size)]
-                if not all(line.endswith(b"\n") for line in lines):
-                    break
-                for number, line in enumerate(lines, start=lines_before + 1):
-                    parse_record(self.part, number, line)
-                done, end, lines_before = done + 1, end + sum(map(len, lines)), lines_before + size
-        if self.writes:
-            with open(self.part, "r+b") as data:
-                data.truncate(end)
-                os.fsync(data.fileno())
-        return done
+    def check(self, epoch: int, size: int) -> None:
+        records, _ = tally(self.part(epoch))
+        if records != size:
+            raise UserError(
+                f"{self.part(epoch)}: {records} records for {size} notes: something else wrote to it; remove it, and "
+                "the same command answers its notes again"
+            )
 
-    def append(self, records: list[dict[str, Any]]) -> None:
-        """One batch: one write, one sync."""
-        if not self.writes:
-            return
-        data = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records).encode()
-        with open(self.part, "ab") as out:
-            out.write(data)
-            out.flush()
-            os.fsync(out.fileno())
+    def take(self, epoch: int) -> bool:
+        """Whether the epoch is this process's to answer: it is the first to ask for it."""
+        try:
+            with open(self.taken(epoch), "x") as mark:
+                mark.write(str(self.rank))
+        except FileExistsError:
+            return False
+        except FileNotFoundError as error:
+            raise UserError(
+                f"{self.parts}: not there; every process must write into the same folder, so give --out in one that "
+                "all machines share"
+            ) from error
+        return True
+
+    def write(self, epoch: int, records: Iterable[dict[str, Any]]) -> None:
+        write_jsonl(self.part(epoch), records)
+
+    def remember(self, name: str, value: Any) -> None:
+        """Write into the job's file what its further course depends on."""
+        write_json(mark_of(self.out), {**begun(self.out), name: value})
+
+    def missing(self, sizes: Sequence[int]) -> str:
+        """Which processes took epochs and have not answered them; "" where all are answered."""
+        left = [epoch for epoch in range(len(sizes)) if not self.part(epoch).exists()]
+        owners: dict[str, list[str]] = {}
+        for epoch in left:
+            owner = f"rank {self.taken(epoch).read_text()}" if self.taken(epoch).exists() else "nobody"
+            owners.setdefault(owner, []).append(str(epoch))
+        return "; ".join(f"{owner} had epoch {', '.join(held)}" for owner, held in owners.items())
 
     def finish(self, sizes: Sequence[int], notes: Unchanged) -> None:
-        """Give the output its name, merging the ranks' parts batch by batch.
+        """Join the parts as the output.
 
-        Raises UserError, and keeps what is answered, where the notes are not those of the beginning or the parts hold
-        another number of records.
+        Raises UserError, and keeps what is answered, where the notes are not those of the beginning, an epoch was not
+        answered, or a part holds another number of records.
         """
         notes.check()
         try:
@@ -176,40 +193,15 @@ class Job:
         except UserError:  # at an unknown time: the parts may hold answers to other notes, so this job cannot continue
             write_json(mark_of(self.out), {**self.identity, "notes": "changed while the job ran", "hash": ""})
             raise
-        whole = self.part
-        if self.world == 1:
-            whole.touch()
-        else:
-            whole = self.out.with_name(self.out.name + ".merged.part")
-            self.merge(whole, sizes)
-        records, _ = tally(whole)
-        if records != sum(sizes):
-            raise UserError(
-                f"{whole}: {records} records for {sum(sizes)} notes: something else wrote to it; remove "
-                f"{self.out.name}*.part, and the same command answers the notes again"
-            )
-        os.replace(whole, self.out)
-        sync_folder(self.out.parent)
+        if missing := self.missing(sizes):
+            raise UserError(f"{self.out}: not whole: {missing}; the same command answers what is missing")
+        for epoch, size in enumerate(sizes):
+            self.check(epoch, size)
+        with atomic_file(self.out) as whole, open(whole, "wb") as joined:
+            for epoch in range(len(sizes)):
+                with open(self.part(epoch), "rb") as part:
+                    shutil.copyfileobj(part, joined)
         self.drop_parts()
-
-    def merge(self, whole: Path, sizes: Iterable[int]) -> None:
-        paths = [self.part_of(rank) for rank in range(self.world)]
-        for path in paths:
-            if not path.exists():
-                raise UserError(
-                    f"{path}: not there; every rank must write into the same folder, so give --out in one "
-                    "that all machines share"
-                )
-        with contextlib.ExitStack() as stack:
-            parts = [stack.enter_context(open(path, "rb")) for path in paths]
-            out = stack.enter_context(open(whole, "wb"))
-            for number, size in enumerate(sizes):
-                for _ in range(size):
-                    out.write(parts[number % self.world].readline())
-            for part in parts:
-                out.writelines(part)  # more records than notes, which `finish` counts
-            out.flush()
-            os.fsync(out.fileno())
 
 
 def tally(path: Path) -> tuple[int, int]:

@@ -1,7 +1,7 @@
 """Answers for a file of notes: phenotypes with their places in the note, diagnoses with their ICD-10-CM codes.
 
     python -m infer.extract --weights DIR [--adapter DIR] --task both --notes notes.jsonl --out answers.jsonl
-    torchrun --nproc-per-node 2 -m infer.extract …            the same job, its batches split over the ranks
+    torchrun --nproc-per-node 2 -m infer.extract …            the same job; each process takes notes as it is free
 
 Notes are JSON lines or a CSV table with `id` and `text` (`--id-column`, `--text-column` name others), or a folder of
 .txt files. A JSON record may bring `questions` of its own ([{"question": "…"}, …]), which take the place of the task's.
@@ -28,19 +28,20 @@ from tqdm import tqdm
 
 from infer.engine.options import ModelOptions
 from infer.extract.answers import SCHEMA
-from infer.extract.job import Job, Unchanged, batches, begun, mark_of, stamp, tally
+from infer.extract.job import EPOCH, Job, Unchanged, begun, epochs, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, passed_over, read_notes
 from infer.retrieval.repair import read_repair
-from infer.retrieval.repaired_note import repair_note
 from infer.tasks import QUESTION
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
     from infer.engine.memory import Plan
+    from infer.extract.ask import Asker
     from infer.retrieval.neighbours import Neighbours
 
 ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
+MOST = {"cpu": 8, "cuda": 64}  # notes at once, where --batch names no number
 
 
 @dataclass(frozen=True)
@@ -70,8 +71,8 @@ class Options(ModelOptions):
     """Tokens of a phenotype's answer (the paper's limit)."""
     max_new_diagnosis: int = 500
     """Tokens of a diagnosis (the paper's limit)."""
-    batch: int = 8
-    """Notes at once."""
+    batch: int = 0
+    """Notes at once; 0: as many as memory is free for when the job begins, at most 8 on a CPU and 64 on a GPU."""
     retriever: Literal["none", "bm25", "contriever", "medcpt", "specter2", "sgpt"] = "none"
     """Show neighbours of the note with its diagnosis question, found by this retriever."""
     index: Path | None = None
@@ -96,8 +97,9 @@ class Options(ModelOptions):
 def main(options: Options) -> int:
     rank, world = ranks()
     for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "tensor_parallel"):
-        if getattr(options, name) < 1:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least 1")
+        least = 0 if name == "batch" else 1
+        if getattr(options, name) < least:
+            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}")
     if options.limit is not None and options.limit < 1:
         raise UserError(f"--limit is {options.limit}; it must be at least 1")
     neighbours = open_neighbours(options)
@@ -107,8 +109,7 @@ def main(options: Options) -> int:
             f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
             f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
         )
-    options = replace(options, dtype=chosen_dtype(options, rank, world))  # type: ignore[arg-type]
-    options, plan = planned(options)
+    options, plan = planned(options, rank, world)
     if together > 1 and (options.format != "wide" or options.memory or options.fuse):
         raise UserError("--tensor-parallel goes with none of --format, --memory and --fuse; leave it or them out")
     own = (options.out, schema_of(options.out), mark_of(options.out))
@@ -120,7 +121,7 @@ def main(options: Options) -> int:
     if rank == 0 and options.notes.is_dir() and (rest := passed_over(options.notes)):
         print(f"{options.notes}: not read: {rest}", file=sys.stderr)
     notes = Unchanged(options.notes)
-    job = Job(options.out, identity(options, notes), rank // together, world // together, rank % together == 0)
+    job = Job(options.out, identity(options, notes), rank)
     began = time.perf_counter()
     with job.lock():
         check_schema(options.out)
@@ -129,10 +130,13 @@ def main(options: Options) -> int:
             write_json(schema_of(options.out), SCHEMA)  # of a finished job too: it may be an older one's
         if not finished:
             barrier(world)
-            counts = extract(options, job, notes, neighbours, plan)
-            barrier(world)
+            sizes = extract(options, job, notes, neighbours, plan)
+            try:
+                barrier(world)
+            except RuntimeError as error:  # a process of the others has ended: say which one, by what it had taken
+                raise UserError(f"{options.out}: {job.missing(sizes) or 'a process has ended'}") from error
             if rank == 0:
-                job.finish(counts, notes)
+                job.finish(sizes, notes)
             barrier(world)
     if rank != 0:
         return 0
@@ -156,36 +160,40 @@ def ranks() -> tuple[int, int]:
     return rank, world
 
 
-def planned(options: Options) -> tuple[Options, Plan | None]:
-    """The options with the format and batch that the memory allows, and the plan; None without --memory."""
-    if not options.memory:
-        return replace(options, format="wide" if options.format == "auto" else options.format), None
-    if options.long == "windows":
+def planned(options: Options, rank: int = 0, world: int = 1) -> tuple[Options, Plan | None]:
+    """The options with the dtype, format and number of notes that the machine and its memory allow, or that a job that
+    goes on began with; and the plan, None without --memory. The first rank chooses for all."""
+    if options.memory and options.long == "windows":
         raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
-    from infer.engine.load import plan_for
-    from infer.engine.memory import Load
+    from infer.engine.load import DTYPES, device_here, dtype_for, plan_for
+    from infer.engine.memory import Load, notes_at_once
+    from model.support.hardware import free_memory
 
-    asked = ASKED[options.task]
+    known, asked, device = begun(options.out), ASKED[options.task], device_here()
+    batch = options.batch or known.get("batch") or MOST[device]
+    names, dtype = list(DTYPES), 0
+    if rank == 0:
+        dtype = names.index(dtype_for(options, batch * asked, known.get("dtype")))
+    options = replace(options, dtype=names[of_first(dtype, world)])  # type: ignore[arg-type]
     new = (asked - (options.task != "phenotype")) * options.max_new_tokens
     new += QUESTION * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
-    plan = plan_for(options, Load(options.max_input_tokens, new, asked, options.batch, options.grounded))
-    return replace(options, format=plan.form, batch=plan.batch), plan  # type: ignore[arg-type]
+    load = Load(options.max_input_tokens, new, asked, batch, options.grounded)
+    plan = plan_for(options, load)
+    if rank == 0 and not (options.batch or known or options.memory):
+        share = (options.weights, options.adapter, free_memory(device), load, plan.form, DTYPES[options.dtype], device)
+        batch = notes_at_once(*share, options.tensor_parallel)
+    batch = plan.batch if options.memory else of_first(batch, world)
+    options = replace(options, format=plan.form, batch=batch)  # type: ignore[arg-type]
+    return options, plan if options.memory else None
 
 
-def chosen_dtype(options: Options, rank: int, world: int) -> str:
-    """The dtype. "auto" is that of a job that is continued, else it is measured, on the first rank for all."""
-    if options.dtype != "auto":
-        return options.dtype
-    from infer.engine.load import DTYPES, dtype_for
+def of_first(choice: int, world: int) -> int:
+    """The first rank's choice."""
+    if world == 1:
+        return choice
+    from infer.engine.parallel import of_first
 
-    names, choice = list(DTYPES), 0
-    if rank == 0:
-        choice = names.index(dtype_for(options, options.batch * ASKED[options.task], begun(options.out).get("dtype")))
-    if world > 1:
-        from infer.engine.parallel import of_first
-
-        choice = of_first(choice)
-    return names[choice]
+    return of_first(choice)
 
 
 def schema_of(out: Path) -> Path:
@@ -210,7 +218,7 @@ def source(options: Options) -> Iterator[Note]:
 
 
 def split(options: Options) -> Iterator[list[Note]]:
-    return batches(source(options), options.batch)
+    return epochs(source(options), EPOCH * options.batch)
 
 
 def identity(options: Options, notes: Unchanged) -> dict[str, object]:
@@ -268,14 +276,13 @@ def open_neighbours(options: Options) -> Neighbours | None:
 def extract(
     options: Options, job: Job, notes: Unchanged, neighbours: Neighbours | None, plan: Plan | None
 ) -> list[int]:
-    """Answer what is not yet answered of this rank's batches. Returns how many notes each batch has, over all ranks."""
+    """Answer what is not yet answered, with the other processes. Returns how many notes each epoch has."""
     from infer.engine.generate import Generator
     from infer.engine.load import load
     from infer.extract.ask import Asker, Limits, form_for
 
-    counts = [len(batch) for batch in split(options)]
-    done = job.resume(counts[job.rank :: job.world])
-    barrier(options.tensor_parallel)  # all of a model's processes have read it before the first one appends to it
+    sizes = [len(epoch) for epoch in split(options)]
+    done = job.done(sizes)
     repair = None if options.repair is None else read_repair(options.repair)
     if options.tensor_parallel > 1:
         from infer.engine.parallel import load_parallel
@@ -290,28 +297,53 @@ def extract(
     limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
     kept: dict[str, Any] = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
     generator = Generator(model, tokenizer, max_length=options.max_length, **kept)
-    asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, options.batch)
-    finished = sum(counts[: done * job.world])  # by an earlier call: not of the rate
-    shown = {"total": sum(counts), "initial": finished, "unit": "note", "desc": "extracting"}
+    batch = begun(options.out).get("batch now", options.batch)
+    asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, batch, repair)
+    shown = {"total": sum(sizes), "initial": sum(sizes[epoch] for epoch in done), "unit": "note", "desc": "extracting"}
     with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
-        for number, batch in islice(enumerate(split(options)), done * job.world, None):
-            if number % job.world == job.rank:
-                if repair is None:
-                    records = asker.records(batch)
-                else:
-                    repaired, originals = zip(*(repair_note(note, repair) for note in batch), strict=True)
-                    answered = zip(originals, asker.records(repaired), strict=True)
-                    records = [original.restore(record) for original, record in answered]
+        for epoch, held in enumerate(split(options)):
+            if mine(job, epoch, epoch in done, options.tensor_parallel):
+                records = answered(asker, held, job, bar)
                 notes.check()
-                job.append(records)
-            bar.update(len(batch))
-    job.append([])  # a rank that had no batch leaves an empty part: what is missing at the end is another machine's
+                if job.rank % options.tensor_parallel == 0:
+                    job.write(epoch, records)
+            elif epoch not in done:
+                bar.update(len(held))
     if neighbours is not None and neighbours.index.cut:
         print(
             f"{neighbours.index.cut} notes are longer than {options.retriever} reads; their beginnings were searched",
             file=sys.stderr,
         )
-    return counts
+    return sizes
+
+
+def answered(asker: Asker, notes: list[Note], job: Job, bar: tqdm[Any]) -> list[dict[str, Any]]:
+    """An epoch's records. Where a device's memory is not enough, again with half as many notes at once, from then on:
+    another number of rows rounds differently, so the job's file records it."""
+    import torch
+
+    while True:
+        before = bar.n
+        try:
+            return asker.records(notes, bar.update)
+        except torch.OutOfMemoryError as error:
+            if asker.batch == 1:
+                raise UserError("the device's memory is not enough for one note; give --format int8 or int4") from error
+        bar.n = before
+        torch.cuda.empty_cache()
+        asker.batch //= 2
+        job.remember("batch now", asker.batch)
+        print(f"out of the device's memory: {asker.batch} notes at once from here on", file=sys.stderr)
+
+
+def mine(job: Job, epoch: int, done: bool, together: int) -> bool:
+    """Whether this process answers an epoch; of those that hold one model the first decides for all."""
+    taken = job.rank % together == 0 and not done and job.take(epoch)
+    if together == 1:
+        return taken
+    from infer.engine.parallel import of_first
+
+    return bool(of_first(taken, together))
 
 
 def barrier(world: int) -> None:

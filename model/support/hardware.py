@@ -105,6 +105,17 @@ def max_resident_mb(usage: Any) -> float:
     return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)
 
 
+def free_memory(device: str = "cpu") -> float:
+    """Bytes that a device has free; of a host's memory what could be had without swapping."""
+    if device != "cpu":
+        return torch.cuda.mem_get_info(device)[0]
+    try:
+        lines = dict(line.split(":") for line in Path("/proc/meminfo").read_text(encoding="utf-8").splitlines())
+        return 1024.0 * int(lines["MemAvailable"].split()[0])
+    except (OSError, KeyError):  # no Linux
+        return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
 def timed(call, device: str, seconds: float) -> list[float]:
     """Seconds of each of at least three calls, for as long as `seconds` allows; the first is left out."""
     taken: list[float] = []

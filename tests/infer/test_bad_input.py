@@ -95,7 +95,7 @@ DOORS = {  # what is wrong: (files beside the notes, options, what the line says
     "an output among the notes": ({"d/a.txt": b"A tumor"}, {"notes": "d", "out": "d/o.txt"}, "one of the notes"),
     "memory in unknown units": ({}, {"memory": "6XB"}, "is not a size"),
     "too little memory": ({}, {"memory": "1MB"}, "is not enough"),
-    "no batch": ({}, {"batch": 0}, "--batch is 0"),
+    "no batch": ({}, {"batch": -1}, "--batch is -1"),
     "no tokens": ({}, {"max_new_tokens": -1}, "--max-new-tokens is -1"),
     "no notes asked for": ({}, {"limit": 0}, "--limit is 0"),
     "an adapter that is none": ({}, {"adapter": ("missing",)}, "no adapter_config.json there"),

@@ -9,13 +9,24 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from answering_models import plain_greedy, tiny_model, write_model
+from answering_models import CONFIG, plain_greedy, tiny_model, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.engine.generate import Generator
 from infer.engine.load import load, load_quantized
-from infer.engine.memory import FORMATS, PIECE, PROGRAM, Load, adapter_bytes, fit, read_size, weight_bytes, work
+from infer.engine.memory import (
+    FORMATS,
+    PIECE,
+    PROGRAM,
+    Load,
+    adapter_bytes,
+    fit,
+    notes_at_once,
+    read_size,
+    weight_bytes,
+    work,
+)
 from infer.engine.tree import Cache
 from infer.extract.grounded import Vocabulary
 from infer.extract.program import Options, main, planned
@@ -275,3 +286,23 @@ def test_the_job_says_which_dtype_it_chose_and_keeps_it(weights, tmp_path, capsy
         assert f"dtype auto: {dtype}, as this job began" in capsys.readouterr().err
     assert main(Options(out=tmp_path / "q.jsonl", dtype="auto", format="int8", **options)) == 0
     assert "dtype auto: float32 beside int8 weights" in capsys.readouterr().err
+
+
+def test_notes_at_once_are_halved_until_they_fit(tmp_path):
+    """As many as `work` says fit beside the weights; ranks that hold a model together share it; a GPU without room for
+    one note is refused before anything is loaded."""
+    weights, config, dtype = write_model(tmp_path / "model"), CONFIG, torch.float32
+    job = Load(300, 100, 9, 64, True)
+
+    def need(batch):
+        fixed = weight_bytes(config, "wide", dtype)
+        return fixed + sum(work(config, job, batch, dtype, 2048, dtype, "cuda").values())
+
+    def fitting(free, **options):
+        return notes_at_once(weights, (), free, job, "wide", dtype, "cuda", **options)
+
+    assert [fitting(need(n)) for n in (64, 32, 1)] == [64, 32, 1] and fitting(need(64) - 1) == 32
+    assert fitting(need(64) / 2, ranks=2) == 64
+    with pytest.raises(UserError, match="are needed for one note, .* of the GPU are free; give --format int8"):
+        fitting(need(1) - 1)
+    assert notes_at_once(weights, (), 0.0, job, "wide", dtype) == 1

@@ -11,22 +11,32 @@ import sys
 import time
 import tracemalloc
 from pathlib import Path
+from shutil import copytree
 
 import jsonschema
 import pytest
+import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from tqdm import tqdm
 
 from infer import tasks
+from infer.engine.generate import Rows
 from infer.engine.load import load
-from infer.extract.job import END, Job, Unchanged, batches, stamp
+from infer.extract.job import END, EPOCH, Job, Unchanged, epochs, stamp
 from infer.extract.notes import Note
 from infer.extract.program import Options, main
 from lora import LoRAConfig, add_lora, save_adapter
 from model.support.cli import UserError
+from model.support.files import write_jsonl
 
 SMALL = {"max_new_tokens": 6, "max_new_diagnosis": 9, "batch": 3}
+
+
+@pytest.fixture(autouse=True)
+def short_epochs(monkeypatch):
+    """Of as many notes as are asked at once."""
+    monkeypatch.setattr("infer.extract.program.EPOCH", 1)
 
 
 def write_notes(path: Path, count: int = 8) -> Path:
@@ -39,6 +49,21 @@ def write_notes(path: Path, count: int = 8) -> Path:
 
 def records(path: Path) -> list[dict]:
     return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def answered(out: Path) -> list[dict]:
+    """What a job that has not ended has answered so far."""
+    parts = sorted(Path(f"{out}.parts").glob("*.jsonl"), key=lambda part: int(part.stem))
+    return [record for part in parts for record in records(part)]
+
+
+def write_parts(out: Path, lines: list[bytes], size: int = 3) -> Path:
+    """Put lines in the place of what a job has answered, `size` an epoch; returns the folder."""
+    folder = Path(f"{out}.parts")
+    folder.mkdir()
+    for epoch, start in enumerate(range(0, len(lines), size)):
+        (folder / f"{epoch}.jsonl").write_bytes(b"".join(lines[start : start + size]))
+    return folder
 
 
 def extract(weights, notes, out, **options) -> int:
@@ -148,7 +173,7 @@ def test_a_job_that_goes_on_counts_what_was_answered_and_not_into_its_rate(weigh
     extract(weights, notes, out)
     whole = out.read_bytes()
     out.unlink()
-    (tmp_path / "o.jsonl.part").write_bytes(b"".join(whole.splitlines(keepends=True)[:7]))  # two batches and a note
+    write_parts(out, whole.splitlines(keepends=True)[:6])
     extract(weights, notes, out)
     assert out.read_bytes() == whole
     assert [(bar.initial, bar.n, bar.total) for bar in bars] == [(0, 8, 8), (6, 8, 8)]
@@ -201,32 +226,30 @@ def command(weights, notes, out) -> list[str]:
         "--max-new-diagnosis",
         "9",
         "--batch",
-        "2",
+        "1",
     ]
 
 
 @pytest.mark.slow
 def test_killed_and_continued_gives_the_same_bytes(weights, tmp_path):
-    notes = write_notes(tmp_path / "n.jsonl", 60)
+    notes = write_notes(tmp_path / "n.jsonl", 5 * EPOCH)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     subprocess.run(command(weights, notes, tmp_path / "whole.jsonl"), check=True, env=env, capture_output=True)
-    out, part = tmp_path / "cut.jsonl", tmp_path / "cut.jsonl.part"
+    out = tmp_path / "cut.jsonl"
     kills = 0
-    for lines in (4, 20):
+    for parts in (1, 2):
         process = subprocess.Popen(command(weights, notes, out), env=env, stderr=subprocess.DEVNULL)
         while process.poll() is None:
-            if part.exists() and part.read_bytes().count(b"\n") >= lines:
+            if len(list(tmp_path.glob("cut.jsonl.parts/*.jsonl"))) >= parts:
                 process.send_signal(signal.SIGKILL)
                 process.wait()
                 kills += 1
             time.sleep(0)
-        if part.exists():
-            with open(part, "ab") as torn:
-                torn.write(b'{"id": "half a rec')
+        (tmp_path / "cut.jsonl.parts" / ".2.jsonl.abcdefg1.part").write_bytes(b'{"id": "half a rec')
     assert kills == 2 and not out.exists()
     subprocess.run(command(weights, notes, out), check=True, env=env, capture_output=True)
     assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
-    assert not part.exists()
+    assert not list(tmp_path.glob("*.parts"))
 
 
 def with_descendants(pid: int) -> list[int]:
@@ -241,7 +264,7 @@ def with_descendants(pid: int) -> list[int]:
 @pytest.mark.slow
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="finds torchrun's ranks in /proc")
 def test_two_ranks_killed_and_continued_give_the_bytes_of_one(weights, tmp_path):
-    notes = write_notes(tmp_path / "n.jsonl", 101)
+    notes = write_notes(tmp_path / "n.jsonl", 6 * EPOCH + 1)
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     one = command(weights, notes, tmp_path / "one.jsonl")
     subprocess.run(one, check=True, env=env, capture_output=True)
@@ -250,20 +273,34 @@ def test_two_ranks_killed_and_continued_give_the_bytes_of_one(weights, tmp_path)
     launch += command(weights, notes, out)[1:]
     process, killed = subprocess.Popen(launch, env=env, stderr=subprocess.DEVNULL), 0
     while process.poll() is None:
-        if sum(part.read_bytes().count(b"\n") for part in tmp_path.glob("two.jsonl.*.part")) >= 4:
+        if len(list(tmp_path.glob("two.jsonl.parts/*.jsonl"))) >= 2:
             for pid in with_descendants(process.pid):
                 with contextlib.suppress(ProcessLookupError):
                     os.kill(pid, signal.SIGKILL)
                     killed += 1
         time.sleep(0)
-    parts = list(tmp_path.glob("two.jsonl.*.part"))
-    assert killed >= 3 and parts and not out.exists()
-    with open(parts[0], "ab") as torn:
-        torn.write(b'{"id": "half a rec')
+    assert killed >= 3 and not out.exists()
     done = subprocess.run(launch, env=env, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
     assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
-    assert not list(tmp_path.glob("*.part"))
+    assert not list(tmp_path.glob("*.parts"))
+
+
+@pytest.mark.slow
+def test_another_number_of_processes_goes_on_with_a_job(weights, tmp_path):
+    """One answers an epoch and stops; two do the rest."""
+    notes, out = write_notes(tmp_path / "n.jsonl", 3 * EPOCH), tmp_path / "o.jsonl"
+    one = command(weights, notes, tmp_path / "one.jsonl")
+    subprocess.run(one, check=True, capture_output=True)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr("infer.extract.program.EPOCH", EPOCH)
+        patch.setattr(Job, "take", lambda job, epoch: epoch == 0)
+        with pytest.raises(UserError, match="not whole: nobody had epoch 1, 2; the same command"):
+            extract(weights, notes, out, batch=1)
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    done = subprocess.run(launch + command(weights, notes, out)[1:], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes()
 
 
 def test_another_job_s_output_is_left_alone(weights, tmp_path):
@@ -306,15 +343,33 @@ def test_weights_that_were_trained_anew_are_another_job(weights, tmp_path):
         assert stamp(tmp_path / "f") != before
 
 
-def test_ranks_merge_with_none_missing(tmp_path):
-    ranks = [Job(tmp_path / "o.jsonl", {}, rank, 3) for rank in range(3)]
-    ranks[0].append([{"id": "a"}, {"id": "b"}])
-    ranks[1].append([{"id": "c"}])
-    with pytest.raises(UserError, match=r"o.jsonl.2.part: not there; every rank must write into the same folder"):
-        ranks[0].finish([2, 1], Unchanged(tmp_path))
-    ranks[2].append([])  # three ranks and two batches
-    ranks[0].finish([2, 1], Unchanged(tmp_path))
-    assert [record["id"] for record in records(tmp_path / "o.jsonl")] == ["a", "b", "c"]
+def test_processes_take_every_epoch_once(tmp_path):
+    jobs = [Job(tmp_path / "o.jsonl", {}, rank) for rank in range(3)]
+    with pytest.raises(UserError, match=r"o.jsonl.parts: not there; every process must write into the same folder"):
+        jobs[1].take(0)
+    assert not jobs[0].claim()
+    owners = {
+        epoch: [job.rank for job in sorted(jobs, key=lambda job: (job.rank - epoch) % 3) if job.take(epoch)]
+        for epoch in range(7)
+    }
+    assert owners == {epoch: [epoch % 3] for epoch in range(7)}
+
+
+def test_a_process_that_died_is_named_and_its_epochs_are_answered_at_the_next_call(tmp_path, capsys):
+    sizes, unchanged = [2, 1, 1], Unchanged(tmp_path)
+    first, second = (Job(tmp_path / "o.jsonl", {}, rank) for rank in range(2))
+    assert not first.claim() and first.take(0) and second.take(1) and first.take(2)
+    first.write(0, [{"id": "a"}, {"id": "b"}])
+    first.write(2, [{"id": "d"}])
+    with pytest.raises(UserError, match="o.jsonl: not whole: rank 1 had epoch 1; the same command answers"):
+        first.finish(sizes, unchanged)
+    assert not (tmp_path / "o.jsonl").exists()
+    again = Job(tmp_path / "o.jsonl", {})
+    assert not again.claim() and capsys.readouterr().err.count("rank 1 ended in epoch 1, which is answered again") == 1
+    assert again.done(sizes) == {0, 2} and again.take(1)
+    again.write(1, [{"id": "c"}])
+    again.finish(sizes, unchanged)
+    assert [record["id"] for record in records(tmp_path / "o.jsonl")] == list("abcd")
 
 
 @pytest.mark.slow
@@ -347,31 +402,29 @@ def test_a_job_that_has_begun_has_its_schema(weights, tmp_path):
 
 
 def test_a_neighbour_s_parts_are_its_own(tmp_path):
-    """Outputs beside one another: o3 is not o32, and parts are parts with any number of ranks."""
-    for name in ("o32.part", "o3.x.part", "o3part", "xo3.part", ".o3.tmp.part"):
-        (tmp_path / name).write_text("theirs\n")
+    """Outputs beside one another: o3 is not o32; a folder of parts that no job's file speaks of is somebody else's."""
+    for name in ("o32.parts", "o3.x.parts", "xo3.parts"):
+        (tmp_path / name).mkdir()
     before = sorted(tmp_path.iterdir())
     assert not Job(tmp_path / "o3", {}).claim()
     (tmp_path / "o3.job.json").unlink()
-    for name in ("o3.part", "o3.0.part", "o3.12.part", "o3.merged.part"):
-        (tmp_path / name).write_text("theirs\n")
-        with pytest.raises(UserError, match="no job's of ours"):
-            Job(tmp_path / "o3", {}).claim()
-        (tmp_path / name).unlink()
+    with pytest.raises(UserError, match="no job's of ours"):
+        Job(tmp_path / "o3", {}).claim()
+    (tmp_path / "o3.parts").rmdir()
     assert sorted(tmp_path.iterdir()) == before
 
 
 def test_what_a_kill_at_the_very_end_left_is_cleared_when_the_job_is_called_again(tmp_path):
-    ranks = [Job(tmp_path / "o.jsonl", {}, rank, 2) for rank in range(2)]
-    assert not ranks[0].claim()
-    for rank in ranks:
-        rank.append([{"id": "a"}])
-    left = {rank.part: rank.part.read_bytes() for rank in ranks}
-    ranks[0].finish([1, 1], Unchanged(tmp_path))
-    for part, data in left.items():
-        part.write_bytes(data)
-    assert ranks[1].claim() and all(part.exists() for part in left)  # the first alone takes away
-    assert ranks[0].claim() and not list(tmp_path.glob("*.part"))
+    jobs = [Job(tmp_path / "o.jsonl", {}, rank) for rank in range(2)]
+    assert not jobs[0].claim()
+    for epoch, job in enumerate(jobs):
+        assert job.take(epoch)
+        job.write(epoch, [{"id": "a"}])
+    copytree(jobs[0].parts, tmp_path / "kept")
+    jobs[0].finish([1, 1], Unchanged(tmp_path))
+    (tmp_path / "kept").rename(jobs[0].parts)
+    assert jobs[1].claim() and jobs[0].parts.exists()  # the first alone takes away
+    assert jobs[0].claim() and not jobs[0].parts.exists()
     assert [record["id"] for record in records(tmp_path / "o.jsonl")] == ["a", "a"]
 
 
@@ -397,7 +450,7 @@ def test_two_jobs_begun_at_once_leave_the_bytes_of_one(weights, tmp_path):
     said = [(job.communicate()[1], job.returncode) for job in both]
     assert 0 in [code for _, code in said]
     assert all(code == 0 or (code == 2 and "is writing it" in text) for text, code in said)
-    assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes() and not list(tmp_path.glob("*two*part"))
+    assert out.read_bytes() == (tmp_path / "one.jsonl").read_bytes() and not list(tmp_path.glob("*two*part*"))
 
 
 def rewritten(notes: Path, how: str) -> None:
@@ -427,19 +480,16 @@ def test_notes_that_are_rewritten_under_a_job_never_become_its_output(weights, t
     before = notes.read_bytes()
     extract(weights, notes, tmp_path / "whole.jsonl")
 
-    class Rewriting(tqdm):
-        answered = 0
-
-        def update(self, count):
-            self.answered += count
-            if self.answered == when:
-                rewritten(notes, how)
+    def write(job, epoch, made):
+        write_jsonl(job.part(epoch), made)
+        if len(answered(out)) == when:
+            rewritten(notes, how)
 
     with monkeypatch.context() as patch:
-        patch.setattr("infer.extract.program.tqdm", Rewriting)
+        patch.setattr(Job, "write", write)
         with pytest.raises(UserError, match="n.jsonl: was changed while the job ran"):
             extract(weights, notes, out)
-    assert not out.exists() and len(records(tmp_path / "o.jsonl.part")) == when
+    assert not out.exists() and len(answered(out)) == when
     if notes.exists() and how != "emptied":
         with pytest.raises(UserError, match=r"another job \(other notes\)"):
             extract(weights, notes, out)
@@ -456,7 +506,7 @@ def test_a_folder_s_note_rewritten_under_a_job_ends_it_for_good(weights, tmp_pat
         (folder / f"{name}.txt").write_text(f"note {name}")
 
     class Rewriting(tqdm):
-        def update(self, count):
+        def update(self, count=1):
             (folder / "f.txt").write_text("another")
 
     with monkeypatch.context() as patch:
@@ -466,20 +516,20 @@ def test_a_folder_s_note_rewritten_under_a_job_ends_it_for_good(weights, tmp_pat
     (folder / "f.txt").write_text("note f")
     with pytest.raises(UserError, match=r"another job \(other notes\)"):
         extract(weights, folder, out, task="diagnosis")
-    assert not out.exists() and len(records(tmp_path / "o.jsonl.part")) == 6
+    assert not out.exists() and len(answered(out)) == 6
 
 
 @pytest.mark.parametrize("wrong", [b"no JSON", b"[]", b"[" * 100_000, b"{}", b"\xff", b"9" * 5000])
 def test_a_part_whose_line_is_no_record_is_named_before_anything_else_is_done(weights, tmp_path, wrong):
-    notes, out, part = write_notes(tmp_path / "n.jsonl"), tmp_path / "o.jsonl", tmp_path / "o.jsonl.part"
+    notes, out = write_notes(tmp_path / "n.jsonl"), tmp_path / "o.jsonl"
     extract(weights, notes, out)
     lines = out.read_bytes().splitlines(keepends=True)
     out.unlink()
-    part.write_bytes(b"".join(lines[:4]) + wrong + b"\n" + lines[5])
-    before = part.read_bytes()
-    with pytest.raises(UserError, match=rf"^{part}:5: .*; o.jsonl.part was changed: remove it, and the same command"):
+    folder = write_parts(out, [*lines[:4], wrong + b"\n", lines[5]])
+    part = folder / "1.jsonl"
+    with pytest.raises(UserError, match=rf"^{part}:2: .*; 1.jsonl was changed: remove it, and the same command"):
         extract(weights, notes, out)
-    assert part.read_bytes() == before and not out.exists()
+    assert part.read_bytes() == lines[3] + wrong + b"\n" + lines[5] and not out.exists()
     part.unlink()
     extract(weights, notes, out)
     assert out.read_bytes() == b"".join(lines)
@@ -488,25 +538,25 @@ def test_a_part_whose_line_is_no_record_is_named_before_anything_else_is_done(we
         extract(weights, notes, out)
 
 
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.integers(1, 3), st.data())
-def test_an_output_holds_a_record_for_each_note_or_has_no_name(tmp_path_factory, sizes, world, data):
-    """Whatever another program added to a part or took from it."""
+@given(st.lists(st.integers(1, 3), min_size=1, max_size=5), st.data())
+def test_an_output_holds_a_record_for_each_note_or_has_no_name(tmp_path_factory, sizes, data):
+    """Whatever another program added to a part or took from it; seen at the end, and when the job goes on."""
     folder = tmp_path_factory.mktemp("job")
-    ranks = [Job(folder / "o.jsonl", {}, rank, world) for rank in range(world)]
-    for rank in ranks:
-        for number in range(rank.rank, len(sizes), world):
-            rank.append([{"id": f"{number}-{i}"} for i in range(sizes[number])])
-        rank.append([])
-    part, change = data.draw(st.sampled_from(ranks)).part, data.draw(st.sampled_from([-1, 1]))
+    job = Job(folder / "o.jsonl", {})
+    assert not job.claim()
+    for epoch, size in enumerate(sizes):
+        job.write(epoch, [{"id": f"{epoch}-{i}"} for i in range(size)])
+    part = job.part(data.draw(st.integers(0, len(sizes) - 1)))
     lines = part.read_bytes().splitlines(keepends=True)
-    part.write_bytes(b"".join(lines[:-1] if change < 0 and lines else [*lines, b'{"id": "more"}\n']))
-    with pytest.raises(UserError, match=f"records for {sum(sizes)} notes: something else wrote to it"):
-        ranks[0].finish(sizes, Unchanged(folder))
+    part.write_bytes(b"".join(lines[:-1] if data.draw(st.booleans()) else [*lines, b'{"id": "more"}\n']))
+    for look in (lambda: job.finish(sizes, Unchanged(folder)), lambda: job.done(sizes)):
+        with pytest.raises(UserError, match=f"records for {len(lines)} notes: something else wrote to it"):
+            look()
     assert not (folder / "o.jsonl").exists() and part.exists()
     part.write_bytes(b"".join(lines))
-    ranks[0].finish(sizes, Unchanged(folder))
+    job.finish(sizes, Unchanged(folder))
     assert [record["id"] for record in records(folder / "o.jsonl")] == [
-        f"{number}-{i}" for number, size in enumerate(sizes) for i in range(size)
+        f"{epoch}-{i}" for epoch, size in enumerate(sizes) for i in range(size)
     ]
 
 
@@ -520,24 +570,54 @@ def test_nothing_to_read(weights, tmp_path):
 
 
 @given(st.lists(st.integers(0, 9000), max_size=40), st.integers(1, 5))
-def test_a_batch_holds_as_many_notes_as_asked_for_however_long_they_are(lengths, most):
+def test_an_epoch_holds_as_many_notes_as_asked_for_however_long_they_are(lengths, most):
     notes = [Note(str(i), "x" * n) for i, n in enumerate(lengths)]
-    found = list(batches(notes, most))
-    assert [n for batch in found for n in batch] == notes
-    assert all(len(batch) == most for batch in found[:-1]) and all(found)
+    found = list(epochs(notes, most))
+    assert [n for epoch in found for n in epoch] == notes
+    assert all(len(epoch) == most for epoch in found[:-1]) and all(found)
 
 
-@given(st.lists(st.integers(1, 3), min_size=1, max_size=6), st.integers(0, 200))
-def test_resuming_cuts_to_a_batch_wherever_the_kill_fell(tmp_path_factory, sizes, cut):
-    job = Job(tmp_path_factory.mktemp("job") / "o.jsonl", {})
-    ends = [0]
-    for number, size in enumerate(sizes):
-        job.append([{"id": f"{number}-{i}"} for i in range(size)])
-        ends.append(job.part.stat().st_size)
-    with open(job.part, "r+b") as data:
-        data.truncate(min(cut, ends[-1]))
-    done = job.resume(sizes)
-    assert job.part.stat().st_size == ends[done] and done == sum(end <= cut for end in ends) - 1
+class Full(Rows):
+    """A device whose memory is not enough for more than `room` notes."""
+
+    room = 0
+
+    def add(self, states):
+        super().add(states)
+        if len({tuple(state.prompt[:30]) for state in self.active}) > self.room:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+
+def test_out_of_memory_halves_the_notes_at_once_and_is_remembered(weights, tmp_path, monkeypatch, capsys):
+    notes, out = write_notes(tmp_path / "n.jsonl", 12), tmp_path / "o.jsonl"
+    extract(weights, notes, tmp_path / "whole.jsonl", batch=6, dtype="float64")
+    monkeypatch.setattr("infer.extract.ask.Rows", Full)
+    monkeypatch.setattr(Full, "room", 2)
+    assert extract(weights, notes, out, batch=6, dtype="float64") == 0
+    assert (
+        "out of the device's memory: 3 notes at once" in (said := capsys.readouterr().err) and "1 notes at once" in said
+    )
+    assert out.read_bytes() == (tmp_path / "whole.jsonl").read_bytes()
+    mark = json.loads((tmp_path / "o.jsonl.job.json").read_text())
+    assert (mark["batch"], mark["batch now"]) == (6, 1)
+    write_parts(out, out.read_bytes().splitlines(keepends=True)[:6], 6)
+    out.unlink()  # a job that goes on begins with what the memory was enough for
+    assert extract(weights, notes, out, batch=6, dtype="float64") == 0 and "memory" not in capsys.readouterr().err
+    monkeypatch.setattr(Full, "room", 0)
+    with pytest.raises(UserError, match="memory is not enough for one note; give --format"):
+        extract(weights, notes, tmp_path / "none.jsonl")
+
+
+def test_a_job_keeps_the_number_of_notes_at_once_that_it_began_with(weights, tmp_path, monkeypatch):
+    notes, out = write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
+    kept = []
+    for free in (1e12, 0.0):
+        monkeypatch.setattr("model.support.hardware.free_memory", lambda device, free=free: free)
+        assert extract(weights, notes, out, batch=0) == 0
+        kept.append(json.loads((tmp_path / "o.jsonl.job.json").read_text())["batch"])
+    assert kept == [8, 8]
+    assert extract(weights, notes, tmp_path / "other.jsonl", batch=0) == 0
+    assert json.loads((tmp_path / "other.jsonl.job.json").read_text())["batch"] == 1
 
 
 class Bar(tqdm):
