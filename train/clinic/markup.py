@@ -69,10 +69,15 @@ def sentence(marked: str) -> str:
     return re.sub(f"^((?:{OPEN}[^{BAR}]*{BAR})*)([a-z])", lambda match: match[1] + match[2].upper(), marked, count=1)
 
 
+def visible(marked: str, change: Callable[[str], str]) -> str:
+    """`marked` with each stretch of its visible text changed; marks stay where they are."""
+    parts = re.split(f"({TAG})", marked)
+    return "".join(part if _TAG.fullmatch(part) else change(part) for part in parts)
+
+
 def upper(marked: str) -> str:
     """`marked` with all visible letters in upper case."""
-    parts = re.split(f"({TAG})", marked)
-    return "".join(part if _TAG.fullmatch(part) else part.upper() for part in parts)
+    return visible(marked, str.upper)
 
 
 def unmark(marked: str) -> tuple[str, list[Span]]:

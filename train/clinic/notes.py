@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import random
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from infer.codes import describe
@@ -21,6 +21,8 @@ SAME_ORGAN = 0.4  # chance that the other cancers of a note may sit in the organ
 RIVAL_SIDED = 0.6  # chance that another cancer is at least one with a side
 RIVAL_FACTS = (2, 2, 3)  # how many facts are told of another cancer
 KIN = (("small cell", "oat", "neuroendocrine"), ("squamous",), ("melanoma",), ("sarcoma",), ("lymphoma",), ("in situ",))
+NEAR = {"kidney": "renal", "liver": "hepatic", "lymph nodes": "node", "ovary": "ovarian", "stomach": "gastric"}
+OWN = ("family", "benign", "other_hist")  # the world's tables that have a slot of their own
 _GROUP = re.compile(r"<(~?)(\|?)([^<>~|]+)>")
 _STOPS = re.compile(rf"(\w\.(?:{TAG})*)\.(?=\s|$)", re.M)  # an abbreviation's stop that ends its sentence too
 _A = re.compile(rf"\b([Aa]) ((?:{TAG})*(?:[aeio](?!ne\b)|un(?!i)))")  # "a adenoma" is "an adenoma"
@@ -115,6 +117,8 @@ class Writer:
             "other_type": len(case.cancer.histologies) > 1,
             "need_paired": case.side in ("left", "right"),
             "need_breast": case.cancer.name == "breast cancer",
+            "need_man": case.sex == "M",
+            "need_woman": case.sex == "F",
             "need_tumor": case.size > 0,
             "need_knife": case.cancer.surgical,
             "need_nodes": nodes,
@@ -162,9 +166,18 @@ class Writer:
         }
         if name.startswith("need_"):
             return ""
+        if name in self.world and name not in OWN:
+            return self.drawn(name)
         if name.endswith("rival"):
             return self.rival({"her_rival": "F", "his_rival": "M"}.get(name, self.case.sex))
         return plain[name] if name in plain else getattr(self, "slot_" + name)()
+
+    def drawn(self, name: str) -> str:
+        """A phrase of the world's table `name` that suits the patient and does not name the tumour's organ."""
+        organ = NEAR.get(self.case.cancer.loose, self.case.cancer.loose)
+        barred = (organ, self.case.cancer.loose) if name in ("lesion", "past") else ()
+        fit = [one for one in self.world[name] if self.fits(one) and not any(word in one for word in barred)]
+        return fill(choose(self.rng.choice(fit), self.rng), self.slot)
 
     def slot_complaint(self) -> str:
         return choose(self.wording(self.case.cancer.complaint), self.rng)
@@ -268,6 +281,10 @@ class Writer:
 
     def tnm(self) -> str:
         stage = self.stage()
+        if "tnm" in self.style.words:
+            parts = {"p": self.rng.choice(("p", "c", "", "c")), "T": stage.t, "N": stage.n, "M": stage.m}
+            forms = [form for form in self.style.words["tnm"] if stage.m == "M0" or "M" in form]
+            return fill(self.rng.choice(forms), lambda name: parts[name])
         gap = self.rng.choice(("", " "))
         prefix = "p" if self.style.pathology else self.rng.choice(("", "p", "c"))
         return gap.join((prefix + stage.t, stage.n, stage.m))
@@ -373,8 +390,7 @@ class Writer:
         return f"c{other.t} {other.n} {other.m}"
 
     def slot_benign(self) -> str:
-        near = {"kidney": "renal", "liver": "hepatic", "lymph nodes": "node", "ovary": "ovarian", "stomach": "gastric"}
-        barred = [near.get(self.case.cancer.loose, self.case.cancer.loose)] + ["ovarian"] * self.man
+        barred = [NEAR.get(self.case.cancer.loose, self.case.cancer.loose)] + ["ovarian"] * self.man
         return choose(self.rng.choice([b for b in self.world["benign"] if not any(w in b for w in barred)]), self.rng)
 
     def slot_other_side(self) -> str:
@@ -389,11 +405,18 @@ class Writer:
         return self.rng.choice([t for t in self.world["other_hist"] if not any(word in t for word in barred)])
 
 
-def write_note(case: Case, style: Style, world: Mapping[str, Sequence[str]], rng: random.Random) -> tuple[str, dict]:
-    """A note's text and its truth: {"phenotypes": …, "diagnosis": …} as in a record. Raises AssertionError where the
-    style leaves out the diagnosis or a fact it was to state (a mistake in the style)."""
+def write_note(
+    case: Case,
+    style: Style,
+    world: Mapping[str, Sequence[str]],
+    rng: random.Random,
+    finish: Callable[[str], str] = str,
+) -> tuple[str, dict]:
+    """A note's text and its truth: {"phenotypes": …, "diagnosis": …} as in a record. `finish` changes the marked text,
+    as a scanner does. Raises AssertionError where the style leaves out the diagnosis or a fact it was to state (a
+    mistake in the style)."""
     writer = Writer(case, style, rng, world)
-    marked = writer.body()
+    marked = finish(writer.body())
     if style.capitals:
         marked = upper(marked)
     text, spans = unmark(marked)

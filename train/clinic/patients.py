@@ -60,10 +60,10 @@ def quantile(number: int, offset: float) -> float:
     return (number * (5**0.5 - 1) / 2 + offset) % 1.0
 
 
-def draw_case(rng: random.Random, u: float | None = None) -> Case:
-    """A patient with a cancer, drawn by the weights of cancers, sites and types; `u` in [0, 1) settles these three and
-    the side."""
-    cancer, u = pick(CANCERS, rng.random() if u is None else u)
+def draw_case(rng: random.Random, u: float | None = None, cancers: Sequence[Cancer] = CANCERS) -> Case:
+    """A patient with one of the cancers, drawn by the weights of cancers, sites and types; `u` in [0, 1) settles these
+    three and the side."""
+    cancer, u = pick(cancers, rng.random() if u is None else u)
     site, u = pick(cancer.sites, u)
     right, u = int(u * 2), u * 2 % 1.0
     histology, u = pick(cancer.histologies, u)

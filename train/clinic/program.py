@@ -4,7 +4,8 @@
 
 writes into `--out`, the same bytes for the same options:
 
-    train, valid, heldout.jsonl   annotated notes in the training styles; a patient's notes stay in one file
+    train, valid, heldout.jsonl   annotated notes in the training styles; a patient's notes stay in one file; train
+                                  also holds `--clinical` notes as clinics write them (clinical.py)
     unseen.jsonl                  other patients, in styles and wordings that training never saw
     pretrain.jsonl                text alone: the training notes, notes of further patients, MTS-Dialog sections
     pretrain_valid.jsonl          text alone, for held-out bits per byte
@@ -57,13 +58,13 @@ from infer.tasks import PHENOTYPES
 from model.support.cli import UserError
 from model.support.files import read_jsonl, sha256_file, write_json, write_jsonl
 from model.support.lock import output
+from train.clinic.clinical import MTS_DIALOG, clinical_notes
 from train.clinic.general import general_note
 from train.clinic.notes import write_note
 from train.clinic.patients import Case, draw_case, quantile
 from train.clinic.terms import TRAINING, UNSEEN, Source, Style
 from train.clinic.varied import varied
 
-MTS_DIALOG = Path(__file__).with_name("mts_dialog.jsonl")
 SHARES = {"train": 0.64, "valid": 0.06, "heldout": 0.15, "unseen": 0.15}
 CODED = 1.0  # share of the further patients' notes that end in their encounter diagnosis
 VARIED = 0.4  # share of the notes to train on whose very wording is drawn (varied.py)
@@ -84,14 +85,16 @@ class Options:
     """Seed of everything that is drawn: the same seed gives the same bytes."""
     further_patients: int = 600
     """Patients outside all annotated files whose notes are text for continued pre-training."""
+    clinical: int = 0
+    """Notes to train on that are written as clinics write (clinical.py), one in twelve without cancer."""
     healthy: int = 600
     """Notes of people without cancer in general.jsonl."""
 
     def __post_init__(self) -> None:
         if self.patients < 20:
             raise UserError(f"--patients {self.patients}: at least 20, so that every split holds some")
-        if self.further_patients < 0 or self.healthy < 0:
-            raise UserError("--further-patients and --healthy must not be negative")
+        if min(self.further_patients, self.clinical, self.healthy) < 0:
+            raise UserError("--further-patients, --clinical and --healthy must not be negative")
 
 
 def styles_for(case: Case, styles: tuple[Style, ...], rng: random.Random, count: int) -> list[Style]:
@@ -145,6 +148,7 @@ def annotated(options: Options) -> dict[str, list[dict]]:
             bar.update()
         start = end
     bar.close()
+    splits["train"].extend(clinical_notes(options.clinical, options.seed))
     return splits
 
 
@@ -195,6 +199,7 @@ def write_files(options: Options) -> None:
             "seed": options.seed,
             "patients": options.patients,
             "further_patients": options.further_patients,
+            "clinical": options.clinical,
             "healthy": options.healthy,
             "records": counts,
             "sha256": {name: sha256_file(options.out / f"{name}.jsonl") for name in files},
