@@ -1,4 +1,4 @@
-"""Notes as clinics write them: many kinds and lengths, shorthand, real prose around the facts, scanning and typing errors.
+"""Notes as clinics write them: many kinds and lengths, shorthand, real prose around the facts, slips and scans.
 
 A model that reads a few styles learns those styles. Here the kind of note, its structure and every wording are drawn
 from clinical.toml, for cases with more sites and types than cancers.toml has, and the body around the facts comes from
@@ -27,7 +27,8 @@ WIDER = 0.75  # share of the cases that are drawn from clinical.toml's sites and
 PROSE_WORDS = (15, 110)
 _CANCER = re.compile(
     r"cancer|carcinoma|tumou?r|lymphoma|leuk|melanoma|malign|metasta|chemo|radiation|biops|lesion|\bmass\b|nodule|"
-    r"grade|stage|\bcm\b|\bmm\b|oncolog|sarcoma|neoplas|polyp|lumpectomy|mastectomy|year[- ]old|gentleman|lady|[\[\]{}<>|~]",
+    r"grade|stage|\bcm\b|\bmm\b|oncolog|sarcoma|neoplas|polyp|lumpectomy|mastectomy|year[- ]old|gentleman|lady|"
+    r"[\[\]{}<>|~]",
     re.I,
 )
 _TABLES = read("clinical")
@@ -127,7 +128,7 @@ def healthy_style() -> Style:
     return Style("clinical", tuple(own["layouts"]), bank, _WORDS["short"], terse=True)
 
 
-# ---- what happens to a text after it is written ------------------------------------------------------------------------
+# ---- what happens to a text after it is written ----
 
 
 def worn(marked: str, rng: random.Random) -> str:
