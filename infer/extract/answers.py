@@ -5,14 +5,19 @@ A record is what `python -m infer.extract` writes, one line a note; SCHEMA descr
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 from infer import codes, tasks
 from infer.engine.settings import Generation
 from infer.extract.places import Span, words
+from model.support.cli import UserError
+from model.support.files import read_json
 
+TASKS = ("phenotype", "diagnosis")
 _VALUE = {
     "type": "object",
     "required": ["text", "start", "end", "logprob"],
@@ -40,6 +45,10 @@ _ANSWER: dict[str, Any] = {
         "logprob": {
             "type": "number",
             "description": "natural log-probability of the whole answer and its end; of several windows' the least",
+        },
+        "probability": {
+            "type": "number",
+            "description": "that the answer matches exactly, where the adapter has a calibration.json",
         },
         "finish_reason": {
             "enum": ["stop", "stop_string", "repetition", "length"],
@@ -78,6 +87,7 @@ SCHEMA: dict[str, Any] = {
                     },
                 },
                 "logprob": {"type": "number", "description": "natural log-probability of its tokens and its end"},
+                "probability": {"type": "number", "description": "as a phenotype's"},
                 "finish_reason": {"type": "string"},
                 "window": {
                     "type": "integer",
@@ -120,6 +130,37 @@ SCHEMA: dict[str, Any] = {
         "error": {"type": "string", "description": "why this note has no answers"},
     },
 }
+
+
+CALIBRATION = "calibration.json"
+"""Beside an adapter: {"phenotype": T, "diagnosis": T}, which python -m eval.calibration fits."""
+
+
+def read_calibration(adapters: Sequence[str | Path]) -> dict[str, float]:
+    """The temperatures of the last adapter's answers by task; none where it has no calibration. Raises UserError for a
+    file of another form."""
+    path = Path(adapters[-1]) / CALIBRATION if adapters else None
+    if path is None or not path.is_file():
+        return {}
+    given = read_json(path)
+    found = {task: given[task] for task in TASKS if task in given} if isinstance(given, dict) else {}
+    if not found or not all(type(value) in (int, float) and 0 < value < math.inf for value in found.values()):
+        raise UserError(f"{path}: not what python -m eval.calibration writes; make it again or remove it")
+    return found
+
+
+def probability(logprob: float, temperature: float) -> float:
+    """exp(logprob / T): how probable it is that an answer matches exactly."""
+    return math.exp(min(0.0, logprob) / temperature)
+
+
+def calibrate(record: dict[str, Any], temperatures: Mapping[str, float]) -> None:
+    """Enter `probability` into a record's answers, for the tasks that have a temperature."""
+    answers = [("phenotype", answer) for answer in record.get("phenotypes", {}).values()]
+    answers += [("diagnosis", record["diagnosis"])] if "diagnosis" in record else []
+    for task, answer in answers:
+        if task in temperatures:
+            answer["probability"] = round(probability(answer["logprob"], temperatures[task]), 4)
 
 
 def written_values(text: str) -> list[tuple[str, Span]]:

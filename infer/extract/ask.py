@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Generator as Steps
 from dataclasses import dataclass, replace
 from functools import partial
@@ -12,7 +12,7 @@ from typing import Any
 from infer import tasks
 from infer.engine.generate import Generator, Rows
 from infer.engine.settings import Generation, Settings
-from infer.extract.answers import diagnosis_record, kept_logprobs, phenotype_record, written_values
+from infer.extract.answers import calibrate, diagnosis_record, kept_logprobs, phenotype_record, written_values
 from infer.extract.evidence import MOST, Reading, decide, hiding, losses
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note, refusal
@@ -102,7 +102,9 @@ class Asker:
         neighbours: Neighbours | None = None,
         batch: int = 8,
         repair: Repair | None = None,
+        temperatures: Mapping[str, float] | None = None,
     ) -> None:
+        self.temperatures = temperatures or {}  # of the adapter's calibration
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
         length = generator.max_length
@@ -331,6 +333,7 @@ class Asker:
                 record.setdefault("phenotypes", {})[name] = merged
             else:
                 record.setdefault("answers", []).append({"question": question, **merged})
+        calibrate(record, self.temperatures)
         part, flat = answers[0][0].part, [answer.out for of_part in answers for answer in of_part]
         record["tokens"] = {
             "note": part.tokens,

@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infer.engine.generate import Generator
+from infer.engine.generate import Generator, Rows, State
 from infer.engine.load import load
-from infer.extract.ask import Asker, Limits, form_for
+from infer.extract.answers import read_calibration
+from infer.extract.ask import Answer, Asker, Limits, Part, form_for, whole
 from infer.extract.notes import Note
+from infer.extract.schedule import Piece
 from infer.released import adapter, smollm2
 from model.support.cli import UserError
 
@@ -25,7 +28,8 @@ class Extractor:
         adapters = () if adapter is None else (adapter,)
         model, tokenizer = load(weights, adapters)
         form = form_for(tokenizer, adapters)
-        self.asker = Asker(Generator(model, tokenizer), "both", form, Limits(), long="windows", grounded=grounded)
+        sure = read_calibration(adapters)
+        self.asker = Asker(Generator(model, tokenizer), "both", form, Limits(), "windows", grounded, temperatures=sure)
 
     @classmethod
     def released(cls) -> Extractor:
@@ -34,7 +38,8 @@ class Extractor:
 
     def answers(self, text: str) -> dict[str, Any]:
         """A note's record without its id: `phenotypes` and `diagnosis`, each answer with its place in `text` (start
-        and end, in characters) and its natural log-probability, as infer/extract/answers.py's SCHEMA describes them.
+        and end, in characters), its natural log-probability and, where the adapter is calibrated, its probability of
+        being right, as infer/extract/answers.py's SCHEMA describes them.
 
         A note beyond 1,500 tokens is read in overlapping windows. Raises UserError for an empty note.
         """
@@ -42,4 +47,53 @@ class Extractor:
         if "error" in record:
             raise UserError(record["error"])
         del record["id"]
+        return record
+
+    def stream(self, text: str) -> Iterator[dict[str, Any]]:
+        """`answers` as it comes: after every step what has ended in it, a part of the record (of a repeated value the
+        place is not yet chosen; {} where nothing ended), and at last the whole record. May be left at any step.
+
+        Parts come of notes within the limit. Raises UserError as `answers`.
+        """
+        asker, note, rows = self.asker, Note("", text), Rows(self.asker.generator)
+        steps = asker.work(note)
+        try:
+            pieces = next(steps)
+            waiting = self.asked(note, pieces)
+            while True:
+                rows.add([state for piece in pieces for state in piece.states])
+                while True:
+                    ended = [one for one in waiting if one[-1].finish is not None]
+                    waiting = [one for one in waiting if one[-1].finish is None]
+                    yield self.part(ended)
+                    if not rows.active:
+                        break
+                    rows.step()
+                pieces = next(steps)
+        except StopIteration as end:
+            if "error" in end.value:
+                raise UserError(end.value["error"]) from None
+            yield {name: value for name, value in end.value.items() if name != "id"}
+
+    def asked(self, note: Note, pieces: list[Piece]) -> list[tuple[Part, str, str, State]]:
+        """Each question of a note that is read whole, with its part and request; nothing of one read in windows."""
+        parts = self.asker.parts(note)
+        states = [state for piece in pieces for state in piece.states]
+        questions = self.asker.questions(note)
+        return (
+            [(parts[0], *question, state) for question, state in zip(questions, states, strict=True)]
+            if len(parts) == 1
+            else []
+        )
+
+    def part(self, ended: list[tuple[Part, str, str, State]]) -> dict[str, Any]:
+        """The record of answers that have ended; the places of a repeated value are all ambiguous."""
+        asker = self.asker
+        outs = [whole(asker.generator.result(state), state.settings) for *_, state in ended]
+        answers = [
+            Answer(part, name, question, out) for (part, name, question, _), out in zip(ended, outs, strict=True)
+        ]
+        places = [[reading.spans for reading in asker.readings(answer)] for answer in answers]
+        record = asker.record([answers], [places]) if answers else {}
+        record.pop("tokens", None)
         return record

@@ -27,7 +27,7 @@ from typing import TYPE_CHECKING, Any, Literal
 from tqdm import tqdm
 
 from infer.engine.options import ModelOptions
-from infer.extract.answers import SCHEMA
+from infer.extract.answers import SCHEMA, read_calibration
 from infer.extract.job import EPOCH, Job, Unchanged, begun, epochs, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, passed_over, read_notes
 from infer.retrieval.repair import read_repair
@@ -298,7 +298,8 @@ def extract(
     kept: dict[str, Any] = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
     generator = Generator(model, tokenizer, max_length=options.max_length, **kept)
     batch = begun(options.out).get("batch now", options.batch)
-    asker = Asker(generator, options.task, form, limits, options.long, options.grounded, neighbours, batch, repair)
+    how = (options.long, options.grounded, neighbours, batch, repair, read_calibration(options.adapter))
+    asker = Asker(generator, options.task, form, limits, *how)
     shown = {"total": sum(sizes), "initial": sum(sizes[epoch] for epoch in done), "unit": "note", "desc": "extracting"}
     with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
         for epoch, held in enumerate(split(options)):

@@ -47,6 +47,19 @@ def test_the_answers_are_the_programs(weights, adapter, tmp_path, grounded, adap
             assert NOTE[value["start"] : value["end"]].split() == value["text"].split()
 
 
+@pytest.mark.parametrize("text", [NOTE, NOTE * 40])  # whole, and in windows
+def test_the_stream_tells_each_answer_once_and_ends_in_the_record(weights, text):
+    extractor = Extractor(weights)
+    *parts, record = extractor.stream(text)
+    assert record == extractor.answers(text)
+    told = [name for part in parts for name in part.get("phenotypes", ())]
+    assert sorted(told) == (sorted(tasks.PHENOTYPES) if text == NOTE else [])
+    for name, answer in ((name, answer) for part in parts for name, answer in part.get("phenotypes", {}).items()):
+        whole = record["phenotypes"][name]
+        assert [value["text"] for value in answer["answers"]] == [value["text"] for value in whole["answers"]]
+        assert answer["logprob"] == whole["logprob"]
+
+
 def test_a_note_that_cannot_be_asked_about_raises(weights):
     with pytest.raises(UserError, match="the note is empty"):
         Extractor(weights, grounded=False).answers(" \n")
