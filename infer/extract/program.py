@@ -73,7 +73,7 @@ class Options(ModelOptions):
     """Tokens of a diagnosis (the paper's limit)."""
     batch: int = 0
     """Notes at once; 0: as many as memory is free for when the job begins, at most 8 on a CPU and 64 on a GPU."""
-    retriever: Literal["none", "bm25", "contriever", "medcpt", "specter2", "sgpt"] = "none"
+    retriever: Literal["none", "bm25", "contriever", "medcpt", "specter2", "sgpt", "sentence-transformers"] = "none"
     """Show neighbours of the note with its diagnosis question, found by this retriever."""
     index: Path | None = None
     """The retriever's index of training notes (python -m infer.retrieval.index)."""

@@ -1,4 +1,4 @@
-"""The four public dense encoders behind one call: `Encoder.from_pretrained(path, kind).encode(texts)`.
+"""Public dense encoders behind one call: `Encoder.from_pretrained(path, kind).encode(texts)`.
 
 contriever: one BERT; mean over the real tokens; dot product; 512 tokens of "title text".
 medcpt: two BERTs in `query/` and `document/`; first token; dot product; 64 tokens of a query, 512 of a document, which
@@ -7,9 +7,12 @@ specter2: a BERT in `base/` with adapters in `proximity/` (documents) and `adhoc
     distance; 512 tokens of title [SEP] text.
 sgpt: GPT-Neo; mean weighted by position; cosine; 300 tokens, then "[" … "]" around a query, "{" … "}" around a
     document.
+sentence-transformers: any BERT in that library's form; its own files say how it pools, how much it reads, and whether
+    its vectors have length 1 (`sentence_kind`).
 
-A folder holds config.json, model.safetensors and tokenizer.json (or vocab.txt; GPT-Neo: vocab.json and merges.txt).
-Contriever: Izacard et al. 2021; MedCPT: Jin et al. 2023; SPECTER2: Singh et al. 2022; SGPT: Muennighoff 2022.
+A folder holds config.json, model.safetensors and tokenizer.json (or vocab.txt).
+Contriever: Izacard et al. 2021; MedCPT: Jin et al. 2023; SPECTER2: Singh et al. 2022; SGPT: Muennighoff 2022;
+sentence-transformers: Reimers and Gurevych 2019.
 """
 
 from __future__ import annotations
@@ -21,9 +24,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from tokenizers import ByteLevelBPETokenizer, Tokenizer
+from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from infer.retrieval.bert import Bert, Bottleneck
 from infer.retrieval.gpt_neo import GPTNeo
@@ -38,7 +42,7 @@ Text = str | tuple[str, str]
 @dataclass(frozen=True)
 class Kind:
     """What sets one public encoder apart. `limit` and `query_limit` are in tokens, special ones included (SGPT's
-    brackets not included)."""
+    brackets not included). `unit`: vectors are scaled to length 1."""
 
     family: str
     pooling: str
@@ -46,6 +50,7 @@ class Kind:
     limit: int
     query_limit: int
     folders: tuple[str, str] = (".", ".")
+    unit: bool = False
 
 
 KINDS = {
@@ -54,6 +59,8 @@ KINDS = {
     "specter2": Kind("bert", "first", "euclidean", 512, 512, ("proximity", "adhoc_query")),
     "sgpt": Kind("gpt_neo", "weighted", "cosine", 300, 300),
 }
+SENTENCES = "sentence-transformers"
+POOLINGS = {"cls_token": "first", "cls": "first", "mean_tokens": "mean", "mean": "mean"}
 BRACKETS = {False: ("{", "}"), True: ("[", "]")}
 
 
@@ -63,8 +70,10 @@ class Encoder:
     `cut` counts the texts that were longer than the encoder reads and were cut at its limit.
     """
 
-    def __init__(self, kind: str, document: nn.Module, query: nn.Module, tokenizers: tuple[Tokenizer, Tokenizer]):
-        self.name, self.kind = kind, KINDS[kind]
+    def __init__(
+        self, name: str, kind: Kind, document: nn.Module, query: nn.Module, tokenizers: tuple[Tokenizer, Tokenizer]
+    ):
+        self.name, self.kind = name, kind
         self.models = {False: document.eval(), True: query.eval()}
         self.tokenizers = {False: tokenizers[0], True: tokenizers[1]}
         self.similarity = self.kind.similarity
@@ -73,11 +82,12 @@ class Encoder:
     @classmethod
     def from_pretrained(cls, path: str | Path, kind: str) -> Encoder:
         """Load a public encoder's folder. Raises UserError for an unknown kind, another family, or missing files."""
-        if kind not in KINDS:
-            raise UserError(f"{kind!r} is no encoder; there are {', '.join(KINDS)}")
-        path, rule = Path(path), KINDS[kind]
+        path, known = Path(path), (*KINDS, SENTENCES)
+        if kind not in known:
+            raise UserError(f"{kind!r} is no encoder; there are {', '.join(known)}")
         if not path.is_dir():
             raise UserError(f"{path}: no such folder; give {kind}'s (see infer/retrieval/README.md)")
+        rule = sentence_kind(path) if kind == SENTENCES else KINDS[kind]
         bases = ("base", "base") if kind == "specter2" else rule.folders
         for name in {*bases, *rule.folders}:
             if not (path / name).is_dir():
@@ -91,7 +101,7 @@ class Encoder:
             if kind == "specter2" and isinstance(model, Bert):
                 add_adapters(model, path / part)
             models.append(model)
-        return cls(kind, models[0], models[1], (load_tokenizer(path / bases[0]), load_tokenizer(path / bases[1])))
+        return cls(kind, rule, models[0], models[1], (load_tokenizer(path / bases[0]), load_tokenizer(path / bases[1])))
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[Text], query: bool = False, batch: int = 32) -> np.ndarray:
@@ -109,7 +119,8 @@ class Encoder:
         for start in range(0, len(order), batch):
             part = order[start : start + batch]
             tokens_BT, mask_BT, types_BT = pad([rows[i] for i in part])
-            out_ND[part] = pool(model(tokens_BT, mask_BT, types_BT), mask_BT, self.kind.pooling).numpy()
+            vectors_BD = pool(model(tokens_BT, mask_BT, types_BT), mask_BT, self.kind.pooling)
+            out_ND[part] = (F.normalize(vectors_BD) if self.kind.unit else vectors_BD).numpy()
         return out_ND
 
     def tokens(self, text: Text, query: bool) -> tuple[list[int], list[int]]:
@@ -185,6 +196,31 @@ def pool(x_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
     return (x_BTD * mask_BT1 * weights_T1).sum(1) / weights_BT1.sum(1)
 
 
+def sentence_kind(path: Path) -> Kind:
+    """The rules in a sentence-transformers folder: modules.json names the transformer, its pooling and perhaps the
+    scaling to length 1. Raises UserError for other modules or poolings, and for prompts put before texts."""
+    try:
+        modules = read_json(path / "modules.json")
+        names = [module["type"].rsplit(".", 1)[-1] for module in modules]
+        if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
+            raise UserError(f"{path}: covered are Transformer, Pooling and Normalize, not {', '.join(names)}")
+        folder, pooling = (module["path"] or "." for module in modules[:2])
+        pooled = read_json(path / pooling / "config.json")
+        modes = [key.removeprefix("pooling_mode_") for key, value in pooled.items() if "mode_" in key and value]
+        modes = modes or [pooled["pooling_mode"]]  # as later versions of the library write it
+        if len(modes) != 1 or modes[0] not in POOLINGS:
+            raise UserError(f"{path}: pooling by {' and '.join(modes)} is not covered; mean and first token are")
+        reads = read_json(path / folder / "sentence_bert_config.json")["max_seq_length"]
+        most = min(reads, read_json(path / folder / "config.json")["max_position_embeddings"])
+        own = read_json(path / "config_sentence_transformers.json")
+        if any((own.get("prompts") or {}).values()):
+            raise UserError(f"{path}: puts prompts before texts, which is not covered")
+    except (AttributeError, KeyError, TypeError) as error:
+        raise UserError(f"{path}: its files are not sentence-transformers'; copy the whole folder again") from error
+    similarity = own.get("similarity_fn_name") or "cosine"
+    return Kind("bert", POOLINGS[modes[0]], similarity, most, most, (folder, folder), unit=len(names) == 3)
+
+
 def load_model(folder: Path, family: str) -> Bert | GPTNeo:
     """An encoder from config.json and model.safetensors. Heads that it does not use (pooler, lm_head) are left out."""
     config = read_json(folder / "config.json")
@@ -205,16 +241,9 @@ def load_model(folder: Path, family: str) -> Bert | GPTNeo:
 def tensors(folder: Path, name: str, prefix: str) -> dict[str, Tensor]:
     """The tensors of a file by name, less a prefix that some public files have."""
     if not (folder / name).exists():
-        raise UserError(f"{folder}: no {name}; turn a .bin into one with `python -m infer.retrieval.convert {folder}`")
+        raise UserError(f"{folder}: no {name}; turn a .bin into one (infer/retrieval/README.md)")
     stored = open_safetensors(folder / name)
-    old = {"LayerNorm.gamma": "LayerNorm.weight", "LayerNorm.beta": "LayerNorm.bias"}  # names of BERT's first files
-    found = {}
-    for key, value in stored.items():
-        key = key.removeprefix(prefix)
-        for was, now in old.items():
-            key = key.replace(was, now)
-        found[key] = value.read(None).float()
-    return found
+    return {key.removeprefix(prefix): value.read(None).float() for key, value in stored.items()}
 
 
 def fill(model: nn.Module, found: dict[str, Tensor], where: Path) -> None:
@@ -259,10 +288,7 @@ def add_adapters(model: Bert, folder: Path) -> None:
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json, else vocab.txt (WordPiece), else vocab.json and merges.txt (byte-level BPE).
-
-    A special token's name in a note's text is text.
-    """
+    """tokenizer.json, else vocab.txt (WordPiece). A special token's name in a note's text is text."""
     try:
         if (folder / "tokenizer.json").exists():
             tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
@@ -271,8 +297,6 @@ def load_tokenizer(folder: Path) -> Tokenizer:
             if (folder / "tokenizer_config.json").exists():
                 lower = bool(read_json(folder / "tokenizer_config.json").get("do_lower_case", True))
             tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)._tokenizer
-        elif (folder / "merges.txt").exists():
-            tokenizer = ByteLevelBPETokenizer(str(folder / "vocab.json"), str(folder / "merges.txt"))._tokenizer
         else:
             raise UserError(f"{folder}: no tokenizer.json or vocab.txt; copy the encoder's own")
     except UserError:
@@ -287,7 +311,4 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 def files(path: Path) -> Iterator[Path]:
     """The files that decide an encoder's vectors, in order."""
-    names = ("config.json", "model.safetensors", "tokenizer.json", "vocab.txt", "merges.txt", "adapter.safetensors")
-    for file in sorted(path.rglob("*")):
-        if file.name in names:
-            yield file
+    return (file for file in sorted(path.rglob("*")) if file.suffix in (".json", ".safetensors", ".txt"))

@@ -29,7 +29,7 @@ from infer.retrieval.bm25 import BM25, words
 from infer.retrieval.encoder import Encoder, files
 from infer.retrieval.search import allowed, top_k
 from model.support.cli import UserError, run
-from model.support.files import atomic_folder, check_regular, read_json, read_jsonl, sha256_file, write_json
+from model.support.files import atomic_folder, read_json, read_jsonl, sha256_file, write_json
 from model.support.lock import output
 
 BATCH = 64
@@ -41,20 +41,18 @@ class Options:
 
     out: Path
     """The index's folder."""
-    encoder: Literal["bm25", "contriever", "medcpt", "specter2", "sgpt"] = "bm25"
+    encoder: Literal["bm25", "contriever", "medcpt", "specter2", "sgpt", "sentence-transformers"] = "bm25"
     """The retriever."""
     weights: Path | None = None
     """The encoder's folder (none for bm25)."""
     notes: Path | None = None
-    """JSON lines with `id` and `text` (and `title`, `patient`, `diagnosis` where known), or a folder of .txt files."""
+    """JSON lines with `id` and `text` (and `title`, `patient`, `diagnosis` where known)."""
     ask: str | None = None
     """Instead of building, print the notes nearest to this text."""
     k: int = 5
     """How many notes to print."""
     overwrite: bool = False
     """Replace an index that is there, once the new one is whole."""
-    json: bool = False
-    """Print one JSON object instead of lines."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -63,14 +61,8 @@ class Options:
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The notes to index, each with `id` and `text`. Raises UserError for a repeated id."""
-    if path.is_dir():
-        found = [(file.name, {"id": file.stem, "text": read(file)}) for file in sorted(path.glob("*.txt"))]
-        if not found:
-            raise UserError(f"{path}: holds no .txt file; give a folder of notes or a JSON-lines file")
-    else:
-        found = read_jsonl(path, ("id", "text"))  # type: ignore[assignment]
     seen = set()
-    for where, record in found:
+    for where, record in read_jsonl(path, ("id", "text")):
         if not isinstance(record["text"], str) or not isinstance(record["id"], str | int):
             raise UserError(f"{path}:{where}: 'id' and 'text' must be text")
         record["id"] = str(record["id"])
@@ -78,14 +70,6 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
             raise UserError(f"{path}:{where}: the id {record['id']!r} is used twice; give each note its own")
         seen.add(record["id"])
         yield record
-
-
-def read(file: Path) -> str:
-    check_regular(file)
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text (byte {error.start})") from error
 
 
 def hash_files(path: Path) -> str:
@@ -239,15 +223,11 @@ def diagnosis_text(diagnosis: Any) -> str:
 def main(options: Options) -> None:
     if options.ask is None:
         manifest = build(options)
-        print(json.dumps(manifest) if options.json else f"{options.out}: {manifest['count']} notes, {options.encoder}")
+        print(f"{options.out}: {manifest['count']} notes, {options.encoder}")
         return
     found = Index(options.out, weights=options.weights).search(options.ask, options.k)
-    rows = [{"id": record["id"], "score": score, "diagnosis": record.get("diagnosis")} for record, score in found]
-    if options.json:
-        print(json.dumps({"results": rows}, ensure_ascii=False))
-        return
-    for row in rows:
-        print(f"{row['score']:9.4f}  {row['id']}  {diagnosis_text(row['diagnosis'])}")
+    for record, score in found:
+        print(f"{score:9.4f}  {record['id']}  {diagnosis_text(record.get('diagnosis'))}")
 
 
 if __name__ == "__main__":

@@ -1,7 +1,6 @@
 """Spelling normalisation and abbreviation expansion before inference, as the paper suggests (section on failures).
 
-    python -m infer.retrieval.repair --notes F.jsonl --lexicon train.jsonl --out repaired.jsonl
-    python -m infer.extract … --repair train.jsonl                the same inside a job
+    python -m infer.extract … --repair train.jsonl
 
 The lexicon is text that is spelled well: training notes. A word is corrected only where the lexicon (and the ICD-10-CM
 descriptions) do not know it and it is one edit, not of its first letter, away from words that are in it:
@@ -27,15 +26,14 @@ from __future__ import annotations
 
 import re
 from collections import Counter, defaultdict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
 
 from infer.codes import CODES
-from model.support.cli import UserError, run
-from model.support.files import check_not_read, read_jsonl, write_jsonl
-from model.support.lock import output
+from model.support.cli import UserError
+from model.support.files import read_jsonl
 
 # Words of medicine that are one edit apart and mean something else: a note that writes one means it.
 TWINS = frozenset(
@@ -232,37 +230,3 @@ def read_lexicon(lexicon: Path) -> list[str]:
 def read_repair(lexicon: Path) -> Repair:
     """A corrector whose lexicon are the texts of a JSON-lines file."""
     return Repair(read_lexicon(lexicon))
-
-
-@dataclass(frozen=True)
-class Options:
-    """Write notes with their spelling normalised and their abbreviations expanded."""
-
-    notes: Path
-    """JSON lines with `id` and `text`."""
-    lexicon: Path
-    """JSON lines whose `text` is spelled well (training notes)."""
-    out: Path
-    """JSON lines: the notes, repaired; `original` keeps the text that was, `repairs` says what changed."""
-    overwrite: bool = False
-    """Replace a file that is there."""
-
-
-def repaired(options: Options, repair: Repair) -> Iterator[dict[str, object]]:
-    for number, record in read_jsonl(options.notes, ("id", "text")):
-        if not isinstance(record["text"], str):
-            raise UserError(f"{options.notes}:{number}: 'text' is not text")
-        changes = repair.changes(record["text"])
-        listed = [[change.start, change.end, change.after] for change in changes]
-        yield {**record, "text": apply(record["text"], changes), "original": record["text"], "repairs": listed}
-
-
-def main(options: Options) -> None:
-    check_not_read(options.out, options.notes, options.lexicon)
-    with output(options.out, options.overwrite):
-        count = write_jsonl(options.out, repaired(options, read_repair(options.lexicon)))
-    print(f"{options.out}: {count} notes")
-
-
-if __name__ == "__main__":
-    run(main, Options)

@@ -15,7 +15,7 @@ from eval.robustness.labels import Labels, run_labels
 from eval.robustness.misspelling import Misspelling, run_misspelling
 from infer import trace
 from infer.extract import program as extract
-from infer.retrieval import index, repair
+from infer.retrieval import index
 from lora import merge
 from model.checkpoints import convert
 from model.support.cli import guard
@@ -117,10 +117,6 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
         lambda g, out: extract.main(extract.Options(g / "notes.jsonl", out, weights=str(g / "model"))),
     ),
     "infer.retrieval.index": (True, lambda g, out: index.build(index.Options(out, notes=g / "notes.jsonl"))),
-    "infer.retrieval.repair": (
-        False,
-        lambda g, out: repair.main(repair.Options(g / "notes.jsonl", g / "notes.jsonl", out)),
-    ),
     "infer.trace": (False, lambda g, out: trace.main(trace.Options(str(g / "model"), out, prompt="a"))),
     "lora.merge": (True, lambda g, out: merge.main(merge.Options(str(g / "model"), str(g / "none"), str(out)))),
     "model.checkpoints.convert": (True, lambda g, out: convert.main(convert.Options(str(g / "model"), str(out)))),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 
 import pytest
@@ -10,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.codes import CODES
-from infer.retrieval.repair import ABBREVIATIONS, Options, Repair, main, one_edit
+from infer.retrieval.repair import ABBREVIATIONS, Repair, one_edit
 
 TEXTS = ["The patient has invasive carcinoma of the breast with axillary metastasis on mammography today."] * 3
 REPAIR = Repair(TEXTS)
@@ -144,14 +143,3 @@ def test_one_edit_is_what_a_list_of_all_edits_says(a, b):
     every |= {a[:i] + c + a[i + 1 :] for i in range(len(a)) for c in "abc"}
     every |= {a[:i] + a[i + 1] + a[i] + a[i + 2 :] for i in range(len(a) - 1)}
     assert one_edit(a, b) == (b in every or a == b)
-
-
-def test_the_command_keeps_the_original_beside_the_repaired(tmp_path):
-    notes, lexicon = tmp_path / "n.jsonl", tmp_path / "l.jsonl"
-    notes.write_text(json.dumps({"id": "a", "text": "invasvie carcinoma, 2.5 cm"}) + "\n")
-    lexicon.write_text("".join(json.dumps({"text": text}) + "\n" for text in TEXTS))
-    main(Options(notes=notes, lexicon=lexicon, out=tmp_path / "o.jsonl"))
-    record = json.loads((tmp_path / "o.jsonl").read_text())
-    assert record["text"] == "invasive carcinoma, 2.5 cm"
-    assert record["original"] == "invasvie carcinoma, 2.5 cm"
-    assert record["repairs"] == [[0, 8, "invasive"]]

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from importlib import import_module
+from importlib.util import find_spec
 
 import numpy as np
 import pytest
@@ -11,9 +13,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from safetensors.torch import save_file
 
+from eval.experiments.retrieval_table import weights_of
 from infer.retrieval import BM25, Encoder
 from infer.retrieval.bm25 import words
-from infer.retrieval.convert import Options, main
 from infer.retrieval.encoder import longest_first, pad, pool
 from model.support.cli import UserError
 
@@ -81,12 +83,11 @@ def test_a_specter2_adapter_is_the_bottleneck_worked_out_by_hand(tmp_path):
     for part in ("proximity", "adhoc_query"):
         (tmp_path / part).mkdir()
         own[part] = {name: torch.randn(shape) for name, shape in shapes.items()}
-        torch.save(
-            {f"bert.encoder.layer.0.output.adapters.[{part}].{k}": v for k, v in own[part].items()},
-            tmp_path / part / "pytorch_adapter.bin",
+        save_file(
+            {f"bert.encoder.layer.0.output.adapters.{part}.{k}": v for k, v in own[part].items()},
+            tmp_path / part / "adapter.safetensors",
         )
         (tmp_path / part / "adapter_config.json").write_text(json.dumps({"config": {"non_linearity": "relu"}}))
-        main(Options(tmp_path / part))
     layer = base.encoder.layer[0]
     seen = {}
     layer.output.dense.register_forward_hook(lambda m, i, o: seen.update(h=o))
@@ -102,6 +103,69 @@ def test_a_specter2_adapter_is_the_bottleneck_worked_out_by_hand(tmp_path):
             up = down @ a["adapter_up.weight"].T + a["adapter_up.bias"]
             expected = layer.output.LayerNorm(up + seen["h"] + seen["x"])[:, 0].numpy()
         assert np.allclose(ours.encode([(title, text)], query=query), expected, rtol=0, atol=2e-6)
+
+
+def sentence_folder(path, pooling="cls_token", normalize=True, **settings):
+    model, tokenizer = bert_folder(path)
+    names = ["Transformer", "Pooling", "Normalize"][: 3 if normalize else 2]
+    folders = ["", "1_Pooling", "2_Normalize"]
+    modules = [
+        {"idx": i, "path": folders[i], "type": f"sentence_transformers.models.{name}"} for i, name in enumerate(names)
+    ]
+    (path / "1_Pooling").mkdir()
+    (path / "modules.json").write_text(json.dumps(modules))
+    modes = {f"pooling_mode_{mode}": mode == pooling for mode in ("cls_token", "mean_tokens", "max_tokens")}
+    (path / "1_Pooling" / "config.json").write_text(json.dumps({"word_embedding_dimension": 32, **modes}))
+    (path / "sentence_bert_config.json").write_text(json.dumps({"max_seq_length": 20, "do_lower_case": False}))
+    (path / "config_sentence_transformers.json").write_text(json.dumps(settings))
+    return model, tokenizer
+
+
+@pytest.mark.parametrize(("pooling", "normalize"), [("cls_token", True), ("mean_tokens", False)])
+def test_a_sentence_transformers_folder_says_how_it_is_read(tmp_path, pooling, normalize):
+    model, tokenizer = sentence_folder(tmp_path / "st", pooling, normalize)
+    ours = Encoder.from_pretrained(tmp_path / "st", "sentence-transformers")
+    text = "tumor of the left breast " * 9
+    batch = tokenizer([text], truncation=True, max_length=20, return_tensors="pt")
+    hidden = theirs(model, batch)
+    expected = hidden[:, 0] if pooling == "cls_token" else hidden.sum(1) / hidden.shape[1]
+    expected = torch.nn.functional.normalize(expected) if normalize else expected
+    assert np.array_equal(ours.encode([text]), expected.numpy()) and ours.cut == 1 and ours.similarity == "cosine"
+
+
+def test_what_is_not_covered_of_sentence_transformers_is_said(tmp_path):
+    sentence_folder(tmp_path / "max", "max_tokens")
+    sentence_folder(tmp_path / "prompts", prompts={"query": "query: "})
+    sentence_folder(tmp_path / "other")
+    (tmp_path / "other" / "modules.json").write_text('[{"type": "x.Transformer", "path": ""}, {"type": "x.Dense"}]')
+    sentence_folder(tmp_path / "odd")
+    (tmp_path / "odd" / "modules.json").write_text('{"a": 1}')
+    for name, said in (("max", "max_tokens"), ("prompts", "prompts"), ("other", "Dense"), ("odd", "copy the whole")):
+        with pytest.raises(UserError, match=said):
+            Encoder.from_pretrained(tmp_path / name, "sentence-transformers")
+
+
+def test_all_minilm_l6_v2_is_the_public_encoder(tmp_path):
+    """Real weights: transformers' hidden states to the bit, sentence-transformers' vectors where it is installed."""
+    folder = weights_of("minilm", tmp_path)
+    if folder is None:
+        pytest.skip("needs the extra `encoders`")
+    transformers = pytest.importorskip("transformers")
+    texts = ["Left breast mass, ER+.", "Carcinoma of the left breast.", "The weather is fine.", "word " * 400]
+    ours = Encoder.from_pretrained(folder, "sentence-transformers")
+    vectors = np.concatenate([ours.encode([text]) for text in texts])
+    model = transformers.BertModel.from_pretrained(folder, attn_implementation="eager").eval()
+    tokenizer = transformers.BertTokenizer.from_pretrained(folder)
+    for text, vector in zip(texts, vectors, strict=True):
+        batch = tokenizer([text], truncation=True, max_length=256, return_tensors="pt")
+        mean = theirs(model, batch).sum(1) / batch["attention_mask"].sum(1)[:, None]
+        assert np.array_equal(vector, torch.nn.functional.normalize(mean)[0].numpy())
+    similar = vectors @ vectors.T
+    assert similar[0, 1] > 0.6 > 0.2 > similar[0, 2] and ours.cut == 1
+    assert np.abs(ours.encode(texts) - vectors).max() < 1e-6
+    if find_spec("sentence_transformers"):
+        peer = import_module("sentence_transformers").SentenceTransformer(str(folder), device="cpu")
+        assert np.abs(peer.encode(texts) - vectors).max() < 1e-6
 
 
 def neo_folder(path):

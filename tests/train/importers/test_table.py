@@ -8,7 +8,6 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from infer.codes import BILLABLE, CODES, canonical, describe, lookup
-from infer.retrieval import repair
 from infer.tasks import parse_answer
 from model.support.cli import UserError
 from train.data import neighbours
@@ -247,7 +246,7 @@ def test_a_table_without_a_header_is_refused_and_its_first_text_is_not_repeated(
 
 
 def test_what_is_read_is_not_written_over(tmp_path):
-    """Nor through another spelling of its name, nor a folder's own files, nor notes by their repaired ones."""
+    """Nor through another spelling of its name, nor a folder's own files."""
     path = table(tmp_path, HEAD + f"{NOTE},tumor_size,2.5 cm\n", "t.txt")
     before = path.read_bytes()
     (tmp_path / "link").symlink_to(tmp_path)
@@ -255,8 +254,6 @@ def test_what_is_read_is_not_written_over(tmp_path):
         (from_table, from_table.Options(table=path, out=tmp_path / "link" / "t.txt")),
         (from_brat, from_brat.Options(folder=tmp_path, out=path)),
         (from_ner, from_ner.Options(iob=path, out=path)),
-        (repair, repair.Options(notes=path, lexicon=tmp_path / "l", out=path)),
-        (repair, repair.Options(notes=tmp_path / "n", lexicon=path, out=path)),
         (neighbours, neighbours.Options(data=path, index=tmp_path, tokenizer=tmp_path, out=path)),
     ):
         with pytest.raises(UserError, match="t.txt: is itself read; choose another --out"):
