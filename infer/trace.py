@@ -23,7 +23,9 @@ from infer import tasks
 from infer.engine.generate import Generator, Settings
 from infer.engine.load import load
 from infer.extract.ask import Asker, Limits
-from infer.extract.notes import read_notes
+from infer.extract.grounded import Grounded, Grounding
+from infer.extract.notes import Note, read_notes
+from infer.extract.places import edges
 from infer.inspect import page as trace_page
 from lora import load_adapter, merge_lora, no_adapter, set_adapter
 from lora.adapter import adapted
@@ -58,6 +60,8 @@ class Options:
     """What to ask about the note: a phenotype's name, "diagnosis", or a question in words."""
     form: Literal["template", "chat"] = "template"
     """The tuned template, or the model's own chat form (for --prompt: the text itself, or as a user's turn)."""
+    grounded: bool = False
+    """Constrain a note's answer as infer.extract --grounded does."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
     """LoRA adapters (PEFT folders), one --adapter each: the last one is compared with the model without it, those
     before it are merged."""
@@ -86,11 +90,20 @@ class Side:
 def main(options: Options) -> int:
     check(options)
     with output(options.out, options.overwrite):
-        trace(options)
+        text, data = traced(options, None if options.note is None else note_of(options))
+        write_text(options.out, text, mode=0o600)
+    for line in data["notices"]:
+        print(line)
+    for one in data["runs"]:
+        error = one["attribution"]["logit"]["sum_error"]
+        print(f"{one['name']}: contributions sum to the logit within {error:.1e}")
+    size = len(text) / 1e6
+    print(f"{options.out}: {size:.1f} MB; it holds the text that was read, readable by its owner only (0600)")
     return 0
 
 
-def trace(options: Options) -> None:
+def traced(options: Options, note: Note | None) -> tuple[str, dict[str, Any]]:
+    """The page about the options' prompt, or about a note, and its data."""
     mark = parity(options) if options.parity else None
     data: dict[str, Any] = {
         "title": f"Trace: {Path(options.weights).name}",
@@ -104,8 +117,8 @@ def trace(options: Options) -> None:
     for side in sides(options):
         with side.chosen(), torch.no_grad():
             generator = Generator(side.model, side.tokenizer, lookup=False)
-            prompt = prompt_ids(options, generator)
-            answer = answer_ids(options, generator, prompt)
+            prompt = prompt_ids(options, generator, note)
+            answer = answer_ids(options, generator, prompt, note)
             same = first is None or (prompt == ids[:start] and same_tokens(first, side, ids))
             if first is None or not same:  # a comparison reads the first one's tokens wherever it has the same ones
                 ids, start = [*prompt, *answer], len(prompt)
@@ -113,7 +126,7 @@ def trace(options: Options) -> None:
                 data["notices"].append("The two models tokenize the text differently: each is shown on its own.")
             data["runs"].append(one_run(side, ids, start, answer, data["notices"]))
         first = first or side
-    finish(options, data)
+    return fitted(data), data
 
 
 def check(options: Options) -> None:
@@ -173,18 +186,13 @@ def same_tokens(one: Side, other: Side, ids: list[int]) -> bool:
     return trace_page.vocabulary(one.tokenizer, wanted) == trace_page.vocabulary(other.tokenizer, wanted)
 
 
-def prompt_ids(options: Options, generator: Generator) -> list[int]:
+def prompt_ids(options: Options, generator: Generator, note: Note | None) -> list[int]:
     tokenizer = generator.tokenizer
-    if options.prompt is not None:
+    if note is None:
+        assert options.prompt is not None
         if options.form == "chat":
             return tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
         return tokenizer.encode(options.prompt, bos=True)
-    assert options.note is not None
-    note = next((n for n in read_notes(options.note) if options.id is None or n.id == options.id), None)
-    if note is None:
-        raise UserError(f"{options.note}: holds no record whose id is {options.id!r}")
-    if note.error:
-        raise UserError(f"{options.note}, {note.id}: {note.error}")
     names = [*tasks.PHENOTYPES, "diagnosis"]
     if options.ask not in names and " " not in options.ask:
         raise UserError(f"--ask {options.ask}: not a question{nearest(options.ask, names)}; known: {', '.join(names)}")
@@ -194,7 +202,18 @@ def prompt_ids(options: Options, generator: Generator) -> list[int]:
     return asker.prompt(note.text, options.ask if options.ask in names else "", question)
 
 
-def answer_ids(options: Options, generator: Generator, prompt: list[int]) -> list[int]:
+def note_of(options: Options) -> Note:
+    """The note that the options name."""
+    assert options.note is not None
+    note = next((n for n in read_notes(options.note) if options.id is None or n.id == options.id), None)
+    if note is None:
+        raise UserError(f"{options.note}: holds no record whose id is {options.id!r}")
+    if note.error:
+        raise UserError(f"{options.note}, {note.id}: {note.error}")
+    return note
+
+
+def answer_ids(options: Options, generator: Generator, prompt: list[int], note: Note | None) -> list[int]:
     """The greedy answer's tokens, the one that ended it included."""
     limit = generator.max_length
     if not prompt:
@@ -206,8 +225,15 @@ def answer_ids(options: Options, generator: Generator, prompt: list[int]) -> lis
         )
     if not options.max_new_tokens:
         return []
-    stop = ("\n",) if options.note is not None and options.form == "template" else ()
-    (out,) = generator.generate([prompt], Settings(options.max_new_tokens, stop=stop, stop_cycles=True))
+    stop = ("\n",) if note is not None and options.form == "template" else ()
+    constraint = None
+    if options.grounded and note is not None:
+        grammars = Grounding(generator.tokenizer, generator.stop_ids, generator.engine.device).of_note(
+            note.text, edges(note.text)
+        )
+        constraint = Grounded(grammars[options.ask if options.ask in grammars else ""])
+    chosen = Settings(options.max_new_tokens, stop=stop, stop_cycles=True, constraint=constraint)
+    (out,) = generator.generate([prompt], chosen)
     return out.tokens
 
 
@@ -224,8 +250,8 @@ def one_run(side: Side, ids: list[int], start: int, own: list[int], notices: lis
     return trace_page.run_values(side.name, side.model, side.tokenizer, ids, start, own, rows)
 
 
-def finish(options: Options, data: dict[str, Any]) -> None:
-    """Write the page, at most LIMIT bytes of it: what does not fit is left out, the last run's attention first."""
+def fitted(data: dict[str, Any]) -> str:
+    """The page, at most LIMIT bytes of it: what does not fit is left out, the last run's attention first."""
     text = trace_page.page(data)
     for one in reversed(data["runs"]):
         if len(text) > LIMIT:
@@ -237,14 +263,7 @@ def finish(options: Options, data: dict[str, Any]) -> None:
             f"the page would take {len(text) / 1e6:.1f} MB (at most {LIMIT / 1e6:.0f}): give a shorter text, or fewer "
             "--max-new-tokens"
         )
-    write_text(options.out, text, mode=0o600)
-    for line in data["notices"]:
-        print(line)
-    for one in data["runs"]:
-        error = one["attribution"]["logit"]["sum_error"]
-        print(f"{one['name']}: contributions sum to the logit within {error:.1e}")
-    size = len(text) / 1e6
-    print(f"{options.out}: {size:.1f} MB; it holds the text that was read, readable by its owner only (0600)")
+    return text
 
 
 def parity(options: Options) -> dict[str, Any]:

@@ -1,0 +1,87 @@
+"""A page to paste a note into, answered as it is read, and the same as a JSON API: `make serve`.
+
+    python -m infer.serve [--weights DIR --adapter DIR] [--port 8017]
+
+Without weights it asks the released adapter. It listens on this machine alone; with `--host ADDRESS` others may
+connect, and then every request needs the token that is printed. Notes are held in memory while they are answered, and
+nowhere else.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import ipaddress
+import secrets
+import socket
+from dataclasses import dataclass
+from pathlib import Path
+
+from infer import released
+from model.support.cli import UserError, run
+
+
+@dataclass(frozen=True)
+class Options:
+    """Serve a page and an API that answer notes."""
+
+    weights: Path | None = None
+    """A model's folder or GGUF file (default: the released adapter's base)."""
+    adapter: Path | None = None
+    """A LoRA adapter (PEFT folder) on these weights (default: the released one, where no weights are given)."""
+    host: str = "127.0.0.1"
+    """The address to listen on, which is also the one that clients use. Beyond this machine a token is asked for."""
+    port: int = 8017
+    """The port; 0: any that is free."""
+    waiting: int = 8
+    """Requests at most, one of which is answered at a time; further ones are told to come again (503)."""
+    seconds: int = 120
+    """The longest that a request may take once it has its turn."""
+
+
+def main(options: Options) -> int:
+    token = None if is_loopback(options.host) else secrets.token_urlsafe(24)
+    if options.waiting < 1 or options.seconds < 1:
+        raise UserError("--waiting and --seconds must be at least 1")
+    if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
+        raise UserError('infer.serve needs FastAPI and uvicorn: pip install -c constraints.txt -e ".[serve]"')
+    import uvicorn
+
+    from infer.serve.app import Models, make_app
+
+    weights = options.weights or released.smollm2()
+    adapter = options.adapter if options.adapter or options.weights else released.adapter()
+    listening = listen(options.host, options.port)
+    models = Models(weights, adapter)
+    models.extractor(adapter is not None)  # what is wrong with them is said now
+    port = listening.getsockname()[1]
+    app = make_app(models, options.host, port, token, options.waiting, options.seconds)
+    shown = f"[{options.host}]" if ":" in options.host else options.host
+    print(f"http://{shown}:{port}/{'#' + token if token else ''}  (Ctrl-C ends it)", flush=True)
+    quiet = {"log_level": "warning", "access_log": False, "server_header": False}
+    config = uvicorn.Config(app, **quiet, ws="none", lifespan="off", timeout_keep_alive=5, limit_concurrency=512)  # type: ignore[arg-type]
+    uvicorn.Server(config).run(sockets=[listening])
+    return 0
+
+
+def is_loopback(host: str) -> bool:
+    if host == "localhost":
+        return True
+    try:
+        address = ipaddress.ip_address(host)
+    except ValueError:
+        return False
+    if address.is_unspecified:
+        raise UserError(f"--host {host} is no address that a client can name; give the one that they use")
+    return address.is_loopback
+
+
+def listen(host: str, port: int) -> socket.socket:
+    try:
+        return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
+    except (OSError, OverflowError) as error:
+        reason = error.strerror if isinstance(error, OSError) else "no such port"
+        raise UserError(f"--host {host} --port {port}: cannot listen there ({reason}); choose another") from error
+
+
+if __name__ == "__main__":
+    run(main, Options)
