@@ -15,15 +15,15 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval.experiments.demo import smollm2
-from eval.experiments.steps import RECIPES, Run, begin, check_folder, training_dtype
+from eval.experiments.steps import RECIPES, Run, argv, begin, check_folder, training_dtype
+from infer.released import smollm2
 from model.support import cli
 from model.support.files import atomic_file, read_json, write_json
 from model.support.hardware import host
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 PATHS = ("data", "out", "weights", "adapter", "valid_data", "tokenizer", "init")
-CLINIC = {"--patients": 500, "--seed": 22, "--further-patients": 400, "--clinical": 1500, "--healthy": 0}
+CLINIC = {"patients": 500, "seed": 22, "further_patients": 400, "clinical": 1500, "healthy": 0}
 
 
 @dataclass(frozen=True)
@@ -48,33 +48,29 @@ def main(options: Options) -> int:
 
 def clinic(out: Path) -> list[str]:
     """The command that writes the notes that the adapter is trained on."""
-    drawn = [word for key, value in CLINIC.items() for word in (key, str(value))]
-    return ["train.clinic", "--out", str(out), *drawn, "--overwrite"]
+    return argv("train.clinic", out=out, **CLINIC, overwrite=True)
 
 
 def public_base(run: Run) -> Path:
     """SmolLM2's 4-bit file, dequantised, as a folder of the run."""
     base = run.out / "base"
-    command = ["model.checkpoints.convert", str(smollm2()), str(base), "--overwrite"]
-    run.step("base: SmolLM2 out of its GGUF file", command)
+    run.step("base: SmolLM2 out of its GGUF file", argv("model.checkpoints.convert", smollm2(), base, overwrite=True))
     return base
 
 
 def stages(run: Run) -> None:
-    data, base, dtype = run.out / "data", run.out / "base", training_dtype(run.out)
+    data, dtype = run.out / "data", training_dtype(run.out)
     run.step("clinic: notes and their truth", clinic(data))
-    run.step(
-        "base: SmolLM2 out of its GGUF file", ["model.checkpoints.convert", str(smollm2()), str(base), "--overwrite"]
-    )
+    base = public_base(run)
 
-    def stage(program: str, name: str, train: str, valid: str, *more: str) -> list[str]:
-        files = ["--data", str(data / train), "--valid-data", str(data / valid), "--out", str(run.out / name)]
-        recipe = str(RECIPES / f"released-{program}.toml")
-        return [f"train.{program}", recipe, "--weights", str(base), "--dtype", dtype, *files, *more]
+    def stage(program: str, name: str, train: str, valid: str, adapter: Path | None = None) -> list[str]:
+        files = {"data": data / train, "valid_data": data / valid, "out": run.out / name}
+        recipe = RECIPES / f"released-{program}.toml"
+        return argv(f"train.{program}", recipe, weights=base, dtype=dtype, **files, adapter=adapter)
 
-    pretrained = str(run.out / "pretrained" / "adapter")
+    pretrained = run.out / "pretrained" / "adapter"
     run.step("continued pre-training", stage("pretrain", "pretrained", "pretrain.jsonl", "pretrain_valid.jsonl"))
-    run.step("tuning", stage("instruct", "tuned", "train.jsonl", "valid.jsonl", "--adapter", pretrained))
+    run.step("tuning", stage("instruct", "tuned", "train.jsonl", "valid.jsonl", pretrained))
     release(run.out / "tuned" / "adapter", run.out / "released")
     cards = {stage: card(read_json(run.out / stage / "run.json")) for stage in ("pretrained", "tuned")}
     made = {"host": host(), "clinic": CLINIC, "steps": run.steps, **cards}

@@ -21,6 +21,7 @@ from eval.experiments import programs as experiments
 from eval.experiments.programs import PARTS, Demo
 from eval.experiments.steps import RECIPES, Run, begin, check_folder
 from eval.report.build import terminal_table, write
+from infer.released import adapter as released
 from infer.released import smollm2
 from model.support import cli as command
 from model.support.files import read_json, read_jsonl, write_json, write_jsonl
@@ -61,20 +62,26 @@ class Scale:
     """Held-out notes that are asked again with one word in ten misspelled, plain and repaired."""
     retrieval_notes: int
     """Held-out notes whose diagnosis is asked again with neighbours in the prompt."""
+    clinical: int = 0
+    """Notes to train on that are written as clinics write."""
+    without_pretraining: bool = True
+    """Tune the base without continued pre-training too, to see what that adds."""
     vocab: int = 0
     """Pieces of the tokenizer that is trained; 0: the real base is used."""
 
 
 SCALES = {
     "full": Scale(
-        patients=250,
-        further_patients=300,
-        healthy=300,
-        test_notes=40,
-        base_notes=8,
-        bits_documents=20,
+        patients=150,
+        further_patients=200,
+        healthy=0,
+        test_notes=30,
+        base_notes=4,
+        bits_documents=12,
         misspelling_notes=8,
         retrieval_notes=12,
+        clinical=160,
+        without_pretraining=False,
     ),
     "nano": Scale(
         patients=900,
@@ -115,7 +122,7 @@ def pipeline(run: Run, scale: Scale) -> None:
     began, out = time.monotonic(), run.out
     data(run, scale)
     base(run, scale)
-    adapters(run)
+    adapters(run, scale)
     systems = extract(run, scale)
     demo = Demo(out, run.scale)
     run.run_in_parallel(
@@ -125,6 +132,7 @@ def pipeline(run: Run, scale: Scale) -> None:
         }
     )
     bits = bits_per_byte(run, scale)
+    trained = ("pretrained", "tuned-only", "tuned")
     write_json(
         out / "run.json",
         {
@@ -135,9 +143,9 @@ def pipeline(run: Run, scale: Scale) -> None:
             "seconds": run.took(),
             "peak_mb": run.peak(),
             "systems": systems,
-            "compare": COMPARED,
+            "compare": [pair for pair in COMPARED if {*pair} <= {system["name"] for system in systems}],
             "references": {name: f"{name}.jsonl" for name in TESTS},
-            "curves": {name: f"{name}/metrics.jsonl" for name in ("pretrained", "tuned-only", "tuned")},
+            "curves": {name: f"{name}/metrics.jsonl" for name in trained if (out / name).is_dir()},
             "bits_per_byte": [bits],
             **{part: f"{PARTS[part]}/result.json" for part in ("misspelling", "retrieval")},
         },
@@ -166,6 +174,8 @@ def data(run: Run, scale: Scale) -> None:
             str(scale.further_patients),
             "--healthy",
             str(scale.healthy),
+            "--clinical",
+            str(scale.clinical),
             "--overwrite",
         ],
     )
@@ -224,62 +234,62 @@ def recipe(run: Run, stage: str, name: str, file: str, more: list[str]) -> list[
     ]
 
 
-def adapters(run: Run) -> None:
-    """Three adapters: continued pre-training, tuning on the base alone, and tuning after continued pre-training."""
+def adapters(run: Run, scale: Scale) -> None:
+    """Continued pre-training, tuning after it, and (where the scale has it) tuning of the base alone."""
     demo = Demo(run.out, run.scale)
     on, first = ["--weights", demo.weights], ["--adapter", demo.adapter("pretrained")]
     run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", on))
-    run.run_in_parallel(
-        {
-            "tuning, without it": recipe(run, "instruct", "tuned-only", "train", on),
-            "tuning, after it": recipe(run, "instruct", "tuned", "train", on + first),
-        }
-    )
+    after = recipe(run, "instruct", "tuned", "train", on + first)
+    if scale.without_pretraining:
+        alone = recipe(run, "instruct", "tuned-only", "train", on)
+        run.run_in_parallel({"tuning, without it": alone, "tuning, after it": after})
+    else:
+        run.step("tuning, after it", after)
 
 
-SYSTEMS = (  # name, kind, adapter's run, untuned
-    ("base", "base", "", True),
-    ("base + continued pre-training", "base", "pretrained", True),
-    ("base + tuning", "model", "tuned-only", False),
-    ("base + continued pre-training + tuning", "model", "tuned", False),
-)
-
-
-COMPARED = (  # tuning, tuning after continued pre-training, and what continued pre-training adds
+BOTH = "base + continued pre-training + tuning"
+RELEASED = "the released adapter"
+COMPARED = (  # tuning, tuning after continued pre-training, what continued pre-training adds, and a longer training
     ("base", "base + tuning"),
-    ("base + continued pre-training", "base + continued pre-training + tuning"),
-    ("base + tuning", "base + continued pre-training + tuning"),
+    ("base + continued pre-training", BOTH),
+    ("base + tuning", BOTH),
+    (BOTH, RELEASED),
 )
+
+
+def asked(scale: Scale, demo: Demo) -> list[tuple[str, str, str, bool]]:
+    """The systems with a model: name, file of predictions, adapter's folder, and whether it is untuned."""
+    systems = [("base", "base", "", True)]
+    if scale.without_pretraining:
+        systems.append(("base + continued pre-training", "pretrained", demo.adapter("pretrained"), True))
+        systems.append(("base + tuning", "tuned-only", demo.adapter("tuned-only"), False))
+    systems.append((BOTH, "tuned", demo.adapter("tuned"), False))
+    if not scale.vocab:
+        systems.append((RELEASED, "released", str(released()), False))
+    return systems
 
 
 def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     """Every system's predictions for both test sets. Returns run.json's "systems"."""
     systems, demo = baselines(run), Demo(run.out, run.scale)
-    run.run_in_parallel(
-        {
-            f"extraction: {name}": [
-                "infer.extract",
-                "--weights",
-                demo.weights,
-                "--task",
-                "both",
-                "--notes",
-                str(run.out / f"tests{'-few' if untuned else ''}.jsonl"),
-                "--out",
-                str(run.out / "predictions" / f"{adapter or 'base'}.jsonl"),
-                *(["--adapter", demo.adapter(adapter)] if adapter else []),
-                *(["--form", form_of(scale, untuned), "--max-new-diagnosis", "50"] if untuned else ["--grounded"]),
-            ]
-            for name, _, adapter, untuned in SYSTEMS
-        }
-    )
-    for name, kind, adapter, untuned in SYSTEMS:
+    models = asked(scale, demo)
+    jobs = {}
+    for name, file, adapter, untuned in models:
+        how = ["--form", form_of(scale, untuned), "--max-new-diagnosis", "50"] if untuned else ["--grounded"]
+        if adapter:
+            how += ["--adapter", adapter]
+        notes = str(run.out / ("tests-few.jsonl" if untuned else "tests.jsonl"))
+        out = str(run.out / "predictions" / f"{file}.jsonl")
+        command = ["infer.extract", "--weights", demo.weights, "--task", "both", "--notes", notes, "--out", out]
+        jobs[f"extraction: {name}"] = command + how
+    run.run_in_parallel(jobs)
+    for name, file, _, untuned in models:
         step = f"extraction: {name}"
         systems.append(
             {
                 "name": name,
-                "kind": kind,
-                "predictions": split(run, adapter or "base"),
+                "kind": "base" if untuned else "model",
+                "predictions": split(run, file),
                 "seconds": run.took(step),
                 "peak_mb": run.peak(step),
                 "form": form_of(scale, untuned),

@@ -16,10 +16,11 @@ from typing import Any
 
 from eval.baselines import RegexBaseline
 from eval.experiments.adapter import BASE, clinic, public_base
-from eval.experiments.demo import as_prediction, smollm2
-from eval.experiments.steps import Run, begin, check_folder, made_from
+from eval.experiments.demo import as_prediction
+from eval.experiments.steps import Run, argv, begin, check_folder, made_from
 from eval.metrics.statistics import format_interval
 from eval.report.build import SET_TITLES, terminal_table, write
+from infer.released import smollm2
 from infer.tasks import PHENOTYPES
 from model.support import cli as command
 from model.support.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl, write_text
@@ -34,7 +35,7 @@ PATIENTS = 900
 SETS = ("heldout", "unseen", "written-sealed", "written-open")
 BASE_NOTES = 6
 RELEASED = "released adapter"
-ASK = ("--task", "both", "--long", "windows", "--max-new-diagnosis", "60")
+ASK = {"task": "both", "long": "windows", "max_new_diagnosis": 60}
 
 
 @dataclass(frozen=True)
@@ -78,8 +79,8 @@ def main(options: Options) -> int:
 def notes(run: Run) -> None:
     """The test sets, and all of their notes in one file for a job."""
     test, train = run.out / "test", run.out / "train"
-    drawn = ["--patients", str(PATIENTS), "--seed", str(SEED), "--further-patients", "0", "--healthy", "0"]
-    run.step("clinic: test notes", ["train.clinic", "--out", str(test), *drawn, "--overwrite"])
+    drawn = {"patients": PATIENTS, "seed": SEED, "further_patients": 0, "healthy": 0}
+    run.step("clinic: test notes", argv("train.clinic", out=test, **drawn, overwrite=True))
     run.step("clinic: the training notes, for the regular expressions", clinic(train))
     records = {name: [record for _, record in read_jsonl(test / f"{name}.jsonl")] for name in ("heldout", "unseen")}
     written = [record for _, record in read_jsonl(WRITTEN)]
@@ -107,12 +108,14 @@ def models(run: Run, adapter: Path) -> list[dict[str, Any]]:
     """The base, which is asked about few notes, and the adapter on it."""
     base = public_base(run)
 
-    def job(name: str, asked: str, *more: str) -> list[str]:
-        files = ["--notes", str(run.out / f"{asked}.jsonl"), "--out", str(run.out / "predictions" / f"{name}.jsonl")]
-        return ["infer.extract", "--weights", str(base), *files, *ASK, *more]
+    def job(name: str, notes: str, **how: Any) -> list[str]:
+        out = run.out / "predictions" / f"{name}.jsonl"
+        return argv("infer.extract", weights=base, notes=run.out / f"{notes}.jsonl", out=out, **ASK, **how)
 
-    tuned = ("--adapter", str(adapter), "--form", "template", "--grounded")
-    jobs = {"base": job("base", "few", "--form", "chat"), "released": job("released", "notes", *tuned)}
+    jobs = {
+        "base": job("base", "few", form="chat"),
+        "released": job("released", "notes", adapter=adapter, form="template", grounded=True),
+    }
     systems = []
     for file, work in jobs.items():
         name = "base" if file == "base" else RELEASED
@@ -141,7 +144,7 @@ def card(training: dict[str, Any], scores: dict[str, Any]) -> str:
         base=BASE,
         base_hash=sha256_file(smollm2())[:16],
         rank=training["pretrained"]["recipe"]["r"],
-        clinic=" ".join(f"{key} {value}" for key, value in training["clinic"].items()),
+        clinic=" ".join(argv("", **training["clinic"])),
         notes=tuned["rows"],
         tokens=tuned["tokens"],
         data_hash=next(iter(tuned["data"].values()))[:16],
