@@ -11,8 +11,8 @@ from pathlib import Path
 
 import torch
 
-from infer import Generator, tasks
-from infer.engine.generate import Rows
+from infer import tasks
+from infer.engine.generate import Generator, Rows
 from infer.engine.load import load
 from infer.engine.tree import plan
 from infer.extract.answers import phenotype_record
