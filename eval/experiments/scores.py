@@ -33,7 +33,7 @@ WRITTEN = Path("train/clinic/written.jsonl")
 SEED = 4711  # of the test patients: looked at once
 PATIENTS = 900
 SETS = ("heldout", "unseen", "written-sealed", "written-open")
-BASE_NOTES = 6
+BASE_NOTES = 4
 RELEASED = "released adapter"
 ASK = {"task": "both", "long": "windows", "max_new_diagnosis": 60}
 
