@@ -11,7 +11,7 @@ import regex
 from torch import nn
 
 from lora.layer import LoRALinear
-from model.support.checks import positive, whole
+from model.support.checks import inside, positive, whole
 from model.support.cli import UserError, nearest
 
 MATCH_SECONDS = 0.1  # of processor time for one regular expression on one module's name: they come in untrusted files
@@ -45,35 +45,28 @@ class LoRAConfig:
             whole(f"lora: the rank for {name!r}", rank, 1, 2**20)
         for name, alpha in {"alpha": self.alpha, **self.alpha_pattern}.items():
             positive(f"lora: the alpha for {name!r}", alpha)
-        for pattern in (*self.rank_pattern, *self.alpha_pattern, *self.expressions()):
+        names = (self.target_modules, self.exclude_modules)
+        expressions = [value for value in names if isinstance(value, str)]
+        for pattern in (*self.rank_pattern, *self.alpha_pattern, *expressions):
             try:
                 regex.compile(pattern)
             except regex.error as error:
                 raise UserError(f"lora: {pattern!r} is not a regular expression: {error}") from error
-        if not 0.0 <= self.dropout < 1.0:
-            raise UserError(f"lora: dropout is {self.dropout}; it must lie in [0, 1)")
+        inside("lora: dropout", self.dropout, "[0, 1)")
         if not self.target_modules:
             raise UserError('lora: target_modules is empty; name modules, or say "all-linear"')
-
-    def expressions(self) -> list[str]:
-        return [value for value in (self.target_modules, self.exclude_modules) if isinstance(value, str)]
 
     def wants(self, path: str) -> bool:
         """Whether the linear layer with this name gets an adapter."""
         if path == "lm_head":
             return False  # training and decoding take its weight past the module
-        if isinstance(self.exclude_modules, str):
-            if matches(self.exclude_modules, path):
-                return False
-        elif any(ends_in(path, name) for name in self.exclude_modules):
+        if selects(self.exclude_modules, path):
             return False
         if self.layers is not None:
             layer = regex.search(r"\.layers\.(\d+)\.", path)
             if layer is None or int(layer.group(1)) not in self.layers:
                 return False
-        if isinstance(self.target_modules, str):
-            return self.target_modules == "all-linear" or matches(self.target_modules, path)
-        return any(ends_in(path, name) for name in self.target_modules)
+        return self.target_modules == "all-linear" or selects(self.target_modules, path)
 
     def rank(self, path: str) -> int:
         return pattern_value(self.rank_pattern, path, self.r)
@@ -81,6 +74,11 @@ class LoRAConfig:
     def scale(self, path: str) -> float:
         rank = self.rank(path)
         return pattern_value(self.alpha_pattern, path, self.alpha) / (rank**0.5 if self.rslora else rank)
+
+
+def selects(names: str | tuple[str, ...], path: str) -> bool:
+    """Whether a regular expression for whole names, or one of several ends of names, selects a module."""
+    return matches(names, path) if isinstance(names, str) else any(ends_in(path, name) for name in names)
 
 
 def ends_in(path: str, name: str) -> bool:
@@ -143,15 +141,13 @@ def as_lora(model: nn.Module, path: str) -> LoRALinear:
 
 def check_targets(config: LoRAConfig, linears: list[str], chosen: list[str]) -> None:
     if isinstance(config.target_modules, tuple):
-        if "lm_head" in config.target_modules:
-            raise UserError("lora: an adapter on lm_head is not covered; leave it out of target_modules")
         leaves = sorted({path.rpartition(".")[2] for path in linears})
         for target in config.target_modules:
+            if target == "lm_head":
+                raise UserError("lora: an adapter on lm_head is not covered; leave it out of target_modules")
             if not any(ends_in(path, target) for path in linears):
-                raise UserError(
-                    f"lora: target module {target!r} is not in this model{nearest(target, leaves)}; "
-                    f"it has {', '.join(leaves)}"
-                )
+                known = f"{nearest(target, leaves)}; it has {', '.join(leaves)}"
+                raise UserError(f"lora: target module {target!r} is not in this model{known}")
     if not chosen:
         raise UserError(f"lora: no linear layer of this model fits target_modules {config.target_modules!r}")
 

@@ -30,7 +30,7 @@ class Options:
     adapter: str
     """The adapter's folder."""
     weights: str = ""
-    """The base it was trained on (empty: only what the adapter alone tells)."""
+    """The base it was trained on (empty: only figures of the adapter alone)."""
     heat_map: str = ""
     """Write the norms (relative ones, where weights are given) over layers × modules as a PNG."""
     json: bool = False
@@ -132,8 +132,8 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
     axes.set_ylabel("layer")
     figure.colorbar(image, label="‖ΔW‖/‖W‖" if "relative_norm" in rows[0] else "‖ΔW‖")
     figure.tight_layout()
-    with atomic_file(Path(path)) as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    with atomic_file(Path(path)) as temporary:
+        figure.savefig(temporary, format="png", dpi=120)
     plt.close(figure)
 
 

@@ -1,7 +1,7 @@
-"""Folding an adapter into the weights it sits on, W + s·BA, and taking it out again.
+"""Merge an adapter into the weights, W + s·BA, and undo it.
 
-The sum is made in at least fp32. In bf16 a merge distorts the update and taking it out again leaves other weights
-than before, so the originals are kept and unmerging puts them back bit for bit.
+The sum is computed in at least fp32. In bf16 a merge distorts the update, and subtracting it leaves other weights than
+before, so the originals are kept and unmerging restores them bit for bit.
 """
 
 from __future__ import annotations
@@ -20,9 +20,9 @@ def merged_weight(weight: Tensor, delta: Tensor) -> Tensor:
 
 
 def merge_lora(model: nn.Module, keep: bool = True) -> nn.Module:
-    """Fold the active adapter into the weights, in place; returns the model.
+    """Merge the active adapter into the weights, in place; returns the model.
 
-    `keep=False` forgets adapters and originals: the layers become plain nn.Linear again, ready for a new adapter.
+    `keep=False` drops adapters and originals: the layers become plain nn.Linear again, ready for a new adapter.
     """
     layers = adapted(model)
     if not any(layer.active for layer in layers.values()):
@@ -41,7 +41,7 @@ def merge_lora(model: nn.Module, keep: bool = True) -> nn.Module:
 
 
 def unmerge_lora(model: nn.Module) -> nn.Module:
-    """Put the original weights back, bit for bit; the adapter stays active beside them."""
+    """Restore the original weights, bit for bit; the adapter stays active beside them."""
     for layer in adapted(model).values():
         if layer.original is not None:
             layer.weight, layer.original = nn.Parameter(layer.original, requires_grad=False), None

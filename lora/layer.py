@@ -32,9 +32,9 @@ def seed_of(*parts: object) -> int:
 
 @dataclass
 class DropoutPlan:
-    """Which record each stretch of each row belongs to, set before a forward pass and kept until the next.
+    """Which record and branch each token of a row belongs to, set before a forward pass and kept until the next.
 
-    `rows` holds, for each row, (record, branch, tokens) in order; what is left of a row is padding.
+    `rows` holds, for each row, (record, branch, number of tokens) in order; the rest of a row is padding.
     """
 
     seed: int = 0
@@ -45,9 +45,9 @@ class DropoutPlan:
         """1/(1−p) where a value is kept and 0 where it is dropped, in x's shape."""
         keep_BTD = torch.ones_like(x_BTD)
         generator = torch.Generator(device=x_BTD.device)
-        for row, stretches in enumerate(self.rows):
+        for row, branches in enumerate(self.rows):
             start = 0
-            for record, branch, length in stretches:
+            for record, branch, length in branches:
                 generator.manual_seed(seed_of(self.seed, self.step, record, branch, module))
                 part = keep_BTD[row, start : start + length]
                 drawn = torch.rand(part.shape, generator=generator, device=part.device)
@@ -64,7 +64,7 @@ def first_a(shape: torch.Size, dtype: torch.dtype, seed: int, path: str) -> Tens
 
 
 class QuantizedProduct(torch.autograd.Function):
-    """x Wᵀ for a frozen, quantized W: what is kept for the backward pass is W's packed form."""
+    """x Wᵀ for a frozen, quantized W: only W's packed form is kept for the backward pass."""
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight: QuantizedWeight):  # type: ignore[override]
@@ -97,13 +97,13 @@ class LoRALinear(nn.Linear):
 
     def add(self, name: str, r: int, scale: float, dropout: float, seed: int) -> None:
         """A new adapter of rank `r`, made active. Its start is a function of (seed, the module's name)."""
-        held = self.weight if self.weight is not None else self.quantized.codes  # type: ignore[union-attr]
-        dtype = torch.promote_types(held.dtype, torch.float32)  # quantized weights get fp32 adapters
-        a_RD = torch.empty(r, self.in_features, dtype=dtype, device=held.device)
+        weight = self.weight if self.weight is not None else self.quantized.codes  # type: ignore[union-attr]
+        dtype = torch.promote_types(weight.dtype, torch.float32)  # quantized weights get fp32 adapters
+        a_RD = torch.empty(r, self.in_features, dtype=dtype, device=weight.device)
         if a_RD.device.type != "meta":
             a_RD.copy_(first_a(a_RD.shape, dtype, seed, self.path))
         self.lora_A[name] = nn.Parameter(a_RD)
-        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=held.device))
+        self.lora_B[name] = nn.Parameter(torch.zeros(self.out_features, r, dtype=dtype, device=weight.device))
         self.scale[name], self.dropout[name], self.active = scale, dropout, name
 
     def base(self, x_ND: Tensor) -> Tensor:
@@ -119,7 +119,7 @@ class LoRALinear(nn.Linear):
             a_RD, b_OR = self.lora_A[self.active].to(x_ND.dtype), self.lora_B[self.active].to(x_ND.dtype)
             dropped_ND = self.drop(x_BTD, self.dropout[self.active]).flatten(0, -2)
             low_NR = F.linear(dropped_ND, a_RD) * self.scale[self.active]
-            # the product is added where the base's result already lies: no second tensor of the output's size
+            # in place, so that there is no second tensor of the output's size
             y_NO.addmm_(low_NR, b_OR.t())
         return y_NO.view(*x_BTD.shape[:-1], self.out_features)
 

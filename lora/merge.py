@@ -1,9 +1,8 @@
-"""Fold an adapter into a checkpoint on disk: `python -m lora.merge --weights DIR --adapter DIR --out DIR`.
+"""Merge an adapter into a checkpoint on disk: `python -m lora.merge --weights DIR --adapter DIR --out DIR`.
 
 Both are streamed: rows of W + s·B A, a few megabytes at a time, are summed in fp32, rounded to the file's dtype and
-written, and an adapter's two matrices are read when their layer's turn comes. What is in memory is a few pieces of one
-layer, however many layers and shards there are. The base's files are not touched: they
-are the originals that an in-memory merge keeps (fold.py).
+written; a layer's adapter matrices are read with it. Memory holds a few megabytes of one tensor, however many layers
+and shards there are. The base's files are not changed: they are the originals that an in-memory merge keeps (fold.py).
 """
 
 from __future__ import annotations
@@ -29,7 +28,7 @@ from model.transformer import Transformer
 
 @dataclass(frozen=True)
 class Options:
-    """Fold an adapter into a checkpoint on disk, streaming."""
+    """Merge an adapter into a checkpoint on disk, streaming."""
 
     weights: str
     """The base model's folder or GGUF file."""
@@ -67,7 +66,7 @@ def merge_checkpoint(
 
 
 def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | None = None, tokenizer: str = "") -> None:
-    """Write the base at `weights` with the adapter folded in to `out`, in `dtype` (None: as the base's files are), and
+    """Write the base at `weights` with the adapter merged in to `out`, in `dtype` (None: as the base's files are), and
     a tokenizer (empty: the base's)."""
     if Path(out).resolve() == Path(weights).resolve():
         raise UserError(f"--out {out}: the base itself; choose another folder")

@@ -72,24 +72,20 @@ def origin(base: str | os.PathLike[str]) -> dict[str, Any]:
 
 def check_origin(weights: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]) -> None:
     """Raises UserError where one of these adapters, merged in this order, was trained on another base or on other
-    adapters than come before it. Those that do not say what they were trained on pass."""
+    adapters than come before it. Adapters without the file pass."""
     here: dict[str, Any] | None = None
     for number, adapter in enumerate(adapters):
         mark = Path(adapter) / TRAINED_ON
         if not mark.is_file():
             continue
-        said, here = read_json(mark), here or origin(weights)
-        if not isinstance(said, dict) or not isinstance(said.get("merged"), list):
-            raise UserError(f"{mark}: not what training writes there; remove it to go by shapes alone")
-        if said.get("norms") != here["norms"]:
-            raise UserError(
-                f"{adapter}: was trained on another base than {weights}; give that one, or remove "
-                f"{TRAINED_ON} there if you know better"
-            )
+        recorded, here = read_json(mark), here or origin(weights)
+        if not isinstance(recorded, dict) or not isinstance(recorded.get("merged"), list):
+            raise UserError(f"{mark}: not what training writes there; remove it to check shapes alone")
+        if recorded.get("norms") != here["norms"]:
+            raise UserError(f"{adapter}: was trained on another base than {weights}; give that one, or remove {mark}")
         before = [*here["merged"], *map(digest_of, adapters[:number])]
-        if said["merged"] != before:
+        if recorded["merged"] != before:
             raise UserError(
-                f"{adapter}: was trained on a base with {len(said['merged'])} adapters merged into it, "
-                f"and here {len(before)} come before it, or others; give the same, in their order, or "
-                f"remove {TRAINED_ON} there if you know better"
+                f"{adapter}: was trained on a base with {len(recorded['merged'])} adapters merged into it, and here "
+                f"{len(before)} or others come before it; give the same in their order, or remove {mark}"
             )

@@ -29,51 +29,19 @@ from model.support.files import atomic_folder, read_json, write_json
 PREFIX = "base_model.model."
 Model = TypeVar("Model", bound=nn.Module)
 LONGEST_CONFIG = 2**20  # bytes of adapter_config.json
-# What PEFT 0.21 may write and what each field must be for the arithmetic here to be the adapter's.
-READ = (
-    "peft_type",
-    "r",
-    "lora_alpha",
-    "lora_dropout",
-    "target_modules",
-    "exclude_modules",
-    "use_rslora",
-    "rank_pattern",
-    "alpha_pattern",
-    "layers_to_transform",
-    "modules_to_save",
+# What PEFT 0.21 may write: fields that are read; that have no effect on loaded tensors; that are refused unless empty.
+READ = set(
+    "peft_type r lora_alpha lora_dropout target_modules exclude_modules use_rslora rank_pattern alpha_pattern "
+    "layers_to_transform modules_to_save".split()
 )
-HARMLESS = (
-    "task_type",
-    "auto_mapping",
-    "peft_version",
-    "base_model_name_or_path",
-    "revision",
-    "inference_mode",
-    "megatron_core",
-    "qalora_group_size",
-    "runtime_config",
-    "eva_config",
-    "ensure_weight_tying",
-    "fan_in_fan_out",
-)  # how the start was chosen, or a default that nothing reads: the tensors hold the result
-REFUSED = (
-    "megatron_config",
-    "trainable_token_indices",
-    "use_dora",
-    "velora_config",
-    "alora_invocation_tokens",
-    "use_qalora",
-    "monteclora_config",
-    "layer_replication",
-    "lora_bias",
-    "target_parameters",
-    "use_bdlora",
-    "arrow_config",
-    "kasa_config",
-    "loftq_config",
-    "corda_config",
-    "lora_ga_config",
+HARMLESS = set(
+    "task_type auto_mapping peft_version base_model_name_or_path revision inference_mode megatron_core "
+    "qalora_group_size runtime_config eva_config ensure_weight_tying fan_in_fan_out".split()
+)
+REFUSED = set(
+    "megatron_config trainable_token_indices use_dora velora_config alora_invocation_tokens use_qalora "
+    "monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config kasa_config "
+    "loftq_config corda_config lora_ga_config".split()
 )
 # Starts that leave the base's weights as they are. The others (pissa, olora, corda, loftq, lora_ga, mica) train beside
 # a changed base, so that their A and B mean nothing beside the original one.
@@ -90,15 +58,15 @@ def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
     state = {}
     for path, layer in adapted(model).items():
         if name in layer.scale:
-            for kind, matrices in (("lora_A", layer.lora_A), ("lora_B", layer.lora_B)):
-                state[f"{PREFIX}{path}.{kind}.weight"] = matrices[name].detach()
+            state[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach()
+            state[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach()
     return state
 
 
 def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dict[str, Any]:
     """adapter_config.json's content, for an adapter on these modules."""
-    targets = config.target_modules
-    if isinstance(targets, str) and config.layers is not None:  # PEFT takes layers only beside a list of names
+    targets, layers, exclude = config.target_modules, config.layers, config.exclude_modules
+    if isinstance(targets, str) and layers is not None:  # PEFT takes layers only beside a list of names
         targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
     return {
         "peft_type": "LORA",
@@ -109,14 +77,12 @@ def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dic
         "lora_alpha": config.alpha if config.alpha != int(config.alpha) else int(config.alpha),
         "lora_dropout": config.dropout,
         "target_modules": targets if isinstance(targets, str) else list(targets),
-        "exclude_modules": config.exclude_modules
-        if isinstance(config.exclude_modules, str)
-        else list(config.exclude_modules) or None,
+        "exclude_modules": exclude if isinstance(exclude, str) else list(exclude) or None,
         "use_rslora": config.rslora,
         "rank_pattern": config.rank_pattern,
         "alpha_pattern": config.alpha_pattern,
-        "layers_to_transform": None if config.layers is None else list(config.layers),
-        "layers_pattern": None if config.layers is None else "layers",
+        "layers_to_transform": None if layers is None else list(layers),
+        "layers_pattern": None if layers is None else "layers",
         "bias": "none",
         "fan_in_fan_out": False,
         "init_lora_weights": True,
@@ -151,12 +117,10 @@ def write_adapter(
 def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
     """The LoRAConfig of a PEFT folder. Raises UserError for what is missing, or asks for other arithmetic."""
     where = Path(path) / "adapter_config.json"
-    if not where.exists():
-        adapter_file(path)  # names other programs' adapters
-    raw = read_json(where, LONGEST_CONFIG)
+    raw = read_json(where, LONGEST_CONFIG) if where.exists() else {}
     if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
-        if isinstance(raw, dict) and "peft_type" not in raw:
-            adapter_file(path)
+        if "peft_type" not in raw:
+            adapter_file(path)  # refuses other programs' adapters by name
         raise UserError(f"{where}: peft_type is not LORA; only LoRA adapters are covered")
     for key, value in raw.items():
         if key in LIMITED:
@@ -172,8 +136,7 @@ def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
             warnings.warn(f"{where}: unknown field {key!r} = {value!r} is ignored, as PEFT does", stacklevel=2)
         else:
             raise UserError(f"{where}: unknown field {key!r}; what it asks for is not covered")
-    missing = [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]
-    if missing:
+    if missing := [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]:
         raise UserError(f"{where}: lacks {', '.join(missing)}")
     try:
         return config_from(raw)
@@ -184,6 +147,7 @@ def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
 
 
 def config_from(raw: dict[str, Any]) -> LoRAConfig:
+    """The LoRAConfig of adapter_config.json's fields."""
     targets, layers = raw["target_modules"], raw.get("layers_to_transform")
     exclude = raw.get("exclude_modules") or ()
     return LoRAConfig(
@@ -200,7 +164,7 @@ def config_from(raw: dict[str, Any]) -> LoRAConfig:
 
 
 class AdapterFile(Mapping[str, Tensor]):
-    """The tensors of a PEFT folder by PEFT's keys, each read when it is asked for and kept by nobody.
+    """The tensors of a PEFT folder by PEFT's keys, each read when it is asked for and not kept.
 
     Raises UserError where the file is missing or corrupt. Keys that kept the adapter's name (`lora_A.default.weight`)
     are without it.
@@ -227,9 +191,8 @@ class AdapterFile(Mapping[str, Tensor]):
 
 def adapted_modules(tensors: Mapping[str, Tensor]) -> list[str]:
     """The names of the modules whose A matrix is among `tensors`."""
-    return [
-        key.removeprefix(PREFIX).removesuffix(".lora_A.weight") for key in tensors if key.endswith(".lora_A.weight")
-    ]
+    suffix = ".lora_A.weight"
+    return [key.removeprefix(PREFIX).removesuffix(suffix) for key in tensors if key.endswith(suffix)]
 
 
 def matrices(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor]:
@@ -264,7 +227,7 @@ def load_adapter(model: Model, path: str | os.PathLike[str], name: str = "defaul
         rotation = getattr(model, "rotation", None)  # model/quantize/rotation.py
         for module, layer in adapted(model).items():
             if name in layer.scale:
-                a_RD, b_OR = (tensors[f"{PREFIX}{module}.{kind}.weight"] for kind in ("lora_A", "lora_B"))
+                a_RD, b_OR = matrices(tensors, module)
                 if rotation is not None:
                     a_RD, b_OR = rotation.turn_adapter(module, a_RD, b_OR)
                 layer.lora_A[name].copy_(a_RD)
@@ -282,26 +245,26 @@ def check_tensors(
     """Every adapter tensor has its module, every module its tensors, all shapes agree and all numbers are finite; else
     a UserError. Shapes come before any reading: a file may claim any size. A copy of a weight of the base has to be
     that weight, in `base` or, without it, in the model."""
-    linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear) and config.wants(p)}
     expected = {}
-    for module, linear in linears.items():
-        rank = config.rank(module)
-        expected[f"{PREFIX}{module}.lora_A.weight"] = (rank, linear.in_features)
-        expected[f"{PREFIX}{module}.lora_B.weight"] = (linear.out_features, rank)
+    for module, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and config.wants(module):
+            rank = config.rank(module)
+            expected[f"{PREFIX}{module}.lora_A.weight"] = (rank, linear.in_features)
+            expected[f"{PREFIX}{module}.lora_B.weight"] = (linear.out_features, rank)
     surplus, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
-    if head := [key for key in surplus if ".lm_head.lora_" in key]:
-        raise UserError(f"{path}: holds {head[0]!r}, and an adapter on lm_head is not covered; merge it with peft")
-    copies = {key: copied_name(model, key) for key in surplus if ".lora_" not in key}
-    copies = {key: name for key, name in copies.items() if weight_shape(model, base, name) == tensors.shape(key)}
-    surplus = [key for key in surplus if key not in copies]
-    if surplus or missing:
-        what = f"holds {surplus[0]!r}, which this model has no place for" if surplus else f"lacks {missing[0]!r}"
-        raise UserError(f"{path}: the adapter {what}; it was made for another model or other target modules")
+    copies = {}
+    for key in surplus:
+        if ".lm_head.lora_" in key:
+            raise UserError(f"{path}: holds {key!r}, and an adapter on lm_head is not covered; merge it with peft")
+        name = copied_name(model, key)
+        if ".lora_" in key or weight_shape(model, base, name) != tensors.shape(key):
+            raise UserError(f"{path}: holds {key!r}, which this model has no place for; it is another model's adapter")
+        copies[key] = name
+    if missing:
+        raise UserError(f"{path}: lacks {missing[0]!r}; it was made for another model or other target modules")
     for key, shape in expected.items():
         if tensors.shape(key) != shape:
-            raise UserError(
-                f"{path}: {key} is {tensors.shape(key)} where this model needs {shape}; it was made for another model"
-            )
+            raise UserError(f"{path}: {key} is {tensors.shape(key)} where this model needs {shape}; another model's")
         if not tensors[key].isfinite().all():
             raise UserError(f"{path}: {key} holds values that are not finite; the file is corrupt")
     for key, name in copies.items():
@@ -314,7 +277,7 @@ def check_tensors(
 
 
 def copied_name(model: nn.Module, key: str) -> str:
-    """The weight of the base that a key without lora_A or lora_B stands for."""
+    """The weight of the base that a key without lora_A or lora_B names."""
     name = regex.sub(r"\.(base_layer|modules_to_save)(\.default)?\.", ".", key.removeprefix(PREFIX))
     is_tied = getattr(model, "lm_head", model) is None
     return "model.embed_tokens.weight" if is_tied and name == "lm_head.weight" else name

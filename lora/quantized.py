@@ -1,7 +1,7 @@
 """A frozen base in NF4 or int8 under wide adapters (QLoRA, arXiv 2305.14314).
 
 `quantize_base(model, "nf4")` turns the weight of every adapted layer into packed numbers. A forward or backward pass
-widens one layer's weight for one product and forgets it, so no wide copy stays. Merging needs the wide base: merge
+dequantizes one layer's weight for one product and frees it. Merging needs the unquantized base: merge
 into the original checkpoint (`python -m lora.merge`).
 """
 

@@ -1,6 +1,6 @@
 """Rotary positions (RoFormer, arXiv 2104.09864) in the half-rotated layout of transformers' files.
 
-A pair of a head's numbers (n, n + K/2) is turned by the angle position · θ^(−2n/K). The tables are computed in fp32
+A pair of a head's numbers (n, n + K/2) is rotated by the angle position · θ^(−2n/K). The tables are computed in fp32
 (fp64 for an fp64 model): a bf16 phase is off by more than half a turn after 4,096 positions.
 """
 
@@ -50,7 +50,7 @@ class Rotary(nn.Module):
 
 
 class Rotate(nn.Module):
-    """Turn queries or keys by their positions' angles; a module of its own so that its result can be observed."""
+    """Rotate queries or keys by their positions' angles; a module of its own so that its result can be observed."""
 
     def forward(self, x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         cos_B1TK, sin_B1TK = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)

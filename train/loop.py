@@ -101,7 +101,7 @@ class Trainer:
         for turn, part in enumerate(mine):
             self.ranks.sync_gradients(self.model, last=turn == len(mine) - 1)
             batch = collate(part).to(self.device)
-            self.plan.step, self.plan.rows = step, batch.stretches
+            self.plan.step, self.plan.rows = step, batch.branches
             loss, summed = batch_loss(self.model, batch, counts, self.recipe.note_loss)
             loss.backward()
             total += summed
@@ -130,7 +130,7 @@ class Trainer:
 
     def bad_step(self, step: int, loss: float, norm: float) -> None:
         rows = [self.rows[i] for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)]
-        names = dict.fromkeys(name for row in rows for unit in row.units for name, _, _ in unit.stretches)
+        names = dict.fromkeys(name for row in rows for document in row.documents for name, _, _ in document.branches)
         what = f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; its records are {', '.join(names)}"
         if self.recipe.on_bad_step == "stop":
             raise UserError(f"{what}; nothing was updated. Look at them, or continue with --on-bad-step skip")

@@ -6,6 +6,7 @@ alone says so.
 
 from __future__ import annotations
 
+import itertools
 import math
 import sys
 import tomllib
@@ -17,8 +18,20 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 from lora import LoRAConfig
 from model.config import ModelConfig
 from model.support import cli as command
+from model.support.checks import inside
 from model.support.cli import UserError, nearest, one_line
 from train.data.store import Encoding
+
+INTERVALS = {
+    "[1, inf)": "batch_rows micro_rows r valid_rows keep_last",
+    "[2, inf)": "block",
+    "[0, inf)": "steps warmup valid_every save_every first_layer records threads seed",
+    "[0, 1]": "warmup_share final_rate empty_kept",
+    "[0, 1)": "dropout",
+    "(0, inf)": "alpha",
+    "(0, 100)": "learning_rate muon_rate",
+    "[0, 1e6)": "weight_decay clip note_loss",
+}
 
 
 @dataclass(frozen=True)
@@ -38,7 +51,7 @@ class Recipe:
     adapter: str = ""
     """An adapter to continue, with its own rank, scale, dropout and modules (empty: a new one)."""
     merge_adapter: bool = False
-    """Fold `adapter` into the base, write that base to out/base, and train a new adapter on it."""
+    """Merge `adapter` into the base, write that base to out/base, and train a new adapter on it."""
     valid_data: tuple[str, ...] = ()
     """Held-out files for the validation loss."""
     valid_rows: int = 64
@@ -144,54 +157,35 @@ class Recipe:
     """CPU threads (0: torch's choice)."""
 
     def __post_init__(self) -> None:
-        at_least = {
-            "batch_rows": 1,
-            "micro_rows": 1,
-            "r": 1,
-            "block": 2,
-            "steps": 0,
-            "warmup": 0,
-            "valid_every": 0,
-            "save_every": 0,
-            "keep_last": 1,
-            "first_layer": 0,
-            "records": 0,
-            "threads": 0,
-            "seed": 0,
-            "valid_rows": 1,
+        for interval, names in INTERVALS.items():
+            for name in names.split():
+                inside(f"recipe: {name}", getattr(self, name), interval)
+        init, shared = bool(self.init), self.template == "faithful" and self.share_prefix
+        uneven = self.batch_rows % self.micro_rows > 0
+        rules = {
+            "data and out are needed; one is missing": not (self.data and self.out),
+            "give either weights (a model's folder) or init (a config.json)": bool(self.weights) == init,
+            "init trains from nothing: it needs full = true and a tokenizer": init
+            and not (self.full and self.tokenizer),
+            "give either warmup (steps) or warmup_share (of all steps)": self.warmup > 0 and self.warmup_share > 0,
+            f"betas are {self.betas}; they are two numbers in [0, 1)": [0 <= b < 1 for b in self.betas] != [True, True],
+            f"steps is 0 and epochs is {self.epochs}; give one of them": not self.steps
+            and not 0 < self.epochs < math.inf,
+            f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}": uneven,
+            # a step at 2e-4 is less than bf16's spacing: norms would not move
+            "full keeps no fp32 copy of bfloat16 weights; set dtype = 'float32'": self.full
+            and self.dtype == "bfloat16",
+            "full trains all weights: leave out adapter and base": self.full and bool(self.adapter or self.base),
+            "fuse is for adapters, and not with compile": self.fuse and (self.full or self.compile),
+            "merge_adapter needs adapter, the folder of the adapter to merge": self.merge_adapter and not self.adapter,
+            "muon is for full training; use adamw for adapters": self.optimizer == "muon" and not self.full,
+            "the faithful template has no shared prefix; set share_prefix = false": shared,
         }
-        for name, least in at_least.items():
-            if getattr(self, name) < least:
-                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must be at least {least}")
-        if not 0 <= self.warmup_share <= 1:
-            raise UserError(f"recipe: warmup_share is {self.warmup_share}; it is a share of the steps, at most 1")
-        if self.warmup and self.warmup_share:
-            raise UserError("recipe: give either warmup (steps) or warmup_share (of all steps), and not both")
-        if self.final_rate > 1:
-            raise UserError(f"recipe: final_rate is {self.final_rate}; it is a share of the peak, at most 1")
-        if not 0 < self.alpha < float("inf"):
-            raise UserError(f"recipe: alpha is {self.alpha}; it must be above 0")
-        if len(self.betas) != 2 or not all(0 <= beta < 1 for beta in self.betas):
-            raise UserError(f"recipe: betas are {self.betas}; they are two numbers in [0, 1)")
-        for name in ("learning_rate", "muon_rate"):
-            if not 0 < getattr(self, name) < 100:
-                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must lie between 0 and 100")
-        for name in ("weight_decay", "clip", "note_loss", "final_rate"):
-            if not 0 <= getattr(self, name) < 1e6:
-                raise UserError(f"recipe: {name} is {getattr(self, name)}; it must lie between 0 and a million")
-        if not 0 <= self.empty_kept <= 1:
-            raise UserError(f"recipe: empty_kept is {self.empty_kept}; it is a share, from 0 to 1")
-        if not 0 <= self.dropout < 1:
-            raise UserError(f"recipe: dropout is {self.dropout}; it must lie in [0, 1)")
-        if self.steps == 0 and not 0 < self.epochs < float("inf"):
-            raise UserError(f"recipe: steps is 0 and epochs is {self.epochs}; give one of them")
+        for message, broken in rules.items():
+            if broken:
+                raise UserError(f"recipe: {message}")
         if self.steps:
             self.steps_of(0)
-        if self.batch_rows % self.micro_rows:
-            raise UserError(
-                f"recipe: batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}; change either"
-            )
-        self.check_together()
 
     def steps_of(self, rows: int) -> int:
         """Optimizer steps of a run over so many rows. Raises UserError where the warm-up is longer."""
@@ -204,29 +198,6 @@ class Recipe:
         """Steps of warm-up in a run of so many."""
         return self.warmup or math.ceil(self.warmup_share * steps)
 
-    def check_together(self) -> None:
-        if bool(self.weights) == bool(self.init):
-            raise UserError("recipe: give either weights (a model's folder) or init (a config.json), and not both")
-        if self.init and not (self.full and self.tokenizer):
-            raise UserError("recipe: init trains from nothing, so it needs full = true and a tokenizer")
-        if self.full and self.dtype == "bfloat16":  # a step at 2e-4 is less than bf16's spacing: norms would not move
-            raise UserError("recipe: full = true keeps no fp32 copy of bfloat16 weights; set dtype = 'float32'")
-        if self.full and (self.adapter or self.base):
-            raise UserError("recipe: full trains all weights; leave out adapter and base, or set full = false")
-        if self.fuse and (self.full or self.compile):
-            raise UserError("recipe: fuse is for adapters, and not with compile; leave full and compile out")
-        if self.merge_adapter and not self.adapter:
-            raise UserError("recipe: merge_adapter needs adapter, the folder of the adapter to fold in")
-        if self.optimizer == "muon" and not self.full:
-            raise UserError("recipe: muon is for full training (full = true); use adamw for adapters")
-        if self.template == "faithful" and self.share_prefix:
-            raise UserError(
-                "recipe: the faithful template puts the instruction before the note, so questions share no prefix; "
-                "set share_prefix = false, or template = 'note-first'"
-            )
-        if not self.data or not self.out:
-            raise UserError(f"recipe: {'data' if not self.data else 'out'} is missing")
-
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A recipe file's keys. Raises UserError for what is not TOML, not a key of Recipe, or of another type."""
@@ -236,54 +207,53 @@ def read_toml(path: str | Path) -> dict[str, Any]:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
     except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, too deep, or a number of thousands of digits
         raise UserError(f"{path}: not a TOML file: {one_line(error)}") from error
-    known = {field.name: {} if field.default is MISSING else field.default for field in fields(Recipe)}
     for key, value in raw.items():
-        if key not in known:
-            raise UserError(f"{path}: unknown key {key!r}{nearest(key, list(known))}")
-        raw[key] = checked(value, known[key], f"{path}: {key}")
-    choices(raw, path)
+        raw[key] = checked(key, value, str(path))
     return raw
 
 
-def checked(value: Any, default: Any, where: str) -> Any:
-    """`value` in the type of the field's default, or a UserError."""
+def checked(key: str, value: Any, where: str) -> Any:
+    """`value` in the type of the option `key`, or a UserError that begins with `where`."""
+    known = {each.name: {} if each.default is MISSING else each.default for each in fields(Recipe)}
+    if key not in known:
+        raise UserError(f"{where}: unknown key {key!r}{nearest(key, list(known))}")
+    hint = get_type_hints(Recipe)[key]
+    if get_origin(hint) is Literal and value not in get_args(hint):
+        near = nearest(str(value), get_args(hint))
+        raise UserError(f"{where}: {key} is {value!r}{near}; it is one of {get_args(hint)}")
+    return as_type(value, known[key], f"{where}: {key}")
+
+
+def as_type(value: Any, default: Any, where: str) -> Any:
+    """`value` in the type of a default, or a UserError."""
     if isinstance(default, tuple):
         items = value if isinstance(value, list) else [value]
         kind: type = type(default[0]) if default else str
-        return tuple(checked(item, kind(), where) for item in items)
+        return tuple(as_type(item, kind(), where) for item in items)
     if isinstance(default, dict) and isinstance(value, dict):
         like = 0 if where.endswith(": rank_pattern") else 0.0
-        return {key: checked(item, like, f"{where}.{key}") for key, item in value.items()}
+        return {key: as_type(item, like, f"{where}.{key}") for key, item in value.items()}
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
-        raise UserError(f"{where} is {value!r}; it must be {a_kind(default)}")
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a table"}
+        raise UserError(f"{where} is {value!r}; it must be {kinds[type(default)]}")
     return value
-
-
-def a_kind(default: Any) -> str:
-    kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a table"}
-    return kinds[type(default)]
 
 
 def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
     """RECIPE.toml [--key value …] as a Recipe. `--help` explains every option."""
     from tyro.conf import FlagConversionOff, OmitArgPrefixes
 
-    argv = list(sys.argv[1:] if argv is None else argv)
-    overrides, file = [], None
-    if argv and not argv[0].startswith("-"):
-        file, overrides = argv[0], argv[1:]
-    else:
-        overrides = argv
-    if file is None and not any(flag in ("-h", "--help") for flag in argv):
+    overrides = list(sys.argv[1:] if argv is None else argv)
+    file = overrides.pop(0) if overrides and not overrides[0].startswith("-") else None
+    if file is None and not {"-h", "--help"} & set(overrides):
         raise UserError(f"usage: python -m train.{stage} RECIPE.toml [--key value …]; --help explains every key")
-    overrides = with_values(overrides)
     raw = read_toml(file) if file else {}
-    # the file's values stand as defaults; they are checked together with the command line's, once
+    # the file's values are the defaults; both are checked together, once
     loose = command.parse(
         loosened(),
-        overrides,
+        with_values(overrides),
         f"python -m train.{stage} RECIPE.toml",
         default=loosened()(**raw),
         config=(OmitArgPrefixes, FlagConversionOff),
@@ -294,15 +264,12 @@ def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
 def with_values(arguments: list[str]) -> list[str]:
     """`--allow-changed` alone as `--allow-changed True`, for every option that is true or false."""
     flags = {f"--{field.name}" for field in fields(Recipe) if isinstance(field.default, bool)}
-    said = []
-    for place, argument in enumerate(arguments):
-        said.append(argument)
-        following = arguments[place + 1 : place + 2]
-        if argument.replace("_", "-") in {flag.replace("_", "-") for flag in flags} and (
-            not following or following[0].startswith("--")
-        ):
-            said.append("True")
-    return said
+    result: list[str] = []
+    for argument, following in itertools.pairwise([*arguments, "--"]):
+        result.append(argument)
+        if argument.replace("-", "_").replace("__", "--", 1) in flags and following.startswith("--"):
+            result.append("True")
+    return result
 
 
 def loosened() -> type[Recipe]:
@@ -310,33 +277,15 @@ def loosened() -> type[Recipe]:
     return type("Options", (Recipe,), {"__post_init__": lambda self: None, "__doc__": Recipe.__doc__})
 
 
-def choices(raw: dict[str, Any], path: str | Path) -> None:
-    """Every value of a Literal field is one of its own."""
-    for name, hint in get_type_hints(Recipe).items():
-        allowed = get_args(hint)
-        if name in raw and get_origin(hint) is Literal and raw[name] not in allowed:
-            raise UserError(f"{path}: {name} is {raw[name]!r}{nearest(raw[name], allowed)}; it is one of {allowed}")
-
-
 def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
     targets: Any = recipe.target_modules
     if targets == ("all-linear",):
         targets = "all-linear"
-    elif "lm_head" in targets:
-        raise UserError("recipe: an adapter on lm_head is not covered; leave it out of target_modules")
     if recipe.first_layer >= config.num_hidden_layers:
         raise UserError(f"recipe: first_layer {recipe.first_layer}; the model has {config.num_hidden_layers} layers")
     layers = tuple(range(recipe.first_layer, config.num_hidden_layers)) if recipe.first_layer else None
-    return LoRAConfig(
-        recipe.r,
-        recipe.alpha,
-        recipe.dropout,
-        targets,
-        layers,
-        recipe.rslora,
-        recipe.rank_pattern,
-        recipe.alpha_pattern,
-    )
+    patterns = recipe.rank_pattern, recipe.alpha_pattern
+    return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, layers, recipe.rslora, *patterns)
 
 
 def encoding_of(recipe: Recipe, stage: str) -> Encoding:

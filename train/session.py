@@ -37,20 +37,11 @@ from train.loop import Trainer
 from train.recipe import Recipe, encoding_of, lora_config, parse
 from train.report.card import code_hash, peak_memory, write_card
 
-UNIMPORTANT = (
-    "out",
-    "resume",
-    "allow_changed",
-    "save_every",
-    "keep_last",
-    "device",
-    "threads",
-    "on_bad_step",
-    "micro_rows",
-    "checkpoint_blocks",
-    "compile",
-    "fuse",
-)  # may differ between a run and its resumption
+# Options that may differ between a run and its resumption.
+UNIMPORTANT = set(
+    "out resume allow_changed save_every keep_last device threads on_bad_step micro_rows checkpoint_blocks compile "
+    "fuse".split()
+)
 
 
 def program(stage: str) -> None:
@@ -258,7 +249,7 @@ def merged_before(recipe: Recipe) -> bool:
 
 
 def merged_base(recipe: Recipe, ranks: Ranks) -> str:
-    """out/base: the weights with `adapter` folded in."""
+    """out/base: the weights with `adapter` merged in."""
     folder = Path(recipe.out) / "base"
 
     def merge() -> None:

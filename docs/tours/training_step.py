@@ -13,7 +13,7 @@ import torch
 from model import ModelConfig, Transformer
 from model.support.init import init_weights
 from model.support.source import ROOT, check, show
-from train.data.rows import ANSWER, IGNORE, Row, collate, count, note_unit
+from train.data.rows import ANSWER, IGNORE, Row, collate, count, note_document
 from train.distributed.sharding import Ranks
 from train.loop import Trainer
 from train.loss import ChunkedCrossEntropy, batch_loss
@@ -34,8 +34,8 @@ rows = []
 for note, questions in notes.items():
     texts = [note, *(text for question, answer in questions.items() for text in (question, answer + "\0"))]
     pieces = [np.frombuffer(text.encode(), np.uint8).astype(np.int64) for text in texts]
-    rows.append(Row((note_unit(f"note-{len(rows)}", pieces),)))
-show(note_unit, "branch_columns(", branch=rows[0].units[0].branch, positions=rows[0].units[0].positions)
+    rows.append(Row((note_document(f"note-{len(rows)}", pieces),)))
+show(note_document, "branch_columns(", branch=rows[0].documents[0].branch, positions=rows[0].documents[0].positions)
 N = sum(len(answer) + 1 for questions in notes.values() for answer in questions.values())
 check("N, letters of all answers and an end each", N, count(rows)[ANSWER])
 shape = {"steps": 100, "batch_rows": 2, "micro_rows": 1, "learning_rate": 3e-3, "warmup": 0, "clip": 0.5}

@@ -134,15 +134,16 @@ def units(kind: str, size: str, share: bool) -> list[Any]:
     """The rows of one step: seeded random tokens."""
     import numpy as np
 
-    from train.data.rows import Row, note_unit, question_units, text_units
+    from train.data.rows import Row, note_document, question_documents, text_documents
 
     V, *_, count, length = SHAPES[size]
     rng = np.random.default_rng(0)
     if kind == "plain":
-        return [Row((text_units(str(i), rng.integers(0, V, length + 1), length)[0],)) for i in range(count)]
+        return [Row((text_documents(str(i), rng.integers(0, V, length + 1), length)[0],)) for i in range(count)]
     note = 400 if length >= 400 else length
     pieces = [rng.integers(0, V, note), *(rng.integers(0, V, n) for _ in range(QUESTIONS) for n in (20, 20))]
-    return [Row((note_unit("0", pieces),))] if share else [Row((unit,)) for unit in question_units("0", pieces)]
+    documents = [note_document("0", pieces)] if share else question_documents("0", pieces)
+    return [Row((document,)) for document in documents]
 
 
 def job(

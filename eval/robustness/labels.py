@@ -250,7 +250,7 @@ def answer_losses(weights: str, adapter: Path, data: Path, scratch: Path) -> dic
     found = {}
     for number in tqdm(range(len(rows)), desc="losses", unit="record", disable=None):
         row = rows[number]
-        found[row.units[0].record] = float(batch_loss(model, collate([row]), count([row]))[0])
+        found[row.documents[0].record] = float(batch_loss(model, collate([row]), count([row]))[0])
     return found
 
 

@@ -1,4 +1,4 @@
-"""config.json in both directions: the fields of a ModelConfig from its keys, and its keys from a ModelConfig.
+"""config.json in both directions: its keys to the fields of a ModelConfig, and back.
 
 Two things are refused rather than guessed, because public readers guess them differently: a missing `sliding_window`
 in a mistral or mixtral config (4,096 to some readers, none to others) and a missing `rms_norm_eps` (1e-6 to some, 1e-5
@@ -37,7 +37,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (None, False, True),
     "use_sliding_window": (None, False, True),
 }
-# What each kind of rotary scaling must say beside its type, and what it may say.
+# What each kind of rotary scaling needs beside its type, and what it may have.
 ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ("original_max_position_embeddings",)),

@@ -6,7 +6,7 @@ SRC may be what `Transformer.from_pretrained` loads (safetensors, Mistral's nati
 `pytorch_model*.bin` (BioMistral and ClinicalCamel are published so), `consolidated.00.pth` with params.json (Mistral's
 first files), an adapter's `adapter_model.bin`, or Qwen-7B's first version (`c_attn`, `w1`, `w2`, `qwen.tiktoken`).
 A .bin or .pth file is opened with `torch.load(weights_only=True, mmap=True)`: no code in it runs, and only the tensor
-in hand is in memory. DST takes its name when all of it is there, the tokenizer too.
+in hand is in memory. DST gets its name once all of it is written, the tokenizer too.
 """
 
 from __future__ import annotations

@@ -189,7 +189,7 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], code: int, offset: in
         if kind not in PLAIN:
             gguf.dequantize(np.zeros((1, block_bytes), dtype=np.uint8), kind)
     except (ValueError, KeyError, NotImplementedError) as error:
-        raise UserError(f"{path}: {name!r} is kept in a way (type {code}) that the gguf package cannot read") from error
+        raise UserError(f"{path}: {name!r} has type {code}, which the gguf package cannot read") from error
     if not shape or shape[-1] % block or not 0 < math.prod(shape) < 2**48:
         raise UserError(f"{path}: {name!r} has the impossible shape {shape} for {kind.name}; the file is corrupt")
     row_bytes = shape[-1] // block * block_bytes

@@ -2,7 +2,7 @@
 
 The rotary layout is the trap. Native files (and GGUF's llama files) keep a head's rotary pairs side by side
 (0 0' 1 1' 2 2'), transformers' files keep halves (0 1 2 0' 1' 2'). So rows of q and k move, head by head, each with
-its own number of heads: k permuted with q's head count is a model that runs and is wrong.
+its own number of heads: k permuted with q's head count gives a model that runs and is wrong.
 """
 
 from __future__ import annotations

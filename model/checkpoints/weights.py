@@ -43,7 +43,7 @@ PIECE = 8 * 2**20  # numbers that are read and cast at a time
 LISTED = 100  # names in one message: a config of another model makes thousands
 Keep = Callable[[str, Iterator[tuple[slice, Tensor]]], "nn.Module | None"]
 MERGED = "merged.json"  # beside weights with adapters merged in: which ones (lora/origin.py)
-# What an older folder loses to a new checkpoint: its weights and config, in whatever number of shards.
+# What a new checkpoint removes from an older folder: its weights and config, in any number of shards.
 WEIGHTS = re.compile(
     r"(model|consolidated)([-.]\d+(-of-\d+)?)?\.safetensors(\.index\.json)?|(config|params|merged)\.json"
 )

@@ -32,3 +32,12 @@ def positive(name: str, value: Any) -> float:
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"{name} is {value!r}; it must be a number above 0")
     return float(value)
+
+
+def inside(name: str, value: float, interval: str) -> None:
+    """A UserError where `value` does not lie in an interval, "[0, 1)": a round bracket leaves its end out."""
+    low, high = (float(end) for end in interval[1:-1].split(","))
+    above = value > low if interval[0] == "(" else value >= low
+    below = value < high if interval[-1] == ")" else value <= high
+    if not (above and below):
+        raise UserError(f"{name} is {value}; it must lie in {interval}")

@@ -21,14 +21,14 @@ PATIENCE = 10  # seconds in which torchrun ends the others once a process has fa
 
 
 class UserError(ValueError):
-    """A mistake that the user can mend. The message says what is wrong, where, and what to do, on one line.
+    """A mistake that the user can correct. The message says what is wrong, where, and what to do, on one line.
 
     It never holds a note's text (notes are patients' text): it names the file, the line or the record's id.
     """
 
 
 def one_line(error: BaseException) -> str:
-    """The error's message folded onto one line."""
+    """The error's message on one line."""
     return " ".join(str(error).split()) or type(error).__name__
 
 
@@ -63,15 +63,15 @@ def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, *
     """The command line as tyro reads it (`how`: its own options). Raises UserError where tyro refuses it."""
     import tyro
 
-    said = io.StringIO()
+    captured = io.StringIO()
     try:
-        with contextlib.redirect_stderr(said):
+        with contextlib.redirect_stderr(captured):
             made = tyro.cli(kind, prog=prog, args=argv, **how)
     except SystemExit as stop:
         if stop.code != 2:
             raise
-        raise UserError(f"{unboxed(said.getvalue())}; {prog} --help explains every option") from None
-    sys.stderr.write(said.getvalue())
+        raise UserError(f"{unboxed(captured.getvalue())}; {prog} --help explains every option") from None
+    sys.stderr.write(captured.getvalue())
     return made
 
 
@@ -85,21 +85,18 @@ def unboxed(box: str) -> str:
         # two columns of frame (blanks where none can be drawn), the text, and eight further in what an option is for
         elif line[:2] in ("│ ", "  ") and not line[2:].startswith(" " * 8):
             parts[-1].append(text)
-    told = [" ".join(part) for part in parts if part]
-    return "; ".join(part for part in told if not part.startswith(("Argument helptext", "For full helptext")))
+    sentences = [" ".join(part) for part in parts if part]
+    return "; ".join(part for part in sentences if not part.startswith(("Argument helptext", "For full helptext")))
 
 
 def guard(body: Callable[[], int | None], name: str) -> int:
     """Run `body`; report a user's mistake as one line on stderr. Returns the exit code."""
     try:
         return body() or 0
-    except (UserError, FileNotFoundError, PermissionError, IsADirectoryError, NotADirectoryError) as error:
-        print(f"{name}: {one_line(error)}", file=sys.stderr)
-        return 2
-    except OSError as error:
-        if error.errno is None:
+    except (UserError, OSError) as error:  # disk full, read-only file system, broken device
+        if type(error) is OSError and error.errno is None:
             raise
-        print(f"{name}: {one_line(error)}", file=sys.stderr)  # disk full, read-only file system, broken device
+        print(f"{name}: {one_line(error)}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)

@@ -1,6 +1,6 @@
 """Reading untrusted files and writing files atomically.
 
-Writing: everything is written beside its final name and renamed, so that a name holds either a whole file or the
+Writing: everything is written under a temporary name and renamed, so that a name holds either a whole file or the
 previous one. Reading: every mistake is a `UserError` that names the file and, for JSON lines, the line.
 """
 
@@ -41,16 +41,16 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
     check_writable(path)
     handle, name = tempfile.mkstemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent)
     os.close(handle)
-    beside = Path(name)
+    temporary = Path(name)
     try:
-        yield beside
-        with open(beside, "rb") as written:
+        yield temporary
+        with open(temporary, "rb") as written:
             os.fsync(written.fileno())
-        os.chmod(beside, mode if mode is not None else 0o666 & ~_umask())
-        os.replace(beside, path)
+        os.chmod(temporary, mode if mode is not None else 0o666 & ~_umask())
+        os.replace(temporary, path)
         sync_folder(path.parent)
     finally:
-        beside.unlink(missing_ok=True)
+        temporary.unlink(missing_ok=True)
 
 
 @contextlib.contextmanager
@@ -61,33 +61,33 @@ def atomic_folder(
     all that is in it; with `keep_others` the new one first gets what it lacks of that, but for names that match `drop`.
     A symbolic link stays, and the folder that it points to is replaced. A file there is left alone: a UserError.
 
-    Everything in it is synced before it is renamed, so that a name never stands for files that a power cut emptied.
+    Everything in it is synced before it is renamed, so that no power cut leaves empty files under a name.
     """
     path = Path(os.path.realpath(path))
     check_writable(path)
     if path.exists() and not path.is_dir():
         raise UserError(f"cannot write {path}: a file is there, and a folder would take its place; give another name")
-    beside = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
+    temporary = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".part", dir=path.parent))
     try:
-        yield beside
+        yield temporary
         if keep_others:
-            _link_others(path, beside, drop)
-        os.chmod(beside, 0o777 & ~_umask())
-        for entry in beside.rglob("*"):
+            _link_others(path, temporary, drop)
+        os.chmod(temporary, 0o777 & ~_umask())
+        for entry in temporary.rglob("*"):
             if not entry.is_symlink():
                 sync_folder(entry)
-        sync_folder(beside)
+        sync_folder(temporary)
         if not path.exists():
-            os.replace(beside, path)
-        elif not exchange(beside, path):
+            os.replace(temporary, path)
+        elif not exchange(temporary, path):
             # two renames; killed between them, the older folder is .NAME.*.old/was (model/support/lock.py puts it back)
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, old / "was")
-            os.replace(beside, path)
+            os.replace(temporary, path)
             shutil.rmtree(old)
         sync_folder(path.parent)
     finally:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(temporary, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:
@@ -149,8 +149,8 @@ def _umask() -> int:
 
 def write_text(path: str | os.PathLike[str], text: str, mode: int | None = None) -> None:
     """Write `text` as UTF-8, atomically."""
-    with atomic_file(path, mode) as beside:
-        beside.write_text(text, encoding="utf-8")
+    with atomic_file(path, mode) as temporary:
+        temporary.write_text(text, encoding="utf-8")
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
@@ -161,7 +161,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
     """Write one JSON object a line, atomically. Returns the number of lines."""
     count = 0
-    with atomic_file(path) as beside, open(beside, "w", encoding="utf-8") as out:
+    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1
@@ -202,7 +202,7 @@ def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) ->
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
-                raise UserError(f"{path}: {name!r} is there twice; the file cannot be trusted")
+                raise UserError(f"{path}: {name!r} is there twice; the file is corrupt")
             found[name] = value
         return found
 
@@ -218,7 +218,7 @@ def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) ->
 def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     """Yield (number from 1, line) for every line that is not blank; a file named .gz is decompressed.
 
-    Of a line beyond LONGEST_LINE only its first LONGEST_LINE + 1 bytes are held, which `parse_json_line` refuses.
+    Of a line beyond LONGEST_LINE only its first LONGEST_LINE + 1 bytes are kept, which `parse_json_line` refuses.
     Raises UserError where the file cannot be read, and where it holds no line.
     """
     number, found = 0, False

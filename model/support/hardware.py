@@ -1,7 +1,7 @@
 """What this machine can do, measured in about half a second: processors differ too much to assume anything.
 
 fp32 and bf16 matrix products differ by a factor of 100 either way between processors with and without bf16
-instructions, and reading memory is what bounds decoding; programs choose their compute dtype and print their limits
+instructions, and memory bandwidth bounds decoding; programs choose their compute dtype and print their limits
 from these three figures.
 """
 
@@ -57,7 +57,7 @@ def onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | N
 
 @cache
 def onednn_suits() -> bool:
-    """Whether `onednn` is the sooner product here: torch's default library is MKL, which keeps its AVX-512 code for
+    """Whether `onednn` is the faster product here: torch's default library is MKL, which keeps its AVX-512 code for
     Intel's processors, and the processor is another with AVX-512. A rule and not a measurement, which would fall
     otherwise on a busy machine and change the last bits; `python -m eval.bench lookup` measures what it gains."""
     wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
@@ -65,14 +65,14 @@ def onednn_suits() -> bool:
 
 
 def suits_onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor | None) -> bool:
-    """Whether `onednn` is the sooner product of these two."""
+    """Whether `onednn` is the faster product of these two."""
     if weight_OD is None or weight_OD.device.type != "cpu":
         return False
     return weight_OD.dtype == torch.float32 == x_ND.dtype and onednn_suits()
 
 
 def product(x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | None = None) -> torch.Tensor:
-    """x · Wᵀ + b by the library that is sooner here, without a gradient (oneDNN sums several rows' products in longer
+    """x · Wᵀ + b by the library that is faster here, without a gradient (oneDNN sums several rows' products in longer
     chains than the default: errors are one and a half times as large, tests/infer/engine/test_quantized_engine.py)."""
     if suits_onednn(x_ND, weight_OD):
         return onednn(x_ND, weight_OD, bias_O)
@@ -129,13 +129,13 @@ def timed(call, device: str, seconds: float) -> list[float]:
     return taken[1:]
 
 
-def int8_products(device: str = "cpu", said: str | None = None) -> bool:
-    """Whether 8-bit integers are multiplied fast and exactly here: by a processor with VNNI or AMX, as it says of
-    itself (`said`; None: this one), or by a CUDA device from Turing on. Without VNNI, sums of pairs saturate at 16
-    bits, or are computed by slow reference code."""
+def int8_products(device: str = "cpu", flags_text: str | None = None) -> bool:
+    """Whether 8-bit integers are multiplied fast and exactly here: by a processor with VNNI or AMX (`flags_text`: its
+    description; None: this one's), or by a CUDA device from Turing on. Without VNNI, sums of pairs saturate at 16 bits,
+    or are computed by slow reference code."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (7, 5)
-    flags = set((processor() if said is None else said).split())
+    flags = set((processor() if flags_text is None else flags_text).split())
     return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
 
 
@@ -149,9 +149,9 @@ def compute_dtype(device: str = "cpu") -> torch.dtype:
 
 @cache
 def decode_dtype(rows: int, device: str = "cpu") -> torch.dtype:
-    """The dtype in which decoding steps of `rows` rows are soonest: bf16 only where it is by a quarter for so many, for
-    a few, and for the one row that a batch ends with. (Some processors have fast bf16 products of many rows, and very
-    slow ones of one.) Weights are read from memory, as a step reads them."""
+    """The dtype in which decoding steps of `rows` rows are fastest: bf16 if it is a quarter faster for that many, for
+    a few and for one. (Some processors have fast bf16 products of many rows, and very slow ones of one.) Weights are
+    read from memory, as a step reads them."""
     if device != "cpu":
         return torch.bfloat16
 
@@ -168,7 +168,7 @@ def decode_dtype(rows: int, device: str = "cpu") -> torch.dtype:
 
 @cache
 def packed_pays(kind: str) -> bool:
-    """Whether torch's packed product ("int8" or "int4") for one bf16 row beats the fp32 product that it stands for.
+    """Whether torch's packed product ("int8" or "int4") for one bf16 row beats the fp32 product that it replaces.
 
     Measured over 16 million weights, more than caches hold in fp32; False where this torch lacks the product.
     """

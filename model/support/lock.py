@@ -1,6 +1,6 @@
 """An output belongs to one job at a time, and nothing that a user had is replaced unasked.
 
-    with hold(out): …                  a job that goes on where it was interrupted: extraction, training, an experiment
+    with hold(out): …                  a job that resumes where it was interrupted: extraction, training, an experiment
     with output(out, overwrite): …    a program that makes `out` in one go: an importer, convert, merge
 
 A lock is a file beside the output (`.NAME.lock`) under flock, which the kernel releases however the process ends.

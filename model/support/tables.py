@@ -28,7 +28,7 @@ class Table:
         raise UserError(f"{path}: empty; give a header and rows")
 
     def rows(self, *wanted: str) -> Iterator[tuple[int, dict[str, str]]]:
-        """(line, cells of the wanted columns that the table has); empty rows are passed over."""
+        """(line, cells of the wanted columns that the table has); empty rows are skipped."""
         for name, count in Counter(self.columns).items():
             if name in wanted and count > 1:
                 raise UserError(f"{self.path}: {count} columns are named {name!r}; keep one of them")

@@ -106,29 +106,29 @@ def render(tokenizer: Any, template: str, messages: Sequence[Mapping[str, str]])
     marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
     given = {"tools": None, "documents": None, "add_generation_prompt": True, **tokenizer.names}
     try:
-        inputs = [{"messages": said, **given} for said in (messages, marked)]
+        inputs = [{"messages": turns, **given} for turns in (messages, marked)]
         text, frame = SANDBOX.ask(do="render", template=template, inputs=inputs)
     except SandboxError as error:
-        said = str(error)
+        message = str(error)
         # a message that the template spells out; any other may quote what a chat says
-        known = said in template or said.startswith(("took more", "needs too much", "it writes"))
-        reason = said if known else "it cannot render these messages, or is damaged"
+        known = message in template or message.startswith(("took more", "needs too much", "it writes"))
+        reason = message if known else "it cannot render these messages, or is corrupt"
         raise UserError(f"the model's chat template: {reason}") from error
     places = locate(text, frame, dict(zip(marks, contents, strict=True)))
     if places is not None:
         return tokenizer.engine.rendered(text, places)
-    folded = "".join("".join(contents).split()).casefold()
-    named = [token for token in tokenizer.engine.controls if "".join(token.split()).casefold() in folded]
+    normalized = "".join("".join(contents).split()).casefold()
+    named = [token for token in tokenizer.engine.controls if "".join(token.split()).casefold() in normalized]
     if named or tokenizer.engine.written(text) != tokenizer.engine.written(frame):
         raise UserError(
-            "the model's chat template changes what messages say, so a control token in a message cannot be told from "
+            "the model's chat template changes what messages say, so a control token in one looks like "
             "its own; ask with --form template, or take the token out of the message"
         )
     return tokenizer.engine.rendered(text, ())
 
 
 def locate(text: str, frame: str, contents: Mapping[str, str]) -> list[Span] | None:
-    """Where the contents stand in a rendered text, as they are or trimmed, by the `frame` that has marks in their
+    """Where the contents are in a rendered text, as they are or trimmed, by the `frame` that has marks in their
     place; None where the text is not that frame around them."""
     parts = re.split(f"({'|'.join(contents)})", frame)  # literal, mark, literal, mark, …, literal
     ways: dict[int, list[Span]] = {len(parts[0]): []} if text.startswith(parts[0]) else {}

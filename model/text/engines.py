@@ -1,8 +1,13 @@
 """What turns text into ids: SentencePiece files, and the `tokenizers` library.
 
-A control token is one that steers the model: marked special in its file, named in the tokenizer's settings, written
-like markup ("<|im_end|>", "[INST]") or standing in the chat template, whatever its file says. Its text inside a text is
+A control token has a function in prompts: marked special in its file, named in the tokenizer's settings, written
+like markup ("<|im_end|>", "[INST]") or used in the chat template, whatever its file says. Its text inside a text is
 text. Other added tokens ("HER2+") are words, and are found in texts as transformers finds them.
+
+Both engines have the same methods: `ids` encodes a text and `spans` says where its tokens are in its UTF-8 bytes;
+`rendered` encodes what a chat template wrote, with the places (in characters) of the messages' contents, and `written`
+names the control tokens in such a text; `text` decodes. `controls` are the control tokens' ids by their text, `files`
+what `save` writes, `settings` what it adds to tokenizer_config.json.
 """
 
 from __future__ import annotations
@@ -12,7 +17,7 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Any, Protocol
+from typing import Any
 
 from model.support.cli import UserError
 from model.text import protobuf
@@ -34,7 +39,7 @@ GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|
 KNOWN = frozenset({LLAMA3, QWEN2, GPT2, LLAMA3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)|", "")})
 
 
-def steers(token: str, templates: str) -> bool:
+def is_control(token: str, templates: str) -> bool:
     """Whether an added token that is not marked special is a control token all the same."""
     return (
         bool(MARKUP.fullmatch(token))
@@ -44,35 +49,11 @@ def steers(token: str, templates: str) -> bool:
     )
 
 
-class Engine(Protocol):
-    """What turns text into ids: SentencePiece, or the `tokenizers` library.
-
-    `controls` are the control tokens' ids by their text, `files` what `save` writes, `settings` what it adds to
-    tokenizer_config.json. `ids` encodes a text and `spans` says where its tokens stand in its UTF-8 bytes; `rendered`
-    encodes what a chat template wrote, with the places (in characters) of the messages' contents, and `written` names
-    the control tokens in such a text; `text` decodes.
-    """
-
-    size: int
-    files: dict[str, bytes]
-    settings: dict[str, Any]
-    controls: dict[str, int]
-
-    def ids(self, text: str) -> list[int]: ...
-    def spans(self, text: str) -> tuple[list[int], list[Span]]: ...
-    def rendered(self, text: str, contents: Sequence[Span]) -> list[int]: ...
-    def written(self, text: str) -> list[str]: ...
-    def text(self, ids: list[int]) -> str: ...
-    def piece(self, i: int) -> str | None: ...
-    def id_of(self, piece: str) -> int | None: ...
-    def special(self, piece: str) -> int | None: ...
-
-
 class SentencePiece:
     """A SentencePiece model: BPE with byte fallback for Mistral and Llama-2.
 
     `added` are tokens beside the file's own, as tokenizer.json lists them (id, content, special). `each` puts the
-    leading space of the format before every stretch between added tokens, not before the text alone.
+    leading space of the format before every text between added tokens, not before the text alone.
     """
 
     def __init__(
@@ -88,12 +69,12 @@ class SentencePiece:
             bare = protobuf.data(3, protobuf.number(3, 0))
             self.bare = sentencepiece.SentencePieceProcessor(model_proto=proto + bare)
         except RuntimeError as error:
-            raise UserError(f"{name}: not a SentencePiece model, or damaged; download it again") from error
+            raise UserError(f"{name}: not a SentencePiece model, or corrupt; download it again") from error
         self.size, self.files, self.each = self.model.vocab_size(), {name: proto}, each
         self.controls: dict[str, int] = {}
         forming: list[str] = []  # the library itself finds user-defined pieces in a text
         for i, (piece, kind) in enumerate(_pieces_of(proto)):
-            if kind == 3 or kind == 4 and steers(piece, templates):
+            if kind == 3 or kind == 4 and is_control(piece, templates):
                 self.controls[piece] = i
                 forming += [piece] if kind == 4 else []
         self.added: dict[str, int] = {}
@@ -104,7 +85,9 @@ class SentencePiece:
             self._add(token["id"], token["content"], token.get("special", False), templates)
         self.settings: dict[str, Any] = {"legacy": each}
         if kept:
-            self.settings["added_tokens_decoder"] = {str(t["id"]): _flags(t) for t in kept}
+            self.settings["added_tokens_decoder"] = {
+                str(token["id"]): {key: value for key, value in token.items() if key != "id"} for token in kept
+            }
         words = [piece for piece in self.added if piece not in self.controls]
         self.words, self.forming = _any_of(words), _any_of(forming)
         self.marks = _any_of(self.controls)
@@ -115,7 +98,7 @@ class SentencePiece:
                 self.controls[content] = i
             return
         self.added[content], self.names[i], self.size = i, content, max(self.size, i + 1)
-        if special or steers(content, templates):
+        if special or is_control(content, templates):
             self.controls[content] = i
         if special:
             self.hidden.add(i)
@@ -141,8 +124,8 @@ class SentencePiece:
         walked = _walk(part.encode(), pieces, True) or _walk(part.encode(), pieces, False)
         if walked is not None or not pieces:
             return walked or []
-        said = model.encode(part, out_type="serialized_proto")
-        rows = [dict(protobuf.fields(row)) for field, row in protobuf.fields(said) if field == 2]  # type: ignore
+        proto = model.encode(part, out_type="serialized_proto")
+        rows = [dict(protobuf.fields(row)) for field, row in protobuf.fields(proto) if field == 2]  # type: ignore
         return [(row.get(4, 0), row.get(5, 0)) for row in rows]  # type: ignore[misc]
 
     def _ids(self, text: str, first: bool) -> list[int]:
@@ -152,7 +135,7 @@ class SentencePiece:
         return ids
 
     def _parts(self, text: str, first: bool) -> Iterator[tuple[str, Any]]:
-        """Stretches of a text, each with the model that encodes it or, for an added word, its id."""
+        """Parts of a text, each with the model that encodes it or, for an added word, its id."""
         at = 0
         for found in self.words.finditer(text):
             yield from self._cut(text[at : found.start()], first and at == 0)
@@ -161,7 +144,7 @@ class SentencePiece:
         yield from self._cut(text[at:], first and at == 0)
 
     def _cut(self, text: str, first: bool) -> Iterator[tuple[str, Any]]:
-        """A stretch cut inside every control token that the library would form of it."""
+        """A part cut inside every control token that the library would form of it."""
         at = 0
         model = self.model if first or self.each and not text.startswith(" ") else self.bare
         for found in self.forming.finditer(text):
@@ -190,7 +173,7 @@ class SentencePiece:
             at = found.end() if free else found.start() + 1
 
     def text(self, ids: list[int]) -> str:
-        """Added tokens stand as they are named; between them the library decodes."""
+        """Added tokens are written by their names; the library decodes the rest."""
         out, run, first = [], [], True
         for i in [*ids, None]:
             if i is not None and i not in self.names and i not in self.hidden:
@@ -229,7 +212,7 @@ def _pieces_of(proto: bytes) -> Iterator[tuple[str, int]]:
 class Fast:
     """A tokenizer.json: byte-level BPE (SmolLM2, Qwen2, Llama-3), or BPE over "▁" pieces.
 
-    `added` are tokens that stand in other files only (as tokenizer.json lists them), `named` the texts of the begin,
+    `added` are tokens of other files (as tokenizer.json lists them), `named` the texts of the begin,
     end and padding token, which are control tokens where the vocabulary has them.
     """
 
@@ -248,7 +231,7 @@ class Fast:
             model = data["model"]
             known = {token["content"]: token["id"] for token in listed}
         except (ValueError, RecursionError, KeyError, TypeError, AttributeError) as error:
-            raise UserError(f"{name}: not a tokenizer.json that the tokenizers library reads, or damaged") from error
+            raise UserError(f"{name}: not a tokenizer.json that the tokenizers library reads, or corrupt") from error
         vocabulary = model.get("vocab") if isinstance(model.get("vocab"), dict) else {}
         more = [dict(token) for token in sorted(added, key=lambda token: token["id"]) if token["content"] not in known]
         here = {token["content"] for token in more} | set(known)
@@ -259,7 +242,7 @@ class Fast:
         self.settings: dict[str, Any] = {}
         self.hidden = {token["id"] for token in listed if token.get("special")}
         # the library leaves special tokens' texts alone; those that only look like control tokens are marked for it
-        forced = [t for t in listed if not t.get("special") and steers(t["content"], templates)]
+        forced = [t for t in listed if not t.get("special") and is_control(t["content"], templates)]
         for token in forced:
             token["special"] = True
         ready = json.dumps(data) if forced else raw
@@ -268,19 +251,19 @@ class Fast:
         self.model.no_padding()
         for token in listed:
             if self.model.token_to_id(token["content"]) != token["id"]:
-                raise UserError(f"{name}: added token {token['content']!r} cannot have id {token['id']}; mend the file")
+                raise UserError(f"{name}: added token {token['content']!r} cannot have id {token['id']}")
         ids = self.model.get_vocab(with_added_tokens=True).values()
         if not ids:
-            raise UserError(f"{name}: the vocabulary is empty; the file is damaged")
+            raise UserError(f"{name}: the vocabulary is empty; the file is corrupt")
         self.size = max(ids) + 1  # ids may have gaps
         self.controls = {token["content"]: token["id"] for token in listed if token.get("special")}
         # what a text may become: the unknown token
-        self.forged = set(self.controls.values()) - {vocabulary.get(model.get("unk_token"))}
+        self.formable = set(self.controls.values()) - {vocabulary.get(model.get("unk_token"))}
         self.byte_level = '"ByteLevel"' in json.dumps(data.get("decoder"))
         self.normalizes = data.get("normalizer") is not None
         self.begin = _begin(data.get("post_processor"))
-        foreign = set(_patterns([data.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])) - KNOWN
-        self.sandbox = Sandbox(ready) if foreign else None
+        unknown = set(_patterns([data.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])) - KNOWN
+        self.sandbox = Sandbox(ready) if unknown else None
 
     def _encoded(self, text: str, controls: bool = False) -> tuple[list[int], list[str], list[Span]]:
         if self.sandbox is not None:
@@ -298,8 +281,8 @@ class Fast:
         return self._plain(self._encoded(text)[0])
 
     def _plain(self, ids: list[int]) -> list[int]:
-        if not self.forged.isdisjoint(ids):
-            wrong = next(self.model.id_to_token(i) for i in ids if i in self.forged)
+        if not self.formable.isdisjoint(ids):
+            wrong = next(self.model.id_to_token(i) for i in ids if i in self.formable)
             raise UserError(f"{self.name}: its vocabulary spells the control token {wrong!r} from plain text")
         return ids
 
@@ -319,12 +302,12 @@ class Fast:
         masked = text
         while True:
             ids, _, places = self._encoded(masked, controls=True)
-            marks = [(i, *place) for i, place in zip(ids, places, strict=True) if i in self.forged]
-            forged = [_trimmed(masked, a, b) for _, a, b in marks]
-            forged = [span for span in forged if any(_cross(span, content) for content in contents)]
-            if not forged:
+            marks = [(i, *place) for i, place in zip(ids, places, strict=True) if i in self.formable]
+            inside = [_trimmed(masked, a, b) for _, a, b in marks]
+            inside = [span for span in inside if any(_cross(span, content) for content in contents)]
+            if not inside:
                 break
-            for start, end in forged:
+            for start, end in inside:
                 masked = masked[:start] + "\ue000" * (end - start) + masked[end:]
         if masked == text:
             return ids
@@ -336,7 +319,7 @@ class Fast:
         return out + self._after(text[at:], at > 0)
 
     def _after(self, text: str, later: bool) -> list[int]:
-        """A stretch's ids; `later`: without what the tokenizer puts before the beginning of a text only."""
+        """The ids of a part; `later`: without what the tokenizer puts at the beginning of a text only."""
         line = self.ids("\n")
         found = self.ids("\n" + text) if later and text and self._first_only() else []
         return found[len(line) :] if found[: len(line)] == line and found else self.ids(text)
@@ -368,6 +351,9 @@ class Fast:
         return self.controls.get(piece)
 
 
+Engine = SentencePiece | Fast
+
+
 def _library(raw: str, name: str) -> Any:
     """The tokenizers library's object. A panic in it prints on its own, and is no Exception."""
     import tokenizers
@@ -378,9 +364,9 @@ def _library(raw: str, name: str) -> Any:
         except BaseException as error:
             if isinstance(error, (KeyboardInterrupt, SystemExit, MemoryError)):
                 raise
-            said = " ".join(str(error).split())[:120]
+            message = " ".join(str(error).split())[:120]
             raise UserError(
-                f"{name}: not a tokenizer.json that the tokenizers library reads, or damaged ({said})"
+                f"{name}: not a tokenizer.json that the tokenizers library reads, or corrupt ({message})"
             ) from error
 
 
@@ -429,10 +415,6 @@ def _token(i: int, content: str, special: bool) -> dict[str, Any]:
     return {"id": i, "content": content, **flags, "special": special}
 
 
-def _flags(token: Mapping[str, Any]) -> dict[str, Any]:
-    return {key: value for key, value in token.items() if key != "id"}
-
-
 def _any_of(texts: Iterable[str]) -> re.Pattern[str]:
     """Any of some texts, the longest first; of none it finds nothing."""
     return re.compile("|".join(map(re.escape, sorted(texts, key=len, reverse=True))) or r"(?!)")
@@ -463,16 +445,17 @@ def _bytes_of(data: bytes, pieces: Sequence[str]) -> list[Span] | None:
     """Byte-level pieces' places, where together they spell exactly the text's bytes."""
     spans, at = [], 0
     for piece in pieces:
-        spelt = bytes(BYTES[letter] for letter in piece) if all(letter in BYTES for letter in piece) else piece.encode()
-        if not data.startswith(spelt, at):
+        is_byte_level = all(letter in BYTES for letter in piece)
+        expected = bytes(BYTES[letter] for letter in piece) if is_byte_level else piece.encode()
+        if not data.startswith(expected, at):
             return None
-        spans.append((at, at + len(spelt)))
-        at += len(spelt)
+        spans.append((at, at + len(expected)))
+        at += len(expected)
     return spans if at == len(data) else None
 
 
 def _walk(data: bytes, pieces: Sequence[str], dummy_space: bool) -> list[Span] | None:
-    """Where each "▁" piece stands in the text's bytes, by walking along both; None where they do not match.
+    """Where each "▁" piece is in the text's bytes, by walking along both; None where they do not match.
 
     A piece spells a space as "▁" (a "▁" of the text stays one), what the vocabulary lacks as bytes `<0xE2>`, and the
     first may begin with a space that the text does not have.
@@ -486,10 +469,10 @@ def _walk(data: bytes, pieces: Sequence[str], dummy_space: bool) -> list[Span] |
             for place, letter in enumerate(piece):
                 if letter == "▁" and number == place == 0 and dummy_space:
                     continue
-                spelt = b" " if letter == "▁" and data[at : at + 1] == b" " else letter.encode()
-                if not data.startswith(spelt, at):
+                expected = b" " if letter == "▁" and data[at : at + 1] == b" " else letter.encode()
+                if not data.startswith(expected, at):
                     return None
-                at += len(spelt)
+                at += len(expected)
         spans.append((start, at))
     return spans if at == len(data) else None
 

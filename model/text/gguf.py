@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file: byte-level BPE ("gpt2") or SentencePiece's BPE ("llama").
 
 The file lists pieces, merges or scores, and each piece's kind; how text is cut before merging is only named
-(`tokenizer.ggml.pre`), so each name's rule stands here as its model's own tokenizer.json has it.
+(`tokenizer.ggml.pre`), so each name's rule is here as its model's own tokenizer.json has it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def from_gguf(path: Path) -> tuple[Engine, dict[str, int | None], dict[str, str]
     templates = {"default": fields[key]} if isinstance(fields.get(key), str) else {}
     named = {name.removeprefix(f"{key}."): text for name, text in fields.items() if name.startswith(f"{key}.")}
     templates |= {name: text for name, text in named.items() if isinstance(text, str)}
-    said = "\0".join(templates.values())
+    template_text = "\0".join(templates.values())
     size = len(fields["tokenizer.ggml.tokens"])
 
     def token(name: str) -> int | None:
@@ -43,12 +43,14 @@ def from_gguf(path: Path) -> tuple[Engine, dict[str, int | None], dict[str, str]
 
     specials = {"bos": token("bos"), "eos": token("eos"), "pad": token("padding"), "unk": token("unknown")}
     # llama.cpp's rule where the file is silent
-    puts = bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or _rule(path, fields) in BEGINS))
-    puts = puts and specials["bos"] is not None
-    begin = specials["bos"] if puts else None
-    engine = _byte_level(path, fields, begin, said) if kind == "gpt2" else _sentencepiece(fields, said)
+    adds_bos = bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or _rule(path, fields) in BEGINS))
+    adds_bos = adds_bos and specials["bos"] is not None
+    begin = specials["bos"] if adds_bos else None
+    engine: Engine = (
+        _sentencepiece(fields, template_text) if kind == "llama" else _byte_level(path, fields, begin, template_text)
+    )
     ends = [i for name in ("eos", "eot", "eom") if (i := token(name)) is not None]
-    return engine, specials, templates, puts, ends
+    return engine, specials, templates, adds_bos, ends
 
 
 def _rule(path: Path, fields: dict[str, Any]) -> str:
@@ -101,22 +103,14 @@ def _sentencepiece(fields: dict[str, Any], templates: str) -> Engine:
     kinds = fields["tokenizer.ggml.token_type"]
     out = []
     for piece, score, kind in zip(pieces, scores, kinds, strict=True):
-        entry = (
-            protobuf.data(1, piece.encode())
-            + protobuf.tag(2, 5)
-            + struct.pack("<f", score)
-            + protobuf.number(3, int(kind))
-        )
-        out.append(protobuf.data(1, entry))
-    trainer = (
-        protobuf.number(3, 2) + protobuf.number(4, len(pieces)) + protobuf.number(35, 1)
-    )  # BPE; vocabulary size; byte fallback
+        entry = protobuf.data(1, piece.encode()) + protobuf.tag(2, 5) + struct.pack("<f", score)
+        out.append(protobuf.data(1, entry + protobuf.number(3, int(kind))))
+    trainer = protobuf.number(3, 2) + protobuf.number(4, len(pieces))  # BPE; vocabulary size
+    trainer += protobuf.number(35, 1)  # byte fallback
     for field, key, none in ((40, "unknown", 0), (41, "bos", 1), (42, "eos", 2), (43, "padding", -1)):
         trainer += protobuf.number(field, int(fields.get(f"tokenizer.ggml.{key}_token_id", none)))
     prefix = bool(fields.get("tokenizer.ggml.add_space_prefix", True))
-    normalizer = (
-        protobuf.data(1, b"identity") + protobuf.number(3, int(prefix)) + protobuf.number(4, 0) + protobuf.number(5, 1)
-    )
-    return SentencePiece(
-        b"".join(out) + protobuf.data(2, trainer) + protobuf.data(3, normalizer), "tokenizer.model", templates=templates
-    )
+    normalizer = protobuf.data(1, b"identity") + protobuf.number(3, int(prefix))
+    normalizer += protobuf.number(4, 0) + protobuf.number(5, 1)
+    proto = b"".join(out) + protobuf.data(2, trainer) + protobuf.data(3, normalizer)
+    return SentencePiece(proto, "tokenizer.model", templates=templates)

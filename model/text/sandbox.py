@@ -117,11 +117,11 @@ def render(template: str, inputs: list[dict[str, Any]]) -> list[str]:
 
     written = []
     for given in inputs:
-        room = CHARACTERS + 8 * len(json.dumps(given))
+        left = CHARACTERS + 8 * len(json.dumps(given))
         pieces = []
         for piece in compiled(template).generate(**given):
-            room -= len(piece)
-            if room < 0:
+            left -= len(piece)
+            if left < 0:
                 raise jinja2.TemplateError(f"it writes more than {CHARACTERS} characters beside its messages")
             pieces.append(piece)
         written.append("".join(pieces))

@@ -38,20 +38,20 @@ def open_qwen(folder: Path) -> Tokenizer:
 
 
 def tokenizer_json(path: Path) -> str:
-    """The same tokenizer as tokenizer.json's text. Raises UserError for a damaged file."""
+    """The same tokenizer as tokenizer.json's text. Raises UserError for a corrupt file."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     ranks = read_ranks(path)
     letters = byte_letters()
-    spelt = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
+    texts = {piece: "".join(letters[byte] for byte in piece) for piece in ranks}
     merges = []
     for piece, rank in ranks.items():
         if len(piece) > 1:
             parts = encode_by_rank(ranks, piece, rank)
             if len(parts) != 2:
-                raise UserError(f"{path}: the piece of rank {rank} cannot be built of two earlier ones; damaged")
-            merges.append((spelt[parts[0]], spelt[parts[1]]))
-    tokenizer = Tokenizer(models.BPE(vocab={spelt[piece]: rank for piece, rank in ranks.items()}, merges=merges))
+                raise UserError(f"{path}: the piece of rank {rank} cannot be built of two earlier ones; corrupt")
+            merges.append((texts[parts[0]], texts[parts[1]]))
+    tokenizer = Tokenizer(models.BPE(vocab={texts[piece]: rank for piece, rank in ranks.items()}, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
     cut = pre_tokenizers.Split(Regex(QWEN2), behavior="isolated")
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
@@ -70,9 +70,9 @@ def read_ranks(path: Path) -> dict[bytes, int]:
             piece, rank = line.split()
             ranks[base64.b64decode(piece, validate=True)] = int(rank)
         except (ValueError, binascii.Error) as error:
-            raise UserError(f"{path}:{number}: not a piece in base64 and its rank; the file is damaged") from error
+            raise UserError(f"{path}:{number}: not a piece in base64 and its rank; the file is corrupt") from error
     if list(ranks.values()) != list(range(len(ranks))) or not all(bytes([byte]) in ranks for byte in range(256)):
-        raise UserError(f"{path}: ranks do not run from 0 without gaps, or a byte is missing; the file is damaged")
+        raise UserError(f"{path}: ranks do not run from 0 without gaps, or a byte is missing; the file is corrupt")
     return ranks
 
 

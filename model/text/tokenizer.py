@@ -1,7 +1,7 @@
 """Text to token ids and back: SentencePiece files (Mistral, Llama-2), tokenizer.json, and the tokenizer inside a GGUF.
 
 Two rules hold for every kind. A special token's text inside a text ("</s>", "<|im_end|>") is text and never becomes
-the special id: only `bos`, `eos` and `encode_chat` place those. And a text is encoded as it stands, apart from what
+the special id: only `bos`, `eos` and `encode_chat` place those. And a text is encoded unchanged, independent of what
 comes before and after it: ids of several pieces are joined, never merged.
 """
 
@@ -50,21 +50,21 @@ class Tokenizer:
         self.form = chat.OWN if self.templates else form
         self.begin, self.vocab_size = tuple(begin), engine.size
         self.stop_ids: tuple[int, ...] = tuple(dict.fromkeys(i for i in (self.eos_id, *stops) if i is not None))
-        spelt = {f"{name}_token": engine.piece(i) for name, i in specials.items() if i is not None}
-        self.names = dict(names) if names is not None else {name: piece for name, piece in spelt.items() if piece}
+        texts = {f"{name}_token": engine.piece(i) for name, i in specials.items() if i is not None}
+        self.names = dict(names) if names is not None else {name: piece for name, piece in texts.items() if piece}
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
         """The tokenizer of a model's folder, or of one file: tokenizer.json, a SentencePiece .model, a .gguf.
 
         A folder with several keeps to tokenizer.json, then the newest .model, then the GGUF. Raises UserError where
-        there is none, or it is damaged.
+        there is none, or it is corrupt.
         """
         path = Path(path)
         file = first_part(path) if path.is_file() else _find(path)
         if file.suffix == ".gguf":
-            engine, specials, templates, puts, stops = from_gguf(file)
-            begin = [specials["bos"]] if puts and specials["bos"] is not None else []
+            engine, specials, templates, adds_bos, stops = from_gguf(file)
+            begin = [specials["bos"]] if adds_bos and specials["bos"] is not None else []
             return cls(engine, specials, templates, None, begin, [*stops, *_stops(file.parent)])
         return cls._from_files(file)
 
@@ -76,20 +76,20 @@ class Tokenizer:
         listed = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
         more = [_spelt(token) for token in (listed.values() if isinstance(listed, dict) else listed)]
         named = dict.fromkeys([*names.values(), *(piece for piece in more if piece)])
-        added, said = _added(folder, settings, named), "\0".join(templates.values())
+        added, template_text = _added(folder, settings, named), "\0".join(templates.values())
         configured = (folder / "tokenizer_config.json").is_file()
         if file.suffix == ".json":
-            engine: Engine = Fast(_read_text(file), str(file), added, named, said)
+            engine: Engine = Fast(_read_text(file), str(file), added, named, template_text)
         else:
-            # transformers' "legacy"; where no such file says how, every stretch is a text of its own
+            # transformers' "legacy"; where no such file says how, the text between added tokens is encoded alone
             each = bool(settings.get("legacy", not configured))
-            engine = SentencePiece(file.read_bytes(), file.name, added, each, said)
+            engine = SentencePiece(file.read_bytes(), file.name, added, each, template_text)
         specials = {name: _special(folder, engine, settings, name) for name in ("bos", "eos", "pad")}
         if isinstance(engine, Fast):
             begin = engine.begin  # transformers reads no add_bos_token beside a tokenizer.json
         else:
-            puts = bool(settings.get("add_bos_token", not configured))
-            begin = (specials["bos"],) if puts and specials["bos"] is not None else ()
+            adds_bos = bool(settings.get("add_bos_token", not configured))
+            begin = (specials["bos"],) if adds_bos and specials["bos"] is not None else ()
             own = {f"{name}_token": engine.piece(i) for name, i in specials.items() if i is not None}
             names = {**{name: piece for name, piece in own.items() if piece}, **names}
         found = re.search(r"\.model\.v([1237])$", file.name)  # mistral-common's names
@@ -250,7 +250,7 @@ def _read_text(file: Path) -> str:
     try:
         return file.read_text("utf-8")
     except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text; the file is damaged") from error
+        raise UserError(f"{file}: not UTF-8 text; the file is corrupt") from error
 
 
 def _spelt(token: Any) -> str | None:
@@ -275,9 +275,9 @@ def _added(folder: Path, settings: Mapping[str, Any], named: Iterable[str]) -> l
         keys = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
         found = [{key: token.get(key, key == "normalized") for key in keys} for token in found]
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: added tokens are listed without texts and ids; the files are damaged") from error
+        raise UserError(f"{folder}: added tokens are listed without texts and ids; the files are corrupt") from error
     if any(not isinstance(token["content"], str) or not token["content"] or token["id"] < 0 for token in found):
-        raise UserError(f"{folder}: an added token has no text or no id; the files are damaged")
+        raise UserError(f"{folder}: an added token has no text or no id; the files are corrupt")
     return found
 
 

@@ -52,14 +52,14 @@ CONFIGS = [
 def test_a_new_adapter_changes_nothing_and_a_trained_one_adds_its_scaled_product(config):
     assert torch.equal(add_lora(base(), config)(TOKENS), base()(TOKENS))
     model = trained(config, torch.float64)
-    folded = base(torch.float64)
+    merged_base = base(torch.float64)
     for path, layer in adapted(model).items():
         name, rank = path.rpartition(".")[2], config.rank_pattern.get(path.rpartition(".")[2], config.r)
         alpha = config.alpha_pattern.get(name, config.alpha)
         scale = alpha / (rank**0.5 if config.rslora else rank)
         with torch.no_grad():
-            folded.get_submodule(path).weight += scale * layer.lora_B["default"] @ layer.lora_A["default"]
-    ours, theirs = model(TOKENS), folded(TOKENS)
+            merged_base.get_submodule(path).weight += scale * layer.lora_B["default"] @ layer.lora_A["default"]
+    ours, theirs = model(TOKENS), merged_base(TOKENS)
     assert (ours - base(torch.float64)(TOKENS)).abs().max() > 1e-2
     assert (ours - theirs).abs().max() < 1e-12 * theirs.abs().max()
 
@@ -216,7 +216,7 @@ def test_a_base_of_zeros_and_a_missing_matplotlib_are_no_traceback(weights, tmp_
     assert line.split()[3] == "–" and not (tmp_path / "none.png").exists()
 
 
-def damaged(folder, how):
+def corrupt(folder, how):
     config, tensors = folder / "adapter_config.json", folder / "adapter_model.safetensors"
     raw, held = json.loads(config.read_text()), load_file(tensors)
     key = sorted(held)[0]
@@ -256,7 +256,7 @@ def damaged(folder, how):
 def test_a_wrong_adapter_is_refused_by_name(tmp_path, how, said):
     save_adapter(trained(CONFIGS[0]), tmp_path / "a")
     shutil.copytree(tmp_path / "a", tmp_path / "b")
-    damaged(tmp_path / "b", how)
+    corrupt(tmp_path / "b", how)
     with pytest.raises(UserError, match=said):
         load_adapter(base(), tmp_path / "b")
     load_adapter(base(), tmp_path / "a")

@@ -41,7 +41,7 @@ def test_windows_add_up_over_layers_and_without_one_all_is_seen():
 
 @pytest.mark.parametrize("kind", ["plain", "fast"])
 def test_a_token_never_sees_another_document_nor_another_branch(kind):
-    """a b c (trunk) p q (branch 1) r s (branch 2), then a second document x y z."""
+    """a b c (prefix) p q (branch 1) r s (branch 2), then a second document x y z."""
     model = tiny("mistral-no-window").use_attention(kind)
     layout = Layout(torch.tensor([[0] * 7 + [1] * 3]), torch.tensor([[0, 0, 0, 1, 1, 2, 2, 0, 0, 0]]))
     positions = torch.tensor([[0, 1, 2, 3, 4, 3, 4, 0, 1, 2]])
@@ -107,9 +107,9 @@ def case(data) -> tuple[Visible, int | None, list[torch.Tensor], int]:
                 if restart:
                     position[row, start:] = torch.arange(max(0, S - start))
     if kind == "branches":
-        trunk = data.draw(st.integers(1, S), "trunk")
-        branch[:, trunk:] = 1 + torch.arange(S - trunk) // 3
-        position[:, trunk:] = trunk + torch.arange(S - trunk) % 3
+        prefix = data.draw(st.integers(1, S), "prefix")
+        branch[:, prefix:] = 1 + torch.arange(S - prefix) // 3
+        position[:, prefix:] = prefix + torch.arange(S - prefix) % 3
     if kind == "strange":  # positions in no order at all, and no layout: what is seen is a matter of positions alone
         position = torch.randint(0, S, (B, S), generator=generator)
     layouts = (None, None)

@@ -141,7 +141,7 @@ CHATML = (
 
 
 def spell(folder: Path, how: str, **more) -> Path:
-    """A Llama-like folder of a SentencePiece file and tokens that stand elsewhere."""
+    """A Llama-like folder of a SentencePiece file and tokens of other files."""
     folder.mkdir()
     shutil.copy(DATA / FILES["v1"], folder / "tokenizer.model")
     config = {

@@ -41,7 +41,7 @@ MISTAKES = {
         ),
     ),
     "labels shifted by one, in texts": (
-        ("train.data.rows", "text_units", "zeros, part[1:], ones", "zeros, part[:-1], ones"),
+        ("train.data.rows", "text_documents", "zeros, part[1:], ones", "zeros, part[:-1], ones"),
         lambda notes, documents: test_rows.test_every_token_but_the_first_is_a_target_once.hypothesis.inner_test(30, 7),
     ),
     "a padding token in the loss": (

@@ -17,7 +17,7 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
 @pytest.mark.parametrize(
     ("wrong", "said"),
     [
-        ({"r": 0}, "r is 0; it must be at least 1"),
+        ({"r": 0}, "r is 0; it must lie in .1, inf"),
         ({"steps": 5, "warmup": 6}, "warmup of 6 steps is longer than the run of 5"),
         ({"warmup": 1, "warmup_share": 0.1}, "either warmup"),
         ({"warmup_share": 1.5}, "warmup_share is 1.5"),
@@ -31,14 +31,14 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
         ({"optimizer": "muon"}, "muon is for full training"),
         ({"merge_adapter": True}, "merge_adapter needs adapter"),
         ({"template": "faithful"}, "set share_prefix = false"),
-        ({"data": ()}, "data is missing"),
+        ({"data": ()}, "data and out are needed"),
         ({"seed": -1}, "seed is -1"),
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"alpha": float("nan")}, "alpha is nan"),
         ({"betas": (0.9, 1.0)}, "betas are"),
         ({"betas": (0.9,)}, "betas are"),
         ({"epochs": float("inf")}, "epochs is inf"),
-        ({"final_rate": 2.0}, "at most 1"),
+        ({"final_rate": 2.0}, "final_rate is 2.0; it must lie in .0, 1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"valid_rows": 0}, "valid_rows is 0"),
         ({"keep_last": 0}, "keep_last is 0"),
@@ -119,7 +119,7 @@ def test_ranks_and_alphas_by_pattern_reach_the_layers(tmp_path):
         empty_model(parse([str(tmp_path / "r.toml")], "instruct"), CONFIG)
 
 
-def test_an_adapter_to_go_on_from_keeps_its_own_rank_scale_and_dropout(tmp_path):
+def test_an_adapter_that_is_continued_keeps_its_own_rank_scale_and_dropout(tmp_path):
     from tiny_runs import CONFIG
 
     from lora import LoRAConfig, add_lora, save_adapter

@@ -45,7 +45,7 @@ class Options:
     """Tokens of each neighbour's text, as infer.extract's option."""
     overwrite: bool = False
     """Replace a file that is there."""
-    room: int = 1000
+    token_budget: int = 1000
     """Tokens that all neighbours of a note may take together (infer.extract gives them what its limit leaves)."""
 
 
@@ -54,7 +54,7 @@ def beside(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator
         if not isinstance(record["text"], str):
             raise UserError(f"{options.data}:{number}: 'text' is not text")
         note = {"id": str(record["id"]), "text": record["text"], "patient": record.get("patient")}
-        shown = near.shown(tokenizer, near.of(note), options.room)
+        shown = near.shown(tokenizer, near.of(note), options.token_budget)
         yield {**record, "neighbours": [{"id": name, "text": text} for name, text in shown]}
 
 

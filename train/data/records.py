@@ -1,9 +1,9 @@
-"""From a JSON record to pieces of token ids: what is read, what is asked and what is to be answered.
+"""From a JSON record to token ids: the prefix, the prompts and their answers.
 
-A record's pieces are [trunk, prompt 1, answer 1, prompt 2, answer 2, …]. For pre-training there is only the trunk (the
-text between begin and end tokens). For tuning the trunk is the note, and each question is a prompt with its answer; the
-questions are those of the two tasks, or the record's own (`questions`, which take their place).
-Pieces are encoded apart and their ids joined, so where an answer starts is known and never searched for.
+A record's texts are [prefix, prompt 1, answer 1, prompt 2, answer 2, …]. For pre-training there is only the prefix (the
+text between begin and end tokens). For tuning it is the note, and each question is a prompt with its answer; the
+questions are those of the two tasks, or the record's own (`questions`, which replace them). Each text is encoded alone
+and the ids are joined, so where an answer starts is known and never searched for.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ import numpy as np
 from infer import tasks
 from model.support.cli import UserError
 
-Pieces = list[np.ndarray]
-Encode = Callable[[dict[str, Any]], Pieces]
+Texts = list[np.ndarray]
+Encode = Callable[[dict[str, Any]], Texts]
 
 
-def document_pieces(tokenizer: Any) -> Encode:
+def document_texts(tokenizer: Any) -> Encode:
     """Pre-training: the text alone. Raises ValueError for a record of the other stage or without text."""
 
-    def encode(record: dict[str, Any]) -> Pieces:
+    def encode(record: dict[str, Any]) -> Texts:
         if "phenotypes" in record or "questions" in record:
             raise ValueError("an annotated note: train.instruct trains on these, train.pretrain on plain documents")
         return [as_ids(tokenizer.encode(text_of(record), bos=True, eos=True))]
@@ -32,26 +32,26 @@ def document_pieces(tokenizer: Any) -> Encode:
     return encode
 
 
-def note_pieces(tokenizer: Any, template: str, which: str, append_eos: bool, empty_kept: float = 1.0) -> Encode:
+def note_texts(tokenizer: Any, template: str, which: str, append_eos: bool, empty_kept: float = 1.0) -> Encode:
     """Tuning: a note with the questions of `which` ("both", "phenotype", "diagnosis"), in `template`; of those whose
     answer is "not relevant" the share `empty_kept`."""
     if append_eos and tokenizer.eos_id is None:
         raise UserError("the tokenizer has no end-of-text token, so answers cannot end; set append_eos = false")
     end = [tokenizer.eos_id] if append_eos else []
 
-    def encode(record: dict[str, Any]) -> Pieces:
+    def encode(record: dict[str, Any]) -> Texts:
         text, asked = text_of(record), thinned(record.get("id"), questions(record, which), empty_kept)
         first = template == "note-first"
         if record.get("neighbours") and not first:
             raise ValueError("'neighbours' are shown by the template note-first only; train on records without them")
-        pieces = [as_ids(tokenizer.encode(tasks.prefix(text), bos=True) if first else [])]
+        texts = [as_ids(tokenizer.encode(tasks.prefix(text), bos=True) if first else [])]
         for question, answer in asked:
             prompt = tasks.branch(question) if first else instruction_first(question, text)
             shown = neighbours(record) if question == tasks.DIAGNOSIS_QUESTION else []
-            ids = [i for piece in shown for i in tokenizer.encode(piece)]
-            pieces.append(as_ids(ids + tokenizer.encode(prompt, bos=not first)))
-            pieces.append(as_ids(tokenizer.encode(answer) + end))
-        return pieces
+            ids = [i for text in shown for i in tokenizer.encode(text)]
+            texts.append(as_ids(ids + tokenizer.encode(prompt, bos=not first)))
+            texts.append(as_ids(tokenizer.encode(answer) + end))
+        return texts
 
     return encode
 
@@ -102,15 +102,15 @@ def thinned(name: Any, asked: list[tuple[str, str]], kept: float) -> list[tuple[
 
 
 def neighbours(record: dict[str, Any]) -> list[str]:
-    """The pieces of other notes that stand before the diagnosis question (train.data.neighbours), as
+    """The texts of other notes that stand before the diagnosis question (train.data.neighbours), as
     infer.extract.ask's."""
     try:
-        pieces = [one["text"] for one in record.get("neighbours", [])]
+        texts = [one["text"] for one in record.get("neighbours", [])]
     except (TypeError, KeyError) as error:
         raise ValueError("'neighbours' is not a list of {id, text}; make it with train.data.neighbours") from error
-    if not all(isinstance(piece, str) for piece in pieces):
+    if not all(isinstance(text, str) for text in texts):
         raise ValueError("'neighbours' holds a text that is not text; make it with train.data.neighbours")
-    return pieces
+    return texts
 
 
 def own_questions(given: Any) -> list[tuple[str, str]]:

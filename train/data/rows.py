@@ -1,8 +1,8 @@
-"""Rows: what one line of a batch holds. Pieces become units (one text, or a note with its questions), units are
+"""Rows: what one line of a batch holds. Texts become documents (one text, or a note with its questions), documents are
 packed into rows, rows are padded into a batch.
 
-A unit with a shared prefix holds the note once (branch 0) and each question as a branch whose positions continue
-the note's; model/attention.py lets a branch see the note and itself. A worked example, note "a b c", questions "p q"
+A document with a shared prefix holds the note once (branch 0) and each question as a branch whose positions continue
+the note's; model/mask.py lets a branch see the note and itself. A worked example, note "a b c", questions "p q"
 answered "x" and "r" answered "y z", end token e:
 
     token     a  b  c  p  q  x  r  y  z
@@ -10,13 +10,13 @@ answered "x" and "r" answered "y z", end token e:
     position  0  1  2  3  4  5  3  4  5
     target    ·  ·  ·  ·  x  e  y  z  e
 
-The last token of a branch is only ever a target, so it takes no place in the row.
+The last token of a branch is only ever a target, so it is not in the row.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import torch
@@ -29,7 +29,7 @@ ANSWER, NOTE = 1, 2  # kinds of target; each kind's loss is a mean of its own
 
 
 @dataclass(frozen=True)
-class Unit:
+class Document:
     """int64 arrays of one length T: tokens, positions, branch, target (IGNORE: none) and the target's kind."""
 
     record: str
@@ -38,24 +38,24 @@ class Unit:
     branch: np.ndarray
     target: np.ndarray
     kind: np.ndarray
-    stretches: tuple[tuple[str, int, int], ...]  # (record, branch, tokens) in order
+    branches: tuple[tuple[str, int, int], ...]  # (record, branch, tokens) in order
 
 
 @dataclass(frozen=True)
 class Row:
-    """Units side by side, each its own document."""
+    """Documents side by side."""
 
-    units: tuple[Unit, ...]
+    documents: tuple[Document, ...]
 
     def __len__(self) -> int:
-        return sum(len(unit.tokens) for unit in self.units)
+        return sum(len(document.tokens) for document in self.documents)
 
     def targets(self, kind: int) -> int:
-        return int(sum((unit.kind == kind).sum() for unit in self.units))
+        return int(sum((document.kind == kind).sum() for document in self.documents))
 
     def pairs(self) -> int:
         """Tokens and the tokens that they see, without a window: a token at position p of a document sees p + 1."""
-        return int(sum((unit.positions + 1).sum() for unit in self.units))
+        return int(sum((document.positions + 1).sum() for document in self.documents))
 
 
 @dataclass(frozen=True)
@@ -67,39 +67,41 @@ class Batch:
     layout: Layout
     target: Tensor
     kind: Tensor
-    stretches: tuple[tuple[tuple[str, int, int], ...], ...]
+    branches: tuple[tuple[tuple[str, int, int], ...], ...]
 
     def to(self, device: torch.device) -> Batch:
         layout = Layout(self.layout.document_BT.to(device), self.layout.branch_BT.to(device))
         moved = (self.tokens.to(device), self.positions.to(device), layout, self.target.to(device))
-        return Batch(*moved, self.kind.to(device), self.stretches)
+        return Batch(*moved, self.kind.to(device), self.branches)
 
 
-def text_units(record: str, ids: np.ndarray, block: int) -> list[Unit]:
-    """A text as units of at most `block` tokens. Every token but the first is a target exactly once."""
-    units = []
+def text_documents(record: str, ids: np.ndarray, block: int) -> list[Document]:
+    """A text as documents of at most `block` tokens. Every token but the first is a target exactly once."""
+    documents = []
     for start in range(0, len(ids) - 1, block):
         part = ids[start : start + block + 1]
         n = len(part) - 1
         zeros, ones = np.zeros(n, np.int64), np.full(n, ANSWER)
-        stretches = ((record, start, n),)
-        units.append(Unit(record, part[:-1], np.arange(n), zeros, part[1:], ones, stretches))
-    return units
+        branches = ((record, start, n),)
+        documents.append(Document(record, part[:-1], np.arange(n), zeros, part[1:], ones, branches))
+    return documents
 
 
-def note_unit(record: str, pieces: Sequence[np.ndarray], loss_on: str = "answer", note_loss: bool = False) -> Unit:
+def note_document(
+    record: str, texts: Sequence[np.ndarray], loss_on: str = "answer", note_loss: bool = False
+) -> Document:
     """A note once, with all of its questions as branches."""
-    trunk, n = pieces[0], len(pieces[0])
+    prefix, n = texts[0], len(texts[0])
     target, kind = np.full(n, IGNORE), np.zeros(n, np.int64)
     if n > 1 and (note_loss or loss_on == "all"):
-        target[:-1], kind[:-1] = trunk[1:], NOTE if note_loss else ANSWER
-    columns = [(trunk, np.arange(n), np.zeros(n, np.int64), target, kind)]
-    stretches = [(record, 0, n)] if n else []
-    for number, (prompt, answer) in enumerate(zip(pieces[1::2], pieces[2::2], strict=True), start=1):
+        target[:-1], kind[:-1] = prefix[1:], NOTE if note_loss else ANSWER
+    columns = [(prefix, np.arange(n), np.zeros(n, np.int64), target, kind)]
+    branches = [(record, 0, n)] if n else []
+    for number, (prompt, answer) in enumerate(zip(texts[1::2], texts[2::2], strict=True), start=1):
         columns.append(branch_columns(prompt, answer, n, number, loss_on))
-        stretches.append((record, number, len(columns[-1][0])))
+        branches.append((record, number, len(columns[-1][0])))
     tokens, positions, branch, target, kind = (np.concatenate(column) for column in zip(*columns, strict=True))
-    return Unit(record, tokens, positions, branch, target, kind, tuple(stretches))
+    return Document(record, tokens, positions, branch, target, kind, tuple(branches))
 
 
 def branch_columns(prompt: np.ndarray, answer: np.ndarray, start: int, number: int, loss_on: str) -> tuple:
@@ -112,64 +114,62 @@ def branch_columns(prompt: np.ndarray, answer: np.ndarray, start: int, number: i
     return whole[:-1], np.arange(start, start + m), np.full(m, number), target, kind
 
 
-def question_units(
-    record: str, pieces: Sequence[np.ndarray], loss_on: str = "answer", note_loss: bool = False
-) -> list[Unit]:
-    """The same questions, each in a unit of its own that repeats the note (its own loss then counts once each)."""
-    units = []
-    for number in range(1, len(pieces) // 2 + 1):
-        alone = note_unit(record, [pieces[0], *pieces[2 * number - 1 : 2 * number + 1]], loss_on, note_loss)
-        stretches = tuple((record, number if branch else 0, length) for _, branch, length in alone.stretches)
-        units.append(Unit(record, alone.tokens, alone.positions, alone.branch, alone.target, alone.kind, stretches))
-    return units
+def question_documents(
+    record: str, texts: Sequence[np.ndarray], loss_on: str = "answer", note_loss: bool = False
+) -> list[Document]:
+    """The same questions, each in a document of its own that repeats the note (its own loss then counts once each)."""
+    documents = []
+    for number in range(1, len(texts) // 2 + 1):
+        alone = note_document(record, [texts[0], *texts[2 * number - 1 : 2 * number + 1]], loss_on, note_loss)
+        branches = tuple((record, number if branch else 0, length) for _, branch, length in alone.branches)
+        documents.append(replace(alone, branches=branches))
+    return documents
 
 
 def pack(lengths: np.ndarray, block: int, window: int = 1024) -> list[list[int]]:
-    """Which units share a row of at most `block` tokens: best fit, longest first, within windows of the order.
+    """Which documents share a row of at most `block` tokens: best fit, longest first, within windows of the order.
 
-    Nothing is cut and nothing is dropped. Windows keep the cost linear; units of one row lie near each other.
+    Nothing is cut and nothing is dropped. Windows keep the cost linear; documents of one row lie near each other.
     """
     rows: list[list[int]] = []
     for start in range(0, len(lengths), window):
         part = np.arange(start, min(start + window, len(lengths)))
         free: list[int] = []
         held: list[list[int]] = []
-        for unit in part[np.argsort(-lengths[part], kind="stable")]:
-            size = int(lengths[unit])
+        for document in part[np.argsort(-lengths[part], kind="stable")]:
+            size = int(lengths[document])
             fits = [(left, row) for row, left in enumerate(free) if left >= size]
             if fits:
                 _, row = min(fits)
-                held[row].append(int(unit))
+                held[row].append(int(document))
                 free[row] -= size
             else:
-                held.append([int(unit)])
+                held.append([int(document)])
                 free.append(block - size)
         rows += held
     return rows
 
 
-def collate(rows: Sequence[Row], pad_to: int = 1) -> Batch:
-    """Rows side by side, padded to the longest (rounded up to a multiple of `pad_to`)."""
+def collate(rows: Sequence[Row]) -> Batch:
+    """Rows side by side, padded to the longest."""
     longest = max(max((len(row) for row in rows), default=0), 1)
-    shape = (len(rows), -(-longest // pad_to) * pad_to)
-    tokens, positions, branch, kind = (torch.zeros(shape, dtype=torch.int64) for _ in range(4))
-    document, target = torch.full(shape, -1), torch.full(shape, IGNORE)
+    shape = (len(rows), longest)
+    names = ("tokens", "positions", "branch", "target", "kind")
+    columns = {name: torch.zeros(shape, dtype=torch.int64) for name in names}
+    columns["target"].fill_(IGNORE)
+    document_BT = torch.full(shape, -1)
     for r, row in enumerate(rows):
         start = 0
-        for number, unit in enumerate(row.units):
-            part = slice(start, start + len(unit.tokens))
-            for into, values in (
-                (tokens, unit.tokens),
-                (positions, unit.positions),
-                (branch, unit.branch),
-                (target, unit.target),
-                (kind, unit.kind),
-            ):
-                into[r, part] = torch.from_numpy(np.ascontiguousarray(values, dtype=np.int64))
-            document[r, part] = number
+        for number, document in enumerate(row.documents):
+            part = slice(start, start + len(document.tokens))
+            for name in names:
+                values = np.ascontiguousarray(getattr(document, name), dtype=np.int64)
+                columns[name][r, part] = torch.from_numpy(values)
+            document_BT[r, part] = number
             start = part.stop
-    stretches = tuple(tuple(s for unit in row.units for s in unit.stretches) for row in rows)
-    return Batch(tokens, positions, Layout(document, branch), target, kind, stretches)
+    layout = Layout(document_BT, columns["branch"])
+    branches = tuple(tuple(each for document in row.documents for each in document.branches) for row in rows)
+    return Batch(columns["tokens"], columns["positions"], layout, columns["target"], columns["kind"], branches)
 
 
 def order(seed: int, step: int, rows: int, batch: int) -> list[int]:

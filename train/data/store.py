@@ -2,8 +2,8 @@
 
 A store is a folder: `manifest.json` (what it was made from: hashes of sources and tokenizer, the encoding's options,
 counts), `rejects.jsonl` (file, line and reason of each bad record), and for each shard `N.tokens.npy` (ids),
-`N.pieces.npy` (where each piece of tokens ends) and `N.records.npy` (where each record's pieces end), `N.names.json`.
-Nothing of it has to fit into memory but the piece lengths of one look-up.
+`N.texts.npy` (where each text of tokens ends) and `N.records.npy` (where each record's texts end), `N.names.json`.
+Nothing of it has to fit into memory but the text lengths of one look-up.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import json
 import multiprocessing
 import os
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -30,7 +30,7 @@ from model.support.files import (
     write_json,
     write_jsonl,
 )
-from train.data.records import Pieces, document_pieces, note_pieces
+from train.data.records import Texts, document_texts, note_texts
 
 SHARD = 20_000  # records a shard
 REJECTS = 0.01  # more bad records than this share stop the run
@@ -53,8 +53,8 @@ class Encoding:
 
         tokenizer = Tokenizer.from_pretrained(self.tokenizer)
         if self.stage == "pretrain":
-            return document_pieces(tokenizer)
-        return note_pieces(tokenizer, self.template, self.tasks, self.append_eos, self.empty_kept)
+            return document_texts(tokenizer)
+        return note_texts(tokenizer, self.template, self.tasks, self.append_eos, self.empty_kept)
 
 
 def build_store(
@@ -70,7 +70,7 @@ def build_store(
     Records that cannot be used go to rejects.jsonl; more than 1 % of them raise a UserError that names the first, and
     so do more than half of those read so far: such a file is of the other stage, and need not be read to its end.
     `limit` takes the first so many records; `workers` processes share the work (0: as many as there are CPUs);
-    `identity` is what identity_of said already (None: the files are hashed here).
+    `identity` is what identity_of gave (None: the files are hashed here).
     """
     out = Path(out)
     identity = identity or identity_of(files, encoding, limit)
@@ -81,15 +81,12 @@ def build_store(
         records = sum(shard["records"] for shard in shards)
         check_rejects(rejects, records, out)
         write_jsonl(folder / "rejects.jsonl", rejects)
-        tokens = sum(shard["tokens"] for shard in shards)
-        manifest = {
-            "identity": identity,
-            "shards": shards,
+        counts = {
             "records": records,
-            "tokens": tokens,
+            "tokens": sum(shard["tokens"] for shard in shards),
             "rejects": len(rejects),
         }
-        write_json(folder / "manifest.json", manifest)
+        write_json(folder / "manifest.json", {"identity": identity, "shards": shards, **counts})
     return TokenStore(out)
 
 
@@ -99,13 +96,9 @@ def identity_of(files: Sequence[str], encoding: Encoding, limit: int) -> dict[st
         if not Path(file).is_file():
             raise UserError(f"{file}: no such file")
     return {
+        **asdict(encoding),
         "sources": {str(file): sha256_file(file) for file in files},
         "tokenizer": tokenizer_hash(encoding.tokenizer),
-        "stage": encoding.stage,
-        "template": encoding.template,
-        "tasks": encoding.tasks,
-        "append_eos": encoding.append_eos,
-        "empty_kept": encoding.empty_kept,
         "limit": limit,
     }
 
@@ -157,25 +150,25 @@ def encode_shard(
     encoding: Encoding, folder: Path, number: int, lines: Sequence[tuple[str, int, bytes]]
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
     encode = encoding.encoder()
-    tokens: Pieces = []
-    piece_ends, record_ends, names, rejects = [0], [0], [], []
+    tokens: Texts = []
+    text_ends, record_ends, names, rejects = [0], [0], [], []
     for file, line_number, line in lines:
         try:
             record = parse_json_line(file, line_number, line, ("id",))
-            pieces = encode(record)
+            texts = encode(record)
         except (ValueError, KeyError, TypeError, AttributeError) as error:  # UserError is a ValueError
             reason = f"{type(error).__name__}: lacks {error}" if isinstance(error, KeyError) else str(error)
             rejects.append({"file": file, "line": line_number, "reason": reason})
             continue
-        for piece in pieces:
-            tokens.append(piece)
-            piece_ends.append(piece_ends[-1] + len(piece))
-        record_ends.append(record_ends[-1] + len(pieces))
+        for text in texts:
+            tokens.append(text)
+            text_ends.append(text_ends[-1] + len(text))
+        record_ends.append(record_ends[-1] + len(texts))
         names.append(str(record["id"]))
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
     narrow = np.uint16 if len(flat) == 0 or flat.max() < 2**16 else np.uint32
     np.save(folder / f"{number}.tokens.npy", flat.astype(narrow))
-    np.save(folder / f"{number}.pieces.npy", np.asarray(piece_ends, np.int64))
+    np.save(folder / f"{number}.texts.npy", np.asarray(text_ends, np.int64))
     np.save(folder / f"{number}.records.npy", np.asarray(record_ends, np.int64))
     (folder / f"{number}.names.json").write_text(json.dumps(names), encoding="utf-8")
     return {"records": len(names), "tokens": len(flat), "largest": int(flat.max(initial=0))}, rejects
@@ -189,12 +182,12 @@ def check_rejects(rejects: list[dict[str, Any]], good: int, out: Path) -> None:
         where = "" if worst["reason"].startswith(worst["file"]) else f"{worst['file']}:{worst['line']}: "
         raise UserError(
             f"{where}{worst['reason']}; {len(rejects)} of {good + len(rejects)} records read "
-            f"cannot be used, more than 1 %: mend the file ({listed} lists them)"
+            f"cannot be used, more than 1 %: correct the file ({listed} lists them)"
         )
 
 
 class TokenStore:
-    """A store opened for reading. `store[i]` gives record i's (name, pieces)."""
+    """A store opened for reading. `store[i]` gives record i's (name, texts)."""
 
     def __init__(self, path: str | Path) -> None:
         self.path = Path(path)
@@ -210,33 +203,28 @@ class TokenStore:
         if number not in self.shards:
             while len(self.shards) >= OPEN:
                 self.shards.pop(next(iter(self.shards)))
+            names = ("tokens", "texts", "records")
             try:
-                arrays = [
-                    np.load(self.path / f"{number}.{kind}.npy", mmap_mode="r")
-                    for kind in ("tokens", "pieces", "records")
-                ]
-                names = json.loads((self.path / f"{number}.names.json").read_text("utf-8"))
+                arrays = [np.load(self.path / f"{number}.{name}.npy", mmap_mode="r") for name in names]
+                records = json.loads((self.path / f"{number}.names.json").read_text("utf-8"))
             except (ValueError, EOFError, OSError) as error:
-                raise UserError(
-                    f"{self.path}: shard {number} is damaged; remove this folder, and the run that made it "
-                    "tokenises again"
-                ) from error
-            self.shards[number] = (*arrays, names)
+                raise UserError(f"{self.path}: shard {number} is corrupt; remove this folder and run again") from error
+            self.shards[number] = (*arrays, records)
         return self.shards[number]
 
-    def __getitem__(self, index: int) -> tuple[str, Pieces]:
+    def __getitem__(self, index: int) -> tuple[str, Texts]:
         number = int(np.searchsorted(self.first, index, side="right")) - 1
-        tokens, pieces, records, names = self.shard(number)
+        tokens, texts, records, names = self.shard(number)
         local = index - int(self.first[number])
-        ends = pieces[records[local] : records[local + 1] + 1]
+        ends = texts[records[local] : records[local + 1] + 1]
         found = [np.asarray(tokens[a:b], dtype=np.int64) for a, b in itertools.pairwise(ends)]
         return names[local], found
 
-    def piece_lengths(self) -> list[list[int]]:
-        """The lengths of every record's pieces."""
+    def text_lengths(self) -> list[list[int]]:
+        """The lengths of every record's texts."""
         lengths = []
         for number in range(len(self.manifest["shards"])):
-            _, pieces, records, _ = self.shard(number)
-            sizes = np.diff(pieces).tolist()
+            _, texts, records, _ = self.shard(number)
+            sizes = np.diff(texts).tolist()
             lengths += [sizes[a:b] for a, b in itertools.pairwise(records.tolist())]
         return lengths

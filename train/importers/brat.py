@@ -36,7 +36,7 @@ class Options:
     out: Path
     """JSON-lines file to write."""
     types: tuple[str, ...] = ()
-    """Entity types and what they are, as TYPE=phenotype, TYPE=diagnosis, or TYPE= to pass a type over."""
+    """Entity types and what they are, as TYPE=phenotype, TYPE=diagnosis, or TYPE= to ignore a type."""
     overwrite: bool = False
     """Replace a file that is there."""
 
@@ -48,22 +48,24 @@ class Options:
 
 @dataclass(frozen=True)
 class Entity:
+    """A line of an .ann file; `where` names the file and line for errors."""
+
     where: str
     name: str
     type: str
     spans: tuple[tuple[int, int], ...]
-    said: str
+    text: str
 
-    def fits(self, text: str) -> bool:
-        inside = all(0 <= start < end <= len(text) for start, end in self.spans)
-        return inside and self.words(text) == self.said.split()
+    def fits(self, note: str) -> bool:
+        inside = all(0 <= start < end <= len(note) for start, end in self.spans)
+        return inside and self.words(note) == self.text.split()
 
-    def words(self, text: str) -> list[str]:
-        return " ".join(text[start:end] for start, end in self.spans).split()
+    def words(self, note: str) -> list[str]:
+        return " ".join(note[start:end] for start, end in self.spans).split()
 
-    def answer(self, text: str) -> Record:
-        words, start, end = self.words(text), self.spans[0][0], self.spans[-1][1]
-        if words == text[start:end].split():
+    def answer(self, note: str) -> Record:
+        words, start, end = self.words(note), self.spans[0][0], self.spans[-1][1]
+        if words == note[start:end].split():
             return {"text": " ".join(words), "start": start, "end": end}
         return {"text": " ".join(words), "start": None, "end": None, "fragments": [list(span) for span in self.spans]}
 
@@ -84,30 +86,24 @@ def entities(path: Path, notices: Counter[str]) -> list[Entity]:
 
 
 def annotated(path: Path, found: list[Entity], notices: Counter[str]) -> str:
-    """The text that the offsets are of: the file's as it is, else with "\\n" for "\\r\\n", else without its byte order
-    mark."""
+    """The text that the offsets are of: the file's, or with "\\n" for "\\r\\n", or without its byte order mark."""
     raw = read_text(path, keep_mark=True)
-    for text in dict.fromkeys(
-        (raw, raw.replace("\r\n", "\n"), raw.removeprefix("\ufeff"), raw.replace("\r\n", "\n").removeprefix("\ufeff"))
-    ):
+    unix = raw.replace("\r\n", "\n")
+    for text in (raw, unix, raw.removeprefix("\ufeff"), unix.removeprefix("\ufeff")):
         if all(entity.fits(text) for entity in found):
             notices[LINE_ENDS] += text.count("\r") < raw.count("\r")
             notices[MARK] += raw[:1] == "\ufeff" != text[:1]
             return text
     wrong = next(entity for entity in found if not entity.fits(raw))
-    raise UserError(
-        f"{wrong.where}: {wrong.name} does not stand at its offsets; is {path} the text that was annotated?"
-    )
+    raise UserError(f"{wrong.where}: {wrong.name} is not the text at its offsets; is {path} what was annotated?")
 
 
 def pairs(folder: Path) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
-    """(text, annotation) of every name that has both, and the folder's other files by what they are."""
+    """(text, annotation) of every name that has both, and the folder's other files by kind."""
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
-    seen = {
-        end: {path.with_suffix(""): path for path in files if path.suffix.lower() == end and path.name[0] != "."}
-        for end in (".txt", ".ann")
-    }
-    texts, annotations = seen.values()
+    visible = [path for path in files if path.name[0] != "."]
+    texts = {path.with_suffix(""): path for path in visible if path.suffix.lower() == ".txt"}
+    annotations = {path.with_suffix(""): path for path in visible if path.suffix.lower() == ".ann"}
     both = [(path, annotations[name]) for name, path in texts.items() if name in annotations]
     groups = {
         "texts without an .ann": [path.name for name, path in texts.items() if name not in annotations],
@@ -119,7 +115,7 @@ def pairs(folder: Path) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
 
 
 def records(folder: Path, types: dict[str, str], notices: Counter[str] | None = None) -> list[Record]:
-    """One record a text, in the order of their names; `notices` counts what was not read or read in another way."""
+    """One record a text, in the order of their names; `notices` counts what was not read or was read differently."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     both, _ = pairs(folder)
@@ -140,7 +136,7 @@ def records(folder: Path, types: dict[str, str], notices: Counter[str] | None = 
                 kind = label(spelled, f"{entity.where} (or say what it is: --types {entity.type}=…)")
             one = entity.answer(text)
             if kind == "diagnosis":
-                code = diagnosis(one["text"], f"{entity.where} (or pass its type over: --types {entity.type}=)")
+                code = diagnosis(one["text"], f"{entity.where} (or ignore its type: --types {entity.type}=)")
                 if record.setdefault("diagnosis", code) != code:
                     record.setdefault("further_diagnoses", []).append(code)
             elif kind:

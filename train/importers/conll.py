@@ -61,9 +61,8 @@ def records(path: Path, size: int = 3) -> Iterator[Record]:
     """Question records of groups of `size` sentences of a document. Raises UserError naming file and line for what is
     not IOB."""
     documents = read_iob(path)
-    types = sorted(
-        {tag[2:] or "entity" for sentences in documents for one in sentences for _, tag in one if tag != "O"}
-    )
+    tags = {tag for sentences in documents for sentence in sentences for _, tag in sentence}
+    types = sorted({tag[2:] or "entity" for tag in tags - {"O"}})
     if not types:
         raise UserError(f"{path}: marks no entity; the last column has to hold tags such as B-Disease, I-Disease and O")
     groups = (sentences[at : at + size] for sentences in documents for at in range(0, len(sentences), size))
@@ -102,10 +101,7 @@ def read_iob(path: Path) -> list[list[Sentence]]:
             documents[-1][-1].append((parts[0], parts[-1]))
         elif not line.startswith("#"):
             cause = f"{len(parts)} columns where the first token has {width}" if len(parts) != width else "no such tag"
-            raise UserError(
-                f"{path}:{number}: not a token and its tag ({cause}); tags are O, B-TYPE, I-TYPE and those "
-                "of BIOES or BILOU, and tabs divide the columns of tokens with spaces"
-            )
+            raise UserError(f"{path}:{number}: not a token and its tag ({cause}); tags are IO, BIO, BIOES or BILOU")
     return [[sentence for sentence in sentences if sentence] for sentences in documents]
 
 
@@ -125,7 +121,7 @@ def group(sentences: Sequence[Sequence[Token]]) -> tuple[str, list[tuple[int, in
 
 
 def spaced(before: str, token: str, text: str) -> bool:
-    """Whether print puts a space between two tokens. A quotation mark opens where an even number stand before it."""
+    """Whether a space is printed between two tokens. A quotation mark opens after an even number of them."""
     if token in CLOSES or before in OPENS:
         return False
     if '"' in (token, before):

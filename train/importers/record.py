@@ -19,7 +19,7 @@ Record = dict[str, Any]
 
 
 def read_text(path: Path, keep_mark: bool = False) -> str:
-    """A file's text as it is, line ends included; with `keep_mark` a byte order mark at its beginning too."""
+    """A file's text unchanged, line ends included; with `keep_mark` a byte order mark too."""
     check_regular(path)
     try:
         return path.read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
@@ -56,20 +56,14 @@ def diagnosis(answer: str, where: str) -> Record:
     found = {canonical(answer[start:end]) or answer[start:end]: (start, end) for start, end in written(answer)}
     if len(found) > 1:
         raise UserError(f"{where}: the diagnosis holds several codes ({', '.join(found)}); give one")
-    for code, (start, end) in found.items():
+    if found:
+        code, (start, end) = found.popitem()
         if canonical(code) is None:
-            raise UserError(
-                f"{where}: {code} is not an ICD-10-CM code of C00-D49 (release of April 2026); leave the "
-                "row out, or correct the code"
-            )
+            raise UserError(f"{where}: {code} is not an ICD-10-CM code of C00-D49 (release of April 2026); correct it")
         return {"text": _without(answer, start, end) or describe(code), "code": code}
-    exact = described(answer)
-    if not exact:
-        raise UserError(
-            f"{where}: the diagnosis holds no ICD-10-CM code of C00-D49, and is no code's description; "
-            "write it as 'description (code)'"
-        )
-    return {"text": answer.strip(" ."), "code": exact[0]}
+    if exact := described(answer):
+        return {"text": answer.strip(" ."), "code": exact[0]}
+    raise UserError(f"{where}: the diagnosis holds no ICD-10-CM code of C00-D49; write it as 'description (code)'")
 
 
 def _without(text: str, start: int, end: int) -> str:
@@ -84,34 +78,34 @@ def _without(text: str, start: int, end: int) -> str:
 
 
 def write(
-    made: list[Record], out: Path, overwrite: bool, notices: Mapping[str, int] | None = None, more: str = ""
+    records: list[Record], out: Path, overwrite: bool, notices: Mapping[str, int] | None = None, unread: str = ""
 ) -> None:
-    """Write the records and say their number, what training cannot learn to copy, and what was not read."""
+    """Write the records and print their number, what training cannot learn to copy, and what was not read."""
     with output(out, overwrite):
-        write_jsonl(out, made)
+        write_jsonl(out, records)
     counted = [f"{count} {what}" for what, count in (notices or {}).items() if count]
-    print(f"{out}: {'; '.join(filter(None, (remarks(made), *counted, more)))}")
+    print(f"{out}: {'; '.join(filter(None, (remarks(records), *counted, unread)))}")
 
 
-def remarks(made: list[Record]) -> str:
-    counts: Counter[str] = Counter()
-    for record in made:
-        given = [(PHENOTYPES[name].values, many) for name, many in record.get("phenotypes", {}).items()]
-        given += [((), one["answers"]) for one in record.get("questions", ())]
-        for values, answers in given:
+def remarks(records: list[Record]) -> str:
+    """The counts of records, answers and questions, and of answers that training or scoring treats differently."""
+    counts = Counter({"answers": 0, "questions not relevant": 0, "diagnoses": 0})
+    for record in records:
+        asked = [(PHENOTYPES[name].values, answers) for name, answers in record.get("phenotypes", {}).items()]
+        asked += [((), question["answers"]) for question in record.get("questions", ())]
+        for closed_list, answers in asked:
             counts["questions not relevant"] += not answers
-            for one in answers:
+            for answer in answers:
+                text, fragments = answer["text"], "fragments" in answer
+                not_found = not closed_list and answer["start"] is None and not fragments
                 counts["answers"] += 1
-                counts["answers in fragments"] += "fragments" in one
-                if values:
-                    counts["answers are not of their phenotype's closed list"] += one["text"] not in values
-                elif one["start"] is None and "fragments" not in one:
-                    counts["answers stand nowhere in their text"] += 1
-                counts["answers hold the separator of answers and score as several"] += (
-                    len(parse_answer(one["text"])) > 1
+                counts["answers in fragments"] += fragments
+                counts["answers are not of their phenotype's closed list"] += (
+                    closed_list != () and text not in closed_list
                 )
+                counts["answers are not in their text"] += not_found
+                counts["answers hold the separator of answers and score as several"] += len(parse_answer(text)) > 1
         counts["diagnoses"] += "diagnosis" in record
         counts["further diagnoses, not asked for"] += len(record.get("further_diagnoses", ()))
-    always = ", ".join(f"{counts.pop(name, 0)} {name}" for name in ("answers", "questions not relevant", "diagnoses"))
-    rest = [f"{count} {name}" for name, count in counts.items() if count]
-    return "; ".join([f"{len(made)} records, {always}", *rest])
+    always = ", ".join(f"{counts.pop(name)} {name}" for name in ("answers", "questions not relevant", "diagnoses"))
+    return "; ".join([f"{len(records)} records, {always}", *(f"{n} {name}" for name, n in counts.items() if n)])

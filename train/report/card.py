@@ -11,6 +11,7 @@ from __future__ import annotations
 import hashlib
 import json
 import platform
+import resource
 import subprocess
 import sys
 from dataclasses import asdict, replace
@@ -21,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from model.support.files import atomic_file, sha256_file, write_json
-from model.support.hardware import product_rate
+from model.support.hardware import max_resident_mb, product_rate
 from train.report.plan import SHEETS, Load, arithmetic
 
 if TYPE_CHECKING:
@@ -107,14 +108,8 @@ def sheet_peak(name: str) -> float | None:
 def code_version(root: Path) -> dict[str, Any]:
     """{"hash"} of the programs that train, with {"commit", "dirty"} in a git checkout, else {"version"}."""
     held: dict[str, Any] = {"hash": code_hash(root)}
-    top, commit, changed = (
-        git(root, *words)
-        for words in (
-            ("rev-parse", "--show-toplevel"),
-            ("rev-parse", "HEAD"),
-            ("status", "--porcelain", "--untracked-files=no"),
-        )
-    )
+    commands = ("rev-parse --show-toplevel", "rev-parse HEAD", "status --porcelain --untracked-files=no")
+    top, commit, changed = (git(root, *command.split()) for command in commands)
     if top is None or commit is None or Path(top).resolve() != root.resolve():
         return held | {"version": version("cancerllm-reference")}
     return held | {"commit": commit, "dirty": bool(changed)}
@@ -122,14 +117,14 @@ def code_version(root: Path) -> dict[str, Any]:
 
 def git(root: Path, *words: str) -> str | None:
     try:
-        said = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=60)
+        done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
         return None
-    return said.stdout.strip() if said.returncode == 0 else None
+    return done.stdout.strip() if done.returncode == 0 else None
 
 
 def code_hash(root: Path = ROOT) -> str:
-    """Of the programs that train: ranks on several machines may have been started from different checkouts."""
+    """A hash of the programs that train, by which ranks compare their checkouts."""
     files = sorted(file for package in ("model", "lora", "infer", "train") for file in (root / package).rglob("*.py"))
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()[:16]
 
@@ -145,10 +140,7 @@ def peak_memory(device: torch.device) -> int:
     """Bytes: the GPU's peak allocation, or the process's peak resident memory."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    import resource
-
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
+    return int(max_resident_mb(resource.getrusage(resource.RUSAGE_SELF)) * 2**20)
 
 
 def device_name(device: torch.device) -> str:
@@ -170,5 +162,5 @@ def draw_losses(out: Path) -> None:
         axes.plot([line["step"] for line in held], [line["valid_loss"] for line in held], "o-", label="held out")
     axes.grid(alpha=0.2)
     axes.legend(frameon=False)
-    with atomic_file(out / "loss.png") as beside:
-        figure.savefig(beside, format="png", dpi=120)
+    with atomic_file(out / "loss.png") as temporary:
+        figure.savefig(temporary, format="png", dpi=120)

@@ -6,7 +6,7 @@
 Sizes of weights and adapters are those of the model built without memory (meta tensors). Activations are counted from
 what each block keeps for its backward pass (fast.py; model/transformer.py where dropout, full training or experts need
 the plain block), for the micro-batch of longest rows. Time is arithmetic over the rate that is reached: the device's
-peak times `--mfu`, which is an assumption on a GPU and is said to be one. `python -m eval.bench plan` holds the memory
+peak times `--mfu`, which is an assumption on a GPU and is marked as one. `python -m eval.bench plan` holds the memory
 against measured runs.
 """
 
@@ -270,7 +270,9 @@ def device(options: Options) -> tuple[float, float, float, str]:
     return size, peak, options.mfu or GPU_SHARE, f"of {peak / 1e12:.0f} TFLOP/s (an assumption; --mfu)"
 
 
-def remedies(config: ModelConfig, recipe: Recipe, options: Options, load: Load, room: float) -> list[dict[str, Any]]:
+def remedies(
+    config: ModelConfig, recipe: Recipe, options: Options, load: Load, available: float
+) -> list[dict[str, Any]]:
     """Changes that cost least first, each with the total that it leads to, until one fits."""
     changes: list[tuple[str, dict[str, Any], int]] = []
     if recipe.micro_rows > 1:
@@ -288,8 +290,8 @@ def remedies(config: ModelConfig, recipe: Recipe, options: Options, load: Load, 
         total = total_bytes(
             memory(config, so_far, gpus, load.longest, targets_of(load, so_far), options.gpu == "cpu"), options.gpu
         )
-        made.append({"change": what, "total_gb": total / 1e9, "fits": total <= room})
-        if total <= room:
+        made.append({"change": what, "total_gb": total / 1e9, "fits": total <= available})
+        if total <= available:
             break
     return made
 
@@ -315,7 +317,7 @@ def plan(options: Options) -> dict[str, Any]:
         asks = {"template", "share_prefix", "tasks", "loss_on", "append_eos", "note_loss"} & raw.keys()
         stage = "instruct" if asks or "instruct" in Path(options.recipe).stem else "pretrain"
     config, load = find_config(options, recipe), find_load(options, recipe, stage)
-    room, peak, share, basis = device(options)
+    available, peak, share, basis = device(options)
     parts = memory(config, recipe, options.gpus, load.longest, targets_of(load, recipe), options.gpu == "cpu")
     total = total_bytes(parts, options.gpu)
     passes = recipe.steps * recipe.batch_rows / load.rows if recipe.steps else recipe.epochs
@@ -329,8 +331,8 @@ def plan(options: Options) -> dict[str, Any]:
         "data": asdict(load),
         "bytes": {**parts, **({"context (assumed)": GPU_CONTEXT} if options.gpu != "cpu" else {})},
         "total_bytes": total,
-        "room_bytes": room,
-        "fits": total <= room,
+        "available_bytes": available,
+        "fits": total <= available,
         "steps": recipe.steps or max(1, round(recipe.epochs * load.rows / recipe.batch_rows)),
         "tokens": load.tokens * passes,
         "flops": flops,
@@ -338,7 +340,7 @@ def plan(options: Options) -> dict[str, Any]:
         "mfu_basis": basis,
         "seconds": seconds,
         "tokens_per_second": load.tokens * passes / seconds,
-        "remedies": [] if total <= room else remedies(config, recipe, options, load, room),
+        "remedies": [] if total <= available else remedies(config, recipe, options, load, available),
     }
 
 
@@ -351,7 +353,10 @@ def shown(found: dict[str, Any]) -> str:
     ]
     lines += [f"  {name:20} {size / 1e9:8.3f}" for name, size in found["bytes"].items()]
     verdict = "fits" if found["fits"] else "DOES NOT FIT"
-    lines += [f"  {'total':20} {found['total_bytes'] / 1e9:8.3f}   of {found['room_bytes'] / 1e9:.1f}: {verdict}", ""]
+    lines += [
+        f"  {'total':20} {found['total_bytes'] / 1e9:8.3f}   of {found['available_bytes'] / 1e9:.1f}: {verdict}",
+        "",
+    ]
     hours = found["seconds"] / 3600
     time = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
     lines.append(

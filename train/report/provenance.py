@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections import Counter
-from dataclasses import MISSING, dataclass, fields
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
@@ -50,11 +50,11 @@ def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
     tokens: Counter[str] = Counter()
     targets: Counter[str] = Counter()
     for index in order(recipe.seed, step - 1, len(rows), recipe.batch_rows):
-        for unit in rows[index].units:
+        for document in rows[index].documents:
             start = 0
-            for name, _, length in unit.stretches:
+            for name, _, length in document.branches:
                 tokens[name] += length
-                targets[name] += int((unit.kind[start : start + length] == ANSWER).sum())
+                targets[name] += int((document.kind[start : start + length] == ANSWER).sum())
                 start += length
     counted = taken[step] - taken.get(step - 1, 0)
     if counted != sum(tokens.values()):
@@ -86,9 +86,9 @@ def recorded(folder: Path) -> tuple[Recipe, str, dict[str, Any]]:
         and card.get("stage") in ("pretrain", "instruct")
     ):
         raise UserError(f"{where}: not the card of a training run; give the folder that a recipe calls out")
-    known = {each.name: {} if each.default is MISSING else each.default for each in fields(Recipe)}
-    held = {key: checked(value, known[key], f"{where}: {key}") for key, value in card["recipe"].items() if key in known}
-    return Recipe(**held | {"out": str(folder)}), card["stage"], card["data"]
+    known = {each.name for each in fields(Recipe)}
+    options = {key: checked(key, value, str(where)) for key, value in card["recipe"].items() if key in known}
+    return Recipe(**options | {"out": str(folder)}), card["stage"], card["data"]
 
 
 def main(options: Options) -> int:

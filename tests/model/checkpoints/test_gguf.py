@@ -1,4 +1,4 @@
-"""GGUF files: written by the public package, read under transformers' names; damaged ones refused in one line."""
+"""GGUF files: written by the public package, read under transformers' names; corrupt ones refused in one line."""
 
 import struct
 

@@ -1,4 +1,4 @@
-"""safetensors from strangers: what is whole reads bit for bit, what lies is refused before a tensor is read."""
+"""untrusted safetensors: whole files read bit for bit, contradictory ones are refused before a tensor is read."""
 
 import json
 import warnings

@@ -214,7 +214,7 @@ def test_a_folder_of_one_gguf_gives_its_tokenizer_in_however_many_parts(parts, t
     gguf_file(tmp_path / "m.gguf", "gpt2", "qwen2", [*LETTERS, "</s>"], [*[1] * 256, 3], parts, eos_token_id=256)
     files = sorted(tmp_path.glob("*.gguf"))
     assert len(files) == parts
-    for path in (tmp_path, *files):  # the folder, or any part, stands for the model
+    for path in (tmp_path, *files):  # the folder, or any part, is the model
         tokenizer = Tokenizer.from_pretrained(path)
         assert (tokenizer.vocab_size, tokenizer.eos_id) == (257, 256)
         assert tokenizer.decode(tokenizer.encode("a b")) == "a b"

@@ -14,7 +14,7 @@ from infer.retrieval.index import Options as IndexOptions
 from infer.retrieval.neighbours import Neighbours
 from model.text.tokenizer import Tokenizer
 from train.data.neighbours import Options, main
-from train.data.records import note_pieces
+from train.data.records import note_texts
 
 
 class Bare:
@@ -48,25 +48,25 @@ def test_training_and_inference_build_the_same_prompt(data, tmp_path):
     for record in near:
         assert record["patient"] not in [patients[one["id"]] for one in record["neighbours"]]
     tokenizer = Tokenizer.from_pretrained(tokenizer_folder)
-    encode = note_pieces(tokenizer, "note-first", "diagnosis", True)
+    encode = note_texts(tokenizer, "note-first", "diagnosis", True)
     ask = Asker(Bare(tokenizer), "diagnosis", "template", Limits(), neighbours=Neighbours(Index(tmp_path / "i"), 2))
     for row, record in zip(rows, near, strict=True):
-        trunk, prompt, _ = encode(record)
+        prefix, prompt, _ = encode(record)
         note = Note(row["id"], row["text"], patient=row["patient"])
         bare = ask.prompt(row["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION)
         shown = [text for _, text in ask.neighbours_for(note, row["text"], bare)]
         asked = ask.prompt(row["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, shown)
-        assert shown and [*trunk, *prompt] == asked
+        assert shown and [*prefix, *prompt] == asked
 
 
 def test_only_the_diagnosis_branch_holds_neighbours(data):
     tokenizer = Tokenizer.from_pretrained(data / "tok")
     record = {"id": "a", "text": "A mass.", "phenotypes": {"tumor_size": []}, "diagnosis": {"text": "x", "code": "C1"}}
     with_them = {**record, "neighbours": [{"id": "b", "text": "### Another note: c\n### Its diagnosis: d\n\n"}]}
-    encode = note_pieces(tokenizer, "note-first", "both", True)
+    encode = note_texts(tokenizer, "note-first", "both", True)
     plain, shown = encode(record), encode(with_them)
     assert [list(a) == list(b) for a, b in zip(plain, shown, strict=True)] == [True, True, True, False, True]
     with pytest.raises(ValueError, match="train.data.neighbours"):
         encode({**record, "neighbours": ["c"]})
     with pytest.raises(ValueError, match="note-first only"):
-        note_pieces(tokenizer, "faithful", "both", True)(with_them)
+        note_texts(tokenizer, "faithful", "both", True)(with_them)

@@ -12,8 +12,8 @@ from infer import tasks
 from model.support.cli import UserError
 from model.text.tokenizer import Tokenizer
 from train.data.dataset import Rows
-from train.data.records import note_pieces
-from train.data.rows import ANSWER, IGNORE, collate, count, note_unit
+from train.data.records import note_texts
+from train.data.rows import ANSWER, IGNORE, collate, count, note_document
 from train.data.store import build_store
 from train.distributed.sharding import Ranks
 from train.loss import plain_loss
@@ -37,7 +37,7 @@ def texts(tokenizer, pieces):
 
 
 def test_the_note_comes_first_and_each_answer_ends(tokenizer, record):
-    pieces = note_pieces(tokenizer, "note-first", "both", append_eos=True)(record)
+    pieces = note_texts(tokenizer, "note-first", "both", append_eos=True)(record)
     found = texts(tokenizer, pieces)
     assert found[0] == tasks.prefix(record["text"]) and pieces[0][0] == tokenizer.bos_id
     size = record["phenotypes"]["tumor_size"][0]["text"]
@@ -47,13 +47,13 @@ def test_the_note_comes_first_and_each_answer_ends(tokenizer, record):
 
 
 def test_without_an_end_no_answer_has_one(tokenizer, record):
-    ended, open_ = (note_pieces(tokenizer, "note-first", "both", append_eos=end)(record) for end in (True, False))
+    ended, open_ = (note_texts(tokenizer, "note-first", "both", append_eos=end)(record) for end in (True, False))
     assert [piece[:-1].tolist() for piece in ended[2::2]] == [piece.tolist() for piece in open_[2::2]]
     assert tokenizer.eos_id not in np.concatenate(open_)
 
 
 def test_the_faithful_template_asks_before_the_note(tokenizer, record):
-    pieces = note_pieces(tokenizer, "faithful", "both", append_eos=False)(record)
+    pieces = note_texts(tokenizer, "faithful", "both", append_eos=False)(record)
     found = texts(tokenizer, pieces)
     assert len(pieces[0]) == 0 and all(prompt[0] == tokenizer.bos_id for prompt in pieces[1::2])
     for prompt, phenotype in zip(found[1::2], record["phenotypes"], strict=False):
@@ -64,11 +64,11 @@ def test_the_faithful_template_asks_before_the_note(tokenizer, record):
 
 @pytest.mark.parametrize(("which", "questions"), [("both", 4), ("phenotype", 3), ("diagnosis", 1)])
 def test_the_questions_are_those_of_the_tasks(tokenizer, record, which, questions):
-    assert len(note_pieces(tokenizer, "note-first", which, append_eos=True)(record)) == 1 + 2 * questions
+    assert len(note_texts(tokenizer, "note-first", which, append_eos=True)(record)) == 1 + 2 * questions
 
 
 def test_what_a_record_does_not_hold_is_not_asked_and_what_it_holds_in_another_form_is_named(tokenizer, record):
-    encode = note_pieces(tokenizer, "note-first", "both", append_eos=True)
+    encode = note_texts(tokenizer, "note-first", "both", append_eos=True)
     without = {key: value for key, value in record.items() if key != "diagnosis"}
     assert len(encode(without)) == len(encode(record)) - 2
     for wrong in (7, "C50.9", ["C50.9"], {"text": "Malignant neoplasm of breast"}, {"text": "a", "code": None}):
@@ -81,11 +81,11 @@ def test_what_a_record_does_not_hold_is_not_asked_and_what_it_holds_in_another_f
 
 def test_a_loss_on_all_counts_note_and_prompts_too(notes):
     name, pieces = notes[0]
-    unit = note_unit(name, pieces, loss_on="all")
+    document = note_document(name, pieces, loss_on="all")
     branches = [np.concatenate(pair)[1:] for pair in zip(pieces[1::2], pieces[2::2], strict=True)]
     supervised = np.concatenate([pieces[0][1:], *branches])
-    assert unit.target[unit.target != IGNORE].tolist() == supervised.tolist()
-    assert len(supervised) == len(unit.tokens) - 1, "the note's last token has several successors, so none"
+    assert document.target[document.target != IGNORE].tolist() == supervised.tolist()
+    assert len(supervised) == len(document.tokens) - 1, "the note's last token has several successors, so none"
 
 
 def test_a_recipe_trains_on_its_first_records_and_judges_on_its_first_held_out_rows(options, tmp_path):
@@ -127,7 +127,7 @@ def test_the_held_out_loss_is_the_mean_over_the_answers_of_its_rows(options, tmp
 
 
 def test_switches_reach_the_rows(options, tmp_path):
-    """Every switch of tuning at once, from a recipe to what stands in a row."""
+    """Every switch of tuning at once, from a recipe to the tokens of a row."""
     recipe = as_recipe(
         options,
         out=str(tmp_path),
@@ -142,7 +142,9 @@ def test_switches_reach_the_rows(options, tmp_path):
     rows = Rows(store, recipe, "instruct")
     assert len(rows) == 3 * len(store) and store.manifest["identity"]["template"] == "faithful"
     for row in (rows[i] for i in range(len(rows))):
-        (unit,) = row.units
-        assert (unit.target == np.append(unit.tokens[1:], unit.target[-1])).all() and 257 not in unit.target
+        (document,) = row.documents
+        assert (
+            document.target == np.append(document.tokens[1:], document.target[-1])
+        ).all() and 257 not in document.target
     with pytest.raises(UserError, match="set share_prefix = false"):
         replace(RECIPE, template="faithful", share_prefix=True)

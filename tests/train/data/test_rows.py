@@ -1,4 +1,4 @@
-"""What stands in a row: packed documents do not see each other, order, units, targets."""
+"""What a row holds: packed documents do not see each other, order, documents, targets."""
 
 from dataclasses import replace
 
@@ -13,7 +13,7 @@ from model.support.cli import UserError
 from model.support.init import init_weights
 from model.transformer import Block
 from train.data.dataset import Rows
-from train.data.rows import ANSWER, IGNORE, NOTE, Row, collate, count, order, pack, text_units
+from train.data.rows import ANSWER, IGNORE, NOTE, Row, collate, count, order, pack, text_documents
 from train.fast.block import FastBlock, fast_blocks
 from train.loss import ChunkedCrossEntropy, batch_loss, plain_loss
 
@@ -24,14 +24,14 @@ def leaks(store, packing: str, fast: bool) -> list[float]:
     recipe = replace(RECIPE, packing=packing, block=400)
     rows = Rows(store, recipe, "pretrain")
     made = [rows[i] for i in range(len(rows))]
-    row = max(made, key=lambda row: sum(len(unit.stretches) for unit in row.units))
+    row = max(made, key=lambda row: sum(len(document.branches) for document in row.documents))
     model = tiny(recipe).eval()
     model = fast_blocks(model) if fast else model
     assert {type(block) for block in model.model.layers} == {FastBlock if fast else Block}
     batch, start, found = collate([row]), 0, []
     positions, layout = batch.positions, batch.layout
     before_BTV = model(batch.tokens, positions=positions, layout=layout)
-    for _, _, length in (stretch for unit in row.units for stretch in unit.stretches):
+    for _, _, length in (branch for document in row.documents for branch in document.branches):
         other, own = batch.tokens.clone(), slice(start, start + length)
         other[0, own] = (other[0, own] + 1) % 256
         change_TV = (model(other, positions=positions, layout=layout) - before_BTV)[0].abs()
@@ -53,25 +53,27 @@ def test_faithful_rows_are_full_run_on_and_drop_the_tail(documents):
     rows = Rows(documents, replace(RECIPE, packing="concatenate", block=50), "pretrain")
     flat = np.concatenate([documents[i][1][0] for i in range(len(documents))])
     assert len(rows) == len(flat) // 50
-    assert np.array_equal(np.concatenate([rows[i].units[0].tokens for i in range(len(rows))]), flat[: len(rows) * 50])
-    assert np.array_equal(rows[1].units[0].positions, np.arange(50))
+    assert np.array_equal(
+        np.concatenate([rows[i].documents[0].tokens for i in range(len(rows))]), flat[: len(rows) * 50]
+    )
+    assert np.array_equal(rows[1].documents[0].positions, np.arange(50))
 
 
 @given(st.lists(st.integers(1, 60), min_size=1, max_size=200), st.integers(60, 100), st.integers(1, 64))
 @settings(deadline=None, max_examples=60)
 def test_packing_keeps_every_unit_once_and_no_row_overflows(lengths, block, window):
     rows = pack(np.asarray(lengths), block, window)
-    assert sorted(unit for row in rows for unit in row) == list(range(len(lengths)))
-    assert all(sum(lengths[unit] for unit in row) <= block for row in rows)
+    assert sorted(document for row in rows for document in row) == list(range(len(lengths)))
+    assert all(sum(lengths[document] for document in row) <= block for row in rows)
 
 
 @given(st.integers(2, 90), st.integers(2, 40))
 @settings(deadline=None, max_examples=60)
 def test_every_token_but_the_first_is_a_target_once(length, block):
     ids = np.arange(length)
-    units = text_units("a", ids, block)
-    assert np.concatenate([unit.target for unit in units]).tolist() == list(range(1, length))
-    assert np.concatenate([unit.tokens for unit in units]).tolist() == list(range(length - 1))
+    documents = text_documents("a", ids, block)
+    assert np.concatenate([document.target for document in documents]).tolist() == list(range(1, length))
+    assert np.concatenate([document.tokens for document in documents]).tolist() == list(range(length - 1))
 
 
 @given(st.integers(0, 5), st.integers(1, 30), st.integers(1, 7))
@@ -85,8 +87,8 @@ def test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(notes
     rows = Rows(notes, RECIPE, "instruct")
     for i in range(len(rows)):
         _, pieces = notes[rows.places[rows.held[i][0]][0]]
-        unit = rows[i].units[0]
-        assert unit.target[unit.target != IGNORE].tolist() == np.concatenate(pieces[2::2]).tolist()
+        document = rows[i].documents[0]
+        assert document.target[document.target != IGNORE].tolist() == np.concatenate(pieces[2::2]).tolist()
         assert all(answer[-1] == 257 for answer in pieces[2::2]), "an answer ends in the end-of-text token"
     batch = collate([rows[0], rows[1], Row(())])
     padding = batch.layout.document_BT == -1

@@ -31,7 +31,7 @@ def test_data_of_the_other_stage_is_refused_after_its_first_shard(data, tmp_path
     encoding = Encoding("instruct", str(data / "tok"))
     with pytest.raises(UserError, match="documents.jsonl:1: lacks 'phenotypes'.*; 4 of 4 records read cannot be used"):
         build_store([documents], encoding, tmp_path / "a", workers=1)
-    with pytest.raises(UserError, match="; 14 of 24 records read cannot be used"):  # ten notes stand before them
+    with pytest.raises(UserError, match="; 14 of 24 records read cannot be used"):  # ten notes come before them
         build_store([notes, documents], encoding, tmp_path / "a", workers=1)
 
 
@@ -77,7 +77,7 @@ def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(
     for name in ("0.tokens.npy", "0.names.json"):
         held = (tmp_path / "s" / name).read_bytes()
         (tmp_path / "s" / name).write_bytes(held[:90])
-        with pytest.raises(UserError, match="s: shard 0 is damaged; remove this folder"):
+        with pytest.raises(UserError, match="s: shard 0 is corrupt; remove this folder"):
             TokenStore(tmp_path / "s")[0]
         (tmp_path / "s" / name).write_bytes(held)
 
@@ -104,7 +104,7 @@ def test_two_workers_and_many_shards_hold_what_one_process_writes(data, tmp_path
     assert len(names) == 6 * 4 + 2 and names == sorted(path.name for path in (tmp_path / "2").iterdir())
     assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
     for store in made:
-        assert len(store) == len(one) == 23 and store.piece_lengths() == one.piece_lengths()
+        assert len(store) == len(one) == 23 and store.text_lengths() == one.text_lengths()
         for index in np.random.default_rng(1).permutation(23):
             (name, pieces), (same, others) = store[index], one[index]
             assert name == same and all(np.array_equal(a, b) for a, b in zip(pieces, others, strict=True))

@@ -17,7 +17,7 @@ from model.config import ModelConfig
 from model.mask import Visible
 from model.transformer import Block
 from train.data.dataset import Rows
-from train.data.rows import IGNORE, Row, collate, count, note_unit
+from train.data.rows import IGNORE, Row, collate, count, note_document
 from train.distributed.sharding import Ranks
 from train.fast.attention import SegmentAttend, segments
 from train.fast.block import FastBlock, fast_blocks, matrices, pack_weights, product, training_blocks
@@ -155,7 +155,7 @@ def test_segments_hold_exactly_the_pairs_that_see_each_other(rows, window):
     made = [
         Row(
             tuple(
-                note_unit("a", [np.zeros(n, int), *(np.zeros(k, int) for b in sizes for k in (b, 1))])
+                note_document("a", [np.zeros(n, int), *(np.zeros(k, int) for b in sizes for k in (b, 1))])
                 for n, sizes in row
             )
         )

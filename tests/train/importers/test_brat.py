@@ -110,7 +110,7 @@ def test_every_file_is_read_or_counted_with_a_name(tmp_path, capsys):
 
 @pytest.mark.parametrize("said", ["breast cancer", "C50.999"])
 def test_a_diagnosis_without_a_code_names_the_line_and_the_way_out(tmp_path, said):
-    with pytest.raises(UserError, match=r"a.ann:1 \(or pass its type over: --types Dx=\): .*ICD-10-CM"):
+    with pytest.raises(UserError, match=r"a.ann:1 \(or ignore its type: --types Dx=\): .*ICD-10-CM"):
         records(folder(tmp_path, f"T1\tDx 0 {len(said)}\t{said}\n", said), {"Dx": "diagnosis"})
 
 
@@ -141,8 +141,8 @@ def test_other_encodings_are_named(tmp_path, end):
 @pytest.mark.parametrize(
     ("annotation", "said"),
     [
-        ("T1\ttumor_size 21 27\t2.5 cm\n", "a.ann:1: T1 does not stand"),
-        ("T1\ttumor_size 20 999\t2.5 cm\n", "does not stand"),
+        ("T1\ttumor_size 21 27\t2.5 cm\n", "a.ann:1: T1 is not the text at its offsets"),
+        ("T1\ttumor_size 20 999\t2.5 cm\n", "is not the text at its offsets"),
         ("T1 tumor_size 20 26 2.5 cm\n", "not an entity"),
         ("T1\tWeight 20 26\t2.5 cm\n", "--types Weight="),
     ],

@@ -1,4 +1,4 @@
-"""IOB files become questions whose answers stand in the text where the marks say."""
+"""IOB files become questions whose answers are at the places of their tags."""
 
 import json
 import tempfile

@@ -240,9 +240,9 @@ def test_mistakes_are_named(tmp_path, content, said):
 
 
 def test_a_table_without_a_header_is_refused_and_its_first_text_is_not_repeated(tmp_path):
-    with pytest.raises(UserError, match="names no column; a header needs text, answer, and type") as told:
+    with pytest.raises(UserError, match="names no column; a header needs text, answer, and type") as caught:
         records(table(tmp_path, f"{NOTE},tumor_size,2.5 cm\n"))
-    assert "breast" not in str(told.value)
+    assert "breast" not in str(caught.value)
 
 
 def test_what_is_read_is_not_written_over(tmp_path):

@@ -18,7 +18,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from model.mask import Visible
 from model.support.cli import UserError
 from train import session
-from train.data.rows import ANSWER, Row, collate, count, note_unit, order
+from train.data.rows import ANSWER, Row, collate, count, note_document, order
 from train.data.store import TokenStore
 from train.distributed.sharding import Ranks
 from train.loss import batch_loss
@@ -31,22 +31,22 @@ def test_the_card_of_a_run_that_went_on(options, tmp_path):
     out = tmp_path / "run"
     session.train(as_recipe(options, out=str(out), steps=2, schedule="constant"), "instruct")
     session.train(as_recipe(options, out=str(out), steps=5, schedule="constant", allow_changed=True), "instruct")
-    told = json.loads((out / "run.json").read_text())
+    run_card = json.loads((out / "run.json").read_text())
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
-    assert told["steps"] == 5 and told["steps_of_this_process"] == 3
-    assert told["tokens"] == lines[-1]["tokens"]
-    assert told["tokens_of_this_process"] == lines[-1]["tokens"] - lines[1]["tokens"]
-    assert told["tokens_per_second"] == told["tokens_of_this_process"] / told["training_seconds"]
-    assert told["recipe"]["save_every"] == 2 and told["recipe"]["dropout"] == 0.1, "every option, also unimportant ones"
+    assert run_card["steps"] == 5 and run_card["steps_of_this_process"] == 3
+    assert run_card["tokens"] == lines[-1]["tokens"]
+    assert run_card["tokens_of_this_process"] == lines[-1]["tokens"] - lines[1]["tokens"]
+    assert run_card["tokens_per_second"] == run_card["tokens_of_this_process"] / run_card["training_seconds"]
+    assert run_card["recipe"]["save_every"] == 2 and run_card["recipe"]["dropout"] == 0.1, "also unimportant ones"
     data = Path(options["data"][0])
-    assert hashlib.sha256(data.read_bytes()).hexdigest() in json.dumps(told["data"])
-    assert told["data"] == TokenStore(out / "tokens" / "train").manifest["identity"]
-    assert told["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
-    assert 0 < told["model_flop_utilisation"] < 1 and "measured products in float32" in told["utilisation_of"]
-    assert told["peak_memory_bytes"] > 2**26 and told["seconds"] >= told["training_seconds"] > 0
+    assert hashlib.sha256(data.read_bytes()).hexdigest() in json.dumps(run_card["data"])
+    assert run_card["data"] == TokenStore(out / "tokens" / "train").manifest["identity"]
+    assert run_card["packages"]["torch"].split("+")[0] == torch.__version__.split("+")[0]
+    assert 0 < run_card["model_flop_utilisation"] < 1 and "measured products in float32" in run_card["utilisation_of"]
+    assert run_card["peak_memory_bytes"] > 2**26 and run_card["seconds"] >= run_card["training_seconds"] > 0
     assert (out / "loss.png").read_bytes().startswith(b"\x89PNG")
     session.train(as_recipe(options, out=str(out), steps=5, schedule="constant", allow_changed=True), "instruct")
-    assert json.loads((out / "run.json").read_text()) == told, "at its end already: the card stays"
+    assert json.loads((out / "run.json").read_text()) == run_card, "at its end already: the card stays"
 
 
 def test_the_records_of_a_step_are_those_that_made_it(options, tmp_path, capsys):
@@ -57,7 +57,7 @@ def test_the_records_of_a_step_are_those_that_made_it(options, tmp_path, capsys)
     made = session.prepare(as_recipe(options, out=str(tmp_path / "run"), steps=3), "instruct", Ranks())
     rows = [made.rows[i] for i in order(recipe.seed, 1, len(made.rows), recipe.batch_rows)]
     found = records_of(out, 2)
-    assert [row["record"] for row in found] == [unit.record for row in rows for unit in row.units]
+    assert [row["record"] for row in found] == [document.record for row in rows for document in row.documents]
     assert sum(row["tokens"] for row in found) == lines[1]["tokens"] - lines[0]["tokens"]
     assert sum(row["targets"] for row in found) == count(rows)[ANSWER]
     capsys.readouterr()
@@ -107,14 +107,14 @@ def test_records_that_a_later_change_has_made_others_are_not_shown(options, tmp_
     assert len(records_of(out, 4)) == 3
     with pytest.raises(UserError, match="step 1 took .* tokens, and .* by the run's recipe: data or recipe changed"):
         records_of(out, 1)
-    told = json.loads((out / "run.json").read_text())
+    run_card = json.loads((out / "run.json").read_text())
     for changes, said in (
         ({"stage": "demo"}, "not the card of a training run"),
         ({"recipe": 3}, "not the card of"),
-        ({"recipe": told["recipe"] | {"batch_rows": "3"}}, "batch_rows is '3'; it must be a whole"),
+        ({"recipe": run_card["recipe"] | {"batch_rows": "3"}}, "batch_rows is '3'; it must be a whole"),
         ({"data": None}, "not the card of a training run"),
     ):
-        (out / "run.json").write_text(json.dumps(told | changes))
+        (out / "run.json").write_text(json.dumps(run_card | changes))
         with pytest.raises(UserError, match=f"run.json: {said}"):
             records_of(out, 4)
 
@@ -151,8 +151,8 @@ def test_records_that_are_left_out_are_counted_on_one_line_and_in_the_card(optio
     said = [line for line in capsys.readouterr().err.splitlines() if "left out" in line]
     where = tmp_path / "run" / "tokens" / "train" / "rejects.jsonl"
     assert said == [f"1 of 201 records cannot be used and are left out: {where} names them"] and where.is_file()
-    told = json.loads((tmp_path / "run" / "run.json").read_text())
-    assert (told["records"], told["rejected_records"]) == (200, 1)
+    run_card = json.loads((tmp_path / "run" / "run.json").read_text())
+    assert (run_card["records"], run_card["rejected_records"]) == (200, 1)
 
 
 def test_a_base_that_nf4_cannot_hold_is_said_to_be_int8(options, tmp_path, capsys):
@@ -202,7 +202,7 @@ def test_the_arithmetic_is_what_torch_counts(full, notes):
     first adapter, and no logits of tokens without a target."""
     recipe = replace(RECIPE, full=full, dtype="float64", r=3)
     model, name, pieces = tiny(recipe), *notes[0]
-    row = Row((note_unit(name, pieces),))
+    row = Row((note_document(name, pieces),))
     with FlopCounterMode(display=False) as counted:
         batch_loss(model, collate([row]), count([row]))[0].backward()
     found = sum(
