@@ -258,13 +258,13 @@ def check_tensors(
             raise UserError(f"{path}: holds {key!r}, and an adapter on lm_head is not covered; merge it with peft")
         name = copied_name(model, key)
         if ".lora_" in key or weight_shape(model, base, name) != tensors.shape(key):
-            raise UserError(f"{path}: holds {key!r}, which this model has no place for; it is another model's adapter")
+            raise UserError(f"{path}: holds {key!r}, which this model has no place for; it was made for another model")
         copies[key] = name
     if missing:
         raise UserError(f"{path}: lacks {missing[0]!r}; it was made for another model or other target modules")
     for key, shape in expected.items():
         if tensors.shape(key) != shape:
-            raise UserError(f"{path}: {key} is {tensors.shape(key)} where this model needs {shape}; another model's")
+            raise UserError(f"{path}: {key} is {tensors.shape(key)}, not {shape}; it was made for another model")
         if not tensors[key].isfinite().all():
             raise UserError(f"{path}: {key} holds values that are not finite; the file is corrupt")
     for key, name in copies.items():

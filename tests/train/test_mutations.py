@@ -29,7 +29,7 @@ def mistake():
 
 MISTAKES = {
     "the document mask dropped": (
-        ("train.data.rows", "collate", "document[r, part] = number", "document[r, part] = 0"),
+        ("train.data.rows", "collate", "document_BT[r, part] = number", "document_BT[r, part] = 0"),
         lambda notes, documents: (
             test_rows.test_the_leak_meter_reads_zero_for_packed_documents_and_not_for_the_faithful_rows(documents, True)
         ),
@@ -45,7 +45,7 @@ MISTAKES = {
         lambda notes, documents: test_rows.test_every_token_but_the_first_is_a_target_once.hypothesis.inner_test(30, 7),
     ),
     "a padding token in the loss": (
-        ("train.data.rows", "collate", "torch.full(shape, IGNORE)", "torch.zeros(shape, dtype=torch.int64)"),
+        ("train.data.rows", "collate", "fill_(IGNORE)", "zero_()"),
         lambda notes, documents: test_rows.test_supervised_tokens_are_the_answers_and_their_end_and_never_padding(
             notes
         ),
