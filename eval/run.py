@@ -22,17 +22,16 @@ import tomllib
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import tyro
 from tqdm import tqdm
 
 from eval.questions import read_references
 from eval.report.build import terminal_table, write
-from infer.engine.generate import Generator
-from infer.engine.load import load
-from infer.extract.ask import Asker, Limits
+from infer.engine.generate import generator_for
+from infer.extract.ask import Asker
 from infer.extract.notes import Note, checked
+from infer.extract.options import AskOptions, planned
 from model.support import cli as command
 from model.support.cli import UserError, nearest
 from model.support.files import read_json, write_json, write_jsonl
@@ -43,37 +42,23 @@ from model.text.chat import FORMS
 BASELINES = Path(__file__).with_name("baselines.toml")
 
 
-@dataclass(frozen=True)
-class Options:
+@dataclass(frozen=True, kw_only=True)
+class Options(AskOptions):
     """Ask a model about annotated notes and add its row to a report."""
 
-    weights: str
-    """A model's folder or GGUF file."""
     data: Path
     """Annotated notes, JSON lines."""
     out: Path
     """The run's folder; a second model's row is added to the first's."""
-    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
     model: str = ""
     """A model of eval/baselines.toml: mistral-7b, biomistral-7b, clinicalcamel-70b, mixtral-8x7b, llama-2-13b or
     qwen-7b."""
     name: str = ""
     """The row's name (empty: the model's title, or the last folder's name)."""
-    form: str = "auto"
+    form: str = "auto"  # type: ignore[assignment]
     """auto, template, or a chat form of model/text/chat.py."""
-    limit: int = 0
-    """Ask about only the first notes (0: all)."""
-    batch: int = 8
-    """Notes at once."""
-    max_input_tokens: int = 1500
-    """Tokens of a prompt (the paper's limit); a longer note is read in overlapping windows."""
-    max_new_tokens: int = 50
-    """Tokens of a phenotype's answer (the paper's limit)."""
-    max_new_diagnosis: int = 500
-    """Tokens of a diagnosis (the paper's limit)."""
-    dtype: str = "float32"
-    """float32, bfloat16 or float64."""
+    long: Literal["error", "truncate", "windows"] = "windows"
+    """A note beyond the limit: no answer, read its beginning, or read overlapping windows and merge."""
     overwrite: bool = False
     """Replace the row of this name."""
 
@@ -81,11 +66,7 @@ class Options:
         known = ("auto", "template", *FORMS)
         if self.form not in known:
             raise UserError(f"--form {self.form}: not known{nearest(self.form, known)}; there are {', '.join(known)}")
-        for name in ("batch", "max_input_tokens", "max_new_tokens", "max_new_diagnosis"):
-            if getattr(self, name) < 1:
-                raise UserError(f"--{name.replace('_', '-')} {getattr(self, name)}: at least 1")
-        if self.limit < 0:
-            raise UserError(f"--limit {self.limit}: 0 or more")
+        self.check()
 
 
 def baseline(name: str) -> dict[str, Any]:
@@ -103,21 +84,19 @@ def baseline(name: str) -> dict[str, Any]:
 
 def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) -> Iterator[dict[str, Any]]:
     """The model's answers to what is annotated in the records, in order."""
-    model, tokenizer = load(options.weights, options.adapter, options.dtype)
+    wanted = {kind for kind in ("phenotypes", "diagnosis") if any(record.get(kind) for record in records)}
+    task = "both" if len(wanted) == 2 else "diagnosis" if wanted == {"diagnosis"} else "phenotype"
+    options, how = planned(options, task, {})
+    generator = generator_for(options, how)
+    tokenizer = generator.tokenizer
     if form == "auto":
         form = "template" if options.adapter or tokenizer.form is None else tokenizer.form
     if form != "template":
         tokenizer.form = form
-    wanted = {kind for kind in ("phenotypes", "diagnosis") if any(record.get(kind) for record in records)}
-    task = "both" if len(wanted) == 2 else "diagnosis" if wanted == {"diagnosis"} else "phenotype"
-    limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
     form = "template" if form == "template" else "chat"
-    asker = Asker(Generator(model, tokenizer), task, form, limits, "windows", batch=options.batch)
+    asker = Asker(generator, task, form, options.limits, options.long, options.grounded, batch=options.batch)
     with tqdm(total=len(records), unit="note", desc="asking", disable=None) as bar:
-        for start in range(0, len(records), options.batch):
-            part = records[start : start + options.batch]
-            yield from asker.records([note_of(record) for record in part])
-            bar.update(len(part))
+        yield from asker.records((note_of(record) for record in records), bar.update)
 
 
 def note_of(record: dict[str, Any]) -> Note:
@@ -165,7 +144,7 @@ def main(options: Options) -> None:
         sweep(out)
         file = file_of(out, name, options.overwrite)
         write_jsonl(out / "data.jsonl", records)
-        ask(options, records[: options.limit] if options.limit else records, name, form, file)
+        ask(options, records[: options.limit], name, form, file)
 
 
 def digest(records: Sequence[dict[str, Any]]) -> str:

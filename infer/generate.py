@@ -23,20 +23,18 @@ class Options(ModelOptions):
 
 
 def main(options: Options) -> int:
-    from infer.engine.generate import Generator
-    from infer.engine.load import dtype_for, load, plan_for
+    from infer.engine.generate import generator_for
+    from infer.engine.load import dtype_for, plan_for
     from infer.engine.memory import Load
 
     settings = options.settings
     options = replace(options, dtype=dtype_for(options, 1))  # type: ignore[arg-type]
     size = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
     how = plan_for(options, Load(size + 64, settings.max_new_tokens))
-    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=how.form, fused=options.fuse)
-    tokenizer.put_begin(options.bos)
+    generator = generator_for(options, how)
     prompt: str | list[int] = options.prompt
     if options.chat:
-        prompt = tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
-    generator = Generator(model, tokenizer, cache_dtype=how.cache, chunk=how.chunk, max_length=options.max_length)
+        prompt = generator.tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
     if options.json:
         (out,) = generator.generate([prompt], settings)
         print(json.dumps(out.__dict__, ensure_ascii=False))

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import tyro
 
 from infer import tasks
 from infer.engine.generate import Generator, Settings
 from infer.engine.load import load
+from infer.engine.options import WeightOptions
 from infer.extract.ask import Asker, Limits
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note, read_notes
@@ -40,12 +40,11 @@ ROWS = 640  # tokens up to which every position's attention is kept
 LIMIT = 8_000_000  # bytes of a page
 
 
-@dataclass(frozen=True)
-class Options:
-    """Trace one prompt through a model and write a page about it."""
+@dataclass(frozen=True, kw_only=True)
+class Options(WeightOptions):
+    """Trace one prompt through a model and write a page about it; the last adapter is compared with the model without
+    it."""
 
-    weights: str
-    """A model's folder or GGUF file."""
     out: Path
     """The page (HTML); it holds the prompt's text and is readable by its owner only."""
     overwrite: bool = False
@@ -62,19 +61,14 @@ class Options:
     """The tuned template, or the model's own chat form (for --prompt: the text itself, or as a user's turn)."""
     grounded: bool = False
     """Constrain a note's answer as infer.extract --grounded does."""
-    adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """LoRA adapters (PEFT folders), one --adapter each: the last one is compared with the model without it, those
-    before it are merged."""
     compare: str | None = None
     """Another model, or another adapter on the same weights, to compare with."""
     parity: Path | None = None
     """A file that `python -m eval.parity --json` wrote about these weights: its first divergent stage is shown."""
     max_new_tokens: int = 50
     """At most so many tokens of answer; 0: the prompt only."""
-    dtype: str = "float32"
-    """float32, bfloat16 or float64."""
-    device: str | None = None
-    """cpu or cuda (default: cuda where there is one)."""
+    dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # type: ignore[assignment]
+    """What the model computes in."""
 
 
 @dataclass(frozen=True)
@@ -116,7 +110,8 @@ def traced(options: Options, note: Note | None) -> tuple[str, dict[str, Any]]:
     start, first = 0, None
     for side in sides(options):
         with side.chosen(), torch.no_grad():
-            generator = Generator(side.model, side.tokenizer, lookup=False)
+            side.tokenizer.put_begin(options.bos)
+            generator = Generator(side.model, side.tokenizer, lookup=False, max_length=options.max_length)
             prompt = prompt_ids(options, generator, note)
             answer = answer_ids(options, generator, prompt, note)
             same = first is None or (prompt == ids[:start] and same_tokens(first, side, ids))
@@ -147,7 +142,7 @@ def check(options: Options) -> None:
 
 def sides(options: Options) -> Iterator[Side]:
     """The models of the page, loaded one after the other: the model of the options, then the one to compare with."""
-    model, tokenizer = load(options.weights, options.adapter[:-1], options.dtype, options.device)
+    model, tokenizer = load(options.weights, options.adapter[:-1], options.dtype)
     if adapted(model):  # in a dtype narrower than fp32 `load` leaves the last one unmerged
         merge_lora(model, keep=False)
     base, other = Path(options.weights).name, options.compare
@@ -163,7 +158,7 @@ def sides(options: Options) -> Iterator[Side]:
         load_adapter(model, other, "compared")
         yield Side(f"{base} + {path_name(other)}", model, tokenizer, lambda: adapter_on(model, "compared"))
     elif other is not None:
-        second, their = load(other, (), options.dtype, options.device)
+        second, their = load(other, (), options.dtype)
         yield Side(Path(other).name, second, their, contextlib.nullcontext)
 
 

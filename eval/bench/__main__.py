@@ -16,6 +16,7 @@ NAMES = (
     "decode",
     "extract",
     "gpu",
+    "job",
     "long",
     "lookup",
     "narrow",

@@ -22,7 +22,9 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infer.engine.forward import Engine
+from infer.engine.load import load
 from infer.engine.lookup import MOST, Lookup, best_guess_count, row_cost
+from infer.engine.memory import Plan
 from infer.engine.settings import Generation, Settings
 from infer.engine.tree import Cache, plan
 from model import Tokenizer, Transformer
@@ -269,6 +271,14 @@ class Generator:
     def result(self, state: State) -> Generation:
         assert state.finish is not None
         return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt))
+
+
+def generator_for(options: Any, how: Plan, loaded: tuple[Transformer, Tokenizer] | None = None) -> Generator:
+    """A program's Generator, as its options (ModelOptions) and a plan say; of a model that is `loaded`."""
+    if loaded is None:
+        loaded = load(options.weights, options.adapter, options.dtype, form=how.form, fused=options.fuse)
+    loaded[1].put_begin(options.bos)
+    return Generator(*loaded, cache_dtype=how.cache, chunk=how.chunk, max_length=options.max_length)
 
 
 class Rows:

@@ -1,4 +1,5 @@
-"""The options of every program that loads one model to generate with: which model, and how it is computed."""
+"""The options of every program that loads one model to generate with: which model, and how it is computed.
+`WeightOptions` are those of a program that looks into the model, as it is."""
 
 from __future__ import annotations
 
@@ -9,7 +10,7 @@ import tyro
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelOptions:
+class WeightOptions:
     weights: str
     """A model's folder or GGUF file."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
@@ -22,6 +23,10 @@ class ModelOptions:
     dtype: Literal["default", "auto", "float32", "bfloat16", "float64"] = "default"
     """What the model computes in; auto: the fastest for decoding on this machine, measured; default: auto where there
     is a GPU, else float32."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelOptions(WeightOptions):
     format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4", "w8a8"] = "auto"
     """How linear layers' weights are kept: in dtype (wide), in 8 or 4 bits (the number: columns that share a scale);
     w8a8: inputs in 8 bits too, for processors and GPUs that multiply integers; auto: wide, or what fits --memory."""

@@ -19,19 +19,18 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from itertools import islice
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
 from tqdm import tqdm
 
-from infer.engine.options import ModelOptions
 from infer.extract.answers import SCHEMA, read_calibration
 from infer.extract.job import EPOCH, Job, Unchanged, begun, epochs, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, passed_over, read_notes
+from infer.extract.options import AskOptions, planned
 from infer.retrieval.repair import read_repair
-from infer.tasks import QUESTION
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
 
@@ -40,12 +39,9 @@ if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options 
     from infer.extract.ask import Asker
     from infer.retrieval.neighbours import Neighbours
 
-ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
-MOST = {"cpu": 8, "cuda": 64}  # notes at once, where --batch names no number
-
 
 @dataclass(frozen=True)
-class Options(ModelOptions):
+class Options(AskOptions):
     """Extract phenotypes and diagnoses from notes."""
 
     notes: Path
@@ -58,21 +54,6 @@ class Options(ModelOptions):
     """The column or field that holds a note's id."""
     task: Literal["phenotype", "diagnosis", "both"] = "both"
     """What is asked: the eight phenotypes, the diagnosis, or both."""
-    form: Literal["auto", "template", "chat"] = "auto"
-    """How it is asked: our template (tuned models) or the model's own chat form (untuned); auto: the template where
-    an adapter is given or the model has no chat form."""
-    grounded: bool = False
-    """Allow only "not relevant", closed values, spans of the note, and existing ICD-10-CM codes."""
-    long: Literal["error", "truncate", "windows"] = "error"
-    """A note beyond the limit: record an error, read its beginning, or read overlapping windows and merge."""
-    max_input_tokens: int = 1500
-    """Tokens of a prompt, note and question together (the paper's limit)."""
-    max_new_tokens: int = 50
-    """Tokens of a phenotype's answer (the paper's limit)."""
-    max_new_diagnosis: int = 500
-    """Tokens of a diagnosis (the paper's limit)."""
-    batch: int = 0
-    """Notes at once; 0: as many as memory is free for when the job begins, at most 8 on a CPU and 64 on a GPU."""
     retriever: Literal["none", "bm25", "contriever", "medcpt", "specter2", "sgpt", "sentence-transformers"] = "none"
     """Show neighbours of the note with its diagnosis question, found by this retriever."""
     index: Path | None = None
@@ -88,20 +69,13 @@ class Options(ModelOptions):
     abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
     tensor_parallel: int = 1
     """Under torchrun: so many processes hold one model together (for models too large for one device)."""
-    limit: int | None = None
-    """Only the first notes."""
     json: bool = False
     """Print one JSON object (notes, errors, seconds) as the last line."""
 
 
 def main(options: Options) -> int:
     rank, world = ranks()
-    for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "tensor_parallel"):
-        least = 0 if name == "batch" else 1
-        if getattr(options, name) < least:
-            raise UserError(f"--{name.replace('_', '-')} is {getattr(options, name)}; it must be at least {least}")
-    if options.limit is not None and options.limit < 1:
-        raise UserError(f"--limit is {options.limit}; it must be at least 1")
+    options.check()
     neighbours = open_neighbours(options)
     together = options.tensor_parallel
     if world % together:
@@ -109,7 +83,7 @@ def main(options: Options) -> int:
             f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
             f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
         )
-    options, plan = planned(options, rank, world)
+    options, plan = planned(options, options.task, begun(options.out), rank, world, together)
     if together > 1 and (options.format != "wide" or options.memory or options.fuse):
         raise UserError("--tensor-parallel goes with none of --format, --memory and --fuse; leave it or them out")
     own = (options.out, schema_of(options.out), mark_of(options.out))
@@ -158,42 +132,6 @@ def ranks() -> tuple[int, int]:
         values = ", ".join(f"{name}={text}" for name, text in given.items())
         raise UserError(f"{values} in the environment: not a rank of a world; torchrun sets both, else unset them")
     return rank, world
-
-
-def planned(options: Options, rank: int = 0, world: int = 1) -> tuple[Options, Plan | None]:
-    """The options with the dtype, format and number of notes that the machine and its memory allow, or that a job that
-    goes on began with; and the plan, None without --memory. The first rank chooses for all."""
-    if options.memory and options.long == "windows":
-        raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
-    from infer.engine.load import DTYPES, device_here, dtype_for, plan_for
-    from infer.engine.memory import Load, notes_at_once
-    from model.support.hardware import free_memory
-
-    known, asked, device = begun(options.out), ASKED[options.task], device_here()
-    batch = options.batch or known.get("batch") or MOST[device]
-    names, dtype = list(DTYPES), 0
-    if rank == 0:
-        dtype = names.index(dtype_for(options, batch * asked, known.get("dtype")))
-    options = replace(options, dtype=names[of_first(dtype, world)])  # type: ignore[arg-type]
-    new = (asked - (options.task != "phenotype")) * options.max_new_tokens
-    new += QUESTION * asked + (options.max_new_diagnosis if options.task != "phenotype" else 0)
-    load = Load(options.max_input_tokens, new, asked, batch, options.grounded)
-    plan = plan_for(options, load)
-    if rank == 0 and not (options.batch or known or options.memory):
-        share = (options.weights, options.adapter, free_memory(device), load, plan.form, DTYPES[options.dtype], device)
-        batch = notes_at_once(*share, options.tensor_parallel)
-    batch = plan.batch if options.memory else of_first(batch, world)
-    options = replace(options, format=plan.form, batch=batch)  # type: ignore[arg-type]
-    return options, plan if options.memory else None
-
-
-def of_first(choice: int, world: int) -> int:
-    """The first rank's choice."""
-    if world == 1:
-        return choice
-    from infer.engine.parallel import of_first
-
-    return of_first(choice)
 
 
 def schema_of(out: Path) -> Path:
@@ -273,33 +211,24 @@ def open_neighbours(options: Options) -> Neighbours | None:
     return Neighbours(index, options.neighbours, options.neighbour_tokens)
 
 
-def extract(
-    options: Options, job: Job, notes: Unchanged, neighbours: Neighbours | None, plan: Plan | None
-) -> list[int]:
+def extract(options: Options, job: Job, notes: Unchanged, neighbours: Neighbours | None, plan: Plan) -> list[int]:
     """Answer what is not yet answered, with the other processes. Returns how many notes each epoch has."""
-    from infer.engine.generate import Generator
-    from infer.engine.load import load
-    from infer.extract.ask import Asker, Limits, form_for
+    from infer.engine.generate import generator_for
+    from infer.extract.ask import Asker, form_for
 
     sizes = [len(epoch) for epoch in split(options)]
     done = job.done(sizes)
     repair = None if options.repair is None else read_repair(options.repair)
+    loaded = None
     if options.tensor_parallel > 1:
         from infer.engine.parallel import load_parallel
 
-        model, tokenizer = load_parallel(options.weights, options.adapter, options.dtype, options.tensor_parallel)
-    else:
-        model, tokenizer = load(
-            options.weights, options.adapter, options.dtype, form=options.format, fused=options.fuse
-        )
-    tokenizer.put_begin(options.bos)
-    form = form_for(tokenizer, options.adapter) if options.form == "auto" else options.form
-    limits = Limits(options.max_input_tokens, options.max_new_tokens, options.max_new_diagnosis)
-    kept: dict[str, Any] = {} if plan is None else {"cache_dtype": plan.cache, "chunk": plan.chunk}
-    generator = Generator(model, tokenizer, max_length=options.max_length, **kept)
+        loaded = load_parallel(options.weights, options.adapter, options.dtype, options.tensor_parallel)
+    generator = generator_for(options, plan, loaded)
+    form = form_for(generator.tokenizer, options.adapter) if options.form == "auto" else options.form
     batch = begun(options.out).get("batch now", options.batch)
     how = (options.long, options.grounded, neighbours, batch, repair, read_calibration(options.adapter))
-    asker = Asker(generator, options.task, form, limits, *how)
+    asker = Asker(generator, options.task, form, options.limits, *how)
     shown = {"total": sum(sizes), "initial": sum(sizes[epoch] for epoch in done), "unit": "note", "desc": "extracting"}
     with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
         for epoch, held in enumerate(split(options)):

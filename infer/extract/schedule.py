@@ -19,7 +19,7 @@ Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
-@dataclass
+@dataclass(eq=False)
 class Piece:
     """Requests that are read at once. They take `texts` places of a note's length, and `slots` of a question's."""
 
@@ -55,7 +55,7 @@ class Schedule:
         self.rows, self.texts, self.slots, self.ended = rows, texts, slots, ended
         self.begun: list[Work] = []
         self.running: list[Work] = []
-        self.waiting: deque[Piece] = deque()
+        self.waiting: list[Piece] = []
         self.reading: list[Piece] = []
 
     def results(self, works: Iterator[Work]) -> list[Any]:
@@ -71,21 +71,25 @@ class Schedule:
             self.retire()
 
     def refill(self, works: Iterator[Work]) -> Iterator[Piece]:
-        """The pieces for which there is room now, in order."""
+        """The pieces for which there is room now: those that have waited longest, then those of works that begin."""
         while True:
-            while not self.waiting:
-                work = next(works, None)
-                if work is None:
-                    return
-                self.begun.append(work)
-                self.wait_for(work)
-            piece = self.waiting[0]
-            texts = sum(held.texts for held in self.reading)
-            slots = sum(held.slots for held in self.reading)
-            if texts + piece.texts > self.texts or slots + piece.slots > self.slots:
+            piece = next((piece for piece in self.waiting if self.has_room(piece)), None)
+            if piece is not None:
+                self.waiting.remove(piece)
+                self.reading.append(piece)
+                yield piece
+                continue
+            full = sum(held.texts for held in self.reading) == self.texts or len(self.waiting) >= self.texts
+            work = None if full else next(works, None)
+            if work is None:
                 return
-            self.reading.append(self.waiting.popleft())
-            yield piece
+            self.begun.append(work)
+            self.wait_for(work)
+
+    def has_room(self, piece: Piece) -> bool:
+        texts = sum(held.texts for held in self.reading)
+        slots = sum(held.slots for held in self.reading)
+        return texts + piece.texts <= self.texts and slots + piece.slots <= self.slots
 
     def retire(self) -> None:
         self.reading = [piece for piece in self.reading if not piece.ended]
@@ -95,7 +99,7 @@ class Schedule:
             self.wait_for(work)
 
     def wait_for(self, work: Work) -> None:
-        self.waiting.extendleft(reversed(work.pieces))  # a note that has begun ends before others begin
+        self.waiting += work.pieces
         if work.pieces:
             self.running.append(work)
         else:

@@ -85,7 +85,7 @@ class Models:
             raise UserError("the note was read in windows, whose answers are not traced; give a shorter one")
         adapter = (str(self.adapter),) if asked.adapter and self.adapter else ()
         how: Json = {"form": asker.form, "adapter": adapter, "grounded": True, "max_new_tokens": 64}
-        options = trace.Options(str(self.weights), Path(), ask=asked.ask, **how)
+        options = trace.Options(weights=str(self.weights), out=Path(), ask=asked.ask, **how)
         yield trace.traced(options, Note("", asked.text))[0]
 
 

@@ -111,13 +111,16 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     ),
     "eval.robustness.labels": (True, experiment(Labels, run_labels)),
     "eval.robustness.misspelling": (True, experiment(Misspelling, run_misspelling)),
-    "eval.run": (True, lambda g, out: eval_run.main(eval_run.Options(str(g / "model"), g / "notes.jsonl", out))),
+    "eval.run": (
+        True,
+        lambda g, out: eval_run.main(eval_run.Options(data=g / "notes.jsonl", out=out, weights=str(g / "model"))),
+    ),
     "infer.extract.program": (
         False,
         lambda g, out: extract.main(extract.Options(g / "notes.jsonl", out, weights=str(g / "model"))),
     ),
     "infer.retrieval.index": (True, lambda g, out: index.build(index.Options(out, notes=g / "notes.jsonl"))),
-    "infer.trace": (False, lambda g, out: trace.main(trace.Options(str(g / "model"), out, prompt="a"))),
+    "infer.trace": (False, lambda g, out: trace.main(trace.Options(out=out, weights=str(g / "model"), prompt="a"))),
     "lora.merge": (True, lambda g, out: merge.main(merge.Options(str(g / "model"), str(g / "none"), str(out)))),
     "model.checkpoints.convert": (True, lambda g, out: convert.main(convert.Options(str(g / "model"), str(out)))),
     "train.clinic.program": (True, lambda g, out: clinic.main(clinic.Options(out, patients=20))),

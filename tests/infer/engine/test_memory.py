@@ -29,7 +29,8 @@ from infer.engine.memory import (
 )
 from infer.engine.tree import Cache
 from infer.extract.grounded import Vocabulary
-from infer.extract.program import Options, main, planned
+from infer.extract.options import planned
+from infer.extract.program import Options, main
 from model import ModelConfig
 from model.support.cli import UserError
 
@@ -247,7 +248,9 @@ def test_a_job_within_its_memory(weights, tmp_path, capsys):
     options = {"weights": str(weights), "notes": notes, "form": "template", "max_new_tokens": 4, "max_new_diagnosis": 4}
     assert main(Options(out=tmp_path / "o.jsonl", memory="2GB", **options)) == 0
     assert "plan for 2.0 GB: wide, batch 8, cache float32" in capsys.readouterr().err
-    plain, tree = (planned(Options(out=tmp_path / "p", memory="2GB", grounded=g, **options))[1] for g in (False, True))
+    plain, tree = (
+        planned(Options(out=tmp_path / "p", memory="2GB", grounded=g, **options), "both", {})[1] for g in (False, True)
+    )
     assert tree.total - plain.total == PIECE * 320
     with pytest.raises(UserError, match="windows"):
         main(Options(out=tmp_path / "p.jsonl", memory="2GB", long="windows", **options))

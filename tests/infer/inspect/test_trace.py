@@ -140,7 +140,9 @@ def made(tmp_path_factory):
         save_adapter(model, at / name)
     note = at / "note.txt"
     note.write_text(HOSTILE, encoding="utf-8")
-    options = trace.Options(str(weights), at / "page.html", note=note, adapter=(str(at / "one"),), max_new_tokens=6)
+    options = trace.Options(
+        weights=str(weights), out=at / "page.html", note=note, adapter=(str(at / "one"),), max_new_tokens=6
+    )
     assert trace.main(options) == 0
     return SimpleNamespace(at=at, weights=str(weights), options=options)
 
@@ -173,8 +175,8 @@ def test_compare_puts_another_adapter_or_model_beside_it(other, made, tmp_path):
     out = tmp_path / "page.html"
     trace.main(
         trace.Options(
-            made.weights,
-            out,
+            weights=made.weights,
+            out=out,
             prompt="size 2.5 cm",
             adapter=(str(made.at / "one"),),
             max_new_tokens=3,
@@ -192,7 +194,7 @@ def test_models_of_other_tokens_are_shown_each_on_its_own(made, tmp_path):
     raw["model"]["merges"] = []
     (tmp_path / "letters" / "tokenizer.json").write_text(json.dumps(raw))
     out = tmp_path / "page.html"
-    options = trace.Options(made.weights, out, prompt="size 2.5 cm", max_new_tokens=3)
+    options = trace.Options(weights=made.weights, out=out, prompt="size 2.5 cm", max_new_tokens=3)
     trace.main(replace(options, compare=str(tmp_path / "letters")))
     a, b = data_of(out)["runs"]
     assert a["start"] < b["start"] == 11 and "tokenize the text differently" in data_of(out)["notices"][0]
@@ -201,17 +203,19 @@ def test_models_of_other_tokens_are_shown_each_on_its_own(made, tmp_path):
 def test_a_long_text_says_what_was_left_out(made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(trace, "ROWS", 20)
     out = tmp_path / "page.html"
-    trace.main(trace.Options(made.weights, out, prompt="size 2.5 cm " * 5, max_new_tokens=3))
+    trace.main(trace.Options(weights=made.weights, out=out, prompt="size 2.5 cm " * 5, max_new_tokens=3))
     (run,) = data_of(out)["runs"]
     assert run["rows"] == run["steps"] and len(run["predictions"]) == len(run["ids"])
     assert "are left out" in capsys.readouterr().out and "are left out" in data_of(out)["notices"][0]
     monkeypatch.setattr(trace, "LIMIT", len(out.read_text()) - 50)
-    trace.main(trace.Options(made.weights, out, prompt="size 2.5 cm " * 5, max_new_tokens=3, overwrite=True))
+    trace.main(
+        trace.Options(weights=made.weights, out=out, prompt="size 2.5 cm " * 5, max_new_tokens=3, overwrite=True)
+    )
     assert data_of(out)["runs"][0]["attention"] is None and "attention maps" in capsys.readouterr().out
     before = out.read_text()
     monkeypatch.setattr(trace, "LIMIT", 10)
     with pytest.raises(UserError, match="give a shorter text"):
-        trace.main(trace.Options(made.weights, out, prompt="size", max_new_tokens=1, overwrite=True))
+        trace.main(trace.Options(weights=made.weights, out=out, prompt="size", max_new_tokens=1, overwrite=True))
     assert out.read_text() == before
 
 
@@ -221,14 +225,14 @@ def test_a_parity_file_shows_its_first_stage_and_belongs_to_its_weights(made, tm
     held = {"summary": "parity FAILS", "rows": rows, "fingerprint": fingerprint(made.weights)}
     write_json(tmp_path / "p.json", held)
     out = tmp_path / "page.html"
-    trace.main(trace.Options(made.weights, out, prompt="a", max_new_tokens=1, parity=tmp_path / "p.json"))
+    trace.main(trace.Options(weights=made.weights, out=out, prompt="a", max_new_tokens=1, parity=tmp_path / "p.json"))
     assert data_of(out)["parity"]["first"] == {"name": "layer 1 v", "error": 0.5}
     write_json(tmp_path / "p.json", {**held, "fingerprint": fingerprint(made.at / "other")})
     with pytest.raises(UserError, match="about other weights"):
-        trace.main(trace.Options(made.weights, out, prompt="a", parity=tmp_path / "p.json", overwrite=True))
+        trace.main(trace.Options(weights=made.weights, out=out, prompt="a", parity=tmp_path / "p.json", overwrite=True))
     write_json(tmp_path / "p.json", [1])
     with pytest.raises(UserError, match="not a file that"):
-        trace.main(trace.Options(made.weights, out, prompt="a", parity=tmp_path / "p.json", overwrite=True))
+        trace.main(trace.Options(weights=made.weights, out=out, prompt="a", parity=tmp_path / "p.json", overwrite=True))
 
 
 @pytest.mark.parametrize(
@@ -256,6 +260,8 @@ def test_a_mistake_is_one_line_and_no_page(changes, said, made, tmp_path):
 def test_an_adapter_of_another_base_is_refused(made, tmp_path):
     tiny_model(dtype=torch.float32, hidden_size=16).save_pretrained(tmp_path / "narrow")
     write_tokenizer(tmp_path / "narrow")
-    options = trace.Options(str(tmp_path / "narrow"), tmp_path / "p.html", prompt="a", adapter=(str(made.at / "one"),))
+    options = trace.Options(
+        weights=str(tmp_path / "narrow"), out=tmp_path / "p.html", prompt="a", adapter=(str(made.at / "one"),)
+    )
     with pytest.raises(UserError, match="made for another model"):
         trace.main(options)

@@ -22,10 +22,16 @@ def pages(tmp_path_factory):
     (at / "note.txt").write_text(HOSTILE, encoding="utf-8")
     trace.main(
         trace.Options(
-            str(at / "model"), at / "two.html", note=at / "note.txt", compare=str(at / NAME), max_new_tokens=5
+            weights=str(at / "model"),
+            out=at / "two.html",
+            note=at / "note.txt",
+            compare=str(at / NAME),
+            max_new_tokens=5,
         )
     )
-    trace.main(trace.Options(str(at / "experts"), at / "experts.html", prompt="size 2.5 cm", max_new_tokens=0))
+    trace.main(
+        trace.Options(weights=str(at / "experts"), out=at / "experts.html", prompt="size 2.5 cm", max_new_tokens=0)
+    )
     return at
 
 

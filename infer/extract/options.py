@@ -1,0 +1,93 @@
+"""The options of every program that asks a model about notes, and what follows from them for the machine."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
+
+from infer.engine.options import ModelOptions
+from infer.tasks import QUESTION
+from model.support.cli import UserError
+
+if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
+    from infer.engine.memory import Plan
+    from infer.extract.ask import Limits
+
+ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
+MOST = {"cpu": 8, "cuda": 64}  # notes at once, where --batch names no number
+
+
+@dataclass(frozen=True, kw_only=True)
+class AskOptions(ModelOptions):
+    form: Literal["auto", "template", "chat"] = "auto"
+    """How it is asked: our template (tuned models) or the model's own chat form (untuned); auto: the template where
+    an adapter is given or the model has no chat form."""
+    grounded: bool = False
+    """Allow only "not relevant", closed values, spans of the note, and existing ICD-10-CM codes."""
+    long: Literal["error", "truncate", "windows"] = "error"
+    """A note beyond the limit: record an error, read its beginning, or read overlapping windows and merge."""
+    max_input_tokens: int = 1500
+    """Tokens of a prompt, note and question together (the paper's limit)."""
+    max_new_tokens: int = 50
+    """Tokens of a phenotype's answer (the paper's limit)."""
+    max_new_diagnosis: int = 500
+    """Tokens of a diagnosis (the paper's limit)."""
+    batch: int = 0
+    """Notes at once; 0: as many as memory is free for when the job begins, at most 8 on a CPU and 64 on a GPU."""
+    limit: int | None = None
+    """Only the first notes."""
+
+    def check(self) -> None:
+        """Raise UserError for a number that is too small."""
+        for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "limit", "tensor_parallel"):
+            least, value = 0 if name == "batch" else 1, getattr(self, name, None)
+            if value is not None and value < least:
+                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+
+    @property
+    def limits(self) -> Limits:
+        from infer.extract.ask import Limits
+
+        return Limits(self.max_input_tokens, self.max_new_tokens, self.max_new_diagnosis)
+
+
+Asked = TypeVar("Asked", bound=AskOptions)
+
+
+def planned(
+    options: Asked, task: str, known: Mapping[str, Any], rank: int = 0, world: int = 1, together: int = 1
+) -> tuple[Asked, Plan]:
+    """The options with the dtype, format and number of notes that the machine and its memory allow, or that are `known`
+    of a job that goes on; and the plan. The first rank chooses for all; `together` of them hold one model."""
+    if options.memory and options.long == "windows":
+        raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
+    from infer.engine.load import DTYPES, device_here, dtype_for, plan_for
+    from infer.engine.memory import Load, notes_at_once
+    from model.support.hardware import free_memory
+
+    asked, device = ASKED[task], device_here()
+    batch = options.batch or known.get("batch") or MOST[device]
+    names, dtype = list(DTYPES), 0
+    if rank == 0:
+        dtype = names.index(dtype_for(options, batch * asked, known.get("dtype")))
+    options = replace(options, dtype=names[of_first(dtype, world)])  # type: ignore[arg-type]
+    new = (asked - (task != "phenotype")) * options.max_new_tokens
+    new += QUESTION * asked + (options.max_new_diagnosis if task != "phenotype" else 0)
+    load = Load(options.max_input_tokens, new, asked, batch, options.grounded)
+    plan = plan_for(options, load)
+    if rank == 0 and not (options.batch or known or options.memory):
+        share = (options.weights, options.adapter, free_memory(device), load, plan.form, DTYPES[options.dtype], device)
+        batch = notes_at_once(*share, together)
+    batch = plan.batch if options.memory else of_first(batch, world)
+    options = replace(options, format=plan.form, batch=batch)  # type: ignore[arg-type]
+    return options, plan
+
+
+def of_first(choice: int, world: int) -> int:
+    """The first rank's choice."""
+    if world == 1:
+        return choice
+    from infer.engine.parallel import of_first
+
+    return of_first(choice)
