@@ -26,9 +26,10 @@ from typing import Annotated, Any
 import tyro
 from tqdm import tqdm
 
+from eval.calibration import by_task, confidences, review_first, summary
 from eval.failures import count_failures
 from eval.metrics.ledger import ledger
-from eval.questions import Question, figures, paired_f1, patient_of, read_predictions, read_references, spread
+from eval.questions import Question, figures, pair, paired_f1, patient_of, read_predictions, read_references, spread
 from eval.report.examples import examples
 from eval.report.page import render, terminal_table
 from eval.report.paper import PAPER
@@ -83,6 +84,7 @@ def build(run: Path, examples_shown: int = 10) -> Json:
         ]
     report["ledger"] = ledger(pairs)
     report["curves"] = {name: curve(run / path) for name, path in (given.get("curves") or {}).items()}
+    report["confidence"] = shown_confidence(run, given)
     report["examples"] = shown_examples(run, given, examples_shown)
     return report
 
@@ -158,6 +160,19 @@ def curve(path: Path) -> Json:
             if loss is not None:
                 found[steps].append(step)
                 found[key].append(loss)
+    return found
+
+
+def shown_confidence(run: Path, given: Json) -> dict[str, Json]:
+    """How far the last model's probabilities can be trusted, by test set; nothing of answers that have none."""
+    models = [system for system in given["systems"] if system["kind"] == "model"]
+    found: dict[str, Json] = {}
+    for name, file in models[-1]["predictions"].items() if models else ():
+        predictions = read_predictions(run / file)
+        questions, _ = pair(read_references(run / given["references"][name]), predictions, models[-1].get("notes"))
+        if sure := confidences(questions, predictions):
+            tasks = {task: summary(those) for task, those in by_task(sure).items()}
+            found[name] = {"system": models[-1]["name"], "tasks": tasks, "review": review_first(sure)}
     return found
 
 

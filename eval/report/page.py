@@ -144,6 +144,14 @@ def plots(report: Json) -> dict[str, str]:
     for name, x in (("wrong_labels", "wrong training labels, %"), ("misspelling", "misspelled words, %")):
         if report[name]:
             found[name] = lines(corruption(report[name]), x, "average F1", zero=True)
+    for name, part in report["confidence"].items():
+        bins: Json = {"as said": ([0, 1], [0, 1])}
+        kept: Json = {}
+        for task, one in part["tasks"].items():
+            bins[task] = tuple([group[key] for group in one["reliability"]] for key in ("p", "right"))
+            kept[task] = tuple(zip(*((100 * share, f1) for share, f1 in one["abstention"]), strict=True))
+        found[f"reliability {name}"] = lines(bins, "probability", "share that matches exactly")
+        found[f"abstention {name}"] = lines(kept, "answers kept, %", "exact-match F1")
     if report["canaries"]:
         series = {}
         for name, rows in report["canaries"]["rows"].items():

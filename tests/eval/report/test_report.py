@@ -59,6 +59,7 @@ def answer(
                 for t in texts
             ],
             "not_relevant": not texts,
+            "logprob": -0.1,
             "finish_reason": "eos",
         }
 
@@ -158,6 +159,14 @@ def test_page_is_self_contained_and_escaped(run):
     assert not links & {"t3", "t4", "t6", "canaries"}  # not part of this run
 
 
+def test_the_last_models_probabilities_are_held_against_what_is_right(run):
+    report = write(run)
+    part = report["confidence"]["heldout"]
+    assert part["tasks"].keys() == {"phenotype"} and len(part["review"]) == min(20, part["tasks"]["phenotype"]["n"])
+    page = (run / "report.html").read_text("utf-8")
+    assert 'id="confidence"' in page and "Review these first" in page
+
+
 def test_what_quotes_notes_is_for_its_owner_alone(run):
     write(run)
     assert {(run / f"report.{kind}").stat().st_mode & 0o777 for kind in ("html", "json")} == {0o600}
@@ -223,7 +232,7 @@ def test_page_can_be_read_on_any_screen(driver, screen, run, parts, width, schem
     driver.get((run / "report.html").as_uri())
     assert driver.execute_script("return document.documentElement.scrollWidth") <= width
     texts = driver.execute_script(TEXTS)
-    assert len(texts) > 500 and len({one["plot"] for one in texts}) == 5
+    assert len(texts) > 500 and len({one["plot"] for one in texts}) == 9
     assert [one for one in texts if one["contrast"] < 4.5] == []
     assert [one for one in texts if one["size"] < 9] == []
     for plot in range(4):
