@@ -1,7 +1,8 @@
-"""A CUDA device: decoding with a 7B model, then each kernel against libraries, training, and correctness.
+"""A CUDA device: decoding with a 7B model, each kernel against libraries, extraction, training, correctness.
 
     python -m eval.bench gpu --json F.json        in the order in which a reader wants to know, until --minutes are up
     python -m eval.bench gpu --tune               other tile sizes for this card, written to kernels/configs.json
+    python -m eval.bench gpu --prepare BASE       on a machine with the tokenizer: inputs of the extraction case
 
 Runs in a bare CUDA image: torch, triton, numpy, safetensors and nothing else; a C compiler and Python.h, which Triton
 needs at its first launch, are looked for at the start. The file is written after each case, and an error is a row of
@@ -13,6 +14,7 @@ of 8192³.
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import shutil
@@ -29,13 +31,25 @@ import torch.nn.functional as F
 
 from eval.bench.row import Row
 from kernels import launch
-from kernels.proof.cases import EPS, FFN, QKV, WIDTH, Case, Make, cases, int4, linear
+from kernels.proof.cases import EPS, FFN, GROUPS, HEAD, HEADS, QKV, VOCAB, WIDTH, Case, Make, cases, int4, linear
 
 DEVICE = "cuda"
 CONFIGS = Path(launch.__file__).parent / "configs.json"
+INPUTS = Path("runs/gpu-inputs")  # what --prepare writes: a base as safetensors, and notes in its tokens
 BF16 = torch.bfloat16
+DEPTH = 32
+BATCHES = (1, 8, 64)
+REPEATS = 5  # of a measurement, at least
 HELD = 512  # tokens of context in the whole-model cases
 SLOTS = 1024
+NOTES, NOTE_TOKENS, QUESTIONS, QUESTION_TOKENS, NEW_TOKENS = (
+    32,
+    400,
+    9,
+    20,
+    12,
+)  # extraction: random notes, every answer
+ROW_TOKENS = 2048  # a training step's
 LAYERS = {"q, k, v": (QKV, WIDTH), "o": ((WIDTH,), WIDTH), "gate, up": ((FFN, FFN), WIDTH), "down": ((WIDTH,), FFN)}
 
 
@@ -72,7 +86,7 @@ def seconds(call: Callable[[], Any], budget: float = 0.3) -> float:
     """Median time of a call on the device."""
     times: list[float] = []
     call()
-    while sum(times) < budget or len(times) < 5:
+    while sum(times) < budget or len(times) < REPEATS:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -85,7 +99,7 @@ def seconds(call: Callable[[], Any], budget: float = 0.3) -> float:
 def us(build: Callable[[], Callable[[], Any]], bytes_: int) -> float:
     """Microseconds of a call in a graph; as many copies of its inputs are cycled through as L2 cannot hold."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
-    functions = [build() for _ in range(max(2, -(-3 * cache // max(bytes_, 1))))][:64]
+    functions = [build() for _ in range(min(max(2, -(-3 * cache // bytes_)), 64))]
     return seconds(captured(functions).replay) / len(functions) * 1e6
 
 
@@ -128,6 +142,17 @@ def verify(case: Case) -> dict[str, Any]:
 # ---- (a) the whole model ------------------------------------------------------------------------------------------
 
 
+@contextlib.contextmanager
+def in_bf16() -> Iterator[None]:
+    """Models are made in bf16 and on the device: fp32 weights of a 7B, or a way over the host, would take minutes."""
+    torch.set_default_dtype(BF16)
+    try:
+        with torch.device(DEVICE):
+            yield
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def random_7b(rank: int = 0) -> Any:
     """A model of Mistral-7B's shape in bf16 with random weights, made on the device; adapters on every linear layer."""
     from lora import LoRAConfig, add_lora
@@ -138,19 +163,19 @@ def random_7b(rank: int = 0) -> Any:
             "model_type": "mistral",
             "hidden_size": WIDTH,
             "intermediate_size": FFN,
-            "num_hidden_layers": 32,
-            "num_attention_heads": 32,
-            "num_key_value_heads": 8,
-            "vocab_size": 32000,
+            "num_hidden_layers": DEPTH,
+            "num_attention_heads": HEADS,
+            "num_key_value_heads": GROUPS,
+            "head_dim": HEAD,
+            "vocab_size": VOCAB,
             "rms_norm_eps": EPS,
             "rope_theta": 10000.0,
             "sliding_window": 4096,
             "max_position_embeddings": 32768,
         }
     )
-    with torch.device("meta"):
-        model = Transformer(config).to(BF16)
-    model = model.to_empty(device=DEVICE).requires_grad_(False).eval()
+    with in_bf16():
+        model = Transformer(config).requires_grad_(False).eval()
     for weight in model.parameters():
         weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
     if rank:
@@ -181,27 +206,31 @@ def decode_speeds(model: Any, batch: int) -> tuple[float, float]:
     return batch / seconds(captured([call]).replay), batch / seconds(call)
 
 
-@torch.inference_mode()
-def transformers_speed(batch: int) -> float:
-    """Tokens a second of transformers' Mistral with a static cache, compiled."""
-    from transformers import MistralConfig, MistralForCausalLM, StaticCache
+def transformers_7b() -> Any:
+    """transformers' model of the same shape in bf16, random weights made on the device. ImportError without it."""
+    from transformers import MistralConfig, MistralForCausalLM
 
     config = MistralConfig(
         hidden_size=WIDTH,
         intermediate_size=FFN,
-        num_hidden_layers=32,
-        num_attention_heads=32,
-        num_key_value_heads=8,
-        vocab_size=32000,
+        num_hidden_layers=DEPTH,
+        num_attention_heads=HEADS,
+        num_key_value_heads=GROUPS,
+        head_dim=HEAD,
+        vocab_size=VOCAB,
         sliding_window=None,
     )
-    with torch.device(DEVICE):
-        torch.set_default_dtype(BF16)
-        try:
-            model = MistralForCausalLM(config).eval()
-        finally:
-            torch.set_default_dtype(torch.float32)
-    cache = StaticCache(config=config, max_cache_len=SLOTS)
+    with in_bf16():
+        return MistralForCausalLM(config)
+
+
+@torch.inference_mode()
+def transformers_speed(batch: int) -> float:
+    """Tokens a second of transformers' Mistral with a static cache, compiled."""
+    from transformers import StaticCache
+
+    model = transformers_7b().eval()
+    cache = StaticCache(config=model.config, max_cache_len=SLOTS)
     model(torch.zeros(batch, HELD, dtype=torch.int64, device=DEVICE), past_key_values=cache)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
     token = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
@@ -256,7 +285,7 @@ def whole_model(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], An
     held = Held()
     for rank in (0, 16):
         for form in ("bf16", "int4"):
-            for batch in (1, 8, 64):
+            for batch in BATCHES:
                 name = f"whole model, rank {rank}, {form}, batch {batch}"
                 yield name, partial(decode_rows, held, limits, rank, form, batch)
     yield "whole model, transformers", partial(transformers_rows, held)
@@ -318,6 +347,63 @@ def attention_rows(limits: dict[str, float], case: Case) -> list[Row]:
     return [Row(case.name, a, b, "eager PyTorch", "us", "bf16, inputs in L2")]
 
 
+# ---- (c) extraction -----------------------------------------------------------------------------------------------
+
+
+class Ids:
+    """In a tokenizer's place where prompts are token ids and nobody reads the texts."""
+
+    stop_ids: frozenset[int] = frozenset()
+    vocab_size = 0
+
+    def decode(self, ids: list[int]) -> str:
+        return ""
+
+
+def prepare(weights: str) -> int:
+    """Write INPUTS: a base as safetensors in bf16, and synthetic notes and the questions in its tokens."""
+    from infer import tasks
+    from infer.engine.load import load
+    from train.clinic.program import patient_notes
+
+    model, tokenizer = load(weights, dtype="bfloat16", device="cpu")
+    model.save_pretrained(INPUTS)
+    asked = [*(phenotype.question for phenotype in tasks.PHENOTYPES.values()), tasks.DIAGNOSIS_QUESTION]
+    texts = [next(patient_notes("gpu", number, 1))["text"] for number in range(NOTES)]
+    notes = [tokenizer.encode(tasks.prefix(text), bos=True) for text in texts]
+    inputs = {"notes": notes, "questions": [tokenizer.encode(tasks.branch(question)) for question in asked]}
+    write(INPUTS / "tokens.json", json.dumps(inputs) + "\n")
+    say(f"{INPUTS} is written; carry it to the machine with the GPU, beside the repository's files")
+    return 0
+
+
+def extraction_rows(prepared: bool) -> list[Row]:
+    """Notes an hour, each with its nine questions and NEW_TOKENS tokens an answer: the base and the synthetic notes of
+    INPUTS, or a 7B and notes of random tokens."""
+    from infer.engine.fuse import fuse
+    from infer.engine.generate import Generator
+    from model import Transformer
+
+    if prepared:
+        name, model = "the prepared base", Transformer.from_pretrained(INPUTS, dtype=BF16, device=DEVICE)
+        inputs = json.loads((INPUTS / "tokens.json").read_text())
+    else:
+        name, model = "Mistral-7B's shape", random_7b()
+        drawn = torch.Generator().manual_seed(0)
+        of_length = {"notes": (NOTES, NOTE_TOKENS), "questions": (QUESTIONS, QUESTION_TOKENS)}
+        inputs = {key: torch.randint(3, VOCAB, size, generator=drawn).tolist() for key, size in of_length.items()}
+    generator = Generator(fuse(model.requires_grad_(False).eval()), Ids(), lookup=False)  # type: ignore[arg-type]
+    generator.stop_ids = frozenset()  # every answer has NEW_TOKENS tokens
+    prompts = [note + question for note in inputs["notes"] for question in inputs["questions"]]
+    generator.generate(prompts[: 2 * len(inputs["questions"])], max_new_tokens=NEW_TOKENS)  # compiles
+    began = time.perf_counter()
+    generator.generate(prompts, max_new_tokens=NEW_TOKENS)  # its results are lists of numbers: the device has ended
+    speed = len(inputs["notes"]) / (time.perf_counter() - began) * 3600
+    tokens = sum(map(len, inputs["notes"])) / len(inputs["notes"])
+    setting = f"{len(inputs['notes'])} notes of {tokens:.0f} tokens, {NEW_TOKENS} new a question, bf16, eager"
+    return [Row(f"extraction, {name}", speed, None, None, "notes/h", setting)]
+
+
 # ---- (d) training -------------------------------------------------------------------------------------------------
 
 
@@ -333,9 +419,9 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
             loss(model).backward()
             model.zero_grad(set_to_none=True)
 
-        return 2048 / seconds(step, 2.0), torch.cuda.max_memory_allocated() / 2**30
+        return ROW_TOKENS / seconds(step, 2.0), torch.cuda.max_memory_allocated() / 2**30
 
-    tokens = torch.randint(0, 32000, (1, 2048), device=DEVICE)
+    tokens = torch.randint(0, VOCAB, (1, ROW_TOKENS), device=DEVICE)
     model = random_7b(16)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
@@ -351,18 +437,19 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
 
     speed, memory = measured(model, loss)
     limit = limits["operations/s"] / (4 * size)  # 4 FLOP a parameter and token: frozen weights need no gradient
-    setting = f"1 × 2048 tokens, bf16, {memory:.1f} GB, share of the limit = MFU at 4 FLOP a parameter and token"
+    setting = (
+        f"1 × {ROW_TOKENS} tokens, bf16, {memory:.1f} GB, share of the limit = MFU at 4 FLOP a parameter and token"
+    )
     name = f"LoRA r 16 training of Mistral-7B's shape{', blocks recomputed' * recompute}"
-    try:
-        from peft import LoraConfig, get_peft_model
-        from transformers import MistralConfig, MistralForCausalLM
-    except ImportError:
-        return [Row(name, speed, limit, "products alone at this device's rate", "tok/s", setting, limit)]
     del model
     torch.cuda.empty_cache()
-    with torch.device(DEVICE):
-        theirs: Any = MistralForCausalLM(MistralConfig(num_hidden_layers=32))
-    theirs = get_peft_model(theirs.to(BF16), LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
+    try:
+        from peft import LoraConfig, get_peft_model
+
+        theirs = transformers_7b()
+    except ImportError:
+        return [Row(name, speed, limit, "products alone at this device's rate", "tok/s", setting, limit)]
+    theirs = get_peft_model(theirs, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
     if recompute:
         theirs.gradient_checkpointing_enable()
         theirs.enable_input_require_grads()
@@ -382,6 +469,8 @@ def sections(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]
     for case in cases(BF16):
         if case.kernel in ("tree_attention", "rms_norm", "swiglu"):
             yield case.name, partial(attention_rows, limits, case)
+    for prepared in (True, False) if (INPUTS / "tokens.json").is_file() else (False,):
+        yield f"extraction, prepared {prepared}", partial(extraction_rows, prepared)
     for recompute in (False, True):
         yield f"training, recompute {recompute}", partial(training_rows, limits, recompute)
     for dtype in (BF16, torch.float16, torch.float32):
@@ -429,9 +518,9 @@ def table(result: dict[str, Any]) -> str:
         cells = (
             r["name"],
             f"{r['ours']:.1f}",
-            f"{r['peer']:.1f}",
-            r["peer_name"],
-            f"{r['ratio']:.2f}",
+            f"{r['peer']:.1f}" if r["peer"] else "–",
+            r["peer_name"] or "–",
+            f"{r['ratio']:.2f}" if r["ratio"] else "–",
             share,
             r["unit"],
         )
@@ -462,6 +551,8 @@ def tune(minutes: float) -> int:
             )
             best = cost(mine)
             for name, before in list(tiles.items()):
+                if (kernel, name) == ("int4", "BD"):  # the weights' layout, not a choice
+                    continue
                 for tried in (
                     (before + 1, before - 1) if name in ("num_stages", "RESIDENT") else (before * 2, before // 2)
                 ):
@@ -520,7 +611,12 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--tune", action="store_true", help="search tile sizes for this card, write kernels/configs.json"
     )
+    parser.add_argument(
+        "--prepare", metavar="BASE", help=f"write {INPUTS} from a base's folder or GGUF file, for the extraction case"
+    )
     options = parser.parse_args(argv)
+    if options.prepare:
+        return prepare(options.prepare)
     if options.json is not None and (not options.json.parent.is_dir() or options.json.exists()):
         say(f"eval.bench gpu: {options.json}: its folder is missing, or the file is there; give another name")
         return 2

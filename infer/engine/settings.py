@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from dataclasses import dataclass
 from typing import Any
 
-import tyro
-
 from model.support.cli import UserError
+
+with contextlib.suppress(ImportError):  # only the command line reads these annotations; a bare CUDA image lacks it
+    import tyro
 
 
 @dataclass(frozen=True)
