@@ -68,7 +68,7 @@ class Found(NamedTuple):
 
 
 class Reading(NamedTuple):
-    """How to choose among candidates: `pick` one, outside sentences that speak of relatives and the past (`aside`),
+    """How to choose among candidates: `pick` one, outside sentences about relatives and the past (`aside`),
     after a cue word of the phenotype if there is one (`cued`)."""
 
     pick: str

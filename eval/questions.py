@@ -111,7 +111,7 @@ def read_checked(path: str | Path, required: tuple[str, ...], own: str) -> Itera
 
 @dataclass(frozen=True)
 class Reply:
-    """The answers to one question; `empty`: nothing was said, not even "not relevant"."""
+    """The answers to one question; `empty`: the output was empty, not even "not relevant"."""
 
     texts: tuple[str, ...] = ()
     empty: bool = True
@@ -221,9 +221,9 @@ def questions_of(record: Json, prediction: Json) -> list[Question]:
     """The questions of one note."""
     given, patient, found = replies(prediction, "answers"), patient_of(record), []
     for key, gold in replies(record, "questions").items():
-        said, own = given.get(key, Reply()), isinstance(key, int)
+        predicted, own = given.get(key, Reply()), isinstance(key, int)
         name = record["questions"][key]["question"] if own else str(key)
-        answers = (said.texts, said.empty, said.finish_reason)
+        answers = (predicted.texts, predicted.empty, predicted.finish_reason)
         found.append(Question(record["id"], patient, name, gold.texts, *answers, own=own))
     return found
 

@@ -31,9 +31,8 @@ from lora import load_adapter, merge_lora, no_adapter, set_adapter
 from lora.adapter import adapted
 from lora.origin import check_origin
 from model import Tokenizer, Transformer
-from model.checkpoints.weights import fingerprint
 from model.support.cli import UserError, nearest, run
-from model.support.files import read_json, write_text
+from model.support.files import write_text
 from model.support.lock import output
 
 ROWS = 640  # tokens up to which every position's attention is kept
@@ -63,8 +62,6 @@ class Options(WeightOptions):
     """Constrain a note's answer as infer.extract --grounded does."""
     compare: str | None = None
     """Another model, or another adapter on the same weights, to compare with."""
-    parity: Path | None = None
-    """A file that `python -m eval.parity --json` wrote about these weights: its first divergent stage is shown."""
     max_new_tokens: int = 50
     """At most so many tokens of answer; 0: the prompt only."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # type: ignore[assignment]
@@ -98,12 +95,10 @@ def main(options: Options) -> int:
 
 def traced(options: Options, note: Note | None) -> tuple[str, dict[str, Any]]:
     """The page about the options' prompt, or about a note, and its data."""
-    mark = parity(options) if options.parity else None
     data: dict[str, Any] = {
         "title": f"Trace: {Path(options.weights).name}",
         "runs": [],
         "notices": [],
-        "parity": mark,
         "code": trace_page.code(),
     }
     ids: list[int] = []
@@ -163,7 +158,7 @@ def sides(options: Options) -> Iterator[Side]:
 
 
 def path_name(adapter: str) -> str:
-    """An adapter's folder by the words that tell it from others: runs/demo/tuned/adapter is tuned/adapter."""
+    """An adapter's folder by its last two names: runs/demo/tuned/adapter is tuned/adapter."""
     return "/".join(Path(adapter).resolve().parts[-2:])
 
 
@@ -202,7 +197,7 @@ def note_of(options: Options) -> Note:
     assert options.note is not None
     note = next((n for n in read_notes(options.note) if options.id is None or n.id == options.id), None)
     if note is None:
-        raise UserError(f"{options.note}: holds no record whose id is {options.id!r}")
+        raise UserError(f"{options.note}: no record has the id {options.id!r}")
     if note.error:
         raise UserError(f"{options.note}, {note.id}: {note.error}")
     return note
@@ -212,7 +207,7 @@ def answer_ids(options: Options, generator: Generator, prompt: list[int], note: 
     """The greedy answer's tokens, the one that ended it included."""
     limit = generator.max_length
     if not prompt:
-        raise UserError("the prompt holds no token; give a text")
+        raise UserError("the prompt has no token; give a text")
     if len(prompt) + options.max_new_tokens > limit:
         raise UserError(
             f"the prompt has {len(prompt)} tokens; with {options.max_new_tokens} new ones that exceeds the "
@@ -238,7 +233,7 @@ def one_run(side: Side, ids: list[int], start: int, own: list[int], notices: lis
     if len(ids) > ROWS:
         rows = rows[start - 1 : -1] if start < len(ids) else rows[-1:]
         line = (
-            f"The text has {len(ids)} tokens. Attention, norms and experts are kept for the {len(rows)} positions "
+            f"The text has {len(ids)} tokens. Attention and experts are kept for the {len(rows)} positions "
             f"that wrote the answer; those of the others are left out (a page keeps all up to {ROWS} tokens)."
         )
         notices += [line] if line not in notices else []
@@ -259,26 +254,6 @@ def fitted(data: dict[str, Any]) -> str:
             "--max-new-tokens"
         )
     return text
-
-
-def parity(options: Options) -> dict[str, Any]:
-    """What the page says of a parity file, or a UserError where it is about other weights."""
-    assert options.parity is not None
-    found = read_json(options.parity)
-    if not isinstance(found, dict) or not isinstance(found.get("rows"), list) or "summary" not in found:
-        raise UserError(f"{options.parity}: not a file that python -m eval.parity --json wrote")
-    if found.get("fingerprint") != fingerprint(options.weights):
-        raise UserError(
-            f"{options.parity}: about other weights than {options.weights}; make it with "
-            f"python -m eval.parity --weights {options.weights} --json FILE"
-        )
-    stages = [row for row in found["rows"] if row.get("section") in ("stage", "adapter")]
-    wrong = next((row for row in stages if not row.get("ok")), None)
-    return {
-        "summary": str(found["summary"]),
-        "stages": len(stages),
-        "first": None if wrong is None else {"name": str(wrong["name"]), "error": wrong.get("error")},
-    }
 
 
 if __name__ == "__main__":

@@ -17,8 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.baselines import MajorityBaseline, RegexBaseline
-from eval.experiments import programs as experiments
-from eval.experiments.programs import PARTS, Demo
+from eval.experiments.programs import PARTS, Demo, experiment
 from eval.experiments.steps import RECIPES, Run, begin, check_folder
 from eval.report.build import terminal_table, write
 from infer.released import adapter as released
@@ -127,8 +126,10 @@ def pipeline(run: Run, scale: Scale) -> None:
     demo = Demo(out, run.scale)
     run.run_in_parallel(
         {
-            "table 4: misspelled notes": experiments.misspelling(demo, out, (0.0, 0.1), scale.misspelling_notes),
-            "table 6: BM25": experiments.retrieval(demo, out, scale.retrieval_notes),
+            "table 4: misspelled notes": experiment(
+                demo, out, "misspelling", rates=(0.0, 0.1), limit=scale.misspelling_notes
+            ),
+            "table 6: BM25": experiment(demo, out, "retrieval", limit=scale.retrieval_notes),
         }
     )
     bits = bits_per_byte(run, scale)

@@ -1,13 +1,11 @@
 """The files of a demo's folder, and the experiments that are run on it: a few by eval.experiments.demo, all by
 eval.experiments.tables.
 
-Each function returns a command as `python -m` takes it. The program writes result.json into its folder and continues
-after an interruption.
+Each program writes result.json into its folder and continues after an interruption.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -47,63 +45,22 @@ class Demo:
     def adapter(self, name: str) -> str:
         return str(self.folder / name / "adapter")
 
-    @property
-    def tuned(self) -> dict[str, Any]:
-        """The tuned model and the held-out notes, as the experiments' programs are given them."""
-        return {
-            "weights": self.weights,
-            "adapter": self.adapter("tuned"),
-            "grounded": True,
-            "notes": self.folder / "heldout.jsonl",
-        }
 
-
-def labels(
-    demo: Demo, out: Path, rates: Sequence[float], filter_rate: float, records: int, epochs: float, notes: int
-) -> list[str]:
-    return argv(
-        "eval.robustness labels",
-        **demo.tuned | {"adapter": demo.adapter("pretrained")},
-        dtype=demo.dtype,
-        recipe=demo.recipe("instruct"),
-        data=demo.data("train"),
-        rates=rates,
-        filter_rate=filter_rate,
-        records=records,
-        epochs=epochs,
-        limit=notes,
-        out=out / PARTS["wrong_labels"],
-    )
-
-
-def misspelling(demo: Demo, out: Path, rates: Sequence[float], notes: int) -> list[str]:
-    own = {"lexicon": demo.data("train"), "rates": rates, "limit": notes, "out": out / PARTS["misspelling"]}
-    return argv("eval.robustness misspelling", **demo.tuned, **own)
-
-
-def canaries(demo: Demo, out: Path, counts: Sequence[int], each: int, records: int, epochs: float) -> list[str]:
-    return argv(
-        "eval.robustness canaries",
-        weights=demo.weights,
-        recipe=demo.recipe("pretrain"),
-        data=demo.data("pretrain"),
-        counts=counts,
-        each=each,
-        records=records,
-        epochs=epochs,
-        dtype=demo.dtype,
-        out=out / PARTS["canaries"],
-    )
-
-
-def retrieval(demo: Demo, out: Path, notes: int, tune_steps: int = 0) -> list[str]:
-    return argv(
-        "eval.experiments.retrieval_table",
-        **demo.tuned,
-        data=demo.data("train"),
-        recipe=demo.recipe("instruct"),
-        dtype=demo.dtype,
-        tune_steps=tune_steps,
-        limit=notes,
-        out=out / PARTS["retrieval"],
-    )
+def experiment(demo: Demo, out: Path, name: str, **amounts: Any) -> list[str]:
+    """The program of an experiment (a folder of PARTS) on a demo's models; `amounts` are options of its own."""
+    heldout = {"weights": demo.weights, "notes": demo.folder / "heldout.jsonl", "grounded": True}
+    tuned = heldout | {"adapter": demo.adapter("tuned")}
+    tuning = {"data": demo.data("train"), "recipe": demo.recipe("instruct"), "dtype": demo.dtype}
+    given: dict[str, dict[str, Any]] = {
+        "labels": heldout | {"adapter": demo.adapter("pretrained")} | tuning,
+        "misspelling": tuned | {"lexicon": demo.data("train")},
+        "canaries": {
+            "weights": demo.weights,
+            "data": demo.data("pretrain"),
+            "recipe": demo.recipe("pretrain"),
+            "dtype": demo.dtype,
+        },
+        "retrieval": tuned | tuning,
+    }
+    program = "eval.experiments.retrieval_table" if name == "retrieval" else f"eval.robustness {name}"
+    return argv(program, **given[name], **amounts, out=out / name)

@@ -28,6 +28,7 @@ from model.support.hardware import compute_dtype, max_resident_mb
 from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
 
 RECIPES = Path("train/recipes")
+SCALES_FILE = Path(__file__).with_name("scales.toml")
 LONG = {"long": "windows", "max_new_diagnosis": 60}  # how the experiments ask: no note is cut
 
 
@@ -100,7 +101,7 @@ def made_from(options: Any, files: Mapping[str, Path] | None = None, models: Ite
 def check_folder() -> None:
     """Raise UserError where the recipes are not below the current folder."""
     if not RECIPES.is_dir():
-        raise UserError("run this from the repository's root, where train/recipes lies")
+        raise UserError("run this from the repository's root, which holds train/recipes")
 
 
 def argv(program: str, *arguments: Any, **options: Any) -> list[str]:

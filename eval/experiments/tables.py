@@ -16,10 +16,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.experiments import programs as experiments
 from eval.experiments.demo import TITLES
-from eval.experiments.programs import PARTS, Demo
-from eval.experiments.steps import Run, begin, check_folder
+from eval.experiments.programs import PARTS, Demo, experiment
+from eval.experiments.steps import SCALES_FILE, Run, begin, check_folder
 from eval.report.build import terminal_table, write
 from model.support import cli as command
 from model.support.cli import UserError
@@ -41,7 +40,7 @@ class Options:
     """Remove the tables that are there, and begin again."""
 
 
-SIZES = tomllib.loads(Path(__file__).with_name("tables.toml").read_text(encoding="utf-8"))
+SIZES = {name: amounts["tables"] for name, amounts in tomllib.loads(SCALES_FILE.read_text("utf-8")).items()}
 
 
 def finished_demo(folder: Path, scale: str) -> Demo:
@@ -77,12 +76,13 @@ def main(options: Options) -> int:
 
 def steps(demo: Demo, sizes: dict[str, Any], out: Path) -> list[tuple[str, list[str]]]:
     """(step, program) in order."""
-    return [
-        ("table 3: wrong labels", experiments.labels(demo, out, **sizes["labels"])),
-        ("table 4: misspelled notes, plain and repaired", experiments.misspelling(demo, out, **sizes["misspelling"])),
-        ("canaries", experiments.canaries(demo, out, **sizes["canaries"])),
-        ("table 6: retrieval", experiments.retrieval(demo, out, **sizes["retrieval"])),
-    ]
+    titles = {
+        "labels": "table 3: wrong labels",
+        "misspelling": "table 4: misspelled notes, plain and repaired",
+        "canaries": "canaries",
+        "retrieval": "table 6: retrieval",
+    }
+    return [(title, experiment(demo, out, name, **sizes[name])) for name, title in titles.items()]
 
 
 def described(run: Run, demo: Demo) -> dict[str, Any]:

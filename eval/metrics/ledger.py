@@ -1,6 +1,6 @@
-"""The disagreement ledger: every answer that two presets judge differently, with why.
+"""The disagreement ledger: every answer that two presets score differently, with why.
 
-An answer is judged by exact match: clinical form, released form, or the plain text. And a right answer is listed where
+Answers are compared by exact match: clinical form, released form, or the plain text. And a right answer is listed where
 a definition still gives it no more than 0.5: one word has no pair of words, so COCO's BLEU-2 of a perfect one is 0.001.
 """
 
@@ -14,7 +14,7 @@ from eval.metrics.scoring import answers, question
 from eval.metrics.text import clinical, released, unstemmed
 
 ONE_WORD = "a perfect answer of one word has no pair of words for BLEU-2"
-JUDGES = ("clinical", "cancerllm", "coco")
+COMPARED = ("clinical", "cancerllm", "coco")
 _NAMES = {
     "clinical": "clinical",
     "cancerllm": "cancerllm, cancerllm-released",
@@ -38,7 +38,7 @@ def why(predicted: str, gold: str) -> str:
 
 
 def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, Any]]:
-    """For (predicted, gold) answers of each question: those judged differently, equal ones counted, commonest first
+    """For (predicted, gold) answers of each question: those scored differently, equal ones counted, commonest first
     and the one-word answers last."""
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
 
@@ -53,10 +53,11 @@ def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[st
         rights = answers(list(gold), PRESETS["clinical"])
         for one in answers(list(given), PRESETS["clinical"]):
             verdict = {
-                judge: any(PRESETS[judge].form(one) == PRESETS[judge].form(g) for g in rights) for judge in JUDGES
+                preset_name: any(PRESETS[preset_name].form(one) == PRESETS[preset_name].form(g) for g in rights)
+                for preset_name in COMPARED
             }
             if len(set(verdict.values())) > 1:
-                near = next(g for g in rights if any(PRESETS[j].form(one) == PRESETS[j].form(g) for j in JUDGES))
+                near = next(g for g in rights if any(PRESETS[j].form(one) == PRESETS[j].form(g) for j in COMPARED))
                 note(one, near, why(one, near), {_NAMES[j]: "right" if v else "wrong" for j, v in verdict.items()})
             if one in rights:
                 low: dict[str, str] = {}

@@ -24,18 +24,19 @@ Words = list[str]
 
 @dataclass(frozen=True)
 class Preset:
-    """`form` is what exact match compares; BLEU and ROUGE each have words and a definition (None: not computed).
-    `nothing` is the answer that counts as no answer at all (None: a text like any other). `separator` (a regular
-    expression) divides a text into answers; a list's items too where `splits_lists`. `choices` says all of it in
-    words, and `signature` is what a score carries."""
+    """`form` is what exact match compares; `words` are those of BLEU and of ROUGE (of the latter `rouge_words`, where
+    they differ), `bleu` and `rouge` the definitions (None: not computed). `nothing` is the answer that counts as no
+    answer at all (None: a text like any other). `separator` (a regular expression) divides a text into answers; a
+    list's items too where `splits_lists`. `choices` says all of it in words, and `signature` is what a score
+    carries."""
 
     name: str
     form: Callable[[str], str]
-    bleu_words: Callable[[str], Words]
+    words: Callable[[str], Words]
     bleu: Callable[[Words, Words], float] | None
-    rouge_words: Callable[[str], Words]
     rouge: Callable[[Words, Words], float]
     choices: str
+    rouge_words: Callable[[str], Words] | None = None
     nothing: str | None = None
     separator: str = ","
     splits_lists: bool = False
@@ -64,79 +65,71 @@ def _at_each_space(answer: str) -> Words:
 
 _RULES = "dedup,max-match|avg:macro"
 _SETS = f"set:comma-split,{_RULES}"
-PRESETS: dict[str, Preset] = {
-    preset.name: preset
-    for preset in (
-        Preset(
-            "clinical",
-            text.clinical,
-            _clinical,
-            pairs.bleu_sacrebleu,
-            _clinical,
-            pairs.rouge_l_coco,
-            "em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|"
-            f"set:semicolon-split,{_RULES}",
-            nothing="not relevant",
-            separator=r";+(?=\s|$)",
-            splits_lists=True,
-            version=2,
-        ),
-        Preset(
-            "cancerllm",
-            text.released,
-            _stemmed,
-            pairs.bleu_coco,
-            _stemmed,
-            pairs.rouge_l_coco,
-            f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}",
-        ),
-        Preset(
-            "cancerllm-released",
-            text.released,
-            _stemmed,
-            None,
-            _stemmed,
-            pairs.rouge_1_sets,
-            f"em:lower,nopunct,porter|bleu:none|rouge:1,sets,tok:porter|{_SETS}",
-        ),
-        Preset(
-            "coco",
-            folded,
-            str.split,
-            pairs.bleu_coco,
-            _at_each_space,
-            pairs.rouge_l_coco,
-            f"em:text|bleu:2,coco,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}",
-        ),
-        Preset(
-            "sacrebleu",
-            folded,
-            text.words_13a,
-            pairs.bleu_sacrebleu,
-            text.words_13a,
-            pairs.rouge_l_coco,
-            f"em:text|bleu:2,nrefs:1,case:mixed,eff:yes,tok:13a,smooth:exp|rouge:L,beta:1.2,tok:13a|{_SETS}",
-        ),
-        Preset(
-            "nltk",
-            folded,
-            str.split,
-            pairs.bleu_nltk,
-            str.split,
-            pairs.rouge_l_coco,
-            f"em:text|bleu:2,nltk,smooth:method0,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}",
-        ),
-        Preset(
-            "rouge_score",
-            folded,
-            text.words_rouge,
-            pairs.bleu_coco,
-            text.words_rouge,
-            pairs.rouge_l_google,
-            f"em:text|bleu:2,coco,tok:rouge_score|rouge:L,beta:1,tok:rouge_score,stem:no|{_SETS}",
-        ),
-    )
-}
+_ALL = (
+    Preset(
+        "clinical",
+        text.clinical,
+        _clinical,
+        pairs.bleu_sacrebleu,
+        pairs.rouge_l_coco,
+        "em:clinical|bleu:2,eff:yes,smooth:exp,tok:clinical|rouge:L,beta:1.2,tok:clinical|none:not relevant|"
+        f"set:semicolon-split,{_RULES}",
+        nothing="not relevant",
+        separator=r";+(?=\s|$)",
+        splits_lists=True,
+        version=2,
+    ),
+    Preset(
+        "cancerllm",
+        text.released,
+        _stemmed,
+        pairs.bleu_coco,
+        pairs.rouge_l_coco,
+        f"em:lower,nopunct,porter|bleu:2,coco,tok:porter|rouge:L,beta:1.2,tok:porter|{_SETS}",
+    ),
+    Preset(
+        "cancerllm-released",
+        text.released,
+        _stemmed,
+        None,
+        pairs.rouge_1_sets,
+        f"em:lower,nopunct,porter|bleu:none|rouge:1,sets,tok:porter|{_SETS}",
+    ),
+    Preset(
+        "coco",
+        folded,
+        str.split,
+        pairs.bleu_coco,
+        pairs.rouge_l_coco,
+        f"em:text|bleu:2,coco,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}",
+        rouge_words=_at_each_space,
+    ),
+    Preset(
+        "sacrebleu",
+        folded,
+        text.words_13a,
+        pairs.bleu_sacrebleu,
+        pairs.rouge_l_coco,
+        f"em:text|bleu:2,nrefs:1,case:mixed,eff:yes,tok:13a,smooth:exp|rouge:L,beta:1.2,tok:13a|{_SETS}",
+    ),
+    Preset(
+        "nltk",
+        folded,
+        str.split,
+        pairs.bleu_nltk,
+        pairs.rouge_l_coco,
+        f"em:text|bleu:2,nltk,smooth:method0,tok:space|rouge:L,beta:1.2,tok:space|{_SETS}",
+    ),
+    Preset(
+        "rouge_score",
+        folded,
+        text.words_rouge,
+        pairs.bleu_coco,
+        pairs.rouge_l_google,
+        f"em:text|bleu:2,coco,tok:rouge_score|rouge:L,beta:1,tok:rouge_score,stem:no|{_SETS}",
+    ),
+)
+PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 
 def chosen(name: str) -> Preset:

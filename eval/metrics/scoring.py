@@ -87,9 +87,9 @@ def question(predicted: str | Sequence[str], gold: str | Sequence[str], preset: 
     ps, gs = answers(predicted, preset), answers(gold, preset)
     exact = best_matches([preset.form(p) for p in ps], [preset.form(g) for g in gs], lambda p, g: float(p == g))
     nan = Figures(math.nan, math.nan, math.nan)
-    p_words, g_words = [preset.bleu_words(p) for p in ps], [preset.bleu_words(g) for g in gs]
+    p_words, g_words = [preset.words(p) for p in ps], [preset.words(g) for g in gs]
     bleu = best_matches(p_words, g_words, preset.bleu) if preset.bleu else nan
-    if preset.rouge_words is not preset.bleu_words:
+    if preset.rouge_words:
         p_words, g_words = [preset.rouge_words(p) for p in ps], [preset.rouge_words(g) for g in gs]
     return {"exact_match": exact, "bleu2": bleu, "rouge_l": best_matches(p_words, g_words, preset.rouge)}
 

@@ -1,4 +1,4 @@
-"""How far a mean can be trusted: one interval, over patients, because one patient's questions hang together.
+"""How far a mean can be trusted: one interval, over patients, because one patient's questions are correlated.
 
 `interval` adds two patients of average size to those that were seen, one with every answer right and one with every
 answer wrong, and takes the cluster-robust t-interval of the mean of all, with n - 1 degrees of freedom for n patients.
@@ -43,12 +43,12 @@ class _Estimate:
     def interval(self, bounds: tuple[float, float]) -> Interval:
         if self.patients < FEWEST:
             return None, None
-        reach = t_quantile(self.patients - 1) * self.error
-        return max(bounds[0], self.centre - reach), min(bounds[1], self.centre + reach)
+        half_width = t_quantile(self.patients - 1) * self.error
+        return max(bounds[0], self.centre - half_width), min(bounds[1], self.centre + half_width)
 
     def p(self) -> float | None:
         """Of a true mean of 0."""
-        return None if self.patients < FEWEST else t_beyond(self.centre / self.error, self.patients - 1)
+        return None if self.patients < FEWEST else two_sided_p(self.centre / self.error, self.patients - 1)
 
 
 def interval(
@@ -124,7 +124,7 @@ def _estimate(
 # Student's t with a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 
 
-def t_beyond(t: float, degrees: int) -> float:
+def two_sided_p(t: float, degrees: int) -> float:
     """The probability of a value as far from 0 as t, on either side."""
     angle = math.atan2(abs(t), math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
@@ -143,5 +143,5 @@ def t_quantile(degrees: int, level: float = 0.95) -> float:
     low, high = 0.0, 1000.0
     for _ in range(80):
         middle = (low + high) / 2
-        low, high = (middle, high) if t_beyond(middle, degrees) > 1 - level else (low, middle)
+        low, high = (middle, high) if two_sided_p(middle, degrees) > 1 - level else (low, middle)
     return high

@@ -1,1 +1,1 @@
-"""A checkpoint held against transformers and peft."""
+"""A checkpoint compared with transformers and peft."""

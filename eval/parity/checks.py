@@ -1,7 +1,7 @@
 """The comparisons behind `python -m eval.parity`: stages, gradients, greedy text, tokenizers. Each yields rows.
 
-In fp32 on a CPU a stage holds when it is bit-identical. Elsewhere (a GPU, bf16), and for gradients, the judge is our
-own model in a wider dtype on the same weights: ours holds when its error is at most twice transformers' own.
+In fp32 on a CPU a stage holds when it is bit-identical. Elsewhere (a GPU, bf16), and for gradients, the reference is
+our own model in a wider dtype on the same weights: ours holds when its error is at most twice transformers' own.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ def ulps(a: Tensor, b: Tensor) -> int:
 
 
 def compare(section: str, name: str, got: Tensor, wanted: Tensor, exact: Tensor | None) -> Row:
-    """A row for two tensors: bit equality, or, where a judge is given, the ratio of the errors against it."""
+    """A row for two tensors: bit equality, or, where a reference is given, the ratio of the errors against it."""
     if got.shape != wanted.shape:
         return Row(section, name, False, float("inf"), detail=f"shape {list(got.shape)}, theirs {list(wanted.shape)}")
     same = torch.equal(got, wanted.to(got.dtype))

@@ -1,4 +1,4 @@
-"""Hold a checkpoint in this implementation against transformers' (and an adapter against peft's), stage by stage.
+"""Compare a checkpoint in this implementation with transformers' (and an adapter with peft's), stage by stage.
 
     python -m eval.parity --weights DIR [--adapter DIR] [--prompt TEXT] [--json F]
 
@@ -24,7 +24,7 @@ from eval.parity import stages
 from eval.parity.checks import Row, compare_all, generation_rows, tokenizer_rows
 from lora import load_adapter
 from model import Tokenizer, Transformer
-from model.checkpoints.weights import find_format, fingerprint
+from model.checkpoints.weights import find_format
 from model.support.cli import UserError, one_line
 from model.support.files import write_json
 from model.support.lock import output
@@ -53,7 +53,7 @@ class Options:
     weights: str
     """A model's folder (safetensors or Mistral's native files) or a .gguf file."""
     adapter: str | None = None
-    """A PEFT adapter's folder, held against peft too."""
+    """A PEFT adapter's folder, compared with peft too."""
     prompt: str = PROMPT
     """The text that both models read; repeated until it is longer than two windows (or `tokens`), up to 1,024
     tokens."""
@@ -113,7 +113,7 @@ def main(options: Options) -> int:
         if options.json:
             found = {"summary": report.summary(), "holds": not report.failed}
             rows = [dataclasses.asdict(row) for row in report.rows]
-            write_json(options.json, found | {"rows": rows, "fingerprint": fingerprint(options.weights)})
+            write_json(options.json, found | {"rows": rows})
     return 1 if report.failed else 0
 
 
@@ -140,24 +140,24 @@ def compare(options: Options) -> Report:
     odd = bool(experts) and ours.config.intermediate_size % 32 != 0
     wide = torch.float64 if on_cpu and dtype == torch.float32 else torch.float32
     try:
-        judge = None if on_cpu and dtype == torch.float32 and not odd else wide
-        rows, tokens = compare_rows(options, ours, judge, wide)
+        reference = None if on_cpu and dtype == torch.float32 and not odd else wide
+        rows, tokens = compare_rows(options, ours, reference, wide)
     finally:
         torch.set_num_threads(threads)
     return Report(options.weights, ours.config.model_type, tokens.shape[1], ours.config.window, rows)
 
 
 def compare_rows(
-    options: Options, ours: Transformer, judge: torch.dtype | None, wide: torch.dtype
+    options: Options, ours: Transformer, reference: torch.dtype | None, wide: torch.dtype
 ) -> tuple[list[Row], Tensor]:
-    """The rows and the prompt's tokens. Stages are judged by our own model in `judge` (None: bit by bit), gradients in
-    `wide`."""
+    """The rows and the prompt's tokens. Stages are compared by their errors against our own model in the dtype
+    `reference` (None: bit by bit), gradients in `wide`."""
     dtype = ours.dtype
     tokenizer = _tokenizer(options.weights)
     tokens = prompt_tokens(options, ours, tokenizer)
     mine = _observed(stages.ours, ours, tokens, options.gradients)
     exact: tuple[stages.Stages, dict[str, Tensor]] = {}, {}
-    if options.gradients or judge:
+    if options.gradients or reference:
         exact = _observed(stages.ours, ours.to(wide), tokens, options.gradients)
         ours.to("meta")
         gc.collect()
@@ -165,7 +165,7 @@ def compare_rows(
     with tempfile.TemporaryDirectory() as scratch:
         peer = load_theirs(options.weights, ours, dtype, options.device, Path(scratch))
         their = _observed(stages.theirs, peer, tokens, options.gradients)
-        rows = compare_all("stage", mine[0], their[0], exact[0] if judge else None)
+        rows = compare_all("stage", mine[0], their[0], exact[0] if reference else None)
         rows += compare_all("gradient", mine[1], their[1], exact[1])
         if options.new_tokens:
             rows += generation_rows(ours, peer, tokens[:1], options.new_tokens)
@@ -175,11 +175,13 @@ def compare_rows(
             lines, theirs = [*LINES, options.prompt], _their_tokenizer(options.weights)
             rows += tokenizer_rows(tokenizer, theirs, lines, ours.config.eos_token_id, ends)
         if options.adapter:
-            rows += adapter_rows(options.adapter, ours, peer, tokens, judge)
+            rows += adapter_rows(options.adapter, ours, peer, tokens, reference)
     return rows, tokens
 
 
-def adapter_rows(adapter: str, ours: Transformer, peer: Any, tokens: Tensor, judge: torch.dtype | None) -> list[Row]:
+def adapter_rows(
+    adapter: str, ours: Transformer, peer: Any, tokens: Tensor, reference: torch.dtype | None
+) -> list[Row]:
     """The stages with the adapter on, and its effect on the logits, against peft's."""
     from peft import PeftModel
 
@@ -189,14 +191,14 @@ def adapter_rows(adapter: str, ours: Transformer, peer: Any, tokens: Tensor, jud
         mine, _ = stages.ours(ours, tokens)
         adapted = PeftModel.from_pretrained(peer, adapter).eval()
         their, _ = stages.theirs(adapted, tokens)
-        exact = stages.ours(ours.to(judge), tokens)[0] if judge else None
+        exact = stages.ours(ours.to(reference), tokens)[0] if reference else None
     rows = compare_all("adapter", mine, their, exact)
     effect = float((mine["logits"] - without).abs().max())
     return [*rows, Row("adapter", "effect on the logits", effect > 0, detail=f"moves them by up to {effect:.2e}")]
 
 
 def prompt_tokens(options: Options, model: Transformer, tokenizer: Tokenizer | None) -> Tensor:
-    """tokens_1T of the prompt, repeated past two windows of the narrowest layer; without a tokenizer, drawn by seed."""
+    """tokens_1T of the prompt, repeated past two windows of the narrowest layer; random without a tokenizer."""
     narrow = [window for window in model.config.windows if window is not None]
     least = min(max(options.tokens, 2 * min(narrow) + 1 if narrow else 0), LONGEST)
     if tokenizer is None:

@@ -142,8 +142,8 @@ def system_row(system: Json, questions: list[Question]) -> Json:
     codes = [one for one in questions if one.task == "diagnosis"]
     if codes:
         read = [(lookup(" ".join(one.predicted), 1), lookup(one.gold[0], 1)) for one in codes]
-        exact = [100.0 * (said != [] and said[:1] == right[:1]) for said, right in read]
-        category = [100.0 * (bool(said and right) and said[0][:3] == right[0][:3]) for said, right in read]
+        exact = [100.0 * (predicted != [] and predicted[:1] == gold[:1]) for predicted, gold in read]
+        category = [100.0 * (bool(predicted and gold) and predicted[0][:3] == gold[0][:3]) for predicted, gold in read]
         patients = [one.patient for one in codes]
         row["code"] = {"n": len(codes), "exact": spread(exact, patients), "category": spread(category, patients)}
     return row

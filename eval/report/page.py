@@ -90,8 +90,8 @@ def verdict(part: Json) -> str:
 
     def reached(row: Json, of_task: str, of_diagnosis: str) -> str:
         exact, diagnosis = row["clinical"][task]["exact_match"], row["clinical"].get("diagnosis")
-        said = f"{exact['f1']:.1f} {format_interval(exact['low'], exact['high'])}".rstrip() + of_task
-        return said + (f" and {diagnosis['exact_match']['f1']:.1f}{of_diagnosis}" if diagnosis else "")
+        text = f"{exact['f1']:.1f} {format_interval(exact['low'], exact['high'])}".rstrip() + of_task
+        return text + (f" and {diagnosis['exact_match']['f1']:.1f}{of_diagnosis}" if diagnosis else "")
 
     best = reached(models[-1], " on phenotypes" if task == "phenotype" else "", " on diagnoses")
     title = part["title"][:1].upper() + part["title"][1:]

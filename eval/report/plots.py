@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose lines and letters take the page's own colour, so that they suit dark and light alike."""
+"""Plots as inline SVG whose lines and letters take the page's colour, for light and dark alike."""
 
 from __future__ import annotations
 
@@ -37,7 +37,15 @@ def lines(
             step = 0.012 * max((max(at) - min(at)) if len(at) > 1 else max(at), 1e-9)
             shifted = [value + step * (turn - (len(series) - 1) / 2) for value in at]
             axes.errorbar(
-                shifted, ys, yerr=arms(ys, *spread), label=name, fmt="o", markersize=4, capsize=2, elinewidth=1, **look
+                shifted,
+                ys,
+                yerr=error_bars(ys, *spread),
+                label=name,
+                fmt="o",
+                markersize=4,
+                capsize=2,
+                elinewidth=1,
+                **look,
             )
             if len(at) > len(ticks):
                 ticks[:] = at
@@ -57,7 +65,7 @@ def lines(
     return _svg(draw, f"{x}|{y}|{list(series)}", height=2.6 + 0.2 * rows)
 
 
-def arms(middle: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]) -> list[list[float]]:
+def error_bars(middle: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]) -> list[list[float]]:
     """The lengths of error bars; 0 where there is no interval."""
     return [
         [0 if lo is None else max(0, m - lo) for m, lo in zip(middle, low, strict=True)],

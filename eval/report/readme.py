@@ -1,7 +1,7 @@
 """Write README.md's results from one run's folder: `python -m eval.report.readme runs/demo`, or `make readme`.
 
 The table comes from the run's report.json, the parity lines from its parity.txt (the output of eval.parity on the
-run's base). What stands between the markers `<!-- NAME -->` and `<!-- /NAME -->` of README.md is replaced; commit and
+run's base). The text between the markers `<!-- NAME -->` and `<!-- /NAME -->` of README.md is replaced; commit and
 processor are the run's own.
 """
 
@@ -14,6 +14,7 @@ from typing import Any
 
 from tyro.conf import Positional
 
+from eval.metrics.statistics import format_interval
 from model.support.cli import UserError, run
 from model.support.files import read_json, write_text
 
@@ -46,9 +47,8 @@ class Options:
 def cell(figures: dict[str, Any] | None) -> str:
     if figures is None:
         return "–"
-    best = figures["exact_match"]
-    interval = "" if best["low"] is None else f" [{best['low']:.0f}, {best['high']:.0f}]"
-    return f"{best['f1']:.1f}{interval}"
+    exact = figures["exact_match"]
+    return f"{exact['f1']:.1f} {format_interval(exact['low'], exact['high'], 0)}".rstrip()
 
 
 def results(run_folder: Path) -> str:

@@ -40,7 +40,7 @@ from train.recipe import read_toml
 Record = dict[str, Any]
 
 REFERENCES = 255
-TOGETHER = 64  # references in one forward pass, as branches after the shared beginning
+BRANCHES = 64  # texts in one forward pass, as branches after their shared prefix
 DIGITS = 7
 FIRST = ("Ilvara", "Tobrin", "Meskia", "Orvelle", "Jandric", "Sufenna", "Kaldris", "Wenoa", "Ruphian", "Delmira")
 LAST = ("Quendrish", "Tavorel", "Hulmbeck", "Oskarrin", "Zeldane", "Pomfrell", "Vashtine", "Grublow", "Ekkersan", "Lyn")
@@ -92,11 +92,11 @@ class Canary:
     count: int
 
     @property
-    def beginning(self) -> str:
+    def prefix(self) -> str:
         return f"Patient: {self.name}. Record number:"
 
     def line(self, number: str = "") -> str:
-        return f"{self.beginning} {number or self.number}."
+        return f"{self.prefix} {number or self.number}."
 
 
 def make_canaries(counts: Sequence[int], each: int, seed: int = 0) -> list[Canary]:
@@ -152,19 +152,19 @@ def exposure(rank: int, size: int) -> float:
 
 
 @torch.no_grad()
-def surprise(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> list[float]:
+def nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> list[float]:
     """−log p of each text, less what all of them share at their beginning (which is read once for many of them)."""
     ids = [tokenizer.encode(text, bos=True) for text in texts]
     shared = min(map(len, ids)) - 1
     while any(one[:shared] != ids[0][:shared] for one in ids):
         shared -= 1
     found: list[float] = []
-    for start in range(0, len(ids), TOGETHER):
-        found += together(model, ids[start : start + TOGETHER], max(shared, 1))
+    for start in range(0, len(ids), BRANCHES):
+        found += nll_of_branches(model, ids[start : start + BRANCHES], max(shared, 1))
     return found
 
 
-def together(model: Transformer, ids: Sequence[Sequence[int]], shared: int) -> list[float]:
+def nll_of_branches(model: Transformer, ids: Sequence[Sequence[int]], shared: int) -> list[float]:
     """−log p of ids[i][shared:] given ids[i][:shared], as branches of one row (model/attention.py's Layout)."""
     tokens, positions, branch = list(ids[0][:shared]), list(range(shared)), [0] * shared
     starts = []
@@ -186,12 +186,12 @@ def together(model: Transformer, ids: Sequence[Sequence[int]], shared: int) -> l
 def measure(model: Transformer, tokenizer: Tokenizer, canaries: Sequence[Canary], seed: int = 0) -> list[Record]:
     """Each canary's count, rank and exposure, and whether the model writes its number."""
     found = []
-    prompts = [canary.beginning for canary in canaries]
+    prompts = [canary.prefix for canary in canaries]
     written = Generator(model, tokenizer).generate(prompts, max_new_tokens=DIGITS + 5)
     for canary, out in zip(canaries, written, strict=True):
         rng = random.Random(f"references/{seed}/{canary.name}")
         others = [text for _ in range(REFERENCES) if (text := number(rng)) != canary.number]
-        own, *rest = surprise(model, tokenizer, [canary.line(), *map(canary.line, others)])
+        own, *rest = nll(model, tokenizer, [canary.line(), *map(canary.line, others)])
         rank = 1 + sum(nats <= own for nats in rest)  # ties count against the canary's exposure
         extracted = out.text.strip().startswith(canary.number)
         bits = exposure(rank, REFERENCES + 1)

@@ -22,11 +22,11 @@ def name_of(rate: float) -> str:
 
 def check_rates(rates: Sequence[float]) -> None:
     """Raises UserError unless the rates are within 0 … 1, have names of their own, and 0 is among them."""
-    said = f"--rates {' '.join(map(str, rates))}"
+    option = f"--rates {' '.join(map(str, rates))}"
     if 0.0 not in rates or any(not 0 <= rate <= 1 for rate in rates):
-        raise UserError(f"{said}: rates between 0 and 1, and 0 among them")
+        raise UserError(f"{option}: rates between 0 and 1, and 0 among them")
     if len(set(map(name_of, rates))) < len(rates):
-        raise UserError(f"{said}: two of them are the same tenth of a percent")
+        raise UserError(f"{option}: two of them are the same tenth of a percent")
 
 
 def questions(references: Path, predictions: Path, limit: int = 0) -> list[Question]:

@@ -4,7 +4,7 @@ A word is misspelled by one of five rules: a neighbouring key, two letters swapp
 its sound. Every word has one fixed number in [0, 1) from (seed, record's id, the word's place), and is misspelled where
 it is below the rate: what is wrong at 5 % is wrong in the same way at 10 %. Words are runs of four letters or more that
 touch no digit or sign and are no Roman numeral, so sizes, codes, stages and receptors stay what they were: the question
-is spelling. Only a note's text changes; the answers stay in their right spelling, and their places are moved along.
+is spelling. Only a note's text changes; the answers stay in their right spelling, and their spans are shifted along.
 
 The repair is infer.extract's. All rates are asked in one job each way.
 """
@@ -131,7 +131,7 @@ def misspell(record: Record, rate: float, seed: int = 0) -> Record:
     for spans in (changed.get("phenotypes") or {}).values():
         for span in spans:
             if isinstance(span, dict) and span.get("start") is not None:
-                # A place is moved by every changed word that ends at or before it.
+                # An offset is shifted by every changed word that ends at or before it.
                 for name in ("start", "end"):
                     span[name] += sum(by for end, by in moves if end <= span[name])
     return changed

@@ -52,7 +52,7 @@ def vocabulary(tokenizer: Tokenizer, ids: set[int]) -> dict[str, list[Any]]:
 
 def used_ids(run: dict[str, Any]) -> set[int]:
     """Every token id that a run's values name."""
-    ids = {*run["ids"], *run["came"], *run["attribution"]["rival"], *run["own"]}
+    ids = {*run["ids"], *run["targets"], *run["attribution"]["rival"], *run["own"]}
     ids |= {level[0] for step in run["lens"] for level in step}
     return ids | {best[0] for one in run["predictions"] if one for best in one["best"]}
 
@@ -63,7 +63,6 @@ def code() -> dict[str, dict[str, Any]]:
         "attention": place(attention.Pattern.forward, "F.softmax"),
         "z": place(attention.PlainAttend.forward, "return torch.matmul(pattern_BHTS"),
         "window": place(attention.Visible.block, "distance_BTS < window"),
-        "stream": place(transformer.Block.forward, "self.resid_mid("),
         "lens": place(transformer.Transformer.head, "self.lm_head"),
         "experts": place(transformer.Experts.forward, "torch.topk"),
         "lora": place(LoRALinear.forward, "addmm_"),

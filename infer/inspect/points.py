@@ -1,4 +1,4 @@
-"""The table of names behind infer/inspect/recording.py: which module takes or gives each value of a forward pass."""
+"""The names behind infer/inspect/recording.py: which module receives or returns each value of a forward pass."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ from model import Transformer
 from model.attention import Attention, split_heads
 from model.transformer import RMSNorm
 
-View = Callable[[Any, Tensor], Tensor]  # (the module, what it takes or gives)
+View = Callable[[Any, Tensor], Tensor]  # (the module, its input or output)
 
 
 @dataclass(frozen=True)
 class Point:
-    """A named value: what a module takes ("in", its first argument) or gives ("out"), seen through `view`."""
+    """A named value: a module's input ("in", its first argument) or output ("out"), seen through `view`."""
 
     name: str
     shape: str

@@ -1,4 +1,4 @@
-"""Every value of a forward pass has a name: keep it, or put another in its place.
+"""Every value of a forward pass has a name: record it, or overwrite it.
 
     from infer import patch, record
 

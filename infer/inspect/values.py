@@ -2,7 +2,7 @@
 
 A *step* is a position whose prediction is studied: those that wrote the answer's tokens, or the last one where there is
 no answer. Of every step: which token each layer would predict (logit lens), and what each head and MLP added to the
-logit of the token that came. The last norm is a multiplication once its scale is known, so that logit is a sum:
+logit of the actual next token. The last norm is a multiplication once its scale is known, so that logit is a sum:
 
     logit = scale · Σ_c c · (w ∘ u)     c: embedding, every head's z W_O, output biases, every MLP's output
                                         w: the norm's weight, u: the token's row of the output matrix
@@ -30,14 +30,14 @@ from model.support.cli import UserError
 ALTERNATIVES = 5
 PATTERNS = "layers.*.attn.pattern"
 ASKED = (
-    "embed, layers.*.attn.v, layers.*.attn.z, layers.*.attn.out, layers.*.mlp.out, "
-    "layers.*.resid_*, final_norm.in, final_norm.scale, logits"
+    "embed, layers.*.attn.v, layers.*.attn.z, layers.*.mlp.out, "
+    "layers.0.resid_pre, layers.*.resid_post, final_norm.in, final_norm.scale, logits"
 )
 
 
 def measure(model: Transformer, ids: Sequence[int], start: int, rows: Sequence[int]) -> tuple[dict[str, Any], Tape]:
     """(the page's values of one pass over `ids`, the tape of its patterns). `start` is the index of the answer's first
-    token, or len(ids); `rows` are the positions whose attention, norms and experts are kept, steps among them.
+    token, or len(ids); `rows` are the positions whose attention and experts are kept, steps among them.
     Raises UserError where the model computes no numbers."""
     experts = bool(model.config.num_local_experts)
     watched = LoRAShare(model)
@@ -49,14 +49,13 @@ def measure(model: Transformer, ids: Sequence[int], start: int, rows: Sequence[i
     if not logits_TV.isfinite().all():
         raise UserError("the model's logits are not finite numbers: its weights are corrupt, or the dtype too narrow")
     at_steps = {name: patterns[name][0, :, [rows.index(t) for t in steps]].double() for name in patterns}
-    came = [ids[t + 1] if t + 1 < len(ids) else int(logits_TV[t].argmax()) for t in steps]
+    targets = [ids[t + 1] if t + 1 < len(ids) else int(logits_TV[t].argmax()) for t in steps]
     values = {
         "steps": steps,
-        "came": came,
-        "predictions": predictions(logits_TV, [*ids[1:], came[-1] if start == len(ids) else None]),
-        "lens": lens(model, tape, steps, came),
-        "attribution": attribution(model, tape, at_steps, steps, came),
-        "norms": norms(tape, model.config.num_hidden_layers, rows),
+        "targets": targets,
+        "predictions": predictions(logits_TV, [*ids[1:], targets[-1] if start == len(ids) else None]),
+        "lens": lens(model, tape, steps, targets),
+        "attribution": attribution(model, tape, at_steps, steps, targets),
         "lora": watched.shares(steps),
         "experts": chosen_experts(model, tape, rows) if experts else None,
     }
@@ -74,10 +73,10 @@ def shorts(values: Tensor) -> Any:
     return [shorts(row) for row in values] if values.dim() > 1 else [short(value) for value in rows]
 
 
-def predictions(logits_TV: Tensor, came: Sequence[int | None]) -> list[dict[str, Any] | None]:
+def predictions(logits_TV: Tensor, targets: Sequence[int | None]) -> list[dict[str, Any] | None]:
     """For each position, its prediction of the next token: probability, rank (1 is best), and the best others."""
     found: list[dict[str, Any] | None] = []
-    for logits_V, token in zip(logits_TV.double(), came, strict=True):
+    for logits_V, token in zip(logits_TV.double(), targets, strict=True):
         if token is None:
             found.append(None)
             continue
@@ -99,9 +98,9 @@ def rank(logits_V: Tensor, token: int) -> int:
     return above + 1
 
 
-def lens(model: Transformer, tape: Tape, steps: list[int], came: list[int]) -> list[list[list[Any]]]:
+def lens(model: Transformer, tape: Tape, steps: list[int], targets: list[int]) -> list[list[list[Any]]]:
     """For each step and each level of the stream (before layer 0, after each): [best token, its probability, the
-    probability and the rank of the token that came], through the last norm with that level's own scale."""
+    probability and the rank of the actual next token], through the last norm with that level's own scale."""
     L = model.config.num_hidden_layers
     levels = [tape["layers.0.resid_pre"], *(tape[f"layers.{n}.resid_post"] for n in range(L))]
     found: list[list[list[Any]]] = [[] for _ in steps]
@@ -109,7 +108,7 @@ def lens(model: Transformer, tape: Tape, steps: list[int], came: list[int]) -> l
         for level_BTD in levels:
             logits_NV = model.head(model.model.norm(level_BTD[0, steps]))
             share_NV = logits_NV.softmax(-1)
-            for row, token in enumerate(came):
+            for row, token in enumerate(targets):
                 best = int(logits_NV[row].argmax())
                 found[row].append(
                     [
@@ -131,20 +130,20 @@ def effective_weight(linear: torch.nn.Linear) -> Tensor:
 
 
 def attribution(
-    model: Transformer, tape: Tape, patterns: dict[str, Tensor], steps: list[int], came: list[int]
+    model: Transformer, tape: Tape, patterns: dict[str, Tensor], steps: list[int], targets: list[int]
 ) -> dict[str, Any]:
-    """Direct logit attribution of each step: to the logit of the token that came, and to its margin over the best
+    """Direct logit attribution of each step: to the logit of the actual next token, and to its margin over the best
     other one. Sums over components are checked against the pass's own logits (`sum_error`)."""
     logits_NV = tape["logits"][0, steps].double()
-    others_NV = logits_NV.scatter(1, torch.tensor(came, device=logits_NV.device)[:, None], float("-inf"))
+    others_NV = logits_NV.scatter(1, torch.tensor(targets, device=logits_NV.device)[:, None], float("-inf"))
     rival = others_NV.argmax(-1).tolist()
     unembed_VD = model.lm_head if model.lm_head is not None else model.model.embed_tokens
     rows_VD = effective_weight(unembed_VD) if isinstance(unembed_VD, LoRALinear) else unembed_VD.weight.detach()
     weight_D = model.model.norm.weight.detach().double()
     scale_N1 = tape["final_norm.scale"][0, steps].double()
-    token_ND, rival_ND = (rows_VD[wanted].double() * weight_D * scale_N1 for wanted in (came, rival))
+    token_ND, rival_ND = (rows_VD[wanted].double() * weight_D * scale_N1 for wanted in (targets, rival))
     numbers = torch.arange(len(steps), device=logits_NV.device)
-    logit_N = logits_NV[numbers, torch.tensor(came, device=logits_NV.device)]
+    logit_N = logits_NV[numbers, torch.tensor(targets, device=logits_NV.device)]
     rival_N = logits_NV[numbers, torch.tensor(rival, device=logits_NV.device)]
     return {
         "rival": rival,
@@ -193,16 +192,6 @@ def components(
         "value": wanted_N.tolist(),
         "sum_error": float((sum_N - wanted_N).abs().max()),
     }
-
-
-def norms(tape: Tape, layers: int, rows: Sequence[int]) -> dict[str, Any]:
-    """Lengths by layer (first) and kept position: the stream after each block, and what its two halves add."""
-    found = {}
-    for key, name in (("stream", "resid_post"), ("attention", "attn.out"), ("mlp", "mlp.out")):
-        both = [tape[f"layers.{n}.{name}"][0, list(rows)].double().norm(dim=-1) for n in range(layers)]
-        found[key] = shorts(torch.stack(both))
-    found["embed"] = shorts(tape["embed"][0, list(rows)].double().norm(dim=-1))
-    return found
 
 
 def chosen_experts(model: Transformer, tape: Tape, rows: Sequence[int]) -> list[list[list[list[float | None]]]]:

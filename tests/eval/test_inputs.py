@@ -1,4 +1,4 @@
-"""What is no regular file is not opened: nobody may ever write to a pipe, and reading a device may never end."""
+"""Only regular files are opened: a pipe may have no writer, and reading a device may never end."""
 
 import os
 import signal

@@ -8,12 +8,12 @@ import pytest
 from eval import perplexity
 from eval import run as eval_run
 from eval.bench import __main__ as bench
-from eval.experiments import demo, demo_ner, retrieval_table, tables
+from eval.experiments import adapter, demo, demo_ner, retrieval_table, scores, tables
 from eval.parity import program as parity
 from eval.robustness.canaries import Canaries, run_canaries
 from eval.robustness.labels import Labels, run_labels
 from eval.robustness.misspelling import Misspelling, run_misspelling
-from infer import trace
+from infer import trace, view
 from infer.extract import program as extract
 from infer.retrieval import index
 from lora import merge
@@ -50,6 +50,8 @@ def given(tmp_path_factory):
     write_json(folder / "demo" / "run.json", {})
     write_json(folder / "demo" / "made-of.json", {"scale": "tiny"})
     (folder / "demo" / "report.html").touch()
+    (folder / "released").mkdir()
+    (folder / "released" / "adapter_model.safetensors").touch()
     (folder / "model").mkdir()
     (folder / "model" / "tokenizer.json").write_text("{}")
     write_json(
@@ -94,9 +96,11 @@ def trained(g, out):
 
 PROGRAMS = {  # module: (whether its output is a folder, the program)
     "eval.bench": (False, lambda g, out: bench.main(["plan", "--json", str(out)])),
+    "eval.experiments.adapter": (True, lambda g, out: adapter.main(adapter.Options(out))),
     "eval.experiments.demo": (True, lambda g, out: demo.main(demo.Options("tiny", out))),
     "eval.experiments.demo_ner": (True, lambda g, out: demo_ner.main(demo_ner.Options(out))),
     "eval.experiments.retrieval_table": (True, experiment(retrieval_table.Options, retrieval_table.table)),
+    "eval.experiments.scores": (True, lambda g, out: scores.main(scores.Options(g / "released", out))),
     "eval.experiments.tables": (True, lambda g, out: tables.main(tables.Options("tiny", g / "demo", out))),
     "eval.parity.program": (False, lambda g, out: parity.main(parity.Options("none", json=str(out)))),
     "eval.perplexity": (
@@ -121,6 +125,7 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     ),
     "infer.retrieval.index": (True, lambda g, out: index.build(index.Options(out, notes=g / "notes.jsonl"))),
     "infer.trace": (False, lambda g, out: trace.main(trace.Options(out=out, weights=str(g / "model"), prompt="a"))),
+    "infer.view": (False, lambda g, out: view.main(view.Options(g / "notes.jsonl", g / "notes.jsonl", out))),
     "lora.merge": (True, lambda g, out: merge.main(merge.Options(str(g / "model"), str(g / "none"), str(out)))),
     "model.checkpoints.convert": (True, lambda g, out: convert.main(convert.Options(str(g / "model"), str(out)))),
     "train.clinic.program": (True, lambda g, out: clinic.main(clinic.Options(out, patients=20))),
@@ -140,7 +145,7 @@ PROGRAMS = {  # module: (whether its output is a folder, the program)
     "train.importers.table": (False, lambda g, out: table.main(table.Options(g / "table.csv", out))),
     "train.recipe": (True, trained),
 }
-OTHERS = {"eval.experiments.steps"}  # no program
+OTHERS = {"eval.experiments.steps", "infer.quick"}  # no program; one that says that it replaces its two files
 
 
 def test_no_program_that_takes_an_output_is_missing_here():

@@ -1,5 +1,5 @@
 "use strict";
-// Attention out of its packing, and the figures: grids of layers, the attention map, lines over the layers.
+// Attention out of its packing, and the figures: grids of layers, the attention map.
 
 const SHADES = 15;
 
@@ -113,18 +113,4 @@ async function attentionMap(run, layer, head, query, choose) {
   const frame = el("div", { class: "frame" }, canvas, over);
   if (R < T / 4) canvas.style.height = "9rem";
   return [frame];
-}
-
-// Three lines over the layers, each with its own stroke; the scale is logarithmic, since streams grow by factors.
-function lines(name, series, chosen, pick) {
-  const width = 460, height = 190, left = 44, bottom = 22, L = series[0].values.length;
-  const all = series.flatMap((one) => one.values).filter((v) => v > 0), low = Math.log10(Math.min(...all)), high = Math.log10(Math.max(...all)) + 0.05;
-  const x = (n) => left + ((width - left - 6) * (n + 0.5)) / L, y = (v) => 6 + (height - bottom - 6) * (1 - (Math.log10(Math.max(v, 1e-12)) - low) / (high - low || 1));
-  const svg = el("svg", { class: "figure", viewBox: `0 0 ${width} ${height}`, role: "img", "aria-label": name });
-  for (let e = Math.ceil(low); e <= high; e++) svg.append(el("line", { x1: left, x2: width, y1: y(10 ** e), y2: y(10 ** e), style: "stroke:var(--line)" }), el("text", { x: left - 4, y: y(10 ** e) + 3, "text-anchor": "end" }, number(10 ** e)));
-  for (let n = 0; n < L; n += Math.ceil(L / 10)) svg.append(el("text", { x: x(n), y: height - 8, "text-anchor": "middle" }, String(n)));
-  svg.append(el("line", { x1: x(chosen), x2: x(chosen), y1: 6, y2: height - bottom, style: "stroke:var(--chosen);stroke-width:1;stroke-dasharray:2 3" }));
-  for (const one of series) svg.append(el("polyline", { points: one.values.map((v, n) => `${x(n)},${y(v)}`).join(" "), fill: "none", style: one.style }));
-  svg.addEventListener("click", (event) => { const box = svg.getBoundingClientRect(); pick(Math.max(0, Math.min(L - 1, Math.floor((((event.clientX - box.left) / box.width) * width - left) / ((width - left - 6) / L))))); });
-  return svg;
 }

@@ -51,11 +51,6 @@ function head() {
   fill("head", first.heads);
   for (const id of ["run", "layer", "head"]) $(id).addEventListener("change", (event) => choose({ [id]: +event.target.value, ...(id === "run" ? {} : { mark: "head" }) }));
   for (const id of ["mark", "toward"]) $(id).addEventListener("change", (event) => choose({ [id]: event.target.value }));
-  if (data.parity) {
-    $("parity").hidden = false;
-    const wrong = data.parity.first;
-    show("parity", el("p", {}, wrong ? el("b", {}, `First divergent stage: ${wrong.name} (largest difference ${number(wrong.error)}).`) : `All ${data.parity.stages} stages agree.`), el("p", { class: "hint" }, data.parity.summary));
-  }
 }
 
 function answers() {
@@ -172,18 +167,7 @@ function lensCard() {
     const row = ([best, p, its, rank], n) => el("tr", { class: n === settled ? "first" : n - 1 === state.layer ? "chosen" : "", tabindex: 0, onkeydown: pressed, onclick: () => choose({ layer: Math.max(0, n - 1) }) },
       el("td", {}, n ? `layer ${n - 1}` : "embedding"), el("td", {}, chip(run, best)), el("td", { class: "n" }, number(p)), el("td", { class: "n" }, number(its)), el("td", { class: "n" }, String(rank)));
     return [el("div", { class: "scroll", tabindex: 0 }, el("table", {}, el("tr", {}, el("th", {}, "after"), el("th", {}, "predicts"), el("th", { class: "n" }, "p"), el("th", { class: "n" }, "p(token)"), el("th", { class: "n" }, "rank")), levels.map(row))),
-      el("p", { class: "hint" }, "The stream after each layer through the last norm, with that layer's own scale, and the output matrix. p: of what it predicts; p(token), rank: of the token that came, which from the bold row on is first.")];
-  }));
-}
-
-function normsCard() {
-  show("norms", perRun((run, { row }) => {
-    if (row < 0) return [el("p", { class: "hint" }, "Not kept for this position.")];
-    const series = [["stream after the layer", run.norms.stream, "stroke:rgb(var(--seen));stroke-width:2.2"], ["attention adds", run.norms.attention, "stroke:rgb(var(--mark));stroke-width:1.6;stroke-dasharray:6 3"], ["MLP adds", run.norms.mlp, "stroke:var(--soft);stroke-width:1.6;stroke-dasharray:2 2"]];
-    const values = series.map(([name, all, style]) => ({ name, style, values: all.map((layer) => layer[row]) }));
-    const n = Math.min(state.layer, run.layers - 1);
-    return [lines("length of the residual stream by layer", values, n, (layer) => choose({ layer })),
-      el("p", { class: "hint" }, `Layer ${n}: `, values.map((one, i) => `${i ? ", " : ""}${["solid", "dashed", "dotted"][i]} ${one.name} ${number(one.values[n])}`), `. Embedding ${number(run.norms.embed[row])}.`)];
+      el("p", { class: "hint" }, "The stream after each layer through the last norm, with that layer's own scale, and the output matrix. p: of what it predicts; p(token), rank: of the actual next token, which from the bold row on is first.")];
   }));
 }
 
@@ -220,7 +204,6 @@ function render() {
   answers();
   headsCard();
   lensCard();
-  normsCard();
   loraCard();
   expertsCard();
   Promise.all([markTokens(), mapCard()]).then(() => { document.body.dataset.ready = `${state.run} ${state.token} ${state.layer}.${state.head}`; });

@@ -1,4 +1,4 @@
-"""The disease-name score: distinct names, exact, over all records; an error counts as nothing said."""
+"""The disease-name score: distinct names, exact, over all records; an error counts as no answer."""
 
 import json
 

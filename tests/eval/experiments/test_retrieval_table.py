@@ -1,4 +1,4 @@
-"""Table 6: none and every retriever, absent weights said, an interrupted run continued, the guard kept."""
+"""Table 6: rows with and without each retriever, missing weights named, interrupted runs continued, the guard."""
 
 from __future__ import annotations
 
@@ -123,18 +123,7 @@ def test_a_note_that_cannot_be_answered_does_not_stop_an_experiment(tmp_path):
     rows[1]["text"] = " "
     heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(tmp_path)
-    run.step(
-        "answers",
-        extraction(
-            str(tmp_path / "base"),
-            [str(tmp_path / "adapter")],
-            heldout,
-            out,
-            "--task",
-            "diagnosis",
-            "--max-new-diagnosis",
-            "4",
-        ),
-    )
+    how = {"task": "diagnosis", "max_new_diagnosis": 4}
+    run.step("answers", extraction(str(tmp_path / "base"), tmp_path / "adapter", heldout, out, **how))
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record.get("error") for record in answers] == [None, "the note is empty", None] and "answers" in run.steps

@@ -8,10 +8,9 @@ from pathlib import Path
 import pytest
 import tyro
 
-from eval.experiments import programs as experiments
 from eval.experiments import retrieval_table
 from eval.experiments.demo import SCALES
-from eval.experiments.programs import PARTS
+from eval.experiments.programs import PARTS, experiment
 from eval.experiments.steps import Run
 from eval.experiments.tables import SIZES, Demo, Options, described, finished_demo, main, steps
 from eval.report.page import render
@@ -34,8 +33,8 @@ def test_every_experiment_is_one_that_its_program_takes(scale, tmp_path):
     seen = set()
     out, ours = tmp_path / "tables", SCALES[scale]
     demos = [
-        ("", experiments.misspelling(demo, out, (0.0, 0.1), ours.misspelling_notes)),
-        ("", experiments.retrieval(demo, out, ours.retrieval_notes)),
+        ("", experiment(demo, out, "misspelling", rates=(0.0, 0.1), limit=ours.misspelling_notes)),
+        ("", experiment(demo, out, "retrieval", limit=ours.retrieval_notes)),
     ]
     for _, (program, *arguments) in [*demos, *steps(demo, SIZES[scale], out)]:
         if program == "eval.robustness":

@@ -242,7 +242,7 @@ def test_one_status_has_one_form(found, data):
         ("1/2", "0.5"),
     ],
 )
-def test_told_apart(a, b):
+def test_different_answers_have_different_forms(a, b):
     assert clinical(a) != clinical(b)
 
 
@@ -269,5 +269,5 @@ def test_told_apart(a, b):
         ("Herceptin®", "herceptin"),
     ],
 )
-def test_held_equal(a, b):
+def test_equal_answers_have_one_form(a, b):
     assert clinical(a) == clinical(b)

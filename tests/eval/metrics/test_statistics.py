@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from eval.metrics.statistics import FEWEST, interval, paired, slope, t_beyond, t_quantile
+from eval.metrics.statistics import FEWEST, interval, paired, slope, t_quantile, two_sided_p
 
 TRIALS = 1000
 
@@ -96,5 +96,5 @@ def test_students_t_is_the_integral_of_its_density(degrees):
         grid = np.linspace(-t, t, 20001)
         density = constant * (1 + grid**2 / degrees) ** (-(degrees + 1) / 2)
         within = ((density[1:] + density[:-1]) / 2 * np.diff(grid)).sum()
-        assert t_beyond(t, degrees) == pytest.approx(1 - within, abs=1e-6)
-    assert t_beyond(t_quantile(degrees), degrees) == pytest.approx(0.05)
+        assert two_sided_p(t, degrees) == pytest.approx(1 - within, abs=1e-6)
+    assert two_sided_p(t_quantile(degrees), degrees) == pytest.approx(0.05)

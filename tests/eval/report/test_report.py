@@ -159,7 +159,7 @@ def test_page_is_self_contained_and_escaped(run):
     assert not links & {"t3", "t4", "t6", "canaries"}  # not part of this run
 
 
-def test_the_last_models_probabilities_are_held_against_what_is_right(run):
+def test_the_last_models_probabilities_are_compared_with_the_right_answers(run):
     report = write(run)
     part = report["confidence"]["heldout"]
     assert part["tasks"].keys() == {"phenotype"} and len(part["review"]) == min(20, part["tasks"]["phenotype"]["n"])
@@ -167,7 +167,7 @@ def test_the_last_models_probabilities_are_held_against_what_is_right(run):
     assert 'id="confidence"' in page and "Review these first" in page
 
 
-def test_what_quotes_notes_is_for_its_owner_alone(run):
+def test_files_that_quote_notes_are_readable_by_their_owner_only(run):
     write(run)
     assert {(run / f"report.{kind}").stat().st_mode & 0o777 for kind in ("html", "json")} == {0o600}
 
@@ -249,14 +249,14 @@ def test_terminal_table_names_systems_and_n(run):
     assert "good" in table and "100.0  12" in table and "held-out patients" in table
 
 
-def test_nothing_is_dropped_in_silence():
+def test_what_does_not_pair_up_is_counted():
     questions, counts = pair([note(0, "a"), note(1, "a")], [answer(0), answer(0, size="9 cm"), answer(7)])
     assert (counts.missing, counts.duplicate, counts.extra) == (["n1"], ["n0"], ["n7"])
     assert len(questions) == 8 and counts.empty_answers == 4
     assert figures([q for q in questions if q.name == "tumor_size"])["exact_match"]["f1"] == 50
 
 
-def test_silence_is_not_the_answer_not_relevant():
+def test_an_empty_output_is_not_the_answer_not_relevant():
     (_, stage, _, _), counts = pair([note(0, "a")], [])[0], pair([note(0, "a")], [])[1]
     assert stage.name == "cancer_stage" and stage.gold == () and counts.missing == ["n0"]
     for preset in ("clinical", "cancerllm"):
@@ -358,7 +358,7 @@ def test_notes_that_name_no_patient_are_patients_of_their_own(nobody):
         ("hormone_receptor_status", ("ER+", "HER2-"), ("ER+",), "incomplete"),
     ],
 )
-def test_failures_are_classed(name, gold, said, expected):
+def test_failures_are_classified(name, gold, said, expected):
     assert classify(Question("n", "p", name, gold, said), TEXT) == expected and expected in CLASSES
 
 
@@ -369,7 +369,7 @@ def test_a_size_is_no_stage_group_and_a_group_no_size():
     assert classify(replace(size, gold=("2 x 3 mm",))) == "another value"
 
 
-def test_sister_adapters_are_no_independent_witnesses(run):
+def test_adapters_of_one_base_are_no_independent_evidence(run):
     """Adapters of one base that invent the same answer say nothing of the label; another program that does may."""
     sister = json.loads((run / "run.json").read_text())["systems"][0]
     for kind, name in (("model", "incomplete"), ("regex", "label noise suspected")):
@@ -422,7 +422,7 @@ def test_records_with_questions_of_their_own_are_scored(tmp_path, capsys):
         read_references(tmp_path / "bad.jsonl")
 
 
-def test_invented_answers_stand_nowhere_in_the_note():
+def test_invented_answers_do_not_occur_in_the_note():
     assert invented(Question("n", "p", "tumor_size", (), ("2.5 cm", "3 cm")), TEXT) == 1
     assert invented(Question("n", "p", "cancer_grade", (), ("grade 4",)), TEXT) == 0
 
@@ -443,7 +443,7 @@ def test_the_ledger_says_why_presets_differ(predicted, gold, reason):
     assert reason in entry["why"] and len(set(entry["verdicts"].values())) == 2
 
 
-def test_the_ledger_lists_right_answers_that_a_definition_gives_nothing():
+def test_the_ledger_lists_right_answers_that_a_definition_scores_near_zero():
     entries = ledger([(("left",), ("left",)), (("25 mm",), ("2.5 cm",)), (("left lobe",), ("left lobe",))])
     assert [entry["why"] == ONE_WORD for entry in entries] == [False, True]
     assert entries[1]["verdicts"] == {name: "BLEU-2 0.1" for name in ("cancerllm", "coco", "rouge_score")} | {
@@ -457,7 +457,7 @@ def test_ledger_counts_equal_disagreements():
     assert entries[0]["verdicts"]["clinical"] == "right"
 
 
-def test_pieces_give_the_note_back():
+def test_pieces_joined_are_the_note():
     cut = pieces(TEXT, [(0, 6, "right", "tumor_site"), (3, 20, "missed", "tumor_size"), (70, 900, "wrong", "x")])
     assert "".join(piece["text"] for piece in cut) == TEXT
     assert [piece["kind"] for piece in cut[:3]] == ["right", "missed", "missed"]

@@ -1,4 +1,4 @@
-"""Canaries stand where they were planted, deduplication leaves one of each, and exposure is Carlini's."""
+"""Canaries occur as often as planted, deduplication leaves one of each, and exposure is Carlini's."""
 
 from __future__ import annotations
 
@@ -20,9 +20,9 @@ from eval.robustness.canaries import (
     exposure,
     make_canaries,
     measure,
+    nll,
     plant,
     run_canaries,
-    surprise,
 )
 from model import ModelConfig, Tokenizer, Transformer
 from model.support.cli import UserError
@@ -66,7 +66,7 @@ def tiny(tmp_path_factory):
     return model.eval(), Tokenizer.from_pretrained(folder)
 
 
-def test_a_canary_stands_in_as_many_notes_as_it_should_and_once_after_deduplication():
+def test_a_canary_occurs_in_as_many_notes_as_planted_and_once_after_deduplication():
     canaries = make_canaries((0, 1, 5, 20), each=3)
     assert len({canary.name for canary in canaries}) == 12
     planted = plant(NOTES, canaries)
@@ -81,10 +81,10 @@ def test_a_canary_stands_in_as_many_notes_as_it_should_and_once_after_deduplicat
         plant(NOTES, [Canary("A B", "1234567", 31)])
 
 
-def test_surprise_is_each_texts_own_loss_less_what_all_share(tiny):
+def test_nll_is_each_texts_loss_after_the_shared_prefix(tiny):
     model, tokenizer = tiny
     texts = [f"Patient: A B. Record number: {number}." for number in ("1234567", "7654321", "12", "9876543")] * 20
-    found = surprise(model, tokenizer, texts)
+    found = nll(model, tokenizer, texts)
     shared = len("Patient: A B. Record number: ")
     for text, nats in zip(texts, found, strict=True):
         ids = torch.tensor([tokenizer.encode(text, bos=True)])
@@ -93,7 +93,7 @@ def test_surprise_is_each_texts_own_loss_less_what_all_share(tiny):
         assert math.isclose(nats, sum(alone), rel_tol=1e-10)
 
 
-def test_exposure_is_highest_for_the_likeliest_and_a_number_never_seen_has_little(tiny):
+def test_exposure_is_highest_for_the_likeliest_and_low_for_a_number_never_seen(tiny):
     assert exposure(1, 256) == 8 and exposure(256, 256) == 0 and exposure(3, 256) == pytest.approx(6.415, abs=1e-3)
     model, tokenizer = tiny
     found = measure(model, tokenizer, make_canaries((0,), each=12))
@@ -102,7 +102,7 @@ def test_exposure_is_highest_for_the_likeliest_and_a_number_never_seen_has_littl
     assert all(1 <= one["rank"] <= REFERENCES + 1 for one in found)
 
 
-def test_a_model_that_was_trained_on_a_number_gives_it_away(tiny):
+def test_a_model_trained_on_a_number_generates_it(tiny):
     """Full training on one line: exposure at its highest, and greedy decoding writes the number."""
     _, tokenizer = tiny
     canary, control = make_canaries((1, 0), each=1)

@@ -98,7 +98,7 @@ def test_the_model_is_as_before_after_a_recording():
 
 
 @pytest.mark.parametrize("path", ["fast", "fused"])
-def test_fast_paths_give_the_plain_paths_values(path):
+def test_fast_paths_record_the_plain_paths_values(path):
     asked = "layers.1.attn.pattern, layers.*.attn.scores, layers.0.mlp.gate, layers.1.attn_norm.out"
     model, ids = tiny_model(windows=(4, None)), tokens(30)
     with record(model, asked) as plain:
@@ -146,7 +146,7 @@ def test_restoring_the_residual_stream_restores_the_answer():
         assert torch.equal(model(corrupt), wanted)
 
 
-def test_nothing_is_kept_empty_in_silence(tokenizer):
+def test_a_recording_without_a_value_raises(tokenizer):
     model, ids = tiny_model(), tokens()
     with pytest.raises(UserError, match="the generation engine does not run the model's modules"):
         with record(model, "layers.*.attn.pattern"):
@@ -190,7 +190,7 @@ def test_a_name_that_names_nothing_lists_the_nearest(names, said):
         ("layers.0.resid_mdi", 0.0, "nearest: layers.0.resid_mid"),
     ],
 )
-def test_a_change_that_cannot_be_made_says_why(key, value, said):
+def test_a_change_that_cannot_be_made_names_the_reason(key, value, said):
     model = tiny_model()
     with pytest.raises(UserError, match=said), patch(model, {key: value}):
         model(tokens())

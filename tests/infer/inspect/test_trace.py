@@ -19,9 +19,7 @@ from infer.inspect import values as trace_values
 from infer.inspect.html import PAGES
 from lora import LoRAConfig, add_lora, save_adapter
 from lora.adapter import adapted
-from model.checkpoints.weights import fingerprint
 from model.support.cli import UserError
-from model.support.files import write_json
 
 HOSTILE = (
     '</script><script>document.title="run"</script><img src=x onerror=alert(1)> \u202e\u2028\x00\x1b[31m שלום 2.5 cm'
@@ -69,10 +67,10 @@ def test_contributions_sum_to_the_logit_and_to_the_margin(model):
             assert whole == pytest.approx(its["value"][row], abs=3e-2)
 
 
-def test_probabilities_ranks_lens_and_norms_are_the_models():
+def test_probabilities_ranks_and_lens_are_the_models():
     model = tiny_model()
     ids, (values, _) = measured(model)
-    with record(model, "layers.*.resid_post, layers.*.attn.out") as tape:
+    with record(model, "layers.*.resid_post") as tape:
         share_TV = model(torch.tensor([ids]))[0].softmax(-1)
     for t, said in enumerate(values["predictions"][:-1]):
         assert said["p"] == pytest.approx(float(share_TV[t, ids[t + 1]]), rel=1e-3)
@@ -83,7 +81,6 @@ def test_probabilities_ranks_lens_and_norms_are_the_models():
         assert values["lens"][row][-1][1:3] == [values["predictions"][t]["best"][0][1], values["predictions"][t]["p"]]
         middle_V = model.head(model.model.norm(tape["layers.0.resid_post"][0, t])).softmax(-1)
         assert values["lens"][row][1][0] == int(middle_V.argmax()) and len(values["lens"][row]) == 3
-    assert values["norms"]["attention"][1][5] == pytest.approx(float(tape["layers.1.attn.out"][0, 5].norm()), rel=1e-3)
 
 
 def test_the_adapters_share_is_that_of_its_products():
@@ -219,33 +216,17 @@ def test_a_long_text_says_what_was_left_out(made, tmp_path, monkeypatch, capsys)
     assert out.read_text() == before
 
 
-def test_a_parity_file_shows_its_first_stage_and_belongs_to_its_weights(made, tmp_path):
-    bad = {"section": "stage", "name": "layer 1 v", "ok": False, "error": 0.5}
-    rows = [{"section": "stage", "name": "layer 0 q", "ok": True}, bad]
-    held = {"summary": "parity FAILS", "rows": rows, "fingerprint": fingerprint(made.weights)}
-    write_json(tmp_path / "p.json", held)
-    out = tmp_path / "page.html"
-    trace.main(trace.Options(weights=made.weights, out=out, prompt="a", max_new_tokens=1, parity=tmp_path / "p.json"))
-    assert data_of(out)["parity"]["first"] == {"name": "layer 1 v", "error": 0.5}
-    write_json(tmp_path / "p.json", {**held, "fingerprint": fingerprint(made.at / "other")})
-    with pytest.raises(UserError, match="about other weights"):
-        trace.main(trace.Options(weights=made.weights, out=out, prompt="a", parity=tmp_path / "p.json", overwrite=True))
-    write_json(tmp_path / "p.json", [1])
-    with pytest.raises(UserError, match="not a file that"):
-        trace.main(trace.Options(weights=made.weights, out=out, prompt="a", parity=tmp_path / "p.json", overwrite=True))
-
-
 @pytest.mark.parametrize(
     ("changes", "said"),
     [
         ({"prompt": None}, "either --prompt TEXT or --note"),
         ({"prompt": "x" * 5000}, "give a shorter one"),
-        ({"prompt": ""}, "holds no token"),
+        ({"prompt": ""}, "has no token"),
         ({"max_new_tokens": -1}, "at least 0"),
         ({"adapter": ("nowhere",)}, "no adapter_config.json"),
         ({"compare": "nowhere"}, "takes a model or an adapter"),
         ({"prompt": None, "note": "note.txt", "ask": "tumor_sise"}, "did you mean 'tumor_size'"),
-        ({"prompt": None, "note": "note.txt", "id": "p9"}, "no record whose id is 'p9'"),
+        ({"prompt": None, "note": "note.txt", "id": "p9"}, "no record has the id 'p9'"),
     ],
 )
 def test_a_mistake_is_one_line_and_no_page(changes, said, made, tmp_path):
