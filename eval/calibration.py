@@ -22,6 +22,7 @@ from eval.questions import Question, f1_of, pair, read_predictions, read_referen
 from infer.extract.answers import probability
 from model.support.cli import UserError, run
 from model.support.files import write_json
+from model.support.lock import output
 
 Json = dict[str, Any]
 TEMPERATURES = [10 ** (step / 100) for step in range(-100, 201)]  # 0.1 to 100, each 2.3 % above the one before
@@ -41,6 +42,8 @@ class Options:
     """The annotated notes, which training has not seen."""
     out: Path | None = None
     """Where to keep the temperatures: calibration.json in the adapter's folder."""
+    overwrite: bool = False
+    """Replace a file that is there."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
@@ -66,8 +69,9 @@ def main(options: Options) -> None:
         after = [Confidence(one.question, one.logprob, probability(one.logprob, fitted[task])) for one in those]
         before = [Confidence(one.question, one.logprob, probability(one.logprob, 1.0)) for one in those]
         result["tasks"][task] = {"before": summary(before), "after": summary(after)}
-    if options.out is not None:
-        write_json(options.out, {**fitted, "notes": len({one.question.record for one in found})})
+    with output(options.out, options.overwrite):
+        if options.out is not None:
+            write_json(options.out, {**fitted, "notes": len({one.question.record for one in found})})
     print(json.dumps(result, indent=2) if options.json else "\n".join(table(result)))
 
 

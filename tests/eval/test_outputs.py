@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 
-from eval import perplexity
+from eval import calibration, perplexity
 from eval import run as eval_run
 from eval.bench import __main__ as bench
 from eval.experiments import adapter, demo, demo_ner, retrieval_table, scores, tables
@@ -39,6 +39,8 @@ def given(tmp_path_factory):
         "diagnosis": {"text": "Mass", "code": "C50.912"},
     }
     write_jsonl(folder / "notes.jsonl", [note | {"id": name} for name in "abcdefghij"])
+    answer = {"answers": [{"text": "2 cm", "logprob": -0.1}], "logprob": -0.1}
+    write_jsonl(folder / "answers.jsonl", [{"id": name, "phenotypes": {"tumor_size": answer}} for name in "abcdefghij"])
     (folder / "tags.tsv").write_text("Flu\tB-Disease\n\n")
     (folder / "table.csv").write_text('text,type,answer\n"Mass of 2 cm.",tumor_size,2 cm\n')
     (folder / "brat").mkdir()
@@ -96,6 +98,10 @@ def trained(g, out):
 
 PROGRAMS = {  # module: (whether its output is a folder, the program)
     "eval.bench": (False, lambda g, out: bench.main(["plan", "--json", str(out)])),
+    "eval.calibration": (
+        False,
+        lambda g, out: calibration.main(calibration.Options(g / "answers.jsonl", g / "notes.jsonl", out)),
+    ),
     "eval.experiments.adapter": (True, lambda g, out: adapter.main(adapter.Options(out))),
     "eval.experiments.demo": (True, lambda g, out: demo.main(demo.Options("tiny", out))),
     "eval.experiments.demo_ner": (True, lambda g, out: demo_ner.main(demo_ner.Options(out))),
