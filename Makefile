@@ -66,9 +66,10 @@ browser:  ## a Chromium for the pages' tests, by apt-get as root (without one th
 	  chromium chromium-driver fonts-dejavu-core >/dev/null; }
 
 ##@ Pages
-readme: $(VENV)/.all  ## README.md's results and parity lines, from the finished runs/demo
-	$(PY) -m eval.parity --weights runs/demo/base > runs/demo/parity.txt
-	$(PY) -m eval.report.readme runs/demo
+readme: $(VENV)/.all  ## README.md's results, answers and parity lines, from the finished runs/scores
+	$(PY) -m eval.parity --weights runs/scores/base > runs/scores/parity.txt
+	$(PY) -m infer.quick --out runs/scores/quick > runs/scores/quick.txt
+	$(PY) -m eval.report.readme runs/scores
 
 notebooks: $(VENV)/.notebooks  ## the tours (docs/tours/) as notebooks with their outputs, in runs/notebooks/
 	@for tour in docs/tours/*.py; do \

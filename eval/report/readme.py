@@ -1,8 +1,8 @@
-"""Write README.md's results from one run's folder: `python -m eval.report.readme runs/demo`, or `make readme`.
+"""Write README.md's results from one run's folder: `python -m eval.report.readme runs/scores`, or `make readme`.
 
-The table comes from the run's report.json, the parity lines from its parity.txt (the output of eval.parity on the
-run's base). The text between the markers `<!-- NAME -->` and `<!-- /NAME -->` of README.md is replaced; commit and
-processor are the run's own.
+The table comes from the scores.json of `make scores`, the parity lines from parity.txt (the output of eval.parity on
+the run's base), the answers from quick.txt (that of infer.quick). What stands between the markers `<!-- NAME -->` and
+`<!-- /NAME -->` of README.md is replaced; commit and processor are the run's own.
 """
 
 from __future__ import annotations
@@ -15,11 +15,13 @@ from typing import Any
 from tyro.conf import Positional
 
 from eval.metrics.statistics import format_interval
+from infer.tasks import PHENOTYPES
 from model.support.cli import UserError, run
 from model.support.files import read_json, write_text
 
-SYSTEMS = ("regular expressions", "base + tuning", "base + continued pre-training + tuning")
-COLUMNS = (("heldout", "phenotype"), ("heldout", "diagnosis"), ("unseen", "phenotype"), ("unseen", "diagnosis"))
+SYSTEMS = ("regular expressions", "released adapter")
+SETS = {"heldout": "held-out", "unseen": "unseen styles", "written-sealed": "hand-written"}
+TASKS = {"phenotype": "phenotypes", "diagnosis": "diagnosis"}
 PARITY = (
     "stage",
     "  embedding",
@@ -38,8 +40,8 @@ PARITY = (
 class Options:
     """Write README.md's results from a run."""
 
-    run: Positional[Path] = Path("runs/demo")
-    """A finished demo's folder."""
+    run: Positional[Path] = Path("runs/scores")
+    """The folder of make scores."""
     readme: Path = Path("README.md")
     """The page to write into."""
 
@@ -47,30 +49,22 @@ class Options:
 def cell(figures: dict[str, Any] | None) -> str:
     if figures is None:
         return "–"
-    exact = figures["exact_match"]
-    return f"{exact['f1']:.1f} {format_interval(exact['low'], exact['high'], 0)}".rstrip()
+    return f"{figures['f1']:.1f} {format_interval(figures['low'], figures['high'], 0)}".strip()
 
 
 def results(run_folder: Path) -> str:
     """The table and the line that says where it comes from."""
-    report = read_json(run_folder / "report.json")
-    code = read_json(run_folder / "tuned" / "run.json")["code"]
-    sets = {name: {system["name"]: system for system in one["systems"]} for name, one in report["sets"].items()}
-    lines = [
-        "| exact-match F1 | held-out: phenotypes | diagnosis | unseen styles: phenotypes | diagnosis |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for name in SYSTEMS:
-        cells = [cell(sets[where][name][report["preset"]].get(task)) for where, task in COLUMNS]
-        lines.append(f"| {name} | {' | '.join(cells)} |")
-    notes = " and ".join(str(report["sets"][where]["notes"]) for where in ("heldout", "unseen"))
-    host, commit = report["host"], code.get("commit", "unknown")[:7]
-    lines += [
-        "",
-        f"`make demo`: {report['seconds'] / 60:.0f} minutes on {host['cores']} cores ({host['cpu']}), commit {commit}; "
-        f"{notes} notes, `{report['preset']}` scorer. Brackets: 95 % over patients, not over trainings.",
-    ]
-    return "\n".join(lines)
+    scores = read_json(run_folder / "scores.json")
+    columns = [(name, task) for name in SETS for task in TASKS]
+    titles = [f"{SETS[name]}: {TASKS[task]}" for name, task in columns]
+    lines = [f"| exact-match F1 | {' | '.join(titles)} |", "| --- |" + " --- |" * len(columns)]
+    for system in SYSTEMS:
+        cells = [cell(scores["sets"][name]["systems"][system]["groups"].get(task)) for name, task in columns]
+        lines.append(f"| {system} | {' | '.join(cells)} |")
+    notes = ", ".join(str(scores["sets"][name]["notes"]) for name in SETS)
+    commit, cpu = str(scores["code"]["commit"])[:7], scores["host"]["cpu"]
+    source = f"`make scores` at commit {commit}, {cpu}; {notes} notes; brackets: 95 % over patients."
+    return "\n".join([*lines, "", source])
 
 
 def parity(run_folder: Path) -> str:
@@ -87,12 +81,19 @@ def fill(page: str, name: str, text: str) -> str:
     return re.sub(f"{begin}.*?{end}", lambda _: f"{begin}\n{text}\n{end}", page, flags=re.DOTALL)
 
 
+def quick(run_folder: Path) -> str:
+    """The first lines of infer.quick's output."""
+    lines = (run_folder / "quick.txt").read_text(encoding="utf-8").splitlines()
+    return "\n".join(["```", *lines[: 1 + len(PHENOTYPES) + 1], "```"])
+
+
 def main(options: Options) -> None:
-    for needed in ("report.json", "parity.txt", "tuned/run.json"):
+    for needed in ("scores.json", "parity.txt", "quick.txt"):
         if not (options.run / needed).is_file():
-            raise UserError(f"{options.run / needed}: missing; run make demo, then make readme")
+            raise UserError(f"{options.run / needed}: missing; run make scores, then make readme")
     page = options.readme.read_text(encoding="utf-8")
-    page = fill(fill(page, "results", results(options.run)), "parity", parity(options.run))
+    for name, text in {"results": results, "parity": parity, "quick": quick}.items():
+        page = fill(page, name, text(options.run))
     write_text(options.readme, page)
 
 
