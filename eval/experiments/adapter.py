@@ -15,13 +15,14 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval.experiments.steps import RECIPES, Run, argv, begin, check_folder, training_dtype
+from eval.experiments.steps import RECIPES, Run, argv, begin, check_folder, extraction, training_dtype
 from infer.released import smollm2
 from model.support import cli
-from model.support.files import atomic_file, read_json, write_json
+from model.support.files import atomic_file, read_json, read_jsonl, write_json, write_jsonl
 from model.support.hardware import host
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
+CALIBRATED = 40  # held-out notes, and as many in unseen styles
 PATHS = ("data", "out", "weights", "adapter", "valid_data", "tokenizer", "init")
 CLINIC = {"patients": 500, "seed": 22, "further_patients": 400, "clinical": 1500, "healthy": 0}
 
@@ -72,9 +73,25 @@ def stages(run: Run) -> None:
     run.step("continued pre-training", stage("pretrain", "pretrained", "pretrain.jsonl", "pretrain_valid.jsonl"))
     run.step("tuning", stage("instruct", "tuned", "train.jsonl", "valid.jsonl", pretrained))
     release(run.out / "tuned" / "adapter", run.out / "released")
+    calibrate(run, base)
     cards = {stage: card(read_json(run.out / stage / "run.json")) for stage in ("pretrained", "tuned")}
     made = {"host": host(), "clinic": CLINIC, "steps": run.steps, **cards}
     write_json(run.out / "released" / "training.json", made)
+
+
+def calibrate(run: Run, base: Path) -> None:
+    """Fit the probabilities to patients and styles that training did not see, and that make scores does not ask."""
+    records = [record for name in ("heldout", "unseen") for record in records_of(run.out / "data", name)[:CALIBRATED]]
+    notes, answers = run.out / "calibration.jsonl", run.out / "calibration-answers.jsonl"
+    write_jsonl(notes, records)
+    released = run.out / "released"
+    run.step("answers to calibrate on", extraction(str(base), released, notes, answers, grounded=True))
+    fitted = released / "calibration.json"
+    run.step("calibration", argv("eval.calibration", predictions=answers, references=notes, out=fitted, overwrite=True))
+
+
+def records_of(data: Path, name: str) -> list[dict[str, Any]]:
+    return [record for _, record in read_jsonl(data / f"{name}.jsonl")]
 
 
 def card(run_card: dict[str, Any]) -> dict[str, Any]:
