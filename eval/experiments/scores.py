@@ -67,7 +67,7 @@ def main(options: Options) -> int:
     print(terminal_table(report))
     scores = {"code": code_version(ROOT), "host": host(), "sets": figures(report)}
     write_json(options.out / "scores.json", scores)
-    write_text(options.out / "README.md", card(read_json(options.adapter / "training.json"), scores))
+    write_text(options.out / "README.md", card(options.adapter, scores))
     if options.release:
         shutil.copytree(options.adapter, NAMED, dirs_exist_ok=True)
         for name in ("scores.json", "README.md"):
@@ -137,8 +137,9 @@ def split(run: Run, name: str) -> dict[str, str]:
     return paths
 
 
-def card(training: dict[str, Any], scores: dict[str, Any]) -> str:
-    """The model card, from how the adapter was trained and what it reached."""
+def card(adapter: Path, scores: dict[str, Any]) -> str:
+    """The model card: how the adapter was trained, what it reached, and the remarks that lie beside it."""
+    training, remarks = read_json(adapter / "training.json"), adapter / "REMARKS.md"
     tuned = training["tuned"]
     return CARD.read_text(encoding="utf-8").format(
         base=BASE,
@@ -155,6 +156,7 @@ def card(training: dict[str, Any], scores: dict[str, Any]) -> str:
         scored_on=host_line(scores["host"]),
         table="\n".join(rows(scores["sets"])),
         phenotypes="\n".join(phenotype_rows(scores["sets"])),
+        remarks=remarks.read_text(encoding="utf-8") if remarks.is_file() else "",
     )
 
 
