@@ -82,7 +82,7 @@ def row_cost(engine: Engine) -> float:
     first = engine.layers[0]
     quantized = first.qkv.quantized if isinstance(first, Layer) else None
     if quantized is not None and quantized.kind == "w8a8":
-        return 1 / 2  # a few rows are multiplied one by one
+        return 1 / 16
     if quantized is not None:  # packed weights are dequantized again every four rows, others once a step
         return 1 / 4 if quantized.packed else 1 / 32
     if engine.dtype == torch.bfloat16:

@@ -29,7 +29,6 @@ from torch import Tensor
 import kernels
 from infer.engine.forward import Engine
 from infer.engine.fuse import read_attention, tree_attention
-from model.attention import repeat_kv
 
 SHARED = 8  # tokens: a shorter common prefix is cheaper to compute again than to attend to separately
 OWN = 64  # tokens: a longer private part becomes a prefix, so that branches of a batch stay of similar length
@@ -91,6 +90,7 @@ class Level:
     prefix_r: Tensor = field(init=False)  # the prefix above each of the branches
     start_P: Tensor = field(init=False)  # the first branch below each prefix and their number, int32 on the device,
     count_P: Tensor = field(init=False)  # for the kernels
+    whole: bool = False  # every branch of `rows` is below a prefix
     even: bool = False  # every branch once, in order: nothing needs to be gathered
 
     def index(self) -> None:
@@ -110,7 +110,8 @@ class Level:
         self.start_P, self.count_P = torch.tensor(
             [[below.start for below in ranges], [len(below) for below in ranges]], dtype=torch.int32, device=device
         )
-        self.even = len(places) == stop - start == self.branch_Pn.numel()
+        self.whole = len(places) == stop - start
+        self.even = self.whole and len(places) == self.branch_Pn.numel()
 
     def positions(self, begin: int) -> Tensor:
         """position_PS of the keys from `begin` on; −1 where a prefix has no key."""
@@ -149,7 +150,8 @@ class Level:
         out_PnGMC = out_PGnMC.view(prefixes, G, n, M, -1).transpose(1, 2)
         if self.even:
             return out_PnGMC.flatten(0, 1)
-        return out_PnGMC.flatten(0, 1)[self.place_r].masked_fill_(self.outside_r[:, None, None, None], 0)
+        out_rGMC = out_PnGMC.flatten(0, 1)[self.place_r]
+        return out_rGMC if self.whole else out_rGMC.masked_fill_(self.outside_r[:, None, None, None], 0)
 
 
 def alike(lengths: Sequence[int]) -> bool:
@@ -378,8 +380,7 @@ class Cache:
         score_BGMA[..., at:] = torch.matmul(q_BGMK, k_BGKS)
         if hidden_BTA is not None:
             score_BGMA.view(B, G, -1, T, at + S).masked_fill_(hidden_BTA[:, None, None], float("-inf"))
-        wide = torch.promote_types(q_BHTK.dtype, torch.float32)
-        weight_BGMA = score_BGMA.softmax(-1, dtype=wide).to(v_BGSK.dtype)
+        weight_BGMA = score_BGMA.softmax(-1)  # computed in at least fp32, rounded once
         out_BGMK = torch.matmul(weight_BGMA[..., at:], v_BGSK)
         at = 0
         for (level, begin), size in zip(reach, sizes, strict=True):
@@ -541,8 +542,9 @@ def causal(
     """
     T, S = q_HTK.shape[1], len(key_position_S)
     if S == T and (window is None or window >= T) and not grouped(q_HTK):
-        k_1HSK, v_1HSK = (repeat_kv(kept_GSK[None].to(q_HTK.dtype), len(q_HTK)) for kept_GSK in (k_GSK, v_GSK))
-        out_1HTK = F.scaled_dot_product_attention(q_HTK[None].contiguous(), k_1HSK, v_1HSK, is_causal=True)
+        k_1GSK, v_1GSK = (kept_GSK[None].to(q_HTK.dtype) for kept_GSK in (k_GSK, v_GSK))
+        q_1HTK = q_HTK[None].contiguous()
+        out_1HTK = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, is_causal=True, enable_gqa=True)
         return out_1HTK[0].transpose(0, 1)
     outs = []
     size = FEW if grouped(q_HTK) else BLOCK
@@ -568,9 +570,9 @@ def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tenso
     (H, T, K), (G, S, _) = q_HTK.shape, k_GSK.shape
     k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a prefix may keep them narrower
     if not grouped(q_HTK):
-        k_1HSK, v_1HSK = repeat_kv(k_GSK[None], H), repeat_kv(v_GSK[None], H)
-        return F.scaled_dot_product_attention(q_HTK[None].contiguous(), k_1HSK, v_1HSK, attn_mask=seen_TS)[0]
+        q_1HTK, masked = q_HTK[None].contiguous(), {"attn_mask": seen_TS, "enable_gqa": True}
+        return F.scaled_dot_product_attention(q_1HTK, k_GSK[None], v_GSK[None], **masked)[0]
     q_GMK = (q_HTK * K**-0.5).reshape(G, H // G * T, K)
     score_HTS = torch.matmul(q_GMK, k_GSK.transpose(1, 2)).view(H, T, S).masked_fill_(~seen_TS, float("-inf"))
-    weight_HTS = score_HTS.softmax(-1, dtype=torch.float32).to(q_HTK.dtype)
+    weight_HTS = score_HTS.softmax(-1)  # computed in fp32, rounded once
     return torch.matmul(weight_HTS.view(G, H // G * T, S), v_GSK).view(H, T, K)

@@ -12,18 +12,23 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-CHUNK = 512  # rows of x at a time: their int32 sums are scaled while they are in the caches
-SINGLE = 4  # up to so many rows one by one: for one row oneDNN reads W as it lies, for more it copies W first
-
 
 def integer_linear(x_ND: Tensor, codes_OD: Tensor, scales_O: Tensor) -> Tensor:
-    """x · Wᵀ in x's dtype, x rounded to 8 bits a row."""
-    y_NO = x_ND.new_empty(len(x_ND), len(codes_OD), dtype=torch.float32)
-    for rows in range(0, len(x_ND), CHUNK):
-        part = slice(rows, rows + CHUNK)
-        a_ND, s_N1 = row_codes(x_ND[part])
-        y_NO[part].copy_(integer_product(a_ND, codes_OD)).mul_(s_N1).mul_(scales_O)
-    return y_NO.to(x_ND.dtype)
+    """x · Wᵀ in x's dtype, x rounded to 8 bits a row. `codes_OD`: plain, or `prepack`ed."""
+    a_ND, s_N1 = row_codes(x_ND)
+    if not codes_OD.is_mkldnn:
+        y_NO = integer_product(a_ND, codes_OD).to(torch.float32).mul_(scales_O)
+    else:
+        zeros_O = torch.zeros(len(scales_O), dtype=torch.int32)
+        shown = (1.0, 0, torch.float32, "none", [], "")  # scale, zero and dtype of the result; nothing follows it
+        y_NO = torch.ops.onednn.qlinear_pointwise(a_ND, 1.0, 0, codes_OD, scales_O, zeros_O, None, *shown)
+    return y_NO.mul_(s_N1).to(x_ND.dtype)
+
+
+def prepack(codes_OD: Tensor) -> Tensor:
+    """The codes in the order in which oneDNN's product reads them (`to_dense` gives their transpose): otherwise each
+    product of two rows or more copies the matrix into that order first."""
+    return torch.ops.onednn.qlinear_prepack(codes_OD.contiguous(), None)
 
 
 def row_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
@@ -40,8 +45,6 @@ def integer_product(a_ND: Tensor, b_OD: Tensor) -> Tensor:
     if a_ND.device.type == "cuda" or a_ND.shape[1] == 1:
         wide_a, wide_b = padded(a_ND, b_OD)
         return torch._int_mm(wide_a, wide_b.t())[: len(a_ND), : len(b_OD)]
-    if 1 < len(a_ND) <= SINGLE:
-        return torch.cat([torch._int_mm(row_1D, b_OD.t()) for row_1D in a_ND.split(1)])
     return torch._int_mm(a_ND, b_OD.t())
 
 

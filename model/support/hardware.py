@@ -164,25 +164,3 @@ def decode_dtype(rows: int, device: str = "cpu") -> torch.dtype:
     sizes = sorted({1, min(4, rows), rows})
     pays = all(1.25 * taken(torch.bfloat16, size) < taken(torch.float32, size) for size in sizes)
     return torch.bfloat16 if pays else torch.float32
-
-
-@cache
-def packed_pays(kind: str) -> bool:
-    """Whether torch's packed product ("int8" or "int4") for one bf16 row beats the fp32 product that it replaces.
-
-    Measured over 16 million weights, more than caches hold in fp32; False where this torch lacks the product.
-    """
-    O, D, group = 4096, 4096, 64
-    narrow, row = torch.ones(1, D, dtype=torch.bfloat16), torch.ones(D)
-    try:
-        if kind == "int8":
-            codes, scale = torch.ones(O, D, dtype=torch.int8), torch.ones(O, dtype=torch.bfloat16)
-            packed = timed(lambda: torch._weight_int8pack_mm(narrow, codes, scale), "cpu", 0.05)
-        else:
-            codes = torch._convert_weight_to_int4pack_for_cpu(torch.ones(O, D, dtype=torch.int32), 1)
-            scale = torch.ones(D // group, O, 2, dtype=torch.bfloat16)
-            packed = timed(lambda: torch._weight_int4pack_mm_for_cpu(narrow, codes, group, scale), "cpu", 0.05)
-    except (AttributeError, NotImplementedError, RuntimeError):
-        return False
-    wide = torch.ones(O, D)
-    return min(packed) < min(timed(lambda: torch.mv(wide, row), "cpu", 0.05))

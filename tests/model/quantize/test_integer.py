@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.quantize import integer
-from model.quantize.integer import CHUNK, SINGLE, integer_linear, integer_product, padded, row_codes
+from model.quantize.integer import integer_linear, integer_product, padded, row_codes
 from model.quantize.linear import QuantizedWeight
 from model.quantize.rotation import mix
 from model.support.hardware import int8_products
@@ -74,16 +74,35 @@ def error_of(x_ND, own):
 
 @exact_here
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("rows", [1, 2, SINGLE, SINGLE + 1, 20, CHUNK + 3])
-def test_the_product_is_the_codes_product(rows, mixed):
+@pytest.mark.parametrize("packed", [False, True])
+@pytest.mark.parametrize("rows", [1, 2, 4, 5, 20, 515])
+def test_the_product_is_the_codes_product(rows, packed, mixed):
     """Every row by its own scale, every output by its own; the rest is fp32's rounding of three numbers."""
     own = QuantizedWeight.quantize([drawn(24, 96) * torch.logspace(-2, 2, 24)[:, None]], (24, 96), "w8a8", mixed)
+    own = own.ready() if packed else own
+    assert own.packed == packed
     x_ND = drawn(rows, 96, 1) * torch.logspace(-2, 2, rows)[:, None]
     error, largest = error_of(x_ND, own)
     assert error <= 4 * 2**-24 * largest
     half, wide = own.product(x_ND.bfloat16()), own.product(x_ND.bfloat16().float())
     assert half.dtype == torch.bfloat16
     assert mixed or (half.float() - wide).abs().max() <= 2**-8 * largest  # rounded once, at the end
+
+
+@exact_here
+def test_packed_weights_are_the_same_weights_and_parts_of_their_joint_one():
+    """Signs and both ends of the range too; a part's own product is its rows of the joint one."""
+    wides = [drawn(rows, 96, rows) for rows in (24, 8, 8)]
+    plain = [QuantizedWeight.quantize([wide], tuple(wide.shape), "w8a8") for wide in wides]
+    packed = [QuantizedWeight.quantize([wide], tuple(wide.shape), "w8a8").ready() for wide in wides]
+    joint, x_ND = QuantizedWeight.join(packed), drawn(7, 96, 1)
+    assert QuantizedWeight.join(packed) is joint
+    for before, after in zip(plain, packed, strict=True):
+        assert torch.equal(before.dequantize(torch.float64), after.dequantize(torch.float64))
+        assert torch.equal(before.dequantize(torch.float32, slice(2, 5)), after.dequantize(torch.float32, slice(2, 5)))
+        assert torch.allclose(before.product(x_ND), after.product(x_ND), rtol=2**-20, atol=0)
+    whole_ND = torch.cat([before.product(x_ND) for before in plain], dim=1)
+    assert torch.allclose(joint.product(x_ND), whole_ND, rtol=2**-20, atol=0)
 
 
 @exact_here
