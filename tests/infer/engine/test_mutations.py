@@ -1,0 +1,81 @@
+"""Mistakes that a tree of prompts invites must be seen: each changes log-probabilities far beyond rounding."""
+
+import pytest
+import torch
+from answering_models import tiny_model
+
+from infer.engine import tree
+from infer.engine.generate import Generator
+
+# two notes of unlike length with three questions each: levels are padded, and branches are as unlike
+PROMPTS = [
+    [5 + note, *range(20, 50 + 9 * note), 200 + question, *range(7, 9 + question)]
+    for note in range(2)
+    for question in range(3)
+]
+
+
+def answers(tokenizer) -> torch.Tensor:
+    outs = Generator(tiny_model(windows=(None, 24)), tokenizer).generate(PROMPTS, max_new_tokens=5)
+    return torch.tensor([out.logprobs for out in outs])
+
+
+def slot_off_by_one(monkeypatch):
+    found = tree.Level.positions
+    monkeypatch.setattr(tree.Level, "positions", lambda self, begin: found(self, begin).roll(1, 1))
+
+
+def padding_is_seen(monkeypatch):
+    found = tree.Level.positions
+    monkeypatch.setattr(tree.Level, "positions", lambda self, begin: found(self, begin).clamp_min(0))
+
+
+def level_is_merged_twice(monkeypatch):
+    found = tree.levels_of
+    monkeypatch.setattr(tree, "levels_of", lambda prefixes: [group for group in found(prefixes) for _ in range(2)])
+    pad = tree.Cache._pad
+
+    def kept(self, prefixes):  # the second time, the keys and values of the first
+        if not prefixes[0].keys[0].numel():
+            return self_levels[-1]
+        self_levels.append(pad(self, prefixes))
+        return self_levels[-1]
+
+    self_levels: list = []
+    monkeypatch.setattr(tree.Cache, "_pad", kept)
+
+
+def mask_of_the_wrong_row(monkeypatch):
+    found = tree.Cache._mask
+
+    def rolled(self, *arguments):
+        hidden_BTA = found(self, *arguments)
+        return None if hidden_BTA is None else hidden_BTA.roll(1, 0)
+
+    monkeypatch.setattr(tree.Cache, "_mask", rolled)
+
+
+def prefix_of_the_wrong_branch(monkeypatch):
+    found = tree.Level.index
+
+    def rolled(self):
+        found(self)
+        self.place_r, self.even = self.place_r.roll(1), False
+
+    monkeypatch.setattr(tree.Level, "index", rolled)
+
+
+MUTATIONS = (
+    slot_off_by_one,
+    padding_is_seen,
+    level_is_merged_twice,
+    mask_of_the_wrong_row,
+    prefix_of_the_wrong_branch,
+)
+
+
+@pytest.mark.parametrize("mutation", MUTATIONS)
+def test_a_mistake_in_the_tree_is_noticed(mutation, tokenizer, monkeypatch):
+    right = answers(tokenizer)
+    mutation(monkeypatch)
+    assert (answers(tokenizer) - right).abs().max() > 1e-6
