@@ -64,6 +64,8 @@ def rows(
     narrows = {form: load(weights, form=form)[0] for form in forms}
     name = "SmolLM2-135M" if Path(weights).suffix == ".gguf" else Path(weights).name
     found = compare(name, model, tokenizer, narrows, peers, prompt, new_tokens, repeats, setting)
+    few = setting.replace(f"{new_tokens} new", "16 new")
+    found += batched(name, {"fp32": model, **narrows}, tokenizer, prompt, 16, repeats, few)
     if large:
         del model, narrows
         with torch.device("meta"):
@@ -101,7 +103,7 @@ def compare(
     sizes = {}
     for form, own in {"fp32": model, **narrows}.items():
         sizes[form] = read_bytes(own.config, form)
-        runs[form] = partial(ours_once, generator_of(own, tokenizer), prompt, new)
+        runs[form] = partial(ours_once, generator_of(own, tokenizer), [prompt], new)
     best: dict[str, float] = {}
     for _ in range(repeats):  # in turns: other load on the machine then slows all of them alike
         for which, once in runs.items():
@@ -123,6 +125,30 @@ def compare(
     return found
 
 
+def batched(
+    name: str,
+    models: dict[str, Transformer],
+    tokenizer: Any,
+    prompt: list[int],
+    new: int,
+    repeats: int,
+    setting: str,
+    sizes: tuple[int, ...] = (8, 72),
+) -> list[Row]:
+    """Steps of several rows, as a note's or eight notes' questions make them: each format against fp32, both ours."""
+    found = []
+    generators = {form: generator_of(own, tokenizer) for form, own in models.items()}
+    for size in sizes:
+        prompts, best = [[*prompt, 100 + row] for row in range(size)], dict.fromkeys(models, 0.0)
+        for _ in range(repeats):
+            for form, generator in generators.items():
+                best[form] = max(best[form], ours_once(generator, prompts, new))
+        peer = best.pop("fp32")
+        label = f"decode {name}, {size} rows"
+        found += [Row(f"{label}: {form}", rate, peer, "ours, fp32", "tokens/s", setting) for form, rate in best.items()]
+    return found
+
+
 def read_bytes(config: ModelConfig, form: str) -> int:
     """Bytes that a decoded token reads: the blocks' matrices and the head's, in a format or in fp32."""
     with torch.device("meta"):
@@ -137,13 +163,13 @@ def generator_of(model: Transformer, tokenizer: Any) -> Generator:
     return generator
 
 
-def ours_once(generator: Generator, prompt: list[int], new: int) -> float:
-    """Tokens per second after the first."""
-    steps = generator.run(generator.states([prompt], None, {"max_new_tokens": new + 1}))
+def ours_once(generator: Generator, prompts: list[list[int]], new: int) -> float:
+    """Tokens per second after each prompt's first."""
+    steps = generator.run(generator.states(prompts, None, {"max_new_tokens": new + 1}))
     next(steps)
     began = time.perf_counter()
     count = sum(1 for _ in steps)
-    return count / (time.perf_counter() - began)
+    return count * len(prompts) / (time.perf_counter() - began)
 
 
 class Clock:

@@ -19,9 +19,8 @@ def integer_linear(x_ND: Tensor, codes_OD: Tensor, scales_O: Tensor) -> Tensor:
     if not codes_OD.is_mkldnn:
         y_NO = integer_product(a_ND, codes_OD).to(torch.float32).mul_(scales_O)
     else:
-        zeros_O = torch.zeros(len(scales_O), dtype=torch.int32)
         shown = (1.0, 0, torch.float32, "none", [], "")  # scale, zero and dtype of the result; nothing follows it
-        y_NO = torch.ops.onednn.qlinear_pointwise(a_ND, 1.0, 0, codes_OD, scales_O, zeros_O, None, *shown)
+        y_NO = torch.ops.onednn.qlinear_pointwise(a_ND, 1.0, 0, codes_OD, scales_O, None, None, *shown)
     return y_NO.mul_(s_N1).to(x_ND.dtype)
 
 

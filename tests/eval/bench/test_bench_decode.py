@@ -2,7 +2,7 @@
 
 import pytest
 
-from eval.bench.decode import compare, generator_of, ours_once, past_the_window, read_bytes
+from eval.bench.decode import batched, compare, generator_of, ours_once, past_the_window, read_bytes
 from eval.bench.long import CONFIG
 from eval.bench.row import Row
 from eval.bench.seven_b import SHAPE
@@ -58,7 +58,7 @@ def test_a_ratio_above_one_is_better_in_every_unit(unit, less):
 
 def test_past_the_window_and_bytes():
     assert past_the_window(NoText(), window=16, new=140).ours > 0
-    assert ours_once(generator_of(model(), NoText()), [1, 2, 3], 3) > 0
+    assert ours_once(generator_of(model(), NoText()), [[1, 2, 3], [1, 2, 4]], 3) > 0
     seven_b = ModelConfig.from_dict(read_json(SHAPE))
     assert read_bytes(seven_b, "fp32") == 4 * (32 * 218_103_808 + 32_000 * 4096)
     assert 7.110e9 * 4.5 / 8 == pytest.approx(read_bytes(seven_b, "int4"), rel=1e-3)
@@ -69,3 +69,9 @@ def test_narrow_weights_are_measured_on_a_demos_run_only(tmp_path):
 
     with pytest.raises(UserError, match="make demo SCALE=nano"):
         rows(str(tmp_path))
+
+
+def test_steps_of_several_rows_are_held_against_our_own_fp32():
+    rows = batched("tiny", {"fp32": model(), "again": model()}, NoText(), [1, 2, 3], 2, 1, "tiny", sizes=(2, 3))
+    assert [row.name for row in rows] == ["decode tiny, 2 rows: again", "decode tiny, 3 rows: again"]
+    assert all(row.ours > 0 and row.peer and row.peer_name == "ours, fp32" for row in rows)
