@@ -101,7 +101,7 @@ class Trainer:
         for turn, part in enumerate(mine):
             self.ranks.sync_gradients(self.model, last=turn == len(mine) - 1)
             batch = collate(part).to(self.device)
-            self.plan.step, self.plan.rows = step, batch.branches
+            self.plan.begin(step, batch.branches)
             loss, summed = batch_loss(self.model, batch, counts, self.recipe.note_loss)
             loss.backward()
             total += summed

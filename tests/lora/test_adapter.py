@@ -10,7 +10,17 @@ import torch
 from safetensors.torch import load_file, save_file
 from tiny_adapters import TOKENS, base, trained
 
-from lora import LoRAConfig, add_lora, load_adapter, merge_lora, no_adapter, save_adapter, set_adapter, unmerge_lora
+from lora import (
+    DropoutPlan,
+    LoRAConfig,
+    add_lora,
+    load_adapter,
+    merge_lora,
+    no_adapter,
+    save_adapter,
+    set_adapter,
+    unmerge_lora,
+)
 from lora.adapter import adapted
 from lora.audit import Options as AuditOptions
 from lora.audit import audit, draw
@@ -268,3 +278,32 @@ def test_wrong_settings_are_refused():
             replace(LoRAConfig(), **wrong)
     with pytest.raises(UserError, match="did you mean 'q_proj'"):
         add_lora(base(), LoRAConfig(target_modules=("q_prj",)))
+
+
+def test_dropouts_masks_are_of_the_token_and_of_nothing_beside_it():
+    """A record's masks are the same in another row, behind another record, and differ by step, branch, token, module
+    and column; each keeps 1 − p of its inputs, whatever another keeps."""
+    plan = DropoutPlan(seed=3)
+    plan.begin(5, [[("a", 0, 300), ("a", 1, 100)]])
+    x = torch.ones(1, 400, 210, dtype=torch.float64)
+    mask = plan.mask(x, 0.25, "q")
+    plan.begin(5, [[("b", 0, 40)], [("c", 0, 50), ("a", 1, 100), ("a", 0, 300)]])
+    other = plan.mask(torch.ones(2, 450, 210, dtype=torch.float64), 0.25, "q")
+    assert torch.equal(mask[0, :300], other[1, 150:]) and torch.equal(mask[0, 300:], other[1, 50:150])
+    assert set(mask.unique().tolist()) == {0.0, 1 / 0.75}
+    other_module = plan.mask(torch.ones(2, 450, 210, dtype=torch.float64), 0.25, "k")[1, 150:]
+    plan.begin(6, [[("a", 0, 300), ("a", 1, 100)]])
+    kept, pairs = mask[0, :300] > 0, 300 * 210
+    unlike = {
+        "module": other_module > 0,
+        "step": plan.mask(x, 0.25, "q")[0, :300] > 0,
+        "token": kept.roll(1, 0),
+        "column": kept.roll(1, 1),
+        "word": kept.roll(4, 1),
+        "branch": torch.cat([mask[0, 300:] > 0] * 3),
+    }
+    spread = 5 * (0.25 * 0.75 / pairs) ** 0.5  # five standard deviations of a share
+    assert abs(float(kept.double().mean()) - 0.75) < spread
+    for name, mask_TD in unlike.items():
+        assert abs(float((kept & mask_TD).double().mean()) - 0.75**2) < 3 * spread, name
+    assert torch.equal(kept.double().mean(0) > 0.6, torch.ones(210, dtype=torch.bool)), "no column is dropped for all"

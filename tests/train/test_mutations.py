@@ -8,10 +8,11 @@ Every one is a mistake that public trainers have made. The guards are the tests 
 import shutil
 
 import pytest
+import test_block
 import test_ranks
 import test_rows
 import torch
-from tiny_runs import RECIPE, as_recipe, ends, mutate, tiny
+from tiny_runs import CONFIG, RECIPE, as_recipe, ends, mutate, tiny
 
 from lora import merge_lora
 from train.distributed.checkpoint import steps_saved
@@ -50,11 +51,29 @@ MISTAKES = {
             notes
         ),
     ),
+    "dropout left out of an adapter's gradient": (
+        ("train.fast.block", "Group.backward", "self.kept(n, n_ND), out", "n_ND, out"),
+        lambda notes, documents: the_papers_dropout(notes),
+    ),
+    "the last block's attention taken from the token before": (
+        (
+            "train.fast.block",
+            "FastBlock.forward",
+            "a_ND[wanted_N], x_ND[wanted_N]",
+            "a_ND[wanted_N - 1], x_ND[wanted_N]",
+        ),
+        lambda notes, documents: test_block.test_the_fast_block_is_the_plain_block(notes, CONFIG, ""),
+    ),
     "the adapter's scale ignored": (
         ("lora.layer", "LoRALinear.forward", " * self.scale[self.active]", ""),
         lambda notes, documents: an_adapter_does_what_it_adds_to_the_weights(),
     ),
 }
+
+
+def the_papers_dropout(notes):
+    with pytest.MonkeyPatch.context() as patch:
+        test_block.test_the_papers_dropout_runs_through_the_fast_block(notes, patch, "cancerllm-tune")
 
 
 def an_adapter_does_what_it_adds_to_the_weights():
@@ -91,8 +110,8 @@ def test_a_mistake_in_rows_or_layers_is_noticed(name, mistake, notes, documents)
             (
                 "train.loop",
                 "Trainer.gradients",
-                "self.plan.step, self.plan.rows = step,",
-                "self.plan.step, self.plan.rows = step % 2,",
+                "self.plan.begin(step,",
+                "self.plan.begin(step % 2,",
             ),
         ),
     ],

@@ -14,7 +14,8 @@ gradients, none below the first adapter. With y = n Wᵀ + s (n Aᵀ) Bᵀ, l = 
 
     dn = g W + s (g B) A        dB = gᵀ l        dA = s (g B)ᵀ n
 
-Experts, weights in training and dropout in training keep the plain block.
+Dropout's masks are made again in the backward pass from the tokens' keys (lora/layer.py). Experts and weights in
+training keep the plain block.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infer.engine.fuse import fuse as kernel_blocks
-from lora.layer import LoRALinear
+from lora.layer import LoRALinear, kept
 from model.cache import KVCache
 from model.mask import Visible
 from model.support.hardware import product, suits_onednn
@@ -80,8 +81,10 @@ class Group:
     Their A matrices stand below each other, and s·B of each on the diagonal, so that all adapters are two products.
     """
 
-    def __init__(self, linears: Sequence[nn.Linear], held: Sequence[Tensor | None], dtype: torch.dtype) -> None:
-        self.linears, self.held = linears, held
+    def __init__(
+        self, linears: Sequence[nn.Linear], held: Sequence[Tensor | None], dtype: torch.dtype, key_N: Tensor | None
+    ) -> None:
+        self.linears, self.held, self.key_N = linears, held, key_N
         self.sizes = [linear.out_features for linear in linears]
         self.biases: list[Tensor | None] = [linear.bias for linear in linears]
         adapted = [(n, a, b) for n, (a, b) in enumerate(zip(held[::2], held[1::2], strict=True)) if a is not None]
@@ -93,7 +96,16 @@ class Group:
                 self.b_OR[outputs, ranks] = held[2 * n + 1] * self.scale(n)  # type: ignore[operator]
 
     def scale(self, n: int) -> float:
-        return self.linears[n].scale[self.linears[n].active]  # type: ignore[union-attr, index, return-value]
+        """s, over 1 − p where inputs are dropped."""
+        linear: Any = self.linears[n]
+        return linear.scale[linear.active] / (1.0 if self.key_N is None else 1 - linear.dropout[linear.active])
+
+    def kept(self, n: int, x_ND: Tensor) -> Tensor:
+        """What the layer's adapter is given of x, or passes back to it: x, with zeros where inputs are dropped."""
+        linear: Any = self.linears[n]
+        if self.key_N is None or not linear.dropout[linear.active]:
+            return x_ND
+        return x_ND * kept(self.key_N, linear.path, x_ND.shape[1], linear.dropout[linear.active])
 
     def places(self) -> list[tuple[int, slice, slice]]:
         """(layer, its outputs, its adapter's ranks) of each layer that has an adapter."""
@@ -116,7 +128,11 @@ class Group:
             y_NO = torch.cat([product(n_ND, *one) for one in zip(weights, self.biases, strict=True)], 1)
         if self.a_RD is None or self.b_OR is None:
             return y_NO, None
-        low_NR = F.linear(n_ND, self.a_RD)
+        if self.key_N is None:
+            low_NR = F.linear(n_ND, self.a_RD)
+        else:
+            places = self.places()
+            low_NR = torch.cat([F.linear(self.kept(n, n_ND), self.a_RD[ranks]) for n, _, ranks in places], 1)
         return y_NO.addmm_(low_NR, self.b_OR.t()), low_NR
 
     def backward(
@@ -135,9 +151,17 @@ class Group:
         made: list[Tensor | None] = [None] * len(self.held)
         if self.a_RD is not None and self.b_OR is not None and low_NR is not None:
             dlow_NR = g_NO @ self.b_OR
-            if dn_ND is not None:
-                dn_ND.addmm_(dlow_NR, self.a_RD)
-            da_RD, db_OR = dlow_NR.t() @ n_ND, g_NO.t() @ low_NR
+            db_OR = g_NO.t() @ low_NR
+            if self.key_N is None:
+                da_RD = dlow_NR.t() @ n_ND
+                if dn_ND is not None:
+                    dn_ND.addmm_(dlow_NR, self.a_RD)
+            else:
+                da_RD = torch.empty_like(self.a_RD)
+                for n, _, ranks in self.places():
+                    torch.mm(dlow_NR[:, ranks].t(), self.kept(n, n_ND), out=da_RD[ranks])
+                    if dn_ND is not None:
+                        dn_ND.add_(self.kept(n, dlow_NR[:, ranks] @ self.a_RD[ranks]))
             for n, outputs, ranks in self.places():
                 a_RD, b_OR = self.held[2 * n : 2 * n + 2]
                 made[2 * n] = da_RD[ranks].to(a_RD.dtype)  # type: ignore[union-attr]
@@ -172,12 +196,13 @@ class Products(torch.autograd.Function):
         residual_NO: Tensor | None,
         norm: RMSNorm | None,
         linears: Sequence[nn.Linear],
+        key_N: Tensor | None,
         *held: Tensor | None,
     ) -> Tensor:
         n_ND, inverse_N1 = normed(x_ND, norm)
-        group = Group(linears, held, x_ND.dtype)
+        group = Group(linears, held, x_ND.dtype, key_N)
         y_NO, low_NR = group.forward(n_ND)
-        ctx.norm, ctx.group = norm, group
+        ctx.norm, ctx.group = norm, (linears, held, x_ND.dtype, key_N)  # made again: its tensors are not kept
         ctx.save_for_backward(x_ND, inverse_N1, low_NR)
         return y_NO if residual_NO is None else y_NO.add_(residual_NO)
 
@@ -185,30 +210,33 @@ class Products(torch.autograd.Function):
     def backward(ctx: Any, g_NO: Tensor) -> Any:  # type: ignore[override]
         x_ND, _, low_NR = ctx.saved_tensors
         n_ND, inverse_N1 = normed(x_ND, ctx.norm)
-        dx_ND, made = ctx.group.backward(g_NO, n_ND, low_NR, ctx.needs_input_grad[0])
+        dx_ND, made = Group(*ctx.group).backward(g_NO, n_ND, low_NR, ctx.needs_input_grad[0])
         if dx_ND is not None and inverse_N1 is not None:
             dx_ND = norm_backward(dx_ND, x_ND, ctx.norm, inverse_N1)
-        return dx_ND, g_NO if ctx.needs_input_grad[1] else None, None, None, *made
+        return dx_ND, g_NO if ctx.needs_input_grad[1] else None, None, None, None, *made
 
 
 class FeedForward(torch.autograd.Function):
     """x + down(silu(gate(norm(x))) · up(norm(x)))."""
 
     @staticmethod
-    def forward(ctx: Any, x_ND: Tensor, norm: RMSNorm, linears: Sequence[nn.Linear], *held: Tensor | None) -> Tensor:
+    def forward(
+        ctx: Any, x_ND: Tensor, norm: RMSNorm, linears: Sequence[nn.Linear], key_N: Tensor | None, *held: Tensor | None
+    ) -> Tensor:
         n_ND, _ = normed(x_ND, norm)
-        gate_up, down = Group(linears[:2], held[:4], x_ND.dtype), Group(linears[2:], held[4:], x_ND.dtype)
+        ctx.groups = (linears[:2], held[:4], x_ND.dtype, key_N), (linears[2:], held[4:], x_ND.dtype, key_N)
+        gate_up, down = (Group(*group) for group in ctx.groups)
         y_N2F, low_NR = gate_up.forward(n_ND)
         gate_NF, up_NF = y_N2F.chunk(2, 1)
         y_ND, low_down_NR = down.forward(F.silu(gate_NF).mul_(up_NF))
-        ctx.norm, ctx.groups = norm, (gate_up, down)
+        ctx.norm = norm
         ctx.save_for_backward(x_ND, y_N2F, low_NR, low_down_NR)
         return y_ND.add_(x_ND)
 
     @staticmethod
     def backward(ctx: Any, g_ND: Tensor) -> Any:  # type: ignore[override]
         x_ND, y_N2F, low_NR, low_down_NR = ctx.saved_tensors
-        gate_up, down = ctx.groups
+        gate_up, down = (Group(*group) for group in ctx.groups)
         gate_NF, up_NF = y_N2F.chunk(2, 1)
         on_NF = F.silu(gate_NF)
         dh_NF, made_down = down.backward(g_ND, on_NF * up_NF, low_down_NR, True)
@@ -220,7 +248,7 @@ class FeedForward(torch.autograd.Function):
         n_ND, inverse_N1 = normed(x_ND, norm := ctx.norm)
         dn_ND, made = gate_up.backward(g_N2F, n_ND, low_NR, ctx.needs_input_grad[0])
         dx_ND = norm_backward(dn_ND, x_ND, norm, inverse_N1).add_(g_ND) if dn_ND is not None else None
-        return dx_ND, None, None, *made, *made_down
+        return dx_ND, None, None, None, *made, *made_down
 
 
 class Turn(torch.autograd.Function):
@@ -276,10 +304,12 @@ class FastBlock(Block):
         self, x_BTD: Tensor, rotary: tuple[Tensor, Tensor], visible: Visible, cache: KVCache | None = None
     ) -> Tensor:
         three, output, gate_up, down = self.groups()
-        if cache is not None or any(drops(linear) for linear in [*three, *output, *gate_up, *down]):
+        dropping: list[Any] = [linear for linear in [*three, *output, *gate_up, *down] if drops(linear)]
+        if cache is not None or any(linear.plan is None for linear in dropping):
             return super().forward(x_BTD, rotary, visible, cache)
         own, (B, T, _), x_ND = self.self_attn, x_BTD.shape, x_BTD.flatten(0, 1)
-        y_NO = Products.apply(x_ND, None, self.input_layernorm, three, *adapters(three))
+        key_N = dropping[0].plan.keys(B, T, x_ND.device).flatten() if dropping else None
+        y_NO = Products.apply(x_ND, None, self.input_layernorm, three, key_N, *adapters(three))
         q_BHTK, k_BGTK, v_BGTK = Turn.apply(
             y_NO.view(B, T, -1, own.head_dim), own.q_proj.out_features // own.head_dim, *rotary
         )
@@ -288,9 +318,10 @@ class FastBlock(Block):
         wanted_N = visible.layout.wanted_N if self.last and visible.layout is not None else None
         if wanted_N is not None:
             a_ND, x_ND = a_ND[wanted_N], x_ND[wanted_N]
-        x_ND = Products.apply(a_ND, x_ND, None, output, *adapters(output))
+            key_N = None if key_N is None else key_N[wanted_N]
+        x_ND = Products.apply(a_ND, x_ND, None, output, key_N, *adapters(output))
         both = [*gate_up, *down]
-        x_ND = FeedForward.apply(x_ND, self.post_attention_layernorm, both, *adapters(both))
+        x_ND = FeedForward.apply(x_ND, self.post_attention_layernorm, both, key_N, *adapters(both))
         if wanted_N is not None:
             x_ND = x_ND.new_zeros(B * T, x_ND.shape[1]).index_copy(0, wanted_N, x_ND)
         # as torch's own matmul gives its result another shape: FSDP2 warns of a block whose result is a view

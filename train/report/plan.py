@@ -4,10 +4,10 @@
     a100-80gb
 
 Sizes of weights and adapters are those of the model built without memory (meta tensors). Activations are counted from
-what each block keeps for its backward pass (fast.py; model/transformer.py where dropout, full training or experts need
-the plain block), for the micro-batch of longest rows. Time is arithmetic over the rate that is reached: the device's
-peak times `--mfu`, which is an assumption on a GPU and is marked as one. `python -m eval.bench plan` holds the memory
-against measured runs.
+what each block keeps for its backward pass (fast/block.py; model/transformer.py where full training, compile or experts
+need the plain block), for the micro-batch of longest rows. Time is arithmetic over the rate that is reached: the
+device's peak times `--mfu`, which is an assumption on a GPU and is marked as one. `python -m eval.bench plan` holds
+the memory against measured runs.
 """
 
 from __future__ import annotations
@@ -167,7 +167,7 @@ def active(config: ModelConfig, recipe: Recipe) -> int:
 
 
 def plain(config: ModelConfig, recipe: Recipe) -> bool:
-    return recipe.full or recipe.dropout > 0 or recipe.compile or bool(config.num_local_experts)
+    return recipe.full or recipe.compile or bool(config.num_local_experts)
 
 
 def block_bytes(config: ModelConfig, recipe: Recipe, e: int, plain: bool) -> tuple[float, float]:

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from tiny_runs import CONFIG, RECIPE, tiny
 
 from infer.engine.fuse import FusedBlock
+from lora import DropoutPlan
 from lora.adapter import adapted
 from lora.quantized import quantize_base
 from model.attention import PlainAttend
@@ -23,6 +24,7 @@ from train.fast.attention import SegmentAttend, segments
 from train.fast.block import FastBlock, fast_blocks, matrices, pack_weights, product, training_blocks
 from train.loop import Trainer
 from train.loss import batch_loss
+from train.recipe import parse
 
 WIDE = replace(CONFIG, windows=(None, None), qkv_bias=True)
 
@@ -127,15 +129,35 @@ def test_no_gradient_below_the_first_adapter_and_recomputed_blocks_agree(notes):
     assert worst(found[1], found[0]) < 1e-12 and worst(found[2], found[0]) < 1e-12
 
 
-def test_dropout_in_training_takes_the_plain_block(notes):
+@pytest.mark.parametrize("name", ["cancerllm", "cancerllm-faithful", "cancerllm-tune", "cancerllm-tune-faithful"])
+def test_the_papers_dropout_runs_through_the_fast_block(notes, monkeypatch, name):
+    """Its masks are the plain block's, forward and backward, also for blocks that are computed again; no block falls
+    back to the plain one."""
     batch, counts = batches(notes)
-    found = []
-    for fast in (False, True):
-        model = tiny(replace(RECIPE, dropout=0.3))
-        model = fast_blocks(model) if fast else model
-        torch.manual_seed(0)
-        found.append(step(model, batch, counts))
-    assert worst(found[1], found[0]) < 1e-12
+    p = parse([f"train/recipes/{name}.toml"], "instruct" if "tune" in name else "pretrain").dropout
+    assert p > 0
+    falls: list[Block] = []
+    plain = Block.forward
+    monkeypatch.setattr(Block, "forward", lambda block, *rest: (falls.append(block), plain(block, *rest))[1])
+
+    def made(fast: bool, dtype: torch.dtype, drop: float = p, again: bool = False) -> dict[str, torch.Tensor]:
+        model = tiny(replace(RECIPE, dropout=drop), dtype=dtype)
+        model = fast_blocks(model) if fast else model.use_attention("plain")
+        model.model.checkpoint_blocks = again
+        plan = DropoutPlan(seed=1)
+        plan.begin(2, batch.branches)
+        for layer in adapted(model).values():
+            layer.plan = plan
+        return step(model, batch, counts)
+
+    fast = [made(True, torch.float64), made(True, torch.float64, again=True)]
+    fast_fp32, without = made(True, torch.float32), made(True, torch.float64, drop=0.0)
+    assert not falls
+    judge, plain_fp32 = made(False, torch.float64), made(False, torch.float32)
+    assert falls and all(worst(one, judge) < 1e-12 for one in fast) and worst(without, judge) > 1e-3
+    wide = made(False, torch.float64)
+    for key in wide.keys() - {"loss"}:
+        assert error(fast_fp32[key], plain_fp32[key].double()) <= 1e-4 * float(wide[key].abs().max())
 
 
 def test_full_training_keeps_its_blocks():

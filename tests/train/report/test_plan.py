@@ -71,9 +71,10 @@ def test_the_papers_run_fits_ten_a100s_and_time_is_arithmetic_over_the_stated_ra
 
 
 def test_what_does_not_fit_exits_1_and_says_what_would(capsys):
-    assert main(TUNE) == 1
+    long = replace(TUNE, row_tokens=20_000)
+    assert main(long) == 1
     assert "DOES NOT FIT" in capsys.readouterr().out
-    assert plan(TUNE)["remedies"][-1]["fits"]
+    assert plan(long)["remedies"][-1]["fits"]
 
 
 @pytest.mark.parametrize("gpus", [1, 2])
