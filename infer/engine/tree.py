@@ -570,8 +570,8 @@ def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tenso
     (H, T, K), (G, S, _) = q_HTK.shape, k_GSK.shape
     k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a prefix may keep them narrower
     if not grouped(q_HTK):
-        q_1HTK, masked = q_HTK[None].contiguous(), {"attn_mask": seen_TS, "enable_gqa": True}
-        return F.scaled_dot_product_attention(q_1HTK, k_GSK[None], v_GSK[None], **masked)[0]
+        q_1HTK, k_1GSK, v_1GSK = q_HTK[None].contiguous(), k_GSK[None], v_GSK[None]
+        return F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, attn_mask=seen_TS, enable_gqa=True)[0]
     q_GMK = (q_HTK * K**-0.5).reshape(G, H // G * T, K)
     score_HTS = torch.matmul(q_GMK, k_GSK.transpose(1, 2)).view(H, T, S).masked_fill_(~seen_TS, float("-inf"))
     weight_HTS = score_HTS.softmax(-1)  # computed in fp32, rounded once

@@ -19,8 +19,10 @@ def integer_linear(x_ND: Tensor, codes_OD: Tensor, scales_O: Tensor) -> Tensor:
     if not codes_OD.is_mkldnn:
         y_NO = integer_product(a_ND, codes_OD).to(torch.float32).mul_(scales_O)
     else:
-        shown = (1.0, 0, torch.float32, "none", [], "")  # scale, zero and dtype of the result; nothing follows it
-        y_NO = torch.ops.onednn.qlinear_pointwise(a_ND, 1.0, 0, codes_OD, scales_O, None, None, *shown)
+        # the input with its scale and zero, the weight with its scales, no zeros, no bias; the result is plain fp32
+        y_NO = torch.ops.onednn.qlinear_pointwise(
+            a_ND, 1.0, 0, codes_OD, scales_O, None, None, 1.0, 0, torch.float32, "none", [], ""
+        )
     return y_NO.mul_(s_N1).to(x_ND.dtype)
 
 
