@@ -1,8 +1,7 @@
 # %% [markdown]
 # # One extraction, step by step
-# A synthetic note → nine questions → prompts → their tree → answers under a grammar → the note's record. With a run
-# of `make demo` its tuned model answers; without one, random weights do: the answers are then wrong, but still spans of
-# the note, values of a closed list and existing codes, as the grammar ensures. The note comes with its true answers.
+# A synthetic note → nine questions → prompts → their tree → answers under a grammar → the note's record. The model of
+# a finished `make demo` answers, or else random weights: wrong, but with spans, closed values and existing codes.
 # %%
 import json
 import tempfile

@@ -41,7 +41,8 @@ def test_a_released_adapter_is_of_its_base_and_of_no_other(name, tmp_path):
         check_origin(write_model(tmp_path / "other"), [released.adapter(name)])
 
 
-def test_a_table_shows_the_words_that_a_value_stands_on():
+def test_a_table_shows_the_words_that_a_value_stands_on(monkeypatch):
+    monkeypatch.setenv("COLUMNS", "160")
     text = "The mass in the left breast measures 2.5 cm on the scan of today."
     value = {"text": "2.5 cm", "start": 37, "end": 43, "logprob": -0.1}
     answer = {"answers": [value], "not_relevant": False, "logprob": -0.1, "finish_reason": "stop"}

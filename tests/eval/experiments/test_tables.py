@@ -101,6 +101,7 @@ def test_the_report_shows_and_plots_every_result(tmp_path, parts):
         "title": "T",
         "seconds": None,
         "bits_per_byte": None,
+        "confidence": {},
     }
     page = render({**bare, **read})
     assert page.count("<svg") == 3 and all(f'<h2 id="{name}"' in page for name in ("t3", "t4", "t6", "canaries"))
