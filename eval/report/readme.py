@@ -26,9 +26,6 @@ PARITY = (
     "stage",
     "  embedding",
     "  layer 0 q ",
-    "  layer 0 attention",
-    "  layer 0 MLP",
-    "  final norm",
     "  logits",
     "  loss",
     "  ours and theirs, cached",
@@ -83,7 +80,7 @@ def fill(page: str, name: str, text: str) -> str:
 
 def quick(run_folder: Path) -> str:
     """The first lines of infer.quick's output."""
-    lines = (run_folder / "quick.txt").read_text(encoding="utf-8").splitlines()
+    lines = (run_folder / "quick.txt").read_text(encoding="utf-8").strip().splitlines()
     return "\n".join(["```", *lines[: 1 + len(PHENOTYPES) + 1], "```"])
 
 
