@@ -35,6 +35,11 @@ def report(folder):
     return json.loads((folder / "report.json").read_text())
 
 
+def filled(found):
+    """The retrieval table's rows; MiniLM's are there where its package is installed."""
+    return [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]]
+
+
 def test_the_demo_fills_what_it_promises(demo):
     found = report(demo)
     assert len(found["sets"]["heldout"]["systems"]) == 6 and found["bits_per_byte"][0]["after"] > 0
@@ -42,7 +47,7 @@ def test_the_demo_fills_what_it_promises(demo):
         "as misspelled",
         "repaired",
     }
-    assert [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]] == ["none", "BM25"]
+    assert [name for name in filled(found) if "MiniLM" not in name] == ["none", "BM25"]
     assert found["wrong_labels"] is None and found["canaries"] is None
 
 
@@ -93,8 +98,8 @@ def test_the_tables_are_filled_by_a_run_that_was_ended_once(demo, tmp_path):
     assert found["misspelling"]["rates"] == sizes["misspelling"]["rates"]
     for name in ("base", "planted", "deduplicated"):
         assert [row["count"] for row in found["canaries"]["rows"][name]] == sizes["canaries"]["counts"]
-    filled = [row["name"] for row in found["retrieval"]["rows"] if row["diagnosis"]]
-    assert len(filled) == 5 and sum("neighbours" in name for name in filled) == 3
+    names = [name for name in filled(found) if "MiniLM" not in name]
+    assert len(names) == 5 and sum("neighbours" in name for name in names) == 3
     assert found["sets"] == report(demo)["sets"] and found["curves"].keys() == report(demo)["curves"].keys()
     again = call(*command)
     assert "·" not in again.stderr and report(out) | {"host": None} == found | {"host": None}
