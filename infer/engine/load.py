@@ -116,7 +116,7 @@ def load_quantized(
     def quantized(path: str, pieces: Iterable[Tensor], shape: tuple[int, int]) -> QuantizedLinear:
         mixed = rotation is not None and mixes_inputs(path)
         turned = pieces if rotation is None else rotated(rotation, path, pieces, shape)
-        return QuantizedLinear(QuantizedWeight.quantize(turned, shape, form, mixed).to(device).ready())
+        return QuantizedLinear(QuantizedWeight.quantize(turned, shape, form, mixed).to(device).pack())
 
     def embedding(path: str, module: nn.Embedding, pieces: Iterator[Tensor]) -> nn.Module:
         """Its rows are looked up one by one, so bf16 costs no time; a tied model's head is quantized on the way."""

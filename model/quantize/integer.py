@@ -14,22 +14,9 @@ from torch import Tensor
 
 
 def integer_linear(x_ND: Tensor, codes_OD: Tensor, scales_O: Tensor) -> Tensor:
-    """x · Wᵀ in x's dtype, x rounded to 8 bits a row. `codes_OD`: plain, or `prepack`ed."""
+    """x · Wᵀ in x's dtype, x rounded to 8 bits a row."""
     a_ND, s_N1 = row_codes(x_ND)
-    if not codes_OD.is_mkldnn:
-        y_NO = integer_product(a_ND, codes_OD).to(torch.float32).mul_(scales_O)
-    else:
-        # the input with its scale and zero, the weight with its scales, no zeros, no bias; the result is plain fp32
-        y_NO = torch.ops.onednn.qlinear_pointwise(
-            a_ND, 1.0, 0, codes_OD, scales_O, None, None, 1.0, 0, torch.float32, "none", [], ""
-        )
-    return y_NO.mul_(s_N1).to(x_ND.dtype)
-
-
-def prepack(codes_OD: Tensor) -> Tensor:
-    """The codes in the order in which oneDNN's product reads them (`to_dense` gives their transpose): otherwise each
-    product of two rows or more copies the matrix into that order first."""
-    return torch.ops.onednn.qlinear_prepack(codes_OD.contiguous(), None)
+    return integer_product(a_ND, codes_OD).to(torch.float32).mul_(scales_O).mul_(s_N1).to(x_ND.dtype)
 
 
 def row_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:

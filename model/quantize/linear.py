@@ -12,13 +12,12 @@ groups that do, or int8. nf4 is the base of `lora/quantized.py` (QLoRA) to the b
 
 Products. The plain one, and the specification, is x · Wᵀ with W dequantized into x's dtype. torch's packed products for
 int8 and int4 dequantize in registers instead: they take bf16 inputs (with fp32 ones they are scalar code) and sum in
-fp32. `ready` packs a weight for them on a CPU, always: what it would do otherwise is to write the whole dequantized
+fp32. `pack` makes a weight ready for them, on a CPU always: what it would do otherwise is write the whole dequantized
 matrix for each product. From then on its inputs are rounded to bf16, whatever the number of rows (fp64 inputs never).
 Packed products dequantize anew every four rows, so from PACKED_ROWS on a tile of W is dequantized once and multiplied
 as a matrix.
 
-w8a8 multiplies integers (model/quantize/integer.py), with the codes in the order of oneDNN's product where they are
-packed; fp64 inputs take the plain product. Such a model is rotated first,
+w8a8 multiplies integers (model/quantize/integer.py); fp64 inputs take the plain product. Such a model is rotated first,
 so that few inputs are far larger than the rest, and down_proj's inputs are mixed as they come (`mixed`), for the same
 reason: model/quantize/rotation.py.
 """
@@ -34,9 +33,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.quantize.blockwise import NF4, dequantize_scales, nf4_codes, quantize_scales
-from model.quantize.integer import integer_linear, prepack
+from model.quantize.integer import integer_linear
 from model.quantize.rotation import mix, mixes_inputs, rotate
-from model.support.hardware import compute_dtype, int8_products, product
+from model.support.hardware import compute_dtype, product
 
 # name → columns a group
 FORMATS = {"int8": 0, "int4": 64, "int4-32": 32, "int4-64": 64, "int4-128": 128, "nf4": 64, "w8a8": 0}
@@ -70,7 +69,7 @@ class QuantizedWeight(nn.Module):
     """A frozen matrix as codes and scales. `dequantize(dtype)` is the weight, `product(x)` is x · Wᵀ.
 
     codes   int8, w8a8: (O, D) int8;  int4, nf4: (O, D / 2) uint8, two neighbours of a row a byte (the layouts of
-            kernels/four_bit.py); packed, int4's and w8a8's are in the order of torch's and oneDNN's products
+            kernels/four_bit.py), or, packed, torch's order of int4's
     scales  int8: (O,) bf16;  w8a8: (O,) fp32;  int4: (D / group, O, 2) bf16, scale and zero;  nf4: (O · D / group,)
             uint8, with the two tensors of the second quantization (model/quantize/blockwise.py) in `scales_absmax` and
             `scales_mean`
@@ -94,7 +93,6 @@ class QuantizedWeight(nn.Module):
         super().__init__()
         self.form, self.shape, self.packed, self.mixed = form, (shape[0], shape[1]), False, mixed
         self.kind, self.group = format_of(form, shape[1])
-        self.part_of: tuple[QuantizedWeight, slice] | None = None  # the joint weight that has the codes, and which rows
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
         self.register_buffer("scales_absmax", second[0] if second else None, persistent=False)
@@ -122,42 +120,22 @@ class QuantizedWeight(nn.Module):
 
     @classmethod
     def join(cls, weights: list[QuantizedWeight]) -> QuantizedWeight:
-        """Weights of one format and width (not nf4), one below the other; theirs become parts of the joint one."""
+        """Weights of one format and width (not nf4), one below the other; theirs become views of the joint one."""
         first, O = weights[0], sum(weight.shape[0] for weight in weights)
-        if first.part_of is not None:  # joined before
-            return first.part_of[0]
         dim = 1 if first.kind == "int4" else 0
-        codes = torch.cat([weight.plain_codes() for weight in weights])
-        scales = torch.cat([weight.scales for weight in weights], dim=dim)
+        codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights], dim=dim)
         sizes = [weight.shape[0] for weight in weights]
         for weight, own, steps in zip(weights, codes.split(sizes), scales.split(sizes, dim), strict=True):
             weight.codes, weight.scales = own, steps
         joint = cls(first.form, (O, first.shape[1]), codes, scales, mixed=first.mixed)
-        if first.kind != "w8a8" or not first.packed:
-            joint.packed = first.packed
-            return joint
-        stop = 0
-        for weight, size in zip(weights, sizes, strict=True):  # no part of oneDNN's order is a view
-            start, stop = stop, stop + size
-            weight.codes, weight.part_of = codes.new_empty(0), (joint, slice(start, stop))
-        return joint.pack()
-
-    def ready(self) -> QuantizedWeight:
-        """Packed where this machine has a product for that; returns itself."""
-        return self.pack() if self.kind != "w8a8" or int8_products() else self
-
-    def plain_codes(self) -> Tensor:
-        """w8a8's codes as (O, D); others' as they are kept."""
-        return self.codes.to_dense().t() if self.codes.is_mkldnn else self.codes
+        joint.packed = first.packed
+        return joint
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
         """The weight (some rows of it, in whole blocks of 64 where packed; of `mix(W)` where mixed), computed in fp32
         (fp64 for fp64)."""
-        if self.part_of is not None:
-            joint, own = self.part_of
-            return joint.dequantize(dtype, own)[rows]
         accurate = torch.promote_types(dtype, torch.float32)
-        codes = self.plain_codes()[rows]
+        codes = self.codes[rows]
         if self.kind in ("int8", "w8a8"):
             return (codes.to(accurate) * self.scales[rows, None].to(accurate)).to(dtype)
         if self.kind == "nf4":
@@ -175,9 +153,6 @@ class QuantizedWeight(nn.Module):
 
     def product(self, x_ND: Tensor) -> Tensor:
         """x · Wᵀ in x's dtype."""
-        if self.part_of is not None:
-            joint, own = self.part_of
-            return joint.product(x_ND)[:, own].clone()
         if self.mixed:
             x_ND = mix(x_ND)
         if self.kind == "w8a8" and x_ND.dtype != torch.float64:
@@ -207,11 +182,9 @@ class QuantizedWeight(nn.Module):
 
     def pack(self) -> QuantizedWeight:
         """Make ready for torch's packed product, where there is one for this matrix; returns itself."""
-        suits = self.kind in ("int8", "w8a8") or (self.kind == "int4" and self.shape[0] % BLOCK == 0)
+        suits = self.kind == "int8" or (self.kind == "int4" and self.shape[0] % BLOCK == 0)
         if self.packed or not suits or self.codes.device.type != "cpu":
             return self
-        if self.kind == "w8a8":
-            self.codes = prepack(self.codes)
         if self.kind == "int4":
             step = max(1, PIECE // self.shape[1] // BLOCK) * BLOCK
             for rows in self.codes.split(step):  # in place: a block's bytes stay within the block
@@ -340,7 +313,7 @@ def quantize_layers(model: Model, form: str, mixed: bool = False) -> Model:
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantizable(path):
             weight, own = module.weight.detach(), mixed and mixes_inputs(path)
-            held = QuantizedWeight.quantize([weight], tuple(weight.shape), form, own).ready()
+            held = QuantizedWeight.quantize([weight], tuple(weight.shape), form, own).pack()
             model.set_submodule(path, QuantizedLinear(held, module.bias))
     return quantize_head(model, form)
 
@@ -350,7 +323,7 @@ def quantize_head(model: Model, form: str) -> Model:
     if getattr(model, "lm_head", model) is None:
         rows_VD = model.model.embed_tokens.weight.detach()  # type: ignore[union-attr, operator]
         held = QuantizedWeight.quantize([rows_VD], (rows_VD.shape[0], rows_VD.shape[1]), form)
-        model.lm_head = QuantizedLinear(held.ready())
+        model.lm_head = QuantizedLinear(held.pack())
     return model
 
 

@@ -74,13 +74,10 @@ def error_of(x_ND, own):
 
 @exact_here
 @pytest.mark.parametrize("mixed", [False, True])
-@pytest.mark.parametrize("packed", [False, True])
 @pytest.mark.parametrize("rows", [1, 2, 4, 5, 20, 515])
-def test_the_product_is_the_codes_product(rows, packed, mixed):
+def test_the_product_is_the_codes_product(rows, mixed):
     """Every row by its own scale, every output by its own; the rest is fp32's rounding of three numbers."""
     own = QuantizedWeight.quantize([drawn(24, 96) * torch.logspace(-2, 2, 24)[:, None]], (24, 96), "w8a8", mixed)
-    own = own.ready() if packed else own
-    assert own.packed == packed
     x_ND = drawn(rows, 96, 1) * torch.logspace(-2, 2, rows)[:, None]
     error, largest = error_of(x_ND, own)
     assert error <= 4 * 2**-24 * largest
@@ -90,14 +87,13 @@ def test_the_product_is_the_codes_product(rows, packed, mixed):
 
 
 @exact_here
-def test_packed_weights_are_the_same_weights_and_parts_of_their_joint_one():
+def test_joined_weights_are_the_same_weights_and_parts_of_their_joint_one():
     """Signs and both ends of the range too; a part's own product is its rows of the joint one."""
     wides = [drawn(rows, 96, rows) for rows in (24, 8, 8)]
     plain = [QuantizedWeight.quantize([wide], tuple(wide.shape), "w8a8") for wide in wides]
-    packed = [QuantizedWeight.quantize([wide], tuple(wide.shape), "w8a8").ready() for wide in wides]
-    joint, x_ND = QuantizedWeight.join(packed), drawn(7, 96, 1)
-    assert QuantizedWeight.join(packed) is joint
-    for before, after in zip(plain, packed, strict=True):
+    parts = [QuantizedWeight.quantize([wide], tuple(wide.shape), "w8a8") for wide in wides]
+    joint, x_ND = QuantizedWeight.join(parts), drawn(7, 96, 1)
+    for before, after in zip(plain, parts, strict=True):
         assert torch.equal(before.dequantize(torch.float64), after.dequantize(torch.float64))
         assert torch.equal(before.dequantize(torch.float32, slice(2, 5)), after.dequantize(torch.float32, slice(2, 5)))
         assert torch.allclose(before.product(x_ND), after.product(x_ND), rtol=2**-20, atol=0)
