@@ -15,10 +15,19 @@ from typing import Any
 import torch
 from safetensors.torch import load_file, save_file
 
-from eval.experiments.steps import RECIPES, Run, argv, begin, check_folder, extraction, training_dtype
-from infer.released import smollm2
+from eval.experiments.steps import (
+    RECIPES,
+    Run,
+    argv,
+    begin,
+    check_folder,
+    extraction,
+    public_base,
+    records_of,
+    training_dtype,
+)
 from model.support import cli
-from model.support.files import atomic_file, read_json, read_jsonl, write_json, write_jsonl
+from model.support.files import atomic_file, read_json, write_json, write_jsonl
 from model.support.hardware import host
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
@@ -52,13 +61,6 @@ def clinic(out: Path) -> list[str]:
     return argv("train.clinic", out=out, **CLINIC, overwrite=True)
 
 
-def public_base(run: Run) -> Path:
-    """SmolLM2's 4-bit file, dequantised, as a folder of the run."""
-    base = run.out / "base"
-    run.step("base: SmolLM2 out of its GGUF file", argv("model.checkpoints.convert", smollm2(), base, overwrite=True))
-    return base
-
-
 def stages(run: Run) -> None:
     data, dtype = run.out / "data", training_dtype(run.out)
     run.step("clinic: notes and their truth", clinic(data))
@@ -81,17 +83,17 @@ def stages(run: Run) -> None:
 
 def calibrate(run: Run, base: Path) -> None:
     """Fit the probabilities to patients and styles that training did not see, and that make scores does not ask."""
-    records = [record for name in ("heldout", "unseen") for record in records_of(run.out / "data", name)[:CALIBRATED]]
+    records = [
+        record
+        for name in ("heldout", "unseen")
+        for record in records_of(run.out / "data" / f"{name}.jsonl")[:CALIBRATED]
+    ]
     notes, answers = run.out / "calibration.jsonl", run.out / "calibration-answers.jsonl"
     write_jsonl(notes, records)
     released = run.out / "released"
     run.step("answers to calibrate on", extraction(str(base), released, notes, answers, grounded=True))
     fitted = released / "calibration.json"
     run.step("calibration", argv("eval.calibration", predictions=answers, references=notes, out=fitted, overwrite=True))
-
-
-def records_of(data: Path, name: str) -> list[dict[str, Any]]:
-    return [record for _, record in read_jsonl(data / f"{name}.jsonl")]
 
 
 def card(run_card: dict[str, Any]) -> dict[str, Any]:

@@ -18,12 +18,11 @@ from typing import Any, Literal
 
 from eval.baselines import MajorityBaseline, RegexBaseline
 from eval.experiments.programs import PARTS, Demo, experiment
-from eval.experiments.steps import RECIPES, Run, begin, check_folder
+from eval.experiments.steps import RECIPES, Run, argv, begin, check_folder, public_base, records_of, split
 from eval.report.build import terminal_table, write
 from infer.released import adapter as released
-from infer.released import smollm2
 from model.support import cli as command
-from model.support.files import read_json, read_jsonl, write_json, write_jsonl
+from model.support.files import read_json, write_json, write_jsonl
 from model.support.hardware import host
 
 TESTS = ("heldout", "unseen")
@@ -161,26 +160,10 @@ def pipeline(run: Run, scale: Scale) -> None:
 
 def data(run: Run, scale: Scale) -> None:
     folder = run.out / "data"
-    run.step(
-        "clinic: notes and their truth",
-        [
-            "train.clinic",
-            "--out",
-            str(folder),
-            "--patients",
-            str(scale.patients),
-            "--seed",
-            "1",
-            "--further-patients",
-            str(scale.further_patients),
-            "--healthy",
-            str(scale.healthy),
-            "--clinical",
-            str(scale.clinical),
-            "--overwrite",
-        ],
-    )
-    records = {name: [record for _, record in read_jsonl(folder / f"{name}.jsonl")] for name in TESTS}
+    amounts = ("patients", "further_patients", "healthy", "clinical")
+    drawn = {name: getattr(scale, name) for name in amounts}
+    run.step("clinic: notes and their truth", argv("train.clinic", out=folder, seed=1, **drawn, overwrite=True))
+    records = {name: records_of(folder / f"{name}.jsonl") for name in TESTS}
     for name in TESTS:
         write_jsonl(run.out / f"{name}.jsonl", records[name][: scale.test_notes])
     for few, count in (("", scale.test_notes), ("-few", scale.base_notes)):
@@ -190,59 +173,33 @@ def data(run: Run, scale: Scale) -> None:
 
 def base(run: Run, scale: Scale) -> None:
     """runs/…/base: the base of both adapters, as safetensors."""
-    folder, notes = run.out / "base", run.out / "data"
     if not scale.vocab:
-        run.step(
-            "base: SmolLM2 out of its GGUF file",
-            ["model.checkpoints.convert", str(smollm2()), str(folder), "--overwrite"],
-        )
+        public_base(run)
         return
-    texts = [str(notes / "general.jsonl"), str(notes / "pretrain.jsonl")]
-    run.step(
-        "base: tokenizer",
-        [
-            "train.data.tokenizer",
-            "--texts",
-            *texts,
-            "--vocab",
-            str(scale.vocab),
-            "--out",
-            str(run.out / "tokenizer"),
-            "--overwrite",
-        ],
-    )
-    new = ["--init", str(RECIPES / f"{run.scale}.json"), "--tokenizer", str(run.out / "tokenizer")]
-    run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general", new))
+    notes, tokenizer = run.out / "data", run.out / "tokenizer"
+    texts = [notes / "general.jsonl", notes / "pretrain.jsonl"]
+    made = argv("train.data.tokenizer", texts=texts, vocab=scale.vocab, out=tokenizer, overwrite=True)
+    run.step("base: tokenizer", made)
+    new = {"init": RECIPES / f"{run.scale}.json", "tokenizer": tokenizer}
+    run.step("base: pre-training from nothing", recipe(run, "pretrain", "base", "general", **new))
 
 
-def recipe(run: Run, stage: str, name: str, file: str, more: list[str]) -> list[str]:
+def recipe(run: Run, stage: str, name: str, file: str, **more: Any) -> list[str]:
     """The command of one training stage."""
     kind = "base" if name == "base" else stage
-    valid = {"base": "pretrain_valid", "pretrain": "pretrain_valid", "instruct": "valid"}[kind]
+    valid = "valid" if kind == "instruct" else "pretrain_valid"
     demo = Demo(run.out, run.scale)
-    return [
-        f"train.{stage}",
-        demo.recipe(kind),
-        "--data",
-        demo.data(file),
-        "--valid-data",
-        demo.data(valid),
-        "--out",
-        str(run.out / name),
-        "--dtype",
-        demo.dtype,
-        *more,
-    ]
+    files = {"data": demo.data(file), "valid_data": demo.data(valid), "out": run.out / name}
+    return argv(f"train.{stage}", demo.recipe(kind), **files, dtype=demo.dtype, **more)
 
 
 def adapters(run: Run, scale: Scale) -> None:
     """Continued pre-training, tuning after it, and (where the scale has it) tuning of the base alone."""
     demo = Demo(run.out, run.scale)
-    on, first = ["--weights", demo.weights], ["--adapter", demo.adapter("pretrained")]
-    run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", on))
-    after = recipe(run, "instruct", "tuned", "train", on + first)
+    run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", weights=demo.weights))
+    after = recipe(run, "instruct", "tuned", "train", weights=demo.weights, adapter=demo.adapter("pretrained"))
     if scale.without_pretraining:
-        alone = recipe(run, "instruct", "tuned-only", "train", on)
+        alone = recipe(run, "instruct", "tuned-only", "train", weights=demo.weights)
         run.run_in_parallel({"tuning, without it": alone, "tuning, after it": after})
     else:
         run.step("tuning, after it", after)
@@ -276,13 +233,10 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     models = asked(scale, demo)
     jobs = {}
     for name, file, adapter, untuned in models:
-        how = ["--form", form_of(scale, untuned), "--max-new-diagnosis", "50"] if untuned else ["--grounded"]
-        if adapter:
-            how += ["--adapter", adapter]
-        notes = str(run.out / ("tests-few.jsonl" if untuned else "tests.jsonl"))
-        out = str(run.out / "predictions" / f"{file}.jsonl")
-        command = ["infer.extract", "--weights", demo.weights, "--task", "both", "--notes", notes, "--out", out]
-        jobs[f"extraction: {name}"] = command + how
+        how = {"form": form_of(scale, untuned), "max_new_diagnosis": 50} if untuned else {"grounded": True}
+        notes, out = f"tests{'-few' if untuned else ''}.jsonl", run.out / "predictions" / f"{file}.jsonl"
+        files = {"weights": demo.weights, "adapter": adapter or None, "notes": run.out / notes, "out": out}
+        jobs[f"extraction: {name}"] = argv("infer.extract", **files, task="both", **how)
     run.run_in_parallel(jobs)
     for name, file, _, untuned in models:
         step = f"extraction: {name}"
@@ -290,7 +244,7 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
             {
                 "name": name,
                 "kind": "base" if untuned else "model",
-                "predictions": split(run, file),
+                "predictions": split(run, file, TESTS),
                 "seconds": run.took(step),
                 "peak_mb": run.peak(step),
                 "form": form_of(scale, untuned),
@@ -306,20 +260,9 @@ def form_of(scale: Scale, untuned: bool) -> str:
     return "chat" if untuned and not scale.vocab else "template"
 
 
-def split(run: Run, name: str) -> dict[str, str]:
-    """A system's predictions for both test sets, which were asked in one job, as a file for each."""
-    answered = {record["id"]: record for _, record in read_jsonl(run.out / "predictions" / f"{name}.jsonl")}
-    paths = {}
-    for test in TESTS:
-        ids = [record["id"] for _, record in read_jsonl(run.out / f"{test}.jsonl")]
-        paths[test] = f"predictions/{name}-{test}.jsonl"
-        write_jsonl(run.out / paths[test], [answered[one] for one in ids if one in answered])
-    return paths
-
-
 def baselines(run: Run) -> list[dict[str, Any]]:
     """The systems without a model: the commonest answer, and regular expressions tuned on the training notes."""
-    train = [record for _, record in read_jsonl(run.out / "data" / "train.jsonl")]
+    train = records_of(run.out / "data" / "train.jsonl")
     systems = []
     rows = (("majority answer", "majority", MajorityBaseline), ("regular expressions", "regex", RegexBaseline))
     for name, kind, made in rows:
@@ -328,7 +271,7 @@ def baselines(run: Run) -> list[dict[str, Any]]:
         def work(kind: str = kind, made: Any = made) -> None:
             fitted = made().fit(train)
             for test in TESTS:
-                notes = [record for _, record in read_jsonl(run.out / f"{test}.jsonl")]
+                notes = records_of(run.out / f"{test}.jsonl")
                 answers = [as_prediction(fitted.answers(note["text"]), note) for note in notes]
                 write_jsonl(run.out / "predictions" / f"{kind}-{test}.jsonl", answers)
 
@@ -350,23 +293,9 @@ def as_prediction(answers: dict[str, Any], note: dict[str, Any]) -> dict[str, An
 def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:
     """Held-out bits per byte of notes before and after continued pre-training."""
     path, demo = run.out / "bits.json", Demo(run.out, run.scale)
-    run.step(
-        "bits per byte",
-        [
-            "eval.perplexity",
-            "--weights",
-            demo.weights,
-            "--adapter",
-            demo.adapter("pretrained"),
-            "--out",
-            str(path),
-            "--documents",
-            str(scale.bits_documents),
-            "--text",
-            demo.data("pretrain_valid"),
-            "--overwrite",
-        ],
-    )
+    files = {"weights": demo.weights, "adapter": demo.adapter("pretrained"), "text": demo.data("pretrain_valid")}
+    measuring = argv("eval.perplexity", **files, out=path, documents=scale.bits_documents, overwrite=True)
+    run.step("bits per byte", measuring)
     measured = read_json(path)
     return {
         "name": "continued pre-training",

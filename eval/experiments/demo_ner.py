@@ -14,9 +14,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.experiments.steps import Run, argv, begin, check_folder, extraction, made_from, training_dtype
+from eval.experiments.steps import Run, argv, begin, check_folder, extraction, made_from, public_base, training_dtype
 from eval.questions import pair, read_predictions, read_references
-from infer.released import smollm2
 from model.support.cli import UserError, run
 from model.support.files import read_json, write_json
 
@@ -59,8 +58,7 @@ def measured(run: Run, options: Options) -> None:
         )
     base, tuned, answers = options.weights, run.out / "tuned", run.out / "answers.jsonl"
     if not base:
-        base = str(run.out / "base")
-        run.step("base", argv("model.checkpoints.convert", smollm2(), base, overwrite=True))
+        base = str(public_base(run))
     how = {"weights": base, "data": files["train"], "out": tuned, "dtype": training_dtype(run.out)}
     run.step("tuning", argv("train.instruct", options.recipe, **how, steps=options.steps or None))
     run.step("answers", extraction(base, tuned / "adapter", files["test"], answers, max_new_tokens=120))

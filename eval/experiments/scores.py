@@ -15,15 +15,15 @@ from pathlib import Path
 from typing import Any
 
 from eval.baselines import RegexBaseline
-from eval.experiments.adapter import BASE, clinic, public_base
+from eval.experiments.adapter import BASE, clinic
 from eval.experiments.demo import as_prediction
-from eval.experiments.steps import Run, argv, begin, check_folder, made_from
+from eval.experiments.steps import Run, argv, begin, check_folder, made_from, public_base, records_of, split
 from eval.metrics.statistics import format_interval
 from eval.report.build import SET_TITLES, terminal_table, write
 from infer.released import smollm2
 from infer.tasks import PHENOTYPES
 from model.support import cli as command
-from model.support.files import read_json, read_jsonl, sha256_file, write_json, write_jsonl, write_text
+from model.support.files import read_json, sha256_file, write_json, write_jsonl, write_text
 from model.support.hardware import host
 from train.report.card import ROOT, code_version
 
@@ -82,8 +82,8 @@ def notes(run: Run) -> None:
     drawn = {"patients": PATIENTS, "seed": SEED, "further_patients": 0, "healthy": 0}
     run.step("clinic: test notes", argv("train.clinic", out=test, **drawn, overwrite=True))
     run.step("clinic: the training notes, for the regular expressions", clinic(train))
-    records = {name: [record for _, record in read_jsonl(test / f"{name}.jsonl")] for name in ("heldout", "unseen")}
-    written = [record for _, record in read_jsonl(WRITTEN)]
+    records = {name: records_of(test / f"{name}.jsonl") for name in ("heldout", "unseen")}
+    written = records_of(WRITTEN)
     records |= {f"written-{half}": [one for one in written if one["split"] == half] for half in ("sealed", "open")}
     for name in SETS:
         write_jsonl(run.out / f"{name}.jsonl", records[name])
@@ -94,14 +94,19 @@ def notes(run: Run) -> None:
 
 def regex(run: Run) -> dict[str, Any]:
     def work() -> None:
-        fitted = RegexBaseline().fit([record for _, record in read_jsonl(run.out / "train" / "train.jsonl")])
-        records = [record for _, record in read_jsonl(run.out / "notes.jsonl")]
+        fitted = RegexBaseline().fit(records_of(run.out / "train" / "train.jsonl"))
+        records = records_of(run.out / "notes.jsonl")
         found = [as_prediction(fitted.answers(record["text"]), record) for record in records]
         write_jsonl(run.out / "predictions" / "regex.jsonl", found)
 
     run.step("regular expressions", work)
     seconds = run.took("regular expressions")
-    return {"name": "regular expressions", "kind": "regex", "predictions": split(run, "regex"), "seconds": seconds}
+    return {
+        "name": "regular expressions",
+        "kind": "regex",
+        "predictions": split(run, "regex", SETS),
+        "seconds": seconds,
+    }
 
 
 def models(run: Run, adapter: Path) -> list[dict[str, Any]]:
@@ -121,20 +126,14 @@ def models(run: Run, adapter: Path) -> list[dict[str, Any]]:
         name = "base" if file == "base" else RELEASED
         run.step(name, work)
         asked = {"form": "chat", "notes": BASE_NOTES} if file == "base" else {"form": "template", "grounded": True}
-        row = {"name": name, "kind": "base" if file == "base" else "model", "predictions": split(run, file), **asked}
+        row = {
+            "name": name,
+            "kind": "base" if file == "base" else "model",
+            "predictions": split(run, file, SETS),
+            **asked,
+        }
         systems.append(row | {"seconds": run.took(name), "peak_mb": run.peak(name)})
     return systems
-
-
-def split(run: Run, name: str) -> dict[str, str]:
-    """A system's answers to all test sets, asked in one job, as a file for each."""
-    answered = {record["id"]: record for _, record in read_jsonl(run.out / "predictions" / f"{name}.jsonl")}
-    paths = {}
-    for test in SETS:
-        ids = [record["id"] for _, record in read_jsonl(run.out / f"{test}.jsonl")]
-        paths[test] = f"predictions/{name}-{test}.jsonl"
-        write_jsonl(run.out / paths[test], [answered[one] for one in ids if one in answered])
-    return paths
 
 
 def card(adapter: Path, scores: dict[str, Any]) -> str:

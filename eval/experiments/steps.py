@@ -22,8 +22,9 @@ from typing import Any
 import torch
 
 from infer.extract.job import stamp
+from infer.released import smollm2
 from model.support.cli import UserError
-from model.support.files import check_writable, read_json, sha256_file, write_json
+from model.support.files import check_writable, read_json, read_jsonl, sha256_file, write_json, write_jsonl
 from model.support.hardware import compute_dtype, max_resident_mb
 from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
 
@@ -122,6 +123,28 @@ def argv(program: str, *arguments: Any, **options: Any) -> list[str]:
 def extraction(weights: str, adapter: Path | str | None, notes: Path | str, out: Path | str, **how: Any) -> list[str]:
     """The command of infer.extract that asks a tuned model."""
     return argv("infer.extract", weights=weights, adapter=adapter, notes=notes, out=out, form="template", **how)
+
+
+def public_base(run: Run) -> Path:
+    """SmolLM2's 4-bit file, dequantised, as a folder of the run."""
+    base = run.out / "base"
+    run.step("base: SmolLM2 out of its GGUF file", argv("model.checkpoints.convert", smollm2(), base, overwrite=True))
+    return base
+
+
+def records_of(path: Path) -> list[dict[str, Any]]:
+    return [record for _, record in read_jsonl(path)]
+
+
+def split(run: Run, name: str, tests: Iterable[str]) -> dict[str, str]:
+    """A system's answers to all test sets, asked in one job, as a file for each (paths relative to the run)."""
+    answered = {record["id"]: record for record in records_of(run.out / "predictions" / f"{name}.jsonl")}
+    paths = {}
+    for test in tests:
+        ids = [record["id"] for record in records_of(run.out / f"{test}.jsonl")]
+        paths[test] = f"predictions/{name}-{test}.jsonl"
+        write_jsonl(run.out / paths[test], [answered[one] for one in ids if one in answered])
+    return paths
 
 
 @contextmanager
