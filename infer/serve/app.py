@@ -22,19 +22,16 @@ from infer.extract.answers import SCHEMA
 from infer.extract.extractor import Extractor
 from infer.extract.notes import Note
 from infer.inspect import page as trace_page
-from infer.inspect.html import build, joined, script_hash
+from infer.inspect.html import build, joined, policy
 from model.support.cli import UserError, one_line
 
 MOST = 100_000  # bytes of a request
 TOO_MUCH = f"the request has more than {MOST:,} bytes; divide the note"
 BODY_SECONDS = 10  # in which it must have come
 SCRIPTS = ("elements.js", "note.js", "serve.js")
-POLICY = (
-    f"default-src 'none'; script-src {script_hash(SCRIPTS)} {script_hash(trace_page.SCRIPTS)}; "
-    "style-src 'unsafe-inline'; connect-src 'self'; base-uri 'none'; form-action 'none'; frame-ancestors 'none'"
-)
+POLICY = f"{policy(SCRIPTS, trace_page.SCRIPTS)}; connect-src 'self'"  # a trace is shown inside the page, under it too
 HEADERS = {
-    "Content-Security-Policy": POLICY,  # a trace is shown inside the page and is under the page's policy too
+    "Content-Security-Policy": f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
     "Referrer-Policy": "no-referrer",
     "Cross-Origin-Resource-Policy": "same-origin",
@@ -239,8 +236,7 @@ def make_app(models: Models, host: str, port: int, token: str | None, waiting: i
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
         data = {"letters": view.LETTERS, "adapter": models.adapter is not None, "model": models.weights.name}
-        more = {"TRACE": script_hash(trace_page.SCRIPTS)}
-        return HTMLResponse(build("serve.html", view.STYLES, SCRIPTS, "Answers about a note", data, **more))
+        return HTMLResponse(build("serve.html", view.STYLES, SCRIPTS, "Answers about a note", data, POLICY))
 
     @app.get("/docs", include_in_schema=False)
     async def docs() -> HTMLResponse:
