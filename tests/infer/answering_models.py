@@ -8,6 +8,7 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
+from lora import LoRAConfig, add_lora, save_adapter
 from model import KVCache, ModelConfig, Tokenizer, Transformer
 from model.support.init import init_weights
 
@@ -77,3 +78,13 @@ def plain_greedy(model: Transformer, ids: list[int], count: int, stop=()) -> tup
         if token in stop:
             break
     return tokens, logprobs
+
+
+def write_adapter(folder: Path, weights: Path) -> Path:
+    """An adapter of the model in `weights` that changes its answers."""
+    model = add_lora(Transformer.from_pretrained(weights), LoRAConfig(r=2, target_modules=("q_proj",)), seed=1)
+    for name, parameter in model.named_parameters():
+        if ".lora_B" in name:
+            parameter.data.fill_(0.3)
+    save_adapter(model, folder)
+    return folder

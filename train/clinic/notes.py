@@ -174,10 +174,14 @@ class Writer:
 
     def drawn(self, name: str) -> str:
         """A phrase of the world's table `name` that suits the patient and does not name the tumour's organ."""
-        organ = NEAR.get(self.case.cancer.loose, self.case.cancer.loose)
-        barred = (organ, self.case.cancer.loose) if name in ("lesion", "past") else ()
+        barred = self.organ() if name in ("lesion", "past") else ()
         fit = [one for one in self.world[name] if self.fits(one) and not any(word in one for word in barred)]
         return fill(choose(self.rng.choice(fit), self.rng), self.slot)
+
+    def organ(self) -> tuple[str, ...]:
+        """Words that name the tumour's organ."""
+        loose = self.case.cancer.loose
+        return loose, NEAR.get(loose, loose)
 
     def slot_complaint(self) -> str:
         return choose(self.wording(self.case.cancer.complaint), self.rng)
@@ -390,7 +394,7 @@ class Writer:
         return f"c{other.t} {other.n} {other.m}"
 
     def slot_benign(self) -> str:
-        barred = [NEAR.get(self.case.cancer.loose, self.case.cancer.loose)] + ["ovarian"] * self.man
+        barred = [*self.organ()] + ["ovarian"] * self.man
         return choose(self.rng.choice([b for b in self.world["benign"] if not any(w in b for w in barred)]), self.rng)
 
     def slot_other_side(self) -> str:

@@ -3,12 +3,10 @@
 import json
 
 import pytest
-from answering_models import write_model
+from answering_models import write_adapter, write_model
 
 from infer import Extractor, tasks
 from infer.extract.program import Options, main
-from lora import LoRAConfig, add_lora, save_adapter
-from model import Transformer
 from model.support.cli import UserError
 
 NOTE = "Left breast, 2.5 cm, grade 2. " * 3 + "A cyst of 2.5 cm."
@@ -16,13 +14,7 @@ NOTE = "Left breast, 2.5 cm, grade 2. " * 3 + "A cyst of 2.5 cm."
 
 @pytest.fixture(scope="module")
 def adapter(weights, tmp_path_factory):
-    model = add_lora(Transformer.from_pretrained(weights), LoRAConfig(r=2, target_modules=("q_proj",)), seed=1)
-    for name, parameter in model.named_parameters():
-        if ".lora_B" in name:
-            parameter.data.fill_(0.3)
-    folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(model, folder)
-    return folder
+    return write_adapter(tmp_path_factory.mktemp("adapter"), weights)
 
 
 @pytest.mark.parametrize("grounded", [True, False])

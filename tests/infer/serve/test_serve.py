@@ -6,12 +6,10 @@ import logging
 import time
 
 import pytest
-from answering_models import write_model
+from answering_models import write_adapter, write_model
 
 from infer import Extractor, tasks
 from infer.serve.__main__ import Options, main
-from lora import LoRAConfig, add_lora, save_adapter
-from model import Transformer
 from model.support.cli import UserError
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
@@ -24,13 +22,7 @@ from infer.serve.app import MOST, Models, make_app  # noqa: E402
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory, weights):
-    model = add_lora(Transformer.from_pretrained(weights), LoRAConfig(r=2, target_modules=("q_proj",)), seed=1)
-    for name, parameter in model.named_parameters():
-        if ".lora_B" in name:
-            parameter.data.fill_(0.3)
-    folder = tmp_path_factory.mktemp("adapter")
-    save_adapter(model, folder)
-    return folder
+    return write_adapter(tmp_path_factory.mktemp("adapter"), weights)
 
 
 @pytest.fixture(scope="module")
