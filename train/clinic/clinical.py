@@ -2,7 +2,7 @@
 
 A model that reads a few styles learns those styles. Here the kind of note, its structure and every wording are drawn
 from clinical.toml, for cases with more sites and types than cancers.toml has, and the body around the facts comes from
-MTS-Dialog. One note in twelve is of a person without cancer, and answers nothing.
+MTS-Dialog. One note in ten is of a person without cancer, and answers nothing.
 """
 
 from __future__ import annotations
@@ -18,11 +18,12 @@ from infer.tasks import PHENOTYPES
 from model.support.files import read_jsonl
 from train.clinic.markup import unmark, upper, visible
 from train.clinic.notes import Writer, write_note
-from train.clinic.patients import draw_case, quantile
+from train.clinic.patients import Case, draw_case, draw_receptors, quantile
 from train.clinic.terms import CANCERS, Cancer, Histology, Site, Style, Wording, completed, read
 
 MTS_DIALOG = Path(__file__).with_name("mts_dialog.jsonl")
-HEALTHY = 1 / 12  # share of the notes that are of people without cancer
+HEALTHY = 1 / 10  # share of the notes that are of people without cancer
+TESTED = 0.4  # share of the cases outside the breast whose receptors are known, where an organ has any
 WIDER = 0.75  # share of the cases that are drawn from clinical.toml's sites and types
 PROSE_WORDS = (15, 110)
 _CANCER = re.compile(
@@ -86,6 +87,7 @@ def clinical_notes(count: int, seed: int) -> Iterator[dict]:
         rng = random.Random(f"{seed}/{name}")
         cancers = CASES if rng.random() < WIDER else CANCERS
         case = draw_case(rng, quantile(number, offset), cancers)
+        case = with_receptors(case, rng)
         finish = partial(worn, rng=rng)
         if rng.random() < HEALTHY:
             writer = Writer(case, healthy_style(), rng, world())
@@ -95,6 +97,14 @@ def clinical_notes(count: int, seed: int) -> Iterator[dict]:
         else:
             text, truth = write_note(case, style(case.cancer, rng), world(), rng, finish)
         yield {"id": f"{name}-n1", "patient": name, "style": "clinical", "text": text, **truth}
+
+
+def with_receptors(case: Case, rng: random.Random) -> Case:
+    """`case`, now and then with the receptors that a laboratory tests in its organ outside the breast."""
+    tested = _TABLES["receptors"].get(case.cancer.name, ())
+    if not tested or rng.random() > TESTED:
+        return case
+    return replace(case, receptors=tuple(result for result in draw_receptors(rng) if result[0] in tested))
 
 
 def style(cancer: Cancer, rng: random.Random) -> Style:
@@ -119,6 +129,7 @@ def style(cancer: Cancer, rng: random.Random) -> Style:
         pathology=bool(kind.get("pathology")),
         terse=terse,
         varied=rng.random() < 0.4,
+        grades=_TABLES["graded"],
     )
 
 

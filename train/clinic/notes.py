@@ -11,7 +11,7 @@ from infer.codes import describe
 from train.clinic.markup import TAG, answers, choose, fill, mark, mark_receptor, sentence, slots, unmark, upper
 from train.clinic.patients import Case, draw_case, draw_receptors
 from train.clinic.terms import GRADES, Site, Stage, Style, Wording
-from train.clinic.varied import graded, placed, reshaped
+from train.clinic.varied import filled, graded, placed, reshaped
 
 FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
 TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states it once
@@ -200,6 +200,9 @@ class Writer:
         system = self.case.cancer.grading
         if system == "nuclear" and self.case.histology.names.short == "acinar":
             system = "differentiation"
+        more = self.style.grades.get(system)
+        if more and self.rng.random() < 0.5:
+            return filled(self.rng.choice(more), grade)
         fixed = GRADES[system][grade]
         return choose(graded(system, grade, fixed, self.rng) if self.style.varied else self.wording(fixed), self.rng)
 
@@ -342,7 +345,7 @@ class Writer:
     def receptors(self, results: tuple[tuple[str, str], ...]) -> str:
         """The results, in any order; in one of seven lists HER2 is still awaited."""
         words = self.style.words
-        if all(status == "-" for _, status in results) and self.rng.random() < 0.5:
+        if len(results) == 3 and all(status == "-" for _, status in results) and self.rng.random() < 0.5:
             told = self.rng.choice(words["triple"])
             for receptor, status in results:
                 told = mark_receptor(receptor, status, told)

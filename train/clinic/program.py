@@ -86,7 +86,7 @@ class Options:
     further_patients: int = 600
     """Patients outside all annotated files whose notes are text for continued pre-training."""
     clinical: int = 0
-    """Notes to train on that are written as clinics write (clinical.py), one in twelve without cancer."""
+    """Notes to train on that are written as clinics write (clinical.py), one in ten without cancer."""
     healthy: int = 600
     """Notes of people without cancer in general.jsonl."""
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import tomllib
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -95,7 +95,7 @@ class Style:
 
     `layouts` are texts with groups of keys: `<a b?>` gives a sentence from bank[a], and one in two times one from
     bank[b]; `<~a b>` in any order; `<|a b>` a line each. `words` holds the forms of sizes, sides and receptors. In a
-    `varied` one names are reshaped too (varied.py).
+    `varied` one names are reshaped too (varied.py). `grades` has more forms of a grade for each grading system.
     """
 
     name: str
@@ -107,6 +107,7 @@ class Style:
     unseen: bool = False
     capitals: bool = False
     varied: bool = False
+    grades: Mapping[str, Sequence[str]] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)

@@ -63,8 +63,13 @@ def cut(word: str, dot: str, rng: random.Random) -> str:
 
 def graded(system: str, grade: int, fixed: Wording, rng: random.Random) -> str:
     """A template for the grade: one of the fixed styles' or one of varied.toml's."""
-    new = rng.choice(VARIED["systems"][system]).format(g=grade, **SCALE[grade])
+    new = filled(rng.choice(VARIED["systems"][system]), grade)
     return new if new not in TAKEN and rng.random() < 0.6 else rng.choice((fixed.full, fixed.short))
+
+
+def filled(template: str, grade: int) -> str:
+    """A grade's template with the grade as a figure {g}, in Roman ({R}) and in words ({low}, {well}, {poor})."""
+    return template.format(g=grade, **SCALE[grade])
 
 
 def placed(organ: str, sided: bool, rng: random.Random) -> str:
