@@ -10,7 +10,7 @@ What makes it fast, each idea on its own line:
 * fp32 products on a CPU are oneDNN's where torch's default library is not made for the processor.
 * Logits are computed where they are read: one position a request, not one a token.
 
-LoRA adapters that are active and not merged are applied separately, exact. Modules that are not plain linear layers
+LoRA adapters that are active and not merged are applied separately, exact; those of one product as one. Modules that are not plain linear layers
 (quantized ones, experts) are called as they are. The blocks of a fused model (infer/engine/fuse.py) are computed by
 kernels instead: `FusedBlock` has Layer's three steps.
 """
@@ -42,7 +42,7 @@ class PackedLinear:
         self.bias: Tensor | None = None
         self.mesh = getattr(modules[0].weight, "device_mesh", None) if hasattr(modules[0], "weight") else None
         self.quantized: QuantizedWeight | None = None
-        self.adapters: list[tuple[slice, Tensor, Tensor]] = []
+        self.adapter: tuple[Tensor, Tensor] | None = None  # a_DR of all layers side by side, b_RO on the diagonal
         quantized = [getattr(module, "quantized", None) for module in modules]
         weights_in_codes = [weight for weight in quantized if isinstance(weight, QuantizedWeight)]
         if len(weights_in_codes) == len(modules):
@@ -54,7 +54,7 @@ class PackedLinear:
             return
         if any(module.bias is not None for module in modules):
             self.bias = torch.cat([local(m.bias).detach() for m in modules])  # the families bias all of them or none
-        start = 0
+        start, adapters = 0, []
         for module in modules:
             size = module.out_features if self.quantized is not None else local(module.weight).shape[0]
             rows = slice(start, start + size)
@@ -66,7 +66,14 @@ class PackedLinear:
                     module.weight = nn.Parameter(like(module.weight, self.weight[rows]), requires_grad=False)
             if isinstance(module, LoRALinear) and module.active is not None and module.original is None:
                 a_RD, b_OR = module.lora_A[module.active].detach(), module.lora_B[module.active].detach()
-                self.adapters.append((rows, a_RD.to(dtype).t(), (b_OR * module.scale[module.active]).t().to(dtype)))
+                adapters.append((rows, a_RD.to(dtype), (b_OR * module.scale[module.active]).to(dtype)))
+        if adapters:
+            a_RD = torch.cat([a_RD for _, a_RD, _ in adapters])
+            b_OR, rank = a_RD.new_zeros(start, len(a_RD)), 0
+            for rows, part_RD, part_OR in adapters:
+                b_OR[rows, rank : rank + len(part_RD)] = part_OR
+                rank += len(part_RD)
+            self.adapter = a_RD.t(), b_OR.t()
 
     def __call__(self, x_ND: Tensor) -> Tensor:
         if self.quantized is not None:
@@ -92,9 +99,10 @@ class PackedLinear:
         return self.adapt(x_ND, torch.addmm(residual_ND, x_ND, self.weight.t()))
 
     def adapt(self, x_ND: Tensor, y_NO: Tensor) -> Tensor:
-        for rows, a_DR, b_RO in self.adapters:
-            y_NO[:, rows].addmm_(x_ND @ a_DR, b_RO)
-        return y_NO
+        if self.adapter is None:
+            return y_NO
+        a_DR, b_RO = self.adapter
+        return y_NO.addmm_(x_ND @ a_DR, b_RO)
 
 
 def joined(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
