@@ -33,7 +33,7 @@ from model.support.hardware import host
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CALIBRATED = 40  # held-out notes, and as many in unseen styles
 PATHS = ("data", "out", "weights", "adapter", "valid_data", "tokenizer", "init")
-CLINIC = {"patients": 500, "seed": 22, "further_patients": 400, "clinical": 1500, "healthy": 0}
+CLINIC = {"patients": 500, "seed": 22, "further_patients": 400, "clinical": 2000, "healthy": 0}
 
 
 @dataclass(frozen=True)

@@ -33,8 +33,7 @@ class Demo:
     @property
     def dtype(self) -> str:
         """What the real base trains in: the faster of fp32 and bf16 on this machine, found once a demo. Adapters and
-        their optimizer are fp32 either way; the small models from nothing are fp32, and so is extraction (a decoded
-        row is too small for bf16 products to pay)."""
+        their optimizer are fp32 either way; the small models from nothing are fp32."""
         if self.scale != "full":
             return "float32"
         return training_dtype(self.folder)
