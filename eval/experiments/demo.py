@@ -57,9 +57,9 @@ class Scale:
     """Notes that the untuned models are asked about: they generate up to their limit of tokens."""
     bits_documents: int
     misspelling_notes: int = 0
-    """Held-out notes that are asked again with one word in ten misspelled, plain and repaired; 0: `make tables` does."""
+    """Held-out notes asked again with one word in ten misspelled, plain and repaired; 0: none, see `make tables`."""
     retrieval_notes: int = 0
-    """Held-out notes whose diagnosis is asked again with neighbours in the prompt; 0: `make tables` does."""
+    """Held-out notes whose diagnosis is asked again with neighbours in the prompt; 0: none."""
     without_pretraining: bool = True
     """Tune the base without continued pre-training too, to see what that adds."""
     vocab: int = 0

@@ -10,9 +10,9 @@ What makes it fast, each idea on its own line:
 * fp32 products on a CPU are oneDNN's where torch's default library is not made for the processor.
 * Logits are computed where they are read: one position a request, not one a token.
 
-LoRA adapters that are active and not merged are applied separately, exact; those of one product as one. Modules that are not plain linear layers
-(quantized ones, experts) are called as they are. The blocks of a fused model (infer/engine/fuse.py) are computed by
-kernels instead: `FusedBlock` has Layer's three steps.
+LoRA adapters that are active and not merged are applied separately, exact; those of one product as one. Modules that
+are not plain linear layers (quantized ones, experts) are called as they are. The blocks of a fused model
+(infer/engine/fuse.py) are computed by kernels instead: `FusedBlock` has Layer's three steps.
 """
 
 from __future__ import annotations
