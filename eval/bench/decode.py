@@ -17,7 +17,6 @@ from typing import Any
 
 import torch
 
-from eval.bench.long import CONFIG as SHORT
 from eval.bench.row import Row
 from infer.engine.generate import Generator
 from infer.engine.load import load
@@ -39,6 +38,15 @@ HALF_BILLION = {
     "rope_theta": 1e4,
     "sliding_window": None,
     "max_position_embeddings": 4096,
+}
+SHORT = HALF_BILLION | {
+    "vocab_size": 2048,
+    "hidden_size": 128,
+    "intermediate_size": 384,
+    "num_hidden_layers": 4,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "head_dim": 32,
 }
 
 

@@ -1,12 +1,12 @@
-"""LoRA training against transformers + peft: tokens a second, memory and MFU; same weights, same rows, same order.
+"""LoRA training on a CPU against transformers + peft: tokens a second, memory and MFU; same weights, same rows, same
+order. On a GPU `eval.bench gpu` measures it.
 
-Each side runs in a process of its own, and both must start with the same loss. On a CPU: 56M parameters (or --size
-smollm2), eager fp32, ours in micro-batches of one row as the loop's default is. On a GPU: Mistral-7B's shape, a bf16
-base and an NF4 one, the batch at once on both sides.
+Each side runs in a process of its own, and both must start with the same loss: 56M parameters (or --size smollm2),
+eager fp32, ours in micro-batches of one row as the loop's default is.
 
 "plain": rows of full length, every token a target. "records": notes of 400 tokens with eight questions of 40; peft
 trains eight rows a note, ours one row with branches, or eight rows too; compared in records a second. A speed's limit
-is the device's arithmetic (measured products on a CPU, the data sheet's on a GPU), so its share is the MFU.
+is the measured rate of matrix products, so its share is the MFU.
 """
 
 from __future__ import annotations
@@ -14,9 +14,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
-from functools import lru_cache
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 
@@ -24,58 +23,42 @@ from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
+from model.support.hardware import product_rate
 
 SHAPES = {
     "tiny": (256, 64, 128, 2, 4, 2, 2, 64),
     "56m": (8192, 512, 1536, 14, 8, 4, 4, 512),
     "smollm2": (49152, 576, 1536, 30, 9, 3, 4, 512),
-    "mistral-7b": (32000, 4096, 14336, 32, 32, 8, 4, 512),
 }  # vocabulary, width, feed-forward, layers, heads, key/value heads, rows, tokens a row
 QUESTIONS = 8
 OURS = {"ours": True, "ours, eight separate rows": False}  # whether a note's questions share it
 
 
-def rows(size: str = "", steps: int = 5, r: int = 16, fuse: bool = False) -> list[Row]:
-    """Speed, memory and MFU, plain and on phenotype records.
-
-    `size` is tiny, 56m (the default on a CPU), smollm2 or mistral-7b (on a GPU). `fuse` trains ours with the GPU's
-    kernels.
-    """
-    cuda = torch.cuda.is_available()
-    size = size or ("mistral-7b" if cuda else "56m")
+def rows(size: str = "56m", steps: int = 5, r: int = 16, base: Literal["", "nf4"] = "") -> list[Row]:
+    """Speed, memory and MFU, plain and on phenotype records. `size`: tiny, 56m or smollm2; `base`: a 4-bit one."""
     if size not in SHAPES:
         raise UserError(f"--size {size}; it is one of {', '.join(SHAPES)}")
     made = []
     with tempfile.TemporaryDirectory() as folder:
-        save_base(size, Path(folder), torch.bfloat16 if cuda else torch.float32)
-        for base in ("", "nf4") if cuda else ("",):
-            for kind in ("plain", "records"):
-                asked = {
-                    "kind": kind,
-                    "size": size,
-                    "steps": steps,
-                    "r": r,
-                    "folder": folder,
-                    "base": base,
-                    "fuse": fuse,
-                    "threads": torch.get_num_threads(),
-                }
-                sides = ("peft", *OURS) if kind == "records" else ("peft", "ours")
-                made += compared({who: in_own_process(job, who, **asked) for who in sides}, asked)
+        save_base(size, Path(folder))
+        asked = {"size": size, "steps": steps, "r": r, "folder": folder, "base": base}
+        for kind, sides in (("plain", ("peft", "ours")), ("records", ("peft", *OURS))):
+            how = {**asked, "kind": kind, "threads": torch.get_num_threads()}
+            made += compared({who: in_own_process(job, who, **how) for who in sides}, how)
     return made
 
 
 def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[Row]:
-    """The rows of one kind and base: ours against each of the others."""
+    """The rows of one kind: ours against each of the others."""
     ours, peft, kind = found["ours"], found["peft"], asked["kind"]
-    tolerance = 1e-3 if ours["wide"] else 0.05
+    tolerance = 0.05 if asked["base"] else 1e-3
     if abs(ours["loss"] - peft["loss"]) > tolerance * peft["loss"]:
         raise RuntimeError(
             f"{kind}: ours starts at a loss of {ours['loss']}, peft at {peft['loss']}: not the same work"
         )
     base = f", {asked['base']} base" if asked["base"] else ""
     setting = (
-        f"{asked['size']}{base}, r {asked['r']}, best of {asked['steps']} steps after 1, {ours['device']}; "
+        f"{asked['size']}{base}, r {asked['r']}, best of {asked['steps']} steps after 1, {asked['threads']} threads; "
         f"first loss {ours['loss']:.4f}, peft's {peft['loss']:.4f}"
     )
     unit = "tok/s" if kind == "plain" else "records/s"
@@ -84,10 +67,10 @@ def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[
         title = "transformers + peft" if peer == "peft" else peer
         return Row(f"{kind}{base}: {name}", ours[key], found[peer][key], title, unit, setting, limit)
 
-    made = [row("speed", unit, "speed", "peft", ours["limit"] or None)]
+    made = [row("speed", unit, "speed", "peft", ours["limit"])]
     made += [row("speed", unit, "speed", who) for who in found if who not in ("ours", "peft")]
-    made.append(row("memory", ours["memory_is"], "memory", "peft"))  # type: ignore[arg-type]
-    if kind == "plain" and ours["limit"]:
+    made.append(row("memory", "MB over the process before the model", "memory", "peft"))
+    if kind == "plain":
         made.append(row("MFU", f"share of {ours['peak'] / 1e9:,.0f} GFLOP/s", "mfu", "peft"))
     return made
 
@@ -109,25 +92,11 @@ def config_of(size: str) -> ModelConfig:
     )
 
 
-def save_base(size: str, folder: Path, dtype: torch.dtype) -> None:
-    """A checkpoint of fresh weights, one tensor in memory at a time."""
-    from model.checkpoints.safetensors import Stored
-    from model.checkpoints.weights import Checkpoint, new_checkpoint, write_checkpoint
-    from model.support.init import first_weight
+def save_base(size: str, folder: Path) -> None:
+    """A checkpoint of fresh weights."""
+    from model.support.init import init_weights
 
-    config = config_of(size)
-    with torch.device("meta"):
-        shapes = {name: p.shape for name, p in Transformer(config).named_parameters()}
-    whole = lru_cache(1)(lambda name: first_weight(name, shapes[name], 0, config.num_hidden_layers))
-
-    def stored(name: str) -> Stored:
-        return Stored(
-            tuple(shapes[name]), "F32", "memory", lambda rows: whole(name)[slice(None) if rows is None else rows]
-        )
-
-    tensors = {name: stored(name) for name in shapes}
-    with new_checkpoint(folder) as new:
-        write_checkpoint(Checkpoint(folder, "memory", tensors), config.to_dict(), new, 5 * 10**9, dtype)
+    init_weights(Transformer(config_of(size)), 0).save_pretrained(folder)
 
 
 def units(kind: str, size: str, share: bool) -> list[Any]:
@@ -146,58 +115,33 @@ def units(kind: str, size: str, share: bool) -> list[Any]:
     return [Row((document,)) for document in documents]
 
 
-def job(
-    who: str, kind: str, size: str, steps: int, r: int, folder: str, base: str, fuse: bool, threads: int
-) -> dict[str, Any]:
+def job(who: str, kind: str, size: str, steps: int, r: int, folder: str, base: str, threads: int) -> dict[str, float]:
     """One side: warm up, a first step, then the fastest of `steps`."""
     torch.set_num_threads(threads)
-    cuda = torch.cuda.is_available()
-    wide = not cuda and not base
-    dtype = "bfloat16" if cuda else "float32"
-    recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base, "fuse": fuse}
+    recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": "float32", "base": base}
     batch = units(kind, size, share=OURS.get(who, False))
     made = peft_step if who == "peft" else our_step
-    prepare = made(batch, config_of(size), folder, "cuda" if cuda else "cpu", recipe)
+    prepare = made(batch, config_of(size), folder, recipe)
     warm_up()
     before = resident()
     advance = prepare()
     loss = float(advance())
-    if cuda:  # a narrow base is loaded wide by some: the peak is training's
-        torch.cuda.synchronize()
-        torch.cuda.reset_peak_memory_stats()
     taken = []
     for _ in range(steps):
         began = time.perf_counter()
         advance()
-        if cuda:
-            torch.cuda.synchronize()
         taken.append(time.perf_counter() - began)
     seconds = min(taken)
-    memory = torch.cuda.max_memory_allocated() / 1e6 if cuda else resident(peak=True) - before
-    tokens = sum(map(len, batch))
-    speed = (tokens if kind == "plain" else 1) / seconds
-    peak, flops = peak_rate(recipe["dtype"]), step_flops(batch, size, recipe)
+    speed = (sum(map(len, batch)) if kind == "plain" else 1) / seconds
+    peak, flops = product_rate(torch.float32) * 1e9, step_flops(batch, size, recipe)
     return {
         "speed": speed,
-        "memory": memory,
+        "memory": resident(peak=True) - before,
         "loss": loss,
-        "wide": wide,
         "peak": peak,
-        "memory_is": "MB allocated in a step" if cuda else "MB over the process before the model",
         "limit": speed * seconds * peak / flops,
-        "mfu": flops / seconds / peak if peak else 0.0,
-        "device": torch.cuda.get_device_name() if cuda else f"CPU, {threads} threads",
+        "mfu": flops / seconds / peak,
     }
-
-
-def peak_rate(dtype: str) -> float:
-    """FLOP/s that the device can do: measured products on a CPU, the data sheet's on a GPU (0: no sheet here)."""
-    from model.support.hardware import product_rate
-    from train.report.card import sheet_peak
-
-    if torch.cuda.is_available():
-        return sheet_peak(torch.cuda.get_device_name()) or 0.0
-    return product_rate(getattr(torch, dtype)) * 1e9
 
 
 def step_flops(batch: list[Any], size: str, recipe: dict[str, Any]) -> float:
@@ -228,9 +172,7 @@ def warm_up() -> None:
 Step = Callable[[], Any]  # one optimizer step; returns its loss
 
 
-def our_step(
-    rows: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
-) -> Callable[[], Step]:
+def our_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any]) -> Callable[[], Step]:
     from train.data.rows import collate, count
     from train.distributed.sharding import Ranks
     from train.loss import batch_loss
@@ -240,15 +182,14 @@ def our_step(
 
     def prepare() -> Step:
         options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
-        model, _ = load_model(options, config, Ranks(device=torch.device(device)), empty_model(options, config))
+        model, _ = load_model(options, config, Ranks(), empty_model(options, config))
         (optimizer,), counts = make_optimizers(model.train(), options), count(rows)
-        parts = [rows] if device == "cuda" else [[row] for row in rows]
 
         def advance() -> Any:
             optimizer.zero_grad(set_to_none=True)
             total = torch.zeros(())
-            for part in parts:
-                loss, _ = batch_loss(model, collate(part).to(torch.device(device)), counts)
+            for row in rows:
+                loss, _ = batch_loss(model, collate([row]), counts)
                 loss.backward()
                 total = total + loss.detach()
             optimizer.step()
@@ -259,35 +200,33 @@ def our_step(
     return prepare
 
 
-def peft_step(
-    rows: list[Any], config: ModelConfig, folder: str, device: str, recipe: dict[str, Any]
-) -> Callable[[], Step]:
+def peft_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any]) -> Callable[[], Step]:
     import peft
     import transformers
 
     from train.data.rows import collate
 
     def prepare() -> Step:
-        dtype, narrow = getattr(torch, recipe["dtype"]), {}
+        narrow = {}
         if recipe["base"]:
             narrow["quantization_config"] = transformers.BitsAndBytesConfig(
                 load_in_4bit=True,
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=dtype,
+                bnb_4bit_compute_dtype=torch.float32,
             )
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=dtype, device_map=device, **narrow)
+        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **narrow)
         adapter = peft.LoraConfig(
             r=recipe["r"], lora_alpha=recipe["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
         )
         model = peft.get_peft_model(model.train(), adapter)
         optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
         batch = collate(rows)
-        tokens, target = batch.tokens.to(device), batch.target.to(device)
 
         def advance() -> Any:
             optimizer.zero_grad(set_to_none=True)
-            loss = model(input_ids=tokens, labels=target, shift_labels=target).loss  # targets are shifted already
+            # targets are shifted already
+            loss = model(input_ids=batch.tokens, labels=batch.target, shift_labels=batch.target).loss
             loss.backward()
             optimizer.step()
             return loss.detach()

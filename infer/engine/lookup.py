@@ -74,8 +74,8 @@ def best_guess_count(rates: Sequence[float], known: Sequence[int], row_cost: flo
 def row_cost(engine: Engine) -> float:
     """The time of one more row of a step, as a share of a step of one row, for an engine's weights.
 
-    Constants, rounded from `python -m eval.bench lookup`: the share depends little on the machine, and a request must
-    take the same steps every time, because rounding depends on the number of rows.
+    Constants, rounded from measured steps of one to eight rows: the share depends little on the machine, and a request
+    must take the same steps every time, because rounding depends on the number of rows.
     """
     if engine.device.type != "cpu":
         return 1 / 64  # hundreds of operations a byte

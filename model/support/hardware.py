@@ -59,7 +59,7 @@ def onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | N
 def onednn_suits() -> bool:
     """Whether `onednn` is the faster product here: torch's default library is MKL, which keeps its AVX-512 code for
     Intel's processors, and the processor is another with AVX-512. A rule and not a measurement, which would fall
-    otherwise on a busy machine and change the last bits; `python -m eval.bench lookup` measures what it gains."""
+    otherwise on a busy machine and change the last bits."""
     wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
     return wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "GenuineIntel" not in processor()
 

@@ -2,13 +2,11 @@
 
 import pytest
 
-from eval.bench.decode import batched, compare, generator_of, ours_once, past_the_window, read_bytes
-from eval.bench.long import CONFIG
+from eval.bench.decode import SHORT, batched, compare, generator_of, ours_once, past_the_window, read_bytes
 from eval.bench.row import Row
 from eval.bench.seven_b import SHAPE
 from model import ModelConfig, Transformer
 from model.quantize.linear import quantize_model
-from model.support.cli import UserError
 from model.support.files import read_json
 from model.support.init import init_weights
 
@@ -21,7 +19,7 @@ class NoText:
 
 
 def model():
-    config = ModelConfig.from_dict({**CONFIG, "sliding_window": None, "num_hidden_layers": 1})
+    config = ModelConfig.from_dict({**SHORT, "num_hidden_layers": 1})
     return init_weights(Transformer(config), 0).requires_grad_(False).eval()
 
 
@@ -62,13 +60,6 @@ def test_past_the_window_and_bytes():
     seven_b = ModelConfig.from_dict(read_json(SHAPE))
     assert read_bytes(seven_b, "fp32") == 4 * (32 * 218_103_808 + 32_000 * 4096)
     assert 7.110e9 * 4.5 / 8 == pytest.approx(read_bytes(seven_b, "int4"), rel=1e-3)
-
-
-def test_narrow_weights_are_measured_on_a_demos_run_only(tmp_path):
-    from eval.bench.narrow import rows
-
-    with pytest.raises(UserError, match="make demo SCALE=nano"):
-        rows(str(tmp_path))
 
 
 def test_steps_of_several_rows_are_held_against_our_own_fp32():
