@@ -17,7 +17,7 @@ from typing import Any
 from eval.baselines import RegexBaseline
 from eval.experiments.adapter import BASE, clinic
 from eval.experiments.demo import as_prediction
-from eval.experiments.steps import Run, argv, begin, check_folder, made_from, public_base, records_of, split
+from eval.experiments.steps import LONG, Run, argv, begin, check_folder, made_from, public_base, records_of, split
 from eval.metrics.statistics import format_interval
 from eval.report.build import SET_TITLES, terminal_table, write
 from infer.released import smollm2
@@ -35,7 +35,7 @@ PATIENTS = 900
 SETS = ("heldout", "unseen", "written-sealed", "written-open")
 BASE_NOTES = 4
 RELEASED = "released adapter"
-ASK = {"task": "both", "long": "windows", "max_new_diagnosis": 60}
+ASK = LONG | {"task": "both"}
 
 
 @dataclass(frozen=True)

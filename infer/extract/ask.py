@@ -103,7 +103,9 @@ class Asker:
         batch: int = 8,
         repair: Repair | None = None,
         temperatures: Mapping[str, float] | None = None,
+        places: str = "decided",
     ) -> None:
+        self.hides = MOST if places == "decided" else 1  # of a value with as many places or fewer, each is hidden
         self.temperatures = temperatures or {}  # of the adapter's calibration
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
@@ -296,10 +298,10 @@ class Asker:
         """For every value of every answer the place in the note where it was read, then the others where it may have
         been (infer/extract/evidence.py); nothing for a diagnosis, which is no span of the note."""
         readings = [self.readings(answer) if answer.name != "diagnosis" else [] for answer in answers]
-        repeated = [one for of_answer in readings for one in of_answer if 1 < len(one.spans) <= MOST]
+        repeated = [one for of_answer in readings for one in of_answer if 1 < len(one.spans) <= self.hides]
         lost = iter((yield from self.losses(repeated)))
         return [
-            [decide(one.spans, next(lost)) if 1 < len(one.spans) <= MOST else one.spans for one in of_answer]
+            [decide(one.spans, next(lost)) if 1 < len(one.spans) <= self.hides else one.spans for one in of_answer]
             for of_answer in readings
         ]
 

@@ -185,6 +185,8 @@ def identity(options: Options, notes: Unchanged) -> dict[str, object]:
     kept = (*kept, *(f"{name}_column" for name in ("text", "id") if getattr(options, f"{name}_column") != name))
     if options.tensor_parallel > 1:
         kept = (*kept, "tensor_parallel")
+    if options.places != "decided":
+        kept = (*kept, "places")
     if options.bos != "auto":
         kept = (*kept, "bos")
     if options.max_length:
@@ -227,7 +229,7 @@ def extract(options: Options, job: Job, notes: Unchanged, neighbours: Neighbours
     generator = generator_for(options, plan, loaded)
     form = form_for(generator.tokenizer, options.adapter) if options.form == "auto" else options.form
     batch = begun(options.out).get("batch now", options.batch)
-    how = (options.long, options.grounded, neighbours, batch, repair, read_calibration(options.adapter))
+    how = (options.long, options.grounded, neighbours, batch, repair, read_calibration(options.adapter), options.places)
     asker = Asker(generator, options.task, form, options.limits, *how)
     shown = {"total": sum(sizes), "initial": sum(sizes[epoch] for epoch in done), "unit": "note", "desc": "extracting"}
     with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:

@@ -123,6 +123,14 @@ def test_a_value_that_occurs_too_often_to_be_tried_keeps_all_its_places(tokenize
     assert places == occurrences("1 cm", "1 cm " * (MOST + 1))
 
 
+def test_all_places_are_listed_without_reading_the_note_again(tokenizer):
+    asker = asked(tiny_model(), tokenizer, places="all")
+    answer = answered(asker, NOTE, "tumor_size", " 2.5 cm")
+    work = Work(asker.places([answer]))
+    assert not work.pieces
+    assert work.result == [[occurrences("2.5 cm", NOTE)]]
+
+
 def counting(tokenizer, encoded):
     """The tokenizer, noting every text that it encodes."""
 
