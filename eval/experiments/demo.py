@@ -220,7 +220,8 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     models = asked(scale, demo)
     jobs = {}
     for name, file, adapter, untuned in models:
-        how = {"form": form_of(scale, untuned), "max_new_diagnosis": 50} if untuned else {"grounded": True, "places": "all"}
+        untuned_how = {"form": form_of(scale, untuned), "max_new_diagnosis": 50}
+        how = untuned_how if untuned else {"grounded": True, "places": "all"}
         notes, out = f"tests{'-few' if untuned else ''}.jsonl", run.out / "predictions" / f"{file}.jsonl"
         files = {"weights": demo.weights, "adapter": adapter or None, "notes": run.out / notes, "out": out}
         dtype = "auto" if run.scale == "full" else "float32"
