@@ -60,7 +60,7 @@ class _SwiGLU(torch.autograd.Function):
         N, F_ = gate_NF.shape
         y_NF = gate_NF.new_empty(N, F_)
         arguments = dict(gate=gate_NF, up=up_NF, y=y_NF, gate_row=gate_NF.stride(0), up_row=up_NF.stride(0), F=F_)
-        pinned = config("swiglu", "any")
+        pinned = config("swiglu", "any", gate.device)
         launch(_forward, (N, divide_up(F_, pinned["BLOCK"])), arguments, **pinned)
         return y_NF.view(gate.shape)
 
@@ -81,7 +81,7 @@ class _SwiGLU(torch.autograd.Function):
             up_row=up_NF.stride(0),
             F=F_,
         )
-        pinned = config("swiglu", "any")
+        pinned = config("swiglu", "any", gate.device)
         launch(_backward, (N, divide_up(F_, pinned["BLOCK"])), arguments, **pinned)
         return d_gate_NF.view(gate.shape), d_up_NF.view(gate.shape)
 

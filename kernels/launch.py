@@ -93,11 +93,11 @@ def card(device: torch.device) -> tuple[int, int]:
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
-def config(kernel: str, shape_class: str, device: torch.device | None = None) -> dict[str, int]:
+def config(kernel: str, shape_class: str, device: torch.device) -> dict[str, int]:
     """Tile sizes, warps and stages of a kernel for a class of shapes: tuned for this card, for its architecture, or the
     default."""
     asked.add((kernel, shape_class))
-    return tiles_of(kernel, shape_class, DEFAULT_CARD if device is None else card(device))
+    return tiles_of(kernel, shape_class, card(device))
 
 
 def tiles_of(kernel: str, shape_class: str, card: tuple[int, int]) -> dict[str, int]:

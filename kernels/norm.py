@@ -28,7 +28,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kernels.launch import config, jit, launch, power_of_2, rows, runs_here, tl
+from kernels.launch import card, config, jit, launch, power_of_2, rows, runs_here, tl
 
 WIDEST = 65_536  # values of a row that one program can hold going forward
 HELD = 8192  # and backward, where three rows and a sum are alive at once; beyond, autograd of the definition
@@ -63,7 +63,7 @@ def _forward(x, residual, weight, y, total, rstd, x_row, r_row, D, eps, ADD: tl.
     tl.store(y + row * D + d, n.to(tl.float32) * g.to(tl.float32), mask=inside)
 
 
-@jit()
+@jit("N", "P")
 def _backward(
     dy,
     dtotal,
@@ -102,8 +102,9 @@ def _backward(
         tl.store(dg + p * D + d, sum_g, mask=inside)
 
 
-def _config(D: int) -> dict[str, int]:
-    return config("rms_norm", "narrow" if D <= 1024 else "wide" if D <= 8192 else "widest")
+def _config(x_ND: Tensor) -> dict[str, int]:
+    D = x_ND.shape[1]
+    return config("rms_norm", "narrow" if D <= 1024 else "wide" if D <= 8192 else "widest", x_ND.device)
 
 
 def _run_forward(
@@ -126,7 +127,7 @@ def _run_forward(
         D=D,
         eps=eps,
     )
-    warps = _config(D)["num_warps"]
+    warps = _config(x_ND)["num_warps"]
     launch(_forward, (N,), arguments, ADD=residual_ND is not None, BLOCK=power_of_2(D), num_warps=warps)
     return y_ND, total_ND, rstd_N
 
@@ -136,7 +137,8 @@ def _run_backward(
 ) -> tuple[Tensor, Tensor | None]:
     """(dx_ND, dg_D or None) of `rms_norm` at x, whose 1/rms was rstd_N; dtotal_ND is added to dx."""
     N, D = x_ND.shape
-    programs = max(1, min(N, _config(D)["PROGRAMS"]))
+    tiles = _config(x_ND)
+    programs = max(1, min(N, tiles["RESIDENT"] * card(x_ND.device)[1]))
     dx_ND = x_ND.new_empty(N, D)
     dg_PD = x_ND.new_zeros(programs, D, dtype=torch.float32) if gain else rstd_N
     arguments = dict(
@@ -153,7 +155,7 @@ def _run_backward(
         D=D,
         P=programs,
     )
-    meta = dict(ADD=dtotal_ND is not None, GAIN=gain, BLOCK=power_of_2(D), num_warps=_config(D)["num_warps"])
+    meta = dict(ADD=dtotal_ND is not None, GAIN=gain, BLOCK=power_of_2(D), num_warps=tiles["num_warps"])
     launch(_backward, (programs if N else 0,), arguments, **meta)
     return dx_ND, dg_PD.sum(0).to(weight_D.dtype) if gain else None
 

@@ -9,13 +9,13 @@ and are skipped.
 from __future__ import annotations
 
 import os
+import re
 import warnings
 from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, TypeVar
 
-import regex
 import torch
 from torch import Tensor, nn
 
@@ -172,7 +172,7 @@ class AdapterFile(Mapping[str, Tensor]):
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         found = open_safetensors(adapter_file(path))
-        self.stored = {regex.sub(r"\.(lora_[AB])\.default\.", r".\1.", key): value for key, value in found.items()}
+        self.stored = {re.sub(r"\.(lora_[AB])\.default\.", r".\1.", key): value for key, value in found.items()}
         if len(self.stored) != len(found):
             raise UserError(f"{path}: holds a matrix with and without the adapter's name; the file is corrupt")
 
@@ -278,7 +278,7 @@ def check_tensors(
 
 def copied_name(model: nn.Module, key: str) -> str:
     """The weight of the base that a key without lora_A or lora_B names."""
-    name = regex.sub(r"\.(base_layer|modules_to_save)(\.default)?\.", ".", key.removeprefix(PREFIX))
+    name = re.sub(r"\.(base_layer|modules_to_save)(\.default)?\.", ".", key.removeprefix(PREFIX))
     is_tied = getattr(model, "lm_head", model) is None
     return "model.embed_tokens.weight" if is_tied and name == "lm_head.weight" else name
 

@@ -7,14 +7,15 @@
 Runs in a bare CUDA image: torch, triton, numpy, safetensors and nothing else; a C compiler and Python.h, which Triton
 needs at its first launch, are looked for at the start. The file is written after each case, and an error is a row of
 its own, so whatever ends the run early costs the case that it was at. Launches are timed inside CUDA graphs over inputs
-that do not fit in L2 together. Limits are what this device reached in the same run: a read of 4 GiB, a product
-of 8192³.
+that do not fit in L2 together, where a row does not say otherwise. Limits are what this device reached in the same run:
+a read of 4 GiB, a product of 8192³.
 """
 
 from __future__ import annotations
 
 import argparse
 import contextlib
+import gc
 import json
 import os
 import shutil
@@ -269,7 +270,7 @@ def decode_rows(held: Held, limits: dict[str, float], rank: int, form: str, batc
     name = f"Mistral-7B decode, {form}{', LoRA r 16 unmerged' * bool(rank)}, batch {batch}"
     setting, limit = f"{HELD} tokens of context, random weights", batch * limits["bytes/s"] / read
     return [
-        Row(name, graph, held.alone[batch], "bare torch.mm of the bf16 weights", "tok/s", setting, limit),
+        Row(name, graph, held.alone.get(batch), "bare torch.mm of the bf16 weights", "tok/s", setting, limit),
         Row(name, graph, eager, "the same without a graph", "tok/s", setting, limit),
     ]
 
@@ -323,7 +324,9 @@ def kernel_rows(limits: dict[str, float], name: str, kind: str, rank: int, rows:
     found = [Row(label, ours, us(plain, wide), "F.linear in bf16, no norm, no adapter", "us", setting, limit)]
     if kind == "bf16":
         one = compiled()
-        found.append(Row(label, ours, us(lambda: one, 2**40), "torch.compile", "us", setting, limit))
+        found.append(
+            Row(label, ours, us(lambda: one, 2**40), "torch.compile (one set of inputs)", "us", setting, limit)
+        )
     else:
         packed = partial(torch_int4, make, rows, sizes, width)
         found.append(
@@ -478,6 +481,14 @@ def sections(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]
             yield f"correct: {case.name}", partial(verify, case)
 
 
+def start_afresh() -> None:
+    """Drop what the case before compiled and held. Raises where that case broke the device, as every call then does."""
+    torch._dynamo.reset()
+    gc.collect()
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+
+
 def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) -> dict[str, Any]:
     """Run the sections in order, write the result after each; an error becomes a row and the rest is run."""
     end = time.monotonic() + minutes * 60
@@ -490,6 +501,7 @@ def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) ->
                 break
             name, function = next(steps)
             say(name)
+            start_afresh()
             found = function()
             for one in found if isinstance(found, list) else [found]:
                 kept = one.as_dict() if isinstance(one, Row) else one
@@ -498,9 +510,6 @@ def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) ->
             break
         except Exception as error:  # one case's failure is a row of the result, whatever it is
             result["rows"].append({"name": name, "error": f"{type(error).__name__}: {error}"[:500]})
-        torch._dynamo.reset()
-        if torch.cuda.is_available():
-            torch.cuda.empty_cache()
         if out is not None:
             write(out, json.dumps(result, indent=1) + "\n")
     if out is not None:

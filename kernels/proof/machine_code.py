@@ -149,7 +149,8 @@ def launches(dtype: torch.dtype) -> list[tuple[str, Launch]]:
 
 def row(name: str, dtype: torch.dtype, call: Launch, capability: int) -> dict[str, Any]:
     which = {"case": name, "dtype": str(dtype)[6:], "kernel": call.kernel.__name__, "sm": capability}
-    tiles = {key: value for key, value in call.meta.items() if key in ("BM", "BO", "BD", "BS", "GROUP", "num_warps")}
+    named = ("BM", "BO", "BD", "BS", "BG", "BLOCK", "GROUP", "LORA", "RANK", "GATED", "num_warps")
+    tiles = {key: value for key, value in call.meta.items() if key in named}
     return which | {"grid": list(call.grid), "tiles": tiles} | inspect(call, capability)
 
 

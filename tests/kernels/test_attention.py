@@ -6,7 +6,8 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 
 from kernels.attention import Level, tree_attention, tree_attention_definition
-from kernels.proof.cases import wide
+from kernels.launch import recording
+from kernels.proof.cases import Make, attention, wide
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
 HEADS = [(1, 1), (4, 1), (6, 2), (4, 4)]
@@ -93,6 +94,12 @@ def test_shared_prefixes_are_the_same_keys_stored_once(device, monkeypatch):
     monkeypatch.setattr("kernels.attention.card", lambda device: (80, 4))
     together = tree_attention(q, k, v, i, j, 60, (trunk, halves))
     assert torch.allclose(together, tree_attention(q, keys, values, i, slots, 60), rtol=0, atol=2e-6)
+
+
+def test_the_prefixes_of_a_level_are_one_launch():
+    with recording() as calls:
+        attention(Make("meta", torch.bfloat16), rows=16, own=256, prefix=1500)[0]()
+    assert [call.kernel.__name__ for call in calls] == ["_partial", "_partial", "_merge"]
 
 
 def test_mistakes_are_refused(device):

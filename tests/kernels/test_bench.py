@@ -18,10 +18,13 @@ import sys
 from importlib.machinery import PathFinder
 
 class Bare:
-    names = {"tqdm", "tyro", "tokenizers", "sentencepiece", "jinja2", "gguf", "transformers", "peft", "matplotlib"}
+    needed = {"torch", "triton", "numpy", "safetensors"}
+    of_torch = {"torchgen", "functorch", "sympy", "mpmath", "typing_extensions", "filelock", "fsspec", "networkx"}
 
     def find_spec(name, path=None, target=None):
-        return None if name.split(".")[0] in Bare.names else PathFinder.find_spec(name, path, target)
+        spec = PathFinder.find_spec(name, path, target)
+        installed = path is None and spec is not None and "site-packages" in (spec.origin or "")
+        return None if installed and name not in Bare.needed | Bare.of_torch else spec
 
 sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 """
@@ -94,6 +97,36 @@ def test_an_error_is_a_row_and_the_file_is_written_after_each_case(tmp_path):
     assert result["rows"][0]["ratio"] == 2.0 and result["rows"][0]["share_of_limit"] == 0.5
     assert result["rows"][1] == {"name": "b", "error": "RuntimeError: out of resource"}
     assert json.loads(out.read_text()) == result and "Wrong: c." in gpu.table(result)
+
+
+def test_a_broken_device_is_an_error_row_of_each_case_after_it(tmp_path, monkeypatch):
+    """After an illegal address every call into CUDA raises, the one that frees memory between cases too."""
+
+    def broken():
+        raise RuntimeError("illegal memory access")
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "empty_cache", broken)
+    start = {"host": {}, "rows": [], "correct": [], "notes": []}
+    out = tmp_path / "f.json"
+    gpu.run(iter([("a", list), ("b", list)]), 1.0, out, start)
+    assert [row["name"] for row in json.loads(out.read_text())["rows"]] == ["a", "b"]
+
+
+def test_compiled_code_is_dropped_before_each_case(monkeypatch):
+    resets = []
+    monkeypatch.setattr(torch._dynamo, "reset", lambda: resets.append(1))
+    start = {"host": {}, "rows": [], "correct": [], "notes": []}
+    gpu.run(iter([("a", list), ("b", list)]), 1.0, None, start)
+    assert len(resets) == 2
+
+
+def test_the_order_is_what_a_reader_wants_first():
+    names = [name for name, _ in gpu.sections({"bytes/s": 1.0, "operations/s": 1.0})]
+    begins = ("whole model", "q, k, v", "extraction", "training", "correct")
+    firsts = [next(i for i, name in enumerate(names) if name.startswith(begin)) for begin in begins]
+    assert firsts == sorted(firsts) and firsts[0] == 0
+    assert names[-1].startswith("correct")
 
 
 def test_the_time_ends_the_run_between_cases():
