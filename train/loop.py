@@ -98,8 +98,7 @@ class Trainer:
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        for turn, part in enumerate(mine):
-            self.ranks.sync_gradients(self.model, last=turn == len(mine) - 1)
+        for part in mine:
             batch = collate(part).to(self.device)
             self.plan.begin(step, batch.branches)
             loss, summed = batch_loss(self.model, batch, counts, self.recipe.note_loss)

@@ -39,7 +39,7 @@ class ChunkedCrossEntropy(torch.autograd.Function):
         needs_x, needs_w = ctx.needs_input_grad[0], ctx.needs_input_grad[1]
         loss_N = torch.empty(len(x_ND), dtype=wide, device=x_ND.device)
         dx_ND = torch.empty_like(x_ND) if needs_x else None
-        dw_VD = torch.zeros_like(weight_VD) if needs_w else None
+        dw_VD = torch.zeros_like(weight_VD, dtype=wide) if needs_w else None
         for start in range(0, len(x_ND), size := chunk(len(weight_VD))):
             part = slice(start, start + size)
             rows = torch.arange(len(target_N[part]), device=x_ND.device)
@@ -55,9 +55,11 @@ class ChunkedCrossEntropy(torch.autograd.Function):
                 grad_NV = grad_NV.to(x_ND.dtype)
                 if dx_ND is not None:
                     dx_ND[part] = product(grad_NV, weight_VD.t())
-                if dw_VD is not None:
+                if dw_VD is not None and wide == x_ND.dtype:
                     dw_VD.addmm_(grad_NV.t(), x_ND[part])
-        ctx.save_for_backward(dx_ND, dw_VD)
+                elif dw_VD is not None:
+                    dw_VD += grad_NV.t() @ x_ND[part]
+        ctx.save_for_backward(dx_ND, None if dw_VD is None else dw_VD.to(weight_VD.dtype))
         ctx.mark_non_differentiable(loss_N)
         return (loss_N * scale_N).sum(), loss_N
 
@@ -78,7 +80,7 @@ def batch_loss(
     """This micro-batch's part of the step's loss, and the sum of −log p over its answers (fp64, no gradient).
 
     `counts` is the number of targets of each kind in the whole step, over all ranks and micro-batches. A batch
-    without targets gives a zero that still has a gradient, so that ranks without rows keep step with the others.
+    without targets gives zeros to every parameter, so that ranks without rows keep step with the others.
     """
     place_N = (batch.target.flatten() != IGNORE).nonzero()[:, 0]
     target_N = batch.target.flatten()[place_N]
@@ -89,8 +91,6 @@ def batch_loss(
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         share = torch.tensor([1 / max(counts[ANSWER], 1), note_loss / max(counts[NOTE], 1)], dtype=wide)
         scale_N = torch.where(answer_N, *share.to(x_ND.device))
-        if len(place_N) == 0:
-            return x_BTD.sum() * 0.0, torch.zeros((), dtype=torch.float64, device=x_BTD.device)
         weight_VD = model.lm_head.weight if model.lm_head is not None else model.model.embed_tokens.weight
         loss, loss_N = ChunkedCrossEntropy.apply(x_ND, weight_VD, target_N, scale_N)
         return loss, loss_N[answer_N].sum(dtype=torch.float64)

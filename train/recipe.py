@@ -15,6 +15,8 @@ from dataclasses import MISSING, asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
+import torch
+
 from lora import LoRAConfig
 from model.config import ModelConfig
 from model.support import cli as command
@@ -146,7 +148,7 @@ class Recipe:
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda where there is one. Under torchrun each rank of a machine takes a GPU of its own."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """The base's dtype; adapters are at least fp32."""
+    """What is computed in, and the dtype of a frozen base. What is trained is kept in at least fp32."""
     checkpoint_blocks: bool = False
     """Recompute each block in the backward pass: less memory, a third more time."""
     compile: bool = False
@@ -172,9 +174,6 @@ class Recipe:
             f"steps is 0 and epochs is {self.epochs}; give one of them": not self.steps
             and not 0 < self.epochs < math.inf,
             f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}": uneven,
-            # a step at 2e-4 is less than bf16's spacing: norms would not move
-            "full keeps no fp32 copy of bfloat16 weights; set dtype = 'float32'": self.full
-            and self.dtype == "bfloat16",
             "full trains all weights: leave out adapter and base": self.full and bool(self.adapter or self.base),
             "fuse is for adapters, and not with compile": self.fuse and (self.full or self.compile),
             "merge_adapter needs adapter, the folder of the adapter to merge": self.merge_adapter and not self.adapter,
@@ -275,6 +274,13 @@ def with_values(arguments: list[str]) -> list[str]:
 def loosened() -> type[Recipe]:
     """Recipe without its checks: the form in which file and command line meet."""
     return type("Options", (Recipe,), {"__post_init__": lambda self: None, "__doc__": Recipe.__doc__})
+
+
+def parameter_dtype(recipe: Recipe) -> torch.dtype:
+    """The dtype of the model's parameters. Full training in bf16 updates fp32 masters: a step at 2e-4 is less than
+    bf16's spacing, and norms would not move."""
+    dtype = getattr(torch, recipe.dtype)
+    return torch.promote_types(dtype, torch.float32) if recipe.full else dtype
 
 
 def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:

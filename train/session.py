@@ -34,7 +34,7 @@ from train.distributed.sharded_load import base_shapes, fresh, from_checkpoint, 
 from train.distributed.sharding import Ranks, shard
 from train.fast.block import pack_weights, training_blocks
 from train.loop import Trainer
-from train.recipe import Recipe, encoding_of, lora_config, parse
+from train.recipe import Recipe, encoding_of, lora_config, parameter_dtype, parse
 from train.report.card import code_hash, peak_memory, write_card
 
 # Options that may differ between a run and its resumption.
@@ -198,11 +198,13 @@ def load_model(
             else fresh(recipe.seed, shapes, config.num_hidden_layers)
         )
     )
-    if ranks.world > 1:
-        shard(model, ranks)
+    compute = getattr(torch, recipe.dtype)
+    sharded = ranks.world > 1 or parameter_dtype(recipe) != compute
+    if sharded:
+        shard(model, ranks, compute if recipe.full else None)
     model.to_empty(device=ranks.device)
     load_sharded(model, ranks, read, adapter, recipe.seed)
-    if ranks.world == 1:
+    if not sharded:
         pack_weights(model)
     return model, base
 
@@ -213,7 +215,7 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, Adapt
     Raises UserError where the adapter is not there, or where layers are asked for that the model has not.
     """
     with torch.device("meta"):
-        model = Transformer(config).to(getattr(torch, recipe.dtype))
+        model = Transformer(config).to(parameter_dtype(recipe))
     if recipe.merge_adapter and not merged_before(recipe):
         check_tensors(model, AdapterFile(recipe.adapter), read_config(recipe.adapter), recipe.adapter)
     tensors = None
@@ -283,7 +285,8 @@ def finish(trainer: Trainer, stage: str, began: float) -> Path:
 
     def write() -> None:
         if recipe.full:
-            save_model(held, trainer.model.config, final, recipe.tokenizer or recipe.weights)
+            narrow = {name: value.to(getattr(torch, recipe.dtype)) for name, value in held.items()}
+            save_model(narrow, trainer.model.config, final, recipe.tokenizer or recipe.weights)
         else:
             with atomic_folder(final, keep_others=True) as folder:
                 write_adapter(folder, *trainer.adapter(held))  # type: ignore[misc]

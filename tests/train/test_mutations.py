@@ -93,11 +93,21 @@ def test_a_mistake_in_rows_or_layers_is_noticed(name, mistake, notes, documents)
 
 
 @pytest.mark.parametrize(
-    ("name", "place"),
+    ("name", "more", "place"),
     [
-        ("the optimizer's state not restored", ("train.distributed.checkpoint", "restore", "if held:", "if False:")),
+        (
+            "the optimizer's state not restored",
+            {},
+            ("train.distributed.checkpoint", "restore", "if held:", "if False:"),
+        ),
+        (
+            "bf16 weights restored in the masters' place",
+            {"full": True, "dtype": "bfloat16", "dropout": 0.0},
+            ("train.distributed.checkpoint", "restore", "params[name], param)", "params[name], param).bfloat16()"),
+        ),
         (
             "one record skipped at resume",
+            {},
             (
                 "train.data.rows",
                 "order",
@@ -107,6 +117,7 @@ def test_a_mistake_in_rows_or_layers_is_noticed(name, mistake, notes, documents)
         ),
         (
             "dropout's masks begin again at resume",
+            {},
             (
                 "train.loop",
                 "Trainer.gradients",
@@ -116,9 +127,9 @@ def test_a_mistake_in_rows_or_layers_is_noticed(name, mistake, notes, documents)
         ),
     ],
 )
-def test_a_mistake_at_resume_is_noticed(name, place, mistake, options, tmp_path):
+def test_a_mistake_at_resume_is_noticed(name, more, place, mistake, options, tmp_path):
     """A run of four steps loses its last checkpoint and goes on from the second step, with the mistake."""
-    recipe = as_recipe(options, out=str(tmp_path / "run"), steps=4)
+    recipe = as_recipe(options, **more, out=str(tmp_path / "run"), steps=4)
     train(recipe, "instruct")
     straight = ends(tmp_path / "run")
     shutil.rmtree(steps_saved(tmp_path / "run" / "checkpoints")[-1])

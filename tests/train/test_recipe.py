@@ -27,7 +27,6 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
         ({"epochs": 0.0}, "epochs"),
         ({"init": "y"}, "either weights"),
         ({"full": True, "base": "nf4"}, "full trains all weights"),
-        ({"full": True, "dtype": "bfloat16"}, "no fp32 copy of bfloat16 weights"),
         ({"optimizer": "muon"}, "muon is for full training"),
         ({"merge_adapter": True}, "merge_adapter needs adapter"),
         ({"template": "faithful"}, "set share_prefix = false"),

@@ -95,7 +95,7 @@ def ends(out: Path) -> dict[str, bytes]:
     last = steps_saved(out / "checkpoints")[-1]
     files = [
         *sorted(p for p in last.rglob("*") if p.is_file()),
-        *sorted((out / "adapter").iterdir()),
+        *sorted((out / "adapter").glob("*")),
         out / "metrics.jsonl",
     ]
     return {str(file.relative_to(out)): file.read_bytes() for file in files}

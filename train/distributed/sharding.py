@@ -1,4 +1,4 @@
-"""Ranks and sharding: nothing on one process, FSDP2 (`fully_shard`) under torchrun.
+"""Ranks and sharding: FSDP2 (`fully_shard`) under torchrun, and on one process where there are fp32 masters.
 
 Each decoder block is a group of its own, gathered for its forward and backward pass and freed again; the embedding,
 the last norm and the head are the root's group. Gradients of ranks are added, not averaged: the loss is already
@@ -16,12 +16,13 @@ from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
-from torch import Tensor, nn
+from torch import Tensor
 
 from model.support.cli import UserError, one_line
 from model.transformer import Transformer
 
 Made = TypeVar("Made")
+BACKEND = {"cpu": "gloo", "cuda": "nccl"}
 PATIENCE = timedelta(days=1)  # how long ranks wait while the first one tokenises, merges or writes
 
 
@@ -50,7 +51,7 @@ class Ranks:
         if where.type == "cuda":
             torch.cuda.set_device(where)
         if world > 1 and not dist.is_initialized():
-            dist.init_process_group("nccl" if where.type == "cuda" else "gloo")
+            dist.init_process_group(BACKEND[where.type])
         if world == 1:
             return cls(0, 1, where)
         return cls(dist.get_rank(), world, where, dist.new_group(backend="gloo", timeout=PATIENCE))
@@ -111,26 +112,25 @@ class Ranks:
             return flag
         return bool(sum_over_ranks(torch.tensor(float(flag), device=self.device)) > 0)
 
-    def sync_gradients(self, model: nn.Module, last: bool) -> None:
-        """Reduce gradients over ranks in the last micro-batch of a step only."""
-        if self.world > 1:
-            from torch.distributed.fsdp import FSDPModule
 
-            assert isinstance(model, FSDPModule)
-            model.set_requires_gradient_sync(last)
+def shard(model: Transformer, ranks: Ranks, compute: torch.dtype | None = None) -> Transformer:
+    """Shard every parameter over the ranks, in place. Sums of gradients are at least fp32.
 
-
-def shard(model: Transformer, ranks: Ranks) -> Transformer:
-    """Shard every parameter over the ranks, in place. Compute stays in each parameter's dtype; sums are ≥ fp32."""
+    `compute`: the dtype that parameters are gathered in (None: their own). fp32 parameters gathered in bf16 are the
+    masters of mixed precision, on one process too: optimizer, checkpoint and accumulated gradients see fp32 only.
+    """
     from torch.distributed.device_mesh import init_device_mesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
+    if not dist.is_initialized():  # one process: a group of its own
+        dist.init_process_group(BACKEND[ranks.device.type], store=dist.HashStore(), rank=0, world_size=1)
     mesh = init_device_mesh(ranks.device.type, (ranks.world,))
     wide = torch.promote_types(next(model.parameters()).dtype, torch.float32)
-    policy = MixedPrecisionPolicy(reduce_dtype=wide)
+    policy = MixedPrecisionPolicy(compute, reduce_dtype=wide)
     for block in model.model.layers:
         fully_shard(block, mesh=mesh, mp_policy=policy)
-    fully_shard(model, mesh=mesh, mp_policy=policy)
+    # the root too, which FSDP2 else leaves gathered after a held-out loss, where a checkpoint needs its shards
+    fully_shard(model, mesh=mesh, mp_policy=policy, reshard_after_forward=True)
     for module in model.modules():
         if isinstance(module, FSDPModule):
             module.set_gradient_divide_factor(1.0)
@@ -139,7 +139,7 @@ def shard(model: Transformer, ranks: Ranks) -> Transformer:
 
 
 def sum_over_ranks(value: Tensor) -> Tensor:
-    if dist.is_available() and dist.is_initialized():
+    if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
     return value
 

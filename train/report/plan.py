@@ -86,11 +86,11 @@ class Load:
 def built(config: ModelConfig, recipe: Recipe) -> torch.nn.Module:
     """The model with its adapters, on meta: sizes without memory."""
     from model.transformer import Transformer
-    from train.recipe import lora_config
+    from train.recipe import lora_config, parameter_dtype
 
     with torch.device("meta"):
         model = Transformer(config)
-    model = model.to(getattr(torch, recipe.dtype))
+    model = model.to(parameter_dtype(recipe))
     if recipe.full:
         return model.requires_grad_(True)
     from lora import add_lora
@@ -104,6 +104,7 @@ def memory(
     """Bytes on each process, by category, at the step's peak; `targets` of a micro-batch are supervised. `heap`:
     tensors are allocated on glibc's heap (on a CPU)."""
     from lora.adapter import adapted
+    from train.recipe import parameter_dtype
 
     model, e = built(config, recipe), WIDTH[recipe.dtype]
     adapters = {name: layer for name, layer in adapted(model).items()}
@@ -112,7 +113,7 @@ def memory(
         if "lora_" in name:
             continue
         layer = adapters.get(name.removesuffix(".weight"))
-        size = bytes_of(recipe.base, *p.shape) if recipe.base and layer is not None else p.numel() * e
+        size = bytes_of(recipe.base, *p.shape) if recipe.base and layer is not None else p.nbytes
         largest = max(largest, p.numel() * e if layer is not None and recipe.base else 0.0)
         block, root = (block + size, root) if ".layers." in name else (block, root + size)
     trained = [p for p in model.parameters() if p.requires_grad]
@@ -128,22 +129,23 @@ def memory(
     inside, passing = block_bytes(config, recipe, e, plain(config, recipe))
     kept = layers * config.hidden_size * e + inside if recipe.checkpoint_blocks else active(config, recipe) * inside
     V, held = config.vocab_size, min(chunk(config.vocab_size), targets)
-    logits = held * V * (e if e >= 4 else 4 + e)  # narrow ones are widened, and their gradient narrowed again
+    beside = e if e >= 4 else 4 + e  # narrow numbers are widened beside themselves
     made = {
         "weights": block + root,
         "adapters": 0.0 if recipe.full else width,
         "gradients": width,
         "optimizer": state[recipe.optimizer],
         "activations": tokens * (kept + passing),
-        "logits": logits + (V * config.hidden_size * e if recipe.full else 0.0),
+        "logits": V * beside * (held + (config.hidden_size if recipe.full else 0)),
         "gathered": largest,
     }
     if heap:
         made["fragmentation"] = heap_fragmentation(config, recipe, tokens * e)
-    if ranks > 1:  # FSDP: shards, the whole of the root's group, and two blocks gathered at a time
+    stored = parameter_dtype(recipe).itemsize
+    if ranks > 1 or stored != e:  # FSDP: shards, the whole of the root's group, and two blocks gathered at a time
         made |= {key: made[key] / ranks for key in ("adapters", "gradients", "optimizer")}
         made["weights"] = (block + root) / ranks
-        made["gathered"] += root + 2 * block / layers
+        made["gathered"] += (root + 2 * block / layers) * e / stored
     return made
 
 

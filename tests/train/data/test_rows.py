@@ -115,6 +115,19 @@ def test_the_chunked_loss_is_cross_entropy(notes):
         assert (ours - other).abs().max() < 1e-12 * other.abs().max()
 
 
+def test_a_bf16_heads_gradient_adds_up_in_fp32_over_chunks():
+    """Sixty chunks: added up in bf16 the error would be some times that of rounding once."""
+    generator = torch.Generator().manual_seed(1)
+    x_ND, weight_VD = (torch.randn(n, 4, generator=generator).bfloat16().requires_grad_(True) for n in (30_000, 8))
+    target_N = torch.randint(8, (30_000,), generator=generator)
+    loss, _ = ChunkedCrossEntropy.apply(x_ND, weight_VD, target_N, torch.full((30_000,), 1 / 30_000))
+    (found_VD,) = torch.autograd.grad(loss, weight_VD)
+    wide_VD = weight_VD.detach().double().requires_grad_(True)
+    plain = torch.nn.functional.cross_entropy(x_ND.double() @ wide_VD.t(), target_N)
+    (truth_VD,) = torch.autograd.grad(plain, wide_VD)
+    assert found_VD.dtype == torch.bfloat16 and (found_VD - truth_VD).norm() < 2**-8 * truth_VD.norm()
+
+
 def test_the_notes_own_loss_is_a_mean_beside_the_answers_mean(notes):
     """note_loss weighs it; the loss that is reported is the answers' alone."""
     rows = [Rows(notes, replace(RECIPE, note_loss=0.3), "instruct")[i] for i in range(3)]

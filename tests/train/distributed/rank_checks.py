@@ -144,8 +144,9 @@ def main() -> None:
             trainer.run()
         if ranks.world > 1:
             told["refusals"] = refusals(cases["stopped"], ranks)
-            told["went on"] = [went_on(cases[name], ranks) for name in ("stopped", "narrow")]
-            session.prepare(as_recipe(cases["straight"]), "instruct", ranks).run()
+            told["went on"] = [went_on(cases[name], ranks) for name in ("stopped", "narrow", "full")]
+            for name in ("straight", "full straight"):
+                session.prepare(as_recipe(cases[name]), "instruct", ranks).run()
     if ranks.first:
         save_file(out, sys.argv[2])
         Path(sys.argv[2]).with_suffix(".json").write_text(json.dumps(told))

@@ -20,6 +20,8 @@ from train.distributed.checkpoint import steps_saved
 from train.recipe import Recipe
 from train.session import train
 
+STRAIGHT = {"narrow": "straight", "full": "full straight"}  # a run that is stopped → the same in one go
+
 
 def folder_of(model: Transformer, tokenizer: Path, folder: Path) -> str:
     model.save_pretrained(folder)
@@ -75,9 +77,14 @@ def cases(data, tmp_path_factory) -> dict:
             {**run, "optimizer": "muon", "out": "muon", "full": True},
             {**run, "weights": wide, "base": "nf4", "out": "nf4"},
             {**run, "base": "int8", "out": "int8"},
+            {**run, "full": True, "dtype": "bfloat16", "learning_rate": 1e-3, "out": "masters"},
         ],
         "stopped": {**run, "out": "stopped"},
         **{name: {**run, "dtype": "bfloat16", "steps": 4, "out": name} for name in ("narrow", "straight")},
+        **{
+            name: {**run, "dtype": "bfloat16", "full": True, "steps": 4, "out": name, "valid_data": run["data"]}
+            for name in ("full", "full straight")
+        },
     }
 
 
@@ -85,7 +92,7 @@ def at(cases: dict, folder: Path) -> dict:
     """The cases with their runs' folders under `folder`."""
     placed = {name: {**options, "out": str(folder / "placed" / name)} for name, options in cases["placed"].items()}
     runs = [{**options, "out": str(folder / options["out"])} for options in cases["runs"]]
-    others = {name: {**cases[name], "out": str(folder / name)} for name in ("stopped", "narrow", "straight")}
+    others = {name: {**cases[name], "out": str(folder / name)} for name in ("stopped", *STRAIGHT, *STRAIGHT.values())}
     return {"placed": placed, "runs": runs, **others}
 
 
@@ -161,14 +168,16 @@ def test_three_ranks_place_step_and_resume_as_one_does(cases, alone, tmp_path):
             for folder in (tmp_path, before)
         )
         assert len(ours) == len(theirs) == 6 and ours[0]["loss"] - ours[-1]["loss"] > 0.002
+        loss, norm = (1e-3, 1e-2) if run["dtype"] == "bfloat16" else (1e-12, 1e-10)
         for a, b in zip(ours, theirs, strict=True):
-            assert abs(a["loss"] - b["loss"]) < 1e-12 * b["loss"] and abs(a["grad_norm"] / b["grad_norm"] - 1) < 1e-10
+            assert abs(a["loss"] / b["loss"] - 1) < loss and abs(a["grad_norm"] / b["grad_norm"] - 1) < norm
     told = json.loads((tmp_path / f"{ranks}.json").read_text())
-    assert told["went on"] == ["step-000003", "step-000003"]
+    assert told["went on"] == ["step-000003"] * 3
     last, lines = Path("checkpoints") / "step-000004", [Path("metrics.jsonl")]
     files = lines + [last / name for name in ("trainable.safetensors", "optimizer.safetensors", "state.json")]
-    for file in files:  # stopped and gone on with in bf16, or in one go, on as many ranks
-        assert (tmp_path / "narrow" / file).read_bytes() == (tmp_path / "straight" / file).read_bytes(), file
+    for stopped, straight in STRAIGHT.items():  # gone on with in bf16, or in one go, on as many ranks
+        for file in files:
+            assert (tmp_path / stopped / file).read_bytes() == (tmp_path / straight / file).read_bytes(), file
     for differ, missing in told["refusals"]:
         assert f"ranks disagree: recipe.learning_rate on rank 0 0.01, on rank {ranks - 1} 0.5" in differ
         assert missing == f"on rank {ranks - 1}: no such file"

@@ -34,6 +34,13 @@ def test_weights_adapters_gradients_and_state_are_the_built_models(full):
     assert made["adapters"] == (0 if full else size[1])
 
 
+def test_masters_are_counted_in_fp32_and_the_blocks_gathered_beside_them_in_bf16():
+    recipe = replace(RECIPE, full=True)
+    wide, masters = (memory(CONFIG, replace(recipe, dtype=dtype), 1, 100, 20) for dtype in ("float32", "bfloat16"))
+    assert all(masters[name] == wide[name] for name in ("weights", "gradients", "optimizer"))
+    assert wide["gathered"] == 0 and masters["gathered"] == wide["weights"] / 2, "both blocks of two and the root"
+
+
 @pytest.mark.parametrize(
     ("base", "hidden", "kinds"), [("nf4", 64, {"nf4"}), ("nf4", 96, {"nf4", "int8"}), ("int8", 96, {"int8"})]
 )
