@@ -1,6 +1,6 @@
 """From a model's answers to a note's record: values, where they were read in the note, codes.
 
-A record is what `python -m infer.extract` writes, one line a note; SCHEMA describes it as a JSON schema.
+A record is what `python -m infer.extract` writes, one line a note; record.schema.json describes it.
 """
 
 from __future__ import annotations
@@ -18,120 +18,7 @@ from model.support.cli import UserError
 from model.support.files import read_json
 
 TASKS = ("phenotype", "diagnosis")
-_VALUE = {
-    "type": "object",
-    "required": ["text", "start", "end", "logprob"],
-    "properties": {
-        "text": {"type": "string", "description": "the value"},
-        "start": {
-            "type": ["integer", "null"],
-            "description": "first character of the place in the note where it was read; null: no such place is known",
-        },
-        "end": {"type": ["integer", "null"], "description": "the character after its last"},
-        "ambiguous": {
-            "type": "array",
-            "description": "[start, end] of the other places where it may have been read; absent: there is none",
-            "items": {"type": "array", "items": {"type": "integer"}},
-        },
-        "logprob": {"type": "number", "description": "natural log-probability of its tokens, given what came before"},
-    },
-}
-_ANSWER: dict[str, Any] = {
-    "type": "object",
-    "required": ["answers", "not_relevant", "finish_reason"],
-    "properties": {
-        "answers": {"type": "array", "items": _VALUE},
-        "not_relevant": {"type": "boolean", "description": "the model answered that the note does not say"},
-        "logprob": {
-            "type": "number",
-            "description": "natural log-probability of the whole answer and its end; of several windows' the least",
-        },
-        "probability": {
-            "type": "number",
-            "description": "that the answer matches exactly, where the adapter has a calibration.json",
-        },
-        "finish_reason": {
-            "enum": ["stop", "stop_string", "repetition", "length"],
-            "description": "why the answer ended; of several windows' the first that was cut short, if one was",
-        },
-        "raw": {
-            "type": "string",
-            "description": "the model's words, where no value could be read from them; of several windows the first's",
-        },
-    },
-}
-_OWN = {
-    **_ANSWER,
-    "required": ["question", *_ANSWER["required"]],
-    "properties": {"question": {"type": "string"}, **_ANSWER["properties"]},
-}
-SCHEMA: dict[str, Any] = {
-    "$schema": "https://json-schema.org/draft/2020-12/schema",
-    "title": "One line of infer.extract's output: one note, in the order of the input",
-    "type": "object",
-    "required": ["id"],
-    "properties": {
-        "id": {"type": "string"},
-        "phenotypes": {"type": "object", "properties": {name: _ANSWER for name in tasks.PHENOTYPES}},
-        "diagnosis": {
-            "type": "object",
-            "required": ["text", "codes", "logprob", "finish_reason"],
-            "properties": {
-                "text": {"type": "string", "description": "the diagnosis as the model wrote it"},
-                "codes": {
-                    "type": "array",
-                    "description": "ICD-10-CM codes that the text names or is most similar to, best first",
-                    "items": {
-                        "type": "object",
-                        "properties": {"code": {"type": "string"}, "description": {"type": "string"}},
-                    },
-                },
-                "logprob": {"type": "number", "description": "natural log-probability of its tokens and its end"},
-                "probability": {"type": "number", "description": "as a phenotype's"},
-                "finish_reason": {"type": "string"},
-                "window": {
-                    "type": "integer",
-                    "description": "of a note read in windows: the one of this answer (the likeliest), from 0",
-                },
-            },
-        },
-        "answers": {"type": "array", "items": _OWN, "description": "to the record's own questions, in their order"},
-        "tokens": {
-            "type": "object",
-            "required": ["note", "prompt", "new"],
-            "properties": {
-                "note": {"type": "integer", "description": "of the note alone, as it was read"},
-                "prompt": {"type": "integer", "description": "of all its prompts, what they share counted in each"},
-                "new": {"type": "integer", "description": "generated, over all its answers and windows"},
-            },
-        },
-        "long": {
-            "type": "object",
-            "description": "what was done with a note beyond the limit; absent: it was read whole",
-            "required": ["did", "tokens"],
-            "properties": {
-                "did": {"enum": ["truncate", "windows"], "description": "read in part, or in overlapping windows"},
-                "tokens": {"type": "integer", "description": "of the whole note"},
-                "read": {"type": "integer", "description": "truncate: how many of them were read, from its beginning"},
-                "windows": {"type": "integer", "description": "windows: how many"},
-                "size": {"type": "integer", "description": "windows: tokens of each"},
-            },
-        },
-        "repairs": {
-            "type": "array",
-            "description": "with --repair: [start, end, new words] of each change, places in the original note",
-            "items": {"type": "array"},
-        },
-        "neighbours": {
-            "type": "array",
-            "items": {"type": "string"},
-            "description": "ids of the notes that were shown with the diagnosis question, best first (--retriever)",
-        },
-        "error": {"type": "string", "description": "why this note has no answers"},
-    },
-}
-
-
+SCHEMA: dict[str, Any] = read_json(Path(__file__).with_name("record.schema.json"))
 CALIBRATION = "calibration.json"
 """Beside an adapter: {"phenotype": T, "diagnosis": T}, which python -m eval.calibration fits."""
 

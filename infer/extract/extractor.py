@@ -39,7 +39,7 @@ class Extractor:
     def answers(self, text: str) -> dict[str, Any]:
         """A note's record without its id: `phenotypes` and `diagnosis`, each answer with its place in `text` (start
         and end, in characters), its natural log-probability and, where the adapter is calibrated, its probability of
-        being right, as infer/extract/answers.py's SCHEMA describes them.
+        being right, as infer/extract/record.schema.json describes them.
 
         A note beyond 1,500 tokens is read in overlapping windows. Raises UserError for an empty note.
         """

@@ -40,6 +40,9 @@ if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options 
     from infer.retrieval.neighbours import Neighbours
 
 
+ELSEWHERE = ("out", "json", "encoder_weights")  # options that do not decide the answers, or whose index does
+
+
 @dataclass(frozen=True)
 class Options(AskOptions):
     """Extract phenotypes and diagnoses from notes."""
@@ -160,38 +163,15 @@ def split(options: Options) -> Iterator[list[Note]]:
 
 
 def identity(options: Options, notes: Unchanged) -> dict[str, object]:
-    """What decides the output's bytes."""
-    kept: tuple[str, ...] = (
-        "task",
-        "form",
-        "grounded",
-        "long",
-        "max_input_tokens",
-        "max_new_tokens",
-        "max_new_diagnosis",
-        "batch",
-        "dtype",
-        "limit",
-    )
-    files: dict[str, object] = {"weights": stamp(options.weights), "adapter": [stamp(a) for a in options.adapter]}
-    if options.repair is not None:
-        files["repair"] = fingerprint(options.repair)
-    if options.index is not None:
-        kept = (*kept, "retriever", "neighbours", "neighbour_tokens")
-        files["index"] = [str(options.index), sha256_file(options.index / "manifest.json")]
-    if options.format != "wide":  # only where it is on, so that older jobs' identities stay
-        kept = (*kept, "format")
-    kept = (*kept, *(name for name in ("memory", "fuse") if getattr(options, name)))
-    kept = (*kept, *(f"{name}_column" for name in ("text", "id") if getattr(options, f"{name}_column") != name))
-    if options.tensor_parallel > 1:
-        kept = (*kept, "tensor_parallel")
-    if options.places != "decided":
-        kept = (*kept, "places")
-    if options.bos != "auto":
-        kept = (*kept, "bos")
-    if options.max_length:
-        kept = (*kept, "max_length")
-    return {**files, "notes": notes.hash, **{name: getattr(options, name) for name in kept}}
+    """What decides the output's bytes: models and files by their content, all other options by their value."""
+    files: dict[str, object] = {
+        "notes": notes.hash,
+        "weights": stamp(options.weights),
+        "adapter": [stamp(adapter) for adapter in options.adapter],
+        "repair": options.repair and fingerprint(options.repair),
+        "index": options.index and [str(options.index), sha256_file(options.index / "manifest.json")],
+    }
+    return {key: value for key, value in vars(options).items() if key not in ELSEWHERE} | files
 
 
 def open_neighbours(options: Options) -> Neighbours | None:

@@ -103,6 +103,7 @@ def test_every_kind_of_record_is_what_the_schema_says(weights, tmp_path, long):
     extract(weights, tmp_path / "n.jsonl", tmp_path / "o.jsonl", **options)
     schema = json.loads((tmp_path / "o.jsonl.schema.json").read_text())
     jsonschema.Draft202012Validator.check_schema(schema)
+    assert schema["properties"]["phenotypes"]["propertyNames"]["enum"] == list(tasks.PHENOTYPES)
     plain, wrong, own, last = found = records(tmp_path / "o.jsonl")
     for record in found:
         jsonschema.validate(record, closed(schema))
