@@ -247,17 +247,12 @@ def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:
 def quality(
     run: Run, name: str, folder: Path, weights: Path | None, references: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """recall@k and nDCG@10 with its interval, and over how many notes (`found_in`: others have no relevant one);
-    measured once an index."""
+    """`measure`, once an index."""
     path = run.out / f"quality-{name}.json"
 
     def work() -> None:
         notes = [one for one in references if isinstance(one["diagnosis"], dict) and one["diagnosis"].get("code")]
-        try:
-            found = measure(Index(folder, weights=weights), notes)
-        except UserError:  # no test note shares its diagnosis with a training note
-            found = {}
-        write_json(path, {key: found.get(key) for key in ("recall_at", "ndcg", "ndcg_low", "ndcg_high", "found_in")})
+        write_json(path, measure(Index(folder, weights=weights), notes))
 
     run.step(f"quality: {name}", work)
     return read_json(path)

@@ -30,22 +30,11 @@ def _example(record: Json, prediction: Json) -> Json:
                 "right": right,
                 "gold": "; ".join(one.gold) or "not relevant",
                 "answered": "; ".join(one.predicted) or ("(empty)" if one.empty_output else "not relevant"),
-                "logprob": _logprob(prediction, one),
             }
         )
         if one.task == "phenotype":
             marks += _marks(record, prediction, one, right)
     return {"id": record["id"], "style": record.get("style", ""), "rows": rows, "pieces": pieces(record["text"], marks)}
-
-
-def _logprob(prediction: Json, one: Question) -> float | None:
-    found = prediction.get("phenotypes", {}).get(one.name)
-    values = (
-        [a["logprob"] for a in found.get("answers", []) if a.get("logprob") is not None]
-        if isinstance(found, dict)
-        else []
-    )
-    return min(values) if values else None
 
 
 def _marks(record: Json, prediction: Json, one: Question, right: bool) -> list[tuple[int, int, str, str]]:
