@@ -15,29 +15,26 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 import resource
+import tempfile
 import time
 import tomllib
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
-from tqdm import tqdm
-
 from eval.questions import read_references
 from eval.report.build import terminal_table, write
-from infer.engine.generate import generator_for
-from infer.extract.ask import Asker
-from infer.extract.notes import Note, checked
-from infer.extract.options import AskOptions, planned
+from infer.extract import program
+from infer.extract.options import AskOptions
 from model.support import cli as command
 from model.support.cli import UserError, nearest
 from model.support.files import read_json, write_json, write_jsonl
 from model.support.hardware import max_resident_mb
 from model.support.lock import claim, hold, is_empty, sweep
-from model.text.chat import FORMS
 
 BASELINES = Path(__file__).with_name("baselines.toml")
 
@@ -55,17 +52,12 @@ class Options(AskOptions):
     qwen-7b."""
     name: str = ""
     """The row's name (empty: the model's title, or the last folder's name)."""
-    form: str = "auto"  # type: ignore[assignment]
-    """auto, template, or a chat form of model/text/chat.py."""
     long: Literal["error", "truncate", "windows"] = "windows"
     """A note beyond the limit: no answer, read its beginning, or read overlapping windows and merge."""
     overwrite: bool = False
     """Replace the row of this name."""
 
     def __post_init__(self) -> None:
-        known = ("auto", "template", *FORMS)
-        if self.form not in known:
-            raise UserError(f"--form {self.form}: not known{nearest(self.form, known)}; there are {', '.join(known)}")
         self.check()
 
 
@@ -80,28 +72,6 @@ def baseline(name: str) -> dict[str, Any]:
         key: None if value == "none" else value for key, value in entries[name]["config"].items()
     }  # TOML has no null
     return {**entries[name], "config": config}
-
-
-def predictions(options: Options, records: Sequence[dict[str, Any]], form: str) -> Iterator[dict[str, Any]]:
-    """The model's answers to what is annotated in the records, in order."""
-    wanted = {kind for kind in ("phenotypes", "diagnosis") if any(record.get(kind) for record in records)}
-    task = "both" if len(wanted) == 2 else "diagnosis" if wanted == {"diagnosis"} else "phenotype"
-    options, how = planned(options, task, {})
-    generator = generator_for(options, how)
-    tokenizer = generator.tokenizer
-    if form == "auto":
-        form = "template" if options.adapter or tokenizer.form is None else tokenizer.form
-    if form != "template":
-        tokenizer.form = form
-    form = "template" if form == "template" else "chat"
-    asker = Asker(generator, task, form, options.limits, options.long, options.grounded, batch=options.batch)
-    with tqdm(total=len(records), unit="note", desc="asking", disable=None) as bar:
-        yield from asker.records((note_of(record) for record in records), bar.update)
-
-
-def note_of(record: dict[str, Any]) -> Note:
-    questions = tuple(asked["question"] for asked in record.get("questions") or [])
-    return checked(Note(record["id"], record["text"], None, questions))
 
 
 def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
@@ -164,7 +134,14 @@ def file_of(out: Path, name: str, overwrite: bool) -> str:
 def ask(options: Options, asked: Sequence[dict[str, Any]], name: str, form: str, file: str) -> None:
     """Write the model's answers and its row, and the report."""
     began = time.monotonic()
-    write_jsonl(options.out / file, predictions(options, asked, form))
+    wanted = {kind for kind in ("phenotypes", "diagnosis") if any(record.get(kind) for record in asked)}
+    task = "both" if len(wanted) == 2 else "diagnosis" if wanted == {"diagnosis"} else "phenotype"
+    how = {field.name: getattr(options, field.name) for field in fields(AskOptions)} | {"task": task, "form": form}
+    (options.out / file).parent.mkdir(exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".answers.", suffix=".part", dir=options.out) as folder:
+        answers = Path(folder) / "answers.jsonl"
+        program.main(program.Options(notes=options.out / "data.jsonl", out=answers, **how))
+        os.replace(answers, options.out / file)  # an older row's answers stay until then
     seconds = time.monotonic() - began
     row = {
         "name": name,

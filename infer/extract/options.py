@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from infer.engine.options import ModelOptions
 from infer.tasks import QUESTION
-from model.support.cli import UserError
+from model.support.cli import UserError, nearest
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
     from infer.engine.memory import Plan
@@ -20,9 +20,9 @@ MOST = {"cpu": 8, "cuda": 64}  # notes at once, where --batch names no number
 
 @dataclass(frozen=True, kw_only=True)
 class AskOptions(ModelOptions):
-    form: Literal["auto", "template", "chat"] = "auto"
-    """How it is asked: our template (tuned models) or the model's own chat form (untuned); auto: the template where
-    an adapter is given or the model has no chat form."""
+    form: str = "auto"
+    """How it is asked: template, ours (tuned models); chat, the model's own form (untuned), or a form of
+    model/text/chat.py by its name; auto: the template where an adapter is given or the model has no chat form."""
     grounded: bool = False
     """Allow only "not relevant", closed values, spans of the note, and existing ICD-10-CM codes."""
     long: Literal["error", "truncate", "windows"] = "error"
@@ -42,11 +42,16 @@ class AskOptions(ModelOptions):
     """Only the first notes."""
 
     def check(self) -> None:
-        """Raise UserError for a number that is too small."""
+        """Raise UserError for an unknown form, and for a number that is too small."""
         for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "limit", "tensor_parallel"):
             least, value = 0 if name == "batch" else 1, getattr(self, name, None)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        from model.text.chat import FORMS
+
+        known = ("auto", "template", "chat", *FORMS)
+        if self.form not in known:
+            raise UserError(f"--form {self.form}: not known{nearest(self.form, known)}; there are {', '.join(known)}")
 
     @property
     def limits(self) -> Limits:

@@ -208,6 +208,8 @@ def extract(options: Options, job: Job, notes: Unchanged, neighbours: Neighbours
         loaded = load_parallel(options.weights, options.adapter, options.dtype, options.tensor_parallel)
     generator = generator_for(options, plan, loaded)
     form = form_for(generator.tokenizer, options.adapter) if options.form == "auto" else options.form
+    if form not in ("template", "chat"):
+        generator.tokenizer.form, form = form, "chat"
     batch = begun(options.out).get("batch now", options.batch)
     how = (options.long, options.grounded, neighbours, batch, repair, read_calibration(options.adapter), options.places)
     asker = Asker(generator, options.task, form, options.limits, *how)
