@@ -4,14 +4,20 @@
 const data = JSON.parse($("data").textContent);
 const runs = data.runs;
 const first = runs[0];
-const state = { run: 0, token: first.start < first.ids.length ? first.start : first.ids.length - 1, layer: 0, head: 0, mark: "source", toward: "margin" };
-const MARKS = { source: "orange: added to the logit, blue: took from it", head: "orange: attention of the chosen head" };
-
+const state = { run: 0, token: Math.min(first.start, first.ids.length - 1), layer: 0, head: 0, mark: "source" };
 const active = () => runs[state.run];
+
+const hint = (...children) => el("p", { class: "hint" }, ...children);
+const cell = (content, kind) => el("td", { class: kind }, content);
+const table = (titles, rows) => el("table", {}, el("tr", {}, titles.map((title) => el("th", {}, title))), rows);
+const numbers = (select, count) =>
+  select.replaceChildren(...Array.from({ length: count }, (_, i) => el("option", { value: i }, String(i))));
+const add = (values) => values.flat().reduce((total, value) => total + value, 0);
+
 // The position that is studied: an answer's token was written by the position before it, a token of the prompt reads.
 const queryOf = (run, token) => (token >= run.start ? token - 1 : token);
 
-// A run's place: its query, its step (−1: none), its kept row (−1: none). Runs of other tokens follow by answer token.
+// A run's place: its query, its step (-1: none), its kept row (-1: none). Runs of other tokens follow by answer token.
 function place(run) {
   let token = state.token;
   if (run !== active() && !sameText(run, active())) {
@@ -25,52 +31,22 @@ function place(run) {
 function choose(changes) {
   Object.assign(state, changes);
   const run = active();
-  state.layer = Math.max(0, Math.min(run.layers - 1, state.layer));
-  state.head = Math.max(0, Math.min(run.heads - 1, state.head));
-  state.token = Math.max(0, Math.min(run.ids.length - 1, state.token));
+  const within = (value, count) => Math.max(0, Math.min(count - 1, value));
+  state.layer = within(state.layer, run.layers);
+  state.head = within(state.head, run.heads);
+  state.token = within(state.token, run.ids.length);
   render();
 }
 
-// A figure for every run, under its name where there are two.
-const perRun = (draw) => el("div", { class: "runs" }, runs.map((run) => {
-  const at = place(run), content = at == null ? [el("p", { class: "hint" }, "no such answer token here")] : draw(run, at);
-  return el("div", {}, runs.length > 1 ? el("h3", {}, run.name) : null, content);
-}));
-const needsStep = (draw) => perRun((run, at) => (at.step < 0 ? [el("p", { class: "hint" }, "Choose a token of the answer.")] : draw(run, at)));
-
-function head() {
-  document.querySelector("h1").textContent = data.title;
-  const window_ = (run) => { const known = [...new Set(run.windows)]; return known.length === 1 && known[0] == null ? "no window" : `window ${known.map((w) => w ?? "none").join(", ")}`; };
-  $("about").textContent = runs.map((run) => `${run.name}: ${run.family}, ${run.layers} layers of ${run.heads} heads (${run.groups} for keys and values), ${window_(run)}, ${run.start} tokens read, ${run.ids.length - run.start} of answer`).join(" · ");
-  $("notices").replaceChildren(...data.notices.map((line) => el("p", {}, line)));
-  for (const [name, line] of Object.entries(data.code)) if ($(`code-${name}`)) $(`code-${name}`).replaceChildren(el("code", {}, `${line.file}:${line.line}`), "  ", el("code", {}, line.code));
-  $("run").replaceChildren(...runs.map((run, i) => el("option", { value: i }, run.name)));
-  document.querySelector(".many").hidden = runs.length < 2;
-  const fill = (id, count) => $(id).replaceChildren(...Array.from({ length: count }, (_, i) => el("option", { value: i }, String(i))));
-  fill("layer", first.layers);
-  fill("head", first.heads);
-  for (const id of ["run", "layer", "head"]) $(id).addEventListener("change", (event) => choose({ [id]: +event.target.value, ...(id === "run" ? {} : { mark: "head" }) }));
-  for (const id of ["mark", "toward"]) $(id).addEventListener("change", (event) => choose({ [id]: event.target.value }));
-}
-
-function answers() {
-  const [a, b] = runs, changed = b ? Array.from({ length: Math.max(a.own.length, b.own.length) }, (_, i) => i).find((i) => i >= a.own.length || i >= b.own.length || JSON.stringify(a.vocabulary[a.own[i]]) !== JSON.stringify(b.vocabulary[b.own[i]])) : undefined;
-  const column = (run, index) => {
-    const chips = run.own.map((id, i) => {
-      const token = run.start + i, read = run.ids[token] === id && run.own.slice(0, i).every((x, j) => x === run.ids[run.start + j]);
-      const attributes = read ? { tabindex: 0, role: "button", onclick: () => choose({ run: index, token }), onkeydown: pressed, "aria-pressed": String(state.run === index && state.token === token), ...tipped(() => tokenTip(data, run, token)) } : { style: "cursor:default", title: "not among the tokens that were read here" };
-      return chip(run, id, { ...attributes, "data-answer": `${index}.${i}`, class: `${i === changed ? "changed" : ""} ${read ? "answer" : ""} ${read && state.run === index && state.token === token ? "query" : ""}` });
-    });
-    return el("div", {}, runs.length > 1 ? el("h3", {}, run.name) : null, el("div", { class: "chips" }, chips.length ? chips : "No answer was generated: the next token's prediction is studied."));
-  };
-  const body = [el("div", { class: "runs" }, runs.map(column))];
-  if (b && sameText(a, b)) {
-    const at = a.start - 1 + (changed ?? 0), their = b.predictions[at];
-    if (changed === undefined) body.push(el("p", {}, "Both give the same answer."));
-    else if (their) body.push(el("p", {}, `The answers first differ at answer token ${changed + 1}: `, changed < a.own.length ? chip(a, a.own[changed]) : "(end)", ` (${number(a.predictions[at].p)} here, ${number(their.p)} in ${b.name}) against `, changed < b.own.length ? chip(b, b.own[changed]) : "(end)", "."));
-  } else if (changed !== undefined) body.push(el("p", {}, `The answers first differ at answer token ${changed + 1}.`));
-  show("answers", body);
-}
+// What `draw` makes of every run, under its name where there are two.
+const perRun = (draw) =>
+  el("div", { class: "runs" }, runs.map((run) => {
+    const at = place(run);
+    const content = at ? draw(run, at) : hint("No such answer token here.");
+    return el("div", {}, runs.length > 1 ? el("h3", {}, run.name) : null, content);
+  }));
+const perStep = (draw) =>
+  perRun((run, at) => (at.step < 0 ? hint("Choose a token of the answer.") : draw(run, at)));
 
 function pressed(event) {
   if (event.key !== "Enter" && event.key !== " ") return;
@@ -79,156 +55,285 @@ function pressed(event) {
   event.currentTarget.click();
 }
 
+// ---- the head of the page ---------------------------------------------------------------------------------------
+
+function described(run) {
+  const windows = [...new Set(run.windows)].map((size) => size ?? "none").join(", ");
+  const size = `${run.layers} layers of ${run.heads} heads (${run.groups} for keys and values), window ${windows}`;
+  return `${run.name}: ${run.family}, ${size}, ${run.start} tokens read, ${run.ids.length - run.start} of answer`;
+}
+
+function head() {
+  document.querySelector("h1").textContent = data.title;
+  $("about").textContent = runs.map(described).join(" · ");
+  $("notices").replaceChildren(...data.notices.map((line) => el("p", {}, line)));
+  for (const [name, { file, line, code }] of Object.entries(data.code)) {
+    const node = $(`code-${name}`);
+    if (node) node.replaceChildren(el("code", {}, `${file}:${line}`), "  ", el("code", {}, code));
+  }
+  $("run").replaceChildren(...runs.map((run, i) => el("option", { value: i }, run.name)));
+  document.querySelector(".many").hidden = runs.length < 2;
+  $("run").addEventListener("change", (event) => choose({ run: +event.target.value }));
+  $("layer").addEventListener("change", (event) => choose({ layer: +event.target.value, mark: "head" }));
+  $("head").addEventListener("change", (event) => choose({ head: +event.target.value, mark: "head" }));
+  $("mark").addEventListener("change", (event) => choose({ mark: event.target.value }));
+}
+
+// ---- answers and text -------------------------------------------------------------------------------------------
+
+// The first answer token in which the two runs differ; -1 where they are alike.
+function firstDifference() {
+  const [a, b] = runs.map((run) => run.own.map((id) => JSON.stringify(run.vocabulary[id])));
+  const longer = b && b.length > a.length ? b : a;
+  return b ? longer.findIndex((_, i) => a[i] !== b[i]) : -1;
+}
+
+function answers() {
+  const changed = firstDifference();
+  const column = (run, index) => {
+    const read = run.own.findIndex((id, i) => id !== run.ids[run.start + i]);  // others are not in this run's text
+    const chips = run.own.map((id, i) => {
+      const token = run.start + i;
+      const chosen = state.run === index && state.token === token;
+      const attributes = { "data-answer": `${index}.${i}`, class: i === changed ? "changed" : "" };
+      if (read >= 0 && i >= read) return chip(run, id, { ...attributes, title: "not read here" });
+      return chip(run, id, {
+        ...attributes,
+        ...tipped(() => tokenTip(data, run, token)),
+        class: `${attributes.class} answer ${chosen ? "query" : ""}`,
+        role: "button",
+        tabindex: 0,
+        "aria-pressed": String(chosen),
+        onclick: () => choose({ run: index, token }),
+        onkeydown: pressed,
+      });
+    });
+    const none = "No answer was generated: the next token's prediction is studied.";
+    const name = runs.length > 1 ? el("h3", {}, run.name) : null;
+    return el("div", {}, name, el("div", { class: "chips" }, chips.length ? chips : none));
+  };
+  const differ = changed < 0 ? "Both give the same answer." : `They first differ at answer token ${changed + 1}.`;
+  show("answers", el("div", { class: "runs" }, runs.map(column)), runs.length > 1 ? el("p", {}, differ) : []);
+}
+
 function drawTokens() {
   const run = active();
   if ($("tokens").dataset.run === String(state.run)) return;
   $("tokens").dataset.run = state.run;
   const spelt = spellings(run);
-  $("tokens").replaceChildren(el("svg", { "aria-hidden": "true" }), ...run.ids.map((id, i) => chip(run, id, {
-    "data-token": i, role: "button", tabindex: -1, class: i >= run.start ? "answer" : "", onclick: () => choose({ token: i }), onkeydown: pressed, ...tipped(() => tokenTip(data, run, i)),
-    onfocus: (event) => showTip(event.currentTarget, tokenTip(data, run, i)), onblur: hideTip,
-  }, spelt[i])));
+  const chips = run.ids.map((id, i) => {
+    const tip = () => tokenTip(data, run, i);
+    return chip(run, id, {
+      ...tipped(tip),
+      "data-token": i,
+      class: i >= run.start ? "answer" : "",
+      role: "button",
+      tabindex: -1,
+      onclick: () => choose({ token: i }),
+      onkeydown: pressed,
+      onfocus: (event) => showTip(event.currentTarget, tip()),
+      onblur: hideTip,
+    }, spelt[i]);
+  });
+  $("tokens").replaceChildren(...chips);
 }
 
 async function markTokens() {
   drawTokens();
-  const run = active(), at = place(run), window_ = run.windows[state.layer], nodes = [...$("tokens").querySelectorAll("[data-token]")];
-  const shades = run.attention && at.row >= 0 ? await shadesOf(run, state.layer, state.head, at.query) : null;
+  const run = active(), at = place(run), size = run.windows[state.layer];
+  const bySource = state.mark === "source" && at.step >= 0;
+  const shades = bySource || state.mark === "none" ? null : await shadesOf(run, state.layer, state.head, at.query);
   if (run !== active() || at.token !== state.token) return;
-  const sources = state.mark === "source" && at.step >= 0 ? run.attribution[state.toward].sources[at.step] : null;
-  const values = state.mark === "none" ? null : sources || (shades && [...shades].map(weightOf));
-  const most = Math.max(1e-12, ...(values || []).map(Math.abs));
+  const values = bySource ? run.attribution.margin.sources[at.step] : [...(shades || [])].map(weightOf);
+  const most = Math.max(1e-12, ...values.map(Math.abs));
+  const oldest = size == null ? 0 : at.query - size + 1;
+  const nodes = [...$("tokens").querySelectorAll("[data-token]")];
   nodes.forEach((node, i) => {
-    const v = values && i < values.length ? values[i] : 0, share = Math.abs(v) / most;
-    node.style.background = share > 0.02 ? `rgb(var(${v < 0 ? "--less" : "--mark"}) / ${(0.1 + 0.6 * share).toFixed(2)})` : "";
-    const edge = window_ != null && i === at.query - window_ + 1 && i > 0;
+    const value = values[i] || 0, share = Math.abs(value) / most;
+    const opacity = (0.1 + 0.6 * share).toFixed(2);
+    node.style.background = share > 0.02 ? `rgb(var(${value < 0 ? "--less" : "--mark"}) / ${opacity})` : "";
     node.classList.toggle("query", i === at.token);
-    node.classList.toggle("beyond", i > at.token || (window_ != null && i <= at.query - window_));
-    node.classList.toggle("edge", edge);
+    node.classList.toggle("beyond", i > at.token || i < oldest);
+    node.classList.toggle("edge", i > 0 && i === oldest);
     node.setAttribute("tabindex", i === at.token ? 0 : -1);
     node.setAttribute("aria-pressed", String(i === at.token));
   });
-  const how = sources ? MARKS.source : values ? MARKS.head : "";
-  $("query").replaceChildren(...(at.token >= run.start ? ["Answer token ", chip(run, run.ids[at.token]), ` was written by position ${at.query} `, chip(run, run.ids[at.query]), "; marked is what it read"] : [`Position ${at.query} `, chip(run, run.ids[at.query]), " and what it read"]), how ? ` (${how}; arcs: head ${state.layer}.${state.head}).` : `; arcs: head ${state.layer}.${state.head}.`, window_ != null && at.query >= window_ ? " The bar is the window's edge: what stands before it is not seen." : "");
-  arcs(nodes, at, shades);
+  const marked = bySource ? "Orange: added to the margin over the best other token, blue: took from it."
+    : shades ? `Orange: attention of head ${state.layer}.${state.head}.` : "";
+  const written = [" wrote answer token ", chip(run, run.ids[at.token])];
+  $("query").replaceChildren(
+    `Position ${at.query} `, chip(run, run.ids[at.query]), ...(at.token >= run.start ? written : [" reads"]),
+    `. ${marked}`,
+    oldest > 0 ? " The bar is the window's edge: what stands before it is not seen." : "",
+  );
 }
 
-// Arcs over the text from the position that reads to the keys it weighs most, as wide as their weight.
-function arcs(nodes, at, shades) {
-  const svg = $("tokens").querySelector("svg"), outer = $("tokens").getBoundingClientRect(), paths = [];
-  svg.setAttribute("width", $("tokens").clientWidth);
-  svg.setAttribute("height", $("tokens").scrollHeight);
-  const centre = (node) => { const box = (node.getClientRects()[0] || node.getBoundingClientRect()); return [box.left + box.width / 2 - outer.left + $("tokens").scrollLeft, box.top - outer.top + $("tokens").scrollTop + 3]; };
-  const keys = shades ? [...shades.keys()].filter((k) => shades[k] > 2 && k !== at.query).sort((a, b) => shades[b] - shades[a]).slice(0, 8) : [];
-  const [x, y] = centre(nodes[at.query]);
-  for (const k of keys) {
-    const [u, v] = centre(nodes[k]), lift = Math.min(y, v) - Math.min(46, 10 + Math.abs(x - u) / 8), weight = weightOf(shades[k]);
-    paths.push(el("path", { d: `M${x},${y} C${x},${lift} ${u},${lift} ${u},${v}`, "data-arc": k, fill: "none", style: `stroke:rgb(var(--mark));stroke-width:${(1 + 4 * weight).toFixed(1)};opacity:${(0.35 + 0.6 * weight).toFixed(2)}` }));
-  }
-  svg.replaceChildren(...paths);
-}
+// ---- cards ------------------------------------------------------------------------------------------------------
 
 function headsCard() {
-  show("heads", needsStep((run, { step }) => {
-    const its = run.attribution[state.toward], heads = its.heads[step], mlps = its.mlps[step];
-    const name = (l, h) => (h < run.heads ? `head ${l}.${h}` : `MLP ${l}`), value = (l, h) => (h < run.heads ? heads[l][h] : mlps[l]);
-    const ranked = heads.flatMap((row, l) => [...row.map((v, h) => [v, l, h]), [mlps[l], l, run.heads]]).sort((a, b) => Math.abs(b[0]) - Math.abs(a[0]));
-    const index = runs.indexOf(run), take = (l, h) => choose(h < run.heads ? { run: index, layer: l, head: h, mark: "head" } : { run: index, layer: l });
-    const row = ([v, l, h]) => {
-      const read = h < run.heads ? its.read[step][l][h] : null;
-      return el("tr", { tabindex: 0, onclick: () => take(l, h), onkeydown: pressed, "data-head": `${l}.${h}`, class: l === state.layer && h === state.head ? "chosen" : "" },
-        el("td", {}, name(l, h)), el("td", { class: "n" }, signed(v)), el("td", {}, read == null ? "" : [chip(run, run.ids[read]), ` at ${read}`]));
+  show("heads", perStep((run, { step }) => {
+    const its = run.attribution.margin, heads = its.heads[step], mlps = its.mlps[step], index = runs.indexOf(run);
+    const isHead = (h) => h < run.heads;
+    const name = (l, h) => (isHead(h) ? `head ${l}.${h}` : `MLP ${l}`);
+    const value = (l, h) => (isHead(h) ? heads[l][h] : mlps[l]);
+    const take = (l, h) => choose({ run: index, layer: l, ...(isHead(h) ? { head: h, mark: "head" } : {}) });
+    const all = heads.flatMap((row, l) => [...row.keys(), run.heads].map((h) => [l, h]));
+    all.sort(([l, h], [m, g]) => Math.abs(value(m, g)) - Math.abs(value(l, h)));
+    const line = ([l, h]) => {
+      const read = isHead(h) ? its.read[step][l][h] : null;
+      const most = read == null ? "" : [chip(run, run.ids[read]), ` at ${read}`];
+      return el("tr", {
+        "data-head": `${l}.${h}`,
+        class: l === state.layer && h === state.head ? "chosen" : "",
+        tabindex: 0,
+        onclick: () => take(l, h),
+        onkeydown: pressed,
+      }, cell(name(l, h)), cell(signed(value(l, h)), "n"), cell(most));
     };
-    const onlyHeads = ranked.filter(([, , h]) => h < run.heads).slice(0, 8), onlyMlps = ranked.filter(([, , h]) => h === run.heads).slice(0, 3);
-    const sum = (values) => values.flat().reduce((total, v) => total + v, 0);
+    const strongest = all.filter(([, h]) => isHead(h)).slice(0, 8);
+    strongest.push(...all.filter(([, h]) => !isHead(h)).slice(0, 3));
     return [
-      el("table", {}, el("tr", {}, el("th", {}, "strongest"), el("th", { class: "n" }, "adds"), el("th", {}, "by reading, most of all")), [...onlyHeads, ...onlyMlps].map(row)),
-      grid({ name: "what each head and MLP adds", columns: run.layers, rows: run.heads + 1, rowName: (r) => (r < run.heads ? String(r) : "MLP"), value, describe: (l, h) => `${name(l, h)}: ${signed(value(l, h))}`, chosen: [state.layer, state.head], pick: take, unit: "Orange adds, blue takes." }),
-      el("p", { class: "hint check" }, `embedding ${signed(its.embed[step])}, heads ${signed(sum(heads))}, MLPs ${signed(sum(mlps))}, biases ${signed(its.bias[step])}: together ${its.sum[step].toFixed(4)}; ${state.toward === "logit" ? "the logit" : "the margin"} is ${its.value[step].toFixed(4)} (largest difference over the answer ${its.sum_error.toExponential(1)}).`,
-        state.toward === "margin" ? [" Best other token: ", chip(run, run.attribution.rival[step])] : null),
+      table(["strongest", "adds", "reads most"], strongest.map(line)),
+      grid({
+        name: "what each head and MLP adds",
+        columns: run.layers,
+        rows: run.heads + 1,
+        rowName: (h) => (isHead(h) ? String(h) : "MLP"),
+        value,
+        describe: (l, h) => `${name(l, h)}: ${signed(value(l, h))}`,
+        chosen: [state.layer, state.head],
+        pick: take,
+        unit: "Orange adds, blue takes.",
+      }),
+      el("p", { class: "hint check" },
+        `embedding ${signed(its.embed[step])}, heads ${signed(add(heads))}, MLPs ${signed(add(mlps))}, ` +
+        `biases ${signed(its.bias[step])}: together ${its.sum[step].toFixed(4)}; the margin is ` +
+        `${its.value[step].toFixed(4)} (largest difference over the answer ${its.sum_error.toExponential(1)}). ` +
+        "Best other token: ", chip(run, run.attribution.rival[step])),
     ];
   }));
 }
 
 async function mapCard() {
-  const { layer, head, token, run } = state, drawn = [];
-  for (const one of runs) {
-    const at = place(one), usable = layer < one.layers && head < one.heads;
-    drawn.push(el("div", {}, runs.length > 1 ? el("h3", {}, one.name) : null, usable ? await attentionMap(one, layer, head, at ? at.query : -1, (q) => choose({ run: runs.indexOf(one), token: q })) : el("p", { class: "hint" }, "this model has no such head")));
+  const before = { ...state }, drawn = [];
+  for (const [index, run] of runs.entries()) {
+    const at = place(run), there = state.layer < run.layers && state.head < run.heads;
+    const pick = (token) => choose({ run: index, token });
+    const map = there && (await attentionMap(run, before.layer, before.head, at ? at.query : -1, pick));
+    const name = runs.length > 1 ? el("h3", {}, run.name) : null;
+    drawn.push(el("div", {}, name, map || hint("This model has no such head.")));
   }
-  if (layer !== state.layer || head !== state.head || token !== state.token || run !== state.run) return;
-  document.querySelector("#map h2").textContent = `Attention map of head ${layer}.${head}`;
-  show("map", el("div", { class: "runs" }, drawn), el("p", { class: "hint" }, "Down: who reads (a row each); across: what is read. Weight 0 ", el("span", { class: "scale", style: "background:linear-gradient(90deg, transparent, rgb(var(--seen)))" }), " 1, in 16 shades of √weight, so a weight is right to within 0.07 at most; grey is not seen", first.windows.some((w) => w != null) ? ", the solid line is the window's edge" : "", ", below the dashed line are the positions that wrote the answer. Click a row to choose its position."));
+  if (["run", "token", "layer", "head"].some((key) => before[key] !== state[key])) return;
+  document.querySelector("#map h2").textContent = `Attention map of head ${state.layer}.${state.head}`;
+  show("map", el("div", { class: "runs" }, drawn));
 }
 
 function lensCard() {
-  show("lens", needsStep((run, { step }) => {
-    const levels = run.lens[step], settled = levels.findLastIndex((level) => level[3] !== 1) + 1;
-    const row = ([best, p, its, rank], n) => el("tr", { class: n === settled ? "first" : n - 1 === state.layer ? "chosen" : "", tabindex: 0, onkeydown: pressed, onclick: () => choose({ layer: Math.max(0, n - 1) }) },
-      el("td", {}, n ? `layer ${n - 1}` : "embedding"), el("td", {}, chip(run, best)), el("td", { class: "n" }, number(p)), el("td", { class: "n" }, number(its)), el("td", { class: "n" }, String(rank)));
-    return [el("div", { class: "scroll", tabindex: 0 }, el("table", {}, el("tr", {}, el("th", {}, "after"), el("th", {}, "predicts"), el("th", { class: "n" }, "p"), el("th", { class: "n" }, "p(token)"), el("th", { class: "n" }, "rank")), levels.map(row))),
-      el("p", { class: "hint" }, "The stream after each layer through the last norm, with that layer's own scale, and the output matrix. p: of what it predicts; p(token), rank: of the actual next token, which from the bold row on is first.")];
+  show("lens", perStep((run, { step }) => {
+    const levels = run.lens[step];
+    const settled = levels.findLastIndex(([, , , rank]) => rank !== 1) + 1;
+    const line = ([best, p, its, rank], n) => el("tr", {
+      class: n === settled ? "first" : n - 1 === state.layer ? "chosen" : "",
+      tabindex: 0,
+      onclick: () => choose({ layer: Math.max(0, n - 1) }),
+      onkeydown: pressed,
+    }, cell(n ? `layer ${n - 1}` : "embedding"), cell(chip(run, best)), cell(number(p), "n"), cell(number(its), "n"),
+    cell(String(rank), "n"));
+    const shown = table(["after", "predicts", "p", "p(token)", "rank"], levels.map(line));
+    return el("div", { class: "scroll", tabindex: 0 }, shown);
   }));
 }
 
 function loraCard() {
-  if (!runs.some((run) => run.lora.length)) return;
-  $("lora").hidden = false;
+  $("lora").hidden = !runs.some((run) => run.lora.length);
   show("lora", perRun((run, { step }) => {
-    if (!run.lora.length) return [el("p", { class: "hint" }, "No adapter is active here.")];
-    const known = run.lora.map((one) => [one, one.module.match(/\.layers\.(\d+)\.(.*)$/)]).filter(([, found]) => found);
-    const kinds = [...new Set(known.map(([, found]) => found[2].replace(/^(self_attn|mlp|block_sparse_moe)\./, "")))];
-    const at = new Map(known.map(([one, found]) => [`${found[1]} ${found[2].replace(/^(self_attn|mlp|block_sparse_moe)\./, "")}`, one]));
-    const value = (l, k) => { const one = at.get(`${l} ${kinds[k]}`); return one ? (step >= 0 && one.steps ? one.steps[step] : one.all) : null; };
-    return grid({ name: "the adapter's part by module", columns: run.layers, rows: kinds.length, rowName: (k) => kinds[k].replace(/_proj$/, "").replace("experts.", ""), value, describe: (l, k) => { const one = at.get(`${l} ${kinds[k]}`); return one ? `${one.module}: ${one.steps && step >= 0 ? `${number(one.steps[step])} here, ` : ""}${number(one.all)} over the text` : "no adapter here"; }, unit: step >= 0 ? "At the position that wrote the token." : "Over the whole text." });
+    const modules = new Map(), kinds = new Set();
+    for (const one of run.lora) {
+      const [, layer, kind] = one.module.match(/\.layers\.(\d+)\.(?:self_attn|mlp|block_sparse_moe)\.(.*)$/) || [];
+      if (kind) modules.set(`${layer} ${kind}`, one), kinds.add(kind);
+    }
+    if (!kinds.size) return hint("No adapter is active here.");
+    const rows = [...kinds];
+    const here = (one) => (step >= 0 && one.steps ? one.steps[step] : one.all);
+    const at = (l, k) => modules.get(`${l} ${rows[k]}`);
+    return grid({
+      name: "the adapter's part by module",
+      columns: run.layers,
+      rows: rows.length,
+      rowName: (k) => rows[k].replace(/_proj$/, "").replace("experts.", ""),
+      value: (l, k) => (at(l, k) ? here(at(l, k)) : null),
+      describe: (l, k) => (at(l, k) ? `${at(l, k).module}: ${number(here(at(l, k)))}` : "no adapter here"),
+      unit: step >= 0 ? "At the position that wrote the token." : "Over the whole text.",
+    });
   }));
 }
 
 function expertsCard() {
-  if (!runs.some((run) => run.experts)) return;
-  $("experts").hidden = false;
+  $("experts").hidden = !runs.some((run) => run.experts);
   show("experts", perRun((run, { row }) => {
-    if (!run.experts || row < 0) return [el("p", { class: "hint" }, run.experts ? "Not kept for this position." : "This model has no experts.")];
-    const count = 1 + Math.max(...run.experts.flat(2).map(([e]) => e));
-    const value = (l, e) => { const found = run.experts[l][row].find(([one]) => one === e); return found ? found[1] : null; };
-    return grid({ name: "the experts that each layer's router chose", columns: run.layers, rows: count, rowName: (e) => `expert ${e}`, value, describe: (l, e) => `layer ${l}, expert ${e}: ${value(l, e) == null ? "not chosen" : `weight ${number(value(l, e))}`}`, unit: "For the position that reads." });
+    if (!run.experts) return hint("This model has no experts.");
+    if (row < 0) return hint("Not kept for this position.");
+    const weight = (l, e) => (run.experts[l][row].find(([expert]) => expert === e) || [])[1];
+    const said = (x) => (x == null ? "not chosen" : `weight ${number(x)}`);
+    return grid({
+      name: "the experts that each layer's router chose",
+      columns: run.layers,
+      rows: 1 + Math.max(...run.experts.flat(2).map(([expert]) => expert)),
+      rowName: (e) => `expert ${e}`,
+      value: weight,
+      describe: (l, e) => `layer ${l}, expert ${e}: ${said(weight(l, e))}`,
+      unit: "For the position that reads.",
+    });
   }));
 }
 
 function render() {
   hideTip();
   const run = active();
-  Object.assign($("run"), { value: state.run });
-  for (const id of ["layer", "head", "mark", "toward"]) $(id).value = state[id];
-  for (const [id, count] of [["layer", run.layers], ["head", run.heads]]) if ($(id).length !== count) { $(id).replaceChildren(...Array.from({ length: count }, (_, i) => el("option", { value: i }, String(i)))); $(id).value = state[id]; }
+  if ($("layer").length !== run.layers) numbers($("layer"), run.layers);
+  if ($("head").length !== run.heads) numbers($("head"), run.heads);
+  for (const id of ["run", "layer", "head", "mark"]) $(id).value = state[id];
   answers();
   headsCard();
   lensCard();
   loraCard();
   expertsCard();
-  Promise.all([markTokens(), mapCard()]).then(() => { document.body.dataset.ready = `${state.run} ${state.token} ${state.layer}.${state.head}`; });
+  Promise.all([markTokens(), mapCard()]).then(() => {
+    document.body.dataset.ready = `${state.run} ${state.token} ${state.layer}.${state.head}`;
+  });
 }
 
+// ---- keys, and the beginning ------------------------------------------------------------------------------------
+
+const KEYS = {
+  ArrowRight: () => ({ token: state.token + 1 }),
+  ArrowLeft: () => ({ token: state.token - 1 }),
+  ArrowDown: () => ({ layer: state.layer + 1 }),
+  ArrowUp: () => ({ layer: state.layer - 1 }),
+  "]": () => ({ head: state.head + 1 }),
+  "[": () => ({ head: state.head - 1 }),
+  m: () => ({ run: (state.run + 1) % runs.length }),
+  a: () => {  // the next answer token, after the last one the first
+    const { start, ids } = active(), next = Math.max(start, state.token + 1);
+    return { token: next < ids.length ? next : start };
+  },
+};
 document.addEventListener("keydown", (event) => {
   if (event.ctrlKey || event.metaKey || event.altKey || /^(SELECT|INPUT)$/.test(event.target.tagName)) return;
-  const run = active(), answer = run.ids.length - run.start, hadToken = event.target.dataset && event.target.dataset.token;
-  const changes = {
-    ArrowRight: { token: state.token + 1 }, ArrowLeft: { token: state.token - 1 }, ArrowDown: { layer: state.layer + 1 }, ArrowUp: { layer: state.layer - 1 },
-    "]": { head: state.head + 1 }, "[": { head: state.head - 1 }, a: answer ? { token: run.start + (state.token < run.start ? 0 : (state.token - run.start + 1) % answer) } : {}, m: { run: (state.run + 1) % runs.length },
-  }[event.key];
   if (event.key === "Escape") hideTip();
-  if (!changes) return;
+  if (!(event.key in KEYS)) return;
   event.preventDefault();
-  choose(changes);
-  const node = document.querySelector(`[data-token="${state.token}"]`);
-  if (hadToken !== undefined) node.focus();
+  const hadToken = event.target.dataset && event.target.dataset.token;
+  choose(KEYS[event.key]());
+  if (hadToken !== undefined) document.querySelector(`[data-token="${state.token}"]`).focus();
 });
-addEventListener("resize", () => markTokens());
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
 
 head();
 // Begin at the first answer token that can be seen, and at the head that did most for it.
-const seen = first.own.findIndex((id) => /[^\s]/.test(new TextDecoder().decode(bytesOf(first, id) || new Uint8Array())));
-if (seen > 0) state.token += seen;
-const strongest = first.attribution.margin.heads[Math.max(0, first.steps.indexOf(queryOf(first, state.token)))].flatMap((row, l) => row.map((v, h) => [v, l, h])).sort((a, b) => b[0] - a[0])[0];
-choose({ layer: strongest[1], head: strongest[2] });
+const isSeen = (id) => /\S/.test(new TextDecoder().decode(bytesOf(first, id) || new Uint8Array()));
+state.token += Math.max(0, first.own.findIndex(isSeen));
+const heads = first.attribution.margin.heads[Math.max(0, first.steps.indexOf(queryOf(first, state.token)))];
+const best = Math.max(...heads.flat());
+const layer = heads.findIndex((row) => row.includes(best));
+choose({ layer, head: heads[layer].indexOf(best) });

@@ -77,7 +77,7 @@ def test_a_hostile_note_is_shown_and_never_run(driver, pages):
     assert "\u202e" not in shown and "\u2028" not in shown
 
 
-def test_choosing_a_head_changes_map_and_arcs(driver, pages):
+def test_choosing_a_head_changes_map_and_marks(driver, pages):
     data = opened(driver, pages / "two.html")
     before, run = pixels(driver), data["runs"][0]
     _, token, head = ready(driver).split()
@@ -86,15 +86,17 @@ def test_choosing_a_head_changes_map_and_arcs(driver, pages):
     ready(driver, f"0 {token} {layer}.{number}")
     assert pixels(driver) != before
     assert one(driver, "#map h2").text.endswith(f"{layer}.{number}")
-    # the map holds the packed weights: its brightest key in the query's row has the strongest arc
-    drawn = [int(arc.get_attribute("data-arc")) for arc in driver.find_elements("css selector", "[data-arc]")]
+    # the map holds the packed weights: the keys of the query's row are marked by their share of the largest
     expected = driver.execute_async_script(
         "const done = arguments[1]; shadesOf(runs[0], state.layer, state.head, arguments[0]).then((s) => done([...s]))",
         int(token) - 1,
     )
     assert expected and len(expected) == int(token) and max(expected) <= 15
-    strong = [k for k, shade in enumerate(expected) if shade > 2 and k != int(token) - 1]
-    assert set(drawn) <= set(strong) and len(drawn) == min(8, len(strong))
+    strong = [k for k, shade in enumerate(expected) if (shade / max(expected)) ** 2 > 0.02]
+    marked = driver.execute_script(
+        "return [...document.querySelectorAll('#tokens [data-token]')].map((n) => n.style.background !== '')"
+    )
+    assert [k for k, mark in enumerate(marked) if mark] == strong
     assert run["windows"][0] == 6
 
 
