@@ -39,7 +39,7 @@ from train.distributed.checkpoint import (
     step_of,
     steps_saved,
 )
-from train.distributed.sharding import Ranks, sum_over_ranks
+from train.distributed.sharding import Ranks, add_gradients, sum_over_ranks
 from train.loss import batch_loss
 from train.optim.optimizer import make_optimizers, named_trainable, rate
 from train.recipe import Recipe
@@ -104,6 +104,7 @@ class Trainer:
             loss, summed = batch_loss(self.model, batch, counts, self.recipe.note_loss)
             loss.backward()
             total += summed
+        add_gradients(named_trainable(self.model).values(), self.ranks)
         loss_value = float(sum_over_ranks(total)) / max(counts[ANSWER], 1)
         tokens = sum(len(row) for row in rows)
         self.done.update(steps=1, tokens=tokens, targets=sum(counts.values()), pairs=sum(row.pairs() for row in rows))

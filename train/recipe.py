@@ -69,6 +69,9 @@ class Recipe:
     """Rows per optimizer step, over all ranks."""
     micro_rows: int = 1
     """Rows computed at once on one rank; the rest of the batch is accumulated."""
+    sharded: bool = True
+    """Divide the weights over the ranks (FSDP). false: every rank holds them whole, and only the adapters' gradients
+    are sent, which is faster where the model fits."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
@@ -175,6 +178,7 @@ class Recipe:
             and not 0 < self.epochs < math.inf,
             f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}": uneven,
             "full trains all weights: leave out adapter and base": self.full and bool(self.adapter or self.base),
+            "sharded = false is for adapters; leave it out": self.full and not self.sharded,
             "fuse is for adapters, and not with compile": self.fuse and (self.full or self.compile),
             "merge_adapter needs adapter, the folder of the adapter to merge": self.merge_adapter and not self.adapter,
             "muon is for full training; use adamw for adapters": self.optimizer == "muon" and not self.full,

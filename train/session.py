@@ -40,7 +40,7 @@ from train.report.card import code_hash, peak_memory, write_card
 # Options that may differ between a run and its resumption.
 UNIMPORTANT = set(
     "out resume allow_changed save_every keep_last device threads on_bad_step micro_rows checkpoint_blocks compile "
-    "fuse".split()
+    "fuse sharded".split()
 )
 
 
@@ -190,20 +190,21 @@ def load_model(
                 f"width: {odd[0]}",
                 file=sys.stderr,
             )
+    holders = ranks if recipe.sharded else Ranks(device=ranks.device)  # who hold the weights together
     shapes = base_shapes(model)
     read = ranks.run_on_all(
         lambda: (
-            from_checkpoint(open_checkpoint(base), shapes, ranks)
+            from_checkpoint(open_checkpoint(base), shapes, holders)
             if base
             else fresh(recipe.seed, shapes, config.num_hidden_layers)
         )
     )
     compute = getattr(torch, recipe.dtype)
-    sharded = ranks.world > 1 or parameter_dtype(recipe) != compute
+    sharded = holders.world > 1 or parameter_dtype(recipe) != compute
     if sharded:
         shard(model, ranks, compute if recipe.full else None)
     model.to_empty(device=ranks.device)
-    load_sharded(model, ranks, read, adapter, recipe.seed)
+    load_sharded(model, holders, read, adapter, recipe.seed)
     if not sharded:
         pack_weights(model)
     return model, base

@@ -68,7 +68,9 @@ def put_scales(held: QuantizedWeight, scales: list[Tensor], mine: slice, ranks: 
     whole_OG = torch.zeros(held.shape[0], held.scales.numel() // held.shape[0])
     if scales:
         whole_OG[mine] = torch.cat(scales).view(-1, whole_OG.shape[1])
-    whole = sum_over_ranks(whole_OG.to(ranks.device)).cpu().flatten()
+    whole = whole_OG.flatten()
+    if ranks.world > 1:
+        whole = sum_over_ranks(whole.to(ranks.device)).cpu()
     if held.kind == "int8":
         held.scales.copy_(whole)
         return

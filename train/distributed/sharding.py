@@ -9,7 +9,7 @@ otherwise, so the factor is set to 1 on every group.
 from __future__ import annotations
 
 import os
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -142,6 +142,17 @@ def sum_over_ranks(value: Tensor) -> Tensor:
     if dist.is_available() and dist.is_initialized() and dist.get_world_size() > 1:
         dist.all_reduce(value)
     return value
+
+
+def add_gradients(params: Iterable[Tensor], ranks: Ranks) -> None:
+    """Add up the gradients of parameters that every rank holds whole; FSDP2 adds those of sharded ones."""
+    held = [param for param in params if not hasattr(param, "device_mesh")]
+    if ranks.world == 1 or not held:
+        return
+    grads = [torch.zeros_like(param) if param.grad is None else param.grad for param in held]
+    sum_M = sum_over_ranks(torch.cat([grad.flatten() for grad in grads]))
+    for param, part in zip(held, sum_M.split([param.numel() for param in held]), strict=True):
+        param.grad = part.view_as(param)
 
 
 def local(tensor: Tensor) -> Tensor:

@@ -75,6 +75,7 @@ def test_any_number_of_ranks_gives_the_same_losses_and_gradients(notes, document
     cases = {
         "sgd and dropout": ({**sgd, "dropout": 0.2}, str(notes.path), "instruct"),
         "adamw": ({**SHARED, "optimizer": "adamw", "learning_rate": 1e-2}, str(notes.path), "instruct"),
+        "whole": ({**sgd, "dropout": 0.2, "sharded": False}, str(notes.path), "instruct"),
         "packed": ({**sgd, "steps": 3, "packing": "documents"}, str(documents.path), "pretrain"),
         "full": ({**sgd, "steps": 3, "full": True, "learning_rate": 0.05}, str(documents.path), "pretrain"),
     }
