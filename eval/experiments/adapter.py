@@ -24,6 +24,7 @@ from eval.experiments.steps import (
     extraction,
     public_base,
     records_of,
+    training,
     training_dtype,
 )
 from model.support import cli
@@ -69,7 +70,7 @@ def stages(run: Run) -> None:
     def stage(program: str, name: str, train: str, valid: str, adapter: Path | None = None) -> list[str]:
         files = {"data": data / train, "valid_data": data / valid, "out": run.out / name}
         recipe = RECIPES / f"released-{program}.toml"
-        return argv(f"train.{program}", recipe, weights=base, dtype=dtype, **files, adapter=adapter)
+        return training(f"train.{program}", recipe, weights=base, dtype=dtype, **files, adapter=adapter)
 
     pretrained = run.out / "pretrained" / "adapter"
     run.step("continued pre-training", stage("pretrain", "pretrained", "pretrain.jsonl", "pretrain_valid.jsonl"))

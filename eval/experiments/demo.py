@@ -18,7 +18,17 @@ from typing import Any, Literal
 
 from eval.baselines import MajorityBaseline, RegexBaseline
 from eval.experiments.programs import PARTS, Demo, experiment
-from eval.experiments.steps import RECIPES, Run, argv, begin, check_folder, public_base, records_of, split
+from eval.experiments.steps import (
+    RECIPES,
+    Run,
+    argv,
+    begin,
+    check_folder,
+    public_base,
+    records_of,
+    split,
+    training,
+)
 from eval.report.build import terminal_table, write
 from infer.released import adapter as released
 from model.support import cli as command
@@ -177,7 +187,8 @@ def recipe(run: Run, stage: str, name: str, file: str, **more: Any) -> list[str]
     valid = "valid" if kind == "instruct" else "pretrain_valid"
     demo = Demo(run.out, run.scale)
     files = {"data": demo.data(file), "valid_data": demo.data(valid), "out": run.out / name}
-    return argv(f"train.{stage}", demo.recipe(kind), **files, dtype=demo.dtype, **more)
+    command = training if run.scale == "full" else argv
+    return command(f"train.{stage}", demo.recipe(kind), **files, dtype=demo.dtype, **more)
 
 
 def adapters(run: Run, scale: Scale) -> None:

@@ -121,6 +121,15 @@ def argv(program: str, *arguments: Any, **options: Any) -> list[str]:
     return words
 
 
+def training(program: str, *arguments: Any, **options: Any) -> list[str]:
+    """The command of a training program. On a CPU of several cores it is two ranks, each with the whole model and a
+    core: a small model's products are too small to be divided."""
+    command = argv(program, *arguments, **options)
+    if torch.cuda.is_available() or (os.cpu_count() or 1) < 2:
+        return command
+    return [*argv("torch.distributed.run", standalone=True, nproc_per_node=2), "-m", *command, "--sharded", "False"]
+
+
 def extraction(weights: str, adapter: Path | str | None, notes: Path | str, out: Path | str, **how: Any) -> list[str]:
     """The command of infer.extract that asks a tuned model."""
     asked = {"form": "template", "places": LONG["places"]} | how
