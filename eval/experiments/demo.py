@@ -30,7 +30,7 @@ from eval.experiments.steps import (
     training,
 )
 from eval.report.build import terminal_table, write
-from infer.released import adapter as released
+from infer import released
 from model.support import cli as command
 from model.support.files import read_json, write_json, write_jsonl
 from model.support.hardware import host
@@ -123,6 +123,10 @@ def main(options: Options) -> int:
 def pipeline(run: Run, scale: Scale) -> None:
     """Every step, in order, and the report."""
     began, out = time.monotonic(), run.out
+    if run.scale == "full":
+        write_jsonl(out / "sample.jsonl", records_of(released.SAMPLES)[:1])
+        first = argv("infer.quick", notes=out / "sample.jsonl", out=out / "quick")
+        run.step("a note, answered by the released adapter", first)
     data(run, scale)
     base(run, scale)
     adapters(run, scale)
@@ -221,7 +225,7 @@ def asked(scale: Scale, demo: Demo) -> list[tuple[str, str, str, bool]]:
         systems.append(("base + tuning", "tuned-only", demo.adapter("tuned-only"), False))
     systems.append((BOTH, "tuned", demo.adapter("tuned"), False))
     if not scale.vocab:
-        systems.append((RELEASED, "released", str(released()), False))
+        systems.append((RELEASED, "released", str(released.adapter()), False))
     return systems
 
 
