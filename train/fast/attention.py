@@ -1,12 +1,12 @@
-"""Attention for training rows, by segments: hardly more than the pairs of tokens that see each other are computed.
+"""Attention for training rows, document by document: little more is computed than pairs that see each other.
 
-A row of train/data/rows.py holds documents; a document is a trunk and branches, each a run of tokens with running
-positions. A mask over the whole row computes T² pairs, of which most are then masked out. Here (n trunk tokens,
+A row of train/data/rows.py holds documents; a document is a prefix and branches, each a run of tokens with running
+positions. A mask over the whole row computes T² pairs, of which most are then masked out. Here (n prefix tokens,
 branches of m) the row's queries are taken about a hundred at a time, each with all the keys that any of them sees, and
 a mask:
 
-    a piece of the trunk        on the trunk up to its end
-    some whole branches         on the trunk and on these branches
+    a piece of the prefix       on the prefix up to its end
+    some whole branches         on the prefix and on these branches
 
 A note of 400 tokens with eight questions of 40: 252,160 pairs in place of 518,400, of which 214,400 are needed;
 fewer and larger products pay better than the last of them. A query's keys are all in one product, so that its softmax
@@ -60,19 +60,19 @@ Placed = tuple[int, Part, Tensor]  # (row, part, its bias for every query head o
 
 
 @dataclass(frozen=True)
-class Segment:
-    """One document of one row: where its trunk and each of its branches lie."""
+class Document:
+    """Where a document's prefix and each of its branches lie in a row."""
 
     row: int
-    trunk: slice
+    prefix: slice
     branches: tuple[slice, ...]
 
     def parts(self) -> list[Part]:
         """Every query of the document once."""
         made = []
-        for start in range(self.trunk.start, self.trunk.stop, QUERIES):
-            stop = min(start + QUERIES, self.trunk.stop)
-            made.append(Part(slice(start, stop), (slice(self.trunk.start, stop),), causal(stop - start)))
+        for start in range(self.prefix.start, self.prefix.stop, QUERIES):
+            stop = min(start + QUERIES, self.prefix.stop)
+            made.append(Part(slice(start, stop), (slice(self.prefix.start, stop),), causal(stop - start)))
         group: list[slice] = []
         for branch in self.branches:
             if group and branch.stop - group[0].start > QUERIES:
@@ -82,13 +82,13 @@ class Segment:
         return [*made, self.beside(group)] if group else made
 
     def beside(self, group: list[slice]) -> Part:
-        """Whole branches on the trunk and on themselves; they do not see each other."""
+        """Whole branches on the prefix and on themselves; they do not see each other."""
         own = slice(group[0].start, group[-1].stop)
         bias_tt = torch.full((own.stop - own.start,) * 2, float("-inf"))
         for branch in group:
             rows = slice(branch.start - own.start, branch.stop - own.start)
             bias_tt[rows, rows] = causal(branch.stop - branch.start)
-        keys = (slice(self.trunk.start, own.stop),) if own.start == self.trunk.stop else (self.trunk, own)
+        keys = (slice(self.prefix.start, own.stop),) if own.start == self.prefix.stop else (self.prefix, own)
         return Part(own, keys, bias_tt)
 
 
@@ -97,24 +97,24 @@ def causal(tokens: int) -> Tensor:
     return torch.full((tokens, tokens), float("-inf")).triu_(1)
 
 
-def segments(visible: Visible, window: int | None) -> list[Segment] | None:
+def find_documents(visible: Visible, window: int | None) -> list[Document] | None:
     """The documents of these rows, or None where they are not runs of tokens in reach of each other."""
     if visible.layout is None or visible.offset or visible.layout is not visible.key_layout:
         return None
     rows = zip(
         *(x.tolist() for x in (visible.layout.document_BT, visible.layout.branch_BT, visible.position_BT)), strict=True
     )
-    found: list[Segment] = []
+    found: list[Document] = []
     for row, (document_T, branch_T, position_T) in enumerate(rows):
         runs = cut(document_T, branch_T, position_T)
         if runs is None or (window is not None and max(position_T) >= window):
             return None
-        found += [Segment(row, trunk, tuple(branches)) for trunk, branches in runs]
+        found += [Document(row, prefix, tuple(branches)) for prefix, branches in runs]
     return found
 
 
 def cut(document_T: list[int], branch_T: list[int], position_T: list[int]) -> list[tuple[slice, list[slice]]] | None:
-    """One row's (trunk, branches) by document; None where positions do not run on within trunk and branches."""
+    """One row's (prefix, branches) by document; None where positions do not run on within prefix and branches."""
     found: list[tuple[slice, list[slice]]] = []
     seen: set[int] = set()
     start, length = 0, len(document_T)
@@ -131,17 +131,17 @@ def cut(document_T: list[int], branch_T: list[int], position_T: list[int]) -> li
             elif document == document_T[start - 1] and branch_T[start]:
                 found[-1][1].append(run)
             else:
-                return None  # a document in pieces, or a trunk behind its branches
-            trunk = found[-1][0]
+                return None  # a document in pieces, or a prefix behind its branches
+            prefix = found[-1][0]
             if branch_T[start] and position_T[start] != (
-                position_T[trunk.stop - 1] + 1 if trunk.stop > trunk.start else position_T[start]
+                position_T[prefix.stop - 1] + 1 if prefix.stop > prefix.start else position_T[start]
             ):
                 return None
         start = end
     return found
 
 
-class SegmentedAttention(torch.autograd.Function):
+class DocumentAttention(torch.autograd.Function):
     """softmax(q kᵀ / √K) v over the parts; padding gets zeros. q (B, H, T, K), k and v (B, G, T, K).
 
     Scores and weights have q's dtype, as in the plain path; sums and softmax are formed in at least fp32. Queries are
@@ -198,20 +198,20 @@ def weights(q_GNK: Tensor, k_GsK: Tensor, bias_Nt: Tensor) -> Tensor:
     return torch.softmax(score_GNs, -1)
 
 
-class SegmentAttend(FastAttend):
-    """FastAttend, by segments where the rows allow it."""
+class DocumentAttend(FastAttend):
+    """FastAttend, document by document where the rows allow it."""
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        held = visible.memo.setdefault("segments", {})  # the same for every layer of this window
+        held = visible.memo.setdefault("documents", {})  # the same for every layer of this window
         if window not in held:
-            found = segments(visible, window) if q_BHTK.is_cpu else None
+            found = find_documents(visible, window) if q_BHTK.is_cpu else None
             held[window] = found and placed(found, q_BHTK.shape[1] // k_BGSK.shape[1], q_BHTK.dtype)
         if held[window] is None:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, visible, window)
-        return SegmentedAttention.apply(q_BHTK, k_BGSK, v_BGSK, held[window])
+        return DocumentAttention.apply(q_BHTK, k_BGSK, v_BGSK, held[window])
 
 
-def placed(found: list[Segment], ratio: int, dtype: torch.dtype) -> list[Placed]:
+def placed(found: list[Document], ratio: int, dtype: torch.dtype) -> list[Placed]:
     """Every part, with its bias for `ratio` query heads a key."""
     return [
         (one.row, part, part.bias_tt.repeat_interleave(ratio, 0).to(dtype)) for one in found for part in one.parts()

@@ -33,22 +33,20 @@ from model.cache import KVCache
 from model.mask import Visible
 from model.support.hardware import product, suits_onednn
 from model.transformer import Block, RMSNorm, Transformer
-from train.fast.attention import SegmentAttend
+from train.fast.attention import DocumentAttend
 
 
 def matrices(linears: Sequence[nn.Linear], dtype: torch.dtype) -> list[Tensor]:
-    """The frozen weights of layers that read one input: one matrix if they are neighbours in memory (`pack_weights`).
-    Quantized ones are widened for one product each."""
+    """The frozen weights of layers that read one input; one matrix where `pack_weights` has joined them. Quantized ones
+    are widened for one product each."""
     packed = [getattr(linear, "quantized", None) for linear in linears]
     if packed[0] is not None:
         return [one.dequantize(dtype) for one in packed]  # type: ignore[union-attr]
     weights = [linear.weight for linear in linears]
-    ends = [weight.data_ptr() + weight.nbytes for weight in weights]
-    beside = ends[:-1] == [weight.data_ptr() for weight in weights[1:]]
-    if len(weights) == 1 or not beside or len({weight.untyped_storage().data_ptr() for weight in weights}) > 1:
-        return weights
-    rows = sum(len(weight) for weight in weights)
-    return [torch.as_strided(weights[0].detach(), (rows, weights[0].shape[1]), (weights[0].shape[1], 1))]
+    joined_OD, parts = getattr(linears[0], "joined", (None, ()))
+    if joined_OD is None or any(weight is not part for weight, part in zip(weights, parts, strict=True)):
+        return weights  # also after a merge, which puts new weights in their place
+    return [joined_OD]
 
 
 def pack_weights(model: Transformer) -> None:
@@ -62,6 +60,7 @@ def pack_weights(model: Transformer) -> None:
                     whole_OD = torch.cat([weight.detach() for weight in weights])
                     for weight, part_OD in zip(weights, whole_OD.split([len(w) for w in weights]), strict=True):
                         weight.data = part_OD
+                    linears[0].joined = whole_OD, weights  # type: ignore[assignment]
 
 
 def adapters(linears: Sequence[nn.Linear]) -> list[Tensor | None]:
@@ -292,7 +291,7 @@ class FastBlock(Block):
         self.last = last
         for name, child in block.named_children():
             self.add_module(name, child)
-        self.self_attn.attend = SegmentAttend()
+        self.self_attn.attend = DocumentAttend()
         self.training = block.training
 
     def groups(self) -> list[list[nn.Linear]]:

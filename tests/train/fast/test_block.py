@@ -1,4 +1,4 @@
-"""The fast block and attention by segments are the plain ones: results and gradients, in fp64 and against fp64."""
+"""The fast block and its attention are the plain ones: results and gradients, in fp64 and against fp64."""
 
 from dataclasses import replace
 
@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tiny_runs import CONFIG, RECIPE, tiny
 
 from infer.engine.fuse import FusedBlock
-from lora import DropoutPlan
+from lora import DropoutPlan, merge_lora
 from lora.adapter import adapted
 from lora.quantized import quantize_base
 from model.attention import PlainAttend
@@ -20,7 +20,7 @@ from model.transformer import Block
 from train.data.dataset import Rows
 from train.data.rows import IGNORE, Row, collate, count, note_document
 from train.distributed.sharding import Ranks
-from train.fast.attention import SegmentAttend, segments
+from train.fast.attention import DocumentAttend, find_documents
 from train.fast.block import FastBlock, fast_blocks, matrices, pack_weights, product, training_blocks
 from train.loop import Trainer
 from train.loss import batch_loss
@@ -102,10 +102,12 @@ def test_a_block_has_four_products_each_way_and_the_last_one_only_those_that_are
     assert 0 < read < every
     forward = [every] * 4 * (CONFIG.num_hidden_layers - 1) + [every, read, read, read]
     assert seen == forward + [read, read, read, every] + [every] * (4 * (CONFIG.num_hidden_layers - 1) - 1)
-    model.model.layers[0].self_attn.k_proj.weight.data.zero_()
-    assert len(matrices([*model.model.layers[0].groups()[0]], torch.float64)) == 1
-    model.model.layers[0].self_attn.k_proj.weight.data = torch.zeros_like(model.model.layers[0].self_attn.k_proj.weight)
-    assert len(matrices([*model.model.layers[0].groups()[0]], torch.float64)) == 3
+    three = model.model.layers[0].groups()[0]
+    three[1].weight.data.zero_()
+    (joined_OD,) = matrices(three, torch.float64)
+    assert torch.equal(joined_OD, torch.cat([linear.weight for linear in three]))
+    merge_lora(model)  # its weights are new parameters
+    assert [id(one) for one in matrices(three, torch.float64)] == [id(linear.weight) for linear in three]
 
 
 def test_no_gradient_below_the_first_adapter_and_recomputed_blocks_agree(notes):
@@ -172,8 +174,8 @@ pieces = st.lists(st.integers(1, 90), max_size=4).flatmap(
 
 @given(st.lists(st.lists(pieces, min_size=1, max_size=3), min_size=1, max_size=3), st.sampled_from([None, 5, 400]))
 @settings(deadline=None, max_examples=40)
-def test_segments_hold_exactly_the_pairs_that_see_each_other(rows, window):
-    """Attention by segments against the definition: result and gradients to 1e-12, whatever stands in the rows."""
+def test_documents_hold_exactly_the_pairs_that_see_each_other(rows, window):
+    """Against the definition: result and gradients to 1e-12, whatever stands in the rows."""
     made = [
         Row(
             tuple(
@@ -190,12 +192,12 @@ def test_segments_hold_exactly_the_pairs_that_see_each_other(rows, window):
     generator = torch.Generator().manual_seed(0)
     q, k, v, grad = (torch.randn(B, H, T, 4, dtype=torch.float64, generator=generator) for H in (4, 2, 2, 4))
     found = []
-    for attend in (PlainAttend(), SegmentAttend()):
+    for attend in (PlainAttend(), DocumentAttend()):
         inputs = [x.clone().requires_grad_() for x in (q, k, v)]
         out = attend(*inputs, visible, window) * real_B1T1
         found.append([out, *torch.autograd.grad(out, inputs, grad)])
-    by_segments = window is None or int(batch.positions.max()) < window
-    assert (segments(visible, window) is not None) == by_segments
+    by_documents = window is None or int(batch.positions.max()) < window
+    assert (find_documents(visible, window) is not None) == by_documents
     for ours, theirs in zip(found[1], found[0], strict=True):
         assert float((ours - theirs).detach().abs().max()) <= 1e-12 * float(theirs.detach().abs().max())
 
@@ -204,8 +206,8 @@ def test_running_rows_are_one_document(documents):
     rows = Rows(documents, replace(RECIPE, packing="concatenate", block=120), "pretrain")
     batch = collate([rows[0]])
     visible = Visible((batch.positions, batch.layout), (batch.positions, batch.layout), 0)
-    found = segments(visible, None)
-    assert found is not None and [s.trunk for s in found] == [slice(0, 120)]
+    found = find_documents(visible, None)
+    assert found is not None and [one.prefix for one in found] == [slice(0, 120)]
 
 
 def test_a_run_with_the_gpus_kernels_takes_the_plain_steps(notes):
