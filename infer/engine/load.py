@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -15,11 +16,11 @@ from torch import Tensor, nn
 from infer.engine.fuse import fuse
 from infer.engine.memory import Load, Plan, fit, read_size
 from lora import load_adapter, merge_lora
-from lora.adapter import LoRAConfig
 from lora.origin import check_origin
-from lora.peft import PREFIX, AdapterFile, check_tensors, read_config
+from lora.peft import AdapterFile, check_tensors, read_config
 from model import ModelConfig, Tokenizer, Transformer
-from model.checkpoints.weights import load_weights, open_checkpoint
+from model.checkpoints.safetensors import Stored
+from model.checkpoints.weights import Checkpoint, load_weights, open_checkpoint
 from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
 from model.quantize.rotation import Rotation, mixes_inputs, mixes_rows
 from model.support.cli import UserError, nearest
@@ -101,17 +102,17 @@ def load_quantized(
     """
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_pretrained(weights))
-    updates = [Update(model, adapter) for adapter in merged]
-    rotation = Rotation(model.config, cache(open_checkpoint(weights).read)) if form == "w8a8" else None
+    checkpoint = merged_checkpoint(model, weights, merged)
+    rotation = Rotation(model.config, cache(checkpoint.read)) if form == "w8a8" else None
 
     def keep(path: str, pieces: Iterator[tuple[slice, Tensor]]) -> nn.Module | None:
         module = model.get_submodule(path)
+        in_order = (piece for _, piece in pieces)
         if isinstance(module, nn.Embedding):
-            return embedding(path, module, (piece for _, piece in pieces))
+            return embedding(path, module, in_order)
         if not (isinstance(module, nn.Linear) and is_quantizable(path)):
             return None
-        changed = (added(path, rows, piece) for rows, piece in pieces)
-        return quantized(path, changed, (module.out_features, module.in_features))
+        return quantized(path, in_order, (module.out_features, module.in_features))
 
     def quantized(path: str, pieces: Iterable[Tensor], shape: tuple[int, int]) -> QuantizedLinear:
         mixed = rotation is not None and mixes_inputs(path)
@@ -135,15 +136,31 @@ def load_quantized(
                 pass
         return CastEmbedding(torch.cat(rows).to(device), dtype)
 
-    def added(path: str, rows: slice, piece_MD: Tensor) -> Tensor:
-        for update in updates:
-            piece_MD = update.add(path, rows, piece_MD)
-        return piece_MD
-
-    load_weights(model, weights, dtype, device, keep)
+    load_weights(model, checkpoint, dtype, device, keep)
     if rotation is not None:
         rotation.finish(model)
     return model
+
+
+def merged_checkpoint(
+    model: Transformer, weights: str | Path, adapters: Sequence[str | Path], dtype: torch.dtype | None = None
+) -> Checkpoint:
+    """The checkpoint of a model, with adapters merged in the order given as it is read: of the weights in `dtype`,
+    rounded to it, or of the file's, unrounded (None). Raises UserError where an adapter is another model's."""
+    from lora.merge import merge_checkpoint  # a program too, whose command line a bare CUDA image cannot read
+
+    checkpoint = open_checkpoint(weights)
+    if adapters and dtype is not None:
+        checkpoint = replace(checkpoint, tensors={name: cast(t, dtype) for name, t in checkpoint.tensors.items()})
+    for adapter in adapters:
+        config, tensors = read_config(adapter), AdapterFile(adapter)
+        check_tensors(model, tensors, config, adapter)
+        checkpoint = merge_checkpoint(checkpoint, config, tensors, dtype)
+    return checkpoint
+
+
+def cast(stored: Stored, dtype: torch.dtype) -> Stored:
+    return replace(stored, read=lambda rows: stored.read(rows).to(dtype))
 
 
 def rotated(rotation: Rotation, path: str, pieces: Iterable[Tensor], shape: tuple[int, int]) -> Iterator[Tensor]:
@@ -200,19 +217,3 @@ def dtype_for(options: Any, rows: int, known: str | None = None) -> str:
     chosen = str(decode_dtype(rows, device)).removeprefix("torch.")
     print(f"dtype auto: {chosen}, measured for steps of 1 to {rows} rows", file=sys.stderr)
     return chosen
-
-
-class Update:
-    """An adapter that is added to weights while they are read."""
-
-    def __init__(self, model: Transformer, path: str | Path) -> None:
-        self.config: LoRAConfig = read_config(path)
-        self.tensors = AdapterFile(path)
-        check_tensors(model, self.tensors, self.config, path)
-
-    def add(self, path: str, rows: slice, piece_MD: Tensor) -> Tensor:
-        a_RD = self.tensors.get(f"{PREFIX}{path}.lora_A.weight")
-        if a_RD is None:
-            return piece_MD
-        b_MR = self.tensors[f"{PREFIX}{path}.lora_B.weight"][rows]
-        return piece_MD.float() + (b_MR.float() @ a_RD.float()) * self.config.scale(path)

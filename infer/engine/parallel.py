@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from dataclasses import replace
 from datetime import timedelta
 from functools import cache
 from pathlib import Path
@@ -29,12 +28,9 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ColwiseParallel, ParallelStyle, RowwiseParallel, parallelize_module
 
-from infer.engine.load import DTYPES
-from lora.merge import merge_checkpoint
-from lora.peft import AdapterFile, check_tensors, read_config
+from infer.engine.load import DTYPES, merged_checkpoint
 from model import ModelConfig, Tokenizer, Transformer
-from model.checkpoints.safetensors import Stored
-from model.checkpoints.weights import Checkpoint, open_checkpoint, select
+from model.checkpoints.weights import Checkpoint, select
 from model.support.cli import UserError
 
 OUTPUTS, INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "w3"), ("o_proj", "down_proj", "w2")
@@ -106,13 +102,7 @@ def load_parallel(
     tokenizer = Tokenizer.from_pretrained(weights)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_pretrained(weights))
-    checkpoint = open_checkpoint(weights)
-    if adapters:  # merged in the model's dtype, not in the file's
-        checkpoint = replace(checkpoint, tensors={name: cast(t, kind) for name, t in checkpoint.tensors.items()})
-    for adapter in adapters:
-        config, tensors = read_config(adapter), AdapterFile(adapter)
-        check_tensors(model, tensors, config, adapter)
-        checkpoint = merge_checkpoint(checkpoint, config, tensors, kind)
+    checkpoint = merged_checkpoint(model, weights, adapters, kind)
     checkpoint = select(checkpoint, {name: tuple(p.shape) for name, p in model.named_parameters()})
     shard(model, mesh)
     device = torch.device(mesh.device_type)
@@ -120,10 +110,6 @@ def load_parallel(
         place, _, leaf = name.rpartition(".")
         setattr(model.get_submodule(place), leaf, read_part(checkpoint, name, parameter, kind, device))
     return model.requires_grad_(False).eval(), tokenizer
-
-
-def cast(stored: Stored, dtype: torch.dtype) -> Stored:
-    return replace(stored, read=lambda rows: stored.read(rows).to(dtype))
 
 
 def read_part(

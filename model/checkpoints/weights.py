@@ -202,7 +202,7 @@ def _read_index(index: Path) -> dict[str, str]:
 
 def load_weights(
     model: nn.Module,
-    path: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Checkpoint,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
     keep: Keep | None = None,
@@ -217,7 +217,8 @@ def load_weights(
     or once they are in `dtype`.
     """
     wanted = dict(model.named_parameters())
-    checkpoint = select(open_checkpoint(path), {name: tuple(p.shape) for name, p in wanted.items()})
+    opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
+    checkpoint = select(opened, {name: tuple(p.shape) for name, p in wanted.items()})
     from tqdm import tqdm
 
     for name in tqdm(checkpoint.tensors, desc="loading", unit="tensor", disable=None, leave=False):
