@@ -108,12 +108,7 @@ def read_texts(path: Path, limit: int = 0) -> list[str]:
             return [path.read_text(encoding="utf-8")]
         except UnicodeDecodeError as error:
             raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    texts = []
-    for number, record in islice(read_jsonl(path, ("text",)), limit or None):
-        if not isinstance(record["text"], str):
-            raise UserError(f"{path}:{number}: 'text' is not a string")
-        texts.append(record["text"])
-    return texts
+    return [record["text"] for _, record in islice(read_jsonl(path, ("text",)), limit or None)]
 
 
 def main(options: Options) -> None:

@@ -17,7 +17,7 @@ answers in the same order:
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -76,10 +76,8 @@ def read_references(path: str | Path) -> list[Json]:
     """The annotated notes of a file, phenotypes as lists. Raises UserError for a line without id, text or truth, of
     another form, or whose id occurred before."""
     records, seen = [], set()
-    for number, record in read_checked(path, ("id", "text"), "questions"):
+    for number, record in read_jsonl(path, ("id", "text"), lambda record: replies(record, "questions")):
         where = f"{path}:{number}"
-        if not isinstance(record["text"], str):
-            raise UserError(f"{where}: 'text' is a {type(record['text']).__name__}, not the note's text")
         if not {"phenotypes", "diagnosis", "questions"} & set(record):
             raise UserError(f"{where}: no 'phenotypes', no 'diagnosis' and no 'questions': give annotated notes")
         if record["id"] in seen:
@@ -94,16 +92,7 @@ def read_references(path: str | Path) -> list[Json]:
 
 def read_predictions(path: str | Path) -> list[Json]:
     """A file of predictions. Raises UserError for a line of another form."""
-    return [record for _, record in read_checked(path, ("id",), "answers")]
-
-
-def read_checked(path: str | Path, required: tuple[str, ...], own: str) -> Iterator[tuple[int, Json]]:
-    for number, record in read_jsonl(path, required):
-        try:
-            replies(record, own)
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
-        yield number, record
+    return [record for _, record in read_jsonl(path, ("id",), lambda record: replies(record, "answers"))]
 
 
 # ---- forms ----------------------------------------------------------------------------------------------------

@@ -205,14 +205,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, canaries: Sequence[Canary]
 def run_canaries(options: Canaries) -> dict[str, Any]:
     """Train and measure what is not yet done; writes result.json and returns it."""
     read_toml(options.recipe)  # before the base is measured
-    records = []
-    for place, record in read_jsonl(options.data):
-        try:
-            text_of(record)
-        except ValueError as error:
-            raise UserError(f"{options.data}:{place}: {error}") from error
-        records.append(record)
-    records = records[: options.records or None]
+    records = [record for _, record in read_jsonl(options.data, check=text_of)][: options.records or None]
     if max(options.counts) > len(records):
         raise UserError(
             f"{options.data}: {len(records)} notes cannot hold a canary {max(options.counts)} times; give "

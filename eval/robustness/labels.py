@@ -143,14 +143,8 @@ def corrupt(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) ->
 
 def training_notes(path: Path) -> list[Record]:
     """The records of a file. Raises UserError where train.instruct could not learn from one."""
-    records = []
-    for number, record in read_jsonl(path, ("id", "text", "phenotypes")):
-        try:
-            training.questions(record, "both")
-        except ValueError as error:
-            raise UserError(f"{path}:{number}: {error}") from error
-        records.append(record)
-    return records
+    lines = read_jsonl(path, ("id", "text", "phenotypes"), lambda record: training.questions(record, "both"))
+    return [record for _, record in lines]
 
 
 def run_labels(options: Labels) -> dict[str, Any]:

@@ -17,7 +17,7 @@ import shutil
 import stat
 import tempfile
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -239,18 +239,28 @@ def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
         raise UserError(f"{path}: empty: it holds no record; give one JSON object a line")
 
 
-def read_jsonl(path: str | os.PathLike[str], required: Iterable[str] = ()) -> Iterator[tuple[int, dict[str, Any]]]:
+def read_jsonl(
+    path: str | os.PathLike[str],
+    required: Iterable[str] = (),
+    check: Callable[[dict[str, Any]], object] = lambda record: None,
+) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield (line number from 1, object) for every line of a JSON-lines file (or .jsonl.gz); blank lines are passed
-    over. Raises UserError as `numbered_lines` and `parse_json_line` do."""
+    over. Raises UserError as `numbered_lines` and `parse_json_line` do, and where `check` raises a ValueError."""
     fields = tuple(required)
     for number, line in numbered_lines(path):
-        yield number, parse_json_line(path, number, line, fields)
+        record = parse_json_line(path, number, line, fields)
+        try:
+            check(record)
+        except ValueError as error:
+            raise UserError(f"{path}:{number}: {error}") from error
+        yield number, record
 
 
 def parse_json_line(
     path: str | os.PathLike[str], number: int, line: bytes, required: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """One line of a JSON-lines file as an object with the `required` fields; `id` and `patient` as text.
+    """One line of a JSON-lines file as an object with the `required` fields; `id`, `patient` and a required `text` as
+    text.
 
     Raises UserError, naming file and line, for what is no JSON object, for half of a surrogate pair or NaN (both can be
     read and not be written again), for an id that is neither text nor a whole number, and for a line beyond
@@ -284,6 +294,8 @@ def parse_json_line(
     missing = [field for field in required if field not in record]
     if missing:
         raise UserError(f"{where}: lacks the field {', '.join(map(repr, missing))}")
+    if "text" in required and not isinstance(record["text"], str):
+        raise UserError(f"{where}: 'text' is not text")
     for field in {"id", "patient"} & record.keys():
         value = record[field]
         if isinstance(value, int) and not isinstance(value, bool):

@@ -83,5 +83,5 @@ def test_texts_are_read_and_refused(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "one"}\n{"text": "two"}\n')
     assert read_texts(tmp_path / "a.jsonl", 1) == ["one"]
     (tmp_path / "b.jsonl").write_text('{"text": 3}\n')
-    with pytest.raises(UserError, match="b.jsonl:1: 'text' is not a string"):
+    with pytest.raises(UserError, match="b.jsonl:1: 'text' is not text"):
         read_texts(tmp_path / "b.jsonl")
