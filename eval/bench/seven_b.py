@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import os
 import shutil
-import sys
 import tempfile
 import time
 from pathlib import Path
@@ -24,7 +23,6 @@ from model.support.files import read_json
 
 SHAPE = Path("train/recipes/mistral-7b.json")
 PAPER = 5550.0  # MB
-A100 = {"read": 2.0e12, "products": 312e12}  # bytes and bf16 operations a second
 
 
 def rows(
@@ -47,7 +45,6 @@ def rows(
         write_adapter(path, Path(scratch) / "adapter")
         drop_cache(path)
         found = in_own_process(measure, Path(scratch), tokens, new, memory, form)
-    print(found["a100"], file=sys.stderr)
     setting = (
         f"{layers} layers of {width}, {size / 1e9:.1f} GB in bf16 streamed into {found['form']} in "
         f"{found['load']:.0f} s, LoRA r 8 on all linear layers, {tokens} tokens in, {new} out, {found['cache']} cache, "
@@ -148,8 +145,8 @@ def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dic
     import torch
 
     from infer.engine.generate import Generator
-    from infer.engine.load import DTYPES, load, plan_for
-    from infer.engine.memory import Load, fit, rooflines
+    from infer.engine.load import load, plan_for
+    from infer.engine.memory import Load, rooflines
     from model.support.hardware import product_rate, read_rate
 
     path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Load(tokens, new)
@@ -169,10 +166,7 @@ def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dic
     decoded = time.perf_counter() - first
     peak = resident(peak=True)
     rates = {"read": read_rate() * 1e9, "products": product_rate(torch.bfloat16) * 1e9}
-    on_gpu = fit(path, adapter, PAPER * 1e6, asked, "auto", DTYPES["bfloat16"], "cuda")
-    here, there = (
-        rooflines(model.config, form, asked.tokens, **rate) for form, rate in ((plan.form, rates), (on_gpu.form, A100))
-    )
+    decode_limit, prefill_limit = rooflines(model.config, plan.form, asked.tokens, **rates)
     kept = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return {
         "cache": str(plan.cache).removeprefix("torch."),
@@ -181,11 +175,9 @@ def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dic
         "load": loaded,
         "peak": peak,
         "prefill": first - began,
-        "prefill_limit": here[1],
+        "prefill_limit": prefill_limit,
         "threads": torch.get_num_threads(),
         "decode": count / decoded,
-        "decode_limit": here[0],
+        "decode_limit": decode_limit,
         "kept": sum(kept.values()) / 1e6,
-        "a100": f"on an A100 (not run): {on_gpu.describe(PAPER * 1e6)}; limits {there[0]:.0f} tokens/s, "
-        f"{there[1] * 1e3:.0f} ms to the first token",
     }

@@ -15,6 +15,7 @@ Adapters are merged on the way in. `torch.distributed` is imported here alone.
 
 from __future__ import annotations
 
+import atexit
 import os
 from collections.abc import Sequence
 from datetime import timedelta
@@ -46,6 +47,7 @@ def join() -> None:
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", 0)) % torch.cuda.device_count())
         backend = "cpu:gloo,cuda:nccl"
     dist.init_process_group(backend, timeout=timedelta(days=7))
+    atexit.register(dist.destroy_process_group)
 
 
 def wait() -> None:
