@@ -332,7 +332,7 @@ def test_files_of_another_form_are_refused_with_their_line(tmp_path, read, chang
 
 def test_a_text_that_is_none_is_refused_with_its_line(tmp_path):
     write_jsonl(tmp_path / "m.jsonl", [{"id": "1", "text": 5, "phenotypes": {"tumor_size": "2 cm"}}])
-    with pytest.raises(UserError, match="m.jsonl:1: 'text' is a int"):
+    with pytest.raises(UserError, match="m.jsonl:1: 'text' is not text"):
         read_references(tmp_path / "m.jsonl")
 
 
