@@ -42,7 +42,6 @@ class PlainAttend(nn.Module):
         self.scores, self.pattern = Scores(), Pattern()
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)  # a cache may store a narrower dtype
         pattern_BHTS = self.pattern(self.scores(q_BHTK, k_BGSK, visible, window))
         return torch.matmul(pattern_BHTS, repeat_kv(v_BGSK, q_BHTK.shape[1]))
 

@@ -20,12 +20,12 @@ from model.mask import Layout
 class KVCache:
     """Keys and values of past tokens, for every layer.
 
-    `dtype`: stored dtype (default: that of the layers' keys and values). `slack`: slots beyond the window, so that old
-    ones are dropped many at a time. `length`: filled slots. `dropped`: tokens whose slots were freed.
+    `slack`: slots beyond the window, so that old ones are dropped many at a time. `length`: filled slots. `dropped`:
+    tokens whose slots were freed.
     """
 
-    def __init__(self, config: ModelConfig, dtype: torch.dtype | None = None, slack: int = 256) -> None:
-        self.window, self.dtype, self.slack = config.window, dtype, slack
+    def __init__(self, config: ModelConfig, slack: int = 256) -> None:
+        self.window, self.slack = config.window, slack
         self.keys: list[Tensor | None] = [None] * config.num_hidden_layers
         self.values: list[Tensor | None] = [None] * config.num_hidden_layers
         self.position_BS: Tensor | None = None
@@ -61,9 +61,8 @@ class KVCache:
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
         """Store a layer's new keys and values. Returns all stored ones, (k_BGSK, v_BGSK)."""
-        dtype = self.dtype or k_BGTK.dtype
-        keys = self._append(self.keys[layer], k_BGTK.to(dtype), dim=2)
-        values = self._append(self.values[layer], v_BGTK.to(dtype), dim=2)
+        keys = self._append(self.keys[layer], k_BGTK, dim=2)
+        values = self._append(self.values[layer], v_BGTK, dim=2)
         self.keys[layer], self.values[layer] = keys, values
         return keys[:, :, : self.length], values[:, :, : self.length]
 

@@ -30,7 +30,6 @@ class FastAttend(nn.Module):
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
         (H, T), S = q_BHTK.shape[1:3], k_BGSK.shape[2]
-        k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)
         if T <= self.few:
             return self.grouped(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
         whole = T == S and (window is None or window >= S) and contiguous(visible)

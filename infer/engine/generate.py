@@ -5,8 +5,8 @@
 
     python -m infer.generate --weights DIR [--adapter DIR] --prompt TEXT
 
-A request's result depends on its prompt, its settings and its seed, not on what shares its batch (except for rounding,
-see `deterministic`). Logits are at least fp32; greedy ties go to the lowest token id.
+A request's result depends on its prompt, its settings and its seed, not on what shares its batch, but for rounding.
+Logits are at least fp32; greedy ties go to the lowest token id.
 """
 
 from __future__ import annotations
@@ -46,24 +46,21 @@ class State:
 
 
 class Generator:
-    """Generation with one model. `deterministic=True` computes every request alone, in the same steps whatever the
-    others are, so its result is the same to the bit; nothing is shared then. `lookup` lets requests
-    speculate where that pays (infer/engine/lookup.py). `cache_dtype` and `chunk` are Engine's. `max_length` bounds a
-    prompt and its answer (0: the config's max_length). Fused models
-    (infer/engine/fuse.py) generate by their kernels."""
+    """Generation with one model. `lookup` lets requests speculate where that pays (infer/engine/lookup.py).
+    `cache_dtype` and `chunk` are Engine's. `max_length` bounds a prompt and its answer (0: the config's max_length).
+    Fused models (infer/engine/fuse.py) generate by their kernels."""
 
     def __init__(
         self,
         model: Transformer,
         tokenizer: Tokenizer,
-        deterministic: bool = False,
         lookup: bool = True,
         cache_dtype: torch.dtype | None = None,
         chunk: int = 2048,
         max_length: int = 0,
     ) -> None:
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
-        self.deterministic, self.lookup, self.row_cost = deterministic, lookup, row_cost(self.engine)
+        self.lookup, self.row_cost = lookup, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
         self.stop_ids = frozenset(i for i in ends if i < model.config.vocab_size)
         own = model.config.max_length
@@ -85,10 +82,8 @@ class Generator:
         a prompt beyond the model's length, or settings out of range.
         """
         states = self.states(prompts, settings, options)
-        batches = [[state] for state in states] if self.deterministic else [states]
-        for batch in batches:
-            for _ in self.run(batch):
-                pass
+        for _ in self.run(states):
+            pass
         return [self.result(state) for state in states]
 
     def stream(self, prompt: str | Sequence[int], settings: Settings | None = None, **options: Any) -> Iterator[str]:
@@ -162,7 +157,7 @@ class Generator:
         """Each request's guesses of what comes after its newest token; none where checking them would not pay."""
         none: list[list[int]] = [[] for _ in active]
         possible = best_guess_count([1.0] * len(active), [MOST] * len(active), self.row_cost)
-        if not possible or not self.lookup or self.deterministic:
+        if not possible or not self.lookup:
             return none  # too many requests: not even guesses that are always right would pay
         found, rates = [], []
         for state in active:

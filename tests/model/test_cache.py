@@ -111,12 +111,3 @@ def test_another_number_of_rows_is_refused():
     model(tokens, cache=cache)
     with pytest.raises(ValueError, match="rows"):
         model(tokens[:1, :2], cache=cache, positions=torch.tensor([[9, 10]]))
-
-
-def test_a_narrow_cache_is_used_at_the_models_dtype():
-    model, tokens = tiny("mistral", dtype=torch.float32), some_tokens(20)
-    cache = KVCache(model.config, dtype=torch.bfloat16)
-    for kind in ("plain", "fast"):
-        out, cache = in_chunks(model.use_attention(kind), tokens, [12, 8], KVCache(model.config, dtype=torch.bfloat16))
-        assert cache.keys[0].dtype == torch.bfloat16 and out.dtype == torch.float32
-        assert (out - model(tokens)).abs().max() < 0.2
