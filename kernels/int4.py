@@ -37,7 +37,7 @@ import torch
 from torch import Tensor
 
 from kernels.launch import jit, tl
-from kernels.linear import as_list, compute, few_rows, pick, statistics, walk
+from kernels.linear import as_list, choose, compute, few_rows, find, statistics, walk
 
 GROUPS = (32, 64, 128)
 MOST_ROWS = 64  # in passes of 16, each over a quarter of the bytes that dequantized weights would be
@@ -106,24 +106,7 @@ def _plane(words, i: tl.constexpr, ASM: tl.constexpr):
 
 
 @jit()
-def _times_words(
-    x,
-    gain,
-    words,
-    scales,
-    O,
-    o,
-    start,
-    stop,
-    N,
-    x_row,
-    NORM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BN: tl.constexpr,
-    BO: tl.constexpr,
-    BD: tl.constexpr,
-    ASM: tl.constexpr,
-):
+def _times_words(x, gain, words, scales, O, o, start, stop, N, x_row, GROUP, BN, BO, BD, ASM):
     """Σ_g 16 · scale · Σ_{d in g} (x·g)[n, d] (1 + q/16), fp32 (BN, BO); columns start … stop are whole steps."""
     n = tl.arange(0, BN)
     p = tl.arange(0, BD // 4)
@@ -137,7 +120,7 @@ def _times_words(
         for i in tl.static_range(4):
             d = first + i * (BD // 4) + p
             tile = tl.load(x + n[:, None] * x_row + d[None, :], mask=(n < N)[:, None], other=0.0)
-            if NORM:
+            if gain is not None:
                 g = tl.load(gain + d)
                 tile = (tile.to(tl.float32) * g.to(tl.float32)[None, :]).to(tile.dtype)
             partial = tl.dot(tile, _plane(words_PO, i, ASM), partial)
@@ -157,29 +140,16 @@ def _int4_products(
     part,
     squares,
     sums,
-    w0,
-    w1,
-    w2,
-    q0,
-    q1,
-    q2,
-    a0,
-    a1,
-    a2,
+    weights,
+    scales,
+    a,
     N,
     D,
     C,
-    O0,
-    O1,
-    O2,
-    R0,
-    R1,
-    R2,
+    O,
+    R,
     x_row,
     SHARE,
-    NORM: tl.constexpr,
-    LORA: tl.constexpr,
-    COUNT: tl.constexpr,
     GROUP: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
@@ -194,18 +164,18 @@ def _int4_products(
     stop = min(start + SHARE, D)
     n = tl.arange(0, BN)
     at = part + (split * N + n)[:, None] * C + (tile * BO + tl.arange(0, BO))[None, :]
-    words, O, first, edge = pick(tile, w0, w1, w2, O0, O1, O2, 0, BO, COUNT)
-    scales, _, _, _ = pick(tile, q0, q1, q2, O0, O1, O2, 0, BO, COUNT)
+    i, first, edge = find(tile, O, 0, BO)
     if tile < 0:
-        statistics(x, gain, squares, sums, split, start, stop, N, D, x_row, NORM, GROUP, BN, BS)
+        statistics(x, gain, squares, sums, split, start, stop, N, D, x_row, GROUP, BN, BS)
     elif tile < edge:
         o = (tile - first) * BO + tl.arange(0, BO)
-        total = _times_words(x, gain, words, scales, O, o, start, stop, N, x_row, NORM, GROUP, BN, BO, BD, ASM)
+        words, scale, size = choose(i, weights), choose(i, scales), choose(i, O)
+        total = _times_words(x, gain, words, scale, size, o, start, stop, N, x_row, GROUP, BN, BO, BD, ASM)
         tl.store(at, total, mask=(n < N)[:, None])
-    elif LORA:
-        a, R, first, edge = pick(tile, a0, a1, a2, R0, R1, R2, edge, BO, COUNT)
+    elif a is not None:
+        i, first, edge = find(tile, R, edge, BO)
         r = (tile - first) * BO + tl.arange(0, BO)
-        total = walk(x, gain, a, R, r, start, stop, N, D, x_row, NORM, BN, BO, 64)
+        total = walk(x, gain, choose(i, a), choose(i, R), r, start, stop, N, D, x_row, BN, BO, 64)
         tl.store(at, total, mask=(n < N)[:, None])
 
 

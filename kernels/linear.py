@@ -86,22 +86,7 @@ def rms_norm_lora_linear_definition(
 
 
 @jit()
-def statistics(
-    x,
-    gain,
-    squares,
-    sums,
-    split,
-    start,
-    stop,
-    N,
-    D,
-    x_row,
-    NORM: tl.constexpr,
-    GROUP: tl.constexpr,
-    BN: tl.constexpr,
-    BS: tl.constexpr,
-):
+def statistics(x, gain, squares, sums, split, start, stop, N, D, x_row, GROUP, BN, BS):
     """Σ x² of columns start … stop, into squares[split]; with GROUP also Σ x·g of each group of columns (int4.py)."""
     n = tl.arange(0, BN)
     live = n < N
@@ -112,51 +97,54 @@ def statistics(
         tile = tl.load(x + n[:, None] * x_row + d[None, :], mask=live[:, None] & in_d[None, :], other=0.0)
         square += tile.to(tl.float32) * tile.to(tl.float32)
         if GROUP:
-            if NORM:
+            if gain is not None:
                 g = tl.load(gain + d, mask=in_d, other=0.0)
                 tile = (tile.to(tl.float32) * g.to(tl.float32)[None, :]).to(tile.dtype)
             total = tl.sum(tl.reshape(tile.to(tl.float32), (BN, BS // GROUP, GROUP)), axis=2)
             group = first // GROUP + tl.arange(0, BS // GROUP)
             at = sums + n[:, None] * (D // GROUP) + group[None, :]
             tl.store(at, total, mask=live[:, None] & (group * GROUP < stop)[None, :])
-    if NORM:
+    if squares is not None:
         tl.store(squares + split * N + n, tl.sum(square, axis=1), mask=live)
 
 
 @jit()
-def pick(tile, m0, m1, m2, O0, O1, O2, first, BO: tl.constexpr, COUNT: tl.constexpr):
-    """(matrix, its rows, its first tile, the first tile after all) of a tile of up to three matrices, one after
-    another from tile `first` on."""
-    matrix, size, own = m0, O0, first
-    edge = first + tl.cdiv(O0, BO)
-    if COUNT > 1:
+def find(tile, sizes, first, BO):
+    """(i, the first tile of matrix i, the first tile after all): where a tile lies among matrices of these numbers of
+    rows, whose tiles follow one another from tile `first` on."""
+    i, own = 0, first
+    edge = first + tl.cdiv(sizes[0], BO)
+    for later in tl.static_range(1, len(sizes)):
         if tile >= edge:
-            matrix, size, own = m1, O1, edge
-        edge += tl.cdiv(O1, BO)
-    if COUNT > 2:
-        if tile >= edge:
-            matrix, size, own = m2, O2, edge
-        edge += tl.cdiv(O2, BO)
-    return matrix, size, own, edge
+            i, own = later, edge
+        edge += tl.cdiv(sizes[later], BO)
+    return i, own, edge
 
 
 @jit()
-def walk(
-    x,
-    gain,
-    w,
-    O,
-    o,
-    start,
-    stop,
-    N,
-    D,
-    x_row,
-    NORM: tl.constexpr,
-    BN: tl.constexpr,
-    BO: tl.constexpr,
-    BD: tl.constexpr,
-):
+def choose(i, values):
+    """values[i]; None where there are none."""
+    value = None
+    if values is not None:
+        value = values[0]
+        for later in tl.static_range(1, len(values)):
+            if i == later:
+                value = values[later]
+    return value
+
+
+@jit()
+def before(i, sizes, unit):
+    """How many units the matrices before matrix i take."""
+    total = 0
+    for earlier in tl.static_range(len(sizes) - 1):
+        if i > earlier:
+            total += tl.cdiv(sizes[earlier], unit)
+    return total
+
+
+@jit()
+def walk(x, gain, w, O, o, start, stop, N, D, x_row, BN, BO, BD):
     """Σ_d (x·g)[n, d] w[o, d] over columns start … stop, fp32 (BN, BO).
 
     A thread's part of a gain is 2 bytes, too few for an asynchronous copy: it is loaded one step ahead by hand.
@@ -164,13 +152,13 @@ def walk(
     n = tl.arange(0, BN)
     total = tl.zeros([BN, BO], tl.float32)
     next_g = tl.zeros([BD], x.dtype.element_ty)
-    if NORM:
+    if gain is not None:
         next_g = tl.load(gain + start + tl.arange(0, BD), mask=start + tl.arange(0, BD) < D, other=0.0)
     for first in range(start, stop, BD):
         d = first + tl.arange(0, BD)
         in_d = d < D
         tile = tl.load(x + n[:, None] * x_row + d[None, :], mask=(n < N)[:, None] & in_d[None, :], other=0.0)
-        if NORM:
+        if gain is not None:
             g = next_g
             next_g = tl.load(gain + d + BD, mask=d + BD < D, other=0.0)
             tile = (tile.to(tl.float32) * g.to(tl.float32)[None, :]).to(tile.dtype)
@@ -185,60 +173,45 @@ def _products(
     gain,
     part,
     squares,
-    sums,
-    w0,
-    w1,
-    w2,
-    q0,
-    q1,
-    q2,
-    a0,
-    a1,
-    a2,
+    weights,
+    a,
     N,
     D,
     C,
-    O0,
-    O1,
-    O2,
-    R0,
-    R1,
-    R2,
+    O,
+    R,
     x_row,
     SHARE,
-    NORM: tl.constexpr,
-    LORA: tl.constexpr,
-    COUNT: tl.constexpr,
-    GROUP: tl.constexpr,
     BN: tl.constexpr,
     BO: tl.constexpr,
     BD: tl.constexpr,
     BS: tl.constexpr,
-    ASM: tl.constexpr,
 ):
-    """part[split, n, tile · BO + …] = this split's share of x·g times [W; A]ᵀ; tile −1 (NORM): Σ x²."""
+    """part[split, n, tile · BO + …] = this split's share of x·g times [W; A]ᵀ; tile −1 (with a norm): Σ x²."""
     split = tl.program_id(0)
     tile = tl.program_id(1)
-    if NORM:
+    if gain is not None:
         tile -= 1
     start = split * SHARE
     stop = min(start + SHARE, D)
     if tile < 0:
-        statistics(x, gain, squares, sums, split, start, stop, N, D, x_row, NORM, GROUP, BN, BS)
+        statistics(x, gain, squares, None, split, start, stop, N, D, x_row, 0, BN, BS)
     else:
-        w, O, first, edge = pick(tile, w0, w1, w2, O0, O1, O2, 0, BO, COUNT)
-        if LORA:
+        i, first, edge = find(tile, O, 0, BO)
+        w, size = choose(i, weights), choose(i, O)
+        if a is not None:
             if tile >= edge:
-                w, O, first, edge = pick(tile, a0, a1, a2, R0, R1, R2, edge, BO, COUNT)
+                i, first, edge = find(tile, R, edge, BO)
+                w, size = choose(i, a), choose(i, R)
         o = (tile - first) * BO + tl.arange(0, BO)
-        total = walk(x, gain, w, O, o, start, stop, N, D, x_row, NORM, BN, BO, BD)
+        total = walk(x, gain, w, size, o, start, stop, N, D, x_row, BN, BO, BD)
         n = tl.arange(0, BN)
         column = tile * BO + tl.arange(0, BO)
         tl.store(part + (split * N + n)[:, None] * C + column[None, :], total, mask=(n < N)[:, None])
 
 
 @jit()
-def _added(part, column, N, C, SPLITS: tl.constexpr, BN: tl.constexpr):
+def _added(part, column, N, C, SPLITS, BN):
     """The parts of some columns, added in order; every load is issued before the first addition waits."""
     n = tl.arange(0, BN)
     total = tl.load(part + n[:, None] * C + column[None, :], mask=(n < N)[:, None], other=0.0)
@@ -257,64 +230,36 @@ def _in_two_terms(a, b, total):
 
 
 @jit()
-def _finished(
-    part,
-    squares,
-    sums,
-    scales,
-    zeros,
-    b,
-    bias,
-    tile,
-    u_tile,
-    o,
-    N,
-    D,
-    O,
-    R,
-    s,
-    eps,
-    C,
-    NORM: tl.constexpr,
-    LORA: tl.constexpr,
-    BIAS: tl.constexpr,
-    GROUP: tl.constexpr,
-    SPLITS: tl.constexpr,
-    RANK: tl.constexpr,
-    BN: tl.constexpr,
-    BO: tl.constexpr,
-    BG: tl.constexpr,
-):
-    """One column tile of y in fp32."""
+def _finished(part, sums, r, scales, zeros, b, bias, i, o, edge, N, D, O, R, s, C, GROUP, SPLITS, RANK, BN, BO, BG):
+    """Columns o of output i in fp32; `edge` is the first of A's tiles."""
     n = tl.arange(0, BN)
-    total = _added(part, tile * BO + tl.arange(0, BO), N, C, SPLITS, BN)
-    in_o = o < O
+    size = choose(i, O)
+    in_o = o < size
+    total = _added(part, before(i, O, BO) * BO + o, N, C, SPLITS, BN)
     if GROUP:  # int4: what the codes' offset and the groups' zeros add (int4.py)
         G = D // GROUP
+        scale, zero = choose(i, scales), choose(i, zeros)
         for first in range(0, G, BG):
             group = first + tl.arange(0, BG)
             at = sums + n[:, None] * G + group[None, :]
             sum_NG = tl.load(at, mask=(n < N)[:, None] & (group < G)[None, :], other=0.0)
             inside = (group < G)[:, None] & in_o[None, :]
-            s_GO = tl.load(scales + group[:, None] * O + o[None, :], mask=inside, other=0.0)
-            z_GO = tl.load(zeros + group[:, None] * O + o[None, :], mask=inside, other=0.0)
+            s_GO = tl.load(scale + group[:, None] * size + o[None, :], mask=inside, other=0.0)
+            z_GO = tl.load(zero + group[:, None] * size + o[None, :], mask=inside, other=0.0)
             total = _in_two_terms(-24.0 * sum_NG, s_GO, total)
             total = _in_two_terms(sum_NG, z_GO, total)
-    r = tl.full([BN], 1.0, tl.float32)
-    if NORM:
-        square = tl.load(squares + n, mask=n < N, other=0.0)
-        for split in tl.static_range(1, SPLITS):
-            square += tl.load(squares + split * N + n, mask=n < N, other=0.0)
-        r = 1.0 / tl.sqrt(square / D + eps)
-        total *= r[:, None]
-    if LORA:
+    total *= r[:, None]
+    if RANK:
         k = tl.arange(0, RANK)
-        u = _added(part, tl.where(k < R, u_tile * BO + k, 0), N, C, SPLITS, BN)
-        b_RO = tl.load(b + o[None, :] * R + k[:, None], mask=in_o[None, :] & (k < R)[:, None], other=0.0)
-        u = tl.where((k < R)[None, :], u * (r * s)[:, None], 0.0).to(b_RO.dtype)
+        rank = choose(i, R)
+        u_column = (edge + before(i, R, BO)) * BO + k
+        u = _added(part, tl.where(k < rank, u_column, 0), N, C, SPLITS, BN)
+        at = choose(i, b) + o[None, :] * rank + k[:, None]
+        b_RO = tl.load(at, mask=in_o[None, :] & (k < rank)[:, None], other=0.0)
+        u = tl.where((k < rank)[None, :], u * (r * choose(i, s))[:, None], 0.0).to(b_RO.dtype)
         total = tl.dot(u, b_RO, total, input_precision="ieee")
-    if BIAS:
-        total += tl.load(bias + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
+    if bias is not None:
+        total += tl.load(choose(i, bias) + o, mask=in_o, other=0.0).to(tl.float32)[None, :]
     return total
 
 
@@ -325,40 +270,21 @@ def _epilogue(
     sums,
     y,
     residual,
-    q0,
-    q1,
-    q2,
-    z0,
-    z1,
-    z2,
-    b0,
-    b1,
-    b2,
-    c0,
-    c1,
-    c2,
+    scales,
+    zeros,
+    b,
+    bias,
     N,
     D,
-    O0,
-    O1,
-    O2,
-    R0,
-    R1,
-    R2,
-    s0,
-    s1,
-    s2,
-    eps,
     C,
+    O,
+    R,
+    s,
+    eps,
     Y,
     res_row,
-    NORM: tl.constexpr,
-    LORA: tl.constexpr,
-    BIAS: tl.constexpr,
-    RESIDUAL: tl.constexpr,
     GATED: tl.constexpr,
     GROUP: tl.constexpr,
-    COUNT: tl.constexpr,
     SPLITS: tl.constexpr,
     RANK: tl.constexpr,
     BN: tl.constexpr,
@@ -366,82 +292,27 @@ def _epilogue(
     BG: tl.constexpr,
 ):
     """y = what complete sums allow; GATED: silu(first output) · second output."""
-    tile = tl.program_id(0)
     n = tl.arange(0, BN)
-    b, O, first, edge = pick(tile, b0, b1, b2, O0, O1, O2, 0, BO, COUNT)
-    c, _, _, _ = pick(tile, c0, c1, c2, O0, O1, O2, 0, BO, COUNT)
-    scales, _, _, _ = pick(tile, q0, q1, q2, O0, O1, O2, 0, BO, COUNT)
-    zeros, _, _, _ = pick(tile, z0, z1, z2, O0, O1, O2, 0, BO, COUNT)
-    R, s, u_tile, y_start = R0, s0, edge, 0
-    if COUNT > 1:
-        if tile >= tl.cdiv(O0, BO):
-            R, s, u_tile, y_start = R1, s1, edge + tl.cdiv(R0, BO), O0
-    if COUNT > 2:
-        if tile >= tl.cdiv(O0, BO) + tl.cdiv(O1, BO):
-            R, s, u_tile, y_start = R2, s2, edge + tl.cdiv(R0, BO) + tl.cdiv(R1, BO), O0 + O1
-    o = (tile - first) * BO + tl.arange(0, BO)
+    i, first, edge = find(tl.program_id(0), O, 0, BO)
+    o = (tl.program_id(0) - first) * BO + tl.arange(0, BO)
+    r = tl.full([BN], 1.0, tl.float32)
+    if squares is not None:
+        square = tl.load(squares + n, mask=n < N, other=0.0)
+        for split in tl.static_range(1, SPLITS):
+            square += tl.load(squares + split * N + n, mask=n < N, other=0.0)
+        r = 1.0 / tl.sqrt(square / D + eps)
     out = _finished(
-        part,
-        squares,
-        sums,
-        scales,
-        zeros,
-        b,
-        c,
-        tile,
-        u_tile,
-        o,
-        N,
-        D,
-        O,
-        R,
-        s,
-        eps,
-        C,
-        NORM,
-        LORA,
-        BIAS,
-        GROUP,
-        SPLITS,
-        RANK,
-        BN,
-        BO,
-        BG,
+        part, sums, r, scales, zeros, b, bias, i, o, edge, N, D, O, R, s, C, GROUP, SPLITS, RANK, BN, BO, BG
     )
     if GATED:
         up = _finished(
-            part,
-            squares,
-            sums,
-            q1,
-            z1,
-            b1,
-            c1,
-            tile + tl.cdiv(O0, BO),
-            edge + tl.cdiv(R0, BO),
-            o,
-            N,
-            D,
-            O,
-            R1,
-            s1,
-            eps,
-            C,
-            NORM,
-            LORA,
-            BIAS,
-            GROUP,
-            SPLITS,
-            RANK,
-            BN,
-            BO,
-            BG,
+            part, sums, r, scales, zeros, b, bias, 1, o, edge, N, D, O, R, s, C, GROUP, SPLITS, RANK, BN, BO, BG
         )
         out = out / (1.0 + tl.exp(-out)) * up
-    inside = (n < N)[:, None] & (o < O)[None, :]
-    if RESIDUAL:
+    inside = (n < N)[:, None] & (o < choose(i, O))[None, :]
+    if residual is not None:
         out += tl.load(residual + n[:, None] * res_row + o[None, :], mask=inside, other=0.0).to(tl.float32)
-    tl.store(y + n[:, None] * Y + (y_start + o)[None, :], out, mask=inside)
+    tl.store(y + n[:, None] * Y + (before(i, O, 1) + o)[None, :], out, mask=inside)
 
 
 def few_rows(
@@ -465,67 +336,64 @@ def few_rows(
 
     `steps` are int4's scales and zeros (D / group, O) of each output.
     """
-    (N, D), count, tiles = x_ND.shape, len(sizes), config(*name, x_ND.device)
+    (N, D), tiles = x_ND.shape, config(*name, x_ND.device)
+    slots = tiles.pop("RESIDENT") * card(x_ND.device)[1]
     ranks = [0 if a is None else a.shape[0] for a in lora_a]
     BO, BD, group = tiles["BO"], tiles["BD"], D // steps[0][0].shape[0] if steps else 0
     column_tiles = sum(divide_up(n, BO) for n in (*sizes, *ranks))
     grid_tiles = column_tiles + int(norm is not None or bool(group))
-    splits = splits_that_fill(grid_tiles, divide_up(D, BD), tiles["RESIDENT"] * card(x_ND.device)[1])
+    splits = splits_that_fill(grid_tiles, divide_up(D, BD), slots)
     share = divide_up(divide_up(D, BD), splits) * BD
     splits = divide_up(D, share)
     C = column_tiles * BO
-    part = x_ND.new_empty(splits, N, C, dtype=torch.float32)
-    squares = x_ND.new_empty(splits, N, dtype=torch.float32)
-    sums = x_ND.new_empty(N, D // group, dtype=torch.float32) if group else squares
-    gain_D, eps = norm if norm is not None else (x_ND, 0.0)
-    shapes = {"N": N, "D": D, "C": C, **_three("O", sizes, 0), **_three("R", ranks, 0)}
-    flags = dict(NORM=norm is not None, LORA=any(ranks), COUNT=count, GROUP=group, BN=FEW_ROWS, BO=BO)
-    arguments = dict(
-        x=x_ND,
-        gain=gain_D,
-        part=part,
-        squares=squares,
-        sums=sums,
-        **_three("w", weights, x_ND),
-        **_three("q", [q for q, _ in steps], x_ND),
-        **_three("a", lora_a, x_ND),
-        **shapes,
-        x_row=x_ND.stride(0),
-        SHARE=share,
+    gain_D, eps = norm if norm is not None else (None, 0.0)
+    shared: dict[str, Any] = dict(
+        part=x_ND.new_empty(splits, N, C, dtype=torch.float32),
+        squares=None if norm is None else x_ND.new_empty(splits, N, dtype=torch.float32),
+        N=N,
+        D=D,
+        C=C,
+        O=tuple(sizes),
+        R=tuple(ranks),
     )
-    meta = {key: value for key, value in tiles.items() if key not in ("RESIDENT", "BO")}
-    launch(products, (splits, grid_tiles), arguments, **flags, ASM=not INTERPRETED, **meta)
+    a = filled(lora_a, x_ND)
+    arguments: dict[str, Any] = dict(
+        x=x_ND, gain=gain_D, weights=filled(weights, x_ND), a=a, x_row=x_ND.stride(0), SHARE=share
+    )
+    flags: dict[str, Any] = {}
+    sums = step_scales = step_zeros = None
+    if steps:
+        sums = x_ND.new_empty(N, D // group, dtype=torch.float32)
+        step_scales, step_zeros = (filled(of_all, x_ND) for of_all in zip(*steps, strict=True))
+        arguments |= dict(sums=sums, scales=step_scales)
+        flags = dict(GROUP=group, ASM=not INTERPRETED)
+    launch(products, (splits, grid_tiles), arguments | shared, BN=FEW_ROWS, **tiles, **flags)
     y_NO = x_ND.new_empty(N, sizes[0] if gated else sum(sizes))
-    some_bias = any(c is not None for c in biases)
-    if some_bias:
+    if any(c is not None for c in biases):
         biases = [x_ND.new_zeros(n) if c is None else c for c, n in zip(biases, sizes, strict=True)]
     arguments = dict(
-        part=part,
-        squares=squares,
         sums=sums,
         y=y_NO,
-        residual=x_ND if residual is None else residual,
-        **_three("q", [q for q, _ in steps], x_ND),
-        **_three("z", [z for _, z in steps], x_ND),
-        **_three("b", lora_b, x_ND),
-        **_three("c", biases, x_ND),
-        **shapes,
-        **_three("s", scales, 0.0),
+        residual=residual,
+        scales=step_scales,
+        zeros=step_zeros,
+        b=filled(lora_b, x_ND),
+        bias=filled(biases, x_ND),
+        s=tuple(scales),
         eps=float(eps),
         Y=y_NO.shape[1],
         res_row=0 if residual is None else residual.stride(0),
     )
-    out_tiles = sum(divide_up(n, BO) for n in (sizes[:1] if gated else sizes))
     launch(
         _epilogue,
-        (out_tiles,),
-        arguments,
-        **flags,
-        BIAS=some_bias,
-        RESIDUAL=residual is not None,
+        (sum(divide_up(n, BO) for n in (sizes[:1] if gated else sizes)),),
+        arguments | shared,
         GATED=gated,
+        GROUP=group,
         SPLITS=splits,
-        RANK=max(16, power_of_2(max(ranks))),
+        RANK=max(16, power_of_2(max(ranks))) if any(ranks) else 0,
+        BN=FEW_ROWS,
+        BO=BO,
         BG=32,
         num_stages=2,
         num_warps=8 if group or x_ND.dtype == torch.float32 else 4,
@@ -533,11 +401,11 @@ def few_rows(
     return y_NO
 
 
-def _three(name: str, values: Sequence[Any], absent: Any) -> dict[str, Any]:
-    """{name0: …, name1: …, name2: …}; `absent` fills the empty places."""
-    padded = [*values, *[None] * (MOST_OUTPUTS - len(values))]
-    whole = [value.contiguous() if isinstance(value, Tensor) else value for value in padded]
-    return {f"{name}{i}": absent if value is None else value for i, value in enumerate(whole)}
+def filled(tensors: Sequence[Tensor | None], absent: Tensor) -> tuple[Tensor, ...] | None:
+    """The tensors, contiguous, `absent` in the place of one that is not there; None where none is."""
+    if all(t is None for t in tensors):
+        return None
+    return tuple(absent if t is None else t.contiguous() for t in tensors)
 
 
 def by_torch(
@@ -550,15 +418,14 @@ def by_torch(
     biases: Sequence[Tensor | None],
 ) -> list[Tensor]:
     """The layer by matrix products of torch's: many rows, fp64, CPUs, autograd. An adapter costs two products and no
-    pass of its own: its sum with y happens inside the second."""
-    n = x if norm is None else rms_norm(x, *norm)
+    pass of its own: the second adds to y in place."""
+    n_ND = (x if norm is None else rms_norm(x, *norm)).reshape(-1, x.shape[-1])
     outs = []
     for w, a, b, s, c in zip(weights, lora_a, lora_b, scales, biases, strict=True):
-        y = F.linear(n, w, c)
+        y_NO = F.linear(n_ND, w, c)
         if a is not None and b is not None:
-            u_NR = F.linear(n, a).flatten(0, -2)
-            y = torch.addmm(y.flatten(0, -2), u_NR, b.t(), alpha=s).unflatten(0, y.shape[:-1])
-        outs.append(y)
+            y_NO.addmm_(F.linear(n_ND, a), b.t(), alpha=s)
+        outs.append(y_NO.view(*x.shape[:-1], w.shape[0]))
     return outs
 
 

@@ -42,28 +42,34 @@ SHARED_PER_SM = {80: 164 * 1024, 90: 228 * 1024}
 CONVERSIONS = ("I2F", "I2FP", "F2I", "F2F")
 
 
-def signature(call: Launch) -> tuple[dict[str, str], dict[str, Any], dict[tuple[int], list], dict[str, Any]]:
+def signature(call: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], list], dict]:
     """(types, constants, attributes, options) as the just-in-time compiler would derive them from this launch."""
-    types: dict[str, str] = {}
-    constants: dict[str, Any] = {}
-    attributes: dict[tuple[int], list] = {}
+    constants: dict[tuple[int, ...], Any] = {}
+    attributes: dict[tuple[int, ...], list] = {}
+
+    def typed(value: Any, place: tuple[int, ...], special: bool) -> Any:
+        """A value's type, a tuple of types for a tuple; what else is known of it is noted under its place."""
+        if isinstance(value, tuple):
+            return tuple(typed(part, (*place, i), special) for i, part in enumerate(value))
+        if value is None or (isinstance(value, int) and value == 1 and special):
+            constants[place] = value
+            return "constexpr"
+        if isinstance(value, float):
+            return "fp32"
+        if isinstance(value, Tensor) or (value % 16 == 0 and special):  # torch's allocations start at multiples of 512
+            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor):
+            return TYPES[value.dtype]
+        return "i32" if -(2**31) <= value < 2**31 else "i64"
+
+    types = {}
     for place, parameter in enumerate(call.kernel.params):
         name = parameter.name
-        value = call.arguments.get(name, call.meta.get(name))
-        special = not parameter.do_not_specialize
-        if name in call.meta or (isinstance(value, int) and value == 1 and special):
-            types[name], constants[name] = "constexpr", value
-        elif isinstance(value, Tensor):
-            types[name] = TYPES[value.dtype]
-            attributes[(place,)] = [["tt.divisibility", 16]]  # torch's allocations start at multiples of 512 bytes
-        elif isinstance(value, int):
-            types[name] = "i32" if -(2**31) <= value < 2**31 else "i64"
-            if value % 16 == 0 and special:
-                attributes[(place,)] = [["tt.divisibility", 16]]
+        if name in call.meta:
+            types[name], constants[(place,)] = "constexpr", call.meta[name]
         else:
-            types[name] = "fp32"
-    options = {k: v for k, v in call.meta.items() if k not in types}
-    return types, constants, attributes, options
+            types[name] = typed(call.arguments[name], (place,), not parameter.do_not_specialize)
+    return types, constants, attributes, {key: value for key, value in call.meta.items() if key not in types}
 
 
 def disassemble(cubin: bytes) -> tuple[str, str]:
@@ -149,7 +155,7 @@ def launches(dtype: torch.dtype) -> list[tuple[str, Launch]]:
 
 def row(name: str, dtype: torch.dtype, call: Launch, capability: int) -> dict[str, Any]:
     which = {"case": name, "dtype": str(dtype)[6:], "kernel": call.kernel.__name__, "sm": capability}
-    named = ("BM", "BO", "BD", "BS", "BG", "BLOCK", "GROUP", "LORA", "RANK", "GATED", "num_warps")
+    named = ("BM", "BO", "BD", "BS", "BG", "BLOCK", "GROUP", "RANK", "GATED", "num_warps")
     tiles = {key: value for key, value in call.meta.items() if key in named}
     return which | {"grid": list(call.grid), "tiles": tiles} | inspect(call, capability)
 

@@ -75,9 +75,7 @@ def test_no_warp_repeats_anothers_products():
             if row["kernel"] == "_int4_products" and "rank 0" not in row["case"]:
                 needed += FEW_ROWS * tiles["BO"] * 64 // MMA // tiles["num_warps"]  # A's tiles, a loop of their own
         elif row["kernel"] == "_epilogue":
-            depth = tiles["RANK"] * tiles["LORA"] + 4 * tiles["BG"] * bool(
-                tiles["GROUP"]
-            )  # int4: two sums in two terms
+            depth = tiles["RANK"] + 4 * tiles["BG"] * bool(tiles["GROUP"])  # int4: two sums in two terms
             needed = FEW_ROWS * tiles["BO"] * depth // MMA // tiles["num_warps"] * (1 + tiles["GATED"])
         elif row["kernel"] == "_partial" and row["sm"] == 80:  # sm_90 has wider instructions for 64 rows
             needed = 2 * tiles["BM"] * tiles["BS"] * 128 // MMA // tiles["num_warps"]
@@ -123,6 +121,27 @@ def test_as_many_programs_are_resident_as_the_splits_count_on(sm, sms):
     assert rows
 
 
+SIGNATURES = """
+import torch
+from triton._utils import find_paths_if, get_iterable_path
+from triton.backends.compiler import GPUTarget
+from triton.compiler import make_backend
+from triton.runtime.jit import create_function_from_signature
+from kernels.proof.machine_code import launches, signature
+backend, count = make_backend(GPUTarget("cuda", 80, 32)), 0
+for name, call in launches(torch.bfloat16):
+    bind = create_function_from_signature(call.kernel.signature, call.kernel.params, backend)
+    bound, found, _ = bind(**call.arguments, **call.meta, debug=False)
+    kinds, notes = [kind for kind, _ in found], [note for _, note in found]
+    constants = find_paths_if(kinds, lambda _, kind: kind == "constexpr")
+    attributes = {path: backend.parse_attr(get_iterable_path(notes, path)) for path in find_paths_if(notes, lambda _, note: isinstance(note, str))}
+    types, our_constants, our_attributes, _ = signature(call)
+    assert list(types.values()) == kinds, name
+    assert our_constants == {path: get_iterable_path(list(bound.values()), path) for path in constants}, name
+    assert our_attributes == {path: value for path, value in attributes.items() if value}, name
+    count += 1
+print(count)
+"""  # noqa: E501
 FRESH = """
 import json, torch
 from kernels.proof.machine_code import launches, row
@@ -133,18 +152,22 @@ for name, call in launches(torch.bfloat16):
 """
 
 
+def compiled(code: str, **changes: str) -> list[str]:
+    """The lines that a process prints in which Triton compiles and interprets nothing."""
+    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | changes
+    root = Path(launch.__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()
+
+
+def test_what_is_compiled_is_what_a_launch_would_compile():
+    """Types, constants and alignments as Triton's own just-in-time compiler derives them from the recorded launches."""
+    assert int(compiled(SIGNATURES)[0]) >= 40
+
+
 @pytest.mark.slow
 @pytest.mark.skipif(version("triton") != FACTS["triton"], reason=f"the facts are of Triton {FACTS['triton']}")
 def test_the_decode_kernels_compile_to_what_is_committed(tmp_path):
-    environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"}
-    environment |= {"TRITON_CACHE_DIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [sys.executable, "-c", FRESH],
-        cwd=Path(launch.__file__).parents[1],
-        env=environment,
-        capture_output=True,
-        text=True,
-    )
-    assert done.returncode == 0, done.stderr
-    fresh = [json.loads(line) for line in done.stdout.splitlines()]
+    fresh = [json.loads(line) for line in compiled(FRESH, TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")]
     assert len(fresh) == 12 and all(row in ROWS for row in fresh)
