@@ -26,8 +26,8 @@ from lora.adapter import adapted
 from model.support.cli import UserError
 from model.support.files import write_text
 from model.transformer import Transformer
-from train.data.dataset import Rows
-from train.data.rows import ANSWER, Row, collate, count, order
+from train.data.dataset import Rows, read_ahead
+from train.data.rows import ANSWER, Batch, Row, collate, count, order
 from train.distributed.checkpoint import (
     Progress,
     adapter_tensors,
@@ -65,6 +65,7 @@ class Trainer:
         self.device = self.ranks.device
         self.steps = self.recipe.steps_of(len(self.rows))
         self.optimizers = make_optimizers(self.model, self.recipe)
+        self.prepared = read_ahead(self.prepare)
         self.plan = DropoutPlan(seed=self.recipe.seed)
         for layer in adapted(self.model).values():
             layer.plan = self.plan
@@ -89,17 +90,21 @@ class Trainer:
         ]
         return parts, mine
 
+    def prepare(self, step: int) -> tuple[list[Row], list[Batch]]:
+        """(the step's rows, this rank's micro-batches of them)."""
+        rows = [self.rows[i] for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)]
+        return rows, [collate(part) for part in self.micro_batches(rows)[1]]
+
     def gradients(self, step: int) -> tuple[float, float, int]:
         """Leave the step's whole gradient on the parameters. Returns (loss, gradient norm, tokens)."""
         self.model.train()
-        rows = [self.rows[i] for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)]
+        rows, batches = self.prepared(step)
         counts = count(rows)
-        _, mine = self.micro_batches(rows)
         total = torch.zeros((), dtype=torch.float64, device=self.device)
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
-        for part in mine:
-            batch = collate(part).to(self.device)
+        for batch in batches:
+            batch = batch.to(self.device)
             self.plan.begin(step, batch.branches)
             loss, summed = batch_loss(self.model, batch, counts, self.recipe.note_loss)
             loss.backward()
@@ -129,7 +134,7 @@ class Trainer:
         return self.recipe.learning_rate * share
 
     def bad_step(self, step: int, loss: float, norm: float) -> None:
-        rows = [self.rows[i] for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)]
+        rows, _ = self.prepared(step)
         names = dict.fromkeys(name for row in rows for document in row.documents for name, _, _ in document.branches)
         what = f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; its records are {', '.join(names)}"
         if self.recipe.on_bad_step == "stop":

@@ -2,6 +2,12 @@
 
 from __future__ import annotations
 
+from array import array
+from bisect import bisect_right
+from collections.abc import Callable, Iterable
+from concurrent.futures import Future, ThreadPoolExecutor
+from typing import TypeVar
+
 import numpy as np
 
 from model.support.cli import UserError
@@ -9,40 +15,51 @@ from train.data.rows import ANSWER, IGNORE, Document, Row, note_document, pack, 
 from train.data.store import TokenStore
 from train.recipe import Recipe
 
+Made = TypeVar("Made")
+
 
 class Rows:
     """`rows[i]` is row i; `len(rows)` their number. What is in a row is a function of the store and the recipe.
 
-    `places` names each document by (record, its number in the record); `held` lists the documents of each row.
+    Of the index four bytes a document are in memory, three times: `first` says which documents are a record's (from
+    `first[record]` on), `documents` lists them row by row, and `row_ends` where each row's end. Rows of texts run
+    together need `text_ends` alone.
     """
 
     def __init__(self, store: TokenStore, recipe: Recipe, stage: str) -> None:
         self.store, self.recipe, self.stage = store, recipe, stage
-        sizes = store.text_lengths()
-        if stage == "pretrain" and recipe.packing == "concatenate":
-            self.ends = np.cumsum([0, *(size[0] for size in sizes)])
-            self.held: list[list[int]] = [[row] for row in range(int(self.ends[-1]) // recipe.block)]  # no tail
+        self.running_on = stage == "pretrain" and recipe.packing == "concatenate"
+        if self.running_on:
+            self.text_ends = array("q", [0])
+            for size in store.text_lengths():
+                self.text_ends.append(self.text_ends[-1] + size[0])
+            self.count = self.text_ends[-1] // recipe.block  # no tail
         else:
-            self.places, lengths = self.cut(sizes)
-            alone = [[document] for document in range(len(lengths))]
-            self.held = alone if recipe.packing == "none" else pack(lengths, recipe.block)
-        if not self.held:
+            self.first, lengths = self.cut(store.text_lengths())
+            alone = ([document] for document in range(len(lengths)))
+            self.documents, self.row_ends = array("i"), array("i", [0])
+            for row in alone if recipe.packing == "none" else pack(np.asarray(lengths), recipe.block):
+                self.documents.extend(row)
+                self.row_ends.append(len(self.documents))
+            self.count = len(self.row_ends) - 1
+        if not self.count:
             files = ", ".join(store.manifest["identity"]["sources"])
             raise UserError(
                 f"{files}: not one whole row of block = {recipe.block} tokens in it; give more text or a smaller block"
             )
 
     def __len__(self) -> int:
-        return len(self.held)
+        return self.count
 
     def __getitem__(self, index: int) -> Row:
-        if self.recipe.packing == "concatenate" and self.stage == "pretrain":
+        if self.running_on:
             return Row((self.running(index),))
-        return Row(tuple(self.document(*self.places[document]) for document in self.held[index]))
+        held = self.documents[self.row_ends[index] : self.row_ends[index + 1]]
+        return Row(tuple(self.document(number) for number in held))
 
-    def cut(self, sizes: list[list[int]]) -> tuple[list[tuple[int, int]], np.ndarray]:
-        """Every document's place and length."""
-        block, places, lengths = self.recipe.block, [], []
+    def cut(self, sizes: Iterable[list[int]]) -> tuple[array[int], array[int]]:
+        """(where each record's documents begin, every document's length)."""
+        block, first, lengths = self.recipe.block, array("i", [0]), array("i")
         for record, size in enumerate(sizes):
             if self.stage == "pretrain":
                 found = [min(block, size[0] - 1 - start) for start in range(0, size[0] - 1, block)]
@@ -54,27 +71,29 @@ class Rows:
                         f"record {self.store[record][0]!r} takes {max(found)} tokens, more than block = {block}; "
                         "raise block, or leave the record out"
                     )
-            places += [(record, number) for number in range(len(found))]
-            lengths += found
-        return places, np.asarray(lengths, np.int64)
+            lengths.extend(found)
+            first.append(len(lengths))
+        return first, lengths
 
-    def document(self, record: int, number: int) -> Document:
+    def document(self, number: int) -> Document:
+        record = bisect_right(self.first, number) - 1
+        part = number - self.first[record]
         name, texts = self.store[record]
         if self.stage == "pretrain":
-            return text_documents(name, texts[0], self.recipe.block)[number]
+            return text_documents(name, texts[0], self.recipe.block)[part]
         note_loss = self.recipe.note_loss > 0
         if self.recipe.share_prefix:
             return note_document(name, texts, self.recipe.loss_on, note_loss)
-        return question_documents(name, texts, self.recipe.loss_on, note_loss)[number]
+        return question_documents(name, texts, self.recipe.loss_on, note_loss)[part]
 
     def running(self, row: int) -> Document:
         """The faithful row: texts run together and cut at `block`, one document, positions run on."""
         start, stop = row * self.recipe.block, (row + 1) * self.recipe.block
         parts, branches = [], []
-        record = int(np.searchsorted(self.ends, start, side="right")) - 1
-        while record < len(self.ends) - 1 and self.ends[record] < stop:
+        record = bisect_right(self.text_ends, start) - 1
+        while record < len(self.text_ends) - 1 and self.text_ends[record] < stop:
             name, texts = self.store[record]
-            first = int(self.ends[record])
+            first = self.text_ends[record]
             part = texts[0][max(start - first, 0) : stop - first]
             if len(part):
                 parts.append(part)
@@ -84,3 +103,17 @@ class Rows:
         n = len(tokens)
         target, kind = np.append(tokens[1:], IGNORE), np.append(np.full(n - 1, ANSWER), 0)
         return Document(branches[0][0], tokens, np.arange(n), np.zeros(n, np.int64), target, kind, tuple(branches))
+
+
+def read_ahead(read: Callable[[int], Made]) -> Callable[[int], Made]:
+    """`read(step)`, by a thread that then reads the next step while the caller works on this one."""
+    thread = ThreadPoolExecutor(1)
+    begun: dict[int, Future[Made]] = {}
+
+    def found(step: int) -> Made:
+        for number in (step, step + 1):
+            if number not in begun:
+                begun[number] = thread.submit(read, number)
+        return begun.pop(step).result()
+
+    return found

@@ -15,8 +15,10 @@ The last token of a branch is only ever a target, so it is not in the row.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from bisect import bisect_left, insort
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, replace
+from functools import lru_cache
 
 import numpy as np
 import torch
@@ -126,28 +128,26 @@ def question_documents(
     return documents
 
 
-def pack(lengths: np.ndarray, block: int, window: int = 1024) -> list[list[int]]:
+def pack(lengths: np.ndarray, block: int, window: int = 1024) -> Iterator[list[int]]:
     """Which documents share a row of at most `block` tokens: best fit, longest first, within windows of the order.
 
     Nothing is cut and nothing is dropped. Windows keep the cost linear; documents of one row lie near each other.
     """
-    rows: list[list[int]] = []
     for start in range(0, len(lengths), window):
         part = np.arange(start, min(start + window, len(lengths)))
-        free: list[int] = []
+        free: list[tuple[int, int]] = []  # (tokens left, row), in order
         held: list[list[int]] = []
         for document in part[np.argsort(-lengths[part], kind="stable")]:
             size = int(lengths[document])
-            fits = [(left, row) for row, left in enumerate(free) if left >= size]
-            if fits:
-                _, row = min(fits)
-                held[row].append(int(document))
-                free[row] -= size
+            place = bisect_left(free, (size, 0))
+            if place < len(free):
+                left, row = free.pop(place)
             else:
-                held.append([int(document)])
-                free.append(block - size)
-        rows += held
-    return rows
+                left, row = block, len(held)
+                held.append([])
+            held[row].append(int(document))
+            insort(free, (left - size, row))
+        yield from held
 
 
 def collate(rows: Sequence[Row]) -> Batch:
@@ -180,17 +180,10 @@ def order(seed: int, step: int, rows: int, batch: int) -> list[int]:
     return [shuffled(seed, place // rows, rows)[place % rows] for place in range(step * batch, (step + 1) * batch)]
 
 
-_order: dict[tuple[int, int, int], np.ndarray] = {}
-
-
+@lru_cache(maxsize=1)
 def shuffled(seed: int, turn: int, rows: int) -> np.ndarray:
-    """The permutation of one pass; the last two are kept."""
-    key = (seed, turn, rows)
-    if key not in _order:
-        while len(_order) > 1:
-            _order.pop(next(iter(_order)))
-        _order[key] = np.random.default_rng([seed, turn]).permutation(rows)
-    return _order[key]
+    """The permutation of one pass; the last one is kept."""
+    return np.random.default_rng([seed, turn]).permutation(rows).astype(np.int32)
 
 
 def count(rows: Iterable[Row]) -> dict[int, int]:

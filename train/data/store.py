@@ -2,17 +2,16 @@
 
 A store is a folder: `manifest.json` (what it was made from: hashes of sources and tokenizer, the encoding's options,
 counts), `rejects.jsonl` (file, line and reason of each bad record), and for each shard `N.tokens.npy` (ids),
-`N.texts.npy` (where each text of tokens ends) and `N.records.npy` (where each record's texts end), `N.names.json`.
-Nothing of it has to fit into memory but the text lengths of one look-up.
+`N.texts.npy` (where each text of tokens ends), `N.records.npy` (where each record's texts end), `N.names.npy` (the
+records' names in UTF-8, one behind the other) and `N.name_ends.npy`. All of them are memory-mapped.
 """
 
 from __future__ import annotations
 
 import itertools
-import json
 import multiprocessing
 import os
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
@@ -34,7 +33,8 @@ from train.data.records import Texts, document_texts, note_texts
 
 SHARD = 20_000  # records a shard
 REJECTS = 0.01  # more bad records than this share stop the run
-OPEN = 250  # shards held open at once: each keeps three files open, and systems allow 1,024
+ARRAYS = ("tokens", "texts", "records", "names", "name_ends")
+OPEN = 180  # shards held open at once: each keeps five files open, and systems allow 1,024
 
 
 @dataclass(frozen=True)
@@ -164,13 +164,14 @@ def encode_shard(
             tokens.append(text)
             text_ends.append(text_ends[-1] + len(text))
         record_ends.append(record_ends[-1] + len(texts))
-        names.append(str(record["id"]))
+        names.append(str(record["id"]).encode("utf-8", "surrogatepass"))
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
     narrow = np.uint16 if len(flat) == 0 or flat.max() < 2**16 else np.uint32
-    np.save(folder / f"{number}.tokens.npy", flat.astype(narrow))
-    np.save(folder / f"{number}.texts.npy", np.asarray(text_ends, np.int64))
-    np.save(folder / f"{number}.records.npy", np.asarray(record_ends, np.int64))
-    (folder / f"{number}.names.json").write_text(json.dumps(names), encoding="utf-8")
+    texts, records = np.asarray(text_ends), np.asarray(record_ends)
+    joined, name_ends = np.asarray(bytearray(b"".join(names))), np.cumsum([0, *map(len, names)])
+    arrays = (flat.astype(narrow), texts, records, joined, name_ends)
+    for name, array in zip(ARRAYS, arrays, strict=True):
+        np.save(folder / f"{number}.{name}.npy", array)
     return {"records": len(names), "tokens": len(flat), "largest": int(flat.max(initial=0))}, rejects
 
 
@@ -203,28 +204,28 @@ class TokenStore:
         if number not in self.shards:
             while len(self.shards) >= OPEN:
                 self.shards.pop(next(iter(self.shards)))
-            names = ("tokens", "texts", "records")
-            try:
-                arrays = [np.load(self.path / f"{number}.{name}.npy", mmap_mode="r") for name in names]
-                records = json.loads((self.path / f"{number}.names.json").read_text("utf-8"))
-            except (ValueError, EOFError, OSError) as error:
-                raise UserError(f"{self.path}: shard {number} is corrupt; remove this folder and run again") from error
-            self.shards[number] = (*arrays, records)
+            self.shards[number] = self.open_shard(number)
         return self.shards[number]
+
+    def open_shard(self, number: int) -> tuple:
+        try:
+            return tuple(np.load(self.path / f"{number}.{name}.npy", mmap_mode="r") for name in ARRAYS)
+        except (ValueError, EOFError, OSError) as error:
+            raise UserError(f"{self.path}: shard {number} is corrupt; remove this folder and run again") from error
 
     def __getitem__(self, index: int) -> tuple[str, Texts]:
         number = int(np.searchsorted(self.first, index, side="right")) - 1
-        tokens, texts, records, names = self.shard(number)
+        tokens, texts, records, names, name_ends = self.shard(number)
         local = index - int(self.first[number])
         ends = texts[records[local] : records[local + 1] + 1]
         found = [np.asarray(tokens[a:b], dtype=np.int64) for a, b in itertools.pairwise(ends)]
-        return names[local], found
+        name = names[name_ends[local] : name_ends[local + 1]].tobytes()
+        return name.decode("utf-8", "surrogatepass"), found
 
-    def text_lengths(self) -> list[list[int]]:
-        """The lengths of every record's texts."""
-        lengths = []
+    def text_lengths(self) -> Iterator[list[int]]:
+        """The lengths of each record's texts, one record after the other."""
         for number in range(len(self.manifest["shards"])):
-            _, texts, records, _ = self.shard(number)
+            _, texts, records, _, _ = self.open_shard(number)
             sizes = np.diff(texts).tolist()
-            lengths += [sizes[a:b] for a, b in itertools.pairwise(records.tolist())]
-        return lengths
+            for start, stop in itertools.pairwise(records.tolist()):
+                yield sizes[start:stop]

@@ -1,6 +1,9 @@
 """Token stores: bad records are set aside and named, other sources are noticed, workers and shards change nothing."""
 
 import json
+import os
+import subprocess
+import sys
 from dataclasses import replace
 
 import numpy as np
@@ -74,7 +77,7 @@ def test_few_bad_records_go_to_the_rejects_file_and_a_changed_source_is_noticed(
     assert (tmp_path / "s" / "manifest.json").stat().st_mtime_ns == made, "nothing changed, nothing is made again"
     file.write_text("\n".join([*lines, json.dumps({"id": "new", "text": "more"})]) + "\n")
     assert len(build_store([str(file)], encoding, tmp_path / "s")) == 201
-    for name in ("0.tokens.npy", "0.names.json"):
+    for name in ("0.tokens.npy", "0.names.npy"):
         held = (tmp_path / "s" / name).read_bytes()
         (tmp_path / "s" / name).write_bytes(held[:90])
         with pytest.raises(UserError, match="s: shard 0 is corrupt; remove this folder"):
@@ -101,14 +104,59 @@ def test_two_workers_and_many_shards_hold_what_one_process_writes(data, tmp_path
     monkeypatch.setattr(stores, "OPEN", 2)
     made = [build_store(files, encoding, tmp_path / str(workers), workers=workers) for workers in (1, 2)]
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
-    assert len(names) == 6 * 4 + 2 and names == sorted(path.name for path in (tmp_path / "2").iterdir())
+    assert len(names) == 6 * 5 + 2 and names == sorted(path.name for path in (tmp_path / "2").iterdir())
     assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
     for store in made:
-        assert len(store) == len(one) == 23 and store.text_lengths() == one.text_lengths()
+        assert len(store) == len(one) == 23 and list(store.text_lengths()) == list(one.text_lengths())
         for index in np.random.default_rng(1).permutation(23):
             (name, pieces), (same, others) = store[index], one[index]
             assert name == same and all(np.array_equal(a, b) for a, b in zip(pieces, others, strict=True))
         assert len(store.shards) <= 2
+
+
+MEASURE = """
+import sys
+from pathlib import Path
+from train.data.dataset import Rows
+from train.data.rows import order
+from train.data.store import TokenStore
+from train.recipe import Recipe
+
+def own() -> int:  # bytes of this process that are no file's
+    status = Path("/proc/self/status").read_text()
+    return 1024 * int(status.split("RssAnon:")[1].split()[0])
+
+before = own()
+recipe = Recipe(data=("x",), out="x", weights="x", block=3000, packing=sys.argv[2])
+rows = Rows(TokenStore(sys.argv[1]), recipe, "pretrain")
+taken = [len(rows[i]) for step in range(0, 5000, 100) for i in order(0, step, len(rows), 80)]
+print(len(rows), max(taken), own() - before)
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("packing", ["documents", "none", "concatenate"])
+def test_the_papers_millions_of_documents_take_little_memory_of_a_rank(tmp_path, packing):
+    """160 shards, each the same 20,000 documents of 600 tokens on average, of which no file has a byte on the disk."""
+    rng = np.random.default_rng(0)
+    ends = np.concatenate([[0], np.cumsum(rng.integers(20, 1180, stores.SHARD))])
+    names = [f"document-{n}".encode() for n in range(stores.SHARD)]
+    tokens = np.lib.format.open_memmap(tmp_path / "0.tokens.npy", "w+", np.uint16, (int(ends[-1]),))
+    del tokens
+    name_ends = np.cumsum([0, *map(len, names)])
+    arrays = (ends, np.arange(stores.SHARD + 1), bytearray(b"".join(names)), name_ends)
+    for name, array in zip(stores.ARRAYS[1:], arrays, strict=True):
+        np.save(tmp_path / f"0.{name}.npy", array)
+    for number in range(1, 160):
+        for name in stores.ARRAYS:
+            (tmp_path / f"{number}.{name}.npy").hardlink_to(tmp_path / f"0.{name}.npy")
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"records": stores.SHARD}] * 160}))
+    command = [sys.executable, "-c", MEASURE, str(tmp_path), packing]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "."})
+    rows, longest, grown = map(int, done.stdout.split())
+    print(f"{packing}: {rows:,} rows, {grown / 1e6:.0f} MB")
+    assert rows > 600_000 and longest <= 3000
+    assert grown <= 64e6
 
 
 @pytest.mark.parametrize(
