@@ -12,10 +12,12 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from answering_models import write_model
 
 from eval.bench import gpu
 from kernels import launch
 from kernels.proof import cases as work
+from model import Transformer
 from model.support.init import init_weights
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: run the benchmark itself")
@@ -124,6 +126,17 @@ def test_every_case_runs_and_is_right(stand_in, tmp_path, monkeypatch, capsys):
         assert any(part in name for name in names), part
     assert {row["peer_name"].split(" (")[0] for row in result["rows"] if row["peer_name"]} >= {"peft", "torch.compile"}
     assert "extraction" in capsys.readouterr().out
+
+
+def test_what_is_prepared_is_what_the_extraction_case_reads(tmp_path, monkeypatch):
+    base = write_model(tmp_path / "base")
+    monkeypatch.setattr(gpu, "INPUTS", tmp_path / "inputs")
+    monkeypatch.setattr(gpu, "NOTES", 2)
+    assert gpu.main(["--prepare", str(base)]) == 0
+    inputs = json.loads((tmp_path / "inputs" / "tokens.json").read_text())
+    model = Transformer.from_pretrained(tmp_path / "inputs", dtype=torch.bfloat16)
+    assert (len(inputs["notes"]), len(inputs["questions"])) == (2, gpu.QUESTIONS)
+    assert all(0 <= token < model.config.vocab_size for ids in sum(inputs.values(), []) for token in ids)
 
 
 def test_tuning_writes_after_each_class_and_leaves_the_layout_of_int4(stand_in, tmp_path, monkeypatch):
