@@ -21,9 +21,8 @@ Made = TypeVar("Made")
 class Rows:
     """`rows[i]` is row i; `len(rows)` their number. What is in a row is a function of the store and the recipe.
 
-    Of the index four bytes a document are in memory, three times: `first` says which documents are a record's (from
-    `first[record]` on), `documents` lists them row by row, and `row_ends` where each row's end. Rows of texts run
-    together need `text_ends` alone.
+    The index is three int32 arrays: `first[record]` is the record's first document, `documents` lists the documents row
+    by row, `row_ends` says where each row ends in that list. Texts that are run together need `text_ends` alone.
     """
 
     def __init__(self, store: TokenStore, recipe: Recipe, stage: str) -> None:
