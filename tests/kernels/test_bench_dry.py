@@ -157,6 +157,18 @@ def test_tuning_writes_after_each_class_and_leaves_the_layout_of_int4(stand_in, 
     )
 
 
+def test_tuning_times_graphs_and_refuses_what_is_wrong_or_fails(stand_in, monkeypatch):
+    """A launch takes less time than the Python before it, which a graph leaves out."""
+    replayed = []
+    monkeypatch.setattr(Graph, "replay", lambda self: replayed.append(1))
+    one = [case for case in gpu.cases(torch.bfloat16) if case.kernel == "swiglu"]
+    assert 0 < gpu.cost(one) < float("inf") and replayed
+    monkeypatch.setattr(gpu, "verify", lambda case: {"right": False})
+    assert gpu.cost(one) == float("inf")
+    monkeypatch.setattr(gpu, "verify", lambda case: 1 / 0)
+    assert gpu.cost(one) == float("inf")
+
+
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_a_7bs_step_reads_nothing_back_and_launches_what_is_counted(four_bit, monkeypatch):
     """All of Mistral-7B on the meta device, its launches recorded: an operation that reads a tensor's value raises."""
