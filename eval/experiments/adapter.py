@@ -1,13 +1,15 @@
-"""The released adapter: continued pre-training, then one pass of tuning over thousands of notes (`make adapter`).
+"""The released adapter: the mean of two trainings on different notes (`make adapter`).
 
-    clinic → base → continued pre-training → tuning of the same adapter → OUT/released, in bfloat16
+    clinic → base → continued pre-training → tuning of the same adapter, twice side by side → the mean, in bfloat16
 
-The same two programs as the demo's, with longer recipes (train/recipes/released-*.toml). An interrupted run continues;
-each stage leaves an adapter. `make scores` (eval.experiments.scores) then asks it and writes its card.
+The same two programs as the demo's, with longer recipes (train/recipes/released-*.toml). Two trainings take a core
+each, and their mean is better than either on styles that neither saw. An interrupted run continues; each stage leaves
+an adapter. `make scores` (eval.experiments.scores) then asks the mean and writes its card.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -24,7 +26,6 @@ from eval.experiments.steps import (
     extraction,
     public_base,
     records_of,
-    training,
     training_dtype,
 )
 from model.support import cli
@@ -34,7 +35,8 @@ from model.support.hardware import host
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CALIBRATED = 40  # held-out notes, and as many in unseen styles
 PATHS = ("data", "out", "weights", "adapter", "valid_data", "tokenizer", "init")
-CLINIC = {"patients": 500, "seed": 22, "further_patients": 400, "clinical": 2000, "healthy": 0}
+CLINIC = {"patients": 500, "further_patients": 400, "clinical": 2000, "healthy": 0}
+SEEDS = (22, 23)  # of the notes of each training
 
 
 @dataclass(frozen=True)
@@ -57,38 +59,42 @@ def main(options: Options) -> int:
     return 0
 
 
-def clinic(out: Path) -> list[str]:
-    """The command that writes the notes that the adapter is trained on."""
-    return argv("train.clinic", out=out, **CLINIC, overwrite=True)
+def clinic(out: Path, seed: int) -> list[str]:
+    """The command that writes the notes of one training."""
+    return argv("train.clinic", out=out, seed=seed, **CLINIC, overwrite=True)
 
 
 def stages(run: Run) -> None:
-    data, dtype = run.out / "data", training_dtype(run.out)
-    run.step("clinic: notes and their truth", clinic(data))
-    base = public_base(run)
+    dtype, base = training_dtype(run.out), public_base(run)
+    folders = {seed: run.out / f"training-{seed}" for seed in SEEDS}
+    run.run_in_parallel({f"clinic: notes {seed}": clinic(folders[seed] / "data", seed) for seed in SEEDS})
 
-    def stage(program: str, name: str, train: str, valid: str, adapter: Path | None = None) -> list[str]:
-        files = {"data": data / train, "valid_data": data / valid, "out": run.out / name}
-        recipe = RECIPES / f"released-{program}.toml"
-        return training(f"train.{program}", recipe, weights=base, dtype=dtype, **files, adapter=adapter)
+    def stage(program: str, name: str, train: str, valid: str, before: str = "") -> None:
+        works = {}
+        for seed, folder in folders.items():
+            data = folder / "data"
+            files = {"data": data / train, "valid_data": data / valid, "out": folder / name}
+            adapter = folder / before / "adapter" if before else None
+            recipe = RECIPES / f"released-{program}.toml"
+            command = argv(f"train.{program}", recipe, weights=base, dtype=dtype, **files, adapter=adapter)
+            works[f"{program} {seed}"] = command
+        run.run_in_parallel(works)
 
-    pretrained = run.out / "pretrained" / "adapter"
-    run.step("continued pre-training", stage("pretrain", "pretrained", "pretrain.jsonl", "pretrain_valid.jsonl"))
-    run.step("tuning", stage("instruct", "tuned", "train.jsonl", "valid.jsonl", pretrained))
-    release(run.out / "tuned" / "adapter", run.out / "released")
-    calibrate(run, base)
-    cards = {stage: card(read_json(run.out / stage / "run.json")) for stage in ("pretrained", "tuned")}
-    made = {"host": host(), "clinic": CLINIC, "steps": run.steps, **cards}
-    write_json(run.out / "released" / "training.json", made)
+    stage("pretrain", "pretrained", "pretrain.jsonl", "pretrain_valid.jsonl")
+    stage("instruct", "tuned", "train.jsonl", "valid.jsonl", "pretrained")
+    release([folder / "tuned" / "adapter" for folder in folders.values()], run.out / "released")
+    calibrate(run, base, folders[SEEDS[0]] / "data")
+    parts = []
+    for seed, folder in folders.items():
+        cards = {stage: card(read_json(folder / stage / "run.json")) for stage in ("pretrained", "tuned")}
+        seconds = run.took(f"pretrain {seed}") + run.took(f"instruct {seed}")
+        parts.append({"clinic": {"seed": seed, **CLINIC}, "seconds": seconds, "threads": 1, **cards})
+    write_json(run.out / "released" / "training.json", {"host": host(), "trainings": parts})
 
 
-def calibrate(run: Run, base: Path) -> None:
+def calibrate(run: Run, base: Path, data: Path) -> None:
     """Fit the probabilities to patients and styles that training did not see, and that make scores does not ask."""
-    records = [
-        record
-        for name in ("heldout", "unseen")
-        for record in records_of(run.out / "data" / f"{name}.jsonl")[:CALIBRATED]
-    ]
+    records = [record for name in ("heldout", "unseen") for record in records_of(data / f"{name}.jsonl")[:CALIBRATED]]
     notes, answers = run.out / "calibration.jsonl", run.out / "calibration-answers.jsonl"
     write_jsonl(notes, records)
     released = run.out / "released"
@@ -105,16 +111,24 @@ def card(run_card: dict[str, Any]) -> dict[str, Any]:
     return {"recipe": recipe, "data": data, **{key: run_card[key] for key in kept}}
 
 
-def release(adapter: Path, out: Path) -> None:
-    """Write a trained adapter's files to `out`, its matrices in bfloat16, with the base's public name."""
+def release(adapters: Sequence[Path], out: Path) -> None:
+    """Write the mean of trained adapters' updates to `out`, its matrices in bfloat16, with the base's public name.
+
+    The mean of s B₁A₁ and s B₂A₂ is s [B₁ B₂]/2 · [A₁; A₂]: an adapter whose rank is the sum of theirs.
+    """
     out.mkdir(exist_ok=True)
-    matrices = load_file(adapter / "adapter_model.safetensors")
+    held = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
+    mean = {}
+    for name in held[0]:
+        parts = [tensors[name].float() for tensors in held]
+        joined = torch.cat(parts) if ".lora_A." in name else torch.cat(parts, 1) / len(parts)
+        mean[name] = joined.to(torch.bfloat16)
     with atomic_file(out / "adapter_model.safetensors") as path:
-        save_file({name: matrix.to(torch.bfloat16) for name, matrix in matrices.items()}, path, {"format": "pt"})
-    write_json(
-        out / "adapter_config.json", read_json(adapter / "adapter_config.json") | {"base_model_name_or_path": BASE}
-    )
-    write_json(out / "trained_on.json", read_json(adapter / "trained_on.json"))
+        save_file(mean, path, {"format": "pt"})
+    config = read_json(adapters[0] / "adapter_config.json")
+    ranks = {key: config[key] * len(held) for key in ("r", "lora_alpha")}
+    write_json(out / "adapter_config.json", config | ranks | {"base_model_name_or_path": BASE})
+    write_json(out / "trained_on.json", read_json(adapters[0] / "trained_on.json"))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from eval.baselines import RegexBaseline
-from eval.experiments.adapter import BASE, clinic
+from eval.experiments.adapter import BASE, SEEDS, clinic
 from eval.experiments.demo import as_prediction
 from eval.experiments.steps import LONG, Run, argv, begin, check_folder, made_from, public_base, records_of, split
 from eval.metrics.statistics import format_interval
@@ -81,7 +81,7 @@ def notes(run: Run) -> None:
     test, train = run.out / "test", run.out / "train"
     drawn = {"patients": PATIENTS, "seed": SEED, "further_patients": 0, "healthy": 0}
     run.step("clinic: test notes", argv("train.clinic", out=test, **drawn, overwrite=True))
-    run.step("clinic: the training notes, for the regular expressions", clinic(train))
+    run.step("clinic: the training notes, for the regular expressions", clinic(train, SEEDS[0]))
     records = {name: records_of(test / f"{name}.jsonl") for name in ("heldout", "unseen")}
     written = records_of(WRITTEN)
     records |= {f"written-{half}": [one for one in written if one["split"] == half] for half in ("sealed", "open")}
@@ -139,23 +139,27 @@ def models(run: Run, adapter: Path) -> list[dict[str, Any]]:
 def card(adapter: Path, scores: dict[str, Any]) -> str:
     """The model card: how the adapter was trained, what it reached, and the remarks that lie beside it."""
     training, remarks = read_json(adapter / "training.json"), adapter / "REMARKS.md"
-    tuned = training["tuned"]
     return CARD.read_text(encoding="utf-8").format(
         base=BASE,
         base_hash=sha256_file(smollm2())[:16],
-        rank=training["pretrained"]["recipe"]["r"],
-        clinic=" ".join(argv("", **training["clinic"])),
-        notes=tuned["rows"],
-        tokens=tuned["tokens"],
-        data_hash=next(iter(tuned["data"].values()))[:16],
-        trained_at=str(tuned["code"]["commit"])[:10],
-        minutes=sum(step["seconds"] for step in training["steps"].values()) / 60,
-        trained_on=host_line(training["host"]),
+        rank=read_json(adapter / "adapter_config.json")["r"],
+        trainings="\n".join(training_line(one, training["host"]) for one in training["trainings"]),
         scored_at=str(scores["code"]["commit"])[:10],
         scored_on=host_line(scores["host"]),
         table="\n".join(rows(scores["sets"])),
         phenotypes="\n".join(phenotype_rows(scores["sets"])),
         remarks=remarks.read_text(encoding="utf-8") if remarks.is_file() else "",
+    )
+
+
+def training_line(one: dict[str, Any], on: dict[str, Any]) -> str:
+    """One training: its notes, code and time."""
+    tuned, drawn = one["tuned"], " ".join(argv("", **one["clinic"]))
+    digest = next(iter(tuned["data"].values()))[:16]
+    return (
+        f"  - {tuned['rows']:,} notes, {tuned['tokens']:,} tokens (SHA-256 {digest}…), "
+        f"`python -m train.clinic {drawn}`; commit {str(tuned['code']['commit'])[:10]}, {one['seconds'] / 60:.0f} "
+        f"minutes on {on['cpu']}, {one['threads']} thread{'s' * (one['threads'] > 1)}"
     )
 
 

@@ -14,19 +14,31 @@ GROUP = {"n": 3, "f1": 50.0, "low": 40.0, "high": 60.0, "average_f1": 55.0}
 
 @pytest.fixture
 def trained(tmp_path):
-    folder = tmp_path / "tuned"
-    folder.mkdir()
-    save_file({"q.lora_A.weight": torch.randn(2, 8)}, folder / "adapter_model.safetensors")
-    (folder / "adapter_config.json").write_text('{"r": 2, "base_model_name_or_path": "/home/somebody/base"}')
-    (folder / "trained_on.json").write_text('{"norms": "abc", "merged": []}')
-    return folder
+    folders = [tmp_path / "one", tmp_path / "two"]
+    for folder in folders:
+        folder.mkdir()
+        pair = {"q.lora_A.weight": torch.randn(2, 8), "q.lora_B.weight": torch.randn(5, 2)}
+        save_file(pair, folder / "adapter_model.safetensors")
+        config = {"r": 2, "lora_alpha": 4, "base_model_name_or_path": "/home/somebody/base"}
+        (folder / "adapter_config.json").write_text(json.dumps(config))
+        (folder / "trained_on.json").write_text('{"norms": "abc", "merged": []}')
+    return folders
 
 
-def test_a_released_adapter_is_in_bfloat16_and_names_the_public_base(trained, tmp_path):
+def update(folder):
+    config = json.loads((folder / "adapter_config.json").read_text())
+    pair = load_file(folder / "adapter_model.safetensors")
+    a_RD, b_OR = (pair[f"q.lora_{kind}.weight"].double() for kind in "AB")
+    return config["lora_alpha"] / config["r"] * b_OR @ a_RD
+
+
+def test_the_released_adapter_is_the_mean_of_the_trained_ones_in_bfloat16(trained, tmp_path):
     adapter.release(trained, tmp_path / "out")
-    before = load_file(trained / "adapter_model.safetensors")["q.lora_A.weight"]
-    after = load_file(tmp_path / "out" / "adapter_model.safetensors")["q.lora_A.weight"]
-    assert after.dtype == torch.bfloat16 and torch.equal(after, before.to(torch.bfloat16))
+    assert {value.dtype for value in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {
+        torch.bfloat16
+    }
+    mean = sum(update(folder) for folder in trained) / 2
+    torch.testing.assert_close(update(tmp_path / "out"), mean, rtol=0, atol=0.02 * float(mean.abs().max()))
     assert json.loads((tmp_path / "out" / "adapter_config.json").read_text())["base_model_name_or_path"] == adapter.BASE
     assert (tmp_path / "out" / "trained_on.json").read_text() != ""
 
@@ -49,14 +61,21 @@ def test_the_model_card_is_filled_from_training_and_scores(monkeypatch, tmp_path
     monkeypatch.setattr(scores, "smollm2", lambda: gguf)
     host = {"cpu": "A processor", "threads": 2}
     stage = adapter.card(run_card())
-    training = {"host": host, "clinic": adapter.CLINIC, "steps": {"tuning": {"seconds": 120.0}}}
+    one = {
+        "clinic": {"seed": 22, **adapter.CLINIC},
+        "seconds": 120.0,
+        "threads": 1,
+        "pretrained": stage,
+        "tuned": stage,
+    }
     groups = {"phenotype": GROUP, "diagnosis": GROUP, "phenotype, unanswerable": None}
     system = {"groups": groups, "phenotypes": dict.fromkeys(PHENOTYPES, GROUP)}
     test = {"notes": 3, "systems": {"regular expressions": system, scores.RELEASED: system}}
     found = {"code": {"commit": "e" * 40}, "host": host, "sets": dict.fromkeys(scores.SETS, test)}
-    (tmp_path / "training.json").write_text(json.dumps(training | {"pretrained": stage, "tuned": stage}))
+    (tmp_path / "training.json").write_text(json.dumps({"host": host, "trainings": [one, one]}))
+    (tmp_path / "adapter_config.json").write_text('{"r": 32}')
     (tmp_path / "REMARKS.md").write_text("It is wrong at times.")
     card = scores.card(tmp_path, found)
-    assert "2 minutes on A processor, 2 threads" in card and "--clinical 2000" in card
+    assert card.count("2 minutes on A processor, 1 thread") == 2 and "--clinical 2000" in card and "rank 32" in card
     assert card.count("50.0 [40.0, 60.0]") == len(scores.SETS) * (2 * 2 + len(PHENOTYPES))
     assert "{" not in card and card.endswith("It is wrong at times.")
