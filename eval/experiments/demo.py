@@ -191,7 +191,8 @@ def recipe(run: Run, stage: str, name: str, file: str, **more: Any) -> list[str]
     valid = "valid" if kind == "instruct" else "pretrain_valid"
     demo = Demo(run.out, run.scale)
     files = {"data": demo.data(file), "valid_data": demo.data(valid), "out": run.out / name}
-    command = training if run.scale == "full" else argv
+    both = run.scale == "full" and stage == "pretrain"  # a step of tuning is one note, which two ranks cannot share
+    command = training if both else argv
     return command(f"train.{stage}", demo.recipe(kind), **files, dtype=demo.dtype, **more)
 
 
