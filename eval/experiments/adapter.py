@@ -87,7 +87,7 @@ def stages(run: Run) -> None:
     parts = []
     for seed, folder in folders.items():
         cards = {stage: card(read_json(folder / stage / "run.json")) for stage in ("pretrained", "tuned")}
-        seconds = run.took(f"pretrain {seed}") + run.took(f"instruct {seed}")
+        seconds = sum(card["training_seconds"] for card in cards.values())  # a step's is half of its pair's
         parts.append({"clinic": {"seed": seed, **CLINIC}, "seconds": seconds, "threads": 1, **cards})
     write_json(run.out / "released" / "training.json", {"host": host(), "trainings": parts})
 
