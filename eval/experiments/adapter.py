@@ -1,15 +1,16 @@
 """The released adapter: the mean of two trainings on different notes (`make adapter`).
 
-    clinic → base → continued pre-training → tuning of the same adapter, twice side by side → the mean, in bfloat16
+    clinic → base → continued pre-training → tuning of its adapter, twice side by side → the mean, in bfloat16
 
-The same two programs as the demo's, with longer recipes (train/recipes/released-*.toml). Two trainings take a core
-each, and their mean is better than either on styles that neither saw. An interrupted run continues; each stage leaves
-an adapter. `make scores` (eval.experiments.scores) then asks the mean and writes its card.
+The same two programs as the demo's, with longer recipes (train/recipes/released-*.toml). The two tunings begin from one
+continued pre-training and take a core each; their mean is better than either on styles that neither saw. An interrupted
+run continues; each stage leaves an adapter. `make scores` (eval.experiments.scores) then asks the mean and writes its
+card.
 """
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -26,6 +27,7 @@ from eval.experiments.steps import (
     extraction,
     public_base,
     records_of,
+    training,
     training_dtype,
 )
 from model.support import cli
@@ -69,27 +71,31 @@ def stages(run: Run) -> None:
     folders = {seed: run.out / f"training-{seed}" for seed in SEEDS}
     run.run_in_parallel({f"clinic: notes {seed}": clinic(folders[seed] / "data", seed) for seed in SEEDS})
 
-    def stage(program: str, name: str, train: str, valid: str, before: str = "") -> None:
-        works = {}
-        for seed, folder in folders.items():
-            data = folder / "data"
-            files = {"data": data / train, "valid_data": data / valid, "out": folder / name}
-            adapter = folder / before / "adapter" if before else None
-            recipe = RECIPES / f"released-{program}.toml"
-            command = argv(f"train.{program}", recipe, weights=base, dtype=dtype, **files, adapter=adapter)
-            works[f"{program} {seed}"] = command
-        run.run_in_parallel(works)
+    def recipe(program: str, files: Mapping[str, Path], **more: Any) -> list[str]:
+        command = training if program == "pretrain" else argv
+        return command(
+            f"train.{program}", RECIPES / f"released-{program}.toml", weights=base, dtype=dtype, **files, **more
+        )
 
-    stage("pretrain", "pretrained", "pretrain.jsonl", "pretrain_valid.jsonl")
-    stage("instruct", "tuned", "train.jsonl", "valid.jsonl", "pretrained")
+    first, pretrained = folders[SEEDS[0]] / "data", run.out / "pretrained"
+    texts = {"data": first / "pretrain.jsonl", "valid_data": first / "pretrain_valid.jsonl", "out": pretrained}
+    run.step("continued pre-training", recipe("pretrain", texts))
+    tunings = {}
+    for seed, folder in folders.items():
+        notes = {"data": folder / "data" / "train.jsonl", "valid_data": folder / "data" / "valid.jsonl"}
+        tunings[f"tuning {seed}"] = recipe(
+            "instruct", notes | {"out": folder / "tuned"}, adapter=pretrained / "adapter"
+        )
+    run.run_in_parallel(tunings)
     release([folder / "tuned" / "adapter" for folder in folders.values()], run.out / "released")
     calibrate(run, base, folders[SEEDS[0]] / "data")
-    parts = []
-    for seed, folder in folders.items():
-        cards = {stage: card(read_json(folder / stage / "run.json")) for stage in ("pretrained", "tuned")}
-        seconds = sum(card["training_seconds"] for card in cards.values())  # a step's is half of its pair's
-        parts.append({"clinic": {"seed": seed, **CLINIC}, "seconds": seconds, "threads": 1, **cards})
-    write_json(run.out / "released" / "training.json", {"host": host(), "trainings": parts})
+    done = {"continued pre-training": (SEEDS[0], pretrained)}
+    done |= {f"tuning {seed}": (seed, folder / "tuned") for seed, folder in folders.items()}
+    stages = [
+        {"name": name, "clinic": {"seed": seed, **CLINIC}, **card(read_json(out / "run.json"))}
+        for name, (seed, out) in done.items()
+    ]
+    write_json(run.out / "released" / "training.json", {"host": host(), "stages": stages})
 
 
 def calibrate(run: Run, base: Path, data: Path) -> None:

@@ -143,7 +143,7 @@ def card(adapter: Path, scores: dict[str, Any]) -> str:
         base=BASE,
         base_hash=sha256_file(smollm2())[:16],
         rank=read_json(adapter / "adapter_config.json")["r"],
-        trainings="\n".join(training_line(one, training["host"]) for one in training["trainings"]),
+        stages="\n".join(stage_line(one, training["host"]) for one in training["stages"]),
         scored_at=str(scores["code"]["commit"])[:10],
         scored_on=host_line(scores["host"]),
         table="\n".join(rows(scores["sets"])),
@@ -152,14 +152,13 @@ def card(adapter: Path, scores: dict[str, Any]) -> str:
     )
 
 
-def training_line(one: dict[str, Any], on: dict[str, Any]) -> str:
-    """One training: its notes, code and time."""
-    tuned, drawn = one["tuned"], " ".join(argv("", **one["clinic"]))
-    digest = next(iter(tuned["data"].values()))[:16]
+def stage_line(one: dict[str, Any], on: dict[str, Any]) -> str:
+    """One stage of the training: its notes, code and time."""
+    drawn, digest = " ".join(argv("", **one["clinic"])), next(iter(one["data"].values()))[:16]
     return (
-        f"  - {tuned['rows']:,} notes, {tuned['tokens']:,} tokens (SHA-256 {digest}…), "
-        f"`python -m train.clinic {drawn}`; commit {str(tuned['code']['commit'])[:10]}, {one['seconds'] / 60:.0f} "
-        f"minutes on {on['cpu']}, {one['threads']} thread{'s' * (one['threads'] > 1)}"
+        f"  - {one['name']}: {one['rows']:,} rows, {one['tokens']:,} tokens (SHA-256 {digest}…), "
+        f"`python -m train.clinic {drawn}`; commit {str(one['code']['commit'])[:10]}, "
+        f"{one['training_seconds'] / 60:.0f} minutes on {on['cpu']}"
     )
 
 

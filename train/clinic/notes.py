@@ -51,7 +51,8 @@ class Writer:
         if case.histology.code == "C82.G":
             self.shown.add("grade")  # its code depends on the grade
         self.form = rng.choice(self.style.words["size"])
-        self.staging = rng.choices(("group", "tnm", "both"), (5, 3, 3))[0]
+        spelled = "tnm" in self.style.words  # clinics give T, N and M alone as often as a group
+        self.staging = rng.choices(("group", "tnm", "both"), (3, 4, 2) if spelled else (5, 3, 3))[0]
         if not case.stage or case.stage.t == "-":
             self.staging = "group"
         self.man = case.sex == "M"
@@ -286,12 +287,16 @@ class Writer:
         assert self.case.stage is not None, "a slot of the stage in a note of a case without one"
         return self.case.stage
 
+    def spelled(self, stage: Stage) -> str:
+        """T, N and M in the style's own forms, with any prefix."""
+        parts = {"p": self.rng.choice(("p", "p", "c", "c", "", "yp", "r")), "T": stage.t, "N": stage.n, "M": stage.m}
+        forms = [form for form in self.style.words["tnm"] if stage.m == "M0" or "M" in form]
+        return fill(self.rng.choice(forms), lambda name: parts[name])
+
     def tnm(self) -> str:
         stage = self.stage()
         if "tnm" in self.style.words:
-            parts = {"p": self.rng.choice(("p", "c", "", "c")), "T": stage.t, "N": stage.n, "M": stage.m}
-            forms = [form for form in self.style.words["tnm"] if stage.m == "M0" or "M" in form]
-            return fill(self.rng.choice(forms), lambda name: parts[name])
+            return self.spelled(stage)
         gap = self.rng.choice(("", " "))
         prefix = "p" if self.style.pathology else self.rng.choice(("", "p", "c"))
         return gap.join((prefix + stage.t, stage.n, stage.m))
@@ -394,7 +399,7 @@ class Writer:
 
     def slot_tnm_old(self) -> str:
         other = self.rng.choice([s for s in self.case.cancer.stages if s.t != self.stage().t])
-        return f"c{other.t} {other.n} {other.m}"
+        return self.spelled(other) if "tnm" in self.style.words else f"c{other.t} {other.n} {other.m}"
 
     def slot_benign(self) -> str:
         barred = [*self.organ()] + ["ovarian"] * self.man
