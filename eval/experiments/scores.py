@@ -4,12 +4,14 @@ Three test sets: held-out patients in the training styles and other patients in 
 used here alone, and the notes written by hand (train/clinic/written.jsonl), whose open half was read while the
 generator was written and whose sealed half was not. The rungs below the adapter are regular expressions that are
 fitted on its own training notes, and its base, which is asked about few notes (it generates up to its limit).
+`--also` asks other adapters on the same base the same: a rung without a stage, or the stages of one training.
 `--release` puts the adapter, its card and these scores into infer/released.
 """
 
 from __future__ import annotations
 
 import shutil
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +25,7 @@ from eval.report.build import SET_TITLES, terminal_table, write
 from infer.released import smollm2
 from infer.tasks import PHENOTYPES
 from model.support import cli as command
+from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json, write_jsonl, write_text
 from model.support.hardware import host
 from train.report.card import ROOT, code_version
@@ -46,6 +49,10 @@ class Options:
     """The adapter's folder."""
     out: Path = Path("runs/scores")
     """The run's folder."""
+    also: tuple[str, ...] = ()
+    """Other adapters on the same base to ask, each as NAME=FOLDER."""
+    limit: int = 0
+    """Only the first notes of each generated test set (0: all)."""
     release: bool = False
     """Put the adapter with its card and scores into infer/released, in the place of the one that is there."""
     overwrite: bool = False
@@ -54,12 +61,13 @@ class Options:
 
 def main(options: Options) -> int:
     check_folder()
-    made_of = made_from(options, {"adapter": options.adapter / "adapter_model.safetensors"})
+    adapters = {RELEASED: options.adapter, **named(options.also)}
+    made_of = made_from(options, {name: folder / "adapter_model.safetensors" for name, folder in adapters.items()})
     with begin(options.out, made_of, "report.html", options.overwrite) as run:
-        notes(run)
-        systems = [regex(run), *models(run, options.adapter)]
+        notes(run, options.limit)
+        systems = [regex(run), *models(run, adapters)]
         sets = {name: f"{name}.jsonl" for name in SETS}
-        pairs = [["base", RELEASED]]
+        pairs = [["base", RELEASED], *([name, RELEASED] for name in adapters if name != RELEASED)]
         given = {"title": f"The released adapter on {BASE}", "scale": "released", "host": host(), "seconds": run.took()}
         given |= {"peak_mb": run.peak(), "systems": systems, "references": sets, "compare": pairs, "curves": {}}
         write_json(run.out / "run.json", given)
@@ -76,13 +84,24 @@ def main(options: Options) -> int:
     return 0
 
 
-def notes(run: Run) -> None:
+def named(given: Iterable[str]) -> dict[str, Path]:
+    """The adapters of --also. Raises UserError for what is not NAME=FOLDER of an adapter."""
+    adapters: dict[str, Path] = {}
+    for one in given:
+        name, _, folder = one.partition("=")
+        if not (Path(folder) / "adapter_model.safetensors").is_file() or name in ("", RELEASED, *adapters):
+            raise UserError(f"--also {one}: give NAME=FOLDER, a name of its own and the folder of a LoRA adapter")
+        adapters[name] = Path(folder)
+    return adapters
+
+
+def notes(run: Run, limit: int) -> None:
     """The test sets, and all of their notes in one file for a job."""
     test, train = run.out / "test", run.out / "train"
     drawn = {"patients": PATIENTS, "seed": SEED, "further_patients": 0, "healthy": 0}
     run.step("clinic: test notes", argv("train.clinic", out=test, **drawn, overwrite=True))
     run.step("clinic: the training notes, for the regular expressions", clinic(train, SEEDS[0]))
-    records = {name: records_of(test / f"{name}.jsonl") for name in ("heldout", "unseen")}
+    records = {name: records_of(test / f"{name}.jsonl")[: limit or None] for name in ("heldout", "unseen")}
     written = records_of(WRITTEN)
     records |= {f"written-{half}": [one for one in written if one["split"] == half] for half in ("sealed", "open")}
     for name in SETS:
@@ -109,27 +128,26 @@ def regex(run: Run) -> dict[str, Any]:
     }
 
 
-def models(run: Run, adapter: Path) -> list[dict[str, Any]]:
-    """The base, which is asked about few notes, and the adapter on it."""
+def models(run: Run, adapters: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """The base, which is asked about few notes, and the adapters on it."""
     base = public_base(run)
+    files = {"base": "base"} | {name: f"adapter-{number}" for number, name in enumerate(adapters)}
 
     def job(name: str, notes: str, **how: Any) -> list[str]:
-        out = run.out / "predictions" / f"{name}.jsonl"
+        out = run.out / "predictions" / f"{files[name]}.jsonl"
         return argv("infer.extract", weights=base, notes=run.out / f"{notes}.jsonl", out=out, **ASK, **how)
 
-    jobs = {
-        "base": job("base", "few", form="chat"),
-        "released": job("released", "notes", adapter=adapter, form="template", grounded=True),
-    }
+    jobs = {"base": job("base", "few", form="chat")}
+    for name, adapter in adapters.items():
+        jobs[name] = job(name, "notes", adapter=adapter, form="template", grounded=True)
+    run.run_in_parallel(jobs)
     systems = []
-    for file, work in jobs.items():
-        name = "base" if file == "base" else RELEASED
-        run.step(name, work)
-        asked = {"form": "chat", "notes": BASE_NOTES} if file == "base" else {"form": "template", "grounded": True}
+    for name in jobs:
+        asked = {"form": "chat", "notes": BASE_NOTES} if name == "base" else {"form": "template", "grounded": True}
         row = {
             "name": name,
-            "kind": "base" if file == "base" else "model",
-            "predictions": split(run, file, SETS),
+            "kind": "base" if name == "base" else "model",
+            "predictions": split(run, files[name], SETS),
             **asked,
         }
         systems.append(row | {"seconds": run.took(name), "peak_mb": run.peak(name)})

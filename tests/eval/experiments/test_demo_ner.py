@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from eval.experiments.demo_ner import score
+from eval.experiments.demo_ner import found_in, score
 from model.support.cli import UserError
 
 
@@ -35,6 +35,19 @@ def test_names_are_counted_once_a_record_and_exactly(tmp_path):
     assert (found["names"], found["predicted"], found["right"]) == (3, 3, 1)
     assert found["precision"] == found["recall"] == found["f1"] == pytest.approx(100 / 3)
     assert (found["empty"], found["empty_right"]) == (2, 1)
+
+
+def test_mentions_count_by_place_and_every_place_of_an_answered_name_is_answered(tmp_path):
+    text = "Gout and colon cancer; cancer of no kind, gout; gout."
+    at = [(9, 21), (42, 46), (48, 52)]
+    answers = [{"text": text[a:b], "start": a, "end": b} for a, b in at]
+    gold = [{"id": "a", "text": text, "questions": [{"question": "Which?", "answers": answers}]}]
+    said = [{"id": "a", "answers": asked("gout", "cancer", "colon cancer")}]
+    found = score(write(tmp_path / "gold", gold), write(tmp_path / "predicted", said))
+    assert found_in(text, ["cancer", "colon cancer"]) == [(9, 21), (23, 29)]  # the longest name has its place
+    entities = found["entities"]
+    assert (entities["mentions"], entities["predicted"], entities["right"]) == (3, 4, 3)
+    assert entities["recall"] == 100 and entities["precision"] == 75
 
 
 def test_a_missing_record_is_no_score(tmp_path):
