@@ -237,7 +237,7 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     jobs = {}
     for name, file, adapter, untuned in models:
         untuned_how = {"form": form_of(scale, untuned), "max_new_diagnosis": 50}
-        how = untuned_how if untuned else {"grounded": True, "places": "all"}
+        how = untuned_how if untuned else {"grounded": True}
         notes, out = f"tests{'-few' if untuned else ''}.jsonl", run.out / "predictions" / f"{file}.jsonl"
         files = {"weights": demo.weights, "adapter": adapter or None, "notes": run.out / notes, "out": out}
         dtype = "auto" if run.scale == "full" else "float32"

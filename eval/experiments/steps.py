@@ -30,8 +30,7 @@ from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
 
 RECIPES = Path("train/recipes")
 SCALES_FILE = Path(__file__).with_name("scales.toml")
-# How the experiments ask: no note is cut, and places, which no score reads, are not decided.
-LONG = {"long": "windows", "max_new_diagnosis": 60, "places": "all"}
+LONG = {"long": "windows", "max_new_diagnosis": 60}  # how the experiments ask: no note is cut
 
 
 @dataclass
@@ -132,7 +131,7 @@ def training(program: str, *arguments: Any, **options: Any) -> list[str]:
 
 def extraction(weights: str, adapter: Path | str | None, notes: Path | str, out: Path | str, **how: Any) -> list[str]:
     """The command of infer.extract that asks a tuned model."""
-    asked = {"form": "template", "places": LONG["places"]} | how
+    asked = {"form": "template"} | how
     return argv("infer.extract", weights=weights, adapter=adapter, notes=notes, out=out, **asked)
 
 

@@ -16,7 +16,8 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from eval.metrics import pairs, text
+import eval.metrics.pairs as pairs
+import eval.metrics.text as text
 from model.support.cli import UserError, nearest
 
 Words = list[str]

@@ -285,17 +285,24 @@ class Rows:
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
-        self.active: list[State] = []
+        self.held: list[State] = []  # in the cache: those that end leave it before the next step
         self.cache: Cache | None = None
+
+    @property
+    def active(self) -> list[State]:
+        """The requests that have not ended."""
+        return [state for state in self.held if state.finish is None]
 
     @torch.inference_mode()
     def add(self, states: Sequence[State]) -> None:
-        """Read further prompts, and choose their first tokens."""
+        """Read further prompts, and choose their first tokens. What a prompt shares with one that has ended since the
+        last step is not read again."""
         if not states:
             return
-        generator = self.generator
-        prefixes, branches = plan([state.prompt for state in states])
-        cache = Cache(generator.engine, prefixes, branches)
+        generator, hidden = self.generator, [state.settings.hidden for state in states]
+        prefixes, branches = plan([state.prompt for state in states], hidden)
+        cache = Cache(generator.engine, prefixes, branches, hidden, self.cache)
+        self._drop_ended()
         added = [states[branch.prompt] for branch in branches]
         x_BTD = generator.read_branches(cache, [branch.tokens for branch in branches])[:, None]
         generator.take(x_BTD, added, [[] for _ in added], cache)
@@ -303,13 +310,13 @@ class Rows:
             self.cache = cache
         else:
             self.cache.join(cache)
-        self.active = [*self.active, *added]
-        self._drop_ended(self.cache)
+        self.held += added
 
     @torch.inference_mode()
     def step(self) -> None:
         """The next token of every request, and those after it that were guessed right."""
-        cache, active, generator = self.cache, self.active, self.generator
+        self._drop_ended()
+        cache, active, generator = self.cache, self.held, self.generator
         assert cache is not None
         guesses = generator.guess(active)
         T = 1 + max(map(len, guesses))
@@ -317,15 +324,15 @@ class Rows:
         tokens_BT = torch.tensor([[*row, *[0] * (T - len(row))] for row in fed], device=generator.engine.device)
         x_BTD = cache.step(tokens_BT, torch.ones(len(fed), dtype=torch.int64))
         generator.take(x_BTD, active, guesses, cache)
-        self._drop_ended(cache)
 
-    def _drop_ended(self, cache: Cache) -> None:
-        kept = [row for row, state in enumerate(self.active) if state.finish is None]
+    def _drop_ended(self) -> None:
+        kept = [row for row, state in enumerate(self.held) if state.finish is None]
         if not kept:
             self.cache = None
-        elif len(kept) < len(self.active):
-            cache.retain(kept)
-        self.active = [self.active[row] for row in kept]
+        elif len(kept) < len(self.held):
+            assert self.cache is not None
+            self.cache.retain(kept)
+        self.held = [self.held[row] for row in kept]
 
 
 def draw(logits_V: Tensor, state: State) -> int:

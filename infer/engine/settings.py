@@ -14,6 +14,16 @@ with contextlib.suppress(ImportError):  # only the command line reads these anno
 
 
 @dataclass(frozen=True)
+class Hidden:
+    """The tokens `first` … `stop` − 1 of a prompt, which its tokens from `after` on and those generated do not see.
+    0 ≤ first < stop ≤ after < the prompt's length."""
+
+    first: int
+    stop: int
+    after: int
+
+
+@dataclass(frozen=True)
 class Settings:
     """How one request is continued. Values out of range are refused."""
 
@@ -36,6 +46,8 @@ class Settings:
     constraint: tyro.conf.Suppress[Any] = None
     """What tokens are allowed after those generated so far: an object with `allowed(tokens) -> ids | None`. The ids are
     a list or an int64 tensor (on the model's device, nothing is copied each step)."""
+    hidden: tyro.conf.Suppress[Hidden | None] = None
+    """A part of the prompt that its end does not see."""
 
     def __post_init__(self) -> None:
         for name, low, high, kind in (

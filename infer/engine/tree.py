@@ -29,6 +29,7 @@ from torch import Tensor
 import kernels
 from infer.engine.forward import Engine
 from infer.engine.fuse import read_attention, tree_attention
+from infer.engine.settings import Hidden
 
 SHARED = 8  # tokens: a shorter common prefix is cheaper to compute again than to attend to separately
 OWN = 64  # tokens: a longer private part becomes a prefix, so that branches of a batch stay of similar length
@@ -176,24 +177,29 @@ def levels_of(prefixes: list[Prefix]) -> Iterator[list[Prefix]]:
         depth = [prefix for prefix in prefixes if id(prefix.parent) in above]
 
 
-def plan(prompts: Sequence[Sequence[int]]) -> tuple[list[Prefix], list[Branch]]:
-    """The tree of some prompts: prefixes with parents before children, branches in the tree's order."""
+def plan(prompts: Sequence[Sequence[int]], hidden: Sequence[Hidden | None] = ()) -> tuple[list[Prefix], list[Branch]]:
+    """The tree of some prompts: prefixes with parents before children, branches in the tree's order. Of a prompt with
+    something `hidden`, what does not see it is its branch's own."""
     prefixes: list[Prefix] = []
     branches: list[Branch] = []
     if prompts:
-        grow(prompts, prefixes, branches, list(range(len(prompts))), 0, None)
+        ends = [len(prompt) - 1 for prompt in prompts]  # every branch keeps a token of its own
+        ends = [end if one is None else one.after for end, one in zip(ends, hidden or [None] * len(ends), strict=True)]
+        grow(prompts, ends, prefixes, branches, list(range(len(prompts))), 0, None)
     return prefixes, branches
 
 
 def grow(
     prompts: Sequence[Sequence[int]],
+    ends: Sequence[int],
     prefixes: list[Prefix],
     branches: list[Branch],
     indices: list[int],
     depth: int,
     parent: Prefix | None,
 ) -> None:
-    """Enter the prompts of these indices, which are alike before `depth`, below `parent`."""
+    """Enter the prompts of these indices, which are alike before `depth`, below `parent`; at most the tokens before
+    their `ends` become prefixes."""
     # module-level on purpose: a recursive closure is a reference cycle, which keeps keys and values alive until gc runs
 
     def add(parent: Prefix | None, tokens: Sequence[int], start: int) -> Prefix:
@@ -202,13 +208,14 @@ def grow(
 
     ids = prompts[indices[0]]
     if len(indices) == 1:
-        if len(ids) - depth > OWN and len(prompts) > 1:
-            parent = add(parent, ids[depth:-1], depth)
-            depth = len(ids) - 1
+        end = ends[indices[0]]
+        if end - depth >= OWN and len(prompts) > 1:
+            parent = add(parent, ids[depth:end], depth)
+            depth = end
             parent.branches = range(len(branches), len(branches) + 1)
         branches.append(Branch(parent, list(ids[depth:]), depth, indices[0]))
         return
-    common = min(len(prompts[i]) for i in indices) - 1  # every branch keeps a token of its own
+    common = min(ends[i] for i in indices)
     for i in indices[1:]:
         common = next((n for n in range(depth, common) if prompts[i][n] != ids[n]), common)
     began = len(branches)
@@ -221,17 +228,25 @@ def grow(
         # a group below starts where its prompts share more than the prefix; single ones are branches
         groups.setdefault(hash(tuple(prompts[i][depth : depth + SHARED])), []).append(i)
     for group in groups.values():
-        whole = len(group) > 1 and min(len(prompts[i]) for i in group) > depth + SHARED
+        whole = len(group) > 1 and min(ends[i] for i in group) >= depth + SHARED
         for part in [group] if whole else [[i] for i in group]:
-            grow(prompts, prefixes, branches, part, depth, prefix)
+            grow(prompts, ends, prefixes, branches, part, depth, prefix)
     if prefix is not parent and prefix is not None:
         prefix.branches = range(began, len(branches))
 
 
 class Cache:
-    """Keys and values of a tree, and the attention over them."""
+    """Keys and values of a tree, and the attention over them. `hidden`: what each prompt's end does not see; `held`: a
+    cache that may hold some of the prefixes, which are then not computed again."""
 
-    def __init__(self, engine: Engine, prefixes: list[Prefix], branches: list[Branch]) -> None:
+    def __init__(
+        self,
+        engine: Engine,
+        prefixes: list[Prefix],
+        branches: list[Branch],
+        hidden: Sequence[Hidden | None] = (),
+        held: Cache | None = None,
+    ) -> None:
         self.engine, self.prefixes = engine, prefixes
         self.windows = sorted(set(engine.config.windows), key=lambda w: (w is None, w))
         starts = [branch.start for branch in branches]
@@ -240,8 +255,24 @@ class Cache:
         self.keys: list[Tensor] = []  # k_BGKC of each layer: the branches' own slots
         self.values: list[Tensor] = []  # v_BGCK
         self.capacity = 0
+        self.hidden_B3: Tensor | None = None  # first, stop and after of each branch; zeros where it sees all
+        if any(hidden):
+            of_branches = [hidden[branch.prompt] for branch in branches]
+            self.hidden_B3 = torch.tensor([[x.first, x.stop, x.after] if x else [0, 0, 0] for x in of_branches])
+        for prefix in prefixes:
+            if held is not None and prefix.parent is None:
+                prefix.keys, prefix.values = held.of(prefix.tokens)
         self._read_prefixes()
         self.levels = [self._pad(group) for group in levels_of(prefixes)]
+
+    def of(self, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+        """Keys and values (k_GSK and v_GSK of each layer) of tokens that some prefix begins with; else of no layer."""
+        for level in self.levels:
+            for m, prefix in enumerate(level.prefixes):
+                if prefix.parent is None and prefix.tokens[: len(tokens)] == tokens and prefix.first == 0:
+                    kept = [[x_PGSK[m, :, : len(tokens)] for x_PGSK in store] for store in (level.keys, level.values)]
+                    return kept[0], kept[1]
+        return [], []
 
     # ---- reading the prefixes -------------------------------------------------------------------------------------
 
@@ -252,7 +283,7 @@ class Cache:
         while level:
             spans: list[tuple[Prefix, int, int]] = []
             size = 0
-            for prefix in level:
+            for prefix in (one for one in level if not one.keys):
                 for begin in range(0, len(prefix.tokens), chunk):
                     end = min(begin + chunk, len(prefix.tokens))
                     if spans and (size + end - begin > chunk or spans[-1][0] is prefix):
@@ -260,7 +291,8 @@ class Cache:
                         spans, size = [], 0
                     spans.append((prefix, begin, end))
                     size += end - begin
-            self._read(spans)
+            if spans:
+                self._read(spans)
             level = [prefix for prefix in self.prefixes if any(prefix.parent is above for above in level)]
 
     def _read(self, spans: list[tuple[Prefix, int, int]]) -> None:
@@ -323,7 +355,8 @@ class Cache:
         key_position_BS = self.start_B[:, None] + torch.arange(S)
         reach = {window: self._reach(window, position_BT) for window in self.windows}
         masks = {}
-        if self.engine.fused:  # the kernels mask by themselves
+        fused = self.engine.fused and self.hidden_B3 is None  # the kernels mask by themselves, and hide nothing
+        if fused:
             positions = {window: self._key_positions(reach[window]) for window in self.windows}
         else:
             masks = {window: self._mask(window, position_BT, slots_BT, S, reach[window]) for window in self.windows}
@@ -345,7 +378,7 @@ class Cache:
                 values[rows_B1, :, slots_BT] = v_BTGK.to(keys.dtype)
             window = self.engine.layers[layer].window
             q_BHTK = q_NHK.unflatten(0, (B, T)).transpose(1, 2)
-            if self.engine.fused:
+            if fused:
                 levels = self._kernel_levels(layer, reach[window], positions[window])
                 held = keys[..., :S].mT, values[:, :, :S]
                 out_BHTK = tree_attention(q_BHTK, *held, position_BT, key_position_BS, window, levels)
@@ -364,7 +397,7 @@ class Cache:
         B, H, T, K = q_BHTK.shape
         k_BGKS = self.keys[layer][:, :, :, :S].to(q_BHTK.dtype)  # the cache may be narrower
         v_BGSK = self.values[layer][:, :, :S].to(q_BHTK.dtype)
-        if not reach and B == 1 and T > 16:  # one prompt being read: it has no padding
+        if not reach and B == 1 and T > 16 and self.hidden_B3 is None:  # one prompt being read: it has no padding
             slot_S = torch.arange(S, device=q_BHTK.device)
             window = self.engine.layers[layer].window
             return causal(q_BHTK[0], k_BGKS[0].mT, v_BGSK[0], S - T, slot_S, window).transpose(0, 1)[None]
@@ -394,7 +427,7 @@ class Cache:
     ) -> Tensor | None:
         """hidden_BTA, true where a query does not see a key (as `_attend` lays keys out); None where all see all."""
         B, T = slots_BT.shape
-        parts = []
+        parts, keys = [], []
         for level, begin in reach:
             key_position_rS = level.positions(begin)[level.prefix_r]
             seen_rTS = ((key_position_rS >= 0) & level.below_r[:, None])[:, None].expand(-1, T, -1)
@@ -403,10 +436,19 @@ class Cache:
             seen_BTS = seen_rTS.new_zeros(B, T, key_position_rS.shape[1])
             seen_BTS[level.rows] = seen_rTS
             parts.append(seen_BTS)
+            key_position_BS = key_position_rS.new_full((B, key_position_rS.shape[1]), -1)
+            key_position_BS[level.rows] = key_position_rS
+            keys.append(key_position_BS)
         slot_S = torch.arange(S)
         seen_BTS = slot_S <= slots_BT[..., None]
         parts.append(seen_BTS if window is None else seen_BTS & (slot_S > slots_BT[..., None] - window))
+        keys.append(self.start_B[:, None] + slot_S)
         hidden_BTA = ~torch.cat(parts, dim=-1)
+        if self.hidden_B3 is not None:
+            key_position_B1A = torch.cat(keys, dim=-1)[:, None]
+            first_B11, stop_B11, after_B11 = self.hidden_B3[..., None, None].unbind(1)
+            here_B1A = (key_position_B1A >= first_B11) & (key_position_B1A < stop_B11)
+            hidden_BTA |= here_B1A & (position_BT[..., None] >= after_B11)
         return hidden_BTA if bool(hidden_BTA.any()) else None
 
     def _reach(self, window: int | None, position_BT: Tensor) -> list[tuple[Level, int]]:
@@ -494,6 +536,9 @@ class Cache:
         self.values = [v[index, :, : S + SPARE] for v in self.values]
         self.capacity = min(self.capacity, S + SPARE)
         self.start_B, self.length_B = self.start_B[kept_B], self.length_B[kept_B]
+        if self.hidden_B3 is not None:
+            kept_B3 = self.hidden_B3[kept_B]
+            self.hidden_B3 = kept_B3 if bool(kept_B3.any()) else None
         for prefix in self.prefixes:
             below = [new for new, old in enumerate(rows) if old in prefix.branches]
             prefix.branches = range(below[0], below[-1] + 1) if below else range(0)
@@ -511,6 +556,10 @@ class Cache:
         self.capacity = max(self.capacity, other.capacity)
         self.start_B = torch.cat([self.start_B, other.start_B])
         self.length_B = torch.cat([self.length_B, other.length_B])
+        if self.hidden_B3 is not None or other.hidden_B3 is not None:
+            sizes = ((self.hidden_B3, own), (other.hidden_B3, len(other.start_B)))
+            parts = [torch.zeros(size, 3, dtype=torch.int64) if held is None else held for held, size in sizes]
+            self.hidden_B3 = torch.cat(parts)
         for prefix in other.prefixes:
             prefix.branches = range(own + prefix.branches.start, own + prefix.branches.stop)
         self.prefixes += other.prefixes

@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from collections.abc import Generator as Steps
 from dataclasses import dataclass, replace
 from functools import partial
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ from infer import tasks
 from infer.engine.generate import Generator, Rows
 from infer.engine.settings import Generation, Settings
 from infer.extract.answers import calibrate, diagnosis_record, kept_logprobs, phenotype_record, written_values
-from infer.extract.evidence import MOST, Reading, decide, hiding, losses
+from infer.extract.evidence import Reading, decide, hiding, losses
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note, refusal
 from infer.extract.places import Span, edges, occurrences
@@ -103,9 +104,7 @@ class Asker:
         batch: int = 8,
         repair: Repair | None = None,
         temperatures: Mapping[str, float] | None = None,
-        places: str = "decided",
     ) -> None:
-        self.hides = MOST if places == "decided" else 1  # of a value with as many places or fewer, each is hidden
         self.temperatures = temperatures or {}  # of the adapter's calibration
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
@@ -276,9 +275,9 @@ class Asker:
             requests.append(Request(prompt, replace(chosen, constraint=constraint), slots))
         return requests
 
-    def pieces(self, requests: Iterable[Request], most: int, shared: bool = True) -> list[Piece]:
-        """Requests in order, in pieces of at most `most` slots: so own questions, however many, take no more memory
-        than a task's. The requests share one text, or have a text each."""
+    def pieces(self, requests: Iterable[Request], most: int) -> list[Piece]:
+        """Requests about one text in order, in pieces of at most `most` slots: so own questions, however many, take no
+        more memory than a task's."""
         groups: list[list[Request]] = []
         for request in requests:
             if not groups or sum(held.slots for held in groups[-1]) + request.slots > most:
@@ -288,7 +287,7 @@ class Asker:
         for group in groups:
             prompts, settings = [request.prompt for request in group], [request.settings for request in group]
             slots = min(most, sum(request.slots for request in group))
-            made.append(Piece(self.generator.states(prompts, settings, {}), 1 if shared else len(group), slots))
+            made.append(Piece(self.generator.states(prompts, settings, {}), 1, slots))
         return made
 
     def outs(self, piece: Piece) -> list[Generation]:
@@ -298,17 +297,19 @@ class Asker:
         """For every value of every answer the place in the note where it was read, then the others where it may have
         been (infer/extract/evidence.py); nothing for a diagnosis, which is no span of the note."""
         readings = [self.readings(answer) if answer.name != "diagnosis" else [] for answer in answers]
-        repeated = [one for of_answer in readings for one in of_answer if 1 < len(one.spans) <= self.hides]
-        lost = iter((yield from self.losses(repeated)))
+        lost = yield from self.losses([one for of_answer in readings for one in of_answer if one.is_open])
+        losses = iter(lost)
         return [
-            [decide(one.spans, next(lost)) if 1 < len(one.spans) <= self.hides else one.spans for one in of_answer]
+            [decide(one.spans, next(losses)) if one.is_open else one.spans for one in of_answer]
             for of_answer in readings
         ]
 
     def losses(self, readings: Sequence[Reading]) -> Steps[list[Piece], None, list[list[float]]]:
         """What the value of each reading loses without each of its places, in nats."""
-        asked = [Request(*hidden) for reading in readings for hidden in hiding(self.generator, reading)]
-        pieces = self.pieces(asked, max(1, self.batch // 2), shared=False)
+        pieces = []
+        for _, of_part in groupby(readings, lambda reading: reading.start):
+            asked = [Request(*hidden) for reading in of_part for hidden in hiding(self.generator, reading)]
+            pieces += self.pieces(asked, self.slots)
         yield pieces
         outs = iter([out for piece in pieces for out in self.outs(piece)])
         return [losses(reading, [next(outs) for _ in reading.spans], self.generator.decode) for reading in readings]

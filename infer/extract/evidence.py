@@ -1,26 +1,28 @@
 """Which of its occurrences a value was read from: hide each in turn, and see what the answer loses.
 
 A note may hold "2.5 cm" twice, of a cyst and of the tumor. The answer's tokens are scored again (forced, not generated)
-on the note without one of the two; where the occurrence that was read is missing, the value loses log-probability:
+while the question and the answer do not see the keys of one of the two; where the occurrence that was read is hidden,
+the value loses log-probability:
 
-    loss(span) = log p(value | note, question) − log p(value | note without span, question)
+    loss(span) = log p(value | note, question) − log p(value | note, question that does not see span)
+
+The note itself is read once: as long as one of its questions is in the cache, its keys are there.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from infer.engine.generate import Generator
-from infer.engine.settings import Generation, Settings
+from infer.engine.settings import Generation, Hidden, Settings
 from infer.extract.answers import span_logprob, token_ends
 from infer.extract.places import Span
 
 MARGIN = 0.25
 """Nats between the two largest losses below which they do not decide (python -m eval.bench placing)."""
 MOST = 8
-"""Occurrences that are hidden in turn: each costs a reading of the note from there on. Of a value with more, none is
-decided."""
+"""Occurrences that are hidden in turn, each a request. Of a value with more, none is decided."""
 
 
 @dataclass(frozen=True)
@@ -35,9 +37,25 @@ class Reading:
     said: Span
     spans: list[Span]
 
-    def without(self, span: Span) -> list[int]:
-        """The prompt over the text without one of the places."""
-        return self.prompt(self.text[: span[0] - self.start] + self.text[span[1] - self.start :])
+    @property
+    def is_open(self) -> bool:
+        """Whether the place is to be decided."""
+        return 1 < len(self.spans) <= MOST
+
+    def hidden(self) -> Iterator[tuple[list[int], Hidden]]:
+        """The prompt, and of each place its tokens, which what comes after the note does not see. A prompt over the
+        text up to some place shares the tokens up to it."""
+        whole = self.prompt(self.text)
+        after = alike(whole, self.prompt(self.text + " x"))
+        for span in self.spans:
+            first, stop = (alike(whole, self.prompt(self.text[: place - self.start])) for place in span)
+            first = min(first, after - 1)
+            yield whole, Hidden(first, min(max(first + 1, stop), after), after)
+
+
+def alike(one: Sequence[int], other: Sequence[int]) -> int:
+    """How many tokens two sequences begin with together."""
+    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @dataclass(frozen=True)
@@ -54,10 +72,9 @@ def hiding(generator: Generator, reading: Reading) -> Iterator[tuple[list[int], 
     """The prompt and settings that score the value again without each of its places."""
     ends = token_ends(reading.out, generator.decode)
     count = 1 + next(n for n, end in enumerate(ends) if end >= reading.said[1])
-    for span in reading.spans:
-        forced = Settings(max_new_tokens=count, constraint=Forced(reading.out.tokens[:count]))
-        # a text with less in it may take a token more, which may be one too many: the first is left out then
-        yield reading.without(span)[-(generator.max_length - count) :], forced
+    forced = Settings(max_new_tokens=count, constraint=Forced(reading.out.tokens[:count]))
+    for prompt, hidden in reading.hidden():
+        yield prompt, replace(forced, hidden=hidden)
 
 
 def losses(reading: Reading, hidden: Sequence[Generation], decode: Callable[[list[int]], str]) -> list[float]:

@@ -27,9 +27,6 @@ class AskOptions(ModelOptions):
     """Allow only "not relevant", closed values, spans of the note, and existing ICD-10-CM codes."""
     long: Literal["error", "truncate", "windows"] = "error"
     """A note beyond the limit: record an error, read its beginning, or read overlapping windows and merge."""
-    places: Literal["decided", "all"] = "decided"
-    """Of a value that is in the note more than once: the place where it was read, for which the note is read again
-    without each of them (about a third of the time), or all of them."""
     max_input_tokens: int = 1500
     """Tokens of a prompt, note and question together (the paper's limit)."""
     max_new_tokens: int = 50

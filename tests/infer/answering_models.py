@@ -1,5 +1,6 @@
 """A small random model and a byte-level tokenizer for the tests of infer."""
 
+import contextlib
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -8,8 +9,10 @@ import torch
 from tokenizers import AddedToken, decoders, models, pre_tokenizers
 from tokenizers import Tokenizer as Fast
 
+from infer.engine.settings import Hidden
 from lora import LoRAConfig, add_lora, save_adapter
 from model import KVCache, ModelConfig, Tokenizer, Transformer
+from model.attention import Scores
 from model.support.init import init_weights
 
 CONFIG = ModelConfig(
@@ -64,6 +67,22 @@ def write_model(folder: Path, seed: int = 0, **changes) -> Path:
     tiny_model(seed, dtype=torch.float32, **changes).save_pretrained(folder)
     write_tokenizer(folder)
     return folder
+
+
+@contextlib.contextmanager
+def unseen(model: Transformer, hidden: Hidden | None):
+    """While this lasts, the plain model's queries from `after` on do not see the hidden keys: the specification."""
+
+    def hide(module, arguments, score_BHTS):
+        before = score_BHTS.shape[3] - score_BHTS.shape[2]  # keys in the cache
+        late = slice(max(0, hidden.after - before), None)
+        score_BHTS[:, :, late, hidden.first : hidden.stop] = torch.finfo(score_BHTS.dtype).min
+
+    modules = [module for module in model.modules() if isinstance(module, Scores)] if hidden else []
+    handles = [module.register_forward_hook(hide) for module in modules]
+    yield
+    for handle in handles:
+        handle.remove()
 
 
 def plain_greedy(model: Transformer, ids: list[int], count: int, stop=()) -> tuple[list[int], list[float]]:

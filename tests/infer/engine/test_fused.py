@@ -16,7 +16,7 @@ from infer import generate
 from infer.engine.fuse import FusedBlock, Int4Linear, fuse
 from infer.engine.generate import Generator
 from infer.engine.load import load
-from infer.engine.settings import Settings
+from infer.engine.settings import Hidden, Settings
 from infer.extract import program as extract
 from infer.extract.ask import Asker, Limits
 from infer.extract.notes import Note
@@ -69,6 +69,17 @@ def trees(draw) -> list[list[int]]:
 @given(prompts=trees(), chunk=st.sampled_from([16, 2048]))
 def test_greedy_tokens_are_the_plain_models(kind, prompts, chunk, tokenizer):
     alike(*pair(tokenizer, tiny_model(**MODELS[kind]), chunk=chunk), prompts)
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "mixed"])
+def test_what_is_hidden_is_hidden_from_kernels_too(kind, tokenizer):
+    text = [(3 * i) % 250 for i in range(60)]
+    prompts = [[*text, 7, 8], [*text, 7, 9], [*text, 11]]
+    hidden = [Hidden(20, 30, 60), None, Hidden(50, 58, 60)]
+    each = [Settings(max_new_tokens=10, hidden=one) for one in hidden]
+    plain, fused = pair(tokenizer, tiny_model(**MODELS[kind]))
+    for a, b in zip(plain.generate(prompts, each), fused.generate(prompts, each), strict=True):
+        assert torch.allclose(torch.tensor(a.logprobs), torch.tensor(b.logprobs), rtol=0, atol=1e-9)
 
 
 @pytest.mark.parametrize("kind", ["full", "window", "mixed"])

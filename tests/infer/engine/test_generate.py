@@ -10,13 +10,14 @@ from functools import lru_cache
 
 import pytest
 import torch
-from answering_models import plain_greedy, tiny_model
+from answering_models import plain_greedy, tiny_model, unseen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.engine import tree
 from infer.engine.generate import Generator, Rows, Settings, cycles
 from infer.engine.lookup import Lookup, best_guess_count
+from infer.engine.settings import Hidden
 from infer.engine.tree import SPARE, Cache, Level, Prefix, causal, plan
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend
@@ -75,10 +76,42 @@ def test_greedy_equals_the_plain_model(kind, prompts, new, reading, tokenizer):
         assert torch.allclose(torch.tensor(out.logprobs), torch.tensor(logprobs), atol=1e-5)
 
 
+@st.composite
+def hidden_parts(draw, prompts) -> list[Hidden | None]:
+    """Of some prompts a part that their ends do not see."""
+    found: list[Hidden | None] = []
+    for prompt in prompts:
+        if len(prompt) < 3 or draw(st.booleans()):
+            found.append(None)
+            continue
+        first, stop, after = sorted(draw(st.lists(st.integers(0, len(prompt) - 1), min_size=3, max_size=3)))
+        found.append(Hidden(first, stop, after) if first < stop else None)
+    return found
+
+
+@pytest.mark.parametrize("kind", ["plain", "mixed"])
+@settings(deadline=None, max_examples=25)
+@given(data=st.data(), prompts=trees(), new=st.integers(1, 6), reading=readings())
+def test_the_end_of_a_prompt_does_not_see_what_is_hidden_from_it(kind, data, prompts, new, reading, tokenizer):
+    window, chunk = reading
+    model, hidden = windowed(kind, window), data.draw(hidden_parts(prompts))
+    each = [Settings(max_new_tokens=new, hidden=one) for one in hidden]
+    outs = Generator(model, tokenizer, chunk=chunk).generate(prompts, each)
+    for prompt, one, out in zip(prompts, hidden, outs, strict=True):
+        with unseen(model, one):
+            tokens, logprobs = plain_greedy(model, prompt, new, tokenizer.stop_ids)
+        assert out.tokens == tokens
+        assert torch.allclose(torch.tensor(out.logprobs), torch.tensor(logprobs), atol=1e-5)
+
+
 @settings(deadline=None, max_examples=100)
-@given(trees())
-def test_a_tree_spells_its_prompts(prompts):
-    prefixes, branches = plan(prompts)
+@given(st.data(), trees())
+def test_a_tree_spells_its_prompts(data, prompts):
+    hidden = data.draw(hidden_parts(prompts))
+    prefixes, branches = plan(prompts, hidden)
+    for branch in branches:
+        one = hidden[branch.prompt]
+        assert one is None or branch.start <= one.after, "tokens that do not see it are shared with some that do"
     assert sorted(branch.prompt for branch in branches) == list(range(len(prompts)))
     for row, branch in enumerate(branches):
         path = branch.parent.path() if branch.parent else []
@@ -438,6 +471,29 @@ def check_added(generator, groups, between):
         tokens, logprobs = plain_greedy(model, state.prompt, new, generator.stop_ids)
         assert state.tokens == tokens
         assert torch.allclose(torch.tensor(state.logprobs), torch.tensor(logprobs), atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["full", "window"])
+@pytest.mark.parametrize("ended", [True, False])
+def test_a_text_that_is_in_the_cache_is_not_read_again(kind, ended, tokenizer, monkeypatch):
+    """Until the step after its last question has ended; what a window has dropped of it is read again."""
+    model, text = MODELS[kind], [(7 * i) % 250 for i in range(60)]
+    generator, read = Generator(model, tokenizer), []
+    forward = generator.engine.forward
+    monkeypatch.setattr(generator.engine, "forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
+    rows = Rows(generator)
+    rows.add(generator.states([[*text, 200 + q] for q in range(2)], None, {"max_new_tokens": 1 if ended else 3}))
+    assert bool(rows.active) != ended
+    read.clear()
+    hidden = Hidden(10, 20, len(text))
+    states = generator.states([[*text, 210 + q] for q in range(3)], None, {"max_new_tokens": 2, "hidden": hidden})
+    rows.add(states)
+    assert sum(read) == 3 + 60 * (kind == "window")
+    while rows.active:
+        rows.step()
+    for state in states:
+        with unseen(model, hidden):
+            assert state.tokens == plain_greedy(model, list(state.prompt), 2, tokenizer.stop_ids)[0]
 
 
 @settings(deadline=None, max_examples=15)

@@ -6,6 +6,7 @@ from answering_models import tiny_model
 
 from infer.engine import tree
 from infer.engine.generate import Generator
+from infer.engine.settings import Hidden, Settings
 
 # two notes of unlike length with three questions each: levels are padded, and branches are as unlike
 PROMPTS = [
@@ -16,7 +17,9 @@ PROMPTS = [
 
 
 def answers(tokenizer) -> torch.Tensor:
-    outs = Generator(tiny_model(windows=(None, 24)), tokenizer).generate(PROMPTS, max_new_tokens=5)
+    hidden = [Hidden(4, 9, 31 + 9 * (row // 3)) if row % 3 == 2 else None for row in range(6)]  # after the note
+    settings = [Settings(max_new_tokens=5, hidden=one) for one in hidden]
+    outs = Generator(tiny_model(windows=(None, 24)), tokenizer).generate(PROMPTS, settings)
     return torch.tensor([out.logprobs for out in outs])
 
 
@@ -65,7 +68,18 @@ def prefix_of_the_wrong_branch(monkeypatch):
     monkeypatch.setattr(tree.Level, "index", rolled)
 
 
+def hidden_of_the_wrong_row(monkeypatch):
+    found = tree.Cache._read_prefixes
+
+    def rolled(self):
+        found(self)
+        self.hidden_B3 = self.hidden_B3.roll(1, 0)
+
+    monkeypatch.setattr(tree.Cache, "_read_prefixes", rolled)
+
+
 MUTATIONS = (
+    hidden_of_the_wrong_row,
     slot_off_by_one,
     padding_is_seen,
     level_is_merged_twice,

@@ -1,10 +1,11 @@
 """Where a repeated value was read: what the answer loses without each occurrence, and what a record says of it."""
 
 from copy import copy
+from dataclasses import replace
 
 import pytest
 import torch
-from answering_models import tiny_model, write_model
+from answering_models import tiny_model, unseen, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -12,8 +13,9 @@ from eval.bench import placing
 from infer import tasks
 from infer.engine.generate import Generator, Settings
 from infer.engine.load import load
+from infer.engine.settings import Generation
 from infer.extract.ask import FORMS, Answer, Asker, Limits
-from infer.extract.evidence import MARGIN, MOST, Forced, decide
+from infer.extract.evidence import MARGIN, MOST, Forced, Reading, decide
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
 from infer.extract.schedule import Work
@@ -21,6 +23,7 @@ from infer.retrieval.repair import Change
 from infer.retrieval.repaired_note import repair_note
 from model.support.files import read_jsonl, write_jsonl
 
+MODEL = tiny_model()
 NOTE = "A cyst of 2.5 cm. Tumor: 2.5 cm (not 12.5 cm); left, LEFT breast. 2.5 cm"
 
 
@@ -49,7 +52,7 @@ def asked(model, tokenizer, form="template", **options):
 
 @pytest.mark.parametrize("form", FORMS)
 def test_losses_are_the_plain_models(tokenizer, form):
-    """log p(value | note) − log p(value | note without the occurrence), of the value's own tokens alone."""
+    """log p(value | note) − log p(value | note whose occurrence is not seen), of the value's own tokens alone."""
     model = tiny_model()
     asker = asked(model, tokenizer, form)
     answer = answered(asker, NOTE, "tumor_size", " cyst; 2.5 cm")
@@ -60,12 +63,34 @@ def test_losses_are_the_plain_models(tokenizer, form):
     own = len(tokens) - len(asker.tokenizer.encode("2.5 cm"))
     assert asker.tokenizer.decode(tokens[own:]) == "2.5 cm"
 
-    def own_logprob(text):
-        return sum(logprob(model, asker.prompt(text, "tumor_size", answer.question), tokens)[own:])
+    prompt = asker.prompt(NOTE, "tumor_size", answer.question)
 
-    for (start, end), lost in zip(reading.spans, found, strict=True):
-        assert lost == pytest.approx(own_logprob(NOTE) - own_logprob(NOTE[:start] + NOTE[end:]), abs=2e-4)
+    def own_logprob(hidden):
+        with unseen(model, hidden):
+            return sum(logprob(model, prompt, tokens)[own:])
+
+    for (start, end), (of, hidden), lost in zip(reading.spans, reading.hidden(), found, strict=True):
+        assert of == prompt and NOTE[start:end].split()[0] in asker.tokenizer.decode(prompt[hidden.first : hidden.stop])
+        assert lost == pytest.approx(own_logprob(None) - own_logprob(hidden), abs=2e-4)
     assert len(set(found)) == 3
+
+
+@pytest.mark.parametrize("form", FORMS)
+@settings(deadline=None, max_examples=40)
+@given(st.lists(st.sampled_from(["2.5 cm", "left", ",", "癌", "cyst", "cm left"]), min_size=2, max_size=9), st.data())
+def test_the_tokens_of_a_place_are_hidden_from_what_comes_after_the_note(tokenizer, form, words, data):
+    text, value = " ".join(words), data.draw(st.sampled_from(words))
+    asker = asked(MODEL, tokenizer, form)
+    spans = occurrences(value, text) or [(0, 1)]
+    out = Generation(value, [], [], "length")
+    reading = Reading(lambda text: asker.prompt(text, "tumor_size", "Which?"), text, 0, out, (0, 1), spans)
+    decode = asker.tokenizer.decode
+    start = decode(reading.prompt(text)).index(text)
+    for (first, stop), (prompt, hidden) in zip(spans, reading.hidden(), strict=True):
+        before = len(decode(prompt[: hidden.first])) - start
+        said = decode(prompt[hidden.first : hidden.stop])
+        assert first - 1 <= before <= first and said.strip() == text[first:stop]  # a space may be its first token's
+        assert start + len(text) - 1 <= len(decode(prompt[: hidden.after])) <= start + len(text)
 
 
 @given(st.lists(st.floats(-5, 5), min_size=2, max_size=5), st.floats(0, 5))
@@ -123,12 +148,27 @@ def test_a_value_that_occurs_too_often_to_be_tried_keeps_all_its_places(tokenize
     assert places == occurrences("1 cm", "1 cm " * (MOST + 1))
 
 
-def test_all_places_are_listed_without_reading_the_note_again(tokenizer):
-    asker = asked(tiny_model(), tokenizer, places="all")
-    answer = answered(asker, NOTE, "tumor_size", " 2.5 cm")
-    work = Work(asker.places([answer]))
-    assert not work.pieces
-    assert work.result == [[occurrences("2.5 cm", NOTE)]]
+def tokens_read(tokenizer, text, monkeypatch):
+    """How many tokens the engine computes for a note whose every question is answered with "2 cm"."""
+    asker, read = asked(tiny_model(), tokenizer), []
+    engine, requests = asker.generator.engine, asker.requests
+    forward = engine.forward
+    monkeypatch.setattr(engine, "forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
+    tokens = tokenizer.encode(" 2 cm")
+    only = Settings(max_new_tokens=len(tokens), constraint=Forced(tokens))
+    monkeypatch.setattr(asker, "requests", lambda *of: [replace(one, settings=only) for one in requests(*of)])
+    (record,) = asker.records([Note("n", text)])
+    assert all(one["answers"][0]["text"] == "2 cm" for one in record["phenotypes"].values())
+    return sum(read)
+
+
+def test_a_note_is_read_once_although_places_are_decided(tokenizer, monkeypatch):
+    """It is in the cache until they are: however long it is, what is read beside it are its questions."""
+    short, long = "1 cm and 2 cm. " * 3, "1 cm and 2 cm. " * 3 + "Nothing else. " * 80
+    beside = {
+        text: tokens_read(tokenizer, text, monkeypatch) - len(tokenizer.encode(text.strip())) for text in (short, long)
+    }
+    assert beside[short] == beside[long]
 
 
 def counting(tokenizer, encoded):
