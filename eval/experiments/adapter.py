@@ -87,7 +87,7 @@ def stages(run: Run) -> None:
             "instruct", notes | {"out": folder / "tuned"}, adapter=pretrained / "adapter"
         )
     run.run_in_parallel(tunings)
-    release([folder / "tuned" / "adapter" for folder in folders.values()], run.out / "released")
+    write_mean([folder / "tuned" / "adapter" for folder in folders.values()], run.out / "released")
     calibrate(run, base, folders[SEEDS[0]] / "data")
     done = {"continued pre-training": (SEEDS[0], pretrained)}
     done |= {f"tuning {seed}": (seed, folder / "tuned") for seed, folder in folders.items()}
@@ -117,12 +117,12 @@ def card(run_card: dict[str, Any]) -> dict[str, Any]:
     return {"recipe": recipe, "data": data, **{key: run_card[key] for key in kept}}
 
 
-def release(adapters: Sequence[Path], out: Path) -> None:
+def write_mean(adapters: Sequence[Path], out: Path) -> None:
     """Write the mean of trained adapters' updates to `out`, its matrices in bfloat16, with the base's public name.
 
     The mean of s B₁A₁ and s B₂A₂ is s [B₁ B₂]/2 · [A₁; A₂]: an adapter whose rank is the sum of theirs.
     """
-    out.mkdir(exist_ok=True)
+    out.mkdir(parents=True, exist_ok=True)
     held = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
     mean = {}
     for name in held[0]:

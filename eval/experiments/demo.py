@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.baselines import MajorityBaseline, RegexBaseline
+from eval.experiments.adapter import write_mean
 from eval.experiments.programs import PARTS, Demo, experiment
 from eval.experiments.steps import (
     RECIPES,
@@ -72,19 +73,22 @@ class Scale:
     """Held-out notes whose diagnosis is asked again with neighbours in the prompt; 0: none."""
     without_pretraining: bool = True
     """Tune the base without continued pre-training too, to see what that adds."""
+    tunings: int = 1
+    """The notes are divided among so many tunings side by side, a core each; their mean is the tuned adapter."""
     vocab: int = 0
     """Pieces of the tokenizer that is trained; 0: the real base is used."""
 
 
 SCALES = {
     "full": Scale(
-        patients=320,
+        patients=570,
         further_patients=200,
         healthy=0,
         test_notes=24,
         base_notes=4,
         bits_documents=12,
         without_pretraining=False,
+        tunings=2,
     ),
     "nano": Scale(
         patients=900,
@@ -133,7 +137,7 @@ def pipeline(run: Run, scale: Scale) -> None:
     systems = extract(run, scale)
     parts = experiments(run, scale)
     bits = bits_per_byte(run, scale)
-    trained = ("pretrained", "tuned-only", "tuned")
+    trained = ("pretrained", "tuned-only", "tuned", "tuned-1", "tuned-2")
     write_json(
         out / "run.json",
         {
@@ -146,7 +150,7 @@ def pipeline(run: Run, scale: Scale) -> None:
             "systems": systems,
             "compare": [pair for pair in COMPARED if {*pair} <= {system["name"] for system in systems}],
             "references": {name: f"{name}.jsonl" for name in TESTS},
-            "curves": {name: f"{name}/metrics.jsonl" for name in trained if (out / name).is_dir()},
+            "curves": {name: f"{name}/metrics.jsonl" for name in trained if (out / name / "metrics.jsonl").is_file()},
             "bits_per_byte": [bits],
             **{part: f"{PARTS[part]}/result.json" for part in parts},
         },
@@ -200,12 +204,23 @@ def adapters(run: Run, scale: Scale) -> None:
     """Continued pre-training, tuning after it, and (where the scale has it) tuning of the base alone."""
     demo = Demo(run.out, run.scale)
     run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", weights=demo.weights))
-    after = recipe(run, "instruct", "tuned", "train", weights=demo.weights, adapter=demo.adapter("pretrained"))
+    files = {"tuned": "train"} if scale.tunings == 1 else divided(run, scale.tunings)
+    how = {"weights": demo.weights, "adapter": demo.adapter("pretrained")}
+    tunings = {f"tuning, after it: {file}": recipe(run, "instruct", name, file, **how) for name, file in files.items()}
     if scale.without_pretraining:
-        alone = recipe(run, "instruct", "tuned-only", "train", weights=demo.weights)
-        run.run_in_parallel({"tuning, without it": alone, "tuning, after it": after})
-    else:
-        run.step("tuning, after it", after)
+        tunings["tuning, without it"] = recipe(run, "instruct", "tuned-only", "train", weights=demo.weights)
+    run.run_in_parallel(tunings)
+    if scale.tunings > 1:
+        write_mean([run.out / name / "adapter" for name in files], run.out / "tuned" / "adapter")
+
+
+def divided(run: Run, parts: int) -> dict[str, str]:
+    """The training notes in turns to each of some tunings: {its folder's name: its file's}."""
+    notes, files = records_of(run.out / "data" / "train.jsonl"), {}
+    for n in range(parts):
+        files[f"tuned-{n + 1}"] = f"train-{n + 1}"
+        write_jsonl(run.out / "data" / f"train-{n + 1}.jsonl", notes[n::parts])
+    return files
 
 
 BOTH = "base + continued pre-training + tuning"

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.experiments.adapter import BASE, card, release
+from eval.experiments.adapter import BASE, card, write_mean
 from eval.experiments.steps import Run, argv, begin, check_folder, extraction, made_from, public_base, training_dtype
 from eval.questions import pair, read_predictions, read_references
 from infer.extract.places import Span, occurrences
@@ -72,7 +72,7 @@ def measured(run: Run, options: Options) -> None:
         public_base(run)
     how = {"weights": base, "data": files["train"], "out": tuned, "dtype": training_dtype(run.out)}
     run.step("tuning", argv("train.instruct", options.recipe, **how, steps=options.steps or None))
-    release([tuned / "adapter"], adapter)
+    write_mean([tuned / "adapter"], adapter)
     how = {"grounded": True, "max_new_tokens": 120}
     run.step("answers", extraction(str(base), adapter, files["test"], answers, **how))
     trained = read_json(tuned / "run.json")

@@ -34,7 +34,7 @@ def update(folder, size=lambda value: value):
 
 
 def test_the_released_adapter_is_the_mean_of_the_trained_ones_in_bfloat16(trained, tmp_path):
-    adapter.release(trained, tmp_path / "out")
+    adapter.write_mean(trained, tmp_path / "out")
     assert {value.dtype for value in load_file(tmp_path / "out" / "adapter_model.safetensors").values()} == {
         torch.bfloat16
     }
