@@ -30,16 +30,16 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 """
 MODELS = """
 import torch
-from eval.bench import gpu
+from eval.bench import gpu, gpu_cases
 from infer.engine.fuse import DecodeStep, fuse
 from infer.engine.generate import Generator
 
-gpu.DEVICE = "meta"
+gpu_cases.DEVICE = "meta"
 names = [name for name, _ in gpu.sections({"bytes/s": 1.0, "operations/s": 1.0})]
-model = fuse(gpu.random_7b(16))
+model = fuse(gpu_cases.random_7b(16))
 with torch.no_grad():
     logits = DecodeStep(model, 2, 32)(torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
-Generator(model, gpu.Ids(), lookup=False)
+Generator(model, gpu_cases.Ids(), lookup=False)
 print(names[0], len(names), tuple(logits.shape), sum(p.numel() for p in model.parameters()) // 10**8)
 """  # noqa: E501
 

@@ -14,7 +14,7 @@ import pytest
 import torch
 from answering_models import write_model
 
-from eval.bench import gpu
+from eval.bench import gpu, gpu_cases
 from kernels import launch
 from kernels.proof import cases as work
 from model import Transformer
@@ -59,12 +59,12 @@ def small(monkeypatch):
     """The benchmark's model and cases, a few numbers wide."""
     for name, value in SIZES.items():
         monkeypatch.setattr(work, name, value)
-        if hasattr(gpu, name):
-            monkeypatch.setattr(gpu, name, value)
+        if hasattr(gpu_cases, name):
+            monkeypatch.setattr(gpu_cases, name, value)
     for name, value in {**SMALL, "ROW_TOKENS": 12}.items():
-        monkeypatch.setattr(gpu, name, value)
+        monkeypatch.setattr(gpu_cases, name, value)
     layers = {"q, k, v": ((128, 64, 64), 128), "o": ((128,), 128), "gate, up": ((128, 128), 128), "down": ((128,), 128)}
-    monkeypatch.setattr(gpu, "LAYERS", layers)
+    monkeypatch.setattr(gpu_cases, "LAYERS", layers)
 
     def few(dtype):
         for case in work.cases(dtype):
@@ -78,7 +78,8 @@ def small(monkeypatch):
                 case.name, case.kernel, dtype, partial(case.build.func, **{**given, **fewer, **sizes, **two})
             )
 
-    monkeypatch.setattr(gpu, "cases", lambda dtype: list(few(dtype)))
+    for module in (gpu, gpu_cases):
+        monkeypatch.setattr(module, "cases", lambda dtype: list(few(dtype)))
 
 
 @pytest.fixture
@@ -101,7 +102,7 @@ def stand_in(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda codes, tiles: codes)
     monkeypatch.setattr(torch, "_weight_int4pack_mm", lambda x, words, group, steps: x[:, :1])
-    monkeypatch.setattr(gpu, "DEVICE", "cpu")
+    monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "what_is_missing", lambda: None)
     monkeypatch.setattr(gpu, "reached", lambda: {"bytes/s": 1e9, "operations/s": 1e9})
     for module in ("attention", "linear"):
@@ -112,8 +113,8 @@ def stand_in(small, monkeypatch):
 def test_every_case_runs_and_is_right(stand_in, tmp_path, monkeypatch, capsys):
     pytest.importorskip("peft")
     inputs = tmp_path / "inputs"
-    monkeypatch.setattr(gpu, "INPUTS", inputs)
-    init_weights(gpu.random_7b(), 1).save_pretrained(inputs)
+    monkeypatch.setattr(gpu_cases, "INPUTS", inputs)
+    init_weights(gpu_cases.random_7b(), 1).save_pretrained(inputs)
     (inputs / "tokens.json").write_text(json.dumps({"notes": [[5, 6, 7], [5, 6, 8]], "questions": [[9], [10, 11]]}))
     out = tmp_path / "f.json"
     code = gpu.main(["--json", str(out), "--minutes", "60"])
@@ -130,12 +131,12 @@ def test_every_case_runs_and_is_right(stand_in, tmp_path, monkeypatch, capsys):
 
 def test_what_is_prepared_is_what_the_extraction_case_reads(tmp_path, monkeypatch):
     base = write_model(tmp_path / "base")
-    monkeypatch.setattr(gpu, "INPUTS", tmp_path / "inputs")
-    monkeypatch.setattr(gpu, "NOTES", 2)
+    monkeypatch.setattr(gpu_cases, "INPUTS", tmp_path / "inputs")
+    monkeypatch.setattr(gpu_cases, "NOTES", 2)
     assert gpu.main(["--prepare", str(base)]) == 0
     inputs = json.loads((tmp_path / "inputs" / "tokens.json").read_text())
     model = Transformer.from_pretrained(tmp_path / "inputs", dtype=torch.bfloat16)
-    assert (len(inputs["notes"]), len(inputs["questions"])) == (2, gpu.QUESTIONS)
+    assert (len(inputs["notes"]), len(inputs["questions"])) == (2, gpu_cases.QUESTIONS)
     assert all(0 <= token < model.config.vocab_size for ids in sum(inputs.values(), []) for token in ids)
 
 
@@ -174,9 +175,9 @@ def test_a_7bs_step_reads_nothing_back_and_launches_what_is_counted(four_bit, mo
     """All of Mistral-7B on the meta device, its launches recorded: an operation that reads a tensor's value raises."""
     from infer.engine.fuse import DecodeStep, fuse
 
-    monkeypatch.setattr(gpu, "DEVICE", "meta")
+    monkeypatch.setattr(gpu_cases, "DEVICE", "meta")
     with launch.recording() as launches, torch.inference_mode():
-        step = DecodeStep(fuse(gpu.random_7b(16), four_bit), 8, 1024)
+        step = DecodeStep(fuse(gpu_cases.random_7b(16), four_bit), 8, 1024)
         tokens = torch.zeros(8, dtype=torch.int64, device="meta")
         logits = step(tokens, tokens + 512)
     assert logits.shape == (8, 32000) and logits.device.type == "meta"
@@ -190,11 +191,11 @@ def test_a_training_step_reads_nothing_back_but_the_positions(monkeypatch):
     from infer.engine.fuse import fuse
     from kernels import linear_cross_entropy
 
-    monkeypatch.setattr(gpu, "DEVICE", "meta")
-    monkeypatch.setattr(gpu, "DEPTH", 1)
+    monkeypatch.setattr(gpu_cases, "DEVICE", "meta")
+    monkeypatch.setattr(gpu_cases, "DEPTH", 1)
     monkeypatch.setattr("model.fast_attention.contiguous", lambda visible: True)  # reads positions, once a pass
     with launch.recording() as launches:
-        model = gpu.random_7b(16)
+        model = gpu_cases.random_7b(16)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
         tokens = torch.zeros(1, 2048, dtype=torch.int64, device="meta")

@@ -7,7 +7,7 @@ and pytest: `python -m pytest -m gpu tests/kernels/test_gpu.py`.
 import pytest
 import torch
 
-from eval.bench.gpu import flat, verify
+from eval.bench.gpu_cases import flat, verify
 from kernels.proof.cases import Make, cases
 
 CASES = [case for dtype in (torch.bfloat16, torch.float16, torch.float32) for case in cases(dtype)]
