@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from answering_models import CONFIG, tiny_model, write_model
-from test_extract import command, write_notes
+from jobs import command, write_notes
 
 from infer.engine.generate import Generator
 from infer.engine.load import load
