@@ -10,6 +10,7 @@ fitted on its own training notes, and its base, which is asked about few notes (
 
 from __future__ import annotations
 
+import re
 import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -50,7 +51,8 @@ class Options:
     out: Path = Path("runs/scores")
     """The run's folder."""
     also: tuple[str, ...] = ()
-    """Other adapters on the same base to ask, each as NAME=FOLDER."""
+    """Other adapters on the same base to ask, each as NAME=FOLDER; those named "500 notes" and the like make a
+    learning curve."""
     limit: int = 0
     """Only the first notes of each generated test set (0: all)."""
     release: bool = False
@@ -61,7 +63,7 @@ class Options:
 
 def main(options: Options) -> int:
     check_folder()
-    adapters = {RELEASED: options.adapter, **named(options.also)}
+    adapters = {**named(options.also), RELEASED: options.adapter}  # the report's examples are the last one's
     made_of = made_from(options, {name: folder / "adapter_model.safetensors" for name, folder in adapters.items()})
     with begin(options.out, made_of, "report.html", options.overwrite) as run:
         notes(run, options.limit)
@@ -150,6 +152,8 @@ def models(run: Run, adapters: Mapping[str, Path]) -> list[dict[str, Any]]:
             "predictions": split(run, files[name], SETS),
             **asked,
         }
+        if seen := re.fullmatch(r"(\d+) notes", name):
+            row["seen"] = int(seen[1])
         systems.append(row | {"seconds": run.took(name), "peak_mb": run.peak(name)})
     return systems
 

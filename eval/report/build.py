@@ -6,6 +6,7 @@ RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
      "systems": [{"name", "kind": "model"|"base"|"regex"|"majority", "predictions": {"heldout": path, "unseen": path},
                   "notes": how many notes it was given (default: all), "seconds", "peak_mb",
                   "family": systems of one family share errors (default: one family of all models),
+                  "seen": how many notes its training had seen, of a point of a learning curve,
                   and how it was asked: "form": "template", or the chat form, "grounded": true|false}],
      "compare": [[name, name], …]: the pairs of systems whose difference matters,
      "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}],
@@ -129,7 +130,7 @@ def family_of(system: Json) -> str:
 
 
 def system_row(system: Json, questions: list[Question]) -> Json:
-    row: Json = {key: system.get(key) for key in ("name", "kind", "seconds", "peak_mb", "form", "grounded")}
+    row: Json = {key: system.get(key) for key in ("name", "kind", "seconds", "peak_mb", "form", "grounded", "seen")}
     row["notes"] = len({one.record for one in questions})
     for preset in ("clinical", PAPER_PRESET):
         row[preset] = {name: figures(group, preset) for name, group in groups(questions).items()}

@@ -141,6 +141,9 @@ def plots(report: Json) -> dict[str, str]:
         if curve["valid_step"]:
             series["held out"] = (curve["valid_step"], curve["valid_loss"])
         found[f"curve {name}"] = lines(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)
+    for name, part in report["sets"].items():
+        if series := learning(part["systems"]):
+            found[f"learning {name}"] = lines(series, "notes seen", "exact-match F1", zero=True)
     for name, x in (("wrong_labels", "wrong training labels, %"), ("misspelling", "misspelled words, %")):
         if report[name]:
             found[name] = lines(corruption(report[name]), x, "average F1", zero=True)
@@ -158,6 +161,17 @@ def plots(report: Json) -> dict[str, str]:
             bits = [[row[key] for row in rows] for key in ("exposure", "low", "high")]
             series[name] = ([str(row["count"]) for row in rows], *bits)
         found["canaries"] = lines(series, "notes with the canary", "exposure, bits", zero=True)
+    return found
+
+
+def learning(systems: list[Json]) -> dict[str, tuple]:
+    """A learning curve's lines: exact-match F1 with its interval for each task, by the notes that training had seen."""
+    points = sorted((row for row in systems if row["seen"]), key=lambda row: row["seen"])
+    found = {}
+    for task in ("phenotype", "diagnosis") if len(points) > 1 else ():
+        rows = [(row["seen"], row["clinical"][task]["exact_match"]) for row in points if row["clinical"].get(task)]
+        f1s = [[exact[key] for _, exact in rows] for key in ("f1", "low", "high")]
+        found[TASK_TITLES[task]] = ([seen for seen, _ in rows], *f1s)
     return found
 
 

@@ -17,7 +17,7 @@ from eval.metrics.ledger import ONE_WORD, ledger
 from eval.questions import Question, figures, pair, read_predictions, read_references, score_question
 from eval.report.build import build, write
 from eval.report.examples import examples, pieces
-from eval.report.page import terminal_table
+from eval.report.page import learning, render, terminal_table
 from model.support.cli import UserError
 from model.support.files import write_json, write_jsonl
 from train.importers import conll
@@ -141,6 +141,18 @@ def test_report_holds_the_figures_of_the_predictions(run):
     reasons = {(entry["predicted"], entry["gold"]) for entry in report["ledger"]}
     assert {("25 cm", "2.5 cm"), ("HER2+", "HER2-")} <= reasons
     assert json.loads((run / "report.json").read_text()) == json.loads(json.dumps(report))
+
+
+def test_systems_that_saw_more_and_more_notes_make_a_learning_curve(run):
+    assert "Notes seen" not in render(write(run))
+    given = json.loads((run / "run.json").read_text())
+    for seen, system in zip((500, 100), given["systems"], strict=True):
+        system["seen"] = seen
+    (run / "run.json").write_text(json.dumps(given))
+    report = write(run)
+    curve = learning(report["sets"]["heldout"]["systems"])
+    assert curve["phenotypes"][:2] == ([100, 500], [100.0, 0.0])
+    assert render(report).count("notes seen") == 2  # a plot's axis for each test set
 
 
 def test_page_is_self_contained_and_escaped(run):
