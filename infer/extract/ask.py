@@ -308,7 +308,8 @@ class Asker:
         """What the value of each reading loses without each of its places, in nats."""
         pieces = []
         for _, of_part in groupby(readings, lambda reading: reading.start):
-            asked = [Request(*hidden) for reading in of_part for hidden in hiding(self.generator, reading)]
+            tokens: dict[int, int] = {}
+            asked = [Request(one.asked, how) for one in of_part for how in hiding(self.generator, one, tokens)]
             pieces += self.pieces(asked, self.slots)
         yield pieces
         outs = iter([out for piece in pieces for out in self.outs(piece)])
@@ -317,8 +318,9 @@ class Asker:
     def readings(self, answer: Answer) -> list[Reading]:
         """Where each value of an answer may have been read."""
         part, prompt = answer.part, partial(self.prompt, name=answer.name, question=answer.question)
+        asked = part.prompts[self.questions(part.note).index((answer.name, answer.question))]
         return [
-            Reading(prompt, part.text, part.start, answer.out, span, candidates(answer, value))
+            Reading(asked, prompt, part.text, part.start, answer.out, span, candidates(answer, value))
             for value, span in written_values(answer.out.text)
         ]
 

@@ -2,6 +2,7 @@
 
 from copy import copy
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
@@ -69,8 +70,10 @@ def test_losses_are_the_plain_models(tokenizer, form):
         with unseen(model, hidden):
             return sum(logprob(model, prompt, tokens)[own:])
 
-    for (start, end), (of, hidden), lost in zip(reading.spans, reading.hidden(), found, strict=True):
-        assert of == prompt and NOTE[start:end].split()[0] in asker.tokenizer.decode(prompt[hidden.first : hidden.stop])
+    for (start, end), hidden, lost in zip(reading.spans, reading.hidden({}), found, strict=True):
+        assert reading.asked == prompt and NOTE[start:end].split()[0] in asker.tokenizer.decode(
+            prompt[hidden.first : hidden.stop]
+        )
         assert lost == pytest.approx(own_logprob(None) - own_logprob(hidden), abs=2e-4)
     assert len(set(found)) == 3
 
@@ -83,10 +86,12 @@ def test_the_tokens_of_a_place_are_hidden_from_what_comes_after_the_note(tokeniz
     asker = asked(MODEL, tokenizer, form)
     spans = occurrences(value, text) or [(0, 1)]
     out = Generation(value, [], [], "length")
-    reading = Reading(lambda text: asker.prompt(text, "tumor_size", "Which?"), text, 0, out, (0, 1), spans)
+    ask = partial(asker.prompt, name="tumor_size", question="Which?")
+    prompt = ask(text)
+    reading = Reading(prompt, ask, text, 0, out, (0, 1), spans)
     decode = asker.tokenizer.decode
-    start = decode(reading.prompt(text)).index(text)
-    for (first, stop), (prompt, hidden) in zip(spans, reading.hidden(), strict=True):
+    start = decode(prompt).index(text)
+    for (first, stop), hidden in zip(spans, reading.hidden({}), strict=True):
         before = len(decode(prompt[: hidden.first])) - start
         said = decode(prompt[hidden.first : hidden.stop])
         assert first - 1 <= before <= first and said.strip() == text[first:stop]  # a space may be its first token's
