@@ -309,7 +309,7 @@ class Asker:
         pieces = []
         for _, of_part in groupby(readings, lambda reading: reading.start):
             tokens: dict[int, int] = {}
-            asked = [Request(one.asked, how) for one in of_part for how in hiding(self.generator, one, tokens)]
+            asked = [Request(*how) for one in of_part for how in hiding(self.generator, one, tokens)]
             pieces += self.pieces(asked, self.slots)
         yield pieces
         outs = iter([out for piece in pieces for out in self.outs(piece)])
@@ -318,9 +318,8 @@ class Asker:
     def readings(self, answer: Answer) -> list[Reading]:
         """Where each value of an answer may have been read."""
         part, prompt = answer.part, partial(self.prompt, name=answer.name, question=answer.question)
-        asked = part.prompts[self.questions(part.note).index((answer.name, answer.question))]
         return [
-            Reading(asked, prompt, part.text, part.start, answer.out, span, candidates(answer, value))
+            Reading(prompt, part.text, part.start, answer.out, span, candidates(answer, value))
             for value, span in written_values(answer.out.text)
         ]
 

@@ -27,11 +27,9 @@ MOST = 8
 
 @dataclass(frozen=True)
 class Reading:
-    """A value in an answer and the places where it may have been read. `asked` is the question's prompt over `text`,
-    the note's from `start` on, and `prompt` gives that over another text; `said` are the value's characters in
-    `out.text`, `spans` the note's."""
+    """A value in an answer and the places where it may have been read. `prompt` gives the question's prompt over a
+    text; `text` is the note's from `start` on; `said` are the value's characters in `out.text`, `spans` the note's."""
 
-    asked: list[int]
     prompt: Callable[[str], list[int]]
     text: str
     start: int
@@ -44,21 +42,22 @@ class Reading:
         """Whether the place is to be decided."""
         return 1 < len(self.spans) <= MOST
 
-    def hidden(self, tokens: dict[int, int]) -> Iterator[Hidden]:
-        """Of each place its tokens, which what comes after the text does not see. `tokens` holds, for every question
-        about the text, how many of a prompt's come before a place: those that the prompt over the text up to there
-        shares with it."""
+    def hidden(self, tokens: dict[int, int]) -> Iterator[tuple[list[int], Hidden]]:
+        """The prompt, and of each place its tokens, which what comes after the text does not see. `tokens` holds, for
+        every question about the text, how many of a prompt's come before a place: those that the prompt over the text
+        up to there shares with it."""
+        whole = self.prompt(self.text)
 
         def before(place: int, text: str) -> int:
             if place not in tokens:
-                tokens[place] = alike(self.asked, self.prompt(text))
+                tokens[place] = alike(whole, self.prompt(text))
             return tokens[place]
 
         after = before(self.start + len(self.text) + 1, self.text + " x")
         for span in self.spans:
             first, stop = (before(place, self.text[: place - self.start]) for place in span)
             first = min(first, after - 1)
-            yield Hidden(first, min(max(first + 1, stop), after), after)
+            yield whole, Hidden(first, min(max(first + 1, stop), after), after)
 
 
 def alike(one: Sequence[int], other: Sequence[int]) -> int:
@@ -76,13 +75,13 @@ class Forced:
         return [self.tokens[len(tokens)]]
 
 
-def hiding(generator: Generator, reading: Reading, tokens: dict[int, int]) -> Iterator[Settings]:
-    """The settings that score the value again without each of its places. `tokens`: as for `Reading.hidden`."""
+def hiding(generator: Generator, reading: Reading, tokens: dict[int, int]) -> Iterator[tuple[list[int], Settings]]:
+    """The prompt and settings that score the value again without each of its places. `tokens` as in Reading.hidden."""
     ends = token_ends(reading.out, generator.decode)
     count = 1 + next(n for n, end in enumerate(ends) if end >= reading.said[1])
     forced = Settings(max_new_tokens=count, constraint=Forced(reading.out.tokens[:count]))
-    for hidden in reading.hidden(tokens):
-        yield replace(forced, hidden=hidden)
+    for prompt, hidden in reading.hidden(tokens):
+        yield prompt, replace(forced, hidden=hidden)
 
 
 def losses(reading: Reading, hidden: Sequence[Generation], decode: Callable[[list[int]], str]) -> list[float]:
