@@ -23,7 +23,7 @@ weight to bf16.
 The layout, words (D / BD, O, BD / 4) int16. A program multiplies BD columns a step (128, or 64 where D is no multiple
 of 128). Bits 4i … 4i + 3 of word p hold the code of column i · BD/4 + p of the step: plane i of the words, masked, is
 the tile of W for the i-th quarter of x's columns, with no element moving between threads. The BO rows of a step lie
-side by side, so a program's read of a step is one stretch of memory.
+side by side, so a program's read of a step is one range of memory.
 """
 
 from __future__ import annotations

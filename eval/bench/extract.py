@@ -26,7 +26,7 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
 
     model, tokenizer = load(weights)
     words = tokenizer.encode("Invasive ductal carcinoma of the left breast, 2.5 cm, grade 2, ER positive. " * 60)
-    trunks = [words[7 * n : 7 * n + note_tokens] for n in range(notes)]
+    prefixes = [words[7 * n : 7 * n + note_tokens] for n in range(notes)]
     questions = [tokenizer.encode(tasks.branch(p.question)) for p in tasks.PHENOTYPES.values()]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "peer")
@@ -51,12 +51,12 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
         generator = Generator(own, tokenizer, lookup=lookup)
         generator.stop_ids = frozenset()  # every request runs to its last token, as the peers' do
         began = time.perf_counter()
-        outs = generator.generate([t + q for t in trunks for q in questions], max_new_tokens=new_tokens)
+        outs = generator.generate([t + q for t in prefixes for q in questions], max_new_tokens=new_tokens)
         ours[name] = (notes / (time.perf_counter() - began), [out.tokens for out in outs])
     found = []
     for peer_name, body in (("transformers generate", padded), ("transformers, note's cache reused", reused)):
         began = time.perf_counter()
-        theirs = [answer for trunk in trunks for answer in body(peer, trunk, questions, new_tokens)]
+        theirs = [answer for prefix in prefixes for answer in body(peer, prefix, questions, new_tokens)]
         rate = notes / (time.perf_counter() - began)
         for name, (mine, tokens) in ours.items():
             same = sum(a == b for a, b in zip(tokens, theirs, strict=True))
@@ -66,8 +66,8 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
 
 
 @torch.inference_mode()
-def padded(peer: Any, trunk: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
-    prompts = [trunk + question for question in questions]
+def padded(peer: Any, prefix: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
+    prompts = [prefix + question for question in questions]
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
     mask = torch.tensor([[0] * (longest - len(p)) + [1] * len(p) for p in prompts])
@@ -75,20 +75,20 @@ def padded(peer: Any, trunk: list[int], questions: list[list[int]], new: int) ->
 
 
 @torch.inference_mode()
-def reused(peer: Any, trunk: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
+def reused(peer: Any, prefix: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
     """The note's cache once, repeated for the questions; each question length by itself (a cache has no padding)."""
     from copy import deepcopy
 
     from transformers import DynamicCache
 
     note = DynamicCache()
-    peer(torch.tensor([trunk]), past_key_values=note, use_cache=True, logits_to_keep=1)
+    peer(torch.tensor([prefix]), past_key_values=note, use_cache=True, logits_to_keep=1)
     found: dict[int, list[int]] = {}
     for size in sorted({len(question) for question in questions}):
         chosen = [n for n, question in enumerate(questions) if len(question) == size]
         cache = deepcopy(note)
         cache.batch_repeat_interleave(len(chosen))
-        ids = torch.tensor([trunk + questions[n] for n in chosen])
+        ids = torch.tensor([prefix + questions[n] for n in chosen])
         for n, tokens in zip(chosen, generate(peer, ids, torch.ones_like(ids), new, cache), strict=True):
             found[n] = tokens
     return [found[n] for n in range(len(questions))]

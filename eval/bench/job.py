@@ -57,16 +57,16 @@ class Told:
 class Known(Asker):
     """Asks questions whose answers are the notes' own. `rows` answers them."""
 
-    def __init__(self, generator: Generator, told: dict[str, dict[str, Any]], batch: int, rows: Any) -> None:
+    def __init__(self, generator: Generator, gold: dict[str, dict[str, Any]], batch: int, rows: Any) -> None:
         super().__init__(generator, "both", "template", Limits(), "windows", grounded=True, batch=batch)
-        self.told, self.rows = told, rows
+        self.gold, self.rows = gold, rows
 
     def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:
-        made, told = [], self.told[part.note.id]
+        made, gold = [], self.gold[part.note.id]
         for (name, _), request in zip(self.questions(part.note), super().requests(part, record), strict=True):
-            text = f" {told['diagnosis']['text']} ({told['diagnosis']['code']})"
+            text = f" {gold['diagnosis']['text']} ({gold['diagnosis']['code']})"
             if name != "diagnosis":
-                text = tasks.answer([value["text"] for value in told["phenotypes"].get(name) or ()])
+                text = tasks.answer([value["text"] for value in gold["phenotypes"].get(name) or ()])
             tokens = [*self.tokenizer.encode(text), min(self.generator.stop_ids)]
             constraint = Told(request.settings.constraint, tokens)
             made.append(Request(request.prompt, replace(request.settings, constraint=constraint)))
@@ -136,8 +136,8 @@ def rows(plan: bool = False, weights: str = "", notes: int = 512, batch: int = 0
             write_tokenizer(Path(folder))
         tokenizer = Tokenizer.from_pretrained(weights or folder)
     config = ModelConfig.from_pretrained(weights) if weights else ModelConfig.from_dict(read_json(SHAPE))
-    told = {note["id"]: note for note in clinic(notes)}
-    asked = [Note(name, note["text"]) for name, note in told.items()]
+    gold = {note["id"]: note for note in clinic(notes)}
+    asked = [Note(name, note["text"]) for name, note in gold.items()]
     costs = measured(config, dtype, device, batch, seconds)
     small = ModelConfig.from_dict({**read_json(SHAPE), "hidden_size": 64, "num_hidden_layers": 1, "head_dim": 2})
     small = replace(small, vocab_size=max(config.vocab_size, tokenizer.vocab_size), intermediate_size=64)
@@ -145,7 +145,7 @@ def rows(plan: bool = False, weights: str = "", notes: int = 512, batch: int = 0
     found = {}
     for refilled in (True, False):
         clock = Clock(generator, costs)
-        found[refilled] = clock, simulated(Known(generator, told, batch, clock), asked, batch, refilled)
+        found[refilled] = clock, simulated(Known(generator, gold, batch, clock), asked, batch, refilled)
     (clock, host), (drained, drained_host) = found[True], found[False]
     taken = {**clock.taken, "host": host["main"]}
     total = sum(taken.values())
@@ -161,7 +161,7 @@ def rows(plan: bool = False, weights: str = "", notes: int = 512, batch: int = 0
     made = [Row(f"job: {name}", rate, drained_rate, "without refilling", "notes/h (simulated)", setting)]
     made.append(Row(f"job: 100,000 notes on {name}", 100_000 / rate, None, None, "hours (simulated)", setting))
     if weights:
-        real = 3600 * notes / run(weights, dtype, told, asked, batch)
+        real = 3600 * notes / run(weights, dtype, gold, asked, batch)
         made.append(Row(f"job: {name}, run", real, rate, "simulated", "notes/h", setting))
     return made
 
@@ -181,10 +181,10 @@ def simulated(asker: Known, asked: list[Note], batch: int, refilled: bool) -> di
     return {"main": main, "ahead": time.process_time() - all_began - main}
 
 
-def run(weights: str, dtype: torch.dtype, told: dict[str, Any], asked: list[Note], batch: int) -> float:
+def run(weights: str, dtype: torch.dtype, gold: dict[str, Any], asked: list[Note], batch: int) -> float:
     """Seconds of the same job with the model."""
     generator = Generator(*load(weights, dtype=str(dtype).removeprefix("torch.")))
-    asker = Known(generator, told, batch, Rows(generator))
+    asker = Known(generator, gold, batch, Rows(generator))
     began = time.perf_counter()
     asker.records(asked)
     return time.perf_counter() - began

@@ -185,12 +185,12 @@ def work(
         config.num_key_value_heads,
         config.head_dim,
     )
-    rooms = 64 * job.answers + job.new // 4  # leaves grow by a quarter, and are copied while they do
+    growth = 64 * job.answers + job.new // 4  # leaves grow by a quarter, and are copied while they do
     longest = whole = job.tokens + job.new
-    slots = batch * (longest + rooms)
+    slots = batch * (longest + growth)
     if config.window is not None:  # a node lets go of what is older than its window when a chunk has made it two
         longest = min(longest, 2 * config.window)
-        slots = batch * (longest + rooms) + min(chunk, whole - longest)
+        slots = batch * (longest + growth) + min(chunk, whole - longest)
         whole = min(whole, config.window + chunk)
     if batch * job.answers == 1:  # a prompt by itself is one leaf, of which a layer at a time is copied
         slots = (whole + max(32, whole // 4)) * (L + 1) // L

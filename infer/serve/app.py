@@ -168,10 +168,10 @@ class Guard:
 
     def again(self, body: bytes, receive: Any) -> Callable[[], Any]:
         """A `receive` that gives the body that was read, and then what comes after it."""
-        told = iter([{"type": "http.request", "body": body, "more_body": False}])
+        first = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def receive_again() -> Any:
-            return next(told, None) or await receive()
+            return next(first, None) or await receive()
 
         return receive_again
 
@@ -205,12 +205,12 @@ def make_app(models: Models, host: str, port: int, token: str | None, waiting: i
     async def answers(asked: Asked, request: Request) -> Response:
         """The eight phenotypes and the diagnosis, with places and probabilities: a line of infer.extract without its
         id."""
-        told = []
-        async for record in turns.run(models.stream(asked)):
-            told.append(record)
+        parts = []
+        async for part in turns.run(models.stream(asked)):
+            parts.append(part)
             if await request.is_disconnected():
                 break
-        return JSONResponse(told[-1])
+        return JSONResponse(parts[-1])
 
     @app.post("/api/stream", summary="The same as it comes", response_model=None)
     async def stream(asked: Asked) -> StreamingResponse:

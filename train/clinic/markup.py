@@ -70,7 +70,7 @@ def sentence(marked: str) -> str:
 
 
 def visible(marked: str, change: Callable[[str], str]) -> str:
-    """`marked` with each stretch of its visible text changed; marks stay where they are."""
+    """`marked` with each run of its visible text changed; marks stay where they are."""
     parts = re.split(f"({TAG})", marked)
     return "".join(part if _TAG.fullmatch(part) else change(part) for part in parts)
 
