@@ -80,3 +80,19 @@ def test_the_distribution_is_outside_the_versions_that_transformers_would_take_f
     assert project["name"] == "cancerllm-reference"
     major, minor = (int(part) for part in project["version"].split(".")[:2])
     assert not (0, 18) <= (major, minor) < (0, 20)
+
+
+HELPS = """
+import runpy, sys
+for name in ("infer.extract", "infer.generate", "infer.quick", "infer.serve", "infer.view"):
+    sys.argv = [name, "--help"]
+    try:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
+    except SystemExit as end:
+        assert end.code == 0, name
+    assert "torch" not in sys.modules, name
+"""
+
+
+def test_help_and_a_mistake_in_the_options_load_no_torch():
+    subprocess.run([sys.executable, "-c", HELPS], cwd=ROOT, check=True, capture_output=True)

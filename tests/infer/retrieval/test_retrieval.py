@@ -14,9 +14,8 @@ from hypothesis import strategies as st
 from safetensors.torch import save_file
 
 from eval.experiments.retrieval_table import weights_of
-from infer.retrieval import BM25, Encoder
-from infer.retrieval.bm25 import words
-from infer.retrieval.encoder import longest_first, pad, pool
+from infer.retrieval.bm25 import BM25, words
+from infer.retrieval.encoder import Encoder, longest_first, pad, pool
 from model.support.cli import UserError
 
 LETTERS = "abcdefghijklmnopqrstuvwxyz0123456789.,()-"
