@@ -58,6 +58,10 @@ class Prefix:
         """The prefix and its ancestors, from the root."""
         return [*(self.parent.path() if self.parent else []), self]
 
+    def text(self) -> list[int]:
+        """All tokens from the root to the prefix's end."""
+        return [token for prefix in self.path() for token in prefix.tokens]
+
 
 @dataclass
 class Branch:
@@ -259,19 +263,31 @@ class Cache:
         if any(hidden):
             of_branches = [hidden[branch.prompt] for branch in branches]
             self.hidden_B3 = torch.tensor([[x.first, x.stop, x.after] if x else [0, 0, 0] for x in of_branches])
-        for prefix in prefixes:
-            if held is not None and prefix.parent is None:
-                prefix.keys, prefix.values = held.of(prefix.tokens)
+        if held is not None:
+            for prefix in prefixes:
+                keys, values = held.of(prefix.text())
+                prefix.keys, prefix.values = ([x_GSK[:, prefix.start :] for x_GSK in kept] for kept in (keys, values))
+                prefix.first = prefix.start
         self._read_prefixes()
         self.levels = [self._pad(group) for group in levels_of(prefixes)]
 
     def of(self, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values (k_GSK and v_GSK of each layer) of tokens that some prefix begins with; else of no layer."""
-        for level in self.levels:
-            for m, prefix in enumerate(level.prefixes):
-                if prefix.parent is None and prefix.tokens[: len(tokens)] == tokens and prefix.first == 0:
-                    kept = [[x_PGSK[m, :, : len(tokens)] for x_PGSK in store] for store in (level.keys, level.values)]
-                    return kept[0], kept[1]
+        """Keys and values (k_GSK and v_GSK of each layer) of a text that some prefix, with those above it, begins with;
+        of no layer where none does, or where a window has dropped some."""
+        places = {id(prefix): (level, m) for level in self.levels for m, prefix in enumerate(level.prefixes)}
+        for prefix in self.prefixes:
+            path = prefix.path()
+            whole = all(part.first == part.start for part in path)
+            if whole and prefix.text()[: len(tokens)] == tokens:
+                kept: tuple[list[Tensor], list[Tensor]] = ([], [])
+                for layer in range(len(self.engine.layers)):
+                    for found, store in zip(kept, ("keys", "values"), strict=True):
+                        parts = []
+                        for part in path:
+                            level, m = places[id(part)]
+                            parts.append(getattr(level, store)[layer][m, :, : len(part.tokens)])
+                        found.append(torch.cat(parts, dim=1)[:, : len(tokens)])
+                return kept
         return [], []
 
     # ---- reading the prefixes -------------------------------------------------------------------------------------

@@ -475,24 +475,30 @@ def check_added(generator, groups, between):
 
 @pytest.mark.parametrize("kind", ["full", "window"])
 @pytest.mark.parametrize("ended", [True, False])
-def test_a_text_that_is_in_the_cache_is_not_read_again(kind, ended, tokenizer, monkeypatch):
+@pytest.mark.parametrize("shared", [True, False])
+def test_a_text_that_is_in_the_cache_is_not_read_again(kind, ended, shared, tokenizer, monkeypatch):
     """Until the step after its last question has ended; what a window has dropped of it is read again."""
     model, text = MODELS[kind], [(7 * i) % 250 for i in range(60)]
     generator, read = Generator(model, tokenizer), []
     forward = generator.engine.forward
     monkeypatch.setattr(generator.engine, "forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
     rows = Rows(generator)
-    rows.add(generator.states([[*text, 200 + q] for q in range(2)], None, {"max_new_tokens": 1 if ended else 3}))
+    other = [[*text[:20], *range(100, 130), 200 + q] for q in range(2)] * shared  # a text that begins as this one
+    asked = [[*text, 200 + q] for q in range(2)] + other
+    rows.add(generator.states(asked, None, {"max_new_tokens": 1 if ended else 3}))
     assert bool(rows.active) != ended
     read.clear()
     hidden = Hidden(10, 20, len(text))
-    states = generator.states([[*text, 210 + q] for q in range(3)], None, {"max_new_tokens": 2, "hidden": hidden})
+    again = [[*text, 210 + q] for q in range(3)] + [[*one[:-1], 220] for one in other]
+    states = generator.states(again, None, {"max_new_tokens": 2, "hidden": hidden})
+    for state in states[3:]:
+        state.settings = replace(state.settings, hidden=None)
     rows.add(states)
-    assert sum(read) == 3 + 60 * (kind == "window")
+    assert sum(read) == len(states) + (60 + 30 * shared) * (kind == "window")
     while rows.active:
         rows.step()
     for state in states:
-        with unseen(model, hidden):
+        with unseen(model, state.settings.hidden):
             assert state.tokens == plain_greedy(model, list(state.prompt), 2, tokenizer.stop_ids)[0]
 
 
