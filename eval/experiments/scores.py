@@ -211,7 +211,7 @@ def shown(value: dict[str, Any] | None) -> str:
 
 
 def host_line(given: dict[str, Any]) -> str:
-    return f"{given['cpu']}, {given['threads']} threads"
+    return f"{given['cpu']}, {given['threads']} thread{'s' * (given['threads'] > 1)}"
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
