@@ -250,13 +250,12 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     systems, demo = baselines(run), Demo(run.out, run.scale)
     models = asked(scale, demo)
     jobs = {}
-    for name, file, adapter, untuned in models:
+    for name, file, adapter, untuned in sorted(models, key=lambda one: one[3]):  # jobs of alike lengths in pairs
         untuned_how = {"form": form_of(scale, untuned), "max_new_diagnosis": 50}
         how = untuned_how if untuned else {"grounded": True}
         notes, out = f"tests{'-few' if untuned else ''}.jsonl", run.out / "predictions" / f"{file}.jsonl"
         files = {"weights": demo.weights, "adapter": adapter or None, "notes": run.out / notes, "out": out}
-        dtype = "auto" if run.scale == "full" else "float32"
-        jobs[f"extraction: {name}"] = argv("infer.extract", **files, task="both", dtype=dtype, **how)
+        jobs[f"extraction: {name}"] = argv("infer.extract", **files, task="both", dtype=demo.dtype, **how)
     run.run_in_parallel(jobs)
     for name, file, _, untuned in models:
         step = f"extraction: {name}"
