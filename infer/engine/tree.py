@@ -416,7 +416,8 @@ class Cache:
         if not reach and B == 1 and T > 16 and self.hidden_B3 is None:  # one prompt being read: it has no padding
             slot_S = torch.arange(S, device=q_BHTK.device)
             window = self.engine.layers[layer].window
-            return causal(q_BHTK[0], k_BGKS[0].mT, v_BGSK[0], S - T, slot_S, window).transpose(0, 1)[None]
+            k_GSK = k_BGKS[0].mT.contiguous()  # else SDPA multiplies out all scores
+            return causal(q_BHTK[0], k_GSK, v_BGSK[0], S - T, slot_S, window).transpose(0, 1)[None]
         G = k_BGKS.shape[1]
         q_BGMK = (q_BHTK * self.engine.scale).reshape(B, G, H // G * T, K)
         sizes = [level.keys[layer].shape[2] - begin for level, begin in reach]

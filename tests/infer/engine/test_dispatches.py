@@ -70,3 +70,29 @@ def test_a_layer_of_a_step_of_72_rows_takes_at_most_60_dispatches(window):
 
 def test_more_notes_take_no_more_dispatches():
     assert decode_dispatches(8, 9, 2) == decode_dispatches(2, 9, 2)
+
+
+class Names(TorchDispatchMode):
+    """Notes every operation's name."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.names.append(str(func))
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("prompts", [1, 2])
+def test_a_prompt_is_read_by_flash_attention_in_fp32(prompts):
+    """Not by a product that holds all scores, which SDPA falls back to for keys in another layout."""
+    engine = Engine(tiny_model(dtype=torch.float32))
+    prefixes, branches = plan([[(3 * i + n) % 250 for i in range(100)] for n in range(prompts)])
+    with torch.no_grad(), Names() as seen:
+        cache = Cache(engine, prefixes, branches)
+        longest = max(len(branch.tokens) for branch in branches)
+        tokens_BT = torch.tensor([branch.tokens for branch in branches])
+        cache.step(tokens_BT, torch.full((prompts,), longest))
+    flash = [name for name in seen.names if "flash_attention_for_cpu" in name]
+    assert len(flash) == LAYERS * prompts
