@@ -444,7 +444,7 @@ class Cache:
     ) -> Tensor | None:
         """hidden_BTA, true where a query does not see a key (as `_attend` lays keys out); None where all see all."""
         B, T = slots_BT.shape
-        parts, keys = [], []
+        parts = []
         for level, begin in reach:
             key_position_rS = level.positions(begin)[level.prefix_r]
             seen_rTS = ((key_position_rS >= 0) & level.below_r[:, None])[:, None].expand(-1, T, -1)
@@ -453,20 +453,27 @@ class Cache:
             seen_BTS = seen_rTS.new_zeros(B, T, key_position_rS.shape[1])
             seen_BTS[level.rows] = seen_rTS
             parts.append(seen_BTS)
-            key_position_BS = key_position_rS.new_full((B, key_position_rS.shape[1]), -1)
-            key_position_BS[level.rows] = key_position_rS
-            keys.append(key_position_BS)
         slot_S = torch.arange(S)
         seen_BTS = slot_S <= slots_BT[..., None]
         parts.append(seen_BTS if window is None else seen_BTS & (slot_S > slots_BT[..., None] - window))
-        keys.append(self.start_B[:, None] + slot_S)
         hidden_BTA = ~torch.cat(parts, dim=-1)
         if self.hidden_B3 is not None:
-            key_position_B1A = torch.cat(keys, dim=-1)[:, None]
-            first_B11, stop_B11, after_B11 = self.hidden_B3[..., None, None].unbind(1)
-            here_B1A = (key_position_B1A >= first_B11) & (key_position_B1A < stop_B11)
-            hidden_BTA |= here_B1A & (position_BT[..., None] >= after_B11)
+            hidden_BTA |= self._unseen(self.hidden_B3, position_BT, S, reach)
         return hidden_BTA if bool(hidden_BTA.any()) else None
+
+    def _unseen(self, hidden_B3: Tensor, position_BT: Tensor, S: int, reach: list[tuple[Level, int]]) -> Tensor:
+        """unseen_BTA, true for the keys that a branch's end does not see, laid out as in `_mask`."""
+        B, keys = len(hidden_B3), []
+        for level, begin in reach:
+            key_position_rS = level.positions(begin)[level.prefix_r]
+            key_position_BS = key_position_rS.new_full((B, key_position_rS.shape[1]), -1)
+            key_position_BS[level.rows] = key_position_rS
+            keys.append(key_position_BS)
+        keys.append(self.start_B[:, None] + torch.arange(S))
+        key_position_B1A = torch.cat(keys, dim=-1)[:, None]
+        first_B11, stop_B11, after_B11 = hidden_B3[..., None, None].unbind(1)
+        here_B1A = (key_position_B1A >= first_B11) & (key_position_B1A < stop_B11)
+        return here_B1A & (position_BT[..., None] >= after_B11)
 
     def _reach(self, window: int | None, position_BT: Tensor) -> list[tuple[Level, int]]:
         """(level, the first key) of the levels that some branch below them can still see through the window."""

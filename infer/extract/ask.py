@@ -297,11 +297,10 @@ class Asker:
         """For every value of every answer the place in the note where it was read, then the others where it may have
         been (infer/extract/evidence.py); nothing for a diagnosis, which is no span of the note."""
         readings = [self.readings(answer) if answer.name != "diagnosis" else [] for answer in answers]
-        lost = yield from self.losses([one for of_answer in readings for one in of_answer if one.is_open])
-        losses = iter(lost)
+        open_ones = [one for of_answer in readings for one in of_answer if one.is_open]
+        lost = iter((yield from self.losses(open_ones)))
         return [
-            [decide(one.spans, next(losses)) if one.is_open else one.spans for one in of_answer]
-            for of_answer in readings
+            [decide(one.spans, next(lost)) if one.is_open else one.spans for one in of_answer] for of_answer in readings
         ]
 
     def losses(self, readings: Sequence[Reading]) -> Steps[list[Piece], None, list[list[float]]]:
