@@ -28,8 +28,9 @@ def main(options: Options) -> int:
     from infer.engine.memory import Load
 
     settings = options.settings
-    options = replace(options, dtype=dtype_for(options, 1))  # type: ignore[arg-type]
     size = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
+    calls = [(min(512, 1 + size // 4), 1), (1, settings.max_new_tokens)]  # the prompt, about, and each token
+    options = replace(options, dtype=dtype_for(options, calls))  # type: ignore[arg-type]
     how = plan_for(options, Load(size + 64, settings.max_new_tokens))
     generator = generator_for(options, how)
     prompt: str | list[int] = options.prompt

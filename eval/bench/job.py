@@ -25,10 +25,11 @@ import torch.nn.functional as F
 from eval.bench.row import Row
 from eval.bench.seven_b import SHAPE, write_tokenizer
 from infer import tasks
+from infer.engine.cache import Cache
 from infer.engine.forward import Engine
 from infer.engine.generate import Generator, Rows, State
 from infer.engine.load import device_here, load
-from infer.engine.tree import Cache, plan
+from infer.engine.tree import plan
 from infer.extract.ask import Asker, Limits, Part, Request
 from infer.extract.notes import Note
 from infer.extract.schedule import Schedule, Work

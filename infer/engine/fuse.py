@@ -10,7 +10,7 @@ experts (Mixtral's), int8 and nf4 layers, adapters with dropout while training. 
 documents or under autograd is torch's SDPA.
 
 `infer.Generator` takes a fused model as it is: forward.py computes its blocks by `project`, `add_attention` and
-`add_feed_forward`, tree.py attends over the tree of prompts by `read_attention` and `tree_attention`.
+`add_feed_forward`, cache.py attends over the tree of prompts by `read_attention` and `tree_attention`.
 """
 
 from __future__ import annotations

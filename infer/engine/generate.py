@@ -21,12 +21,13 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from infer.engine.cache import Cache
 from infer.engine.forward import Engine
 from infer.engine.load import load
 from infer.engine.lookup import MOST, Lookup, best_guess_count, row_cost
 from infer.engine.memory import Plan
 from infer.engine.settings import Generation, Settings
-from infer.engine.tree import Cache, plan
+from infer.engine.tree import plan
 from model import Tokenizer, Transformer
 from model.support.cli import UserError
 

@@ -24,7 +24,7 @@ from model.checkpoints.weights import Checkpoint, load_weights, open_checkpoint
 from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
 from model.quantize.rotation import Rotation, mixes_inputs, mixes_rows
 from model.support.cli import UserError, nearest
-from model.support.hardware import decode_dtype, int8_products
+from model.support.hardware import fastest_dtype, int8_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -199,10 +199,10 @@ def plan_for(options: Any, asked: Load) -> Plan:
     return plan
 
 
-def dtype_for(options: Any, rows: int, known: str | None = None) -> str:
+def dtype_for(options: Any, calls: Sequence[tuple[int, int]], known: str | None = None) -> str:
     """A program's dtype; "auto" (and "default" where there is a GPU) is chosen here and said on stderr: fp32 beside
-    quantized weights (whose products choose for themselves), else what steps of `rows` rows are soonest in. `known`:
-    what a job that goes on had chosen."""
+    quantized weights (whose products choose for themselves), else what the job's products are fastest in: `calls` are
+    (rows, how many products of so many rows). `known`: what a job that goes on had chosen."""
     device = device_here()
     if options.dtype == "default" and device == "cpu":
         return "float32"
@@ -214,6 +214,8 @@ def dtype_for(options: Any, rows: int, known: str | None = None) -> str:
     if options.format not in ("auto", "wide"):
         print(f"dtype auto: float32 beside {options.format} weights", file=sys.stderr)
         return "float32"
-    chosen = str(decode_dtype(rows, device)).removeprefix("torch.")
-    print(f"dtype auto: {chosen}, measured for steps of 1 to {rows} rows", file=sys.stderr)
+    chosen = str(fastest_dtype(tuple(calls), device)).removeprefix("torch.")
+    print(
+        f"dtype auto: {chosen}, the fastest for products of {', '.join(str(r) for r, _ in calls)} rows", file=sys.stderr
+    )
     return chosen

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 
 from infer.engine.generate import Generator
 from infer.engine.settings import Generation, Hidden, Settings
+from infer.engine.tree import shared
 from infer.extract.answers import span_logprob, token_ends
 from infer.extract.places import Span
 
@@ -50,7 +51,7 @@ class Reading:
 
         def before(place: int, text: str) -> int:
             if place not in tokens:
-                tokens[place] = alike(whole, self.prompt(text))
+                tokens[place] = shared(whole, self.prompt(text))
             return tokens[place]
 
         after = before(self.start + len(self.text) + 1, self.text + " x")
@@ -58,11 +59,6 @@ class Reading:
             first, stop = (before(place, self.text[: place - self.start]) for place in span)
             first = min(first, after - 1)
             yield whole, Hidden(first, min(max(first + 1, stop), after), after)
-
-
-def alike(one: Sequence[int], other: Sequence[int]) -> int:
-    """How many tokens two sequences begin with together."""
-    return next((n for n, (a, b) in enumerate(zip(one, other, strict=False)) if a != b), min(len(one), len(other)))
 
 
 @dataclass(frozen=True)

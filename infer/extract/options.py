@@ -16,6 +16,7 @@ if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options 
 
 ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
 MOST = {"cpu": 8, "cuda": 64}  # notes at once, where --batch names no number
+NOTE, STEPS = 400, 16  # tokens of a usual note, and steps of a usual answer: what dtype "auto" is measured for
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -75,7 +76,9 @@ def planned(
     batch = options.batch or known.get("batch") or MOST[device]
     names, dtype = list(DTYPES), 0
     if rank == 0:
-        dtype = names.index(dtype_for(options, batch * asked, known.get("dtype")))
+        prompts = 1 + batch * (NOTE + asked * QUESTION) // 512
+        calls = [(512, prompts), (batch * asked, STEPS), (4, STEPS)]  # most answers end early, a few go on
+        dtype = names.index(dtype_for(options, calls, known.get("dtype")))
     options = replace(options, dtype=names[of_first(dtype, world)])  # type: ignore[arg-type]
     new = (asked - (task != "phenotype")) * options.max_new_tokens
     new += QUESTION * asked + (options.max_new_diagnosis if task != "phenotype" else 0)

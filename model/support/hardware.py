@@ -148,19 +148,20 @@ def compute_dtype(device: str = "cpu") -> torch.dtype:
 
 
 @cache
-def decode_dtype(rows: int, device: str = "cpu") -> torch.dtype:
-    """The dtype in which decoding steps of `rows` rows are fastest: bf16 if it is a quarter faster for that many, for
-    a few and for one. (Some processors have fast bf16 products of many rows, and very slow ones of one.) Weights are
-    read from memory, as a step reads them."""
+def fastest_dtype(calls: tuple[tuple[int, int], ...], device: str = "cpu") -> torch.dtype:
+    """The dtype in which a job's products are fastest: `calls` are (rows, how many products of so many rows). bf16 if
+    it takes nine tenths of fp32's time. (Some processors have fast bf16 products of many rows, and very slow ones of
+    one.) Weights are read from memory, as a step reads them."""
     if device != "cpu":
         return torch.bfloat16
+    if max(rows for rows, _ in calls) >= 64 and compute_dtype() == torch.float32:
+        return torch.float32  # emulated bf16 products of many rows would take seconds to measure
 
-    def taken(dtype: torch.dtype, size: int) -> float:
-        x_ND = torch.ones(size, 2048, dtype=dtype)
+    def taken(dtype: torch.dtype, rows: int) -> float:
+        x_ND = torch.ones(rows, 2048, dtype=dtype)
         weights = [torch.ones(4096, 2048, dtype=dtype) for _ in range(2)]  # more than most caches hold
         best = onednn if dtype == torch.float32 and onednn_suits() else torch.nn.functional.linear
         return min(timed(lambda: [best(x_ND, each) for each in weights], "cpu", 0.05))
 
-    sizes = sorted({1, min(4, rows), rows})
-    pays = all(1.25 * taken(torch.bfloat16, size) < taken(torch.float32, size) for size in sizes)
-    return torch.bfloat16 if pays else torch.float32
+    narrow, wide = (sum(n * taken(dtype, rows) for rows, n in calls) for dtype in (torch.bfloat16, torch.float32))
+    return torch.bfloat16 if narrow < 0.9 * wide else torch.float32

@@ -5,8 +5,9 @@ import torch
 from answering_models import tiny_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from infer.engine.cache import Cache
 from infer.engine.forward import Engine
-from infer.engine.tree import Cache, plan
+from infer.engine.tree import plan
 
 LAYERS = 2
 

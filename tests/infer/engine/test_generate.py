@@ -4,6 +4,7 @@ import contextlib
 import gc
 import inspect
 import random
+import sys
 import textwrap
 from dataclasses import replace
 from functools import lru_cache
@@ -14,11 +15,13 @@ from answering_models import plain_greedy, tiny_model, unseen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from infer.engine import tree
+from infer.engine.cache import SPARE, Cache
+from infer.engine.causal import causal
 from infer.engine.generate import Generator, Rows, Settings, cycles
+from infer.engine.levels import Level
 from infer.engine.lookup import Lookup, best_guess_count
 from infer.engine.settings import Hidden
-from infer.engine.tree import SPARE, Cache, Level, Prefix, causal, plan
+from infer.engine.tree import Prefix, plan
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend
 from model.mask import Visible
@@ -245,7 +248,7 @@ def test_a_request_whose_guesses_fail_stops_and_one_whose_guesses_come_true_goes
 
 
 def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):
-    monkeypatch.setattr("infer.engine.tree.BLOCK", 5)
+    monkeypatch.setattr("infer.engine.causal.BLOCK", 5)
     for kind in ("full", "window", "mixed"):
         prompts = [[(7 * i + n) % 200 for i in range(100)] for n in range(3)]
         outs = Generator(MODELS[kind], tokenizer, chunk=16).generate(prompts, max_new_tokens=6)
@@ -539,7 +542,7 @@ def test_a_mistake_in_refilling_is_noticed(mistake, tokenizer, monkeypatch):
         owner = Level if name == "index" else Cache
         source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
         assert source.count(right) == 1
-        scope = dict(vars(tree))
+        scope = dict(vars(sys.modules[owner.__module__]))
         exec(source.replace(right, wrong), scope)
         monkeypatch.setattr(owner, name, scope[name])
     noticed = pytest.raises((AssertionError, IndexError, RuntimeError)) if mistake else contextlib.nullcontext()

@@ -13,6 +13,7 @@ from answering_models import CONFIG, plain_greedy, tiny_model, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infer.engine.cache import Cache
 from infer.engine.generate import Generator
 from infer.engine.load import load, load_quantized
 from infer.engine.memory import (
@@ -27,7 +28,6 @@ from infer.engine.memory import (
     weight_bytes,
     work,
 )
-from infer.engine.tree import Cache
 from infer.extract.grounded import Vocabulary
 from infer.extract.options import planned
 from infer.extract.program import Options, main
@@ -279,7 +279,10 @@ def test_the_job_says_which_dtype_it_chose_and_keeps_it(weights, tmp_path, capsy
     assert main(Options(out=out, dtype="auto", **options)) == 0
     said = capsys.readouterr().err
     chosen = json.loads((tmp_path / "o.jsonl.job.json").read_text())["dtype"]
-    assert f"dtype auto: {chosen}, measured for steps of 1 to 72 rows" in said and chosen in ("float32", "bfloat16")
+    assert f"dtype auto: {chosen}, the fastest for products of 512, 72, 4 rows" in said and chosen in (
+        "float32",
+        "bfloat16",
+    )
     assert main(Options(out=tmp_path / "p.jsonl", dtype=chosen, **options)) == 0
     assert (tmp_path / "p.jsonl").read_bytes() == out.read_bytes()
     for dtype in ("float32", "bfloat16"):

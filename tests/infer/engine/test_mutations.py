@@ -4,7 +4,7 @@ import pytest
 import torch
 from answering_models import tiny_model
 
-from infer.engine import tree
+from infer.engine import cache, levels
 from infer.engine.generate import Generator
 from infer.engine.settings import Hidden, Settings
 
@@ -24,58 +24,58 @@ def answers(tokenizer) -> torch.Tensor:
 
 
 def slot_off_by_one(monkeypatch):
-    found = tree.Level.positions
-    monkeypatch.setattr(tree.Level, "positions", lambda self, begin: found(self, begin).roll(1, 1))
+    found = levels.Level.positions
+    monkeypatch.setattr(levels.Level, "positions", lambda self, begin: found(self, begin).roll(1, 1))
 
 
 def padding_is_seen(monkeypatch):
-    found = tree.Level.positions
-    monkeypatch.setattr(tree.Level, "positions", lambda self, begin: found(self, begin).clamp_min(0))
+    found = levels.Level.positions
+    monkeypatch.setattr(levels.Level, "positions", lambda self, begin: found(self, begin).clamp_min(0))
 
 
 def level_is_merged_twice(monkeypatch):
-    found = tree.levels_of
-    monkeypatch.setattr(tree, "levels_of", lambda prefixes: [group for group in found(prefixes) for _ in range(2)])
-    pad = tree.Cache._pad
+    found = cache.levels_of
+    monkeypatch.setattr(cache, "levels_of", lambda prefixes: [group for group in found(prefixes) for _ in range(2)])
+    pad = cache.padded
 
-    def kept(self, prefixes):  # the second time, the keys and values of the first
+    def kept(prefixes):  # the second time, the keys and values of the first
         if not prefixes[0].keys[0].numel():
-            return self_levels[-1]
-        self_levels.append(pad(self, prefixes))
-        return self_levels[-1]
+            return made[-1]
+        made.append(pad(prefixes))
+        return made[-1]
 
-    self_levels: list = []
-    monkeypatch.setattr(tree.Cache, "_pad", kept)
+    made: list = []
+    monkeypatch.setattr(cache, "padded", kept)
 
 
 def mask_of_the_wrong_row(monkeypatch):
-    found = tree.Cache._mask
+    found = cache.Cache._mask
 
     def rolled(self, *arguments):
         hidden_BTA = found(self, *arguments)
         return None if hidden_BTA is None else hidden_BTA.roll(1, 0)
 
-    monkeypatch.setattr(tree.Cache, "_mask", rolled)
+    monkeypatch.setattr(cache.Cache, "_mask", rolled)
 
 
 def prefix_of_the_wrong_branch(monkeypatch):
-    found = tree.Level.index
+    found = levels.Level.index
 
     def rolled(self):
         found(self)
         self.place_r, self.even = self.place_r.roll(1), False
 
-    monkeypatch.setattr(tree.Level, "index", rolled)
+    monkeypatch.setattr(levels.Level, "index", rolled)
 
 
 def hidden_of_the_wrong_row(monkeypatch):
-    found = tree.Cache._read_prefixes
+    found = cache.Cache._read_prefixes
 
     def rolled(self):
         found(self)
         self.hidden_B3 = self.hidden_B3.roll(1, 0)
 
-    monkeypatch.setattr(tree.Cache, "_read_prefixes", rolled)
+    monkeypatch.setattr(cache.Cache, "_read_prefixes", rolled)
 
 
 MUTATIONS = (

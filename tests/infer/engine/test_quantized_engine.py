@@ -10,11 +10,12 @@ import pytest
 import torch
 from answering_models import CONFIG, plain_greedy, tiny_model, write_model, write_tokenizer
 
+from infer.engine.cache import Cache
 from infer.engine.forward import Engine
 from infer.engine.fuse import Int4Linear, fuse
 from infer.engine.generate import Generator
 from infer.engine.load import check_format, load, load_quantized
-from infer.engine.tree import Cache, plan
+from infer.engine.tree import plan
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
 from lora.adapter import adapted
 from model import Transformer
@@ -96,7 +97,8 @@ def test_an_unknown_format_is_refused_before_anything_is_read(tmp_path):
 PEAK = """
 import sys
 from infer.engine.load import load
-from infer.engine.tree import Cache, plan
+from infer.engine.cache import Cache
+from infer.engine.tree import plan
 
 def most():  # kB, of this program alone: getrusage's would begin with that of the program that started it
     lines = open("/proc/self/status").read().splitlines()

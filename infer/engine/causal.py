@@ -1,0 +1,56 @@
+"""Causal attention of one prompt that is being read, over the keys before it and its own, within the window."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+BLOCK = 512  # queries of one attention call
+FEW = 128  # the same where scores are products of their own
+
+
+def causal(
+    q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, position: int, key_position_S: Tensor, window: int | None
+) -> Tensor:
+    """Attention of T queries at positions position, position + 1, … → out_THK; blocks of queries see what they can.
+
+    Keys are in rising order and end with the queries' own. On a CPU, bf16 scores are products of their own (the
+    processor's bf16 instructions: half the time of torch's fused kernel, which multiplies in fp32).
+    """
+    T, S = q_HTK.shape[1], len(key_position_S)
+    if S == T and (window is None or window >= T) and not grouped(q_HTK):
+        k_1GSK, v_1GSK = (kept_GSK[None].to(q_HTK.dtype) for kept_GSK in (k_GSK, v_GSK))
+        q_1HTK = q_HTK[None].contiguous()
+        out_1HTK = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, is_causal=True, enable_gqa=True)
+        return out_1HTK[0].transpose(0, 1)
+    outs = []
+    size = FEW if grouped(q_HTK) else BLOCK
+    for start in range(0, T, size):
+        stop = min(start + size, T)
+        last = S - T + stop
+        query_T1 = torch.arange(position + start, position + stop, device=q_HTK.device)[:, None]
+        begin = 0 if window is None else int((key_position_S <= position + start - window).sum())
+        held = slice(begin, last)
+        seen_TS = key_position_S[held] <= query_T1
+        if window is not None:
+            seen_TS &= key_position_S[held] > query_T1 - window
+        outs.append(block(q_HTK[:, start:stop], k_GSK[:, held], v_GSK[:, held], seen_TS))
+    return torch.cat(outs, dim=1).transpose(0, 1)
+
+
+def grouped(q_HTK: Tensor) -> bool:
+    return q_HTK.dtype == torch.bfloat16 and q_HTK.device.type == "cpu"
+
+
+def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tensor:
+    """Attention of one block of queries → out_HTK."""
+    (H, T, K), (G, S, _) = q_HTK.shape, k_GSK.shape
+    k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a prefix may keep them narrower
+    if not grouped(q_HTK):
+        q_1HTK, k_1GSK, v_1GSK = q_HTK[None].contiguous(), k_GSK[None], v_GSK[None]
+        return F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, attn_mask=seen_TS, enable_gqa=True)[0]
+    q_GMK = (q_HTK * K**-0.5).reshape(G, H // G * T, K)
+    score_HTS = torch.matmul(q_GMK, k_GSK.transpose(1, 2)).view(H, T, S).masked_fill_(~seen_TS, float("-inf"))
+    weight_HTS = score_HTS.softmax(-1)  # computed in fp32, rounded once
+    return torch.matmul(weight_HTS.view(G, H // G * T, S), v_GSK).view(H, T, K)
