@@ -28,10 +28,9 @@ def causal(
     size = FEW if grouped(q_HTK) else BLOCK
     for start in range(0, T, size):
         stop = min(start + size, T)
-        last = S - T + stop
         query_T1 = torch.arange(position + start, position + stop, device=q_HTK.device)[:, None]
         begin = 0 if window is None else int((key_position_S <= position + start - window).sum())
-        held = slice(begin, last)
+        held = slice(begin, S - T + stop)
         seen_TS = key_position_S[held] <= query_T1
         if window is not None:
             seen_TS &= key_position_S[held] > query_T1 - window
@@ -51,6 +50,9 @@ def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tenso
         q_1HTK, k_1GSK, v_1GSK = q_HTK[None].contiguous(), k_GSK[None], v_GSK[None]
         return F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, attn_mask=seen_TS, enable_gqa=True)[0]
     q_GMK = (q_HTK * K**-0.5).reshape(G, H // G * T, K)
-    score_HTS = torch.matmul(q_GMK, k_GSK.transpose(1, 2)).view(H, T, S).masked_fill_(~seen_TS, float("-inf"))
+    score_HTS = torch.matmul(q_GMK, k_GSK.transpose(1, 2)).view(H, T, S)
+    # the last query sees the first key: then every query sees every key but the block's own
+    first = S - T if bool(seen_TS[-1, 0]) else 0
+    score_HTS[..., first:].masked_fill_(~seen_TS[:, first:], float("-inf"))
     weight_HTS = score_HTS.softmax(-1)  # computed in fp32, rounded once
     return torch.matmul(weight_HTS.view(G, H // G * T, S), v_GSK).view(H, T, K)
