@@ -2,13 +2,13 @@
 
 A row of train/data/rows.py holds documents; a document is a prefix and branches, each a run of tokens with running
 positions. A mask over the whole row computes T² pairs, of which most are then masked out. Here (n prefix tokens,
-branches of m) the row's queries are taken about a hundred at a time, each with all the keys that any of them sees, and
+branches of m) the row's queries are taken 128 at a time, each with all the keys that any of them sees, and
 a mask:
 
     a piece of the prefix       on the prefix up to its end
     some whole branches         on the prefix and on these branches
 
-A note of 400 tokens with eight questions of 40: 252,160 pairs in place of 518,400, of which 214,400 are needed;
+A note of 400 tokens with eight questions of 40: 267,904 pairs in place of 518,400, of which 214,400 are needed;
 fewer and larger products pay better than the last of them. A query's keys are all in one product, so that its softmax
 is one, and backward makes it again: what is kept is q, k and v.
 
@@ -26,7 +26,7 @@ from torch import Tensor
 from model.fast_attention import FastAttend
 from model.mask import Visible
 
-QUERIES = 96  # queries at once, about: few enough that not many pairs are masked, enough for products to pay
+QUERIES = 128  # queries at once, about: few enough that not many pairs are masked, enough for products to pay
 
 
 @dataclass(frozen=True)
