@@ -2,6 +2,7 @@
 
 import contextlib
 import json
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -107,3 +108,12 @@ def write_adapter(folder: Path, weights: Path) -> Path:
             parameter.data.fill_(0.3)
     save_adapter(model, folder)
     return folder
+
+
+@contextlib.contextmanager
+def tokens_read(model: Transformer) -> Iterator[list[int]]:
+    """How many tokens each forward pass of a model computes, while it lasts."""
+    read: list[int] = []
+    hook = model.model.embed_tokens.register_forward_hook(lambda _, given, out: read.append(given[0].numel()))
+    yield read
+    hook.remove()

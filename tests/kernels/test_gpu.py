@@ -11,7 +11,7 @@ from eval.bench.gpu_cases import flat, verify
 from kernels.proof.cases import Make, cases
 
 CASES = [case for dtype in (torch.bfloat16, torch.float16, torch.float32) for case in cases(dtype)]
-pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")]
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 
 
 def label(case) -> str:

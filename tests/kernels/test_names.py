@@ -24,7 +24,7 @@ def run_python(code: str) -> str:
 
 
 @pytest.mark.slow
-@pytest.mark.skipif(find_spec("transformers") is None, reason="transformers is not installed")
+@pytest.mark.skipif(find_spec("transformers") is None, reason="needs transformers: make test installs it")
 @pytest.mark.parametrize("order", ["import kernels, transformers", "import transformers, kernels"])
 def test_transformers_imports_beside_our_package(order):
     said = run_python(

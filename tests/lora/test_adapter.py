@@ -82,7 +82,10 @@ def test_dropout_is_for_training_only():
 
 @pytest.mark.parametrize("config", CONFIGS)
 def test_peft_loads_ours_and_we_load_pefts(config, weights, tmp_path):
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    peft, transformers = (
+        pytest.importorskip("peft", reason="needs peft: make test installs it"),
+        pytest.importorskip("transformers", reason="needs transformers: make test installs it"),
+    )
     model = trained(config)
     (tmp_path / "ours").mkdir()
     (tmp_path / "ours" / "README.md").write_text("mine")

@@ -13,8 +13,8 @@ from lora.adapter import adapted
 from lora.peft import HARMLESS, LIMITED, READ, REFUSED, STARTS, read_config
 from model.support.cli import UserError
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
+peft = pytest.importorskip("peft", reason="needs peft: make test installs it")
+transformers = pytest.importorskip("transformers", reason="needs transformers: make test installs it")
 
 
 def test_every_field_of_the_installed_peft_is_understood_or_refused_by_name():

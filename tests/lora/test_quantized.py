@@ -10,7 +10,7 @@ from model.quantize.blockwise import dequantize, dynamic_table, quantize
 from model.quantize.linear import QuantizedWeight
 from model.support.cli import UserError
 
-bnb = pytest.importorskip("bitsandbytes.functional")
+bnb = pytest.importorskip("bitsandbytes.functional", reason="needs bitsandbytes: make test installs it")
 
 
 @pytest.mark.parametrize("shape", [(64, 64), (96, 320), (256, 1024)])

@@ -60,7 +60,10 @@ def test_what_changes_nothing_loads_and_merges_as_in_peft(case, made, tmp_path):
     assert torch.equal(load_adapter(base(), folder)(TOKENS), expected)
     merge_folders(str(weights), str(folder), str(tmp_path / "merged"))
     assert torch.allclose(Transformer.from_pretrained(tmp_path / "merged")(TOKENS), expected, atol=1e-5)
-    peft, transformers = pytest.importorskip("peft"), pytest.importorskip("transformers")
+    peft, transformers = (
+        pytest.importorskip("peft", reason="needs peft: make test installs it"),
+        pytest.importorskip("transformers", reason="needs transformers: make test installs it"),
+    )
     theirs = transformers.AutoModelForCausalLM.from_pretrained(weights, attn_implementation="eager")
     assert torch.allclose(peft.PeftModel.from_pretrained(theirs, folder)(TOKENS).logits, expected, atol=1e-5)
 

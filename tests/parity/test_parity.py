@@ -58,7 +58,7 @@ def test_experts_of_odd_width_are_judged_by_their_error(published):
 
 @pytest.mark.parametrize("family", ["mistral", "mixtral"])
 def test_an_adapter_against_peft(family, published, tmp_path):
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs peft: make test installs it")
     model = _model(published(family))
     targets = ("q_proj", "v_proj", "o_proj") if family == "mixtral" else ("q_proj", "k_proj", "up_proj", "down_proj")
     add_lora(model, LoRAConfig(r=3, alpha=6, dropout=0.0, target_modules=targets))

@@ -25,7 +25,7 @@ def model():
 
 @pytest.mark.slow
 def test_a_row_for_every_format_and_peer():
-    pytest.importorskip("transformers")
+    pytest.importorskip("transformers", reason="needs transformers: make test installs it")
     narrows, peers = {"int4": quantize_model(model(), "int4")}, {"constant": lambda: 1.0}
     rows = compare("tiny", model(), NoText(), narrows, peers, [5, 6, 7], 4, 1, "here")
     assert {(row.name.split()[-1], row.peer_name.split()[0]) for row in rows} == {

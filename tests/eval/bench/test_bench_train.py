@@ -10,9 +10,9 @@ from eval.bench import train
 @pytest.mark.parametrize("kind", ["plain", "records"])
 def test_each_side_begins_with_the_same_loss(kind, base, tmp_path):
     """The same weights and rows: in fp32 the losses are equal, over NF4 (bitsandbytes' and ours) too."""
-    pytest.importorskip("peft")
+    pytest.importorskip("peft", reason="needs peft: make test installs it")
     if base:
-        pytest.importorskip("bitsandbytes")
+        pytest.importorskip("bitsandbytes", reason="needs bitsandbytes: make test installs it")
     train.save_base("tiny", tmp_path)
     asked = {
         "kind": kind,

@@ -6,7 +6,7 @@ from functools import partial
 
 import pytest
 import torch
-from answering_models import tiny_model, unseen, write_model
+from answering_models import tiny_model, tokens_read, unseen, write_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -151,16 +151,16 @@ def test_a_value_that_occurs_too_often_to_be_tried_keeps_all_its_places(tokenize
     assert places == occurrences("1 cm", "1 cm " * (MOST + 1))
 
 
-def tokens_read(tokenizer, text, monkeypatch):
+def tokens_of(tokenizer, text, monkeypatch):
     """How many tokens the engine computes for a note whose every question is answered with "2 cm"."""
-    asker, read = asked(tiny_model(), tokenizer), []
-    engine, requests = asker.generator.engine, asker.requests
-    forward = engine.forward
-    monkeypatch.setattr(engine, "forward", lambda ids, *rest: read.append(len(ids)) or forward(ids, *rest))
+    model = tiny_model()
+    asker = asked(model, tokenizer)
+    requests = asker.requests
     tokens = tokenizer.encode(" 2 cm")
     only = Settings(max_new_tokens=len(tokens), constraint=Forced(tokens))
     monkeypatch.setattr(asker, "requests", lambda *of: [replace(one, settings=only) for one in requests(*of)])
-    (record,) = asker.records([Note("n", text)])
+    with tokens_read(model) as read:
+        (record,) = asker.records([Note("n", text)])
     assert all(one["answers"][0]["text"] == "2 cm" for one in record["phenotypes"].values())
     return sum(read)
 
@@ -169,7 +169,7 @@ def test_a_note_is_read_once_although_places_are_decided(tokenizer, monkeypatch)
     """It is in the cache until they are: however long it is, what is read beside it are its questions."""
     short, long = "1 cm and 2 cm. " * 3, "1 cm and 2 cm. " * 3 + "Nothing else. " * 80
     beside = {
-        text: tokens_read(tokenizer, text, monkeypatch) - len(tokenizer.encode(text.strip())) for text in (short, long)
+        text: tokens_of(tokenizer, text, monkeypatch) - len(tokenizer.encode(text.strip())) for text in (short, long)
     }
     assert beside[short] == beside[long]
 

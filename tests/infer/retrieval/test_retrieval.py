@@ -24,7 +24,7 @@ TEXTS = ["Tumor of the left breast, grade 2.", "x", ("Pathology", "a grade 3 tum
 
 
 def bert_folder(path, seed=0, layers=2):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: make test installs it")
     torch.manual_seed(seed)
     config = transformers.BertConfig(
         vocab_size=len(PIECES), hidden_size=32, num_hidden_layers=layers, num_attention_heads=4, intermediate_size=48
@@ -148,8 +148,8 @@ def test_all_minilm_l6_v2_is_the_public_encoder(tmp_path):
     """Real weights: transformers' hidden states to the bit, sentence-transformers' vectors where it is installed."""
     folder = weights_of("minilm", tmp_path)
     if folder is None:
-        pytest.skip("needs the extra `encoders`")
-    transformers = pytest.importorskip("transformers")
+        pytest.skip("needs the extra `encoders`: pip install -c constraints.txt -e .[encoders]")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: make test installs it")
     texts = ["Left breast mass, ER+.", "Carcinoma of the left breast.", "The weather is fine.", "word " * 400]
     ours = Encoder.from_pretrained(folder, "sentence-transformers")
     vectors = np.concatenate([ours.encode([text]) for text in texts])
@@ -168,7 +168,7 @@ def test_all_minilm_l6_v2_is_the_public_encoder(tmp_path):
 
 
 def neo_folder(path):
-    transformers = pytest.importorskip("transformers")
+    transformers = pytest.importorskip("transformers", reason="needs transformers: make test installs it")
     from tokenizers import ByteLevelBPETokenizer
 
     tokenizer = ByteLevelBPETokenizer()
@@ -273,7 +273,7 @@ def test_wrong_folders_are_named_in_one_line(tmp_path):
     st.lists(st.sampled_from("abcdefgz"), min_size=1, max_size=6),
 )
 def test_bm25_gives_the_bits_of_rank_bm25(corpus, query):
-    peer = pytest.importorskip("rank_bm25").BM25Okapi(corpus)
+    peer = pytest.importorskip("rank_bm25", reason="needs rank_bm25: make test installs it").BM25Okapi(corpus)
     ours = BM25([" ".join(text) for text in corpus])
     assert np.array_equal(ours.scores(" ".join(query)), peer.get_scores(query))
 

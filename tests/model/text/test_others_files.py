@@ -144,7 +144,7 @@ def test_control_tokens_written_as_plain_ones_are_not_forged(tmp_path_factory, t
 
 
 def gguf_file(path: Path, kind: str, pre: str | None, tokens: list[str], types: list[int], parts=1, **fields) -> Path:
-    gguf = pytest.importorskip("gguf")
+    gguf = pytest.importorskip("gguf", reason="needs gguf: make test installs it")
     writer = gguf.GGUFWriter(path, "llama", split_max_tensors=1 if parts > 1 else 0)
     writer.add_tokenizer_model(kind)
     if pre is not None:

@@ -205,7 +205,7 @@ def ranks(tmp_path_factory):
 @settings(max_examples=200, deadline=None)
 @given(text=st.one_of(texts, st.text(st.sampled_from(" tehumoring東1'S\n"), max_size=30)))
 def test_tiktoken_files_encode_as_the_public_package_does(ranks, text):
-    tiktoken = pytest.importorskip("tiktoken")
+    tiktoken = pytest.importorskip("tiktoken", reason="needs tiktoken: make test installs it")
     import unicodedata
 
     peer = tiktoken.Encoding("t", pat_str=QWEN2, mergeable_ranks=read_ranks(ranks), special_tokens={})
