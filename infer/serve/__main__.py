@@ -33,7 +33,7 @@ class Options:
     port: int = 8017
     """The port; 0: any that is free."""
     waiting: int = 8
-    """Requests at most, one of which is answered at a time; further ones are told to come again (503)."""
+    """Requests at most, one of which is answered at a time; further ones get 503 and when to retry."""
     seconds: int = 120
     """The longest that a request may take once it has its turn."""
 

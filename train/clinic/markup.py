@@ -105,6 +105,6 @@ def answers(spans: Iterable[Span]) -> dict[str, list[dict]]:
     for span in spans:
         if all(span.value.lower() != other["text"].lower() for other in found[span.name]):
             found[span.name].append({"text": span.value, "start": span.start, "end": span.end})
-    for name in ("hormone_receptor_type", "hormone_receptor_status"):  # ER, PR, HER2, in whatever order they are told
+    for name in ("hormone_receptor_type", "hormone_receptor_status"):  # ER, PR, HER2, in whatever order they are stated
         found[name].sort(key=lambda answer: PHENOTYPES[name].values.index(answer["text"]))
     return found

@@ -16,10 +16,10 @@ from train.clinic.varied import filled, graded, placed, reshaped
 FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
 TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states it once
 SHOWN = {"size": 0.88, "grade": 0.85, "stage": 0.75, "rec": 0.85}  # chance that a note states a fact of its case
-SIDE_SHOWN = 0.8  # where the code does not hang on the side; else it is always told
+SIDE_SHOWN = 0.8  # where the code does not hang on the side; else it is always stated
 SAME_ORGAN = 0.4  # chance that the other cancers of a note may sit in the organ of its own
 RIVAL_SIDED = 0.6  # chance that another cancer is at least one with a side
-RIVAL_FACTS = (2, 2, 3)  # how many facts are told of another cancer
+RIVAL_FACTS = (2, 2, 3)  # how many facts of another cancer are stated
 KIN = (("small cell", "oat", "neuroendocrine"), ("squamous",), ("melanoma",), ("sarcoma",), ("lymphoma",), ("in situ",))
 NEAR = {"kidney": "renal", "liver": "hepatic", "lymph nodes": "node", "ovary": "ovarian", "stomach": "gastric"}
 OWN = ("family", "benign", "other_hist")  # the world's tables that have a slot of their own
@@ -38,7 +38,7 @@ class Writer:
     world: Mapping[str, Sequence[str]]
     shown: set[str] = field(default_factory=set)
     stated: set[str] = field(default_factory=set)
-    told: set[str] = field(default_factory=set)
+    used: set[str] = field(default_factory=set)
 
     def __post_init__(self) -> None:
         case, rng = self.case, self.rng
@@ -71,8 +71,8 @@ class Writer:
         keys = match[3].split()
         if match[1]:
             self.rng.shuffle(keys)
-        told = [self.tell(key) for key in keys]
-        return ("\n" if match[2] else " ").join(one for one in told if one)
+        sentences = [self.tell(key) for key in keys]
+        return ("\n" if match[2] else " ").join(one for one in sentences if one)
 
     def tell(self, key: str) -> str:
         """A sentence for the key, or '' where it is left out or its fact has been stated."""
@@ -94,15 +94,15 @@ class Writer:
         choices = self.possible(key)
         if not choices:
             return ""
-        self.told.add(template := self.rng.choice(choices))
-        told = fill(choose(template, self.rng), self.slot)
+        self.used.add(template := self.rng.choice(choices))
+        text = fill(choose(template, self.rng), self.slot)
         if fact in FACTS and key == fact or fact in self.shown:
             self.stated.add(fact)
-        return sentence(told)
+        return sentence(text)
 
     def possible(self, key: str) -> list[str]:
         """The templates of a key whose facts can be stated now and that the note has not used."""
-        return [t for t in self.style.bank[key] if t not in self.told and self.fits(t)]
+        return [t for t in self.style.bank[key] if t not in self.used and self.fits(t)]
 
     def fits(self, template: str) -> bool:
         """Whether every slot of the template can be filled; `{need_…}` slots are conditions and fill with nothing."""
@@ -351,10 +351,10 @@ class Writer:
         """The results, in any order; in one of seven lists HER2 is still awaited."""
         words = self.style.words
         if len(results) == 3 and all(status == "-" for _, status in results) and self.rng.random() < 0.5:
-            told = self.rng.choice(words["triple"])
+            status_words = self.rng.choice(words["triple"])
             for receptor, status in results:
-                told = mark_receptor(receptor, status, told)
-            return told
+                status_words = mark_receptor(receptor, status, status_words)
+            return status_words
         awaited = self.rng.random() < 0.14
         listed = []
         for receptor, status in results:
@@ -384,8 +384,8 @@ class Writer:
         other = Writer(case, self.style, rng, self.world)
         other.form = self.form
         facts = [fact for fact in ("rec", "grade", "size", "stage") if fact in other.shown]
-        told = sorted(rng.sample(facts, min(len(facts), rng.choice(RIVAL_FACTS))))
-        phrase = ", ".join([other.slot("dx")] + [other.slot(fact) for fact in told if fact not in other.stated])
+        chosen = sorted(rng.sample(facts, min(len(facts), rng.choice(RIVAL_FACTS))))
+        phrase = ", ".join([other.slot("dx")] + [other.slot(fact) for fact in chosen if fact not in other.stated])
         words = unmark(phrase)[0]
         return words[4:] if words.startswith("the ") else words
 
