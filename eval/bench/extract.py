@@ -45,7 +45,7 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
         f"shared prefix + prompt lookup, int8 with {probed}": ("int8", probed, True),
     }
     if int8_products():
-        ways["shared prefix, w8a8"] = ("w8a8", "float32", False)
+        ways[f"shared prefix, w8a8 with {probed}"] = ("w8a8", probed, False)
     for name, (form, dtype, lookup) in ways.items():
         own = model if (form, dtype) == ("wide", "float32") else load(weights, dtype=dtype, form=form)[0]
         generator = Generator(own, tokenizer, lookup=lookup)

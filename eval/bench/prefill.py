@@ -14,7 +14,7 @@ from eval.bench.row import Row
 from infer.engine.forward import Layer
 from infer.engine.generate import Generator
 from infer.engine.load import load
-from model.support.hardware import compute_dtype, product, timed
+from model.support.hardware import compute_dtype, int8_products, product, timed
 
 
 def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[Row]:
@@ -30,9 +30,28 @@ def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[Row]
                 peer_name="transformers forward, fp32",
             )
         )
+    if int8_products():
+        found.append(quantized(weights, "w8a8", found[0], prompt_tokens, repeats))
     if Path(weights).suffix == ".gguf":
         found.append(against_llama_cpp(weights, found[-1], prompt_tokens, repeats))
     return found
+
+
+def quantized(weights: str, form: str, wide: Row, prompt_tokens: int, repeats: int) -> Row:
+    """A format in the dtype that the probe chooses, against transformers' fp32 of the row `wide`."""
+    dtype = str(compute_dtype()).removeprefix("torch.")
+    generator = Generator(*load(weights, dtype=dtype, form=form))
+    best = max(ours_once(generator, prompt_tokens) for _ in range(repeats + 1))
+    return replace(
+        wide, name=f"prefill: {form} with {dtype}", ours=best, peer_name="transformers forward, fp32", limit=None
+    )
+
+
+def ours_once(generator: Generator, prompt_tokens: int) -> float:
+    """Tokens a second up to the first new one."""
+    began = time.perf_counter()
+    generator.generate([[100 + n % 150 for n in range(prompt_tokens)]], max_new_tokens=1)
+    return prompt_tokens / (time.perf_counter() - began)
 
 
 def against_llama_cpp(weights: str, ours: Row, prompt_tokens: int, repeats: int) -> Row:
@@ -63,9 +82,7 @@ def compare(weights: str, dtype: torch.dtype, prompt_tokens: int, repeats: int) 
     generator, ids = Generator(model, tokenizer), torch.tensor([prompt])
     ours, theirs = [], []
     for _ in range(repeats + 1):  # in turns: other load then slows both alike; the first turn warms up
-        began = time.perf_counter()
-        generator.generate([prompt], max_new_tokens=1)
-        ours.append(prompt_tokens / (time.perf_counter() - began))
+        ours.append(ours_once(generator, prompt_tokens))
         began = time.perf_counter()
         with torch.inference_mode():
             peer(ids, use_cache=True, logits_to_keep=1)

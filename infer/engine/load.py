@@ -201,8 +201,9 @@ def plan_for(options: Any, asked: Load) -> Plan:
 
 def dtype_for(options: Any, calls: Sequence[tuple[int, int]], known: str | None = None) -> str:
     """A program's dtype; "auto" (and "default" where there is a GPU) is chosen here and said on stderr: fp32 beside
-    quantized weights (whose products choose for themselves), else what the job's products are fastest in: `calls` are
-    (rows, how many products of so many rows). `known`: what a job that goes on had chosen."""
+    int8, int4 and nf4 weights (whose products choose for themselves), else what the job's products are fastest in (w8a8
+    too: attention's are most of its time): `calls` are (rows, how many products of so many rows). `known`: what a job
+    that goes on had chosen."""
     device = device_here()
     if options.dtype == "default" and device == "cpu":
         return "float32"
@@ -211,7 +212,7 @@ def dtype_for(options: Any, calls: Sequence[tuple[int, int]], known: str | None 
     if known in DTYPES:
         print(f"dtype auto: {known}, as this job began", file=sys.stderr)
         return known
-    if options.format not in ("auto", "wide"):
+    if options.format not in ("auto", "wide", "w8a8"):
         print(f"dtype auto: float32 beside {options.format} weights", file=sys.stderr)
         return "float32"
     chosen = str(fastest_dtype(tuple(calls), device)).removeprefix("torch.")
