@@ -1,7 +1,8 @@
 """Notes per second: infer's shared prefix against transformers' generate on the same weights, greedy, in one run.
 
-Peers: generate() on the eight full prompts of a note, left-padded in a batch; and generate()'s own cache reused by
-hand, the note read once and copied for its eight questions. All give the same number of new tokens.
+Peers: generate() on the eight full prompts of a note, left-padded in a batch, in fp32 and in the dtype that the probe
+chooses; and generate()'s own cache reused by hand in fp32, the note read once and copied for its eight questions. All
+give the same number of new tokens.
 """
 
 from __future__ import annotations
@@ -30,10 +31,12 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
     questions = [tokenizer.encode(tasks.branch(p.question)) for p in tasks.PHENOTYPES.values()]
     with tempfile.TemporaryDirectory() as folder:
         model.save_pretrained(Path(folder) / "peer")
-        peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=torch.float32).eval()
+        peers = {
+            dtype: AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=dtype).eval()
+            for dtype in (torch.float32, compute_dtype())
+        }
     setting = (
-        f"{notes} notes of {note_tokens} tokens, 8 questions, {new_tokens} new each, peers in fp32, "
-        f"{torch.get_num_threads()} threads"
+        f"{notes} notes of {note_tokens} tokens, 8 questions, {new_tokens} new each, {torch.get_num_threads()} threads"
     )
 
     ours: dict[str, tuple[float, list[list[int]]]] = {}
@@ -54,7 +57,9 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
         outs = generator.generate([t + q for t in prefixes for q in questions], max_new_tokens=new_tokens)
         ours[name] = (notes / (time.perf_counter() - began), [out.tokens for out in outs])
     found = []
-    for peer_name, body in (("transformers generate", padded), ("transformers, note's cache reused", reused)):
+    theirs_by_name = {f"transformers generate, {str(d).removeprefix('torch.')}": (padded, p) for d, p in peers.items()}
+    theirs_by_name["transformers, note's cache reused, float32"] = (reused, peers[torch.float32])
+    for peer_name, (body, peer) in theirs_by_name.items():
         began = time.perf_counter()
         theirs = [answer for prefix in prefixes for answer in body(peer, prefix, questions, new_tokens)]
         rate = notes / (time.perf_counter() - began)
