@@ -4,7 +4,8 @@ Three test sets: held-out patients in the training styles and other patients in 
 used here alone, and the notes written by hand (train/clinic/written.jsonl), whose open half was read while the
 generator was written and whose sealed half was not. The rungs below the adapter are regular expressions that are
 fitted on its own training notes, and its base, which is asked about few notes (it generates up to its limit).
-`--also` asks other adapters on the same base the same: a rung without a stage, or the stages of one training.
+The adapter is asked twice: about the notes as they are, and with misspelled words repaired. `--also` asks other
+adapters on the same base the same: a rung without a stage, or the stages of one training.
 `--release` puts the adapter, its card and these scores into infer/released.
 """
 
@@ -39,6 +40,7 @@ PATIENTS = 900
 SETS = ("heldout", "unseen", "written-sealed", "written-open")
 BASE_NOTES = 4
 RELEASED = "released adapter"
+REPAIRED = "released adapter + repair"
 ASK = LONG | {"task": "both"}
 
 
@@ -69,7 +71,8 @@ def main(options: Options) -> int:
         notes(run, options.limit)
         systems = [regex(run), *models(run, adapters)]
         sets = {name: f"{name}.jsonl" for name in SETS}
-        pairs = [["base", RELEASED], *([name, RELEASED] for name in adapters if name != RELEASED)]
+        pairs = [["base", RELEASED], [RELEASED, REPAIRED]]
+        pairs += [[name, RELEASED] for name in adapters if name != RELEASED]
         given = {"title": f"The released adapter on {BASE}", "scale": "released", "host": host(), "seconds": run.took()}
         given |= {"peak_mb": run.peak(), "systems": systems, "references": sets, "compare": pairs, "curves": {}}
         write_json(run.out / "run.json", given)
@@ -91,7 +94,7 @@ def named(given: Iterable[str]) -> dict[str, Path]:
     adapters: dict[str, Path] = {}
     for one in given:
         name, _, folder = one.partition("=")
-        if not (Path(folder) / "adapter_model.safetensors").is_file() or name in ("", RELEASED, *adapters):
+        if not (Path(folder) / "adapter_model.safetensors").is_file() or name in ("", RELEASED, REPAIRED, *adapters):
             raise UserError(f"--also {one}: give NAME=FOLDER, a name of its own and the folder of a LoRA adapter")
         adapters[name] = Path(folder)
     return adapters
@@ -131,21 +134,24 @@ def regex(run: Run) -> dict[str, Any]:
 
 
 def models(run: Run, adapters: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """The base, which is asked about few notes, and the adapters on it."""
+    """The base, which is asked about few notes, and the adapters on it; the released one with repaired notes too."""
     base = public_base(run)
-    files = {"base": "base"} | {name: f"adapter-{number}" for number, name in enumerate(adapters)}
+    files = {"base": "base", REPAIRED: "repaired"} | {name: f"adapter-{n}" for n, name in enumerate(adapters)}
 
     def job(name: str, notes: str, **how: Any) -> list[str]:
         out = run.out / "predictions" / f"{files[name]}.jsonl"
         return argv("infer.extract", weights=base, notes=run.out / f"{notes}.jsonl", out=out, **ASK, **how)
 
+    tuned: dict[str, Any] = {"form": "template", "grounded": True}
     jobs = {"base": job("base", "few", form="chat")}
     for name, adapter in adapters.items():
-        jobs[name] = job(name, "notes", adapter=adapter, form="template", grounded=True)
+        jobs[name] = job(name, "notes", adapter=adapter, **tuned)
+    lexicon = run.out / "train" / "train.jsonl"
+    jobs[REPAIRED] = job(REPAIRED, "notes", adapter=adapters[RELEASED], repair=lexicon, **tuned)
     run.run_in_parallel(jobs)
     systems = []
     for name in jobs:
-        asked = {"form": "chat", "notes": BASE_NOTES} if name == "base" else {"form": "template", "grounded": True}
+        asked = {"form": "chat", "notes": BASE_NOTES} if name == "base" else tuned
         row = {
             "name": name,
             "kind": "base" if name == "base" else "model",
