@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 from infer.engine.options import ModelOptions
 from infer.engine.settings import Settings
+from model.support.cli import UserError
 
 
 @dataclass(frozen=True)
@@ -17,6 +18,8 @@ class Options(ModelOptions):
     """The text to continue, or with --chat the user's message."""
     chat: bool = False
     """Ask in the model's own chat form."""
+    compile: bool = False
+    """Compile the step of a token: a minute or more, for a third less time a token. Pays from some 20,000 tokens on."""
     settings: Settings = Settings()
     json: bool = False
     """Print one JSON object: text, tokens, logprobs, finish_reason."""
@@ -28,6 +31,8 @@ def main(options: Options) -> int:
     from infer.engine.memory import Load
 
     settings = options.settings
+    if options.compile and options.fuse:
+        raise UserError("--compile is for the plain blocks, --fuse computes them by kernels; leave one out")
     size = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
     calls = [(min(512, 1 + size // 4), 1), (1, settings.max_new_tokens)]  # the prompt, about, and each token
     options = replace(options, dtype=dtype_for(options, calls))  # type: ignore[arg-type]

@@ -57,9 +57,10 @@ def rows(
     repeats: int = 3,
     large: bool = True,
     forms: tuple[str, ...] = ("int8", "w8a8", "int4", "int4-32", "int4-128", "nf4"),
+    compiled: tuple[str, ...] = (),
 ) -> list[Row]:
     """Greedy decoding, batch 1. `large`: the 500M model too (2 GB in fp32, twice). w8a8 is left out where this machine
-    has no products for it."""
+    has no products for it. `compiled`: forms whose step is compiled too (a minute and a half each)."""
     forms = tuple(form for form in forms if form != "w8a8" or int8_products())
     setting = f"prompt {prompt_tokens}, {new_tokens} new, best of {repeats}, {torch.get_num_threads()} threads"
     prompt = [100 + n % 150 for n in range(prompt_tokens)]
@@ -71,7 +72,7 @@ def rows(
     model, tokenizer = load(weights)
     narrows = {form: load(weights, form=form)[0] for form in forms}
     name = "SmolLM2-135M" if Path(weights).suffix == ".gguf" else Path(weights).name
-    found = compare(name, model, tokenizer, narrows, peers, prompt, new_tokens, repeats, setting)
+    found = compare(name, model, tokenizer, narrows, peers, prompt, new_tokens, repeats, setting, compiled)
     few = setting.replace(f"{new_tokens} new", "16 new")
     found += batched(name, {"fp32": model, **narrows}, tokenizer, prompt, 16, repeats, few)
     if large:
@@ -97,6 +98,7 @@ def compare(
     new: int,
     repeats: int,
     setting: str,
+    compiled: tuple[str, ...] = (),
 ) -> list[Row]:
     """fp32 and the quantized models against transformers in fp32, and the quantized ones against other peers too."""
     from transformers import AutoModelForCausalLM
@@ -112,13 +114,17 @@ def compare(
     for form, own in {"fp32": model, **narrows}.items():
         sizes[form] = read_bytes(own.config, form)
         runs[form] = partial(ours_once, generator_of(own, tokenizer), [prompt], new)
+        if form in compiled:
+            sizes[f"{form}, compiled"] = sizes[form]
+            runs[f"{form}, compiled"] = partial(ours_once, generator_of(own, tokenizer, True), [prompt], new)
+            runs[f"{form}, compiled"]()
     best: dict[str, float] = {}
     for _ in range(repeats):  # in turns: other load on the machine then slows all of them alike
         for which, once in runs.items():
             best[which] = max(best.get(which, 0.0), once())
     rate, found = read_rate() * 1e9, []
     for form, size in sizes.items():
-        for peer in ("transformers generate, fp32", *(peers if form != "fp32" else ())):
+        for peer in ("transformers generate, fp32", *(peers if not form.startswith("fp32") else ())):
             found.append(
                 Row(
                     f"decode {name}: {form}",
@@ -165,8 +171,8 @@ def read_bytes(config: ModelConfig, form: str) -> int:
     return sum(4 * a * b if form == "fp32" else bytes_of(form, a, b) for a, b in shapes)
 
 
-def generator_of(model: Transformer, tokenizer: Any) -> Generator:
-    generator = Generator(model, tokenizer, lookup=False)
+def generator_of(model: Transformer, tokenizer: Any, compile: bool = False) -> Generator:
+    generator = Generator(model, tokenizer, lookup=False, compile=compile)
     generator.stop_ids = frozenset()
     return generator
 

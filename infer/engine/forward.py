@@ -140,7 +140,7 @@ class Norm:
             return self.norm(x_ND)
         wide_ND = x_ND.float() if self.narrow else x_ND
         length_N1 = torch.linalg.vector_norm(wide_ND, dim=-1, keepdim=True)
-        if len(x_ND) == 1:  # one row: Python float arithmetic beats four tensor calls
+        if len(x_ND) == 1 and not torch.compiler.is_compiling():  # Python's float arithmetic beats four tensor calls
             y_ND = (wide_ND * self.weight).mul_((length_N1.item() ** 2 / x_ND.shape[-1] + self.eps) ** -0.5)
         else:
             inverse_N1 = length_N1.square_().div_(x_ND.shape[-1]).add_(self.eps).rsqrt_()

@@ -22,6 +22,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from infer.engine.cache import Cache
+from infer.engine.compiled import StaticCache
 from infer.engine.forward import Engine
 from infer.engine.load import load
 from infer.engine.lookup import MOST, Lookup, best_guess_count, row_cost
@@ -47,7 +48,8 @@ class State:
 
 
 class Generator:
-    """Generation with one model. `lookup` lets requests speculate where that pays (infer/engine/lookup.py).
+    """Generation with one model. `lookup` lets requests speculate where that pays (infer/engine/lookup.py); `compile`
+    compiles the step in its place (infer/engine/compiled.py), which pays for many tokens of the same requests.
     `cache_dtype` and `chunk` are Engine's. `max_length` bounds a prompt and its answer (0: the config's max_length).
     Fused models (infer/engine/fuse.py) generate by their kernels."""
 
@@ -59,9 +61,11 @@ class Generator:
         cache_dtype: torch.dtype | None = None,
         chunk: int = 2048,
         max_length: int = 0,
+        compile: bool = False,
     ) -> None:
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
-        self.lookup, self.row_cost = lookup, row_cost(self.engine)
+        self.compile = compile and self.engine.mesh is None and not self.engine.fused
+        self.lookup, self.row_cost = lookup and not self.compile, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
         self.stop_ids = frozenset(i for i in ends if i < model.config.vocab_size)
         own = model.config.max_length
@@ -149,6 +153,8 @@ class Generator:
         """Generate all requests to their end; yields after each step (of one or more tokens a request)."""
         rows = Rows(self)
         rows.add(states)
+        if self.compile and rows.active and not any(state.settings.hidden for state in states):
+            rows.compile()
         yield
         while rows.active:
             rows.step()
@@ -170,7 +176,7 @@ class Generator:
         k = best_guess_count(rates, [len(guess) for guess in found], self.row_cost)
         return [guess[:k] for guess in found]
 
-    def take(self, x_BTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache) -> None:
+    def take(self, x_BTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache | StaticCache) -> None:
         """Choose every request's next token, and the tokens after it as long as its guesses are accepted."""
         if x_BTD.shape[1] == 1:
             self.choose(self.engine.logits(x_BTD[:, 0]), active)
@@ -185,6 +191,7 @@ class Generator:
                     break
                 right += 1
             kept.append(right)
+        assert isinstance(cache, Cache)  # a static one takes no guesses
         cache.length_B = cache.length_B + torch.tensor(kept)
 
     def read_branches(self, cache: Cache, own: list[list[int]]) -> Tensor:
@@ -274,7 +281,8 @@ def generator_for(options: Any, how: Plan, loaded: tuple[Transformer, Tokenizer]
     if loaded is None:
         loaded = load(options.weights, options.adapter, options.dtype, form=how.form, fused=options.fuse)
     loaded[1].put_begin(options.bos)
-    return Generator(*loaded, cache_dtype=how.cache, chunk=how.chunk, max_length=options.max_length)
+    compiled = getattr(options, "compile", False)
+    return Generator(*loaded, cache_dtype=how.cache, chunk=how.chunk, max_length=options.max_length, compile=compiled)
 
 
 class Rows:
@@ -287,7 +295,7 @@ class Rows:
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
         self.held: list[State] = []  # in the cache: those that end leave it before the next step
-        self.cache: Cache | None = None
+        self.cache: Cache | StaticCache | None = None
 
     @property
     def active(self) -> list[State]:
@@ -300,6 +308,7 @@ class Rows:
         last step is not read again."""
         if not states:
             return
+        assert not isinstance(self.cache, StaticCache)
         generator, hidden = self.generator, [state.settings.hidden for state in states]
         prefixes, branches = plan([state.prompt for state in states], hidden)
         cache = Cache(generator.engine, prefixes, branches, hidden, self.cache)
@@ -312,6 +321,14 @@ class Rows:
         else:
             self.cache.join(cache)
         self.held += added
+
+    @torch.inference_mode()
+    def compile(self) -> None:
+        """Let the requests go on by a compiled step. None can be added then."""
+        self._drop_ended()
+        assert isinstance(self.cache, Cache)
+        new = max(state.settings.max_new_tokens for state in self.held)
+        self.cache = StaticCache(self.generator.engine, self.cache, new)
 
     @torch.inference_mode()
     def step(self) -> None:

@@ -56,13 +56,19 @@ def onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor, bias_O: torch.Tensor | N
     return torch.ops.mkldnn._linear_pointwise(x_ND, weight_OD, bias_O, "none", [], "")
 
 
-@cache
 def onednn_suits() -> bool:
     """Whether `onednn` is the faster product here: torch's default library is MKL, which keeps its AVX-512 code for
     Intel's processors, and the processor is another with AVX-512. A rule and not a measurement, which would fall
     otherwise on a busy machine and change the last bits."""
-    wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
-    return wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "GenuineIntel" not in processor()
+    global _onednn_suits  # not functools.cache, which torch.compile looks through
+    if _onednn_suits is None:
+        wide = torch.backends.mkl.is_available() and torch.backends.cpu.get_cpu_capability().startswith("AVX512")
+        found = wide and hasattr(torch.ops.mkldnn, "_linear_pointwise") and "GenuineIntel" not in processor()
+        _onednn_suits = found
+    return _onednn_suits
+
+
+_onednn_suits: bool | None = None
 
 
 def suits_onednn(x_ND: torch.Tensor, weight_OD: torch.Tensor | None) -> bool:

@@ -1,0 +1,57 @@
+"""The step over static slots equals the plain model, eagerly and compiled; a compiler that fails costs one line."""
+
+import pytest
+import torch
+from answering_models import plain_greedy, tiny_model
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from infer.engine.generate import Generator
+from infer.engine.settings import Settings
+
+KINDS = {
+    "full": tiny_model(),
+    "window": tiny_model(windows=(6, 6)),
+    "mixed": tiny_model(windows=(5, None)),
+    "bias": tiny_model(qkv_bias=True, tie_word_embeddings=True),
+}
+
+
+def check(kind, lengths, news, tokenizer):
+    """Prompts that share a beginning, each with its own end and number of new tokens."""
+    model = KINDS[kind]
+    prompts = [
+        [(7 * i) % 250 for i in range(20)] + [(11 * i + row) % 250 for i in range(n)] for row, n in enumerate(lengths)
+    ]
+    each = [Settings(max_new_tokens=new) for new in news]
+    outs = Generator(model, tokenizer, chunk=16, compile=True).generate(prompts, each)
+    for prompt, new, out in zip(prompts, news, outs, strict=True):
+        tokens, logprobs = plain_greedy(model, prompt, new, tokenizer.stop_ids)
+        assert out.tokens == tokens
+        assert torch.allclose(torch.tensor(out.logprobs), torch.tensor(logprobs), atol=1e-9)
+
+
+@settings(deadline=None, max_examples=15)
+@given(
+    kind=st.sampled_from(list(KINDS)),
+    sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 12)), min_size=1, max_size=6),
+)
+def test_the_step_over_static_slots_is_the_plain_models(kind, sizes, tokenizer):
+    """Rows that end leave it; what is left moves to smaller buffers. The function runs eagerly here."""
+    with torch.compiler.set_stance("force_eager"):
+        check(kind, [size for size, _ in sizes], [new for _, new in sizes], tokenizer)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("kind", ["full", "mixed"])
+def test_the_compiled_step_is_the_plain_models(kind, tokenizer):
+    check(kind, [3, 70, 5], [9, 4, 9], tokenizer)
+
+
+@pytest.mark.slow
+def test_without_a_compiler_the_step_runs_as_it_is(tokenizer, capsys):
+    torch.compiler.reset()
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",), "force_disable_caches": True}):
+        check("full", [4], [5], tokenizer)
+    said = capsys.readouterr().err
+    assert said.startswith("--compile: the step cannot be compiled and runs as it is (") and said.count("\n") == 1
