@@ -81,7 +81,7 @@ class Options:
     grounded: bool = False
     """Allow only existing ICD-10-CM codes and descriptions in the answers, as infer.extract's option."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What tuning computes in."""
+    """What tuning and the answers are computed in."""
     overwrite: bool = False
     """Remove the run that is there, and begin again."""
 
@@ -227,7 +227,7 @@ def ask(
 ) -> list[Question]:
     """The diagnosis questions with one system's answers."""
     out = run.out / f"answers-{name.replace(', ', '-').replace(' ', '-')}.jsonl"
-    how = LONG | {"task": "diagnosis", "grounded": options.grounded} | shown
+    how = LONG | {"task": "diagnosis", "grounded": options.grounded, "dtype": options.dtype} | shown
     run.step(f"answers: {name}", extraction(options.weights, adapter, run.out / "notes.jsonl", out, **how))
     return [one for one in pair(references, read_predictions(out))[0] if one.task == "diagnosis"]
 
