@@ -25,6 +25,9 @@ def table() -> str:
     core = {name: lines_of_code((ROOT / "model" / f"{name}.py").read_text(encoding="utf-8")) for name in CORE}
     rows = {
         "lines of code outside the tests (Python and JavaScript)": lines(set(code) - set(tests)),
+        "of these Python without blank lines, comments and docstrings": sum(
+            lines_of_code(file.read_text(encoding="utf-8")) for file in set(code) - set(tests) if file.suffix == ".py"
+        ),
         **{f"of these in {name}/": lines(f for f in code if f.is_relative_to(ROOT / name)) for name in PACKAGES},
         "of these in the core (model/*.py), without blank lines, comments and docstrings": sum(core.values()),
         "lines of compiled facts (kernels/proof/facts.json)": lines([ROOT / "kernels" / "proof" / "facts.json"]),
