@@ -17,7 +17,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterable, Sequence
-from functools import lru_cache
 from typing import Any
 
 import torch
@@ -25,6 +24,7 @@ from torch import Tensor
 
 from infer import codes, tasks
 from infer.extract import places
+from model.text.engines import BYTES
 from model.text.tokenizer import Tokenizer
 
 State = tuple[Any, ...]
@@ -71,20 +71,11 @@ def token_bytes(tokenizer: Tokenizer, i: int) -> bytes | None:
     if piece is None or i in tokenizer.stop_ids or engine.special(piece) == i:
         return None
     if getattr(engine, "byte_level", False):
-        alphabet = byte_alphabet()
-        return bytes(alphabet[c] for c in piece) if all(c in alphabet for c in piece) else None
+        return bytes(BYTES[c] for c in piece) if all(c in BYTES for c in piece) else None
     found = re.fullmatch(r"<0x([0-9A-F]{2})>", piece)
     if found:
         return bytes([int(found[1], 16)])
     return None if piece == "<unk>" else piece.replace("▁", " ").encode()
-
-
-@lru_cache(1)
-def byte_alphabet() -> dict[str, int]:
-    """GPT-2's spelling of bytes: printable ones as themselves, the others from U+0100 on."""
-    shown = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
-    others = [b for b in range(256) if b not in shown]
-    return {chr(b): b for b in shown} | {chr(0x100 + n): b for n, b in enumerate(others)}
 
 
 class Grammar:
