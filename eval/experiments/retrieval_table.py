@@ -24,7 +24,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.experiments.retrieval import measure
-from eval.experiments.steps import LONG, Run, argv, begin, extraction, made_from
+from eval.experiments.steps import LONG, Run, argv, begin, extraction, made_from, records_of
 from eval.metrics.statistics import format_interval, format_p
 from eval.questions import Question, figures, pair, paired_f1, read_predictions, read_references
 from infer.retrieval.index import Index
@@ -142,12 +142,13 @@ def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
 
 def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
     """The adapter tuned further without and with neighbours, on diagnoses alone: {row's ending: folder}."""
-    near = run.out / "near.jsonl"
+    diagnosed, near = run.out / "diagnosed.jsonl", run.out / "near.jsonl"
+    write_jsonl(diagnosed, [record for record in records_of(options.data) if record.get("diagnosis")])
     run.step(
         "training notes with their neighbours",
         argv(
             "train.data.neighbours",
-            data=options.data,
+            data=diagnosed,
             index=bm25,
             tokenizer=options.weights,
             out=near,
@@ -157,7 +158,7 @@ def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
         ),
     )
     folders = {}
-    for end, data, name in ((WITHOUT, options.data, "without"), (WITH, near, "with")):
+    for end, data, name in ((WITHOUT, diagnosed, "without"), (WITH, near, "with")):
         run.step(
             f"further tuning, {name} neighbours",
             argv(

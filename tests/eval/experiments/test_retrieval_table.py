@@ -96,6 +96,21 @@ def test_the_table_has_every_row_and_goes_on_where_it_stopped(tmp_path):
     assert table(options) == result and (tmp_path / "out" / "answers-bm25.jsonl").stat().st_mtime_ns == before
 
 
+@pytest.mark.slow
+def test_tuning_further_leaves_out_notes_without_a_diagnosis(tmp_path):
+    torch.manual_seed(0)
+    model_folder(tmp_path)
+    train, heldout = notes(tmp_path / "train.jsonl", 0, 6), notes(tmp_path / "heldout.jsonl", 11, 1)
+    checkup = {"id": "c", "patient": "pc", "text": "Check-up, no complaints.", "phenotypes": {}}
+    train.write_text(train.read_text() + json.dumps(checkup) + "\n")
+    folders = {"weights": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter"), "out": tmp_path / "out"}
+    options = Options(data=train, notes=heldout, encoders=tmp_path / "encoders", tune_steps=1, **folders)
+    shown = [one["name"] for one in table(options)["rows"] if one["diagnosis"]]
+    assert {"none, tuned further without neighbours", "BM25, tuned further with neighbours"} <= set(shown)
+    near = [json.loads(line)["id"] for line in (tmp_path / "out" / "near.jsonl").read_text().splitlines()]
+    assert near == [f"n{i}" for i in range(6)]
+
+
 def test_a_rows_difference_is_the_paired_one():
     none = [Question(f"r{i}", f"p{i}", "diagnosis", ("x (C1)",), ("y (C2)",)) for i in range(4)]
     shown = [Question(f"r{i}", f"p{i}", "diagnosis", ("x (C1)",), ("x (C1)",) if i else ("y (C2)",)) for i in range(4)]
