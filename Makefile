@@ -3,7 +3,7 @@
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   SCALE=full|nano|tiny       the demo's size
-#   OPTIONS=--overwrite        more options of the program that quick, serve, demo, tables, demo-ner or diseases runs
+#   OPTIONS=--overwrite        more options of the program that a target of the group Run starts (--help names them)
 #   JOBS=2                     processes that make test-fast shares its tests out to
 #   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
 
@@ -40,10 +40,10 @@ tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE
 demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
 	$(PY) -m eval.experiments.demo_ner $(OPTIONS)
 
-diseases: $(VENV)/.core  ## train and score the released adapter for disease names (about an hour on a core)
+diseases: $(VENV)/.core  ## train and score the released adapter for disease names (about half an hour on a core)
 	$(PY) -m eval.experiments.demo_ner --recipe train/recipes/released-ner.toml --out runs/diseases --release $(OPTIONS)
 
-adapter: $(VENV)/.core  ## train the adapter that is released, through both stages (about an hour on two cores)
+adapter: $(VENV)/.core  ## train the adapter that is released, through both stages (about an hour and a half on two cores)
 	$(PY) -m eval.experiments.adapter $(OPTIONS)
 
 scores: $(VENV)/.core  ## its figures on held-out, unseen and hand-written notes, and its card

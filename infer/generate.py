@@ -19,7 +19,7 @@ class Options(ModelOptions):
     chat: bool = False
     """Ask in the model's own chat form."""
     compile: bool = False
-    """Compile the step of a token: a minute or more, for a third less time a token. Pays from some 20,000 tokens on."""
+    """Compile the step of a token: a minute or more, for a quarter less time a token; pays from 26,000 tokens on."""
     settings: Settings = Settings()
     json: bool = False
     """Print one JSON object: text, tokens, logprobs, finish_reason."""

@@ -30,7 +30,7 @@ class Row:
     name: str
     ok: bool
     error: float = 0.0
-    ulps: int = 0
+    ulps: int | None = None
     cosine: float = 1.0
     detail: str = ""
 

@@ -124,7 +124,8 @@ def print_rows(rows: list[Row]) -> None:
             section = row.section
             print(f"\n{section:<44} {'max error':>10} {'ULPs':>8} {'cosine':>12}")
         mark = " " if row.ok else "✗"
-        numbers = f"{row.error:10.2e} {row.ulps:8d} {row.cosine:12.9f}" if section != "tokenizer" else " " * 32
+        steps = "–" if row.ulps is None else row.ulps
+        numbers = f"{row.error:10.2e} {steps:>8} {row.cosine:12.9f}" if section != "tokenizer" else " " * 32
         print(f"{mark} {row.name:<42} {numbers}  {row.detail}".rstrip())
 
 

@@ -20,7 +20,7 @@ from model.support.cli import UserError, run
 from model.support.files import read_json, write_text
 
 SYSTEMS = ("regular expressions", "released adapter")
-SETS = {"heldout": "held-out", "unseen": "unseen styles", "written-sealed": "hand-written"}
+SETS = {"heldout": "held-out", "unseen": "unseen styles", "written-sealed": "hand-written, sealed half"}
 TASKS = {"phenotype": "phenotypes", "diagnosis": "diagnosis"}
 PARITY = (
     "stage",

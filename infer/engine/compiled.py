@@ -5,7 +5,7 @@
 Nothing in it depends on data in Python: rows and slots come in powers of two, a token's slot is its position, and who
 sees whom is a mask of positions. So torch.compile takes it whole, and a token is one call in place of some 600 small
 ones. Compiling takes about a minute and a half on two cores (torch keeps the result for later processes), which pays
-from some 20,000 tokens on. The prompts are read as always (cache.py), and their keys are copied into the slots.
+from some 26,000 tokens on. The prompts are read as always (cache.py), and their keys are copied into the slots.
 """
 
 from __future__ import annotations

@@ -46,7 +46,7 @@ def load(
 
     `form` ("wide", or a name of FORMATS) keeps the linear layers' weights in 8 or 4 bits, the head's too,
     quantized as it is read; the rest is in `dtype`. `fused`: the GPU's kernels in the blocks' place
-    (infer/engine/fuse.py), for int4's and nf4's codes as they are. Raises UserError for files that are missing or
+    (infer/engine/fuse.py), for int4's codes as they are. Raises UserError for files that are missing or
     belong to another model, for an unknown dtype or format, and for w8a8 where integers are not multiplied fast.
     """
     if dtype not in DTYPES:

@@ -14,7 +14,8 @@ class WeightOptions:
     weights: str
     """A model's folder or GGUF file."""
     adapter: tyro.conf.UseAppendAction[tuple[str, ...]] = ()
-    """LoRA adapters (PEFT folders), merged in this order; one --adapter each."""
+    """LoRA adapters (PEFT folders), merged in this order, one --adapter each; the last stays beside weights that are
+    narrower than fp32."""
     bos: Literal["auto", "yes", "no"] = "auto"
     """Put the begin token before the prompt; auto: as the tokenizer's files say. (A chat's form has its own.)"""
     max_length: int = 0
