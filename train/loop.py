@@ -13,6 +13,8 @@ import signal
 import sys
 import time
 from collections import Counter
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -160,11 +162,19 @@ class Trainer:
 
     # the loop
 
+    @contextmanager
+    def stopped_by_sigterm(self) -> Iterator[None]:
+        """While this lasts, SIGTERM ends the run after its step, with a checkpoint."""
+        before = signal.signal(signal.SIGTERM, self.on_signal)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
+
     def run(self) -> None:
         """Train to the recipe's end, from where the newest whole checkpoint left off."""
         self.resume()
         self.begin_metrics()
-        signal.signal(signal.SIGTERM, self.on_signal)
         began = time.monotonic()
         bar = tqdm(
             total=self.steps,

@@ -70,7 +70,8 @@ def train(recipe: Recipe, stage: str) -> Path:
     with contextlib.ExitStack() as stack:
         ranks.run_on_first(lambda: stack.enter_context(hold(recipe.out)))
         trainer = prepare(recipe, stage, ranks)
-        trainer.run()
+        with trainer.stopped_by_sigterm():
+            trainer.run()
         return finish(trainer, stage, began)
 
 
@@ -83,9 +84,8 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
         raise UserError("recipe: packing = 'concatenate' belongs to train.pretrain; use 'documents' or 'none'")
     encoding = encoding_of(recipe, stage)
     config = ModelConfig.from_dict(config_dict(recipe.init or recipe.weights))
-    largest = config.max_position_embeddings
-    if recipe.block > largest:
-        raise UserError(f"recipe: block {recipe.block} is more than the model's {largest} positions")
+    if recipe.block > config.max_length:
+        raise UserError(f"recipe: block {recipe.block} is more than the model's {config.max_length} positions")
     ranks.run_on_all(lambda: check_weights(recipe))
     empty = ranks.run_on_all(lambda: empty_model(recipe, config))
     sources = sources_of(recipe, encoding, ranks)

@@ -25,6 +25,7 @@ from infer.engine.settings import Hidden
 from infer.engine.tree import Branch, Prefix
 
 SPARE = 32  # slots by which branches grow
+FEW = 16  # queries up to which one product over all keys beats causal attention in blocks
 
 
 class Cache:
@@ -40,7 +41,7 @@ class Cache:
         held: Cache | None = None,
     ) -> None:
         self.engine, self.prefixes = engine, prefixes
-        self.windows = sorted(set(engine.config.windows), key=lambda w: (w is None, w))
+        self.windows = set(engine.config.windows)
         starts = [branch.start for branch in branches]
         self.start_B = torch.tensor(starts)  # position of a branch's slot 0, in the host's memory as all lengths
         self.length_B = torch.zeros_like(self.start_B)
@@ -53,13 +54,12 @@ class Cache:
             self.hidden_B3 = torch.tensor([[x.first, x.stop, x.after] if x else [0, 0, 0] for x in of_branches])
         if held is not None:
             for prefix in prefixes:
-                keys, values = held.of(prefix.text())
+                keys, values = held.find(prefix.text())
                 prefix.keys, prefix.values = ([x_GSK[:, prefix.start :] for x_GSK in kept] for kept in (keys, values))
-                prefix.first = prefix.start
         self._read_prefixes()
         self.levels = [padded(group) for group in levels_of(prefixes)]
 
-    def of(self, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
+    def find(self, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
         """Keys and values (k_GSK and v_GSK of each layer) of a text that some prefix, with those above it, begins with;
         of no layer where none does, or where a window has dropped some."""
         places = {id(prefix): (level, m) for level in self.levels for m, prefix in enumerate(level.prefixes)}
@@ -82,12 +82,12 @@ class Cache:
 
     def _read_prefixes(self) -> None:
         """Compute every prefix's keys and values: level by level, ragged, in passes of bounded size."""
-        level = [prefix for prefix in self.prefixes if prefix.parent is None]
+        depth = [prefix for prefix in self.prefixes if prefix.parent is None]
         chunk = self.engine.chunk  # tokens of one pass: bounds the activations
-        while level:
+        while depth:
             spans: list[tuple[Prefix, int, int]] = []
             size = 0
-            for prefix in (one for one in level if not one.keys):
+            for prefix in (one for one in depth if not one.keys):
                 for begin in range(0, len(prefix.tokens), chunk):
                     end = min(begin + chunk, len(prefix.tokens))
                     if spans and (size + end - begin > chunk or spans[-1][0] is prefix):
@@ -97,7 +97,7 @@ class Cache:
                     size += end - begin
             if spans:
                 self._read(spans)
-            level = [prefix for prefix in self.prefixes if any(prefix.parent is above for above in level)]
+            depth = [prefix for prefix in self.prefixes if any(prefix.parent is above for above in depth)]
 
     def _read(self, spans: list[tuple[Prefix, int, int]]) -> None:
         device = self.engine.device
@@ -128,8 +128,6 @@ class Cache:
     ) -> Tensor:
         k_GTK, v_GTK = (kept_TGK.transpose(0, 1).to(self.engine.cache_dtype) for kept_TGK in (k_TGK, v_TGK))
         if begin == 0:
-            if layer == 0:
-                prefix.first = prefix.start
             prefix.keys.append(k_GTK.contiguous())
             prefix.values.append(v_GTK.contiguous())
         else:
@@ -138,12 +136,12 @@ class Cache:
         path = prefix.path()
         keys = torch.cat([n.keys[layer] for n in path], dim=1) if len(path) > 1 else prefix.keys[layer]
         values = torch.cat([n.values[layer] for n in path], dim=1) if len(path) > 1 else prefix.values[layer]
-        key_positions = [torch.arange(n.first, n.first + n.keys[layer].shape[1], device=q_THK.device) for n in path]
+        key_positions = [torch.arange(n.first, n.first + n.keys[layer].shape[1]) for n in path]
         key_position_S = torch.cat(key_positions)
         position = prefix.start + begin
         window = self.engine.layers[layer].window
         if self.engine.fused:
-            return read_attention(q_THK, keys, values, position, key_position_S, window)
+            return read_attention(q_THK, keys, values, position, key_position_S.to(q_THK.device), window)
         return causal(q_THK.transpose(0, 1), keys, values, position, key_position_S, window)
 
     # ---- the branches' steps -------------------------------------------------------------------------------------
@@ -160,12 +158,14 @@ class Cache:
         reach = {window: self._reach(window, position_BT) for window in self.windows}
         masks = {}
         fused = self.engine.fused and self.hidden_B3 is None  # the kernels mask by themselves, and hide nothing
+        # a prompt that is read by itself has no padding and needs no mask
+        alone = B == 1 and T > FEW and not fused and not self.levels and self.hidden_B3 is None
         if fused:
             positions = {
                 window: [level.positions(begin).to(device, torch.int32) for level, begin in reach[window]]
                 for window in self.windows
             }
-        else:
+        elif not alone:
             masks = {window: self._mask(window, position_BT, S, reach[window]) for window in self.windows}
             masks = {w: None if hidden is None else hidden.to(device) for w, hidden in masks.items()}
         rows_B1 = torch.arange(B, device=device)[:, None]
@@ -189,6 +189,10 @@ class Cache:
                 levels = self._kernel_levels(layer, reach[window], positions[window])
                 held = keys[..., :S].mT, values[:, :, :S]
                 out_BHTK = tree_attention(q_BHTK, *held, position_BT, key_position_BS, window, levels)
+            elif alone:
+                k_GSK = keys[0, :, :, :S].mT.contiguous()  # else SDPA multiplies out all scores
+                out_THK = causal(q_BHTK[0], k_GSK, values[0, :, :S], S - T, torch.arange(S), window)
+                out_BHTK = out_THK.transpose(0, 1)[None]
             else:
                 out_BHTK = self._attend(layer, q_BHTK, S, masks[window], reach[window])
             return out_BHTK.transpose(1, 2).flatten(0, 1)
@@ -204,11 +208,6 @@ class Cache:
         B, H, T, K = q_BHTK.shape
         k_BGKS = self.keys[layer][:, :, :, :S].to(q_BHTK.dtype)  # the cache may be narrower
         v_BGSK = self.values[layer][:, :, :S].to(q_BHTK.dtype)
-        if not reach and B == 1 and T > 16 and self.hidden_B3 is None:  # one prompt being read: it has no padding
-            slot_S = torch.arange(S, device=q_BHTK.device)
-            window = self.engine.layers[layer].window
-            k_GSK = k_BGKS[0].mT.contiguous()  # else SDPA multiplies out all scores
-            return causal(q_BHTK[0], k_GSK, v_BGSK[0], S - T, slot_S, window).transpose(0, 1)[None]
         G = k_BGKS.shape[1]
         q_BGMK = (q_BHTK * self.engine.scale).reshape(B, G, H // G * T, K)
         sizes = [level.keys[layer].shape[2] - begin for level, begin in reach]
@@ -313,11 +312,11 @@ class Cache:
         """Drop all other branches; `rows` must be ascending. Prefixes without branches free their keys and values."""
         kept_B = torch.tensor(rows)
         index = kept_B.to(self.engine.device)
-        S = int(self.length_B.max())
-        self.keys = [self._key_layout(k[index, :, :, : S + SPARE]) for k in self.keys]
-        self.values = [v[index, :, : S + SPARE] for v in self.values]
-        self.capacity = min(self.capacity, S + SPARE)
         self.start_B, self.length_B = self.start_B[kept_B], self.length_B[kept_B]
+        self.capacity = min(self.capacity, int(self.length_B.max()) + SPARE)
+        for layer, (k_BGKC, v_BGCK) in enumerate(zip(self.keys, self.values, strict=True)):  # one at a time, as above
+            self.keys[layer] = self._key_layout(k_BGKC[index, :, :, : self.capacity])
+            self.values[layer] = v_BGCK[index, :, : self.capacity]
         if self.hidden_B3 is not None:
             kept_B3 = self.hidden_B3[kept_B]
             self.hidden_B3 = kept_B3 if bool(kept_B3.any()) else None

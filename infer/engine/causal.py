@@ -15,30 +15,33 @@ def causal(
 ) -> Tensor:
     """Attention of T queries at positions position, position + 1, … → out_THK; blocks of queries see what they can.
 
-    Keys are in rising order and end with the queries' own. On a CPU, bf16 scores are products of their own (the
-    processor's bf16 instructions: half the time of torch's fused kernel, which multiplies in fp32).
+    Keys are in rising order, their positions on the host, and end with the queries' own. On a CPU, bf16 scores are
+    products of their own (the processor's bf16 instructions: half the time of torch's fused kernel, which multiplies in
+    fp32).
     """
     T, S = q_HTK.shape[1], len(key_position_S)
-    if S == T and (window is None or window >= T) and not grouped(q_HTK):
+    if S == T and (window is None or window >= T) and not by_products(q_HTK):
         k_1GSK, v_1GSK = (kept_GSK[None].to(q_HTK.dtype) for kept_GSK in (k_GSK, v_GSK))
         q_1HTK = q_HTK[None].contiguous()
         out_1HTK = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, is_causal=True, enable_gqa=True)
         return out_1HTK[0].transpose(0, 1)
     outs = []
-    size = FEW if grouped(q_HTK) else BLOCK
+    size = FEW if by_products(q_HTK) else BLOCK
     for start in range(0, T, size):
         stop = min(start + size, T)
         query_T1 = torch.arange(position + start, position + stop, device=q_HTK.device)[:, None]
         begin = 0 if window is None else int((key_position_S <= position + start - window).sum())
         held = slice(begin, S - T + stop)
-        seen_TS = key_position_S[held] <= query_T1
+        held_S = key_position_S[held].to(q_HTK.device)
+        seen_TS = held_S <= query_T1
         if window is not None:
-            seen_TS &= key_position_S[held] > query_T1 - window
+            seen_TS &= held_S > query_T1 - window
         outs.append(block(q_HTK[:, start:stop], k_GSK[:, held], v_GSK[:, held], seen_TS))
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
-def grouped(q_HTK: Tensor) -> bool:
+def by_products(q_HTK: Tensor) -> bool:
+    """Whether scores are products of their own: bf16 on a CPU."""
     return q_HTK.dtype == torch.bfloat16 and q_HTK.device.type == "cpu"
 
 
@@ -46,7 +49,7 @@ def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tenso
     """Attention of one block of queries → out_HTK."""
     (H, T, K), (G, S, _) = q_HTK.shape, k_GSK.shape
     k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a prefix may keep them narrower
-    if not grouped(q_HTK):
+    if not by_products(q_HTK):
         q_1HTK, k_1GSK, v_1GSK = q_HTK[None].contiguous(), k_GSK[None], v_GSK[None]
         return F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, attn_mask=seen_TS, enable_gqa=True)[0]
     q_GMK = (q_HTK * K**-0.5).reshape(G, H // G * T, K)

@@ -2,7 +2,7 @@
 
     tokens_B, positions_B, keys and values of every layer  →  x_BD, and the new keys and values in their slots
 
-Nothing in it depends on data in Python: rows and slots come in powers of two, a token's slot is its position, and who
+Python reads no value of a tensor in it: rows and slots come in powers of two, a token's slot is its position, and who
 sees whom is a mask of positions. So torch.compile takes it whole, and a token is one call in place of some 600 small
 ones. Compiling takes about a minute and a half on two cores (torch keeps the result for later processes), which pays
 from some 26,000 tokens on. The prompts are read as always (cache.py), and their keys are copied into the slots.
@@ -49,17 +49,15 @@ def decode_step(engine: Engine) -> Callable[[Tensor, Tensor, Layers, Layers], Te
 class StaticCache:
     """Keys and values of requests in slots of fixed number, in the place of their Cache once the prompts are read.
 
-    `new` tokens of each will follow at most. Where the step cannot be compiled, it is said on stderr, and the function
-    runs as it is.
+    `new` tokens of each will follow at most. If the step cannot be compiled, one line on stderr says so and it runs
+    uncompiled.
     """
 
     def __init__(self, engine: Engine, cache: Cache, new: int) -> None:
         self.engine, self.next_B = engine, cache.start_B + cache.length_B
         self.rows = list(range(len(self.next_B)))  # where each request that goes on is in the buffers
         self.function = decode_step(engine)
-        how: dict[str, Any] = {
-            "cpp_wrapper": engine.device.type == "cpu"
-        }  # a tenth less time a token than Python's calls
+        how: dict[str, Any] = {"cpp_wrapper": engine.device.type == "cpu"}  # saves a tenth of Python's calls' time
         self.run = torch.compile(self.function, fullgraph=True, dynamic=False, options=how)
         slots = power_of_two(int(self.next_B.max()) + new)
         shape = (power_of_two(len(self.rows)), engine.groups, slots, engine.head_dim)
@@ -67,30 +65,22 @@ class StaticCache:
             [torch.zeros(shape, dtype=engine.cache_dtype, device=engine.device) for _ in engine.layers]
             for _ in range(2)
         )
-        for layer in range(len(engine.layers)):
-            self._copy(self.keys[layer], [level.keys[layer] for level in cache.levels], cache.keys[layer].mT, cache)
-            self._copy(self.values[layer], [level.values[layer] for level in cache.levels], cache.values[layer], cache)
-
-    def _copy(self, slots_BGSK: Tensor, levels: Sequence[Tensor], own_BGCK: Tensor, cache: Cache) -> None:
-        """A layer's keys or values, the prefixes' of each level (P, G, S, K) and the branches' own, to their slots."""
-        for level, held_PGSK in zip(cache.levels, levels, strict=True):
-            for prefix, first, length, held_GSK in zip(
-                level.prefixes, level.first_P.tolist(), level.length_P.tolist(), held_PGSK, strict=True
-            ):
-                below = slice(prefix.branches.start, prefix.branches.stop)
-                slots_BGSK[below, :, first : first + length] = held_GSK[:, :length]
-        for row, (start, length) in enumerate(zip(cache.start_B.tolist(), cache.length_B.tolist(), strict=True)):
-            slots_BGSK[row, :, start : start + length] = own_BGCK[row, :, :length]
+        for slots_LBGSK, name in ((self.keys, "keys"), (self.values, "values")):
+            for layer, slots_BGSK in enumerate(slots_LBGSK):
+                held = [getattr(level, name)[layer] for level in cache.levels]
+                own_BGCK = cache.keys[layer].mT if name == "keys" else cache.values[layer]
+                copy_branches(slots_BGSK, held, own_BGCK, cache)
 
     def step(self, tokens_B1: Tensor, count_B: Tensor) -> Tensor:
         """Enter a token of every request → x_B1D."""
         size, rows = len(self.keys[0]), torch.tensor(self.rows)
         tokens, position = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
         tokens[rows], position[rows] = tokens_B1[:, 0].cpu(), self.next_B
+        exc = torch._dynamo.exc  # loaded by torch.compile
         given = tokens.to(self.engine.device), position.to(self.engine.device), self.keys, self.values
         try:
             x_bD = self.run(*given)
-        except torch._dynamo.exc.TorchDynamoException as error:
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:  # the latter: the ninth size
             reason = str(error).strip().splitlines()[0]
             print(f"--compile: the step cannot be compiled and runs as it is ({reason})", file=sys.stderr)
             self.run = self.function
@@ -99,13 +89,19 @@ class StaticCache:
         return x_bD[rows.to(x_bD.device), None]
 
     def retain(self, rows: list[int]) -> None:
-        """Drop all other requests; the buffers are halved as often as the rest fits."""
+        """Drop all other requests. Their rows are computed on: smaller buffers would be compiled anew."""
         self.rows, self.next_B = [self.rows[row] for row in rows], self.next_B[torch.tensor(rows)]
-        size = power_of_two(len(self.rows))
-        if size < len(self.keys[0]):
-            index = torch.tensor([*self.rows, *self.rows[:1] * (size - len(self.rows))], device=self.engine.device)
-            self.keys, self.values = ([held[index] for held in store] for store in (self.keys, self.values))
-            self.rows = list(range(len(self.rows)))
+
+
+def copy_branches(slots_BGSK: Tensor, levels: Sequence[Tensor], own_BGCK: Tensor, cache: Cache) -> None:
+    """A layer's keys or values, the prefixes' of each level (P, G, S, K) and the branches' own, to their slots."""
+    for level, held_PGSK in zip(cache.levels, levels, strict=True):
+        kept = zip(level.prefixes, level.first_P.tolist(), level.length_P.tolist(), held_PGSK, strict=True)
+        for prefix, first, length, held_GSK in kept:
+            below = slice(prefix.branches.start, prefix.branches.stop)
+            slots_BGSK[below, :, first : first + length] = held_GSK[:, :length]
+    for row, (start, length) in enumerate(zip(cache.start_B.tolist(), cache.length_B.tolist(), strict=True)):
+        slots_BGSK[row, :, start : start + length] = own_BGCK[row, :, :length]
 
 
 def power_of_two(least: int) -> int:

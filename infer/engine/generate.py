@@ -238,7 +238,7 @@ class Generator:
             allowed = None if state.settings.constraint is None else state.settings.constraint.allowed(state.tokens)
             if allowed is not None:
                 rows.append(row)
-                ids.append(torch.as_tensor(allowed, device=logits_BV.device))
+                ids.append(torch.as_tensor(allowed, dtype=torch.int64, device=logits_BV.device))
         if not rows:
             return logits_BV
         id_M = torch.cat(ids)

@@ -22,15 +22,16 @@ class Level:
     """Adjacent prefixes of one depth: their keys and values padded to one length, side by side.
 
     `branch_Pn` are the branches below each prefix (P prefixes, at most n branches each; places beyond a prefix's own
-    repeat a branch). `place_r` is the place of each of the branches `rows` in it, flattened. Of branches below none of
-    the prefixes `below_r` is False, and the mask hides the level from them.
+    repeat a branch). `place_r` is the place of each of the branches `rows` in it, flattened. `below_r` is False for a
+    branch that is below none of the prefixes; the mask hides the level from it.
     """
 
     prefixes: list[Prefix]
     keys: list[Tensor]  # k_PGSK of each layer
     values: list[Tensor]  # v_PGSK
-    first_P: Tensor  # the position of each prefix's first held token; on the host, as all that is known
-    length_P: Tensor  # in advance: reading a number from a device waits for it. Kept tokens of each prefix
+    # the position of each prefix's first kept token, and how many are kept; on the host: reading from a device waits
+    first_P: Tensor
+    length_P: Tensor
     rows: slice = field(default_factory=lambda: slice(0))
     branch_Pn: Tensor = field(init=False)
     place_r: Tensor = field(init=False)

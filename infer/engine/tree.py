@@ -31,9 +31,12 @@ class Prefix:
     tokens: list[int]
     start: int  # the position of its first token
     branches: range = range(0)
-    first: int = 0  # the first position that is kept (a window drops older ones)
+    first: int = field(init=False)  # the first position that is kept (a window drops older ones)
     keys: list[Tensor] = field(default_factory=list)  # k_GSK of each layer
     values: list[Tensor] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.first = self.start
 
     @property
     def end(self) -> int:
@@ -90,7 +93,8 @@ def grow(
     ids = prompts[indices[0]]
     if len(indices) == 1:
         end = ends[indices[0]]
-        if end - depth >= OWN and len(prompts) > 1:
+        hides = end < len(ids) - 1  # what is hidden from the prompt's end is not hidden from the prefix, which is kept
+        if end - depth >= OWN and (len(prompts) > 1 or hides):
             parent = add(parent, ids[depth:end], depth)
             depth = end
             parent.branches = range(len(branches), len(branches) + 1)
@@ -104,10 +108,10 @@ def grow(
     if common - depth >= SHARED:
         prefix = add(parent, ids[depth:common], depth)
         depth = common
-    groups: dict[int, list[int]] = {}
+    groups: dict[tuple[int, ...], list[int]] = {}
     for i in indices:
         # a group below starts where its prompts share more than the prefix; single ones are branches
-        groups.setdefault(hash(tuple(prompts[i][depth : depth + SHARED])), []).append(i)
+        groups.setdefault(tuple(prompts[i][depth : depth + SHARED]), []).append(i)
     for group in groups.values():
         whole = len(group) > 1 and min(ends[i] for i in group) >= depth + SHARED
         for part in [group] if whole else [[i] for i in group]:

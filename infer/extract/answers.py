@@ -67,10 +67,10 @@ def phenotype_record(
     """One question's answer: its values, where they were read and their log-probabilities. `places`: for every value
     the place where it was read, then the others where it may have been; none where no place is known."""
     answers: list[dict[str, Any]] = []
-    ends = token_ends(out, decode)
+    spelt = token_places(out, decode)
     for (value, span), spans in zip(written_values(out.text), places, strict=True):
         start, end = spans[0] if spans else (None, None)
-        answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out.logprobs, ends, *span)})
+        answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out.logprobs, spelt, *span)})
         if len(spans) > 1:
             answers[-1]["ambiguous"] = [list(span) for span in spans[1:]]
     not_relevant = bool(out.text.strip()) and not answers
@@ -102,20 +102,25 @@ def kept_logprobs(out: Generation, decode: Callable[[list[int]], str]) -> list[f
     """The log-probabilities of an answer's tokens, without those after the place where it was cut short."""
     if out.finish_reason in ("stop", "stop_string") or len(decode(out.tokens)) <= len(out.text):
         return out.logprobs
-    begins = [0, *token_ends(out, decode)]
-    return [logprob for begin, logprob in zip(begins, out.logprobs, strict=False) if begin < len(out.text)]
+    return [
+        logprob
+        for (begin, _), logprob in zip(token_places(out, decode), out.logprobs, strict=True)
+        if begin < len(out.text)
+    ]
 
 
-def token_ends(out: Generation, decode: Callable[[list[int]], str]) -> list[int]:
-    """Where in the text each token's characters end."""
-    return [len(decode(out.tokens[: n + 1])) for n in range(len(out.tokens))]
+def token_places(out: Generation, decode: Callable[[list[int]], str]) -> list[Span]:
+    """Which characters of the text each token spells, or spells a part of: all tokens of a character have its place."""
+    places, begin = [], 0
+    for count in range(1, len(out.tokens) + 1):
+        text = decode(out.tokens[:count])
+        whole = len(text.rstrip("\ufffd"))  # without a character of which bytes are still missing
+        places.append((begin, whole + (whole < len(text))))
+        begin = whole
+    return places
 
 
-def span_logprob(logprobs: Sequence[float], ends: Sequence[int], start: int, end: int) -> float:
-    """The sum over the tokens that spell the characters start to end of an answer; `ends` are all its tokens' ends."""
-    total, begin = 0.0, 0
-    for stop, logprob in zip(ends, logprobs, strict=False):  # only the first tokens may have been scored
-        if begin < end and stop > start:
-            total += logprob
-        begin = max(begin, stop)
-    return round(total, 4)
+def span_logprob(logprobs: Sequence[float], places: Sequence[Span], start: int, end: int) -> float:
+    """The sum over the tokens that spell the characters start to end of an answer; `places` are all its tokens'."""
+    spelt = zip(places, logprobs, strict=False)  # only the first tokens may have been scored
+    return round(sum(logprob for (begin, stop), logprob in spelt if begin < end and stop > start), 4)

@@ -242,9 +242,9 @@ class Asker:
             if reason := refusal(note):
                 raise UserError(reason)
             parts = self.parts(note)
+            asked = [self.pieces(self.requests(part, record), self.slots) for part in parts]
         except UserError as error:
-            return record | {"error": str(error)}
-        asked = [self.pieces(self.requests(part, record), self.slots) for part in parts]
+            return {"id": note.id, "error": str(error)}
         yield [piece for of_part in asked for piece in of_part]
         outs = [[out for piece in of_part for out in self.outs(piece)] for of_part in asked]
         answers = [

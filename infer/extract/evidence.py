@@ -17,7 +17,7 @@ from dataclasses import dataclass, replace
 from infer.engine.generate import Generator
 from infer.engine.settings import Generation, Hidden, Settings
 from infer.engine.tree import shared
-from infer.extract.answers import span_logprob, token_ends
+from infer.extract.answers import span_logprob, token_places
 from infer.extract.places import Span
 
 MARGIN = 0.25
@@ -73,8 +73,7 @@ class Forced:
 
 def hiding(generator: Generator, reading: Reading, tokens: dict[int, int]) -> Iterator[tuple[list[int], Settings]]:
     """The prompt and settings that score the value again without each of its places. `tokens` as in Reading.hidden."""
-    ends = token_ends(reading.out, generator.decode)
-    count = 1 + next(n for n, end in enumerate(ends) if end >= reading.said[1])
+    count = sum(begin < reading.said[1] for begin, _ in token_places(reading.out, generator.decode))
     forced = Settings(max_new_tokens=count, constraint=Forced(reading.out.tokens[:count]))
     for prompt, hidden in reading.hidden(tokens):
         yield prompt, replace(forced, hidden=hidden)
@@ -82,9 +81,9 @@ def hiding(generator: Generator, reading: Reading, tokens: dict[int, int]) -> It
 
 def losses(reading: Reading, hidden: Sequence[Generation], decode: Callable[[list[int]], str]) -> list[float]:
     """The loss of every place of a reading, in nats, from the outcomes of `hiding`."""
-    ends = token_ends(reading.out, decode)
-    kept = span_logprob(reading.out.logprobs, ends, *reading.said)
-    return [kept - span_logprob(out.logprobs, ends, *reading.said) for out in hidden]
+    spelt = token_places(reading.out, decode)
+    kept = span_logprob(reading.out.logprobs, spelt, *reading.said)
+    return [kept - span_logprob(out.logprobs, spelt, *reading.said) for out in hidden]
 
 
 def decide(spans: list[Span], lost: Sequence[float], margin: float = MARGIN) -> list[Span]:

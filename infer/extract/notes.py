@@ -115,7 +115,7 @@ def text_file(file: Path) -> Note:
 def table_notes(path: Path, text: str, name: str) -> Iterator[Note]:
     table = Table(path)
     for column, option in ((text, "text"), (name, "id")):
-        if column not in table.columns and column != "id":
+        if column not in table.columns and (option, column) != ("id", "id"):
             raise UserError(
                 f"{path}: its header names no column {column!r}; --{option}-column says which holds the {option}"
             )
@@ -148,10 +148,9 @@ def id_in(line: bytes, id_column: str) -> str | None:
     """The id on a line that is refused for another reason."""
     try:
         given = json.loads(line)[id_column]
-        given.encode()
-    except (ValueError, RecursionError, LookupError, TypeError, AttributeError):
+    except (ValueError, RecursionError, LookupError, TypeError):
         return None
-    return given.strip() or None
+    return str(given).strip() or None if isinstance(given, (str, int)) else None
 
 
 def checked(note: Note) -> Note:

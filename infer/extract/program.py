@@ -94,7 +94,8 @@ def main(options: Options) -> int:
         raise UserError(f"{options.notes}: the notes, and a file that --out {options.out} writes; choose another --out")
     if options.out.suffix == ".txt" and options.notes.resolve() == options.out.parent.resolve():
         raise UserError(f"{options.out}: would be one of the notes of {options.notes} itself; choose another --out")
-    next(source(options))  # refuses a missing or empty file before anything is made
+    if next(source(options), None) is None:  # before anything is made; it refuses a missing file itself
+        raise UserError(f"{options.notes}: holds no note")
     if rank == 0 and options.notes.is_dir() and (rest := passed_over(options.notes)):
         print(f"{options.notes}: not read: {rest}", file=sys.stderr)
     notes = Unchanged(options.notes)
@@ -241,6 +242,8 @@ def answered(asker: Asker, notes: list[Note], job: Job, bar: tqdm[Any]) -> list[
         try:
             return asker.records(notes, bar.update)
         except torch.OutOfMemoryError as error:
+            if asker.generator.engine.mesh is not None:  # the other ranks are in the middle of this one's products
+                raise UserError("a device's memory is not enough; give a smaller --batch, or more processes") from error
             if asker.batch == 1:
                 raise UserError("the device's memory is not enough for one note; give --format int8 or int4") from error
         bar.n = before

@@ -37,7 +37,7 @@ def check(kind, lengths, news, tokenizer):
     sizes=st.lists(st.tuples(st.integers(1, 90), st.integers(1, 12)), min_size=1, max_size=6),
 )
 def test_the_step_over_static_slots_is_the_plain_models(kind, sizes, tokenizer):
-    """Rows that end leave it; what is left moves to smaller buffers. The function runs eagerly here."""
+    """Rows that end leave it. The function runs eagerly here."""
     with torch.compiler.set_stance("force_eager"):
         check(kind, [size for size, _ in sizes], [new for _, new in sizes], tokenizer)
 
@@ -46,6 +46,16 @@ def test_the_step_over_static_slots_is_the_plain_models(kind, sizes, tokenizer):
 @pytest.mark.parametrize("kind", ["full", "mixed"])
 def test_the_compiled_step_is_the_plain_models(kind, tokenizer):
     check(kind, [3, 70, 5], [9, 4, 9], tokenizer)
+
+
+@pytest.mark.slow
+def test_more_sizes_than_torch_compiles_run_uncompiled(tokenizer, capsys):
+    torch.compiler.reset()
+    with torch._dynamo.config.patch(recompile_limit=1):
+        for sizes in ([4], [4, 5, 6]):
+            check("full", sizes, [5] * len(sizes), tokenizer)
+    assert capsys.readouterr().err.count("--compile: the step cannot be compiled") == 1
+    torch.compiler.reset()
 
 
 @pytest.mark.slow

@@ -503,6 +503,20 @@ def test_a_text_that_is_in_the_cache_is_not_read_again(kind, ended, shared, toke
             assert state.tokens == plain_greedy(model, list(state.prompt), 2, tokenizer.stop_ids)[0]
 
 
+def test_a_lone_request_with_a_hidden_part_does_not_read_its_text_again(tokenizer):
+    model, text = MODELS["full"], [(7 * i) % 250 for i in range(100)]
+    generator, rows = Generator(model, tokenizer), Rows(Generator(model, tokenizer))
+    rows.add(generator.states([[*text, 200], [*text, 201]], None, {"max_new_tokens": 4}))
+    lone = generator.states([[*text, 210, 211]], None, {"max_new_tokens": 2, "hidden": Hidden(10, 20, len(text))})
+    with tokens_read(model) as read:
+        rows.add(lone)
+    assert sum(read) == 2
+    while rows.active:
+        rows.step()
+    with unseen(model, lone[0].settings.hidden):
+        assert lone[0].tokens == plain_greedy(model, list(lone[0].prompt), 2, tokenizer.stop_ids)[0]
+
+
 @settings(deadline=None, max_examples=15)
 @given(data=st.data(), reading=readings(), kind=st.sampled_from(["plain", "mixed"]))
 def test_tokens_do_not_depend_on_when_a_request_was_added(data, reading, kind, tokenizer):

@@ -53,6 +53,20 @@ def test_each_value_has_its_place_and_the_log_probability_of_its_own_tokens(toke
     assert len(set(expected.values())) == 3
 
 
+def test_a_character_of_several_tokens_counts_with_all_of_them(tokenizer):
+    """The byte-level tokenizer spells µ and 癌 in two and three tokens, of which the first decode to nothing whole."""
+    for text, values in ((" 5 µ; 2", ("5 µ", "2")), (" 癌", ("癌",)), (" 癌x", ("癌x",))):
+        out = said(text, tokenizer)
+        spelt = [len(tokenizer.encode(value)) for value in values]
+        assert sum(spelt) + (1 if len(values) == 1 else 3) == len(out.tokens)  # spaces and the separator besides
+        sums, start = [], 1
+        for count in spelt:
+            sums.append(sum(out.logprobs[start : start + count]))
+            start += count + 2
+        found = phenotype_record(out, [[] for _ in values], tokenizer.decode)
+        assert [one["logprob"] for one in found["answers"]] == pytest.approx(sums)
+
+
 @pytest.mark.parametrize(
     ("text", "not_relevant", "raw"), [(" not relevant", True, None), (" Not relevant.", True, None), ("", False, "")]
 )

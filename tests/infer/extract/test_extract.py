@@ -86,6 +86,7 @@ def test_bad_notes_do_not_end_the_job(weights, tmp_path, capsys):
         b"\xff\xfe",
         b'{"id": "half", "text": "\\ud800"}',
         json.dumps({"id": "long", "text": "word " * 400}).encode(),
+        b'{"id": 8, "text": "x", "n": NaN}',
         b'{"id": 7, "text": "last"}',
     ]
     notes.write_bytes(b"\n".join(lines))
@@ -101,13 +102,25 @@ def test_bad_notes_do_not_end_the_job(weights, tmp_path, capsys):
         (True, "line 7"),
         (True, "half"),
         (True, "long"),
+        (True, "8"),
         (False, "7"),
     ]
     assert "too long" in found[8]["error"] and "word word" not in found[8]["error"]
-    assert f"{tmp_path / 'o.jsonl'}: 10 notes, 8 with an error, " in capsys.readouterr().out.splitlines()[-1]
+    assert f"{tmp_path / 'o.jsonl'}: 11 notes, 9 with an error, " in capsys.readouterr().out.splitlines()[-1]
     assert extract(weights, notes, tmp_path / "o.jsonl", max_input_tokens=300, json=True) == 1
     said = json.loads(capsys.readouterr().out.splitlines()[-1])
-    assert (said["notes"], said["errors"], said["out"]) == (10, 8, str(tmp_path / "o.jsonl")) and said["seconds"] >= 0
+    assert (said["notes"], said["errors"], said["out"]) == (11, 9, str(tmp_path / "o.jsonl")) and said["seconds"] >= 0
+
+
+@pytest.mark.parametrize(
+    ("content", "options", "message"),
+    [("id,text\n", {}, "holds no note"), ("name,text\na,b\n", {"text_column": "id"}, "names no column 'id'")],
+)
+def test_a_table_without_notes_is_refused(weights, tmp_path, content, options, message):
+    (tmp_path / "n.csv").write_text(content)
+    with pytest.raises(UserError, match=message):
+        extract(weights, tmp_path / "n.csv", tmp_path / "o.jsonl", **options)
+    assert list(tmp_path.glob("o.jsonl*")) == []
 
 
 def test_a_folder_of_texts(weights, tmp_path):
