@@ -81,7 +81,7 @@ class Scale:
 
 SCALES = {
     "full": Scale(
-        patients=460,
+        patients=470,
         further_patients=200,
         healthy=0,
         test_notes=24,
