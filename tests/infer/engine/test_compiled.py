@@ -6,8 +6,10 @@ from answering_models import plain_greedy, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from infer import generate
 from infer.engine.generate import Generator
 from infer.engine.settings import Settings
+from model.support.cli import UserError
 
 KINDS = {
     "full": tiny_model(),
@@ -40,6 +42,12 @@ def test_the_step_over_static_slots_is_the_plain_models(kind, sizes, tokenizer):
     """Rows that end leave it. The function runs eagerly here."""
     with torch.compiler.set_stance("force_eager"):
         check(kind, [size for size, _ in sizes], [new for _, new in sizes], tokenizer)
+
+
+@pytest.mark.parametrize("other", [{"fuse": True}, {"memory": "6GB"}])
+def test_options_that_do_not_go_together_are_refused(other):
+    with pytest.raises(UserError, match="--compile .*; leave one out"):
+        generate.main(generate.Options(prompt="a", weights="none", compile=True, **other))
 
 
 @pytest.mark.slow
