@@ -148,9 +148,10 @@ def id_in(line: bytes, id_column: str) -> str | None:
     """The id on a line that is refused for another reason."""
     try:
         given = json.loads(line)[id_column]
+        str(given).encode()
     except (ValueError, RecursionError, LookupError, TypeError):
         return None
-    return str(given).strip() or None if isinstance(given, (str, int)) else None
+    return str(given).strip() or None if type(given) in (str, int) else None
 
 
 def checked(note: Note) -> Note:
