@@ -173,43 +173,45 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the recipe's end, from where the newest whole checkpoint left off."""
-        self.resume()
-        self.begin_metrics()
-        began = time.monotonic()
-        bar = tqdm(
-            total=self.steps,
-            initial=self.progress.step,
-            desc=self.out.name,
-            unit=" steps",
-            disable=None if self.ranks.first else True,
-        )
-        while self.progress.step < self.steps:
-            step = self.progress.step
-            loss, norm, tokens = self.gradients(step)
-            if not (math.isfinite(loss) and math.isfinite(norm)):
-                self.bad_step(step, loss, norm)
-                learning_rate = 0.0
-            else:
-                learning_rate = self.update(step, norm)
-            self.progress.step += 1
-            self.progress.tokens += tokens
-            self.seconds = time.monotonic() - began
-            self.record(loss, norm, learning_rate)
-            bar.set_postfix_str(f"loss {loss:.4f}, {self.done['tokens'] / self.seconds:.0f} tok/s", refresh=False)
-            bar.update()
-            if self.ranks.any(self.stopping):
-                self.save()
-                if self.ranks.first:
-                    bar.close()
-                    print(
-                        f"stopped at step {self.progress.step} of {self.steps}; the same command continues from there"
-                    )
-                raise SystemExit(0)
-            found_best = self.recipe.save_every > 0 and self.progress.best_step == self.progress.step
-            if self.due(self.recipe.save_every) or found_best:  # the best is kept, so it has to be saved
-                self.save()
-        bar.close()
-        self.save()
+        with self.stopped_by_sigterm():
+            self.resume()
+            self.begin_metrics()
+            began = time.monotonic()
+            bar = tqdm(
+                total=self.steps,
+                initial=self.progress.step,
+                desc=self.out.name,
+                unit=" steps",
+                disable=None if self.ranks.first else True,
+            )
+            while self.progress.step < self.steps:
+                step = self.progress.step
+                loss, norm, tokens = self.gradients(step)
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    self.bad_step(step, loss, norm)
+                    learning_rate = 0.0
+                else:
+                    learning_rate = self.update(step, norm)
+                self.progress.step += 1
+                self.progress.tokens += tokens
+                self.seconds = time.monotonic() - began
+                self.record(loss, norm, learning_rate)
+                bar.set_postfix_str(f"loss {loss:.4f}, {self.done['tokens'] / self.seconds:.0f} tok/s", refresh=False)
+                bar.update()
+                if self.ranks.any(self.stopping):
+                    self.save()
+                    if self.ranks.first:
+                        bar.close()
+                        print(
+                            f"stopped at step {self.progress.step} of {self.steps}; "
+                            "the same command continues from there"
+                        )
+                    raise SystemExit(0)
+                found_best = self.recipe.save_every > 0 and self.progress.best_step == self.progress.step
+                if self.due(self.recipe.save_every) or found_best:  # the best is kept, so it has to be saved
+                    self.save()
+            bar.close()
+            self.save()
 
     def due(self, every: int) -> bool:
         return every > 0 and self.progress.step % every == 0 and self.progress.step < self.steps

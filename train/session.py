@@ -70,8 +70,7 @@ def train(recipe: Recipe, stage: str) -> Path:
     with contextlib.ExitStack() as stack:
         ranks.run_on_first(lambda: stack.enter_context(hold(recipe.out)))
         trainer = prepare(recipe, stage, ranks)
-        with trainer.stopped_by_sigterm():
-            trainer.run()
+        trainer.run()
         return finish(trainer, stage, began)
 
 

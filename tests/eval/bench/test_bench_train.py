@@ -21,6 +21,7 @@ def test_each_side_begins_with_the_same_loss(kind, base, tmp_path):
         "r": 4,
         "folder": str(tmp_path),
         "base": base,
+        "dtype": "float32",
         "threads": 1,
     }
     sides = ("peft", *train.OURS) if kind == "records" else ("peft", "ours")
