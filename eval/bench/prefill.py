@@ -30,10 +30,10 @@ def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[Row]
                 peer_name="transformers forward, fp32",
             )
         )
-    if int8_products():
-        found.append(quantized(weights, "w8a8", found[0], prompt_tokens, repeats))
     if Path(weights).suffix == ".gguf":
         found.append(against_llama_cpp(weights, found[-1], prompt_tokens, repeats))
+    if int8_products():
+        found.append(quantized(weights, "w8a8", found[0], prompt_tokens, repeats))
     return found
 
 

@@ -154,7 +154,6 @@ class Cache:
         slots_BT = self.length_B[:, None] + torch.arange(T)
         position_BT = self.start_B[:, None] + slots_BT
         S = int(self.length_B.max()) + T
-        key_position_BS = self.start_B[:, None] + torch.arange(S)
         reach = {window: self._reach(window, position_BT) for window in self.windows}
         masks = {}
         fused = self.engine.fused and self.hidden_B3 is None  # the kernels mask by themselves, and hide nothing
@@ -165,13 +164,14 @@ class Cache:
                 window: [level.positions(begin).to(device, torch.int32) for level, begin in reach[window]]
                 for window in self.windows
             }
+            key_position_BS = (self.start_B[:, None] + torch.arange(S)).to(device)
         elif not alone:
             masks = {window: self._mask(window, position_BT, S, reach[window]) for window in self.windows}
             masks = {w: None if hidden is None else hidden.to(device) for w, hidden in masks.items()}
         rows_B1 = torch.arange(B, device=device)[:, None]
         even = bool((self.length_B == self.length_B[0]).all())
         at = int(self.length_B[0])
-        slots_BT, position_BT, key_position_BS = (x.to(device) for x in (slots_BT, position_BT, key_position_BS))
+        slots_BT, position_BT = slots_BT.to(device), position_BT.to(device)
 
         def attend(layer: int, q_NHK: Tensor, k_NGK: Tensor, v_NGK: Tensor) -> Tensor:
             keys, values = self.keys[layer], self.values[layer]

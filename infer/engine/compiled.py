@@ -19,6 +19,7 @@ from torch import Tensor
 
 from infer.engine.cache import Cache
 from infer.engine.forward import Engine
+from kernels.launch import power_of_2
 
 Layers = list[Tensor]  # one tensor for each layer
 
@@ -55,27 +56,29 @@ class StaticCache:
 
     def __init__(self, engine: Engine, cache: Cache, new: int) -> None:
         self.engine, self.next_B = engine, cache.start_B + cache.length_B
-        self.rows = list(range(len(self.next_B)))  # where each request that goes on is in the buffers
+        self.row_B = torch.arange(len(self.next_B))  # each request's row of the buffers
         self.function = decode_step(engine)
         how: dict[str, Any] = {"cpp_wrapper": engine.device.type == "cpu"}  # saves a tenth of Python's calls' time
         self.run = torch.compile(self.function, fullgraph=True, dynamic=False, options=how)
-        slots = power_of_two(int(self.next_B.max()) + new)
-        shape = (power_of_two(len(self.rows)), engine.groups, slots, engine.head_dim)
+        slots = power_of_2(int(self.next_B.max()) + new)
+        shape = (power_of_2(len(self.next_B)), engine.groups, slots, engine.head_dim)
         self.keys, self.values = (
             [torch.zeros(shape, dtype=engine.cache_dtype, device=engine.device) for _ in engine.layers]
             for _ in range(2)
         )
-        for slots_LBGSK, name in ((self.keys, "keys"), (self.values, "values")):
-            for layer, slots_BGSK in enumerate(slots_LBGSK):
-                held = [getattr(level, name)[layer] for level in cache.levels]
-                own_BGCK = cache.keys[layer].mT if name == "keys" else cache.values[layer]
-                copy_branches(slots_BGSK, held, own_BGCK, cache)
+        for layer in range(len(engine.layers)):
+            keys, values = (
+                [level.keys[layer] for level in cache.levels],
+                [level.values[layer] for level in cache.levels],
+            )
+            copy_branches(self.keys[layer], cache, keys, cache.keys[layer].mT)
+            copy_branches(self.values[layer], cache, values, cache.values[layer])
 
     def step(self, tokens_B1: Tensor, count_B: Tensor) -> Tensor:
         """Enter a token of every request → x_B1D."""
-        size, rows = len(self.keys[0]), torch.tensor(self.rows)
+        size = len(self.keys[0])
         tokens, position = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
-        tokens[rows], position[rows] = tokens_B1[:, 0].cpu(), self.next_B
+        tokens[self.row_B], position[self.row_B] = tokens_B1[:, 0].cpu(), self.next_B
         exc = torch._dynamo.exc  # loaded by torch.compile
         given = tokens.to(self.engine.device), position.to(self.engine.device), self.keys, self.values
         try:
@@ -86,14 +89,14 @@ class StaticCache:
             self.run = self.function
             x_bD = self.run(*given)
         self.next_B = self.next_B + count_B
-        return x_bD[rows.to(x_bD.device), None]
+        return x_bD[self.row_B.to(x_bD.device), None]
 
     def retain(self, rows: list[int]) -> None:
         """Drop all other requests. Their rows are computed on: smaller buffers would be compiled anew."""
-        self.rows, self.next_B = [self.rows[row] for row in rows], self.next_B[torch.tensor(rows)]
+        self.row_B, self.next_B = self.row_B[rows], self.next_B[rows]
 
 
-def copy_branches(slots_BGSK: Tensor, levels: Sequence[Tensor], own_BGCK: Tensor, cache: Cache) -> None:
+def copy_branches(slots_BGSK: Tensor, cache: Cache, levels: Sequence[Tensor], own_BGCK: Tensor) -> None:
     """A layer's keys or values, the prefixes' of each level (P, G, S, K) and the branches' own, to their slots."""
     for level, held_PGSK in zip(cache.levels, levels, strict=True):
         kept = zip(level.prefixes, level.first_P.tolist(), level.length_P.tolist(), held_PGSK, strict=True)
@@ -102,7 +105,3 @@ def copy_branches(slots_BGSK: Tensor, levels: Sequence[Tensor], own_BGCK: Tensor
             slots_BGSK[below, :, first : first + length] = held_GSK[:, :length]
     for row, (start, length) in enumerate(zip(cache.start_B.tolist(), cache.length_B.tolist(), strict=True)):
         slots_BGSK[row, :, start : start + length] = own_BGCK[row, :, :length]
-
-
-def power_of_two(least: int) -> int:
-    return 1 << (least - 1).bit_length()

@@ -150,7 +150,7 @@ class Group:
         made: list[Tensor | None] = [None] * len(self.held)
         if self.a_RD is not None and self.b_OR is not None and low_NR is not None:
             dlow_NR = g_NO @ self.b_OR
-            db_OR = (low_NR.t() @ g_NO).t().contiguous()  # MKL's faster order; gradients are summed over ranks
+            db_OR = (low_NR.t() @ g_NO).t().contiguous()  # MKL's faster order, then as the parameter lies
             if self.key_N is None:
                 da_RD = dlow_NR.t() @ n_ND
                 if dn_ND is not None:
