@@ -28,7 +28,7 @@ class Options(ModelOptions):
 def main(options: Options) -> int:
     from infer.engine.generate import generator_for
     from infer.engine.load import dtype_for, plan_for
-    from infer.engine.memory import Load
+    from lora.memory import Requests
 
     settings = options.settings
     if options.compile and options.fuse:
@@ -38,7 +38,7 @@ def main(options: Options) -> int:
     size = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
     calls = [(min(512, 1 + size // 4), 1), (1, settings.max_new_tokens)]  # the prompt, about, and each token
     options = replace(options, dtype=dtype_for(options, calls))  # type: ignore[arg-type]
-    how = plan_for(options, Load(size + 64, settings.max_new_tokens))
+    how = plan_for(options, Requests(size + 64, settings.max_new_tokens))
     generator = generator_for(options, how)
     prompt: str | list[int] = options.prompt
     if options.chat:

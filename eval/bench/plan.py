@@ -32,6 +32,7 @@ SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     ),
     "dropout": ("instruct", {"dropout": 0.05}),
     "all weights": ("instruct", {"full": True}),
+    "all weights in bf16, fp32 masters": ("instruct", {"full": True, "dtype": "bfloat16"}),
 }
 STEPS = 2  # the optimizer's state exists from the second step on
 GROUPS = {

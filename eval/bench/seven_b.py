@@ -14,12 +14,15 @@ import tempfile
 import time
 from pathlib import Path
 from types import SimpleNamespace
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
 from model.support.cli import UserError
 from model.support.files import read_json
+
+if TYPE_CHECKING:
+    from model import ModelConfig
 
 SHAPE = Path("train/recipes/mistral-7b.json")
 PAPER = 5550.0  # MB
@@ -146,10 +149,10 @@ def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dic
 
     from infer.engine.generate import Generator
     from infer.engine.load import load, plan_for
-    from infer.engine.memory import Load, rooflines
+    from lora.memory import Requests
     from model.support.hardware import product_rate, read_rate
 
-    path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Load(tokens, new)
+    path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Requests(tokens, new)
     options = SimpleNamespace(weights=path, adapter=adapter, dtype="float32", format=form, memory=memory, fuse=False)
     plan = plan_for(options, asked)
     began = time.perf_counter()
@@ -181,3 +184,22 @@ def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dic
         "decode_limit": decode_limit,
         "kept": sum(kept.values()) / 1e6,
     }
+
+
+def rooflines(config: ModelConfig, form: str, tokens: int, read: float, products: float) -> tuple[float, float]:
+    """(tokens a second that reading allows at batch 1 after `tokens`, seconds that their prefill's products take), at
+    `read` bytes and `products` operations a second, with an fp16 cache and, where weights are wide, bf16."""
+    from math import prod
+
+    import torch
+
+    from model import Transformer
+    from model.quantize.linear import bytes_of
+
+    with torch.device("meta"):
+        model = Transformer(config)
+    blocks = [tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
+    matrices = [*blocks, (config.vocab_size, config.hidden_size)]
+    size = sum(2 * prod(shape) if form == "wide" else bytes_of(form, *shape) for shape in matrices)
+    size += tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
+    return read / size, 2 * tokens * sum(map(prod, blocks)) / products

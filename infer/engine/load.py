@@ -14,8 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from infer.engine.fuse import fuse
-from infer.engine.memory import Load, Plan, fit, read_size
+from infer.engine.memory import Plan, fit, read_size
 from lora import load_adapter, merge_lora
+from lora.memory import Requests
 from lora.origin import check_origin
 from lora.peft import AdapterFile, check_tensors, read_config
 from model import ModelConfig, Tokenizer, Transformer
@@ -181,7 +182,7 @@ def gathered(pieces: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
     return whole_OD
 
 
-def plan_for(options: Any, asked: Load) -> Plan:
+def plan_for(options: Any, asked: Requests) -> Plan:
     """How to run with a program's options (weights, adapter, dtype, format, memory, batch), said on stderr where a
     memory is given. Raises UserError for a memory that cannot be read or is not enough."""
     dtype = DTYPES.get(options.dtype, torch.float32)

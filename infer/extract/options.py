@@ -69,7 +69,8 @@ def planned(
     if options.memory and options.long == "windows":
         raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
     from infer.engine.load import DTYPES, device_here, dtype_for, plan_for
-    from infer.engine.memory import Load, notes_at_once
+    from infer.engine.memory import notes_at_once
+    from lora.memory import Requests
     from model.support.hardware import free_memory
 
     asked, device = ASKED[task], device_here()
@@ -82,7 +83,7 @@ def planned(
     options = replace(options, dtype=names[of_first(dtype, world)])  # type: ignore[arg-type]
     new = (asked - (task != "phenotype")) * options.max_new_tokens
     new += QUESTION * asked + (options.max_new_diagnosis if task != "phenotype" else 0)
-    load = Load(options.max_input_tokens, new, asked, batch, options.grounded)
+    load = Requests(options.max_input_tokens, new, asked, batch, options.grounded)
     plan = plan_for(options, load)
     if rank == 0 and not (options.batch or known or options.memory):
         share = (options.weights, options.adapter, free_memory(device), load, plan.form, DTYPES[options.dtype], device)

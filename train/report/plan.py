@@ -3,11 +3,10 @@
     python -m train.report.plan train/recipes/cancerllm.toml --config train/recipes/mistral-7b.json --gpus 10 --gpu
     a100-80gb
 
-Sizes of weights and adapters are those of the model built without memory (meta tensors). Activations are counted from
-what each block keeps for its backward pass (fast/block.py; model/transformer.py where full training, compile or experts
-need the plain block), for the micro-batch of longest rows. Time is arithmetic over the rate that is reached: the
-device's peak times `--mfu`, which is an assumption on a GPU and is marked as one. `python -m eval.bench plan` holds
-the memory against measured runs.
+The bytes are those of lora/memory.py, for the micro-batch of longest rows. Time is arithmetic over the rate that is
+reached: the device's peak times its share, which a run's card (`--like RUN/run.json`) or `--mfu` gives; without either,
+a GPU's time is printed as the range from half of its peak to a fifth. `python -m eval.bench plan` holds the memory
+against measured runs.
 """
 
 from __future__ import annotations
@@ -22,10 +21,11 @@ from typing import Any, Literal
 import torch
 from tyro.conf import Positional
 
+from lora.memory import PROGRAM, Step, active_layers, trained_model, training
 from model.checkpoints.weights import config_dict
 from model.config import ModelConfig
-from model.quantize.linear import bytes_of
 from model.support.cli import UserError, nearest, run
+from model.support.files import read_json
 from train.loss import chunk
 from train.recipe import Recipe, read_toml
 
@@ -35,13 +35,10 @@ GPUS = {  # bytes of memory, dense bf16 FLOP/s: the makers' data sheets
     "h100-80gb": (80e9, 989e12),
     "l4-24gb": (24e9, 121e12),
 }
-GPU_SHARE = 0.30  # of the peak: 3,354 tok/s of LoRA on Mistral-7B on an A100 (fms-acceleration's table) is 31 % of it
+GPU_SHARES = (0.5, 0.2)  # of the peak: 3,354 tok/s of LoRA on Mistral-7B on an A100 (fms-acceleration's table) is 0.31
 SHEETS = {name.split("-")[0].upper(): rate for name, (_, rate) in GPUS.items()}  # by the word in the driver's names
 CPU_SHARE = 0.75  # of the measured product rate: a step of ours on a CPU (eval.bench train)
-GPU_CONTEXT = 1.0e9  # the driver's context and libraries' workspaces: an assumption
-MAPPED = 32 * 2**20  # glibc gives larger blocks a mapping of their own, which goes back when they are freed
 NONE = "(the recipe names no weights)"
-WIDTH = {"float64": 8, "float32": 4, "bfloat16": 2}
 
 
 @dataclass(frozen=True)
@@ -65,7 +62,9 @@ class Options:
     row_tokens: int = 0
     """Tokens of the longest row (0: the data's, else the recipe's block)."""
     mfu: float = 0.0
-    """Share of the device's peak arithmetic that is reached (0: the assumption that the plan prints)."""
+    """Share of the device's peak arithmetic that is reached (0: what `like` measured, else an assumption)."""
+    like: str = ""
+    """run.json of a training run on such a device: the share that it reached."""
     json: bool = False
     """Print JSON."""
 
@@ -83,19 +82,24 @@ class Load:
     source: str
 
 
-def built(config: ModelConfig, recipe: Recipe) -> torch.nn.Module:
-    """The model with its adapters, on meta: sizes without memory."""
-    from model.transformer import Transformer
+def step_of(config: ModelConfig, recipe: Recipe, row_tokens: int, targets: int, heap: bool = False) -> Step:
+    """What a step of the recipe computes at once, with rows of `row_tokens` of which `targets` are supervised."""
     from train.recipe import lora_config, parameter_dtype
 
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(parameter_dtype(recipe))
-    if recipe.full:
-        return model.requires_grad_(True)
-    from lora import add_lora
-
-    return add_lora(model, lora_config(recipe, config), seed=recipe.seed)
+    return Step(
+        tokens=recipe.micro_rows * row_tokens,
+        logits=min(chunk(config.vocab_size), targets),
+        dtype=getattr(torch, recipe.dtype),
+        stored=parameter_dtype(recipe),
+        lora=None if recipe.full else lora_config(recipe, config),
+        seed=recipe.seed,
+        base=recipe.base,
+        optimizer=recipe.optimizer,
+        plain=recipe.full or recipe.compile or bool(config.num_local_experts),
+        recomputed=recipe.checkpoint_blocks,
+        dropout=recipe.dropout > 0,
+        heap=heap,
+    )
 
 
 def memory(
@@ -103,105 +107,22 @@ def memory(
 ) -> dict[str, float]:
     """Bytes on each process, by category, at the step's peak; `targets` of a micro-batch are supervised. `heap`:
     tensors are allocated on glibc's heap (on a CPU)."""
-    from lora.adapter import adapted
-    from train.recipe import parameter_dtype
-
-    model, e = built(config, recipe), WIDTH[recipe.dtype]
-    adapters = {name: layer for name, layer in adapted(model).items()}
-    block = root = largest = 0.0
-    for name, p in model.named_parameters():
-        if "lora_" in name:
-            continue
-        layer = adapters.get(name.removesuffix(".weight"))
-        size = bytes_of(recipe.base, *p.shape) if recipe.base and layer is not None else p.nbytes
-        largest = max(largest, p.numel() * e if layer is not None and recipe.base else 0.0)
-        block, root = (block + size, root) if ".layers." in name else (block, root + size)
-    trained = [p for p in model.parameters() if p.requires_grad]
-    width = sum(p.numel() * p.element_size() for p in trained)
-    count = sum(p.numel() for p in trained)
-    matrices = sum(
-        p.numel() * p.element_size()
-        for name, p in model.named_parameters()
-        if p.requires_grad and p.dim() == 2 and ".layers." in name
-    )
-    state = {"adamw": 2 * width, "sgd": 0.0, "adamw8bit": count * (2 + 2 * 4 / 256), "muon": 2 * width - matrices}
-    tokens, layers = recipe.micro_rows * row_tokens, config.num_hidden_layers
-    inside, passing = block_bytes(config, recipe, e, plain(config, recipe))
-    kept = layers * config.hidden_size * e + inside if recipe.checkpoint_blocks else active(config, recipe) * inside
-    V, held = config.vocab_size, min(chunk(config.vocab_size), targets)
-    beside = e if e >= 4 else 4 + e  # narrow numbers are widened beside themselves
-    made = {
-        "weights": block + root,
-        "adapters": 0.0 if recipe.full else width,
-        "gradients": width,
-        "optimizer": state[recipe.optimizer],
-        "activations": tokens * (kept + passing),
-        "logits": V * beside * (held + (config.hidden_size if recipe.full else 0)),
-        "gathered": largest,
-    }
-    if heap:
-        made["fragmentation"] = heap_fragmentation(config, recipe, tokens * e)
-    stored = parameter_dtype(recipe).itemsize
-    if ranks > 1 or stored != e:  # FSDP: shards, the whole of the root's group, and two blocks gathered at a time
-        made |= {key: made[key] / ranks for key in ("adapters", "gradients", "optimizer")}
-        made["weights"] = (block + root) / ranks
-        made["gathered"] += (root + 2 * block / layers) * e / stored
-    return made
-
-
-def heap_fragmentation(config: ModelConfig, recipe: Recipe, width: int) -> float:
-    """Bytes between kept tensors that glibc's heap cannot use again; `width` is the bytes of one number for each token.
-
-    torch asks for aligned blocks (posix_memalign), and for those glibc needs a free chunk larger than the block: the
-    chunk that a freed tensor leaves never serves the next tensor of its size. Each fast or recomputed block frees one
-    tensor of the feed-forward's width between tensors that are kept. MALLOC_MMAP_THRESHOLD_=1048576 in the environment
-    avoids it, for a twelfth more time.
-    """
-    size = config.intermediate_size * width
-    if (plain(config, recipe) and not recipe.checkpoint_blocks) or size >= MAPPED:
-        return 0.0
-    return active(config, recipe) * size
-
-
-def active(config: ModelConfig, recipe: Recipe) -> int:
-    """Layers that keep anything: those from the first adapter on."""
-    return config.num_hidden_layers - (0 if recipe.full else recipe.first_layer)
-
-
-def plain(config: ModelConfig, recipe: Recipe) -> bool:
-    return recipe.full or recipe.compile or bool(config.num_local_experts)
-
-
-def block_bytes(config: ModelConfig, recipe: Recipe, e: int, plain: bool) -> tuple[float, float]:
-    """(bytes a token that a block keeps for its backward pass, bytes a token of what passes through at the peak)."""
-    D, F = config.hidden_size, config.intermediate_size * max(1, config.num_experts_per_tok or 1)
-    Q, G = config.num_attention_heads * config.head_dim, config.num_key_value_heads * config.head_dim
-    wide = max(e, 4)
-    low = 0 if recipe.full else 7 * recipe.r
-    if not plain:
-        # two inputs, turned q and k, v, attention's result, gate, up, the low-rank products, log-sums and 1/rms
-        return e * (2 * D + 2 * Q + 2 * G + 2 * F + low) + wide * (config.num_attention_heads + 2), e * (4 * F + 2 * D)
-    # norms' inputs widened and their results, q and the repeated k and v, the result, gate, silu, up and their product
-    kept = 2 * wide * D + e * (2 * D + 4 * Q + 4 * F + low) + wide * config.num_attention_heads
-    if recipe.full:  # RMSNorm's unit vectors, for the gradient of its weight
-        kept += 2 * e * D
-    if recipe.dropout:  # each layer's mask and masked input
-        kept += e * (2 * 5 * D + 2 * Q + 2 * F)
-    return kept, e * (3 * F + 2 * D)
+    return training(config, step_of(config, recipe, row_tokens, targets, heap), ranks)
 
 
 def arithmetic(config: ModelConfig, recipe: Recipe, load: Load) -> float:
     """Floating-point operations of one pass over the data: 2 a weight and token forward, 2 backward for the input's
     gradient, 2 more for a trained weight's own; attention 14 a pair and width (4 forward, 10 backward, where scores are
     made again); recomputed blocks forward again."""
-    model = built(config, recipe)
+    step = step_of(config, recipe, 0, 0)
+    model = trained_model(config, step)
     linear = sum(
         p.numel() for name, p in model.named_parameters() if ".layers." in name and p.dim() == 2 and "lora_" not in name
     )
     low = sum(p.numel() for name, p in model.named_parameters() if "lora_" in name)
     if config.num_local_experts:
         linear = int(linear * config.num_experts_per_tok / config.num_local_experts)  # attention's share is small
-    back = active(config, recipe) / config.num_hidden_layers
+    back = active_layers(config, step) / config.num_hidden_layers
     matrices = (6 if recipe.full else 2 + 2 * back) * linear + 6 * low
     again = 2 * linear + 2 * low if recipe.checkpoint_blocks else 0
     seen = sum(min(load.reach, window or math.inf) for window in config.windows)
@@ -258,18 +179,31 @@ def find_load(options: Options, recipe: Recipe, stage: str) -> Load:
     return Load(tokens, targets, longest, len(rows), reach, f"{len(rows):,} rows of {', '.join(recipe.data)}")
 
 
-def device(options: Options) -> tuple[float, float, float, str]:
-    """(bytes a process may use, peak FLOP/s a process, share of it that is reached, what the share rests on)."""
+def device(options: Options) -> tuple[float, float, tuple[float, ...], str]:
+    """(bytes a process may use, peak FLOP/s a process, shares of it that may be reached from the most to the least,
+    what they rest on)."""
+    given, source = (measured_share(options.like), options.like) if options.like else (options.mfu, "--mfu")
     if options.gpu == "cpu":
         from model.support.hardware import probe
 
         rates, total = probe(), os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         peak = max(rates["fp32_gflops"], rates["bf16_gflops"]) * 1e9
-        return total / options.gpus, peak / options.gpus, options.mfu or CPU_SHARE, "of this machine's measured rate"
+        what = f"of this machine's measured rate ({source if given else 'as steps of ours reach'})"
+        return total / options.gpus, peak / options.gpus, (given or CPU_SHARE,), what
     if options.gpu not in GPUS:
         raise UserError(f"--gpu {options.gpu}{nearest(options.gpu, list(GPUS))}; it is cpu or {', '.join(GPUS)}")
     size, peak = GPUS[options.gpu]
-    return size, peak, options.mfu or GPU_SHARE, f"of {peak / 1e12:.0f} TFLOP/s (an assumption; --mfu)"
+    what = f"of {peak / 1e12:.0f} TFLOP/s ({source if given else 'assumed: no run measured it; --like or --mfu'})"
+    return size, peak, (given,) if given else GPU_SHARES, what
+
+
+def measured_share(path: str) -> float:
+    """The model FLOP utilisation on a run's card (train/report/card.py)."""
+    held = read_json(path)
+    share = held.get("model_flop_utilisation") if isinstance(held, dict) else None
+    if not isinstance(share, float) or not 0 < share <= 1:
+        raise UserError(f"{path}: has no model_flop_utilisation in (0, 1]; give run.json of a finished training run")
+    return share
 
 
 def remedies(
@@ -299,7 +233,7 @@ def remedies(
 
 
 def total_bytes(parts: dict[str, float], gpu: str) -> float:
-    return sum(parts.values()) + (GPU_CONTEXT if gpu != "cpu" else 0.0)
+    return sum(parts.values()) + (PROGRAM["cuda"] if gpu != "cpu" else 0.0)
 
 
 def targets_of(load: Load, recipe: Recipe) -> int:
@@ -310,6 +244,8 @@ def plan(options: Options) -> dict[str, Any]:
     """Everything that the command prints."""
     if options.gpus < 1 or not 0 <= options.mfu <= 1 or options.row_tokens < 0:
         raise UserError("--gpus is at least 1, --mfu lies in (0, 1], --row-tokens is not negative")
+    if options.mfu and options.like:
+        raise UserError("--mfu and --like both give the share of the device's peak; leave one out")
     raw = read_toml(options.recipe)
     recipe = Recipe(
         **{"data": ("data.jsonl",), "out": "runs/planned", **({} if raw.get("init") else {"weights": NONE}), **raw}
@@ -319,29 +255,29 @@ def plan(options: Options) -> dict[str, Any]:
         asks = {"template", "share_prefix", "tasks", "loss_on", "append_eos", "note_loss"} & raw.keys()
         stage = "instruct" if asks or "instruct" in Path(options.recipe).stem else "pretrain"
     config, load = find_config(options, recipe), find_load(options, recipe, stage)
-    available, peak, share, basis = device(options)
+    available, peak, shares, basis = device(options)
     parts = memory(config, recipe, options.gpus, load.longest, targets_of(load, recipe), options.gpu == "cpu")
     total = total_bytes(parts, options.gpu)
     passes = recipe.steps * recipe.batch_rows / load.rows if recipe.steps else recipe.epochs
     flops = arithmetic(config, recipe, load) * passes
-    seconds = flops / (peak * share * options.gpus)
+    seconds = [flops / (peak * share * options.gpus) for share in shares]
     return {
         "recipe": options.recipe,
         "stage": stage,
         "gpus": options.gpus,
         "gpu": options.gpu,
         "data": asdict(load),
-        "bytes": {**parts, **({"context (assumed)": GPU_CONTEXT} if options.gpu != "cpu" else {})},
+        "bytes": {**parts, **({"context (assumed)": PROGRAM["cuda"]} if options.gpu != "cpu" else {})},
         "total_bytes": total,
         "available_bytes": available,
         "fits": total <= available,
         "steps": recipe.steps or max(1, round(recipe.epochs * load.rows / recipe.batch_rows)),
         "tokens": load.tokens * passes,
         "flops": flops,
-        "mfu": share,
+        "mfu": shares,
         "mfu_basis": basis,
         "seconds": seconds,
-        "tokens_per_second": load.tokens * passes / seconds,
+        "tokens_per_second": [load.tokens * passes / each for each in seconds],
         "remedies": [] if total <= available else remedies(config, recipe, options, load, available),
     }
 
@@ -359,12 +295,13 @@ def shown(found: dict[str, Any]) -> str:
         f"  {'total':20} {found['total_bytes'] / 1e9:8.3f}   of {found['available_bytes'] / 1e9:.1f}: {verdict}",
         "",
     ]
-    hours = found["seconds"] / 3600
-    time = f"{hours:.1f} h" if hours >= 1 else f"{hours * 60:.1f} min"
+    time, rate, share = (
+        " to ".join(map(form, found[key]))
+        for key, form in (("seconds", duration), ("tokens_per_second", "{:,.0f}".format), ("mfu", "{:.0%}".format))
+    )
     lines.append(
-        f"time {time} for {found['tokens']:,.0f} tokens in {found['steps']:,} steps: "
-        f"{found['tokens_per_second']:,.0f} tok/s, {found['flops']:.2e} FLOP at {found['mfu']:.0%} "
-        f"{found['mfu_basis']}"
+        f"time {time} for {found['tokens']:,.0f} tokens in {found['steps']:,} steps: {rate} tok/s, "
+        f"{found['flops']:.2e} FLOP at {share} {found['mfu_basis']}"
     )
     for remedy in found["remedies"]:
         lines.append(
@@ -374,6 +311,10 @@ def shown(found: dict[str, Any]) -> str:
     if found["remedies"] and not found["remedies"][-1]["fits"]:
         lines.append("  still too much: a smaller block (shorter rows) or a smaller model")
     return "\n".join(lines)
+
+
+def duration(seconds: float) -> str:
+    return f"{seconds / 3600:.1f} h" if seconds >= 3600 else f"{seconds / 60:.1f} min"
 
 
 def main(options: Options) -> int:

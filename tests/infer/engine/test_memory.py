@@ -16,21 +16,11 @@ from hypothesis import strategies as st
 from infer.engine.cache import Cache
 from infer.engine.generate import Generator
 from infer.engine.load import load, load_quantized
-from infer.engine.memory import (
-    FORMATS,
-    PIECE,
-    PROGRAM,
-    Load,
-    adapter_bytes,
-    fit,
-    notes_at_once,
-    read_size,
-    weight_bytes,
-    work,
-)
+from infer.engine.memory import FORMATS, fit, notes_at_once, read_size
 from infer.extract.grounded import Vocabulary
 from infer.extract.options import planned
 from infer.extract.program import Options, main
+from lora.memory import PIECE, PROGRAM, Requests, adapter_bytes, inference, weight_bytes
 from model import ModelConfig
 from model.support.cli import UserError
 
@@ -60,7 +50,7 @@ def seven_b(tmp_path_factory):
 @settings(deadline=None, max_examples=12)
 @given(gigabytes=st.floats(4.6, 60), batch=st.integers(1, 32))
 def test_a_plan_fits_and_more_memory_is_never_worse(seven_b, gigabytes, batch):
-    asked = Load(1500, 900, 9, batch)
+    asked = Requests(1500, 900, 9, batch)
     try:
         plan = fit(seven_b, (), gigabytes * 1e9, asked, "auto", torch.float32)
     except UserError as error:
@@ -74,7 +64,7 @@ def test_a_plan_fits_and_more_memory_is_never_worse(seven_b, gigabytes, batch):
 
 
 def test_seven_billion_weights_run_in_five_gigabytes(seven_b):
-    plan = fit(seven_b, (), 5e9, Load(1500, 50), "auto", torch.float32)
+    plan = fit(seven_b, (), 5e9, Requests(1500, 50), "auto", torch.float32)
     assert plan.form.startswith("int4") and plan.cache == torch.float16
     assert 3.7e9 < plan.parts["weights"] < 4.6e9
 
@@ -83,7 +73,7 @@ def test_the_cache_holds_every_requests_keys_and_values_and_a_window_bounds_it(s
     config = ModelConfig.from_pretrained(seven_b)
 
     def cache(**asked):
-        return work(config, Load(**asked), asked["batch"], torch.float16, 2048, torch.float32, "cpu")["cache"]
+        return inference(config, Requests(**asked), asked["batch"], torch.float16, 2048, torch.float32, "cpu")["cache"]
 
     token = 32 * 2 * 8 * 128 * 2  # layers, keys and values, heads, their size, bytes
     two = cache(tokens=1500, new=50, batch=2)
@@ -109,10 +99,10 @@ def test_a_rotated_format_is_planned_with_the_matrix_that_is_turned(seven_b):
     config = ModelConfig.from_pretrained(seven_b)
     outputs = 32 * (4096 + 2 * 1024 + 4096 + 2 * 14336 + 4096) + 32000
     assert weight_bytes(config, "w8a8", torch.float32) - weight_bytes(config, "int8", torch.float32) == 2 * outputs
-    small, large = Load(16, 16), Load(1500, 50)
+    small, large = Requests(16, 16), Requests(1500, 50)
 
     def activations(form, job, chunk):
-        return work(config, job, 1, torch.float16, chunk, torch.float32, "cpu", form)["activations"]
+        return inference(config, job, 1, torch.float16, chunk, torch.float32, "cpu", form)["activations"]
 
     assert activations("w8a8", small, 256) - activations("int8", small, 256) == 2 * 4 * 4096 * 14336
     assert activations("w8a8", large, 2048) - activations("int8", large, 2048) == 1500 * 4 * 14336
@@ -177,8 +167,8 @@ def test_a_cache_holds_no_more_than_is_planned(tokenizer, monkeypatch, windows, 
     notes = [[n, *(10 + i % 300 for i in range(length))] for n in range(batch)]
     prompts = [[*note, *range(q, 64 + q)] for note in notes for q in range(answers)]
     Generator(model, tokenizer, chunk=128, lookup=False).generate(prompts, max_new_tokens=24)
-    asked = Load(length + 65, 24 * answers + 64 * (answers - 1), answers, batch)
-    counted = work(model.config, asked, batch, torch.float32, 128, torch.float32, "cpu")["cache"]
+    asked = Requests(length + 65, 24 * answers + 64 * (answers - 1), answers, batch)
+    counted = inference(model.config, asked, batch, torch.float32, 128, torch.float32, "cpu")["cache"]
     assert 0.4 * counted < max(held) <= counted
 
 
@@ -296,14 +286,14 @@ def test_the_job_says_which_dtype_it_chose_and_keeps_it(weights, tmp_path, capsy
 
 
 def test_notes_at_once_are_halved_until_they_fit(tmp_path):
-    """As many as `work` says fit beside the weights; ranks that hold a model together share it; a GPU without room for
-    one note is refused before anything is loaded."""
+    """As many as `inference` says fit beside the weights; ranks that hold a model together share it; a GPU without room
+    for one note is refused before anything is loaded."""
     weights, config, dtype = write_model(tmp_path / "model"), CONFIG, torch.float32
-    job = Load(300, 100, 9, 64, True)
+    job = Requests(300, 100, 9, 64, True)
 
     def need(batch):
         fixed = weight_bytes(config, "wide", dtype)
-        return fixed + sum(work(config, job, batch, dtype, 2048, dtype, "cuda").values())
+        return fixed + sum(inference(config, job, batch, dtype, 2048, dtype, "cuda").values())
 
     def fitting(free, **options):
         return notes_at_once(weights, (), free, job, "wide", dtype, "cuda", **options)

@@ -1,5 +1,6 @@
 """A plan's sizes are those of the model that is then built, and a mistake costs one line."""
 
+import json
 from dataclasses import replace
 
 import pytest
@@ -38,7 +39,9 @@ def test_masters_are_counted_in_fp32_and_the_blocks_gathered_beside_them_in_bf16
     recipe = replace(RECIPE, full=True)
     wide, masters = (memory(CONFIG, replace(recipe, dtype=dtype), 1, 100, 20) for dtype in ("float32", "bfloat16"))
     assert all(masters[name] == wide[name] for name in ("weights", "gradients", "optimizer"))
-    assert wide["gathered"] == 0 and masters["gathered"] == wide["weights"] / 2, "both blocks of two and the root"
+    numbers = wide["weights"] / 4  # both blocks of two and the root
+    assert wide["gathered"] == 0
+    assert masters["gathered"] == numbers * (2 + 2 + 2 + 4), "cast, gathered; gradients in both dtypes"
 
 
 @pytest.mark.parametrize(
@@ -73,8 +76,26 @@ def test_more_rows_cost_activations_only_and_more_ranks_share_what_is_sharded():
 def test_the_papers_run_fits_ten_a100s_and_time_is_arithmetic_over_the_stated_rate():
     found = plan(PAPER)
     assert found["fits"] and found["remedies"] == [] and found["steps"] == round(found["data"]["rows"] * 0.5 / 80)
-    assert found["seconds"] == pytest.approx(found["flops"] / (10 * 312e12 * found["mfu"]))
-    assert plan(replace(PAPER, mfu=0.6))["seconds"] == pytest.approx(found["seconds"] * found["mfu"] / 0.6)
+    half, fifth = found["seconds"]
+    assert half == pytest.approx(found["flops"] / (10 * 312e12 * 0.5)) and fifth == pytest.approx(half * 2.5)
+    assert plan(replace(PAPER, mfu=0.6))["seconds"] == pytest.approx([half * 0.5 / 0.6])
+
+
+def test_a_measured_runs_share_of_the_peak_takes_the_place_of_the_range(tmp_path, capsys):
+    card = tmp_path / "run.json"
+    card.write_text(json.dumps({"model_flop_utilisation": 0.41}))
+    assert main(PAPER) == main(replace(PAPER, like=str(card))) == 0
+    assumed, measured = capsys.readouterr().out.split("time ")[1:]
+    assert "at 50% to 20% of 312 TFLOP/s (assumed" in assumed and f"at 41% of 312 TFLOP/s ({card})" in measured
+    for held, changes, said in (
+        ("{}", {}, "no model_flop_utilisation"),
+        ('{"model_flop_utilisation": null}', {}, "finished training run"),
+        ("[1]", {}, "no model_flop_utilisation"),
+        ("{}", {"mfu": 0.3}, "leave one out"),
+    ):
+        card.write_text(held)
+        with pytest.raises(UserError, match=said):
+            plan(replace(PAPER, like=str(card), **changes))
 
 
 def test_what_does_not_fit_exits_1_and_says_what_would(capsys):
