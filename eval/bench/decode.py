@@ -10,13 +10,14 @@ from __future__ import annotations
 import statistics
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eval.bench import llama
 from eval.bench.row import Row
 from infer.engine.generate import Generator
 from infer.engine.load import load
@@ -64,17 +65,25 @@ def rows(
     forms = tuple(form for form in forms if form != "w8a8" or int8_products())
     setting = f"prompt {prompt_tokens}, {new_tokens} new, best of {repeats}, {torch.get_num_threads()} threads"
     prompt = [100 + n % 150 for n in range(prompt_tokens)]
-    peers = {}
-    if Path(weights).suffix == ".gguf":
-        peers = llama_cpp(weights, prompt, new_tokens)
-        if not peers:
-            setting += "; llama.cpp is not installed (pip install -c constraints.txt -e .[bench])"
     model, tokenizer = load(weights)
     narrows = {form: load(weights, form=form)[0] for form in forms}
-    name = "SmolLM2-135M" if Path(weights).suffix == ".gguf" else Path(weights).name
-    found = compare(name, model, tokenizer, narrows, peers, prompt, new_tokens, repeats, setting, compiled)
     few = setting.replace(f"{new_tokens} new", "16 new")
-    found += batched(name, {"fp32": model, **narrows}, tokenizer, prompt, 16, repeats, few)
+    with tempfile.TemporaryDirectory() as folder:
+        files: dict[str, str] = {}
+        peer = llama.installed()
+        if Path(weights).suffix == ".gguf" and peer is None:
+            setting += f"; {llama.MISSING}"
+        elif Path(weights).suffix == ".gguf":
+            files = dict(llama.requantized(peer, weights, Path(folder)))
+        name = "SmolLM2-135M" if Path(weights).suffix == ".gguf" else Path(weights).name
+        peers = {
+            llama.named(peer, form): llama.decoding(llama.opened(peer, file), prompt, new_tokens)
+            for form, file in files.items()
+        }
+        found = compare(name, model, tokenizer, narrows, peers, prompt, new_tokens, repeats, setting, compiled)
+        del peers
+        jobs = {llama.named(peer, form): partial(llama.rate, peer, file, prompt, 16) for form, file in files.items()}
+        found += batched(name, {"fp32": model, **narrows}, jobs, tokenizer, prompt, 16, repeats, few)
     if large:
         del model, narrows
         with torch.device("meta"):
@@ -100,7 +109,8 @@ def compare(
     setting: str,
     compiled: tuple[str, ...] = (),
 ) -> list[Row]:
-    """fp32 and the quantized models against transformers in fp32, and the quantized ones against other peers too."""
+    """fp32 and the quantized models against transformers in fp32, and the quantized ones against the fastest of `peers`
+    too."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -124,7 +134,8 @@ def compare(
             best[which] = max(best.get(which, 0.0), once())
     rate, found = read_rate() * 1e9, []
     for form, size in sizes.items():
-        for peer in ("transformers generate, fp32", *(peers if not form.startswith("fp32") else ())):
+        fastest = [] if form.startswith("fp32") or not peers else [max(peers, key=best.__getitem__)]
+        for peer in ("transformers generate, fp32", *fastest):
             found.append(
                 Row(
                     f"decode {name}: {form}",
@@ -142,6 +153,7 @@ def compare(
 def batched(
     name: str,
     models: dict[str, Transformer],
+    jobs: Mapping[str, Callable[[int, int], float]],
     tokenizer: Any,
     prompt: list[int],
     new: int,
@@ -149,17 +161,23 @@ def batched(
     setting: str,
     sizes: tuple[int, ...] = (8, 72),
 ) -> list[Row]:
-    """Steps of several rows, as a note's or eight notes' questions make them: each format against fp32, both ours."""
+    """Steps of several rows, as a note's or eight notes' questions make them: each format against our fp32 and against
+    the fastest of `jobs`, which give tokens a second for (rows, repeats)."""
     found = []
     generators = {form: generator_of(own, tokenizer) for form, own in models.items()}
     for size in sizes:
-        prompts, best = [[*prompt, 100 + row] for row in range(size)], dict.fromkeys(models, 0.0)
+        prompts, best = [[*prompt, 100 + row] for row in range(size)], dict.fromkeys((*models, *jobs), 0.0)
         for _ in range(repeats):
             for form, generator in generators.items():
                 best[form] = max(best[form], ours_once(generator, prompts, new))
-        peer = best.pop("fp32")
+        for name_of, job in jobs.items():
+            best[name_of] = job(size, repeats)
+        fastest = [max(jobs, key=best.__getitem__)] if jobs else []
         label = f"decode {name}, {size} rows"
-        found += [Row(f"{label}: {form}", rate, peer, "ours, fp32", "tokens/s", setting) for form, rate in best.items()]
+        for form in models:
+            for peer in (*(["fp32"] if form != "fp32" else []), *fastest):
+                peer_name = "ours, fp32" if peer == "fp32" else peer
+                found.append(Row(f"{label}: {form}", best[form], best[peer], peer_name, "tokens/s", setting))
     return found
 
 
@@ -215,39 +233,6 @@ def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
     )
     _, first, *_, last = clock.times
     return new / (last - first)
-
-
-def open_llama_cpp(weights: str) -> tuple[str, Any] | None:
-    """(its name with its build's features, llama.cpp with the file loaded); None where it is not installed."""
-    try:
-        import llama_cpp as peer
-    except ImportError:
-        return None
-    threads = torch.get_num_threads()
-    model = peer.Llama(weights, n_ctx=2048, n_threads=threads, n_threads_batch=threads, verbose=False)
-    features = peer.llama_print_system_info().decode()
-    on = [part.split("=")[0].strip() for part in features.split("|") if part.strip().endswith("= 1")]
-    return f"llama.cpp ({peer.__version__}: {' '.join(on)}) on the same file", model
-
-
-def llama_cpp(weights: str, prompt: list[int], new: int) -> dict[str, Callable[[], float]]:
-    """{its name: tokens per second after the first}; {} where it is not installed."""
-    opened = open_llama_cpp(weights)
-    if opened is None:
-        return {}
-    name, model = opened
-
-    def once() -> float:
-        model.reset()
-        model.eval(prompt)
-        token = model.sample(temp=0.0)
-        began = time.perf_counter()
-        for _ in range(new):
-            model.eval([token])
-            token = model.sample(temp=0.0)
-        return new / (time.perf_counter() - began)
-
-    return {name: once}
 
 
 def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> Row:

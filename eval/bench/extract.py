@@ -1,19 +1,22 @@
 """Notes per second: infer's shared prefix against transformers' generate on the same weights, greedy, in one run.
 
 Peers: generate() on the eight full prompts of a note, left-padded in a batch, in fp32 and in the dtype that the probe
-chooses; and generate()'s own cache reused by hand in fp32, the note read once and copied for its eight questions. All
-give the same number of new tokens.
+chooses; generate()'s own cache reused by hand in fp32, the note read once and copied for its eight questions; and,
+where the weights are a GGUF file, llama.cpp with the note's sequence shared (eval/bench/llama.py). All give the same
+number of new tokens.
 """
 
 from __future__ import annotations
 
 import tempfile
 import time
+from itertools import product
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from eval.bench import llama
 from eval.bench.row import Row
 from infer import tasks
 from infer.engine.generate import Generator
@@ -67,7 +70,31 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
             same = sum(a == b for a, b in zip(tokens, theirs, strict=True))
             equal = f"{same} of {len(theirs)} answers equal"
             found.append(Row(f"extract: {name}", mine, rate, peer_name, "notes/s", f"{setting}; {equal}"))
+    if Path(weights).suffix == ".gguf":
+        name, theirs_rate, theirs = llama_cpp(weights, prefixes, questions, new_tokens)
+        for way, (mine, tokens) in ours.items():
+            same = sum(a == b for a, b in zip(tokens, theirs, strict=False))
+            equal = f"{same} of {len(theirs)} answers equal"
+            found.append(Row(f"extract: {way}", mine, theirs_rate, name, "notes/s", f"{setting}; {equal}"))
     return found
+
+
+def llama_cpp(
+    weights: str, prefixes: list[list[int]], questions: list[list[int]], new: int
+) -> tuple[str, float | None, list[list[int]]]:
+    """(name, notes a second, answers) of llama.cpp's fastest format of the file; no rate where it is not installed."""
+    best: tuple[str, float | None, list[list[int]]] = (llama.MISSING, None, [])
+    peer = llama.installed()
+    with tempfile.TemporaryDirectory() as folder:
+        files = {} if peer is None else dict(llama.requantized(peer, weights, Path(folder)))
+        for (form, file), flash in product(files.items(), (False, True)):
+            job = llama.Job(peer, file, len(questions) + 1, flash)
+            began = time.perf_counter()
+            found = [answer for prefix in prefixes for answer in job.answers(prefix, questions, new)]
+            rate = len(prefixes) / (time.perf_counter() - began)
+            if best[1] is None or rate > best[1]:
+                best = (f"{llama.named(peer, form, flash)}, the note's sequence shared", rate, found)
+    return best
 
 
 @torch.inference_mode()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import tempfile
 import time
 from dataclasses import replace
@@ -9,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from eval.bench.decode import open_llama_cpp
+from eval.bench import llama
 from eval.bench.row import Row
 from infer.engine.forward import Layer
 from infer.engine.generate import Generator
@@ -55,19 +56,17 @@ def ours_once(generator: Generator, prompt_tokens: int) -> float:
 
 
 def against_llama_cpp(weights: str, ours: Row, prompt_tokens: int, repeats: int) -> Row:
-    """Our last row against llama.cpp's prefill of the same prompt from the same file."""
-    opened, best = open_llama_cpp(weights), None
-    name = "llama.cpp: not installed (pip install -c constraints.txt -e .[bench])"
-    if opened is not None:
-        name, model = opened
-        best = 0.0
-        for _ in range(repeats + 1):
-            model.reset()
-            began = time.perf_counter()
-            model.eval([100 + n % 150 for n in range(prompt_tokens)])
-            best = max(best, prompt_tokens / (time.perf_counter() - began))
+    """Our row against llama.cpp's fastest prefill of the same prompt, among the formats that it makes of the file."""
+    peer, rates = llama.installed(), {}
+    prompt = [100 + n % 150 for n in range(prompt_tokens)]
+    with tempfile.TemporaryDirectory() as folder:
+        files = {} if peer is None else dict(llama.requantized(peer, weights, Path(folder)))
+        for (form, file), flash in itertools.product(files.items(), (False, True)):
+            model = llama.opened(peer, file, flash)
+            rates[llama.named(peer, form, flash)] = max(llama.reading(model, prompt) for _ in range(repeats + 1))
+    fastest = max(rates, key=rates.__getitem__, default=llama.MISSING)
     dtype = ours.name.rsplit(" ", 1)[-1]
-    return replace(ours, name=f"prefill: {dtype} against llama.cpp", peer=best, peer_name=name)
+    return replace(ours, name=f"prefill: {dtype} against llama.cpp", peer=rates.get(fastest), peer_name=fastest)
 
 
 def compare(weights: str, dtype: torch.dtype, prompt_tokens: int, repeats: int) -> Row:

@@ -62,7 +62,11 @@ def test_past_the_window_and_bytes():
     assert 7.110e9 * 4.5 / 8 == pytest.approx(read_bytes(seven_b, "int4"), rel=1e-3)
 
 
-def test_steps_of_several_rows_are_held_against_our_own_fp32():
-    rows = batched("tiny", {"fp32": model(), "again": model()}, NoText(), [1, 2, 3], 2, 1, "tiny", sizes=(2, 3))
-    assert [row.name for row in rows] == ["decode tiny, 2 rows: again", "decode tiny, 3 rows: again"]
-    assert all(row.ours > 0 and row.peer and row.peer_name == "ours, fp32" for row in rows)
+def test_steps_of_several_rows_are_held_against_our_own_fp32_and_the_fastest_peer():
+    models, peers = {"fp32": model(), "again": model()}, {"slow": lambda *_: 1.0, "fast": lambda rows, _: 10.0 * rows}
+    rows = batched("tiny", models, peers, NoText(), [1, 2, 3], 2, 1, "tiny", sizes=(2, 3))
+    assert [(row.name, row.peer_name) for row in rows if row.name.endswith("again")] == [
+        (f"decode tiny, {n} rows: again", peer) for n in (2, 3) for peer in ("ours, fp32", "fast")
+    ]
+    assert all(row.ours > 0 and row.peer for row in rows)
+    assert [row.peer for row in rows if row.peer_name == "fast"] == [20.0, 20.0, 30.0, 30.0]
