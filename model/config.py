@@ -79,6 +79,16 @@ class ModelConfig:
         original = scaling.original_max_position_embeddings or self.max_position_embeddings
         return max(self.max_position_embeddings, int(min(scaling.factor * original, 2**31)))
 
+    @property
+    def is_dynamic(self) -> bool:
+        """Whether a sequence beyond the trained length changes the rotary angles of all that share its batch."""
+        return self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic"
+
+    @property
+    def batch_length(self) -> int:
+        """`max_length` of sequences whose results must not depend on the others in their batch."""
+        return self.max_position_embeddings if self.is_dynamic else self.max_length
+
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> ModelConfig:
         """The config of a checkpoint: config.json (old `rope_theta` or new `rope_parameters`), params.json or GGUF."""

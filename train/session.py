@@ -83,8 +83,8 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
         raise UserError("recipe: packing = 'concatenate' belongs to train.pretrain; use 'documents' or 'none'")
     encoding = encoding_of(recipe, stage)
     config = ModelConfig.from_dict(config_dict(recipe.init or recipe.weights))
-    if recipe.block > config.max_length:
-        raise UserError(f"recipe: block {recipe.block} is more than the model's {config.max_length} positions")
+    if recipe.block > config.batch_length:
+        raise UserError(f"recipe: block {recipe.block} is more than the model's {config.batch_length} positions")
     ranks.run_on_all(lambda: check_weights(recipe))
     empty = ranks.run_on_all(lambda: empty_model(recipe, config))
     sources = sources_of(recipe, encoding, ranks)

@@ -50,7 +50,7 @@ class State:
 class Generator:
     """Generation with one model. `lookup` lets requests speculate where that pays (infer/engine/lookup.py); `compile`
     compiles the step in its place (infer/engine/compiled.py), which pays for many tokens of the same requests.
-    `cache_dtype` and `chunk` are Engine's. `max_length` bounds a prompt and its answer (0: the config's max_length).
+    `cache_dtype` and `chunk` are Engine's. `max_length` bounds a prompt and its answer (0: the config's batch_length).
     Fused models (infer/engine/fuse.py) generate by their kernels."""
 
     def __init__(
@@ -68,9 +68,14 @@ class Generator:
         self.lookup, self.row_cost = lookup and not self.compile, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
         self.stop_ids = frozenset(i for i in ends if i < model.config.vocab_size)
-        own = model.config.max_length
+        own = model.config.batch_length
         if max_length < 0:
             raise UserError(f"--max-length {max_length}; it must be at least 1, or 0 for the model's own")
+        if max_length > own and model.config.is_dynamic:
+            raise UserError(
+                f"--max-length {max_length}: beyond the {own} tokens of training, dynamic rotary scaling would let an "
+                f"answer depend on the prompts beside it; leave it out, or give at most {own}"
+            )
         if max_length > own:
             warnings.warn(f"--max-length {max_length} is beyond the {own} tokens of the model's config", stacklevel=2)
         self.max_length = max_length or own

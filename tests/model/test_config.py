@@ -53,7 +53,9 @@ def test_windows_of_each_family():
     ],
 )
 def test_rotary_scaling_extends_the_longest_sequence(family, changes, tokens):
-    assert ModelConfig.from_dict(raw_config(family, **changes)).max_length == tokens
+    config = ModelConfig.from_dict(raw_config(family, **changes))
+    assert config.max_length == tokens
+    assert config.batch_length == (12 if family == "llama-dynamic" else tokens)
 
 
 def without(family: str, *names: str) -> dict:

@@ -426,6 +426,18 @@ def test_a_prompt_may_be_as_long_as_rotary_scaling_allows_and_longer_with_a_warn
         longer.generate([[3] * 77], max_new_tokens=4)
 
 
+def test_with_dynamic_scaling_an_answer_does_not_depend_on_longer_prompts(tokenizer):
+    model = tiny_model(rope_scaling=RopeScaling("dynamic", 4.0), max_position_embeddings=16)
+    generator = Generator(model, tokenizer)
+    (alone,), (beside, _) = (generator.generate(prompts, max_new_tokens=4) for prompts in ([[5]], [[5], [3] * 12]))
+    assert alone.tokens == beside.tokens
+    assert torch.allclose(torch.tensor(alone.logprobs), torch.tensor(beside.logprobs), atol=1e-5)
+    with pytest.raises(UserError, match="exceeds the model's 16"):  # it would turn the other's positions too
+        generator.generate([[5], [3] * 13], max_new_tokens=4)
+    with pytest.raises(UserError, match="--max-length 17: .*dynamic"):
+        Generator(model, tokenizer, max_length=17)
+
+
 def test_settings_that_fit_no_prompts(tokenizer):
     generator = Generator(MODELS["full"], tokenizer)
     for wrong in ([], [Settings()], [Settings()] * 3, [Settings(), None], 5, "ab"):
