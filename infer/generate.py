@@ -34,7 +34,7 @@ def main(options: Options) -> int:
     if options.compile and options.fuse:
         raise UserError("--compile is for the plain blocks, --fuse computes them by kernels; leave one out")
     if options.compile and options.memory:
-        raise UserError("--compile keeps more slots than --memory plans; leave one out")
+        raise UserError("--compile keeps a larger cache than --memory plans; leave one out")
     size = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
     calls = [(min(512, 1 + size // 4), 1), (1, settings.max_new_tokens)]  # the prompt, about, and each token
     options = replace(options, dtype=dtype_for(options, calls))  # type: ignore[arg-type]

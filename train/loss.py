@@ -14,7 +14,6 @@ from __future__ import annotations
 from dataclasses import replace
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from model.support.hardware import product
@@ -98,8 +97,3 @@ def batch_loss(
     some = 0 < len(place_N) < batch.target.numel()
     layout = replace(batch.layout, wanted_N=place_N if some else None)
     return model(batch.tokens, positions=batch.positions, layout=layout, readout=readout)
-
-
-def plain_loss(logits_BTV: Tensor, target_BT: Tensor) -> Tensor:
-    """The definition that the chunked loss is held against: the mean of −log p over supervised tokens."""
-    return F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=IGNORE)

@@ -11,7 +11,7 @@ from pathlib import Path
 import torch
 
 from infer import tasks
-from infer.engine.generate import Generator, Rows
+from infer.engine.generate import Generator, RequestBatch
 from infer.engine.load import load
 from infer.engine.tree import plan
 from infer.extract.answers import phenotype_record
@@ -55,7 +55,12 @@ prefix, branch = tokenizer.encode(tasks.prefix(note.text), bos=True), tokenizer.
 check("tokens of the note + tokens of the first question", len(prefix) + len(branch), len(prompts[0]))
 prefixes, branches = plan(prompts)
 computed = sum(len(part.tokens) for part in (*prefixes, *branches))
-show(Rows.add, "plan(", branches=len(branches), computed_tokens=f"{computed} in place of {sum(map(len, prompts))}")
+show(
+    RequestBatch.add,
+    "plan(",
+    branches=len(branches),
+    computed_tokens=f"{computed} in place of {sum(map(len, prompts))}",
+)
 check("tokens that all prompts begin with", len(commonprefix(prompts)), len(prefixes[0].tokens))
 
 # %% [markdown]

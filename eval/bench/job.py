@@ -27,7 +27,7 @@ from eval.bench.seven_b import SHAPE, write_tokenizer
 from infer import tasks
 from infer.engine.cache import Cache
 from infer.engine.forward import Engine
-from infer.engine.generate import Generator, Rows, State
+from infer.engine.generate import Generator, RequestBatch, State
 from infer.engine.load import device_here, load
 from infer.engine.tree import plan
 from infer.extract.ask import Asker, Limits, Part, Request
@@ -74,11 +74,11 @@ class Known(Asker):
         return made
 
     def results(self, works: Iterable[Work], ended: Any = lambda: None) -> list[Any]:
-        return Schedule(self.rows, self.batch, self.slots, ended).results(iter(works))
+        return Schedule(self.rows, self.batch, self.at_once, ended).results(iter(works))
 
 
 class Clock:
-    """In the place of infer.engine.generate.Rows: gives the known answers, and adds up what a device would take."""
+    """In the place of a RequestBatch: gives the known answers, and adds up what a device would take."""
 
     def __init__(self, generator: Generator, costs: dict[str, dict[int, float]]) -> None:
         self.generator, self.costs = generator, costs
@@ -185,7 +185,7 @@ def simulated(asker: Known, asked: list[Note], batch: int, refilled: bool) -> di
 def run(weights: str, dtype: torch.dtype, gold: dict[str, Any], asked: list[Note], batch: int) -> float:
     """Seconds of the same job with the model."""
     generator = Generator(*load(weights, dtype=str(dtype).removeprefix("torch.")))
-    asker = Known(generator, gold, batch, Rows(generator))
+    asker = Known(generator, gold, batch, RequestBatch(generator))
     began = time.perf_counter()
     asker.records(asked)
     return time.perf_counter() - began

@@ -25,7 +25,7 @@ from infer.engine.settings import Hidden
 from infer.engine.tree import Branch, Prefix
 
 SPARE = 32  # slots by which branches grow
-FEW = 16  # queries up to which one product over all keys beats causal attention in blocks
+UNBLOCKED = 16  # queries up to which one product over all keys beats causal attention in blocks
 
 
 class Cache:
@@ -158,7 +158,7 @@ class Cache:
         masks = {}
         fused = self.engine.fused and self.hidden_B3 is None  # the kernels mask by themselves, and hide nothing
         # a prompt that is read by itself has no padding and needs no mask
-        alone = B == 1 and T > FEW and not fused and not self.levels and self.hidden_B3 is None
+        alone = B == 1 and T > UNBLOCKED and not fused and not self.levels and self.hidden_B3 is None
         if fused:
             positions = {
                 window: [level.positions(begin).to(device, torch.int32) for level, begin in reach[window]]
@@ -245,7 +245,7 @@ class Cache:
         """key_position_BA of each branch's keys: every level's, then the S own slots; −1 where a branch has none."""
         parts = []
         for level, begin in reach:
-            position_rS = level.positions(begin)[level.prefix_r].masked_fill(~level.below_r[:, None], -1)
+            position_rS = level.positions(begin)[level.prefix_r].masked_fill(level.prefix_r[:, None] < 0, -1)
             position_BS = position_rS.new_full((len(self.start_B), position_rS.shape[1]), -1)
             position_BS[level.rows] = position_rS
             parts.append(position_BS)

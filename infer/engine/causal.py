@@ -7,7 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 BLOCK = 512  # queries of one attention call
-FEW = 128  # the same where scores are products of their own
+PRODUCT_BLOCK = 128  # the same where scores are products of their own
 
 
 def causal(
@@ -26,7 +26,7 @@ def causal(
         out_1HTK = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, is_causal=True, enable_gqa=True)
         return out_1HTK[0].transpose(0, 1)
     outs = []
-    size = FEW if by_products(q_HTK) else BLOCK
+    size = PRODUCT_BLOCK if by_products(q_HTK) else BLOCK
     for start in range(0, T, size):
         stop = min(start + size, T)
         query_T1 = torch.arange(position + start, position + stop, device=q_HTK.device)[:, None]

@@ -31,7 +31,7 @@ from model.mask import Visible
 from model.quantize.linear import QuantizedWeight
 from model.transformer import Block, RMSNorm, Transformer
 
-FEW = 64  # queries a row up to which attention is split over the cache (kernels/attention.py)
+SPLIT = 64  # queries a row up to which attention is split over the cache (kernels/attention.py)
 INT4 = "int4-64"
 INT4_WIDTH = 64  # columns that the kernel's words come in
 
@@ -117,7 +117,7 @@ class KernelAttend(FastAttend):
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
         trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BHTK, k_BGSK, v_BGSK))
         packed = visible.layout is not None and visible.key_layout is not None
-        if trained or packed or q_BHTK.shape[2] > FEW:
+        if trained or packed or q_BHTK.shape[2] > SPLIT:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, visible, window)
         k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)
         return kernels.tree_attention(q_BHTK, k_BGSK, v_BGSK, visible.position_BT, visible.key_position_BS, window)
@@ -202,7 +202,7 @@ def tree_attention(
 ) -> Tensor:
     """Attention of N leaves over their own keys and over the levels of prefixes above them, a launch a level."""
     dtype = q_NHTK.dtype
-    if q_NHTK.shape[2] > FEW and not levels:  # a prompt that shares nothing is being read
+    if q_NHTK.shape[2] > SPLIT and not levels:  # a prompt that shares nothing is being read
         return masked_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window)
     levels = [replace(level, k_MGPK=level.k_MGPK.to(dtype), v_MGPK=level.v_MGPK.to(dtype)) for level in levels]
     k_NGSK, v_NGSK = k_NGSK.to(dtype), v_NGSK.to(dtype)

@@ -156,7 +156,7 @@ class Generator:
 
     def run(self, states: list[State]) -> Iterator[None]:
         """Generate all requests to their end; yields after each step (of one or more tokens a request)."""
-        rows = Rows(self)
+        rows = RequestBatch(self)
         rows.add(states)
         if self.compile and rows.active and not any(state.settings.hidden for state in states):
             rows.compile()
@@ -290,7 +290,7 @@ def generator_for(options: Any, how: Plan, loaded: tuple[Transformer, Tokenizer]
     return Generator(*loaded, cache_dtype=how.cache, chunk=how.chunk, max_length=options.max_length, compile=compiled)
 
 
-class Rows:
+class RequestBatch:
     """Requests that are generated side by side: `add` and `step` give each a token or more, and those that end leave.
 
     Requests that are added between two steps find a cache of alike ones: their tree is read by itself and put beside

@@ -22,8 +22,8 @@ class Level:
     """Adjacent prefixes of one depth: their keys and values padded to one length, side by side.
 
     `branch_Pn` are the branches below each prefix (P prefixes, at most n branches each; places beyond a prefix's own
-    repeat a branch). `place_r` is the place of each of the branches `rows` in it, flattened. `below_r` is False for a
-    branch that is below none of the prefixes; the mask hides the level from it.
+    repeat a branch). `place_r` is the place of each of the branches `rows` in it, flattened. The mask hides the level
+    from a branch that is below none of the prefixes.
     """
 
     prefixes: list[Prefix]
@@ -35,12 +35,10 @@ class Level:
     rows: slice = field(default_factory=lambda: slice(0))
     branch_Pn: Tensor = field(init=False)
     place_r: Tensor = field(init=False)
-    below_r: Tensor = field(init=False)
-    outside_r: Tensor = field(init=False)  # its opposite, on the device
-    prefix_r: Tensor = field(init=False)  # the prefix above each of the branches
+    prefix_r: Tensor = field(init=False)  # the prefix above each of the branches, −1 for none; on the host
+    outside_r: Tensor | None = field(init=False)  # the branches below none, on the device; None where there are none
     start_P: Tensor = field(init=False)  # the first branch below each prefix and their number, int32 on the device,
     count_P: Tensor = field(init=False)  # for the kernels
-    whole: bool = False  # every branch of `rows` is below a prefix
     even: bool = False  # every branch once, in order: nothing needs to be gathered
 
     def index(self) -> None:
@@ -50,18 +48,17 @@ class Level:
         n = max(map(len, ranges))
         self.rows = slice(start, stop)
         places = {branch: m * n + i for m, below in enumerate(ranges) for i, branch in enumerate(below)}
+        whole = len(places) == stop - start
         device = self.keys[0].device
         branches = [[below[min(i, len(below) - 1)] - start for i in range(n)] for below in ranges]
         self.branch_Pn = torch.tensor(branches, device=device)
-        self.prefix_r = torch.tensor([places.get(branch, 0) // n for branch in range(start, stop)])
+        self.prefix_r = torch.tensor([places.get(branch, -1) // n for branch in range(start, stop)])
         self.place_r = torch.tensor([places.get(branch, 0) for branch in range(start, stop)], device=device)
-        self.below_r = torch.tensor([branch in places for branch in range(start, stop)])
-        self.outside_r = ~self.below_r.to(device)
+        self.outside_r = None if whole else (self.prefix_r < 0).to(device)
         self.start_P, self.count_P = torch.tensor(
             [[below.start for below in ranges], [len(below) for below in ranges]], dtype=torch.int32, device=device
         )
-        self.whole = len(places) == stop - start
-        self.even = self.whole and len(places) == self.branch_Pn.numel()
+        self.even = whole and len(places) == self.branch_Pn.numel()
 
     def positions(self, begin: int) -> Tensor:
         """position_PS of the keys from `begin` on; −1 where a prefix has no key."""
@@ -101,7 +98,7 @@ class Level:
         if self.even:
             return out_PnGMC.flatten(0, 1)
         out_rGMC = out_PnGMC.flatten(0, 1)[self.place_r]
-        return out_rGMC if self.whole else out_rGMC.masked_fill_(self.outside_r[:, None, None, None], 0)
+        return out_rGMC if self.outside_r is None else out_rGMC.masked_fill_(self.outside_r[:, None, None, None], 0)
 
 
 def alike(lengths: Sequence[int]) -> bool:

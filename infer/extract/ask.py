@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import Any
 
 from infer import tasks
-from infer.engine.generate import Generator, Rows
+from infer.engine.generate import Generator, RequestBatch
 from infer.engine.settings import Generation, Settings
 from infer.extract.answers import calibrate, diagnosis_record, kept_logprobs, phenotype_record, written_values
 from infer.extract.evidence import Reading, decide, hiding, losses
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note, refusal
 from infer.extract.places import Span, edges, occurrences
-from infer.extract.schedule import Piece, Schedule, Work, ahead
+from infer.extract.schedule import Group, Schedule, Work, ahead
 from infer.retrieval.neighbours import Neighbours
 from infer.retrieval.repair import Repair
 from infer.retrieval.repaired_note import repair_note
@@ -67,11 +67,11 @@ class Part:
 
 @dataclass(frozen=True)
 class Request:
-    """A question about a part. `slots`: how many of a plan's questions (tasks.QUESTION tokens) it is as long as."""
+    """A question about a part. It is as long as so many of a plan's `questions` (tasks.QUESTION tokens each)."""
 
     prompt: list[int]
     settings: Settings
-    slots: int = 1
+    questions: int = 1
 
 
 @dataclass(frozen=True)
@@ -127,7 +127,7 @@ class Asker:
         self.wide = replace(self.short, max_new_tokens=limits.diagnosis)
 
     @property
-    def slots(self) -> int:
+    def at_once(self) -> int:
         """How many questions are asked at once."""
         return self.batch * len(self.questions(Note("")))
 
@@ -188,11 +188,7 @@ class Asker:
 
     def parts(self, note: Note) -> list[Part]:
         """The note, or what `long` makes of one beyond the limit. Raises UserError where that is "error"."""
-        prefix, spans = self.tokenizer.encode(tasks.prefix(note.text), bos=True, offsets=True)
-        indent = len(note.text) - len(note.text.lstrip())
-        size = len(note.text.strip())
-        spans = to_characters(tasks.prefix(note.text), spans)
-        spans = [(indent + start, indent + min(end, size)) for start, end in spans if start < min(end, size)]
+        prefix, spans = self.encoded(note.text)
         tokens = len(spans)
         prompts = self.prompts(note, note.text, prefix)
         over = max(map(len, prompts)) - self.limits.input
@@ -208,16 +204,22 @@ class Asker:
             raise UserError(f"the limit of {self.limits.input} tokens leaves no room for the note")
         if self.long == "truncate":
             starts, done = [0], {"did": "truncate", "tokens": tokens, "read": size}
-        else:
-            step = max(1, size * 3 // 4)  # a quarter of each window overlaps the one before
-            starts = [*range(0, max(1, tokens - size), step), max(0, tokens - size)]
+        else:  # a quarter of each window overlaps the one before; the last ends with the note
+            starts = [*range(0, tokens - size, size * 3 // 4), tokens - size]
             done = {"did": "windows", "tokens": tokens, "windows": len(starts), "size": size}
         parts = []
-        for first in dict.fromkeys(starts):
-            start, end = spans[first][0], spans[min(first + size, tokens) - 1][1]
+        for first in starts:
+            start, end = spans[first][0], spans[first + size - 1][1]
             text = note.text[start:end]
             parts.append(Part(note, text, self.prompts(note, text), tokens, start, done))
         return parts
+
+    def encoded(self, text: str) -> tuple[list[int], list[Span]]:
+        """The ids of a note's prefix, and the characters of the note that each of its own tokens spells."""
+        prefix, spans = self.tokenizer.encode(tasks.prefix(text), bos=True, offsets=True)
+        indent, size = len(text) - len(text.lstrip()), len(text.strip())
+        spans = to_characters(tasks.prefix(text), spans)
+        return prefix, [(indent + start, indent + min(end, size)) for start, end in spans if start < min(end, size)]
 
     def records(self, notes: Iterable[Note], ended: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
         """One record a note, in order; what is wrong with a note becomes its record's `error`. `ended` is called for
@@ -226,27 +228,27 @@ class Asker:
 
     def results(self, works: Iterable[Work], ended: Callable[[], object] = lambda: None) -> list[Any]:
         """What works come to, `batch` notes and their questions at once."""
-        return Schedule(Rows(self.generator), self.batch, self.slots, ended).results(iter(works))
+        return Schedule(RequestBatch(self.generator), self.batch, self.at_once, ended).results(iter(works))
 
-    def work(self, note: Note) -> Steps[list[Piece], None, dict[str, Any]]:
+    def work(self, note: Note) -> Steps[list[Group], None, dict[str, Any]]:
         """A note's way to its record."""
         if self.repair is None:
             return (yield from self.answered(note))
         repaired, original = repair_note(note, self.repair)
         return original.restore((yield from self.answered(repaired)))
 
-    def answered(self, note: Note) -> Steps[list[Piece], None, dict[str, Any]]:
+    def answered(self, note: Note) -> Steps[list[Group], None, dict[str, Any]]:
         """The record of a note that is read as it is."""
         record: dict[str, Any] = {"id": note.id}
         try:
             if reason := refusal(note):
                 raise UserError(reason)
             parts = self.parts(note)
-            asked = [self.pieces(self.requests(part, record), self.slots) for part in parts]
+            asked = [self.groups(self.requests(part, record)) for part in parts]
         except UserError as error:
             return {"id": note.id, "error": str(error)}
-        yield [piece for of_part in asked for piece in of_part]
-        outs = [[out for piece in of_part for out in self.outs(piece)] for of_part in asked]
+        yield [group for of_part in asked for group in of_part]
+        outs = [self.outs(of_part) for of_part in asked]
         answers = [
             [Answer(part, *question, out) for question, out in zip(self.questions(note), of_part, strict=True)]
             for part, of_part in zip(parts, outs, strict=True)
@@ -270,30 +272,27 @@ class Asker:
             constraint = Grounded(grammars[name]) if grammars else None
             if constraint is not None:
                 constraint.allowed([])  # the first mask is the longest to make
-            slots = 1 if name else -(-len(self.tokenizer.encode(question)) // tasks.QUESTION)
+            questions = 1 if name else -(-len(self.tokenizer.encode(question)) // tasks.QUESTION)
             chosen = self.wide if name == "diagnosis" else self.short
-            requests.append(Request(prompt, replace(chosen, constraint=constraint), slots))
+            requests.append(Request(prompt, replace(chosen, constraint=constraint), questions))
         return requests
 
-    def pieces(self, requests: Iterable[Request], most: int) -> list[Piece]:
-        """Requests about one text in order, in pieces of at most `most` slots: so own questions, however many, take no
-        more memory than a task's."""
-        groups: list[list[Request]] = []
+    def groups(self, requests: Iterable[Request]) -> list[Group]:
+        """Requests about one text in order, in groups of as many questions as are asked at once: so own questions,
+        however many, take no more memory than a task's."""
+        groups: list[Group] = []
         for request in requests:
-            if not groups or sum(held.slots for held in groups[-1]) + request.slots > most:
-                groups.append([])
-            groups[-1].append(request)
-        made = []
-        for group in groups:
-            prompts, settings = [request.prompt for request in group], [request.settings for request in group]
-            slots = min(most, sum(request.slots for request in group))
-            made.append(Piece(self.generator.states(prompts, settings, {}), 1, slots))
-        return made
+            if not groups or groups[-1].questions + request.questions > self.at_once:
+                groups.append(Group([], 0))
+            groups[-1].states += self.generator.states([request.prompt], [request.settings], {})
+            groups[-1].questions += min(request.questions, self.at_once)  # a longer one is asked alone
+        return groups
 
-    def outs(self, piece: Piece) -> list[Generation]:
-        return [whole(self.generator.result(state), state.settings) for state in piece.states]
+    def outs(self, groups: Iterable[Group]) -> list[Generation]:
+        states = [state for group in groups for state in group.states]
+        return [whole(self.generator.result(state), state.settings) for state in states]
 
-    def places(self, answers: Sequence[Answer]) -> Steps[list[Piece], None, list[list[list[Span]]]]:
+    def places(self, answers: Sequence[Answer]) -> Steps[list[Group], None, list[list[list[Span]]]]:
         """For every value of every answer the place in the note where it was read, then the others where it may have
         been (infer/extract/evidence.py); nothing for a diagnosis, which is no span of the note."""
         readings = [self.readings(answer) if answer.name != "diagnosis" else [] for answer in answers]
@@ -303,15 +302,14 @@ class Asker:
             [decide(one.spans, next(lost)) if one.is_open else one.spans for one in of_answer] for of_answer in readings
         ]
 
-    def losses(self, readings: Sequence[Reading]) -> Steps[list[Piece], None, list[list[float]]]:
+    def losses(self, readings: Sequence[Reading]) -> Steps[list[Group], None, list[list[float]]]:
         """What the value of each reading loses without each of its places, in nats."""
-        pieces = []
+        groups = []
         for _, of_part in groupby(readings, lambda reading: reading.start):
             tokens: dict[int, int] = {}
-            asked = [Request(*how) for one in of_part for how in hiding(self.generator, one, tokens)]
-            pieces += self.pieces(asked, self.slots)
-        yield pieces
-        outs = iter([out for piece in pieces for out in self.outs(piece)])
+            groups += self.groups(Request(*how) for one in of_part for how in hiding(self.generator, one, tokens))
+        yield groups
+        outs = iter(self.outs(groups))
         return [losses(reading, [next(outs) for _ in reading.spans], self.generator.decode) for reading in readings]
 
     def readings(self, answer: Answer) -> list[Reading]:

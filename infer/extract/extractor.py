@@ -6,12 +6,12 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from infer.engine.generate import Generator, Rows, State
+from infer.engine.generate import Generator, RequestBatch, State
 from infer.engine.load import load
 from infer.extract.answers import read_calibration
 from infer.extract.ask import Answer, Asker, Limits, Part, form_for, whole
 from infer.extract.notes import Note
-from infer.extract.schedule import Piece
+from infer.extract.schedule import Group
 from infer.released import adapter, smollm2
 from model.support.cli import UserError
 
@@ -55,30 +55,30 @@ class Extractor:
 
         Parts come of notes within the limit. Raises UserError as `answers`.
         """
-        asker, note, rows = self.asker, Note("", text), Rows(self.asker.generator)
+        asker, note, batch = self.asker, Note("", text), RequestBatch(self.asker.generator)
         steps = asker.work(note)
         try:
-            pieces = next(steps)
-            waiting = self.asked(note, pieces)
+            groups = next(steps)
+            waiting = self.asked(note, groups)
             while True:
-                rows.add([state for piece in pieces for state in piece.states])
+                batch.add([state for group in groups for state in group.states])
                 while True:
                     ended = [one for one in waiting if one[-1].finish is not None]
                     waiting = [one for one in waiting if one[-1].finish is None]
                     yield self.part(ended)
-                    if not rows.active:
+                    if not batch.active:
                         break
-                    rows.step()
-                pieces = next(steps)
+                    batch.step()
+                groups = next(steps)
         except StopIteration as end:
             if "error" in end.value:
                 raise UserError(end.value["error"]) from None
             yield {name: value for name, value in end.value.items() if name != "id"}
 
-    def asked(self, note: Note, pieces: list[Piece]) -> list[tuple[Part, str, str, State]]:
+    def asked(self, note: Note, groups: list[Group]) -> list[tuple[Part, str, str, State]]:
         """Each question of a note that is read whole, with its part and request; nothing of one read in windows."""
         parts = self.asker.parts(note)
-        states = [state for piece in pieces for state in piece.states]
+        states = [state for group in groups for state in group.states]
         questions = self.asker.questions(note)
         return (
             [(parts[0], *question, state) for question, state in zip(questions, states, strict=True)]

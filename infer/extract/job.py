@@ -25,7 +25,7 @@ from model.support.cli import UserError
 from model.support.files import atomic_file, parse_json_line, read_json, write_json, write_jsonl
 from model.support.lock import claim, hold, is_claimed, sweep
 
-EPOCH = 32  # times the notes at once: at an epoch's end only some of the slots are in use
+EPOCH = 32  # times the notes at once: at an epoch's end fewer are left to answer side by side
 END = 2**20  # bytes of each end of a weights' file that tell it from another
 
 

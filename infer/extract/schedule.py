@@ -13,19 +13,18 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeVar
 
-from infer.engine.generate import Rows, State
+from infer.engine.generate import RequestBatch, State
 
 Item = TypeVar("Item")
 Made = TypeVar("Made")
 
 
 @dataclass(eq=False)
-class Piece:
-    """Requests that are read at once. They take `texts` places of a note's length, and `slots` of a question's."""
+class Group:
+    """Requests about one text, which are read at once. They are as long as so many of a plan's `questions`."""
 
     states: list[State]
-    texts: int
-    slots: int
+    questions: int
 
     @property
     def ended(self) -> bool:
@@ -33,74 +32,73 @@ class Piece:
 
 
 class Work:
-    """A note's way to its record: `pieces` are to be answered before it goes on; `result` is there when none are."""
+    """A note's way to its record: `groups` are to be answered before it goes on; `result` is there when none are."""
 
-    def __init__(self, steps: Generator[list[Piece], None, Any]) -> None:
+    def __init__(self, steps: Generator[list[Group], None, Any]) -> None:
         self.steps, self.result = steps, None
         self.go_on()
 
     def go_on(self) -> None:
-        self.pieces: list[Piece] = []
+        self.groups: list[Group] = []
         try:
-            while not self.pieces:
-                self.pieces = next(self.steps)
+            while not self.groups:
+                self.groups = next(self.steps)
         except StopIteration as end:
             self.result = end.value
 
 
 class Schedule:
-    """Works on their way, of so many texts and slots at once. `ended` is called when one has its result."""
+    """Works on their way, of so many texts and questions at once. `ended` is called when one has its result."""
 
-    def __init__(self, rows: Rows, texts: int, slots: int, ended: Callable[[], object]) -> None:
-        self.rows, self.texts, self.slots, self.ended = rows, texts, slots, ended
+    def __init__(self, batch: RequestBatch, texts: int, questions: int, ended: Callable[[], object]) -> None:
+        self.batch, self.texts, self.questions, self.ended = batch, texts, questions, ended
         self.begun: list[Work] = []
         self.running: list[Work] = []
-        self.waiting: list[Piece] = []
-        self.reading: list[Piece] = []
+        self.waiting: list[Group] = []
+        self.reading: list[Group] = []
 
     def results(self, works: Iterator[Work]) -> list[Any]:
         """The works' results, in order."""
         while True:
             added = list(self.refill(works))
             if added:
-                self.rows.add([state for piece in added for state in piece.states])
-            elif self.rows.active:
-                self.rows.step()
+                self.batch.add([state for group in added for state in group.states])
+            elif self.batch.active:
+                self.batch.step()
             else:
                 return [work.result for work in self.begun]
             self.retire()
 
-    def refill(self, works: Iterator[Work]) -> Iterator[Piece]:
-        """The pieces for which there is room now: those that have waited longest, then those of works that begin."""
+    def refill(self, works: Iterator[Work]) -> Iterator[Group]:
+        """The groups for which there is room now: those that have waited longest, then those of works that begin."""
         while True:
-            piece = next((piece for piece in self.waiting if self.has_room(piece)), None)
-            if piece is not None:
-                self.waiting.remove(piece)
-                self.reading.append(piece)
-                yield piece
+            group = next((group for group in self.waiting if self.has_room(group)), None)
+            if group is not None:
+                self.waiting.remove(group)
+                self.reading.append(group)
+                yield group
                 continue
-            full = sum(held.texts for held in self.reading) == self.texts or len(self.waiting) >= self.texts
+            full = len(self.reading) == self.texts or len(self.waiting) >= self.texts
             work = None if full else next(works, None)
             if work is None:
                 return
             self.begun.append(work)
             self.wait_for(work)
 
-    def has_room(self, piece: Piece) -> bool:
-        texts = sum(held.texts for held in self.reading)
-        slots = sum(held.slots for held in self.reading)
-        return texts + piece.texts <= self.texts and slots + piece.slots <= self.slots
+    def has_room(self, group: Group) -> bool:
+        questions = sum(held.questions for held in self.reading)
+        return len(self.reading) < self.texts and questions + group.questions <= self.questions
 
     def retire(self) -> None:
-        self.reading = [piece for piece in self.reading if not piece.ended]
-        for work in [work for work in self.running if all(piece.ended for piece in work.pieces)]:
+        self.reading = [group for group in self.reading if not group.ended]
+        for work in [work for work in self.running if all(group.ended for group in work.groups)]:
             self.running.remove(work)
             work.go_on()
             self.wait_for(work)
 
     def wait_for(self, work: Work) -> None:
-        self.waiting += work.pieces
-        if work.pieces:
+        self.waiting += work.groups
+        if work.groups:
             self.running.append(work)
         else:
             self.ended()

@@ -34,23 +34,23 @@ class Neighbours:
         """The records to show with a note (`id`, `text`, `patient` where known), best first."""
         return self.index.neighbours(note, self.count, lambda record: bool(answer_of(record)))
 
-    def shown(self, tokenizer: Tokenizer, found: list[dict[str, Any]], slots: int) -> list[tuple[str, str]]:
-        """(id, text) of as many of the records as fit into `slots` tokens together; the last may be cut shorter."""
+    def shown(self, tokenizer: Tokenizer, found: list[dict[str, Any]], budget: int) -> list[tuple[str, str]]:
+        """(id, text) of as many of the records as fit into `budget` tokens together; the last may be cut shorter."""
         parts: list[tuple[str, str]] = []
         for record in found:
-            text = self.fitted(tokenizer, record, slots)
+            text = self.fitted(tokenizer, record, budget)
             if text is None:
                 break
-            slots -= len(tokenizer.encode(text))
+            budget -= len(tokenizer.encode(text))
             parts.append((record["id"], text))
         return parts
 
-    def fitted(self, tokenizer: Tokenizer, record: dict[str, Any], slots: int) -> str | None:
-        """A record as an example of at most `slots` tokens, or None where too little of it would be left."""
+    def fitted(self, tokenizer: Tokenizer, record: dict[str, Any], budget: int) -> str | None:
+        """A record as an example of at most `budget` tokens, or None where too little of it would be left."""
         most = self.tokens
         while most >= LEAST:
             text = tasks.example(beginning(tokenizer, record["text"], most), answer_of(record))
-            over = len(tokenizer.encode(text)) - slots
+            over = len(tokenizer.encode(text)) - budget
             if over <= 0:
                 return text
             most -= over

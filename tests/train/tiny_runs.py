@@ -15,6 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from safetensors.torch import save_file
 
 from lora import LoRAConfig, add_lora
@@ -22,6 +23,7 @@ from model.config import ModelConfig
 from model.support.init import init_weights
 from model.transformer import Transformer
 from train.data.dataset import Rows
+from train.data.rows import IGNORE
 from train.data.store import TokenStore
 from train.distributed.checkpoint import steps_saved, whole
 from train.distributed.sharding import Ranks, shard
@@ -44,6 +46,11 @@ CONFIG = ModelConfig(
     max_position_embeddings=2048,
 )
 RECIPE = Recipe(data=("x",), out="x", weights="x", packing="none", block=400)
+
+
+def mean_loss(logits_BTV: torch.Tensor, target_BT: torch.Tensor) -> torch.Tensor:
+    """The definition that train/loss.py is held against: the mean of −log p over supervised tokens."""
+    return F.cross_entropy(logits_BTV.flatten(0, 1), target_BT.flatten(), ignore_index=IGNORE)
 
 
 def tiny(recipe: Recipe, config: ModelConfig = CONFIG, dtype: torch.dtype = torch.float64) -> Transformer:

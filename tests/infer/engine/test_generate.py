@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infer.engine.cache import SPARE, Cache
 from infer.engine.causal import causal
-from infer.engine.generate import Generator, Rows, Settings, cycles
+from infer.engine.generate import Generator, RequestBatch, Settings, cycles
 from infer.engine.levels import Level
 from infer.engine.lookup import Lookup, best_guess_count
 from infer.engine.settings import Hidden
@@ -471,7 +471,7 @@ def test_in_bf16_shared_prompts_are_as_near_to_fp64_as_the_plain_bf16_path(token
 
 def check_added(generator, groups, between):
     """Each group of (prompt, new tokens) comes after so many steps of those before it: the plain model's tokens."""
-    rows, states = Rows(generator), []
+    rows, states = RequestBatch(generator), []
     for group, steps in zip(groups, between, strict=True):
         added = generator.states(*zip(*[(p, Settings(max_new_tokens=new)) for p, new in group], strict=True), {})
         rows.add(added)
@@ -495,7 +495,7 @@ def test_a_text_that_is_in_the_cache_is_not_read_again(kind, ended, shared, toke
     """Until the step after its last question has ended; what a window has dropped of it is read again."""
     model, text = MODELS[kind], [(7 * i) % 250 for i in range(60)]
     generator = Generator(model, tokenizer)
-    rows = Rows(generator)
+    rows = RequestBatch(generator)
     other = [[*text[:20], *range(100, 130), 200 + q] for q in range(2)] * shared  # a text that begins as this one
     asked = [[*text, 200 + q] for q in range(2)] + other
     rows.add(generator.states(asked, None, {"max_new_tokens": 1 if ended else 3}))
@@ -517,7 +517,7 @@ def test_a_text_that_is_in_the_cache_is_not_read_again(kind, ended, shared, toke
 
 def test_a_lone_request_with_a_hidden_part_does_not_read_its_text_again(tokenizer):
     model, text = MODELS["full"], [(7 * i) % 250 for i in range(100)]
-    generator, rows = Generator(model, tokenizer), Rows(Generator(model, tokenizer))
+    generator, rows = Generator(model, tokenizer), RequestBatch(Generator(model, tokenizer))
     rows.add(generator.states([[*text, 200], [*text, 201]], None, {"max_new_tokens": 4}))
     lone = generator.states([[*text, 210, 211]], None, {"max_new_tokens": 2, "hidden": Hidden(10, 20, len(text))})
     with tokens_read(model) as read:
@@ -554,7 +554,7 @@ MISTAKES = {  # of Cache.join, Cache.retain or Level's index
     "values of the rows before": ("join", "other.values[layer], dim=-2", "self.values[layer], dim=-2"),
     "a note's keys for its neighbour's": ("join", "own + prefix.branches.start,", "own - 1 + prefix.branches.start,"),
     "a tree's levels in one": ("join", "free.remove(place)", "pass"),
-    "a mask of the wrong row": ("index", "places.get(branch, 0) // n", "places.get(branch + 1, 0) // n"),
+    "a mask of the wrong row": ("index", "places.get(branch, -1) // n", "places.get(branch + 1, -1) // n"),
     "a row kept for its neighbour": ("retain", "self.start_B[kept_B]", "self.start_B[: len(rows)]"),
 }
 

@@ -9,7 +9,7 @@ from answering_models import tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from infer.engine.generate import Generation, Generator, Rows
+from infer.engine.generate import Generation, Generator, RequestBatch
 from infer.extract.answers import SCHEMA, phenotype_record, written_values
 from infer.extract.ask import Answer, Asker, Limits, best_diagnosis, merge
 from infer.extract.notes import Note
@@ -131,7 +131,7 @@ def test_windows_hold_all_of_a_long_note_overlap_and_keep_to_the_limit(pieces, l
             asker.parts(Note("n", text))
 
 
-class Counting(Rows):
+class Counting(RequestBatch):
     """Notes what is added, and how many requests are under way then."""
 
     added: ClassVar[list[list[int]]]
@@ -146,7 +146,7 @@ class Counting(Rows):
 def asked_in(batch, notes, tokenizer, monkeypatch, task="both", limit=200):
     """(the prompts asked, the most requests at once, the records) of notes, `batch` at once, in windows of `limit`
     tokens."""
-    monkeypatch.setattr("infer.extract.ask.Rows", Counting)
+    monkeypatch.setattr("infer.extract.ask.RequestBatch", Counting)
     Counting.added, Counting.at_once = [], []
     generator = Generator(tiny_model(), tokenizer)
     records = Asker(generator, task, "template", Limits(limit, 4, 6), "windows", batch=batch).records(notes)

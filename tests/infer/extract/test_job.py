@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from jobs import answered, command, extract, records, write_notes, write_parts
 from tqdm import tqdm
 
-from infer.engine.generate import Rows
+from infer.engine.generate import RequestBatch
 from infer.engine.load import load
 from infer.extract.job import END, EPOCH, Job, Unchanged, epochs, stamp
 from infer.extract.notes import Note
@@ -391,7 +391,7 @@ def test_an_epoch_holds_as_many_notes_as_asked_for_however_long_they_are(lengths
     assert all(len(epoch) == most for epoch in found[:-1]) and all(found)
 
 
-class Full(Rows):
+class Full(RequestBatch):
     """A device whose memory is not enough for more than `room` notes."""
 
     room = 0
@@ -405,7 +405,7 @@ class Full(Rows):
 def test_out_of_memory_halves_the_notes_at_once_and_is_remembered(weights, tmp_path, monkeypatch, capsys):
     notes, out = write_notes(tmp_path / "n.jsonl", 12), tmp_path / "o.jsonl"
     extract(weights, notes, tmp_path / "whole.jsonl", batch=6, dtype="float64")
-    monkeypatch.setattr("infer.extract.ask.Rows", Full)
+    monkeypatch.setattr("infer.extract.ask.RequestBatch", Full)
     monkeypatch.setattr(Full, "room", 2)
     assert extract(weights, notes, out, batch=6, dtype="float64") == 0
     assert (

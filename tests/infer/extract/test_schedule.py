@@ -1,15 +1,15 @@
-"""Works side by side: never more than there is room for, all of them answered, and no slot waits while a work does."""
+"""Works side by side: never more than there is room for, all answered, and no room left while one waits."""
 
 from types import SimpleNamespace
 
 from hypothesis import given
 from hypothesis import strategies as st
 
-from infer.extract.schedule import Piece, Schedule, Work, ahead
+from infer.extract.schedule import Group, Schedule, Work, ahead
 
 
 class Lengths:
-    """Rows whose requests take so many tokens each (`left`), and nothing else."""
+    """A batch whose requests take so many tokens each (`left`), and nothing else."""
 
     def __init__(self):
         self.active, self.most, self.calls = [], 0, 0
@@ -28,9 +28,9 @@ class Lengths:
 
 
 def steps_of(number, groups):
-    """A work that asks its groups one after the other, each request a piece of one text and slot."""
+    """A work that asks its groups one after the other, each request a group of its own, one question long."""
     for lengths in groups:
-        yield [Piece([SimpleNamespace(left=left, finish=None)], 1, 1) for left in lengths]
+        yield [Group([SimpleNamespace(left=left, finish=None)], 1) for left in lengths]
     return number
 
 
@@ -38,7 +38,7 @@ def steps_of(number, groups):
     st.lists(st.lists(st.lists(st.integers(1, 9), max_size=3), max_size=2), max_size=12),
     st.integers(1, 5),
 )
-def test_all_works_are_done_in_the_room_there_is_and_no_slot_waits(works, room):
+def test_all_works_are_done_in_the_room_there_is_and_none_is_left(works, room):
     rows, ended = Lengths(), []
     schedule = Schedule(rows, room, room, lambda: ended.append(1))
     made = (Work(steps_of(number, groups)) for number, groups in enumerate(works))
@@ -48,7 +48,7 @@ def test_all_works_are_done_in_the_room_there_is_and_no_slot_waits(works, room):
 
 @given(st.lists(st.integers(1, 9), min_size=1, max_size=30), st.integers(1, 5))
 def test_a_request_begins_as_soon_as_there_is_room(lengths, room):
-    """Single requests are done after at most their sum over the slots and the longest, the bound of any such list."""
+    """Single requests are done after at most their sum over the room and the longest, the bound of any such list."""
     alone, rows = Lengths(), Lengths()
     for rows_, size in ((rows, room), (alone, 1)):
         works = (Work(steps_of(number, [[left]])) for number, left in enumerate(lengths))

@@ -6,7 +6,7 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from tiny_runs import RECIPE, as_recipe
+from tiny_runs import RECIPE, as_recipe, mean_loss
 
 from infer import tasks
 from model.support.cli import UserError
@@ -16,7 +16,6 @@ from train.data.records import note_texts
 from train.data.rows import ANSWER, IGNORE, collate, count, note_document
 from train.data.store import build_store
 from train.distributed.sharding import Ranks
-from train.loss import plain_loss
 from train.optim.optimizer import named_trainable
 from train.recipe import encoding_of
 from train.session import prepare
@@ -122,7 +121,7 @@ def test_the_held_out_loss_is_the_mean_over_the_answers_of_its_rows(options, tmp
     batch = collate(rows)
     with torch.no_grad():
         logits = made.model.eval()(batch.tokens, positions=batch.positions, layout=batch.layout)
-    expected = plain_loss(logits, batch.target.where(batch.kind == ANSWER, IGNORE))
+    expected = mean_loss(logits, batch.target.where(batch.kind == ANSWER, IGNORE))
     assert found == pytest.approx(float(expected), rel=1e-12)
 
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tiny_runs import RECIPE, tiny
+from tiny_runs import RECIPE, mean_loss, tiny
 
 from model.support.cli import UserError
 from model.support.init import init_weights
@@ -15,7 +15,7 @@ from model.transformer import Block
 from train.data.dataset import Rows
 from train.data.rows import ANSWER, IGNORE, NOTE, Row, collate, count, order, pack, text_documents
 from train.fast.block import FastBlock, fast_blocks
-from train.loss import ChunkedCrossEntropy, batch_loss, plain_loss
+from train.loss import ChunkedCrossEntropy, batch_loss
 
 
 @torch.no_grad()
@@ -101,7 +101,7 @@ def test_the_chunked_loss_is_cross_entropy(notes):
     model, batch = tiny(RECIPE), collate(rows)
     loss, summed = batch_loss(model, batch, count(rows))
     grads = torch.autograd.grad(loss, [p for p in model.parameters() if p.requires_grad])
-    plain = plain_loss(model(batch.tokens, positions=batch.positions, layout=batch.layout), batch.target)
+    plain = mean_loss(model(batch.tokens, positions=batch.positions, layout=batch.layout), batch.target)
     theirs = torch.autograd.grad(plain, [p for p in model.parameters() if p.requires_grad])
     assert abs(float(loss / plain) - 1) < 1e-13 and abs(float(summed) / count(rows)[ANSWER] / float(plain) - 1) < 1e-13
     for ours, other in zip(grads, theirs, strict=True):
@@ -137,7 +137,7 @@ def test_the_notes_own_loss_is_a_mean_beside_the_answers_mean(notes):
     with torch.no_grad():
         logits = model(batch.tokens, positions=batch.positions, layout=batch.layout)
         answers, own = (
-            float(plain_loss(logits, batch.target.where(batch.kind == kind, IGNORE))) for kind in (ANSWER, NOTE)
+            float(mean_loss(logits, batch.target.where(batch.kind == kind, IGNORE))) for kind in (ANSWER, NOTE)
         )
     assert answers != own and float(loss.detach()) == pytest.approx(answers + 0.3 * own, rel=1e-12)
     assert float(summed) == pytest.approx(answers * count(rows)[ANSWER], rel=1e-12)
