@@ -1,7 +1,7 @@
 """The benchmarks: `python -m eval.bench NAME`, each a ratio against a peer measured in the same run.
 
 Every benchmark is a module of this package with a function `rows(...)`, whose keyword arguments are its options and
-which returns rows (row.py). `gpu` is a program of its own, because it must run in a bare CUDA image.
+which returns rows (row.py). `gpu` reads its options itself, because it runs in a bare CUDA image, without tyro.
 """
 
 from __future__ import annotations
@@ -10,7 +10,12 @@ import sys
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
-from typing import Any
+
+from eval.bench.row import table
+from model.support.cli import UserError, guard, nearest, parse
+from model.support.files import write_json
+from model.support.hardware import host
+from model.support.lock import output
 
 NAMES = (
     "decode",
@@ -31,11 +36,6 @@ def main(argv: list[str]) -> int:
         from eval.bench import gpu
 
         return gpu.main(argv[1:])
-    from model.support.cli import UserError, nearest, parse
-    from model.support.files import write_json
-    from model.support.hardware import host
-    from model.support.lock import output
-
     if not argv or argv[0] in ("-h", "--help"):
         print(
             f"usage: python -m eval.bench NAME [--json FILE [--overwrite]] [options; NAME --help]\n"
@@ -65,26 +65,5 @@ def main(argv: list[str]) -> int:
     return 0
 
 
-def table(rows: list[dict[str, Any]]) -> str:
-    """The rows as a Markdown table."""
-    keys = ("name", "ours", "peer", "unit", "peer_name", "ratio", "limit", "share_of_limit", "setting")
-    cells = [[key.replace("_", " ") for key in keys]] + [[shown(row[key]) for key in keys] for row in rows]
-    width = [max(len(line[i]) for line in cells) for i in range(len(keys))]
-    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |" for line in cells]
-    lines.insert(1, "| " + " | ".join("-" * w for w in width) + " |")
-    return "\n".join(lines)
-
-
-def shown(value: Any) -> str:
-    if value is None:
-        return "–"
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
-
-
 if __name__ == "__main__":
-    arguments = sys.argv[1:]
-    if arguments and arguments[0] == "gpu":
-        raise SystemExit(main(arguments))
-    from model.support.cli import guard
-
-    raise SystemExit(guard(lambda: main(arguments), "eval.bench"))
+    raise SystemExit(guard(lambda: main(sys.argv[1:]), "eval.bench"))

@@ -8,6 +8,7 @@ window, whose cost per token must not grow with the text.
 from __future__ import annotations
 
 import statistics
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
@@ -18,14 +19,16 @@ from typing import Any
 import torch
 
 from eval.bench import llama
+from eval.bench.models import generator_of, read_bytes, transformers_of, transformers_tokens
 from eval.bench.row import Row
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from model import ModelConfig, Transformer
-from model.quantize.linear import bytes_of, quantize_model
+from model.quantize.linear import quantize_model
 from model.support.hardware import int8_products, read_rate
 from model.support.init import init_weights
 
+SIZES = (8, 72)  # rows of a note's questions, and of eight notes'
 HALF_BILLION = {
     "model_type": "mistral",
     "vocab_size": 32000,
@@ -63,136 +66,79 @@ def rows(
     """Greedy decoding, batch 1. `large`: the 500M model too (2 GB in fp32, twice). w8a8 is left out where this machine
     has no products for it. `compiled`: forms whose step is compiled too (a minute and a half each)."""
     forms = tuple(form for form in forms if form != "w8a8" or int8_products())
-    setting = f"prompt {prompt_tokens}, {new_tokens} new, best of {repeats}, {torch.get_num_threads()} threads"
     prompt = [100 + n % 150 for n in range(prompt_tokens)]
     model, tokenizer = load(weights)
-    narrows = {form: load(weights, form=form)[0] for form in forms}
-    few = setting.replace(f"{new_tokens} new", "16 new")
+    models = {"fp32": model} | {form: load(weights, form=form)[0] for form in forms}
+    is_gguf = Path(weights).suffix == ".gguf"
+    name = "SmolLM2-135M" if is_gguf else Path(weights).name
+    peer = llama.installed() if is_gguf else None
+    if is_gguf and peer is None:
+        print(llama.MISSING, file=sys.stderr)
     with tempfile.TemporaryDirectory() as folder:
-        files: dict[str, str] = {}
-        peer = llama.installed()
-        if Path(weights).suffix == ".gguf" and peer is None:
-            setting += f"; {llama.MISSING}"
-        elif Path(weights).suffix == ".gguf":
-            files = dict(llama.requantized(peer, weights, Path(folder)))
-        name = "SmolLM2-135M" if Path(weights).suffix == ".gguf" else Path(weights).name
-        peers = {
-            llama.named(peer, form): llama.decoding(llama.opened(peer, file), prompt, new_tokens)
-            for form, file in files.items()
-        }
-        found = compare(name, model, tokenizer, narrows, peers, prompt, new_tokens, repeats, setting, compiled)
-        del peers
-        jobs = {llama.named(peer, form): partial(llama.rate, peer, file, prompt, 16) for form, file in files.items()}
-        found += batched(name, {"fp32": model, **narrows}, jobs, tokenizer, prompt, 16, repeats, few)
+        files = {} if peer is None else dict(llama.requantized(peer, weights, Path(folder)))
+        by_name = {llama.named(peer, form): file for form, file in files.items()}
+        jobs = {who: llama.decoding(llama.opened(peer, file), prompt, new_tokens) for who, file in by_name.items()}
+        found = compare(name, models, tokenizer, jobs, prompt, new_tokens, repeats, compiled=compiled)
+        for size in SIZES:
+            jobs = {
+                who: partial(llama.Job(peer, file, size + 1).rate, prompt, size, 16) for who, file in by_name.items()
+            }
+            found += compare(f"{name}, {size} rows", models, tokenizer, jobs, prompt, 16, repeats, size)
     if large:
-        del model, narrows
+        del model, models
         with torch.device("meta"):
             model = Transformer(ModelConfig.from_dict(HALF_BILLION))
-        model = init_weights(model.to_empty(device="cpu"), 0).requires_grad_(False).eval()
-        narrows = {}
+        models = {"fp32": init_weights(model.to_empty(device="cpu"), 0).requires_grad_(False).eval()}
         for form in [form for form in ("int8", "w8a8", "int4") if form in forms]:
             base = init_weights(Transformer(model.config), 0).requires_grad_(False).eval()
-            narrows[form] = quantize_model(base, form)
-        found += compare("500M random", model, tokenizer, narrows, {}, prompt, new_tokens, repeats, setting)
+            models[form] = quantize_model(base, form)
+        found += compare("500M random", models, tokenizer, {}, prompt, new_tokens, repeats)
     return [*found, past_the_window(tokenizer)]
 
 
 def compare(
     name: str,
-    model: Transformer,
+    models: dict[str, Transformer],
     tokenizer: Any,
-    narrows: dict[str, Transformer],
-    peers: dict[str, Callable[[], float]],
+    peers: Mapping[str, Callable[[], float]],
     prompt: list[int],
     new: int,
     repeats: int,
-    setting: str,
+    size: int = 1,
     compiled: tuple[str, ...] = (),
 ) -> list[Row]:
-    """fp32 and the quantized models against transformers in fp32, and the quantized ones against the fastest of `peers`
-    too."""
-    from transformers import AutoModelForCausalLM
-
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder) / "peer")
-        theirs = AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=torch.float32).eval()
-    runs: dict[str, Callable[[], float]] = {
-        "transformers generate, fp32": partial(theirs_once, theirs, torch.tensor([prompt]), new),
-        **peers,
+    """Every format of `models` at steps of `size` rows, as one prompt, a note's or eight notes' questions make them:
+    against the fastest of `peers`, which measure tokens a second, and against transformers in fp32 (one row, with the
+    limit) or our own fp32 (several rows)."""
+    prompts = [[*prompt, 100 + row] for row in range(size)]
+    runs = {
+        form: partial(ours_once, generator_of(own, tokenizer, lookup=False), prompts, new)
+        for form, own in models.items()
     }
-    sizes = {}
-    for form, own in {"fp32": model, **narrows}.items():
-        sizes[form] = read_bytes(own.config, form)
-        runs[form] = partial(ours_once, generator_of(own, tokenizer), [prompt], new)
-        if form in compiled:
-            sizes[f"{form}, compiled"] = sizes[form]
-            runs[f"{form}, compiled"] = partial(ours_once, generator_of(own, tokenizer, True), [prompt], new)
-            runs[f"{form}, compiled"]()
-    best: dict[str, float] = {}
+    for form in (form for form in compiled if form in models):
+        whole = generator_of(models[form], tokenizer, lookup=False, compile=True)
+        runs[f"{form}, compiled"] = partial(ours_once, whole, prompts, new)
+        ours_once(whole, prompts, new)  # compiles
+    measured: dict[str, Callable[[], float]] = {**runs, **peers}
+    plain = "ours, fp32"
+    if size == 1:
+        plain = "transformers generate, fp32"
+        theirs = transformers_of(models["fp32"], torch.float32)
+        measured[plain] = partial(theirs_once, theirs, torch.tensor(prompts), new)
+    best = dict.fromkeys(measured, 0.0)
     for _ in range(repeats):  # in turns: other load on the machine then slows all of them alike
-        for which, once in runs.items():
-            best[which] = max(best.get(which, 0.0), once())
+        for which, once in measured.items():
+            best[which] = max(best[which], once())
+    best.setdefault(plain, best["fp32"])
+    setting = f"prompt {len(prompt)}, {new} new, best of {repeats}, {torch.get_num_threads()} threads"
     rate, found = read_rate() * 1e9, []
-    for form, size in sizes.items():
-        fastest = [] if form.startswith("fp32") or not peers else [max(peers, key=best.__getitem__)]
-        for peer in ("transformers generate, fp32", *fastest):
-            found.append(
-                Row(
-                    f"decode {name}: {form}",
-                    best[form],
-                    best[peer],
-                    peer,
-                    "tokens/s",
-                    f"{size / 1e6:.0f} MB a token, {setting}",
-                    rate / size,
-                )
-            )
+    for form in runs:
+        read = read_bytes(models["fp32"].config, form.removesuffix(", compiled"))
+        limit, about = (rate / read, f"{read / 1e6:.0f} MB a token, {setting}") if size == 1 else (None, setting)
+        for peer in (plain, *([max(peers, key=best.__getitem__)] if peers else ())):
+            if (form, peer) != ("fp32", "ours, fp32"):
+                found.append(Row(f"decode {name}: {form}", best[form], best[peer], peer, "tokens/s", about, limit))
     return found
-
-
-def batched(
-    name: str,
-    models: dict[str, Transformer],
-    jobs: Mapping[str, Callable[[int, int], float]],
-    tokenizer: Any,
-    prompt: list[int],
-    new: int,
-    repeats: int,
-    setting: str,
-    sizes: tuple[int, ...] = (8, 72),
-) -> list[Row]:
-    """Steps of several rows, as a note's or eight notes' questions make them: each format against our fp32 and against
-    the fastest of `jobs`, which give tokens a second for (rows, repeats)."""
-    found = []
-    generators = {form: generator_of(own, tokenizer) for form, own in models.items()}
-    for size in sizes:
-        prompts, best = [[*prompt, 100 + row] for row in range(size)], dict.fromkeys((*models, *jobs), 0.0)
-        for _ in range(repeats):
-            for form, generator in generators.items():
-                best[form] = max(best[form], ours_once(generator, prompts, new))
-        for name_of, job in jobs.items():
-            best[name_of] = job(size, repeats)
-        fastest = [max(jobs, key=best.__getitem__)] if jobs else []
-        label = f"decode {name}, {size} rows"
-        for form in models:
-            for peer in (*(["fp32"] if form != "fp32" else []), *fastest):
-                peer_name = "ours, fp32" if peer == "fp32" else peer
-                found.append(Row(f"{label}: {form}", best[form], best[peer], peer_name, "tokens/s", setting))
-    return found
-
-
-def read_bytes(config: ModelConfig, form: str) -> int:
-    """Bytes that a decoded token reads: the blocks' matrices and the head's, in a format or in fp32."""
-    with torch.device("meta"):
-        shapes = [tuple(p.shape) for n, p in Transformer(config).named_parameters() if ".layers." in n and p.dim() == 2]
-    shapes.append((config.vocab_size, config.hidden_size))
-    return sum(4 * a * b if form == "fp32" else bytes_of(form, a, b) for a, b in shapes)
-
-
-def generator_of(model: Transformer, tokenizer: Any, compile: bool = False) -> Generator:
-    generator = Generator(model, tokenizer, lookup=False, compile=compile)
-    generator.stop_ids = frozenset()
-    return generator
 
 
 def ours_once(generator: Generator, prompts: list[list[int]], new: int) -> float:
@@ -221,16 +167,7 @@ class Clock:
 def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
     """Tokens per second after the first."""
     clock = Clock()
-    peer.generate(
-        ids,
-        attention_mask=torch.ones_like(ids),
-        max_new_tokens=new + 1,
-        min_new_tokens=new + 1,
-        do_sample=False,
-        pad_token_id=0,
-        eos_token_id=None,
-        streamer=clock,
-    )
+    transformers_tokens(peer, ids, torch.ones_like(ids), new + 1, streamer=clock)
     _, first, *_, last = clock.times
     return new / (last - first)
 
@@ -238,7 +175,8 @@ def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
 def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> Row:
     """Time of a token between six and eight windows over that between two and four: 1 where the cost is flat."""
     config = ModelConfig.from_dict({**SHORT, "sliding_window": window})
-    generator = generator_of(init_weights(Transformer(config), 0).requires_grad_(False).eval(), tokenizer)
+    model = init_weights(Transformer(config), 0).requires_grad_(False).eval()
+    generator = generator_of(model, tokenizer, lookup=False)
     steps, taken = generator.run(generator.states([[100] * 16], None, {"max_new_tokens": new})), []
     began = time.perf_counter()
     for _ in steps:

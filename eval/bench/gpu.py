@@ -28,9 +28,12 @@ import torch
 
 from eval.bench import gpu_cases
 from eval.bench.gpu_cases import BF16, reached, sections, us, verify
-from eval.bench.row import Row
+from eval.bench.row import Row, table
 from kernels import launch
 from kernels.proof.cases import Case, Make, cases
+from model.support.cli import UserError
+from model.support.files import write_json, write_text
+from model.support.lock import output
 
 CONFIGS = Path(launch.__file__).parent / "configs.json"
 
@@ -61,7 +64,7 @@ def prepare(weights: str) -> int:
     texts = [next(patient_notes("gpu", number, 1))["text"] for number in range(gpu_cases.NOTES)]
     notes = [tokenizer.encode(tasks.prefix(text), bos=True) for text in texts]
     inputs = {"notes": notes, "questions": [tokenizer.encode(tasks.branch(question)) for question in asked]}
-    write(gpu_cases.INPUTS / "tokens.json", json.dumps(inputs) + "\n")
+    write_json(gpu_cases.INPUTS / "tokens.json", inputs)
     say(f"{gpu_cases.INPUTS} is written; carry it to the machine with the GPU, beside the repository's files")
     return 0
 
@@ -77,51 +80,32 @@ def start_afresh() -> None:
 def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) -> dict[str, Any]:
     """Run the sections in order, write the result after each; an error becomes a row and the rest is run."""
     end = time.monotonic() + minutes * 60
-    steps = iter(named)
-    while True:
-        name = "the next case"
+    for name, function in named:
+        if time.monotonic() > end:
+            result["notes"].append(f"stopped after {minutes:g} minutes, before {name}")
+            break
+        say(name)
         try:
-            if time.monotonic() > end:
-                result["notes"].append(f"stopped after {minutes:g} minutes, before {name}")
-                break
-            name, function = next(steps)
-            say(name)
             start_afresh()
             found = function()
             for one in found if isinstance(found, list) else [found]:
                 kept = one.as_dict() if isinstance(one, Row) else one
                 result["rows" if isinstance(one, Row) else "correct"].append(kept)
-        except StopIteration:
-            break
         except Exception as error:  # one case's failure is a row of the result, whatever it is
             result["rows"].append({"name": name, "error": f"{type(error).__name__}: {error}"[:500]})
         if out is not None:
-            write(out, json.dumps(result, indent=1) + "\n")
+            write_json(out, result)
     if out is not None:
-        write(out, json.dumps(result, indent=1) + "\n")
+        write_json(out, result)
     return result
 
 
-def table(result: dict[str, Any]) -> str:
-    lines = ["| what | ours | peer | | ratio | share of the limit | unit |", "| --- " * 7 + "|"]
-    for r in result["rows"]:
-        if "error" in r:
-            lines.append(f"| {r['name']} | {r['error']} | | | | | |")
-            continue
-        share = "–" if r["share_of_limit"] is None else f"{r['share_of_limit']:.0%}"
-        cells = (
-            r["name"],
-            f"{r['ours']:.1f}",
-            f"{r['peer']:.1f}" if r["peer"] else "–",
-            r["peer_name"] or "–",
-            f"{r['ratio']:.2f}" if r["ratio"] else "–",
-            share,
-            r["unit"],
-        )
-        lines.append("| " + " | ".join(cells) + " |")
-    wrong = [p["case"] for p in result["correct"] if not p["right"]]
-    lines += ["", f"Wrong: {', '.join(wrong)}." if wrong else f"{len(result['correct'])} cases verified, all right."]
-    return "\n".join(lines + [f"- {note}" for note in result["notes"]]) + "\n"
+def summary(result: dict[str, Any]) -> str:
+    """The rows as a table, an error in the place of its case's setting; then what was wrong, and the notes."""
+    rows = table([{"setting": row.get("error"), **row} for row in result["rows"]])
+    wrong = [proof["case"] for proof in result["correct"] if not proof["right"]]
+    right = f"Wrong: {', '.join(wrong)}." if wrong else f"{len(result['correct'])} cases verified, all right."
+    return "\n".join([rows, "", right, *(f"- {note}" for note in result["notes"])])
 
 
 def tune(minutes: float) -> int:
@@ -157,7 +141,7 @@ def tune(minutes: float) -> int:
                         best = now
                     else:
                         tiles[name] = kept
-            write(CONFIGS, layout(configs))
+            write_text(CONFIGS, layout(configs))
     say("kernels/configs.json is written; now `python -m kernels.proof.machine_code`, then the tests")
     return 0
 
@@ -194,14 +178,8 @@ def say(text: str) -> None:
     print(text, file=sys.stderr, flush=True)
 
 
-def write(path: Path, text: str) -> None:
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(text)
-    os.replace(beside, path)
-
-
 def main(argv: list[str] | None = None) -> int:
-    """The command; returns the exit code: 0, 1 where a kernel is wrong or a case failed, 2 where it cannot run."""
+    """The command. Returns 1 where a kernel is wrong or a case failed. Raises UserError where it cannot run."""
     parser = argparse.ArgumentParser(prog="python -m eval.bench gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the results to this file, again after each case")
     parser.add_argument(
@@ -218,15 +196,17 @@ def main(argv: list[str] | None = None) -> int:
     options = parser.parse_args(argv)
     if options.prepare:
         return prepare(options.prepare)
-    if options.json is not None and (not options.json.parent.is_dir() or options.json.exists()):
-        say(f"eval.bench gpu: {options.json}: its folder is missing, or the file is there; give another name")
-        return 2
     missing = what_is_missing()
     if missing is not None:
-        say(f"eval.bench gpu: {missing}")
-        return 2
+        raise UserError(missing)
     if options.tune:
         return tune(options.minutes)
+    with output(options.json, overwrite=False):
+        return measure(options.minutes, options.json)
+
+
+def measure(minutes: float, out: Path | None) -> int:
+    """Run all sections and print their table. Returns 1 where a kernel is wrong or a case failed."""
     limits = reached()
     host = {
         "device": torch.cuda.get_device_name(),
@@ -237,11 +217,7 @@ def main(argv: list[str] | None = None) -> int:
         "reached": limits,
     }
     started: dict[str, Any] = {"host": host, "rows": [], "correct": [], "notes": []}
-    result = run(sections(limits), options.minutes, options.json, started)
-    print(table(result))
+    result = run(sections(limits), minutes, out, started)
+    print(summary(result))
     failed = any("error" in r for r in result["rows"]) or not all(p["right"] for p in result["correct"])
     return int(failed)
-
-
-if __name__ == "__main__":
-    raise SystemExit(main())

@@ -125,27 +125,26 @@ def in_bf16() -> Iterator[None]:
         torch.set_default_dtype(torch.float32)
 
 
+def shape_7b() -> dict[str, Any]:
+    """Mistral-7B's sizes, as its config.json names them."""
+    return {
+        "hidden_size": WIDTH,
+        "intermediate_size": FFN,
+        "num_hidden_layers": DEPTH,
+        "num_attention_heads": HEADS,
+        "num_key_value_heads": GROUPS,
+        "head_dim": HEAD,
+        "vocab_size": VOCAB,
+    }
+
+
 def random_7b(rank: int = 0) -> Any:
     """A model of Mistral-7B's shape in bf16 with random weights, made on the device; adapters on every linear layer."""
     from lora import LoRAConfig, add_lora
     from model import ModelConfig, Transformer
 
-    config = ModelConfig.from_dict(
-        {
-            "model_type": "mistral",
-            "hidden_size": WIDTH,
-            "intermediate_size": FFN,
-            "num_hidden_layers": DEPTH,
-            "num_attention_heads": HEADS,
-            "num_key_value_heads": GROUPS,
-            "head_dim": HEAD,
-            "vocab_size": VOCAB,
-            "rms_norm_eps": EPS,
-            "rope_theta": 10000.0,
-            "sliding_window": 4096,
-            "max_position_embeddings": 32768,
-        }
-    )
+    more = {"rms_norm_eps": EPS, "rope_theta": 10000.0, "sliding_window": 4096, "max_position_embeddings": 32768}
+    config = ModelConfig.from_dict({"model_type": "mistral", **shape_7b(), **more})
     with in_bf16():
         model = Transformer(config).requires_grad_(False).eval()
     for weight in model.parameters():
@@ -182,18 +181,8 @@ def transformers_7b() -> Any:
     """transformers' model of the same shape in bf16, random weights made on the device. ImportError without it."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    config = MistralConfig(
-        hidden_size=WIDTH,
-        intermediate_size=FFN,
-        num_hidden_layers=DEPTH,
-        num_attention_heads=HEADS,
-        num_key_value_heads=GROUPS,
-        head_dim=HEAD,
-        vocab_size=VOCAB,
-        sliding_window=None,
-    )
     with in_bf16():
-        return MistralForCausalLM(config)
+        return MistralForCausalLM(MistralConfig(**shape_7b(), sliding_window=None))
 
 
 @torch.inference_mode()
@@ -287,23 +276,15 @@ def kernel_rows(limits: dict[str, float], name: str, kind: str, rank: int, rows:
         weights = [make.normal(size, width) for size in sizes]
         return lambda: [F.linear(x, w) for w in weights]
 
-    def compiled() -> Callable[[], Any]:
-        torch._dynamo.reset()
-        return torch.compile(linear(make, **given)[1])
-
-    wide = layer_bytes(sizes, width, 16.0)
-    found = [Row(label, ours, us(plain, wide), "F.linear in bf16, no norm, no adapter", "us", setting, limit)]
+    peers = {"F.linear in bf16, no norm, no adapter": us(plain, layer_bytes(sizes, width, 16.0))}
     if kind == "bf16":
-        one = compiled()
-        found.append(
-            Row(label, ours, us(lambda: one, 2**40), "torch.compile (one set of inputs)", "us", setting, limit)
-        )
+        torch._dynamo.reset()
+        compiled = torch.compile(linear(make, **given)[1])
+        peers["torch.compile (one set of inputs)"] = us(lambda: compiled, 2**40)
     else:
         packed = partial(torch_int4, make, rows, sizes, width)
-        found.append(
-            Row(label, ours, us(packed, bytes_), "torch's packed int4, no norm, no adapter", "us", setting, limit)
-        )
-    return found
+        peers["torch's packed int4, no norm, no adapter"] = us(packed, bytes_)
+    return [Row(label, ours, taken, peer, "us", setting, limit) for peer, taken in peers.items()]
 
 
 def torch_int4(make: Make, rows: int, sizes: tuple[int, ...], width: int) -> Callable[[], Any]:

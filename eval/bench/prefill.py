@@ -2,15 +2,15 @@
 
 from __future__ import annotations
 
-import itertools
-import tempfile
 import time
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
 from eval.bench import llama
+from eval.bench.models import transformers_of
 from eval.bench.row import Row
 from infer.engine.forward import Layer
 from infer.engine.generate import Generator
@@ -48,37 +48,34 @@ def quantized(weights: str, form: str, wide: Row, prompt_tokens: int, repeats: i
     )
 
 
+def prompt_of(tokens: int) -> list[int]:
+    return [100 + n % 150 for n in range(tokens)]
+
+
 def ours_once(generator: Generator, prompt_tokens: int) -> float:
     """Tokens a second up to the first new one."""
     began = time.perf_counter()
-    generator.generate([[100 + n % 150 for n in range(prompt_tokens)]], max_new_tokens=1)
+    generator.generate([prompt_of(prompt_tokens)], max_new_tokens=1)
     return prompt_tokens / (time.perf_counter() - began)
 
 
 def against_llama_cpp(weights: str, ours: Row, prompt_tokens: int, repeats: int) -> Row:
     """Our row against llama.cpp's fastest prefill of the same prompt, among the formats that it makes of the file."""
-    peer, rates = llama.installed(), {}
-    prompt = [100 + n % 150 for n in range(prompt_tokens)]
-    with tempfile.TemporaryDirectory() as folder:
-        files = {} if peer is None else dict(llama.requantized(peer, weights, Path(folder)))
-        for (form, file), flash in itertools.product(files.items(), (False, True)):
-            model = llama.opened(peer, file, flash)
-            rates[llama.named(peer, form, flash)] = max(llama.reading(model, prompt) for _ in range(repeats + 1))
-    fastest = max(rates, key=rates.__getitem__, default=llama.MISSING)
+
+    def measure(peer: Any, file: str, flash: bool) -> float:
+        model = llama.opened(peer, file, flash)
+        return max(llama.reading(model, prompt_of(prompt_tokens)) for _ in range(repeats + 1))
+
+    name, rate = llama.fastest(weights, measure)
     dtype = ours.name.rsplit(" ", 1)[-1]
-    return replace(ours, name=f"prefill: {dtype} against llama.cpp", peer=rates.get(fastest), peer_name=fastest)
+    return replace(ours, name=f"prefill: {dtype} against llama.cpp", peer=rate, peer_name=name)
 
 
 def compare(weights: str, dtype: torch.dtype, prompt_tokens: int, repeats: int) -> Row:
-    from transformers import AutoModelForCausalLM
-
     name = str(dtype).removeprefix("torch.")
     model, tokenizer = load(weights, dtype=name)
-    with tempfile.TemporaryDirectory() as folder:
-        model.save_pretrained(Path(folder) / "peer")
-        peer = AutoModelForCausalLM.from_pretrained(Path(folder) / "peer", dtype=dtype).eval()
-    prompt = [100 + n % 150 for n in range(prompt_tokens)]
-    generator, ids = Generator(model, tokenizer), torch.tensor([prompt])
+    peer = transformers_of(model, dtype)
+    generator, ids = Generator(model, tokenizer), torch.tensor([prompt_of(prompt_tokens)])
     ours, theirs = [], []
     for _ in range(repeats + 1):  # in turns: other load then slows both alike; the first turn warms up
         ours.append(ours_once(generator, prompt_tokens))

@@ -1,4 +1,4 @@
-"""One row of a benchmark's result."""
+"""The rows of a benchmark's result, and their table."""
 
 from __future__ import annotations
 
@@ -34,3 +34,19 @@ class Row:
 
     def as_dict(self) -> dict[str, Any]:
         return asdict(self) | {"ratio": self.ratio, "share_of_limit": self.share_of_limit}
+
+
+def table(rows: list[dict[str, Any]]) -> str:
+    """Rows (`Row.as_dict`) as a Markdown table; "–" where one lacks a value."""
+    keys = ("name", "ours", "peer", "unit", "peer_name", "ratio", "limit", "share_of_limit", "setting")
+    cells = [[key.replace("_", " ") for key in keys]] + [[shown(row.get(key)) for key in keys] for row in rows]
+    width = [max(len(line[i]) for line in cells) for i in range(len(keys))]
+    lines = ["| " + " | ".join(cell.ljust(w) for cell, w in zip(line, width, strict=True)) + " |" for line in cells]
+    lines.insert(1, "| " + " | ".join("-" * w for w in width) + " |")
+    return "\n".join(lines)
+
+
+def shown(value: Any) -> str:
+    if value is None:
+        return "–"
+    return f"{value:.4g}" if isinstance(value, float) else str(value)

@@ -12,44 +12,42 @@ import os
 import shutil
 import tempfile
 import time
+from math import prod
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import torch
+
+from eval.bench.models import block_matrices, generator_of, read_bytes
 from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
+from infer.engine.load import load, plan_for
+from lora import peft
+from lora.adapter import LoRAConfig
+from lora.memory import Requests
+from model import ModelConfig, Transformer
+from model.checkpoints.safetensors import Stored
+from model.checkpoints.weights import Checkpoint, new_checkpoint, write_checkpoint
 from model.support.cli import UserError
 from model.support.files import read_json
-
-if TYPE_CHECKING:
-    from model import ModelConfig
+from model.support.hardware import product_rate, read_rate
 
 SHAPE = Path("train/recipes/mistral-7b.json")
 PAPER = 5550.0  # MB
 
 
-def rows(
-    layers: int = 32,
-    width: int = 4096,
-    tokens: int = 1500,
-    new: int = 50,
-    memory: str = "5000MB",
-    form: str = "auto",
-    folder: str | None = None,
-) -> list[Row]:
-    """Peak memory, time to the first token, and decoding, each with its limit.
-
-    Fewer `layers` or a smaller `width` for a trial; `folder` needs the space (default: the system's temporary folder).
-    """
-    with tempfile.TemporaryDirectory(dir=folder, prefix="seven-b-") as scratch:
+def rows(layers: int = 32, tokens: int = 1500, new: int = 50, memory: str = "5000MB") -> list[Row]:
+    """Peak memory, time to the first token, and decoding, each with its limit. Fewer `layers` for a trial."""
+    with tempfile.TemporaryDirectory(prefix="seven-b-") as scratch:
         path = Path(scratch) / "model"
-        size = write(path, layers, width)
+        size = write(path, layers)
         write_tokenizer(path)
         write_adapter(path, Path(scratch) / "adapter")
         drop_cache(path)
-        found = in_own_process(measure, Path(scratch), tokens, new, memory, form)
+        found = in_own_process(measure, Path(scratch), tokens, new, memory)
     setting = (
-        f"{layers} layers of {width}, {size / 1e9:.1f} GB in bf16 streamed into {found['form']} in "
+        f"{layers} layers, {size / 1e9:.1f} GB in bf16 streamed into {found['form']} in "
         f"{found['load']:.0f} s, LoRA r 8 on all linear layers, {tokens} tokens in, {new} out, {found['cache']} cache, "
         f"chunks of {found['chunk']}, {found['threads']} threads"
     )
@@ -68,29 +66,17 @@ def rows(
     ]
 
 
-def write(path: Path, layers: int, width: int) -> int:
+def write(path: Path, layers: int) -> int:
     """Write the checkpoint, one tensor in memory at a time; returns its size in bytes."""
-    import torch
-
-    from model import ModelConfig, Transformer
-    from model.checkpoints.safetensors import Stored
-    from model.checkpoints.weights import Checkpoint, new_checkpoint, write_checkpoint
-
-    heads = max(1, width // 128)
-    smaller = {
-        "num_hidden_layers": layers,
-        "hidden_size": width,
-        "num_attention_heads": heads,
-        "num_key_value_heads": max(1, heads // 4),
-        "intermediate_size": width * 7 // 2,
-    }
-    config = ModelConfig.from_dict({**read_json(SHAPE), **smaller})
+    config = ModelConfig.from_dict({**read_json(SHAPE), "num_hidden_layers": layers})
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
     size = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
     free = shutil.disk_usage(path.parent).free
     if free < size * 1.05:
-        raise UserError(f"{path.parent}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed; name another --folder")
+        raise UserError(
+            f"{path.parent}: {free / 1e9:.1f} GB free, {size / 1e9:.1f} GB needed; set TMPDIR to another folder"
+        )
     noise = torch.randn(2**22, generator=torch.Generator().manual_seed(0)).mul_(0.02).to(torch.bfloat16)
 
     def stored(shape: tuple[int, ...]) -> Stored:
@@ -125,41 +111,26 @@ def write_tokenizer(path: Path) -> None:
 
 def write_adapter(path: Path, out: Path, r: int = 8) -> None:
     """A random adapter of rank `r` on every linear layer of the model at `path`."""
-    import torch
-
-    from lora.adapter import LoRAConfig
-    from lora.peft import PREFIX
-    from lora.peft import write_adapter as write_files
-    from model import ModelConfig, Transformer
-
     config, generator, state = LoRAConfig(r=r, alpha=2.0 * r), torch.Generator().manual_seed(0), {}
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_pretrained(path))
     for name, module in model.named_modules():
         if isinstance(module, torch.nn.Linear) and config.wants(name):
             for kind, shape in (("A", (r, module.in_features)), ("B", (module.out_features, r))):
-                state[f"{PREFIX}{name}.lora_{kind}.weight"] = torch.randn(shape, generator=generator) * 0.01
+                state[f"{peft.PREFIX}{name}.lora_{kind}.weight"] = torch.randn(shape, generator=generator) * 0.01
     out.mkdir()
-    write_files(out, config, state)
+    peft.write_adapter(out, config, state)
 
 
-def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dict[str, Any]:
+def measure(scratch: Path, tokens: int, new: int, memory: str) -> dict[str, Any]:
     """Plan, load, prefill and decode; call it in a fresh process."""
-    import torch
-
-    from infer.engine.generate import Generator
-    from infer.engine.load import load, plan_for
-    from lora.memory import Requests
-    from model.support.hardware import product_rate, read_rate
-
     path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Requests(tokens, new)
-    options = SimpleNamespace(weights=path, adapter=adapter, dtype="float32", format=form, memory=memory, fuse=False)
+    options = SimpleNamespace(weights=path, adapter=adapter, dtype="float32", format="auto", memory=memory, fuse=False)
     plan = plan_for(options, asked)
     began = time.perf_counter()
     model, tokenizer = load(path, adapter, "float32", "cpu", plan.form)
     loaded = time.perf_counter() - began
-    generator = Generator(model, tokenizer, lookup=False, cache_dtype=plan.cache, chunk=plan.chunk)
-    generator.stop_ids = frozenset()
+    generator = generator_of(model, tokenizer, lookup=False, cache_dtype=plan.cache, chunk=plan.chunk)
     prompt = [1 + (7919 * n) % 30000 for n in range(asked.tokens)]
     steps = generator.run(generator.states([prompt], None, {"max_new_tokens": asked.new}))
     began = time.perf_counter()
@@ -168,8 +139,9 @@ def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dic
     count = sum(1 for _ in steps)
     decoded = time.perf_counter() - first
     peak = resident(peak=True)
-    rates = {"read": read_rate() * 1e9, "products": product_rate(torch.bfloat16) * 1e9}
-    decode_limit, prefill_limit = rooflines(model.config, plan.form, asked.tokens, **rates)
+    config = model.config
+    cached = asked.tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2  # in fp16
+    operations = 2 * asked.tokens * sum(map(prod, block_matrices(config)))
     kept = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return {
         "cache": str(plan.cache).removeprefix("torch."),
@@ -178,28 +150,9 @@ def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dic
         "load": loaded,
         "peak": peak,
         "prefill": first - began,
-        "prefill_limit": prefill_limit,
+        "prefill_limit": operations / (product_rate(torch.bfloat16) * 1e9),
         "threads": torch.get_num_threads(),
         "decode": count / decoded,
-        "decode_limit": decode_limit,
+        "decode_limit": read_rate() * 1e9 / (read_bytes(config, plan.form) + cached),
         "kept": sum(kept.values()) / 1e6,
     }
-
-
-def rooflines(config: ModelConfig, form: str, tokens: int, read: float, products: float) -> tuple[float, float]:
-    """(tokens a second that reading allows at batch 1 after `tokens`, seconds that their prefill's products take), at
-    `read` bytes and `products` operations a second, with an fp16 cache and, where weights are wide, bf16."""
-    from math import prod
-
-    import torch
-
-    from model import Transformer
-    from model.quantize.linear import bytes_of
-
-    with torch.device("meta"):
-        model = Transformer(config)
-    blocks = [tuple(p.shape) for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
-    matrices = [*blocks, (config.vocab_size, config.hidden_size)]
-    size = sum(2 * prod(shape) if form == "wide" else bytes_of(form, *shape) for shape in matrices)
-    size += tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2
-    return read / size, 2 * tokens * sum(map(prod, blocks)) / products

@@ -96,7 +96,7 @@ def test_an_error_is_a_row_and_the_file_is_written_after_each_case(tmp_path):
     assert [len(s["rows"]) for s in seen] == [1, 2]
     assert result["rows"][0]["ratio"] == 2.0 and result["rows"][0]["share_of_limit"] == 0.5
     assert result["rows"][1] == {"name": "b", "error": "RuntimeError: out of resource"}
-    assert json.loads(out.read_text()) == result and "Wrong: c." in gpu.table(result)
+    assert json.loads(out.read_text()) == result and "Wrong: c." in gpu.summary(result)
 
 
 def test_a_broken_device_is_an_error_row_of_each_case_after_it(tmp_path, monkeypatch):

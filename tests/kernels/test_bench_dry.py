@@ -146,7 +146,7 @@ def test_tuning_writes_after_each_class_and_leaves_the_layout_of_int4(stand_in, 
     monkeypatch.setattr(launch, "CONFIGS", {**launch.CONFIGS, **kept})
     monkeypatch.setattr(gpu, "CONFIGS", tmp_path / "configs.json")
     written = []
-    monkeypatch.setattr(gpu, "write", lambda path, text: written.append(json.loads(text)))
+    monkeypatch.setattr(gpu, "write_text", lambda path, text: written.append(json.loads(text)))
     monkeypatch.setattr(
         gpu, "cost", lambda some: float(sum(launch.CONFIGS["swiglu"].get("any sm_80 108", {"BLOCK": 1024}).values()))
     )

@@ -2,7 +2,8 @@
 
 import pytest
 
-from eval.bench.decode import SHORT, batched, compare, generator_of, ours_once, past_the_window, read_bytes
+from eval.bench.decode import SHORT, compare, ours_once, past_the_window
+from eval.bench.models import generator_of, read_bytes
 from eval.bench.row import Row
 from eval.bench.seven_b import SHAPE
 from model import ModelConfig, Transformer
@@ -26,13 +27,11 @@ def model():
 @pytest.mark.slow
 def test_a_row_for_every_format_and_peer():
     pytest.importorskip("transformers", reason="needs transformers: make test installs it")
-    narrows, peers = {"int4": quantize_model(model(), "int4")}, {"constant": lambda: 1.0}
-    rows = compare("tiny", model(), NoText(), narrows, peers, [5, 6, 7], 4, 1, "here")
-    assert {(row.name.split()[-1], row.peer_name.split()[0]) for row in rows} == {
-        ("fp32", "transformers"),
-        ("int4", "transformers"),
-        ("int4", "constant"),
-    }
+    models = {"fp32": model(), "int4": quantize_model(model(), "int4")}
+    rows = compare("tiny", models, NoText(), {"constant": lambda: 1.0}, [5, 6, 7], 4, 1)
+    assert [(row.name.split()[-1], row.peer_name.split()[0]) for row in rows] == [
+        (form, peer) for form in ("fp32", "int4") for peer in ("transformers", "constant")
+    ]
     assert all(row.ours > 0 and row.share_of_limit == row.ours / row.limit for row in rows)
 
 
@@ -56,17 +55,16 @@ def test_a_ratio_above_one_is_better_in_every_unit(unit, less):
 
 def test_past_the_window_and_bytes():
     assert past_the_window(NoText(), window=16, new=140).ours > 0
-    assert ours_once(generator_of(model(), NoText()), [[1, 2, 3], [1, 2, 4]], 3) > 0
+    assert ours_once(generator_of(model(), NoText(), lookup=False), [[1, 2, 3], [1, 2, 4]], 3) > 0
     seven_b = ModelConfig.from_dict(read_json(SHAPE))
     assert read_bytes(seven_b, "fp32") == 4 * (32 * 218_103_808 + 32_000 * 4096)
     assert 7.110e9 * 4.5 / 8 == pytest.approx(read_bytes(seven_b, "int4"), rel=1e-3)
 
 
 def test_steps_of_several_rows_are_held_against_our_own_fp32_and_the_fastest_peer():
-    models, peers = {"fp32": model(), "again": model()}, {"slow": lambda *_: 1.0, "fast": lambda rows, _: 10.0 * rows}
-    rows = batched("tiny", models, peers, NoText(), [1, 2, 3], 2, 1, "tiny", sizes=(2, 3))
-    assert [(row.name, row.peer_name) for row in rows if row.name.endswith("again")] == [
-        (f"decode tiny, {n} rows: again", peer) for n in (2, 3) for peer in ("ours, fp32", "fast")
-    ]
-    assert all(row.ours > 0 and row.peer for row in rows)
-    assert [row.peer for row in rows if row.peer_name == "fast"] == [20.0, 20.0, 30.0, 30.0]
+    models, peers = {"fp32": model(), "int4": model()}, {"slow": lambda: 1.0, "fast": lambda: 20.0}
+    rows = compare("tiny", models, NoText(), peers, [1, 2, 3], 2, 1, size=2)
+    named = [(row.name.split()[-1], row.peer_name) for row in rows]
+    assert named == [("fp32", "fast"), ("int4", "ours, fp32"), ("int4", "fast")]
+    assert all(row.ours > 0 and row.limit is None for row in rows)
+    assert rows[0].peer == rows[2].peer == 20 and rows[1].peer == rows[0].ours
