@@ -13,7 +13,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -57,18 +57,21 @@ class Confidence:
     p: float
     """The probability in the record: the calibrated one where there is one."""
 
+    def at(self, temperature: float) -> Confidence:
+        return replace(self, p=probability(self.logprob, temperature))
+
 
 def main(options: Options) -> None:
-    questions, _ = pair(read_references(options.references), read_predictions(options.predictions))
-    found = confidences(questions, read_predictions(options.predictions))
+    predictions = read_predictions(options.predictions)
+    questions, _ = pair(read_references(options.references), predictions)
+    found = confidences(questions, predictions)
     if not found:
         raise UserError(f"{options.predictions}: no answer with a log-probability; give infer.extract's output")
     fitted = {task: temperature(those) for task, those in by_task(found).items()}
     result: Json = {"temperature": fitted, "tasks": {}}
     for task, those in by_task(found).items():
-        after = [Confidence(one.question, one.logprob, probability(one.logprob, fitted[task])) for one in those]
-        before = [Confidence(one.question, one.logprob, probability(one.logprob, 1.0)) for one in those]
-        result["tasks"][task] = {"before": summary(before), "after": summary(after)}
+        sides = {"before": 1.0, "after": fitted[task]}
+        result["tasks"][task] = {name: summary([one.at(t) for one in those]) for name, t in sides.items()}
     with output(options.out, options.overwrite):
         if options.out is not None:
             write_json(options.out, {**fitted, "notes": len({one.question.record for one in found})})

@@ -2,8 +2,7 @@
 
 Systems are matched by name, notes by id; each line is a system's exact-match F1 in A and in B on the questions that
 both were asked, the difference with its interval over patients, and the p-value that inverts it (neither below 10
-patients; see eval.metrics.statistics). `--system-a X --system-b Y`
-compares two systems, of one run or of two.
+patients; see eval.metrics.statistics). `--system-a X --system-b Y` compares two systems, of one run or of two.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ import tyro
 from eval.failures import is_right
 from eval.metrics.statistics import format_interval, format_p
 from eval.questions import Question, asked_both, paired_f1
-from eval.report.run_file import read_questions, read_run
+from eval.report.run_file import read_run, read_set
 from eval.score import groups
 from model.support.cli import UserError, nearest, run
 
@@ -95,11 +94,11 @@ def compare(options: Options) -> list[dict[str, Any]]:
     """A row for each test set, pair of systems and group of questions."""
     pairs, runs, rows = compared(options), (read_run(options.a), read_run(options.b)), []
     for test_set in (name for name in runs[0]["references"] if name in runs[1]["references"]):
-        a, b = read_questions(options.a, runs[0], test_set), read_questions(options.b, runs[1], test_set)
+        (_, a), (_, b) = read_set(options.a, runs[0], test_set), read_set(options.b, runs[1], test_set)
         for first, second in pairs:
             if first in a and second in b:
                 named = {"set": test_set, "system_a": first, "system_b": second}
-                rows += [named | row for row in changes(a[first][1], b[second][1])]
+                rows += [named | row for row in changes(a[first].questions, b[second].questions)]
     return rows
 
 

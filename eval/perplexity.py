@@ -7,7 +7,7 @@ pre-training).
 
     100 tokens of mean loss 2.0 nats over 420 bytes: perplexity e^2 = 7.39, bits per byte 100 · 2.0 / ln 2 / 420 = 0.687
 
-Every document starts with the begin token and is cut into windows of `block` tokens that overlap by half, so that each
+Every document starts with the begin token and is cut into windows of 1,024 tokens that overlap by half, so that each
 token but the first few is predicted from at least half a window.
 """
 
@@ -41,8 +41,6 @@ class Options:
     """JSON lines with a field "text", or a plain text file (one document)."""
     adapter: Path | None = None
     """A LoRA adapter's folder: the figures are then given without and with it."""
-    block: int = 1024
-    """Window in tokens."""
     documents: int = 0
     """Read only the first so many documents (0: all)."""
     out: Path | None = None
@@ -51,8 +49,6 @@ class Options:
     """Replace a file that is there."""
 
     def __post_init__(self) -> None:
-        if self.block < 2:
-            raise UserError(f"--block {self.block}: at least 2 tokens")
         if self.documents < 0:
             raise UserError(f"--documents {self.documents}: 0 or more")
 
@@ -131,7 +127,7 @@ def figures(options: Options, texts: list[str]) -> dict[str, Result]:
     model, tokenizer = Transformer.from_pretrained(options.weights), Tokenizer.from_pretrained(options.weights)
 
     def measured(name: str) -> Result:
-        return measure(model, tokenizer, tqdm(texts, desc=name, unit="document", disable=None), options.block)
+        return measure(model, tokenizer, tqdm(texts, desc=name, unit="document", disable=None))
 
     if options.adapter is None:
         return {"weights": measured("weights")}

@@ -120,6 +120,3 @@ def best_matches(ps: Sequence, gs: Sequence, m) -> Figures:
 def _mean(values: Iterable[float]) -> float:
     values = list(values)
     return math.fsum(values) / len(values) if values else math.nan
-
-
-__all__ = ["Figures", "METRICS", "Scores", "answers", "gather", "question", "score"]

@@ -21,9 +21,10 @@ It says how the mean varies between samples of *patients*; another training of t
 from __future__ import annotations
 
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
+from typing import Any
 
 import numpy as np
 
@@ -98,6 +99,13 @@ def slope(
 def format_interval(low: float | None, high: float | None, digits: int = 1) -> str:
     """The interval in brackets; nothing where there is none."""
     return "" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
+
+
+def format_f1(figures: Mapping[str, Any] | None, digits: int = 1) -> str:
+    """An F1 with its interval (`digits` after the point); "–" where nothing was asked."""
+    if not figures:
+        return "–"
+    return f"{figures['f1']:.1f} {format_interval(figures['low'], figures['high'], digits)}".rstrip()
 
 
 def format_p(p: float | None) -> str:

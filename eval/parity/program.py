@@ -77,7 +77,6 @@ class Options:
 class Report:
     """All rows, and what was run."""
 
-    weights: str
     family: str
     prompt_tokens: int
     window: int | None
@@ -145,7 +144,7 @@ def compare(options: Options) -> Report:
         rows, tokens = compare_rows(options, ours, reference, wide)
     finally:
         torch.set_num_threads(threads)
-    return Report(options.weights, ours.config.model_type, tokens.shape[1], ours.config.window, rows)
+    return Report(ours.config.model_type, tokens.shape[1], ours.config.window, rows)
 
 
 def compare_rows(

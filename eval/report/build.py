@@ -20,7 +20,7 @@ quotes notes, so report.html and report.json can be read by their owner alone.
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -30,11 +30,11 @@ from tqdm import tqdm
 from eval.calibration import by_task, confidences, review_first, summary
 from eval.failures import count_failures
 from eval.metrics.ledger import ledger
-from eval.questions import Question, figures, pair, paired_f1, patient_of, read_predictions, read_references, spread
+from eval.questions import Question, figures, paired_f1, patient_of, spread
 from eval.report.examples import examples
 from eval.report.page import render, terminal_table
 from eval.report.paper import PAPER
-from eval.report.run_file import Asked, read_parts, read_questions, read_run
+from eval.report.run_file import Asked, read_parts, read_run, read_set
 from eval.score import groups
 from infer.codes import lookup
 from infer.tasks import PHENOTYPES
@@ -43,6 +43,7 @@ from model.support.files import read_jsonl, write_text
 
 Json = dict[str, Any]
 PAPER_PRESET = "cancerllm"
+EXAMPLES = 10  # notes that are shown with their answers marked
 SET_TITLES = {
     "heldout": "held-out patients",
     "unseen": "other patients, unseen styles",
@@ -57,53 +58,50 @@ class Options:
 
     run: Annotated[Path, tyro.conf.Positional]
     """The run's folder, with run.json."""
-    examples: int = 10
-    """Notes to show with their answers marked."""
-
-    def __post_init__(self) -> None:
-        if self.examples < 0:
-            raise UserError(f"--examples {self.examples}: 0 or more")
 
 
-def build(run: Path, examples_shown: int = 10) -> Json:
+def build(run: Path) -> Json:
     """The report of a run folder as one JSON value. Raises UserError where run.json or a file that it names is
     wrong."""
     given = read_run(run)
     report: Json = {key: given.get(key) for key in ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte")}
     report |= read_parts(run, given)
     report |= {"preset": "clinical", "second_preset": PAPER_PRESET, "paper": PAPER, "sets": {}}
+    report |= {"confidence": {}, "examples": []}
     pairs: list[tuple[tuple[str, ...], tuple[str, ...]]] = []
-    for name, path in tqdm(given["references"].items(), desc="test sets", disable=None):
-        asked = read_questions(run, given, name)
-        report["sets"][name] = set_report(given, name, read_references(run / path), asked)
+    for place, name in enumerate(tqdm(given["references"], desc="test sets", disable=None)):
+        references, asked = read_set(run, given, name)
+        report["sets"][name] = set_report(given, name, references, asked)
         pairs += [
-            (one.predicted, one.gold)
-            for system, questions, _ in asked.values()
-            if system["kind"] != "majority"
-            for one in questions
-            if one.gold
+            (question.predicted, question.gold)
+            for one in asked.values()
+            if one.system["kind"] != "majority"
+            for question in one.questions
+            if question.gold
         ]
+        if sure := shown_confidence(asked):
+            report["confidence"][name] = sure
+        count, more = divmod(EXAMPLES, len(given["references"]))
+        report["examples"] += shown_examples(name, references, asked, count + (place < more))
     report["ledger"] = ledger(pairs)
     report["curves"] = {name: curve(run / path) for name, path in (given.get("curves") or {}).items()}
-    report["confidence"] = shown_confidence(run, given)
-    report["examples"] = shown_examples(run, given, examples_shown)
     return report
 
 
-def set_report(given: Json, name: str, references: list[Json], asked: Asked) -> Json:
+def set_report(given: Json, name: str, references: list[Json], asked: dict[str, Asked]) -> Json:
     """One test set: every system's figures and failures, and the pairs compared."""
     notes, systems = {record["id"]: record["text"] for record in references}, []
-    for system, questions, counts in asked.values():
-        row = system_row(system, questions)
-        row["counts"] = counts
-        row["failures"] = count_failures(questions, notes, independent_answers(system, asked))
+    for one in asked.values():
+        row = system_row(one.system, one.questions)
+        row["counts"] = asdict(one.counts)
+        row["failures"] = count_failures(one.questions, notes, independent_answers(one.system, asked))
         systems.append(row)
     paired = [
         {"a": a, "b": b, "task": task, **test}
         for a, b in given.get("compare") or []
         if a in asked and b in asked
-        for task, group in groups(asked[a][1]).items()
-        if (test := paired_f1(group, asked[b][1]))
+        for task, group in groups(asked[a].questions).items()
+        if (test := paired_f1(group, asked[b].questions))
     ]
     return {
         "title": SET_TITLES.get(name, name),
@@ -114,13 +112,14 @@ def set_report(given: Json, name: str, references: list[Json], asked: Asked) -> 
     }
 
 
-def independent_answers(system: Json, asked: Asked) -> dict[tuple[str, str], list[tuple[str, ...]]]:
+def independent_answers(system: Json, asked: dict[str, Asked]) -> dict[tuple[str, str], list[tuple[str, ...]]]:
     """What systems of other families answered, by record and question, one answer a family."""
     found: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
-    for other, questions, _ in asked.values():
-        if other["kind"] != "majority" and family_of(other) != family_of(system):
-            for one in questions:
-                found.setdefault((one.record, one.name), {})[family_of(other)] = one.predicted
+    for other in asked.values():
+        family = family_of(other.system)
+        if other.system["kind"] != "majority" and family != family_of(system):
+            for one in other.questions:
+                found.setdefault((one.record, one.name), {})[family] = one.predicted
     return {question: list(answers.values()) for question, answers in found.items()}
 
 
@@ -164,36 +163,31 @@ def curve(path: Path) -> Json:
     return found
 
 
-def shown_confidence(run: Path, given: Json) -> dict[str, Json]:
-    """How far the last model's probabilities can be trusted, by test set; nothing of answers that have none."""
-    models = [system for system in given["systems"] if system["kind"] == "model"]
-    found: dict[str, Json] = {}
-    for name, file in models[-1]["predictions"].items() if models else ():
-        predictions = read_predictions(run / file)
-        questions, _ = pair(read_references(run / given["references"][name]), predictions, models[-1].get("notes"))
-        if sure := confidences(questions, predictions):
-            tasks = {task: summary(those) for task, those in by_task(sure).items()}
-            found[name] = {"system": models[-1]["name"], "tasks": tasks, "review": review_first(sure)}
-    return found
+def last_model(asked: dict[str, Asked], *kinds: str) -> Asked | None:
+    """The last system of run.json of these kinds."""
+    return next((one for one in reversed(asked.values()) if one.system["kind"] in kinds), None)
 
 
-def shown_examples(run: Path, given: Json, count: int) -> list[Json]:
-    """Notes of all sets as the last model of run.json answered them."""
-    models = [system for system in given["systems"] if system["kind"] in ("model", "base")]
-    if not models:
-        return []
-    files, found = models[-1]["predictions"], []
-    names = [name for name in given["references"] if name in files]
-    for place, name in enumerate(names):
-        own = count // len(names) + (place < count % len(names))
-        rows = examples(read_references(run / given["references"][name]), read_predictions(run / files[name]), own)
-        found += [{"set": name, "system": models[-1]["name"], **row} for row in rows]
-    return found
+def shown_confidence(asked: dict[str, Asked]) -> Json | None:
+    """How far the last model's probabilities can be trusted; None of answers that have none."""
+    last = last_model(asked, "model")
+    sure = confidences(last.questions, last.predictions) if last else []
+    if last is None or not sure:
+        return None
+    tasks = {task: summary(those) for task, those in by_task(sure).items()}
+    return {"system": last.system["name"], "tasks": tasks, "review": review_first(sure)}
 
 
-def write(run: Path, examples_shown: int = 10) -> Json:
+def shown_examples(name: str, references: list[Json], asked: dict[str, Asked], count: int) -> list[Json]:
+    """`count` notes of a test set as the last model answered them."""
+    last = last_model(asked, "model", "base")
+    rows = examples(references, last.predictions, count) if last else []
+    return [{"set": name, "system": last.system["name"], **row} for row in rows if last]
+
+
+def write(run: Path) -> Json:
     """Build the report of `run` and write report.json and report.html into it, for their owner alone (0600)."""
-    report = build(run, examples_shown)
+    report = build(run)
     page = render(report)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)
     write_text(run / "report.json", text + "\n", mode=0o600)
@@ -202,5 +196,5 @@ def write(run: Path, examples_shown: int = 10) -> Json:
 
 
 def main(options: Options) -> None:
-    print(terminal_table(write(options.run, options.examples)))
+    print(terminal_table(write(options.run)))
     print(f"report: {options.run / 'report.html'}")

@@ -10,7 +10,7 @@ import jinja2
 
 from eval.metrics import PRESETS
 from eval.metrics.scoring import METRICS
-from eval.metrics.statistics import format_interval
+from eval.metrics.statistics import format_f1, format_interval
 from eval.report.plots import lines
 from eval.score import NAMES
 from infer.tasks import PHENOTYPES
@@ -90,7 +90,7 @@ def verdict(part: Json) -> str:
 
     def reached(row: Json, of_task: str, of_diagnosis: str) -> str:
         exact, diagnosis = row["clinical"][task]["exact_match"], row["clinical"].get("diagnosis")
-        text = f"{exact['f1']:.1f} {format_interval(exact['low'], exact['high'])}".rstrip() + of_task
+        text = format_f1(exact) + of_task
         return text + (f" and {diagnosis['exact_match']['f1']:.1f}{of_diagnosis}" if diagnosis else "")
 
     best = reached(models[-1], " on phenotypes" if task == "phenotype" else "", " on diagnoses")

@@ -10,11 +10,10 @@ from __future__ import annotations
 import re
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from tyro.conf import Positional
 
-from eval.metrics.statistics import format_interval
+from eval.metrics.statistics import format_f1
 from infer.tasks import PHENOTYPES
 from model.support.cli import UserError, run
 from model.support.files import read_json, write_text
@@ -43,12 +42,6 @@ class Options:
     """The page to write into."""
 
 
-def cell(figures: dict[str, Any] | None) -> str:
-    if figures is None:
-        return "–"
-    return f"{figures['f1']:.1f} {format_interval(figures['low'], figures['high'], 0)}".strip()
-
-
 def results(run_folder: Path) -> str:
     """The table and the line that says where it comes from."""
     scores = read_json(run_folder / "scores.json")
@@ -56,7 +49,7 @@ def results(run_folder: Path) -> str:
     titles = [f"{SETS[name]}: {TASKS[task]}" for name, task in columns]
     lines = [f"| exact-match F1 | {' | '.join(titles)} |", "| --- |" + " --- |" * len(columns)]
     for system in SYSTEMS:
-        cells = [cell(scores["sets"][name]["systems"][system]["groups"].get(task)) for name, task in columns]
+        cells = [format_f1(scores["sets"][name]["systems"][system]["groups"].get(task), 0) for name, task in columns]
         lines.append(f"| {system} | {' | '.join(cells)} |")
     notes = ", ".join(str(scores["sets"][name]["notes"]) for name in SETS)
     commit, cpu = str(scores["code"]["commit"])[:7], scores["host"]["cpu"]

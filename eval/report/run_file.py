@@ -2,17 +2,25 @@
 
 from __future__ import annotations
 
-from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
-from eval.questions import Question, pair, read_predictions, read_references
+from eval.questions import Counts, Question, pair, read_predictions, read_references
 from model.support.cli import UserError
 from model.support.files import read_json
 
 Json = dict[str, Any]
-Asked = dict[str, tuple[Json, list[Question], Json]]
-PARTS = ("wrong_labels", "misspelling", "canaries", "retrieval")  # the experiments' results
+PARTS = {"wrong_labels": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
+# run.json's name of an experiment's result, and the folder of a demo's or tables' run that it lies in
+
+
+class Asked(NamedTuple):
+    """A system's entry in run.json, its questions of a test set, what did not pair up, and its predictions."""
+
+    system: Json
+    questions: list[Question]
+    counts: Counts
+    predictions: list[Json]
 
 
 def read_run(run: Path) -> Json:
@@ -33,12 +41,12 @@ def read_parts(run: Path, given: Json) -> Json:
     return {key: read_json(run / given[key]) if given.get(key) else None for key in PARTS}
 
 
-def read_questions(run: Path, given: Json, test_set: str) -> Asked:
-    """(run.json's entry, questions, what did not pair up) of every system that was asked about a test set."""
+def read_set(run: Path, given: Json, test_set: str) -> tuple[list[Json], dict[str, Asked]]:
+    """A test set's references, and what every system that was asked about it answered."""
     references, found = read_references(run / given["references"][test_set]), {}
     for system in given["systems"]:
         if test_set in system["predictions"]:
             predictions = read_predictions(run / system["predictions"][test_set])
             questions, counts = pair(references, predictions, system.get("notes"))
-            found[system["name"]] = system, questions, asdict(counts)
-    return found
+            found[system["name"]] = Asked(system, questions, counts, predictions)
+    return references, found
