@@ -12,13 +12,12 @@ finished step (steps.json); a finished run is refused without --overwrite.
 from __future__ import annotations
 
 import time
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.baselines import MajorityBaseline, RegexBaseline
 from eval.experiments.adapter import write_mean
-from eval.experiments.programs import PARTS, Demo, experiment
+from eval.experiments.programs import AMOUNTS, TITLES_OF, Demo, experiment
 from eval.experiments.steps import (
     RECIPES,
     Run,
@@ -27,10 +26,11 @@ from eval.experiments.steps import (
     check_folder,
     public_base,
     records_of,
-    split,
     training,
 )
+from eval.experiments.systems import System, baseline, models, write_tests
 from eval.report.build import terminal_table, write
+from eval.report.run_file import PARTS
 from infer import released
 from model.support import cli as command
 from model.support.files import read_json, write_json, write_jsonl
@@ -67,10 +67,8 @@ class Scale:
     base_notes: int
     """Notes that the untuned models are asked about: they generate up to their limit of tokens."""
     bits_documents: int
-    misspelling_notes: int = 0
-    """Held-out notes asked again with one word in ten misspelled, plain and repaired; 0: none, see `make tables`."""
-    retrieval_notes: int = 0
-    """Held-out notes whose diagnosis is asked again with neighbours in the prompt; 0: none."""
+    experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
+    """Tables 4 and 6 in small, by the options of their programs; none: see `make tables`."""
     without_pretraining: bool = True
     """Tune the base without continued pre-training too, to see what that adds."""
     tunings: int = 1
@@ -79,40 +77,7 @@ class Scale:
     """Pieces of the tokenizer that is trained; 0: the real base is used."""
 
 
-SCALES = {
-    "full": Scale(
-        patients=470,
-        further_patients=200,
-        healthy=0,
-        test_notes=24,
-        base_notes=4,
-        bits_documents=12,
-        without_pretraining=False,
-        tunings=2,
-    ),
-    "nano": Scale(
-        patients=900,
-        further_patients=1500,
-        healthy=1500,
-        test_notes=40,
-        base_notes=16,
-        bits_documents=40,
-        misspelling_notes=40,
-        retrieval_notes=40,
-        vocab=2048,
-    ),
-    "tiny": Scale(
-        patients=24,
-        further_patients=10,
-        healthy=20,
-        test_notes=3,
-        base_notes=2,
-        bits_documents=3,
-        misspelling_notes=2,
-        retrieval_notes=2,
-        vocab=512,
-    ),
-}
+SCALES = {name: Scale(**amounts["demo"]) for name, amounts in AMOUNTS.items()}
 
 
 def main(options: Options) -> int:
@@ -135,7 +100,10 @@ def pipeline(run: Run, scale: Scale) -> None:
     base(run, scale)
     adapters(run, scale)
     systems = extract(run, scale)
-    parts = experiments(run, scale)
+    small = {
+        TITLES_OF[name]: experiment(Demo(out, run.scale), out, name, **how) for name, how in scale.experiments.items()
+    }
+    run.run_in_parallel(small)
     bits = bits_per_byte(run, scale)
     trained = ("pretrained", "tuned-only", "tuned", "tuned-1", "tuned-2")
     write_json(
@@ -152,7 +120,7 @@ def pipeline(run: Run, scale: Scale) -> None:
             "references": {name: f"{name}.jsonl" for name in TESTS},
             "curves": {name: f"{name}/metrics.jsonl" for name in trained if (out / name / "metrics.jsonl").is_file()},
             "bits_per_byte": [bits],
-            **{part: f"{PARTS[part]}/result.json" for part in parts},
+            **{part: f"{name}/result.json" for part, name in PARTS.items() if name in scale.experiments},
         },
     )
     print(terminal_table(write(out)))
@@ -168,12 +136,8 @@ def data(run: Run, scale: Scale) -> None:
     amounts = ("patients", "further_patients", "healthy")
     drawn = {name: getattr(scale, name) for name in amounts}
     run.step("clinic: notes and their truth", argv("train.clinic", out=folder, seed=1, **drawn, overwrite=True))
-    records = {name: records_of(folder / f"{name}.jsonl") for name in TESTS}
-    for name in TESTS:
-        write_jsonl(run.out / f"{name}.jsonl", records[name][: scale.test_notes])
-    for few, count in (("", scale.test_notes), ("-few", scale.base_notes)):
-        write_jsonl(run.out / f"tests{few}.jsonl", [record for name in TESTS for record in records[name][:count]])
-    (run.out / "predictions").mkdir(exist_ok=True)
+    records = {name: records_of(folder / f"{name}.jsonl")[: scale.test_notes] for name in TESTS}
+    write_tests(run, records, scale.base_notes)
 
 
 def base(run: Run, scale: Scale) -> None:
@@ -233,94 +197,24 @@ COMPARED = (  # tuning, tuning after continued pre-training, what continued pre-
 )
 
 
-def asked(scale: Scale, demo: Demo) -> list[tuple[str, str, str, bool]]:
-    """The systems with a model: name, file of predictions, adapter's folder, and whether it is untuned."""
-    systems = [("base", "base", "", True)]
-    if scale.without_pretraining:
-        systems.append(("base + continued pre-training", "pretrained", demo.adapter("pretrained"), True))
-        systems.append(("base + tuning", "tuned-only", demo.adapter("tuned-only"), False))
-    systems.append((BOTH, "tuned", demo.adapter("tuned"), False))
-    if not scale.vocab:
-        systems.append((RELEASED, "released", str(released.adapter()), False))
-    return systems
-
-
 def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     """Every system's predictions for both test sets. Returns run.json's "systems"."""
-    systems, demo = baselines(run), Demo(run.out, run.scale)
-    models = asked(scale, demo)
-    jobs = {}
-    for name, file, adapter, untuned in sorted(models, key=lambda one: one[3]):  # jobs of alike lengths in pairs
-        untuned_how = {"form": form_of(scale, untuned), "max_new_diagnosis": 50}
-        how = untuned_how if untuned else {"grounded": True}
-        notes, out = f"tests{'-few' if untuned else ''}.jsonl", run.out / "predictions" / f"{file}.jsonl"
-        files = {"weights": demo.weights, "adapter": adapter or None, "notes": run.out / notes, "out": out}
-        jobs[f"extraction: {name}"] = argv("infer.extract", **files, task="both", dtype=demo.dtype, **how)
-    run.run_in_parallel(jobs)
-    for name, file, _, untuned in models:
-        step = f"extraction: {name}"
-        systems.append(
-            {
-                "name": name,
-                "kind": "base" if untuned else "model",
-                "predictions": split(run, file, TESTS),
-                "seconds": run.took(step),
-                "peak_mb": run.peak(step),
-                "form": form_of(scale, untuned),
-                "grounded": not untuned,
-                **({"notes": scale.base_notes} if untuned else {}),
-            }
-        )
-    return systems
-
-
-def form_of(scale: Scale, untuned: bool) -> str:
-    """An untuned model is asked in its own chat form, where it has one."""
-    return "chat" if untuned and not scale.vocab else "template"
-
-
-def baselines(run: Run) -> list[dict[str, Any]]:
-    """The systems without a model: the commonest answer, and regular expressions tuned on the training notes."""
-    train = records_of(run.out / "data" / "train.jsonl")
-    systems = []
-    rows = (("majority answer", "majority", MajorityBaseline), ("regular expressions", "regex", RegexBaseline))
-    for name, kind, made in rows:
-        step = f"baseline: {name}"
-
-        def work(kind: str = kind, made: Any = made) -> None:
-            fitted = made().fit(train)
-            for test in TESTS:
-                notes = records_of(run.out / f"{test}.jsonl")
-                answers = [as_prediction(fitted.answers(note["text"]), note) for note in notes]
-                write_jsonl(run.out / "predictions" / f"{kind}-{test}.jsonl", answers)
-
-        run.step(step, work)
-        predictions = {test: f"predictions/{kind}-{test}.jsonl" for test in TESTS}
-        systems.append({"name": name, "kind": kind, "predictions": predictions, "seconds": run.took(step)})
-    return systems
-
-
-def as_prediction(answers: dict[str, Any], note: dict[str, Any]) -> dict[str, Any]:
-    """A baseline's answers in the form that infer.extract writes."""
-    phenotypes = {
-        name: {"answers": [{"text": text, "start": None, "end": None} for text in texts], "not_relevant": not texts}
-        for name, texts in answers["phenotypes"].items()
+    demo, systems = Demo(run.out, run.scale), []
+    freely: dict[str, Any] = {
+        "untuned": True,
+        "form": "template" if scale.vocab else "chat",
+        "how": {"max_new_diagnosis": 50},
     }
-    return {"id": note["id"], "phenotypes": phenotypes, "diagnosis": {"text": answers["diagnosis"], "codes": []}}
-
-
-def experiments(run: Run, scale: Scale) -> list[str]:
-    """Tables 4 and 6 in small, where the scale has them. Returns the parts of the report that were made."""
-    demo, jobs, parts = Demo(run.out, run.scale), {}, []
-    if scale.misspelling_notes:
-        few = {"rates": (0.0, 0.1), "limit": scale.misspelling_notes}
-        jobs["table 4: misspelled notes"] = experiment(demo, run.out, "misspelling", **few)
-        parts.append("misspelling")
-    if scale.retrieval_notes:
-        jobs["table 6: BM25"] = experiment(demo, run.out, "retrieval", limit=scale.retrieval_notes)
-        parts.append("retrieval")
-    run.run_in_parallel(jobs)
-    return parts
+    systems.append(System("base", "base", **freely))
+    if scale.without_pretraining:
+        pretrained, alone = demo.adapter("pretrained"), demo.adapter("tuned-only")
+        systems.append(System("base + continued pre-training", "pretrained", pretrained, **freely))
+        systems.append(System("base + tuning", "tuned-only", alone))
+    systems.append(System(BOTH, "tuned", demo.adapter("tuned")))
+    if not scale.vocab:
+        systems.append(System(RELEASED, "released", released.adapter()))
+    baselines = [baseline(run, kind, run.out / "data" / "train.jsonl", TESTS) for kind in ("majority", "regex")]
+    return baselines + models(run, systems, demo.weights, scale.base_notes, TESTS, dtype=demo.dtype)
 
 
 def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:

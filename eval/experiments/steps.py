@@ -24,12 +24,11 @@ import torch
 from infer.extract.job import stamp
 from infer.released import smollm2
 from model.support.cli import UserError
-from model.support.files import check_writable, read_json, read_jsonl, sha256_file, write_json, write_jsonl
+from model.support.files import check_writable, read_json, read_jsonl, sha256_file, write_json
 from model.support.hardware import compute_dtype, max_resident_mb
 from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
 
 RECIPES = Path("train/recipes")
-SCALES_FILE = Path(__file__).with_name("scales.toml")
 LONG = {"long": "windows", "max_new_diagnosis": 60}  # how the experiments ask: no note is cut
 
 
@@ -144,17 +143,6 @@ def public_base(run: Run) -> Path:
 
 def records_of(path: Path) -> list[dict[str, Any]]:
     return [record for _, record in read_jsonl(path)]
-
-
-def split(run: Run, name: str, tests: Iterable[str]) -> dict[str, str]:
-    """A system's answers to all test sets, asked in one job, as a file for each (paths relative to the run)."""
-    answered = {record["id"]: record for record in records_of(run.out / "predictions" / f"{name}.jsonl")}
-    paths = {}
-    for test in tests:
-        ids = [record["id"] for record in records_of(run.out / f"{test}.jsonl")]
-        paths[test] = f"predictions/{name}-{test}.jsonl"
-        write_jsonl(run.out / paths[test], [answered[one] for one in ids if one in answered])
-    return paths
 
 
 @contextmanager

@@ -11,15 +11,15 @@ finished one only rewrites its report.
 from __future__ import annotations
 
 import os
-import tomllib
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
 from eval.experiments.demo import TITLES
-from eval.experiments.programs import PARTS, Demo, experiment
-from eval.experiments.steps import SCALES_FILE, Run, begin, check_folder
+from eval.experiments.programs import AMOUNTS, TITLES_OF, Demo, experiment
+from eval.experiments.steps import Run, begin, check_folder
 from eval.report.build import terminal_table, write
+from eval.report.run_file import PARTS
 from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
@@ -40,7 +40,7 @@ class Options:
     """Remove the tables that are there, and begin again."""
 
 
-SIZES = {name: amounts["tables"] for name, amounts in tomllib.loads(SCALES_FILE.read_text("utf-8")).items()}
+SIZES = {name: amounts["tables"] for name, amounts in AMOUNTS.items()}
 
 
 def finished_demo(folder: Path, scale: str) -> Demo:
@@ -66,23 +66,12 @@ def main(options: Options) -> int:
     sizes = SIZES[options.scale]
     made_of = {"scale": options.scale, "demo": sha256_file(demo.folder / "run.json"), "sizes": sizes}
     with begin(out, made_of, overwrite=options.overwrite) as run:
-        for name, arguments in steps(demo, sizes, out):
-            run.step(name, arguments)
+        for name, title in TITLES_OF.items():
+            run.step(title, experiment(demo, out, name, **sizes[name]))
         write_json(out / "run.json", described(run, demo))
         print(terminal_table(write(out)))
         print(f"{run.took() / 60:.1f} minutes of work\nreport: {out / 'report.html'}")
     return 0
-
-
-def steps(demo: Demo, sizes: dict[str, Any], out: Path) -> list[tuple[str, list[str]]]:
-    """(step, program) in order."""
-    titles = {
-        "labels": "table 3: wrong labels",
-        "misspelling": "table 4: misspelled notes, plain and repaired",
-        "canaries": "canaries",
-        "retrieval": "table 6: retrieval",
-    }
-    return [(title, experiment(demo, out, name, **sizes[name])) for name, title in titles.items()]
 
 
 def described(run: Run, demo: Demo) -> dict[str, Any]:

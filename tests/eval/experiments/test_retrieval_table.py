@@ -5,46 +5,18 @@ from __future__ import annotations
 import json
 
 import pytest
-import torch
-from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers
+from answering_models import write_adapter, write_model
 
 from eval.experiments.retrieval_table import Options, row, table, text, weights_of
 from eval.experiments.steps import Run, extraction
 from eval.questions import Question
-from lora import LoRAConfig, add_lora, save_adapter
-from model import ModelConfig, Transformer
 from model.support.cli import UserError
-from model.support.init import init_weights
-
-SMALL = {
-    "vocab_size": 258,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 1,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "rms_norm_eps": 1e-5,
-    "rope_theta": 1e4,
-    "windows": (None,),
-    "max_position_embeddings": 4096,
-    "eos_token_id": (257,),
-}
 
 
 def model_folder(folder):
-    model = init_weights(Transformer(ModelConfig(**SMALL)), 0)
-    model.save_pretrained(folder / "base")
-    add_lora(model, LoRAConfig(r=2, alpha=4.0, target_modules=("q_proj",)))
-    save_adapter(model, folder / "adapter")
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    fast = Fast(models.BPE(vocab={symbol: i for i, symbol in enumerate(alphabet)}, merges=[]))
-    fast.pre_tokenizer, fast.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    fast.add_special_tokens(["<s>", "</s>"])
-    fast.save(str(folder / "base" / "tokenizer.json"))
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    (folder / "base" / "tokenizer_config.json").write_text(json.dumps(names))
+    """A base and an adapter, as `weights` and `adapter` of the options."""
+    weights = write_model(folder / "base")
+    return {"weights": str(weights), "adapter": str(write_adapter(folder / "adapter", weights))}
 
 
 def notes(path, start, count):
@@ -65,12 +37,10 @@ def notes(path, start, count):
 
 @pytest.mark.slow
 def test_the_table_has_every_row_and_goes_on_where_it_stopped(tmp_path):
-    torch.manual_seed(0)
-    model_folder(tmp_path)
+    folders = model_folder(tmp_path)
     train, heldout = notes(tmp_path / "train.jsonl", 0, 12), notes(tmp_path / "heldout.jsonl", 11, 3)
     options = Options(
-        weights=str(tmp_path / "base"),
-        adapter=str(tmp_path / "adapter"),
+        **folders,
         data=train,
         notes=heldout,
         out=tmp_path / "out",
@@ -98,16 +68,15 @@ def test_the_table_has_every_row_and_goes_on_where_it_stopped(tmp_path):
 
 @pytest.mark.slow
 def test_tuning_further_leaves_out_notes_without_a_diagnosis(tmp_path):
-    torch.manual_seed(0)
-    model_folder(tmp_path)
+    folders = model_folder(tmp_path)
     train, heldout = notes(tmp_path / "train.jsonl", 0, 6), notes(tmp_path / "heldout.jsonl", 11, 1)
     checkup = {"id": "c", "patient": "pc", "text": "Check-up, no complaints.", "phenotypes": {}}
     train.write_text(train.read_text() + json.dumps(checkup) + "\n")
-    folders = {"weights": str(tmp_path / "base"), "adapter": str(tmp_path / "adapter"), "out": tmp_path / "out"}
-    options = Options(data=train, notes=heldout, encoders=tmp_path / "encoders", tune_steps=1, **folders)
+    out, encoders = tmp_path / "out", tmp_path / "encoders"
+    options = Options(**folders, data=train, notes=heldout, out=out, encoders=encoders, tune_steps=1)
     shown = [one["name"] for one in table(options)["rows"] if one["diagnosis"]]
     assert {"none, tuned further without neighbours", "BM25, tuned further with neighbours"} <= set(shown)
-    near = [json.loads(line)["id"] for line in (tmp_path / "out" / "near.jsonl").read_text().splitlines()]
+    near = [json.loads(line)["id"] for line in (out / "near.jsonl").read_text().splitlines()]
     assert near == [f"n{i}" for i in range(6)]
 
 
@@ -132,13 +101,13 @@ def test_mistakes_are_named(tmp_path):
 @pytest.mark.slow
 def test_a_note_that_cannot_be_answered_does_not_stop_an_experiment(tmp_path):
     """infer.extract exits 1 for it, every time: the step is done, and the record says why."""
-    model_folder(tmp_path)
+    folders = model_folder(tmp_path)
     heldout, out = notes(tmp_path / "heldout.jsonl", 0, 3), tmp_path / "answers.jsonl"
     rows = [json.loads(line) for line in heldout.read_text().splitlines()]
     rows[1]["text"] = " "
     heldout.write_text("".join(json.dumps(row) + "\n" for row in rows))
     run = Run(tmp_path)
     how = {"task": "diagnosis", "max_new_diagnosis": 4}
-    run.step("answers", extraction(str(tmp_path / "base"), tmp_path / "adapter", heldout, out, **how))
+    run.step("answers", extraction(folders["weights"], folders["adapter"], heldout, out, **how))
     answers = [json.loads(line) for line in out.read_text().splitlines()]
     assert [record.get("error") for record in answers] == [None, "the note is empty", None] and "answers" in run.steps

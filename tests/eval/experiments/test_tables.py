@@ -10,12 +10,12 @@ import tyro
 
 from eval.experiments import retrieval_table
 from eval.experiments.demo import SCALES
-from eval.experiments.programs import PARTS, experiment
+from eval.experiments.programs import experiment
 from eval.experiments.steps import Run
-from eval.experiments.tables import SIZES, Demo, Options, described, finished_demo, main, steps
+from eval.experiments.tables import SIZES, Demo, Options, described, finished_demo, main
 from eval.report.page import render
 from eval.report.paper import PAPER
-from eval.report.run_file import read_parts
+from eval.report.run_file import PARTS, read_parts
 from eval.robustness.canaries import Canaries
 from eval.robustness.labels import Labels
 from eval.robustness.misspelling import Misspelling
@@ -31,12 +31,9 @@ def test_every_experiment_is_one_that_its_program_takes(scale, tmp_path):
     write_json(demo.folder / "dtype.json", "bfloat16")
     dtype = "bfloat16" if scale == "full" else "float32"
     seen = set()
-    out, ours = tmp_path / "tables", SCALES[scale]
-    demos = [
-        ("", experiment(demo, out, "misspelling", rates=(0.0, 0.1), limit=ours.misspelling_notes)),
-        ("", experiment(demo, out, "retrieval", limit=ours.retrieval_notes)),
-    ]
-    for _, (program, *arguments) in [*demos, *steps(demo, SIZES[scale], out)]:
+    out = tmp_path / "tables"
+    asked = [*SIZES[scale].items(), *SCALES[scale].experiments.items()]
+    for program, *arguments in (experiment(demo, out, name, **how) for name, how in asked):
         if program == "eval.robustness":
             kind = KINDS[arguments[0]]
             options = tyro.cli(kind, args=arguments[1:], config=(tyro.conf.OmitArgPrefixes,))

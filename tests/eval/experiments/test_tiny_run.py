@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
-from eval.experiments.programs import PARTS
 from eval.experiments.tables import SIZES
+from eval.report.run_file import PARTS
 from model.support.files import read_json
 
 pytestmark = pytest.mark.slow
