@@ -4,13 +4,12 @@ import math
 
 import pytest
 import torch
+from answering_models import tiny_model
 
 from eval.compare import changes
 from eval.perplexity import measure, read_texts, windows
 from eval.questions import Question
-from model import ModelConfig, Transformer
 from model.support.cli import UserError
-from model.support.init import init_weights
 
 
 def asked(*answers, gold="2 cm"):
@@ -44,25 +43,12 @@ class Bytes:
         return [256] * bos + list(text.encode())
 
 
-def tiny():
-    config = ModelConfig(
-        vocab_size=257,
-        hidden_size=16,
-        intermediate_size=32,
-        num_hidden_layers=1,
-        num_attention_heads=2,
-        num_key_value_heads=1,
-        head_dim=8,
-        max_position_embeddings=512,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        windows=(None,),
-    )
-    return init_weights(Transformer(config), 0).eval()
+@pytest.fixture
+def model():
+    return tiny_model(dtype=torch.float32, vocab_size=257)
 
 
-def test_a_model_that_knows_nothing_needs_the_vocabularys_bits():
-    model = tiny()
+def test_a_model_that_knows_nothing_needs_the_vocabularys_bits(model):
     with torch.no_grad():
         model.lm_head.weight.zero_()
     result = measure(model, Bytes(), ["h\u00e9llo", "x"])
@@ -70,8 +56,8 @@ def test_a_model_that_knows_nothing_needs_the_vocabularys_bits():
     assert (result.documents, result.tokens, result.bytes) == (2, 7, 7)
 
 
-def test_windows_change_little_and_one_window_is_the_definition():
-    model, text = tiny(), "Left breast mass, 2.5 cm. " * 4
+def test_windows_change_little_and_one_window_is_the_definition(model):
+    text = "Left breast mass, 2.5 cm. " * 4
     ids = torch.tensor([Bytes().encode(text, bos=True)])
     with torch.no_grad():
         logp = torch.log_softmax(model(ids)[0, :-1].double(), -1).gather(1, ids[0, 1:, None]).sum()

@@ -8,8 +8,7 @@ from collections import Counter
 
 import pytest
 import torch
-from tokenizers import Tokenizer as Fast
-from tokenizers import decoders, models, pre_tokenizers
+from answering_models import tiny_model, tiny_tokenizer
 
 from eval.robustness.canaries import (
     REFERENCES,
@@ -24,9 +23,9 @@ from eval.robustness.canaries import (
     plant,
     run_canaries,
 )
-from model import ModelConfig, Tokenizer, Transformer
+from model import Transformer
 from model.support.cli import UserError
-from model.support.files import write_json, write_jsonl
+from model.support.files import write_jsonl
 from model.support.init import init_weights
 
 NOTES = [
@@ -37,33 +36,8 @@ NOTES = [
 
 @pytest.fixture(scope="module")
 def tiny(tmp_path_factory):
-    """(model, tokenizer) over bytes, with weights large enough that texts differ."""
-    folder = tmp_path_factory.mktemp("tiny")
-    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
-    built = Fast(models.BPE({letter: i for i, letter in enumerate(letters)}, []))
-    built.pre_tokenizer, built.decoder = pre_tokenizers.ByteLevel(add_prefix_space=False), decoders.ByteLevel()
-    built.add_special_tokens(["</s>"])
-    built.save(str(folder / "tokenizer.json"))
-    write_json(folder / "tokenizer_config.json", {"eos_token": "</s>"})
-    config = ModelConfig(
-        vocab_size=257,
-        hidden_size=32,
-        intermediate_size=48,
-        num_hidden_layers=2,
-        num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=8,
-        rms_norm_eps=1e-5,
-        rope_theta=1e4,
-        windows=(None, None),
-        max_position_embeddings=2048,
-        eos_token_id=(256,),
-    )
-    model = init_weights(Transformer(config), 0).double().requires_grad_(False)
-    for parameter in model.parameters():
-        if parameter.dim() > 1:
-            parameter.mul_(8)
-    return model.eval(), Tokenizer.from_pretrained(folder)
+    """(model, tokenizer), with weights large enough that texts differ."""
+    return tiny_model(), tiny_tokenizer(tmp_path_factory.mktemp("tiny"))
 
 
 def test_a_canary_occurs_in_as_many_notes_as_planted_and_once_after_deduplication():
@@ -85,7 +59,7 @@ def test_nll_is_each_texts_loss_after_the_shared_prefix(tiny):
     model, tokenizer = tiny
     texts = [f"Patient: A B. Record number: {number}." for number in ("1234567", "7654321", "12", "9876543")] * 20
     found = nll(model, tokenizer, texts)
-    shared = len("Patient: A B. Record number: ")
+    shared = len(tokenizer.encode("Patient: A B. Record number: "))
     for text, nats in zip(texts, found, strict=True):
         ids = torch.tensor([tokenizer.encode(text, bos=True)])
         logp_TV = model(ids)[0].log_softmax(-1)
