@@ -1,8 +1,7 @@
 """Any checkpoint on your own labelled notes, as a row of a report:
 
     python -m eval.run --weights DIR [--adapter DIR] --data my.jsonl --out runs/mine
-    python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine       adds a row to the same
-    report
+    python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine     # another row of that report
 
 `--data` has annotated notes (train.clinic's records; `train.importers.table` and `brat` make them of yours), or texts
 with questions of their own (`train.importers.conll`). Only what is annotated is scored. The folder gets a copy of the
@@ -26,6 +25,7 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any, Literal
 
+from eval.experiments.steps import begin
 from eval.questions import read_references
 from eval.report.build import terminal_table, write
 from infer.extract import program
@@ -34,7 +34,6 @@ from model.support import cli as command
 from model.support.cli import UserError, nearest
 from model.support.files import read_json, write_json, write_jsonl
 from model.support.hardware import max_resident_mb
-from model.support.lock import claim, hold, is_empty, sweep
 
 BASELINES = Path(__file__).with_name("baselines.toml")
 
@@ -108,10 +107,7 @@ def main(options: Options) -> None:
     )
     form = options.form if options.form != "auto" or entry is None else entry["form"]
     out = options.out
-    with hold(out):
-        out.mkdir(exist_ok=True)
-        claim(out, out / "made-of.json", {"program": "eval.run", "data": digest(records)}, begun=not is_empty(out))
-        sweep(out)
+    with begin(out, {"program": "eval.run", "data": digest(records)}):
         file = file_of(out, name, options.overwrite)
         write_jsonl(out / "data.jsonl", records)
         ask(options, records[: options.limit], name, form, file)

@@ -17,7 +17,7 @@ from typing import Any
 from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
 from eval.bench.train import warm_up
-from eval.experiments.steps import argv, program
+from eval.experiments.steps import argv, programs
 from infer.released import smollm2
 from model.support.cli import UserError
 
@@ -52,8 +52,8 @@ def rows(only: str = "") -> list[Row]:
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
         weights = str(folder / "base")
-        program("base", argv("model.checkpoints.convert", smollm2(), weights))
-        program("notes", argv("train.clinic", patients=20, seed=1, out=folder / "clinic"))
+        programs({"base": argv("model.checkpoints.convert", smollm2(), weights)})
+        programs({"notes": argv("train.clinic", patients=20, seed=1, out=folder / "clinic")})
         for number, (name, (stage, changes)) in enumerate(chosen.items()):
             made += setting_rows(name, stage, recipe_file(folder, number, stage, changes, weights))
     return made

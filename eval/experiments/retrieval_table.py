@@ -106,29 +106,23 @@ def filled(run: Run, options: Options, references: list[dict[str, Any]], given: 
     write_jsonl(
         run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one} for one in references]
     )
-    indexes = {
-        name: index(run, options, name, given.get(name)) for name in RETRIEVERS if name == "bm25" or name in given
-    }
-    adapters = {AS_IT_IS: options.adapter, **(tuned(run, options, indexes["bm25"]) if options.tune_steps else {})}
-    rows = [
-        row
-        for end, adapter in adapters.items()
-        for row in answered(run, options, references, end, adapter, indexes, given)
-    ]
+    for name in RETRIEVERS:
+        if name == "bm25" or name in given:
+            kind, weights = RETRIEVERS[name][1], given.get(name)
+            made = {"encoder": kind, "notes": options.data, "out": index(run, name), "weights": weights}
+            run.step(f"index: {name}", argv("infer.retrieval.index", **made, overwrite=True))
+    adapters = {AS_IT_IS: options.adapter, **(tuned(run, options) if options.tune_steps else {})}
+    rows = [row for end, adapter in adapters.items() for row in answered(run, options, references, end, adapter, given)]
     result = {"notes": len(references), "neighbours": NEIGHBOURS, "rows": rows, "seconds": run.took()}
     write_json(run.out / "result.json", result)
     return result
 
 
-def index(run: Run, options: Options, name: str, weights: Path | None) -> Path:
-    folder = run.out / f"index-{name}"
-    _, kind, _ = RETRIEVERS[name]
-    made = argv("infer.retrieval.index", encoder=kind, notes=options.data, out=folder, weights=weights, overwrite=True)
-    run.step(f"index: {name}", made)
-    return folder
+def index(run: Run, name: str) -> Path:
+    return run.out / f"index-{name}"
 
 
-def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
+def tuned(run: Run, options: Options) -> dict[str, str]:
     """The adapter tuned further without and with neighbours, on diagnoses alone: {row's ending: folder}."""
     diagnosed, near = run.out / "diagnosed.jsonl", run.out / "near.jsonl"
     write_jsonl(diagnosed, [record for record in records_of(options.data) if record.get("diagnosis")])
@@ -137,7 +131,7 @@ def tuned(run: Run, options: Options, bm25: Path) -> dict[str, str]:
         argv(
             "train.data.neighbours",
             data=diagnosed,
-            index=bm25,
+            index=index(run, "bm25"),
             tokenizer=options.weights,
             out=near,
             neighbours=NEIGHBOURS,
@@ -173,7 +167,6 @@ def answered(
     references: list[dict[str, Any]],
     end: str,
     adapter: str,
-    indexes: dict[str, Path],
     given: dict[str, Path],
 ) -> list[dict[str, Any]]:
     """One adapter's rows: none, then each retriever. A public encoder without weights has a row that says so."""
@@ -182,10 +175,10 @@ def answered(
     if end == WITHOUT:  # the effect of more tuning alone
         return rows
     for name, (title, kind, source) in RETRIEVERS.items():
-        if name in indexes:
+        if name == "bm25" or name in given:
             shown = {
                 "retriever": kind,
-                "index": indexes[name],
+                "index": index(run, name),
                 "encoder_weights": given.get(name),
                 "neighbours": NEIGHBOURS,
             }
@@ -193,7 +186,7 @@ def answered(
                 {
                     "name": title + end,
                     **row(none, ask(run, options, references, name + end, adapter, **shown)),
-                    **quality(run, name, indexes[name], given.get(name), references),
+                    **quality(run, name, given.get(name), references),
                 }
             )
         elif not end:
@@ -230,15 +223,13 @@ def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:
     return {"diagnosis": figures(shown), "difference": test, "note": note}
 
 
-def quality(
-    run: Run, name: str, folder: Path, weights: Path | None, references: list[dict[str, Any]]
-) -> dict[str, Any]:
+def quality(run: Run, name: str, weights: Path | None, references: list[dict[str, Any]]) -> dict[str, Any]:
     """`measure`, once an index."""
     path = run.out / f"quality-{name}.json"
 
     def work() -> None:
         notes = [one for one in references if isinstance(one["diagnosis"], dict) and one["diagnosis"].get("code")]
-        write_json(path, measure(Index(folder, weights=weights), notes))
+        write_json(path, measure(Index(index(run, name), weights=weights), notes))
 
     run.step(f"quality: {name}", work)
     return read_json(path)

@@ -179,11 +179,6 @@ def ended_by_sigterm() -> Iterator[None]:
         signal.signal(signal.SIGTERM, before)
 
 
-def program(name: str, arguments: list[str]) -> float:
-    """Run `python -m …`. Returns its peak resident memory in MB. Raises UserError where it fails."""
-    return programs({name: arguments})[name]
-
-
 def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, float]:
     """Run programs (`python -m …`) in parallel, each with `threads` of torch's (0: its default). Returns their peak
     resident memory in MB. Raises UserError where one fails: the others run to their end first."""

@@ -24,14 +24,13 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from eval.experiments.steps import Run, argv, begin, made_from
 from eval.metrics.statistics import format_interval, interval
 from infer.engine.generate import Generator
+from infer.engine.settings import Settings
+from infer.extract.evidence import Forced
 from lora import load_adapter
 from model import Tokenizer, Transformer
-from model.mask import Layout
 from model.support.cli import UserError
 from model.support.files import read_json, read_jsonl, write_json, write_jsonl
 from train.data.records import text_of
@@ -40,7 +39,6 @@ from train.recipe import read_toml
 Record = dict[str, Any]
 
 REFERENCES = 255
-BRANCHES = 64  # texts in one forward pass, as branches after their shared prefix
 DIGITS = 7
 FIRST = ("Ilvara", "Tobrin", "Meskia", "Orvelle", "Jandric", "Sufenna", "Kaldris", "Wenoa", "Ruphian", "Delmira")
 LAST = ("Quendrish", "Tavorel", "Hulmbeck", "Oskarrin", "Zeldane", "Pomfrell", "Vashtine", "Grublow", "Ekkersan", "Lyn")
@@ -151,47 +149,27 @@ def exposure(rank: int, size: int) -> float:
     return math.log2(size) - math.log2(rank)
 
 
-@torch.no_grad()
-def nll(model: Transformer, tokenizer: Tokenizer, texts: Sequence[str]) -> list[float]:
-    """−log p of each text, less what all of them share at their beginning (which is read once for many of them)."""
-    ids = [tokenizer.encode(text, bos=True) for text in texts]
+def nll(generator: Generator, texts: Sequence[str]) -> list[float]:
+    """−log p of each text, less what all of them share at their beginning: requests whose every token is given."""
+    ids = [generator.tokenizer.encode(text, bos=True) for text in texts]
     shared = min(map(len, ids)) - 1
     while any(one[:shared] != ids[0][:shared] for one in ids):
         shared -= 1
-    found: list[float] = []
-    for start in range(0, len(ids), BRANCHES):
-        found += nll_of_branches(model, ids[start : start + BRANCHES], max(shared, 1))
-    return found
-
-
-def nll_of_branches(model: Transformer, ids: Sequence[Sequence[int]], shared: int) -> list[float]:
-    """−log p of ids[i][shared:] given ids[i][:shared], as branches of one row (model/attention.py's Layout)."""
-    tokens, positions, branch = list(ids[0][:shared]), list(range(shared)), [0] * shared
-    starts = []
-    for turn, one in enumerate(ids, start=1):
-        starts.append(len(tokens))
-        tokens += one[shared:-1]
-        positions += range(shared, len(one) - 1)
-        branch += [turn] * (len(one) - 1 - shared)
-    row = [torch.tensor([values], device=model.device) for values in (tokens, positions, branch)]
-    layout = Layout(torch.zeros_like(row[2]), row[2])
-    logp_TV = model(row[0], positions=row[1], layout=layout)[0].double().log_softmax(-1)
-    sums = []
-    for start, one in zip(starts, ids, strict=True):
-        places = [shared - 1, *range(start, start + len(one) - 1 - shared)]
-        sums.append(-float(logp_TV[places, list(one[shared:])].sum()))
-    return sums
+    given = [Settings(max_new_tokens=len(one) - shared, constraint=Forced(one[shared:])) for one in ids]
+    outs = generator.generate([ids[0][:shared]] * len(ids), given)
+    return [-sum(out.logprobs) for out in outs]
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, canaries: Sequence[Canary], seed: int = 0) -> list[Record]:
     """Each canary's count, rank and exposure, and whether the model writes its number."""
     found = []
     prompts = [canary.prefix for canary in canaries]
-    written = Generator(model, tokenizer).generate(prompts, max_new_tokens=DIGITS + 5)
+    generator = Generator(model, tokenizer)
+    written = generator.generate(prompts, max_new_tokens=DIGITS + 5)
     for canary, out in zip(canaries, written, strict=True):
         rng = random.Random(f"references/{seed}/{canary.name}")
         others = [text for _ in range(REFERENCES) if (text := number(rng)) != canary.number]
-        own, *rest = nll(model, tokenizer, [canary.line(), *map(canary.line, others)])
+        own, *rest = nll(generator, [canary.line(), *map(canary.line, others)])
         rank = 1 + sum(nats <= own for nats in rest)  # ties count against the canary's exposure
         extracted = out.text.strip().startswith(canary.number)
         bits = exposure(rank, REFERENCES + 1)
@@ -254,7 +232,6 @@ def measured(run: Run, options: Canaries, name: str, canaries: Sequence[Canary])
         model = Transformer.from_pretrained(options.weights).eval()
         if name != "base":
             load_adapter(model, run.out / name / "adapter")
-        model.use_attention("fast")
         write_json(path, measure(model, Tokenizer.from_pretrained(options.weights), canaries))
 
     run.step(f"{name}: exposure", work)

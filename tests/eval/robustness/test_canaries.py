@@ -23,6 +23,7 @@ from eval.robustness.canaries import (
     plant,
     run_canaries,
 )
+from infer.engine.generate import Generator
 from model import Transformer
 from model.support.cli import UserError
 from model.support.files import write_jsonl
@@ -58,7 +59,7 @@ def test_a_canary_occurs_in_as_many_notes_as_planted_and_once_after_deduplicatio
 def test_nll_is_each_texts_loss_after_the_shared_prefix(tiny):
     model, tokenizer = tiny
     texts = [f"Patient: A B. Record number: {number}." for number in ("1234567", "7654321", "12", "9876543")] * 20
-    found = nll(model, tokenizer, texts)
+    found = nll(Generator(model, tokenizer), texts)
     shared = len(tokenizer.encode("Patient: A B. Record number: "))
     for text, nats in zip(texts, found, strict=True):
         ids = torch.tensor([tokenizer.encode(text, bos=True)])
