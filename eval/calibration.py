@@ -135,17 +135,15 @@ def summary(found: Sequence[Confidence]) -> Json:
         }
         for group in bins
     ]
+    f1s = [f1_of(one.question) for one in ordered]
+    kept = {share: f1s[-max(1, round(len(f1s) * share)) :] for share in SHARES}
     return {
         "n": len(ordered),
         "log_loss": log_loss([one.p for one in ordered], [is_right(one.question) for one in ordered]),
         "error": sum(group["n"] * abs(group["p"] - group["right"]) for group in reliability) / len(ordered),
         "reliability": reliability,
-        "abstention": [[share, mean_f1(ordered[len(ordered) - round(len(ordered) * share) :])] for share in SHARES],
+        "abstention": [[share, sum(surest) / len(surest)] for share, surest in kept.items()],
     }
-
-
-def mean_f1(found: Sequence[Confidence]) -> float:
-    return sum(f1_of(one.question) for one in found) / len(found) if found else math.nan
 
 
 def review_first(found: Sequence[Confidence], count: int = FIRST) -> list[Json]:

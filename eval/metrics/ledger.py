@@ -14,8 +14,7 @@ from eval.metrics.scoring import answers, question
 from eval.metrics.text import clinical, released, unstemmed
 
 ONE_WORD = "a perfect answer of one word has no pair of words for BLEU-2"
-COMPARED = ("clinical", "cancerllm", "coco")
-_NAMES = {
+COMPARED = {  # presets whose forms differ, with those that share each form
     "clinical": "clinical",
     "cancerllm": "cancerllm, cancerllm-released",
     "coco": "coco, sacrebleu, nltk, rouge_score",
@@ -52,13 +51,11 @@ def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[st
     for given, gold in pairs:
         rights = answers(list(gold), PRESETS["clinical"])
         for one in answers(list(given), PRESETS["clinical"]):
-            verdict = {
-                preset_name: any(PRESETS[preset_name].form(one) == PRESETS[preset_name].form(g) for g in rights)
-                for preset_name in COMPARED
-            }
-            if len(set(verdict.values())) > 1:
-                near = next(g for g in rights if any(PRESETS[j].form(one) == PRESETS[j].form(g) for j in COMPARED))
-                note(one, near, why(one, near), {_NAMES[j]: "right" if v else "wrong" for j, v in verdict.items()})
+            equal = {name: [g for g in rights if PRESETS[name].form(one) == PRESETS[name].form(g)] for name in COMPARED}
+            if any(equal.values()) and not all(equal.values()):
+                near = next(g for g in rights if any(g in those for those in equal.values()))
+                verdicts = {COMPARED[name]: "right" if those else "wrong" for name, those in equal.items()}
+                note(one, near, why(one, near), verdicts)
             if one in rights:
                 low: dict[str, str] = {}
                 for name, preset in PRESETS.items():
