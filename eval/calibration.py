@@ -1,11 +1,12 @@
-"""Confidence that means something: how often answers of a probability are right, and one number that mends it.
+"""How often answers of a given probability are right, and the temperature that corrects the probabilities.
 
     python -m eval.calibration --predictions F.jsonl --references G.jsonl [--out ADAPTER/calibration.json]
 
-An answer's log-probability is a sum over its tokens, so long answers look less sure than they are, and a grounded one's
-is the model's own before what is not allowed was left out. p = exp(logprob / T), with one T for each task, which
-minimises the log loss of "the answer matches exactly" (temperature scaling, Guo et al. 2017, over a whole answer). A T
-from held-out notes is kept beside the adapter, and infer.extract then writes `probability` into its records.
+An answer's log-probability is a sum over its tokens, so that long answers look less sure than they are; a grounded
+answer's is that of the whole vocabulary, before the tokens that are not allowed are masked. p = exp(logprob / T) with
+one T for each task, which minimises the log loss of "the answer matches exactly" (temperature scaling, Guo et al. 2017,
+over a whole answer). The T of held-out notes is kept beside the adapter; infer.extract then writes `probability` into
+its records.
 """
 
 from __future__ import annotations

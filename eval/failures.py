@@ -79,7 +79,7 @@ def classify(one: Question, note: str = "", witnesses: int = 0) -> str:
 
 
 def kinds(text: str) -> set[str]:
-    """The kinds of value in a clinical form: a size is no stage group, and a length no plain number."""
+    """The kinds of value in a clinical form: a stage group, a length, a plain number."""
     return {name for name, pattern in _KINDS.items() if pattern.search(text)}
 
 

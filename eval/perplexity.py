@@ -1,8 +1,8 @@
 """Perplexity and bits per byte of a text: `python -m eval.perplexity --weights DIR [--adapter DIR] --text
 F.jsonl|F.txt`.
 
-Perplexity is a token's, so two tokenizers' cannot be compared; bits per byte can: the same −log2 p, divided by the
-text's UTF-8 bytes. With an adapter both figures are given without and with it (before and after continued
+Perplexity is per token, so it cannot be compared between tokenizers; bits per byte can: the same −log2 p, divided by
+the text's UTF-8 bytes. With an adapter both figures are given without and with it (before and after continued
 pre-training).
 
     100 tokens of mean loss 2.0 nats over 420 bytes: perplexity e^2 = 7.39, bits per byte 100 · 2.0 / ln 2 / 420 = 0.687

@@ -4,9 +4,9 @@
     python -m eval.bench job --weights DIR     a model's own shape; the same notes are run too, and compared
 
 The time of reading N tokens and of a step of N rows is measured on one and two layers of the shape with random weights,
-so that it fits everywhere, and continued to all layers. Then the job itself runs (infer/extract: prompts, grammars,
-places, refilling), but for the model: answers are the notes' own, and a clock advances by what was measured. The host's
-time is what that takes here, less what the thread that encodes takes, which works while the device does.
+so that it fits everywhere, and extrapolated to all layers. Then the job itself runs (infer/extract: prompts, grammars,
+places, refilling) without the model: the answers are the notes' own, and a clock advances by the measured times. The
+host's time is what that takes here, without the thread that encodes, which works while the device does.
 """
 
 from __future__ import annotations

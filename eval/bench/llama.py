@@ -1,8 +1,10 @@
-"""llama.cpp as a peer, through llama-cpp-python (extra `bench`): its formats of one file, a text's tokens, a job.
+"""llama.cpp as a peer, through llama-cpp-python (extra `bench`): the formats that it makes of a file, the speed of
+reading and of decoding, and the extraction job.
 
-The job is the best way it has: a note is read once as sequence 0 and shared by its questions' sequences, whose tokens
-make one batch, logits for the last of each only; then a token of each a step. Both libraries choose the most probable
-token. Threads are ours (its own default is half of the processors).
+The job runs in llama.cpp's fastest way: a note is read once as sequence 0, which the sequences of its questions share;
+the questions' tokens are one batch, with logits for the last token of each; then each step computes one token of every
+question. Both libraries choose the most probable token. llama.cpp gets as many threads as torch (its default is half of
+the processors).
 """
 
 from __future__ import annotations

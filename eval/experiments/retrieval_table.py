@@ -8,7 +8,7 @@ their weights lie in ENCODERS/contriever, medcpt, specter2, sgpt; a row without 
 diagnosis scores with intervals by patient, the difference to the same model without neighbours (paired), and recall@k
 and nDCG@10 on notes of the same diagnosis.
 
-A model that never saw neighbours in training may be misled by them. With `--tune-steps` the adapter is therefore also
+A model that was trained without neighbours may be misled by them. With `--tune-steps` the adapter is therefore also
 tuned further on the same notes with BM25's neighbours in their prompts, and for as many steps without neighbours, so
 that the effect of more tuning is not attributed to retrieval. The rows are in DIR/result.json; an interrupted run
 continues.

@@ -1,8 +1,7 @@
 """A long run as steps: finished ones are in OUT/steps.json, and the same command continues after an interruption.
 
-The steps are functions, or programs as `python -m` takes them; each one's seconds and peak memory are kept. What the
-run is made of (its options) is in OUT/made-of.json: a run with other options is not mixed with an older one's, and
-nothing is removed without --overwrite.
+A step is a function, or a program as `python -m` takes it; its seconds and its peak memory are kept. OUT/made-of.json
+has the run's options: a run of other options is refused in the same folder, and nothing is removed without --overwrite.
 """
 
 from __future__ import annotations

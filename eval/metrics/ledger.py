@@ -1,4 +1,4 @@
-"""The disagreement ledger: every answer that two presets score differently, with why.
+"""The disagreement ledger: every answer that two presets score differently, and the reason.
 
 Answers are compared by exact match: clinical form, released form, or the plain text. And a right answer is listed where
 a definition still gives it no more than 0.5: one word has no pair of words, so COCO's BLEU-2 of a perfect one is 0.001.

@@ -106,7 +106,7 @@ def answers(given: str | Sequence[str], preset: Preset) -> list[str]:
 
 
 def best_matches(ps: Sequence, gs: Sequence, m) -> Figures:
-    """Precision, recall and F1 of two sets of answers under the likeness m(p, g)."""
+    """Precision, recall and F1 of two sets of answers under the similarity m(p, g)."""
     if not ps or not gs:
         precision, recall = float(not ps), float(not gs)
     else:

@@ -11,7 +11,7 @@ from model.support.files import read_json
 
 Json = dict[str, Any]
 PARTS = {"wrong_labels": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
-# run.json's name of an experiment's result, and the folder of a demo's or tables' run that it lies in
+# the result of each experiment: its name in run.json, and its folder in a run of the demo or of make tables
 
 
 class Asked(NamedTuple):

@@ -1,4 +1,4 @@
-"""Misspelled notes: a tuned adapter answers the same notes at nested rates of misspelling, as they are and repaired.
+"""Misspelled notes: a tuned adapter answers the same notes at nested rates of misspelling, repaired and not repaired.
 
 A word is misspelled by one of five rules: a neighbouring key, two letters swapped, one left out, one doubled, one by
 its sound. Every word has one fixed number in [0, 1) from (seed, record's id, the word's place), and is misspelled where
