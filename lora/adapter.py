@@ -129,22 +129,15 @@ def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default", seed: 
         raise UserError(f"lora: the model already has an adapter called {name!r}; choose another name")
     model.requires_grad_(False)
     for path in chosen:
-        layer = as_lora(model, path)
+        layer = linears[path]
+        if not isinstance(layer, LoRALinear):
+            layer = LoRALinear(layer, path)
+            model.set_submodule(path, layer)
         layer.add(name, config.rank(path), config.scale(path), config.dropout, seed)
     configs = model.__dict__.setdefault("lora_configs", {})
     configs[name] = config
     set_adapter(model, name)
     return model
-
-
-def as_lora(model: nn.Module, path: str) -> LoRALinear:
-    """The layer at `path`, made able to carry adapters."""
-    linear = model.get_submodule(path)
-    if not isinstance(linear, LoRALinear):
-        assert isinstance(linear, nn.Linear), path
-        linear = LoRALinear(linear, path)
-        model.set_submodule(path, linear)
-    return linear
 
 
 def check_targets(config: LoRAConfig, linears: list[str], chosen: list[str]) -> None:

@@ -53,14 +53,17 @@ LIMITED: dict[str, tuple[tuple[Any, ...], str]] = {
 }
 
 
-def adapter_state(model: nn.Module, name: str = "default") -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's keys."""
-    state = {}
-    for path, layer in adapted(model).items():
-        if name in layer.scale:
-            state[f"{PREFIX}{path}.lora_A.weight"] = layer.lora_A[name].detach()
-            state[f"{PREFIX}{path}.lora_B.weight"] = layer.lora_B[name].detach()
-    return state
+def adapter_state(
+    model: nn.Module, name: str = "default", params: Mapping[str, Tensor] | None = None
+) -> dict[str, Tensor]:
+    """An adapter's tensors under PEFT's keys; `params`: the parameters by name, where the model's are sharded."""
+    held = dict(model.named_parameters()) if params is None else params
+    return {
+        f"{PREFIX}{path}.{kind}.weight": held[f"{path}.{kind}.{name}"].detach()
+        for path, layer in adapted(model).items()
+        if name in layer.scale
+        for kind in ("lora_A", "lora_B")
+    }
 
 
 def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dict[str, Any]:

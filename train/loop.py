@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from lora import DropoutPlan
 from lora.adapter import adapted
+from lora.peft import adapter_state
 from model.support.cli import UserError
 from model.support.files import write_text
 from model.transformer import Transformer
@@ -32,7 +33,6 @@ from train.data.dataset import Rows, read_ahead
 from train.data.rows import ANSWER, Batch, Row, collate, count, order
 from train.distributed.checkpoint import (
     Progress,
-    adapter_tensors,
     newest_whole,
     prune,
     restore,
@@ -268,13 +268,13 @@ class Trainer:
         """What write_adapter needs, or None in full training."""
         if self.recipe.full:
             return None
-        return self.model.__dict__["lora_configs"]["default"], adapter_tensors(self.model, params), self.base
+        return self.model.__dict__["lora_configs"]["default"], adapter_state(self.model, params=params), self.base
 
     def resume(self) -> None:
         """Resume from the newest whole checkpoint, which the first rank chooses for all."""
         folder, found = self.out / "checkpoints", None
         if self.recipe.resume:
-            found = self.ranks.gather(newest_whole(folder) if self.ranks.first else None)[0]
+            found = self.ranks.of_first(lambda: newest_whole(folder))
         if found is not None:
             allowed = self.recipe.allow_changed
             read = lambda: restore(found, self.model, self.optimizers, self.identity, allowed)  # noqa: E731

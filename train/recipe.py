@@ -197,10 +197,6 @@ class Recipe:
             raise UserError(f"recipe: warmup of {self.warmup} steps is longer than the run of {steps}")
         return steps
 
-    def warmup_of(self, steps: int) -> int:
-        """Steps of warm-up in a run of so many."""
-        return self.warmup or math.ceil(self.warmup_share * steps)
-
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """A recipe file's keys. Raises UserError for what is not TOML, not a key of Recipe, or of another type."""

@@ -132,11 +132,7 @@ def parts(recipe: Recipe, encoding: Encoding) -> dict[str, tuple[tuple[str, ...]
 
 def sources_of(recipe: Recipe, encoding: Encoding, ranks: Ranks) -> dict[str, dict[str, Any]]:
     """What each token store is a function of, as the first rank finds it."""
-
-    def see() -> dict[str, dict[str, Any]]:
-        return {name: identity_of(*part) for name, part in parts(recipe, encoding).items()}
-
-    return ranks.gather(ranks.run_on_first(see))[0]
+    return ranks.of_first(lambda: {name: identity_of(*part) for name, part in parts(recipe, encoding).items()})
 
 
 def stores(

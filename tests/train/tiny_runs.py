@@ -137,7 +137,7 @@ def main() -> None:
         out |= {f"{name}/{key}": value for key, value in run_case(case, store, stage, ranks).items()}
     if ranks.first:
         save_file(out, sys.argv[2])
-    ranks.wait()
+    ranks.gather(None)  # the others wait for the first
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
 

@@ -19,7 +19,7 @@ from model.support.files import read_jsonl
 from train.clinic.markup import unmark, upper, visible
 from train.clinic.notes import Writer, write_note
 from train.clinic.patients import Case, draw_case, draw_receptors, quantile
-from train.clinic.terms import CANCERS, Cancer, Histology, Site, Style, Wording, completed, read
+from train.clinic.terms import CANCERS, Cancer, Style, completed, places_and_types, read, wording
 
 MTS_DIALOG = Path(__file__).with_name("mts_dialog.jsonl")
 HEALTHY = 1 / 10  # share of the notes that are of people without cancer
@@ -36,19 +36,9 @@ _TABLES = read("clinical")
 _BANKS, _WORDS = completed(_TABLES["bank"]), completed(_TABLES["words"])
 
 
-def _pair(names: str) -> Wording:
-    full, short = (part.strip() for part in names.split(";"))
-    return Wording(full, short, full, short)
-
-
 def _widened(cancer: Cancer) -> Cancer:
     more = next(table for table in _TABLES["cancer"] if table["name"] == cancer.name)
-    return replace(
-        cancer,
-        sites=tuple(Site(**site | {"names": _pair(site["names"])}) for site in more["sites"]),
-        histologies=tuple(Histology(**one | {"names": _pair(one["names"])}) for one in more["histologies"]),
-        operation=_pair(more["operation"]),
-    )
+    return replace(cancer, **places_and_types(more), operation=wording(more["operation"]))
 
 
 CASES = tuple(_widened(cancer) for cancer in CANCERS)

@@ -146,20 +146,27 @@ def completed(tables: dict[str, dict[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def wording(text: str) -> Wording:
-    """A Wording from "full; short; new full; new short"."""
-    return Wording(*(part.strip() for part in text.split(";")))
+    """A Wording from "full; short; new full; new short", or from "full; short" for both."""
+    names = [part.strip() for part in text.split(";")]
+    return Wording(*(names if len(names) == 4 else names * 2))
+
+
+def places_and_types(raw: dict[str, Any]) -> dict[str, Any]:
+    """The sites and histologies of a Cancer's table."""
+    return {
+        "sites": tuple(Site(**site | {"names": wording(site["names"])}) for site in raw["sites"]),
+        "histologies": tuple(Histology(**one | {"names": wording(one["names"])}) for one in raw["histologies"]),
+    }
 
 
 def cancer(raw: dict[str, Any]) -> Cancer:
     """A Cancer from its table in cancers.toml."""
     named = {key: wording(raw[key]) for key in ("where", "nowhere", "operation", "complaint")}
-    sites = tuple(Site(**site | {"names": wording(site["names"])}) for site in raw["sites"])
-    histologies = tuple(Histology(**one | {"names": wording(one["names"])}) for one in raw["histologies"])
     stages = []
     for line in raw.get("stages", ()):
         group, t, n, m, smallest, largest = line.split()
         stages.append(Stage(group, t, n, m, int(smallest), int(largest)))
-    return Cancer(**raw | named | {"sites": sites, "histologies": histologies, "stages": tuple(stages)})
+    return Cancer(**raw | named | places_and_types(raw) | {"stages": tuple(stages)})
 
 
 _KNOWN = read("cancers")

@@ -24,6 +24,8 @@ from model.support.files import check_not_read, read_jsonl, write_jsonl
 from model.support.lock import output
 from model.text.tokenizer import Tokenizer
 
+BUDGET = 1000  # tokens of all neighbours of a note together (infer.extract gives them what its limit leaves)
+
 
 @dataclass(frozen=True)
 class Options:
@@ -45,8 +47,6 @@ class Options:
     """Tokens of each neighbour's text, as infer.extract's option."""
     overwrite: bool = False
     """Replace a file that is there."""
-    token_budget: int = 1000
-    """Tokens that all neighbours of a note may take together (infer.extract gives them what its limit leaves)."""
 
 
 def beside(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator[dict[str, object]]:
@@ -54,7 +54,7 @@ def beside(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator
         if not isinstance(record["text"], str):
             raise UserError(f"{options.data}:{number}: 'text' is not text")
         note = {"id": str(record["id"]), "text": record["text"], "patient": record.get("patient")}
-        shown = near.shown(tokenizer, near.of(note), options.token_budget)
+        shown = near.shown(tokenizer, near.of(note), BUDGET)
         yield {**record, "neighbours": [{"id": name, "text": text} for name, text in shown]}
 
 

@@ -13,6 +13,7 @@ import multiprocessing
 import os
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -123,11 +124,11 @@ def encode_shards(
     lines = itertools.islice(all_lines, limit or None)
     chunks = enumerate(iter(lambda: list(itertools.islice(lines, SHARD)), []))
     first = list(itertools.islice(chunks, 2))
-    jobs = ((encoding, folder, number, chunk) for number, chunk in itertools.chain(first, chunks))
+    encode, jobs = partial(encode_shard, encoding, folder), itertools.chain(first, chunks)
     if len(first) < 2 or workers == 1:  # one shard: another process would only cost its start
-        return gathered(map(encode_job, jobs))
+        return gathered(map(encode, jobs))
     with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
-        return gathered(tqdm(pool.imap(encode_job, jobs), desc="tokenising", unit=" shards", disable=None))
+        return gathered(tqdm(pool.imap(encode, jobs), desc="tokenising", unit=" shards", disable=None))
 
 
 def gathered(done: Iterable[tuple[dict[str, int], list[dict[str, Any]]]]) -> tuple[list[dict[str, int]], list[dict]]:
@@ -142,14 +143,11 @@ def gathered(done: Iterable[tuple[dict[str, int], list[dict[str, Any]]]]) -> tup
     return shards, rejects
 
 
-def encode_job(job: tuple) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    return encode_shard(*job)
-
-
 def encode_shard(
-    encoding: Encoding, folder: Path, number: int, lines: Sequence[tuple[str, int, bytes]]
+    encoding: Encoding, folder: Path, numbered: tuple[int, Sequence[tuple[str, int, bytes]]]
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    encode = encoding.encoder()
+    """Write a shard, given its number and lines (file, number, line): (its entry in the manifest, rejects)."""
+    encode, (number, lines) = encoding.encoder(), numbered
     tokens: Texts = []
     text_ends, record_ends, names, rejects = [0], [0], [], []
     for file, line_number, line in lines:
@@ -195,17 +193,10 @@ class TokenStore:
         self.manifest = read_json(self.path / "manifest.json")
         counts = [shard["records"] for shard in self.manifest["shards"]]
         self.first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.shards: dict[int, tuple] = {}
+        self.shard = lru_cache(OPEN)(self.open_shard)
 
     def __len__(self) -> int:
         return int(self.first[-1])
-
-    def shard(self, number: int) -> tuple:
-        if number not in self.shards:
-            while len(self.shards) >= OPEN:
-                self.shards.pop(next(iter(self.shards)))
-            self.shards[number] = self.open_shard(number)
-        return self.shards[number]
 
     def open_shard(self, number: int) -> tuple:
         try:

@@ -22,7 +22,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lora.adapter import adapted
 from lora.peft import write_adapter
 from model.checkpoints.safetensors import Stored, open_safetensors, save_tensors
 from model.support.cli import UserError
@@ -60,16 +59,6 @@ def snapshot(
     params = {name: whole(p, keep) for name, p in named_trainable(model).items()}
     state = {f"{name}|{key}": whole(value, keep) for name, key, value in state_tensors(model, optimizers)}
     return (params, state) if keep else ({}, {})
-
-
-def adapter_tensors(model: nn.Module, params: dict[str, Tensor], name: str = "default") -> dict[str, Tensor]:
-    """Trained parameters under PEFT's keys."""
-    return {
-        f"base_model.model.{path}.{kind}.weight": params[f"{path}.{kind}.{name}"]
-        for path, layer in adapted(model).items()
-        if name in layer.scale
-        for kind in ("lora_A", "lora_B")
-    }
 
 
 def save_checkpoint(

@@ -60,10 +60,6 @@ class Ranks:
     def first(self) -> bool:
         return self.rank == 0
 
-    def wait(self) -> None:
-        if self.world > 1:
-            dist.barrier(group=self.cpu_group)
-
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value, on every rank."""
         if self.world == 1:
@@ -93,6 +89,10 @@ class Ranks:
     def run_on_first(self, work: Callable[[], Made]) -> Made | None:
         """`work()` on the first rank alone (None on others); a user's mistake there is raised on all."""
         return self.run_on_all(lambda: work() if self.first else None)
+
+    def of_first(self, work: Callable[[], Made]) -> Made:
+        """What `work()` gives on the first rank, on every rank; a user's mistake there is raised on all."""
+        return self.gather(self.run_on_first(work))[0]
 
     def assert_same(self, mine: dict[str, Any]) -> None:
         """Raise a UserError on every rank where one of them runs something else than the first."""

@@ -25,10 +25,10 @@ def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimi
     """The recipe's optimizers over the trainable parameters; each group keeps its peak rate under "peak"."""
     params = named_trainable(model)
     if recipe.optimizer == "muon":
-        matrices = [p for name, p in params.items() if p.dim() == 2 and ".layers." in name]
-        rest = {name: p for name, p in params.items() if not (p.dim() == 2 and ".layers." in name)}
-        kind = ShardedMuon if any(hasattr(p, "device_mesh") for p in matrices) else torch.optim.Muon
-        muon = kind(matrices, lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
+        matrices = {name: p for name, p in params.items() if p.dim() == 2 and ".layers." in name}
+        rest = {name: p for name, p in params.items() if name not in matrices}
+        kind = ShardedMuon if any(hasattr(p, "device_mesh") for p in matrices.values()) else torch.optim.Muon
+        muon = kind(matrices.values(), lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
         made: list[torch.optim.Optimizer] = [muon, adamw(rest, recipe)]
     elif recipe.optimizer == "sgd":
         made = [torch.optim.SGD(groups(params, recipe), lr=recipe.learning_rate)]
@@ -57,7 +57,7 @@ def groups(params: dict[str, nn.Parameter], recipe: Recipe) -> list[dict]:
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:
     """The share of the peak learning rate at `step` (from 0): linear warm-up, then the schedule's fall."""
-    warmup = recipe.warmup_of(steps)
+    warmup = recipe.warmup or math.ceil(recipe.warmup_share * steps)
     if step < warmup:
         return (step + 1) / warmup
     done = (step - warmup) / max(1, steps - warmup)

@@ -103,11 +103,14 @@ def step_of(config: ModelConfig, recipe: Recipe, row_tokens: int, targets: int, 
 
 
 def memory(
-    config: ModelConfig, recipe: Recipe, ranks: int, row_tokens: int, targets: int, heap: bool = False
+    config: ModelConfig, recipe: Recipe, ranks: int, row_tokens: int, targets: int, gpu: str = ""
 ) -> dict[str, float]:
-    """Bytes on each process, by category, at the step's peak; `targets` of a micro-batch are supervised. `heap`:
-    tensors are allocated on glibc's heap (on a CPU)."""
-    return training(config, step_of(config, recipe, row_tokens, targets, heap), ranks)
+    """Bytes on each process, by category, at the step's peak; `targets` of a micro-batch are supervised. On `gpu`
+    "cpu" tensors are allocated on glibc's heap; on a GPU there is a context besides ("" counts neither)."""
+    made = training(config, step_of(config, recipe, row_tokens, targets, gpu == "cpu"), ranks)
+    if gpu not in ("", "cpu"):
+        made["context (assumed)"] = PROGRAM["cuda"]
+    return made
 
 
 def arithmetic(config: ModelConfig, recipe: Recipe, load: Load) -> float:
@@ -223,17 +226,11 @@ def remedies(
     made, so_far, gpus = [], recipe, options.gpus
     for what, values, processes in changes:
         so_far, gpus = replace(so_far, **values), processes
-        total = total_bytes(
-            memory(config, so_far, gpus, load.longest, targets_of(load, so_far), options.gpu == "cpu"), options.gpu
-        )
+        total = sum(memory(config, so_far, gpus, load.longest, targets_of(load, so_far), options.gpu).values())
         made.append({"change": what, "total_gb": total / 1e9, "fits": total <= available})
         if total <= available:
             break
     return made
-
-
-def total_bytes(parts: dict[str, float], gpu: str) -> float:
-    return sum(parts.values()) + (PROGRAM["cuda"] if gpu != "cpu" else 0.0)
 
 
 def targets_of(load: Load, recipe: Recipe) -> int:
@@ -256,8 +253,8 @@ def plan(options: Options) -> dict[str, Any]:
         stage = "instruct" if asks or "instruct" in Path(options.recipe).stem else "pretrain"
     config, load = find_config(options, recipe), find_load(options, recipe, stage)
     available, peak, shares, basis = device(options)
-    parts = memory(config, recipe, options.gpus, load.longest, targets_of(load, recipe), options.gpu == "cpu")
-    total = total_bytes(parts, options.gpu)
+    parts = memory(config, recipe, options.gpus, load.longest, targets_of(load, recipe), options.gpu)
+    total = sum(parts.values())
     passes = recipe.steps * recipe.batch_rows / load.rows if recipe.steps else recipe.epochs
     flops = arithmetic(config, recipe, load) * passes
     seconds = [flops / (peak * share * options.gpus) for share in shares]
@@ -267,7 +264,7 @@ def plan(options: Options) -> dict[str, Any]:
         "gpus": options.gpus,
         "gpu": options.gpu,
         "data": asdict(load),
-        "bytes": {**parts, **({"context (assumed)": PROGRAM["cuda"]} if options.gpu != "cpu" else {})},
+        "bytes": parts,
         "total_bytes": total,
         "available_bytes": available,
         "fits": total <= available,

@@ -22,7 +22,7 @@ def test_every_setting_is_a_recipe_of_which_all_rows_are_trained_on(name, tmp_pa
 
 
 def test_the_groups_hold_every_category_once():
-    planned = memory(config_of("tiny"), Recipe(data=("x",), out="x", weights="x"), 1, 100, 20, heap=True)
+    planned = memory(config_of("tiny"), Recipe(data=("x",), out="x", weights="x"), 1, 100, 20, "cpu")
     grouped = [part for parts in GROUPS.values() for part in parts]
     assert sorted(grouped) == sorted(planned)
 

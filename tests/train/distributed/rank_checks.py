@@ -150,7 +150,7 @@ def main() -> None:
     if ranks.first:
         save_file(out, sys.argv[2])
         Path(sys.argv[2]).with_suffix(".json").write_text(json.dumps(told))
-    ranks.wait()
+    ranks.gather(None)  # the others wait for the first
     if ranks.world > 1:
         torch.distributed.destroy_process_group()
 
