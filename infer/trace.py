@@ -20,7 +20,7 @@ import torch
 
 from infer import tasks
 from infer.engine.generate import Generator, Settings
-from infer.engine.load import load
+from infer.engine.load import check_adapters, load
 from infer.engine.options import WeightOptions
 from infer.extract.ask import Asker, Limits
 from infer.extract.grounded import Grounded, Grounding
@@ -29,7 +29,6 @@ from infer.extract.places import edges
 from infer.inspect import page as trace_page
 from lora import load_adapter, merge_lora, no_adapter, set_adapter
 from lora.adapter import adapted
-from lora.origin import check_origin
 from model import Tokenizer, Transformer
 from model.support.cli import UserError, nearest, run
 from model.support.files import write_text
@@ -127,10 +126,7 @@ def check(options: Options) -> None:
         raise UserError(f"--max-new-tokens is {options.max_new_tokens}; it must be at least 0")
     if options.out.is_dir():
         raise UserError(f"{options.out} is a folder; give --out a file, for example trace.html")
-    for adapter in options.adapter:
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
-    check_origin(options.weights, options.adapter)
+    check_adapters(options.weights, options.adapter)
     if options.compare is not None and not Path(options.compare).exists():
         raise UserError(f"{options.compare}: no such file or folder; --compare takes a model or an adapter")
 

@@ -20,7 +20,7 @@ import kernels
 from infer.engine.causal import causal
 from infer.engine.forward import Engine
 from infer.engine.fuse import read_attention, tree_attention
-from infer.engine.levels import Level, alike, beside, levels_of, padded
+from infer.engine.levels import Level, cat_padded, levels_of, padded, similar
 from infer.engine.settings import Hidden
 from infer.engine.tree import Branch, Prefix
 
@@ -329,11 +329,11 @@ class Cache:
         self.levels = [level for level in self.levels if level.prefixes]
 
     def join(self, other: Cache) -> None:
-        """Put another tree's branches behind this one's, and its levels each beside one of alike lengths."""
+        """Append another tree's branches; each of its levels joins one of similar lengths, or stays alone."""
         own = len(self.start_B)
         for layer in range(len(self.engine.layers)):
-            self.keys[layer] = self._key_layout(beside(self.keys[layer], other.keys[layer], dim=-1))
-            self.values[layer] = beside(self.values[layer], other.values[layer], dim=-2)
+            self.keys[layer] = self._key_layout(cat_padded(self.keys[layer], other.keys[layer], dim=-1))
+            self.values[layer] = cat_padded(self.values[layer], other.values[layer], dim=-2)
         self.capacity = max(self.capacity, other.capacity)
         self.start_B = torch.cat([self.start_B, other.start_B])
         self.length_B = torch.cat([self.length_B, other.length_B])
@@ -348,7 +348,7 @@ class Cache:
         for level in other.levels:
             level.index()
             length_P = level.length_P.tolist()
-            place = next((held for held in free if alike([*held.length_P.tolist(), *length_P])), None)
+            place = next((held for held in free if similar([*held.length_P.tolist(), *length_P])), None)
             if place is None:
                 self.levels.append(level)
             else:

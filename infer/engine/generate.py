@@ -5,7 +5,7 @@
 
     python -m infer.generate --weights DIR [--adapter DIR] --prompt TEXT
 
-A request's result depends on its prompt, its settings and its seed, not on what shares its batch, but for rounding.
+A request's result depends on its prompt, its settings and its seed, not on what shares its batch, except for rounding.
 Logits are at least fp32; greedy ties go to the lowest token id.
 """
 
@@ -293,8 +293,8 @@ def generator_for(options: Any, how: Plan, loaded: tuple[Transformer, Tokenizer]
 class RequestBatch:
     """Requests that are generated side by side: `add` and `step` give each a token or more, and those that end leave.
 
-    Requests that are added between two steps find a cache of alike ones: their tree is read by itself and put beside
-    the others', so what a request computes does not depend on when it came, but for rounding.
+    Requests may be added between two steps: their tree is read by itself and joined to the cache, so a request's
+    result does not depend on when it was added, except for rounding.
     """
 
     def __init__(self, generator: Generator) -> None:

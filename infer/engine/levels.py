@@ -82,7 +82,7 @@ class Level:
         """Take over another level's prefixes, whose branches come after this one's, one layer at a time."""
         for store, added in ((self.keys, other.keys), (self.values, other.values)):
             for layer, held_PGSK in enumerate(store):
-                store[layer] = beside(held_PGSK, added[layer], dim=-2)
+                store[layer] = cat_padded(held_PGSK, added[layer], dim=-2)
         self.prefixes = [*self.prefixes, *other.prefixes]
         self.first_P = torch.cat([self.first_P, other.first_P])
         self.length_P = torch.cat([self.length_P, other.length_P])
@@ -101,19 +101,19 @@ class Level:
         return out_rGMC if self.outside_r is None else out_rGMC.masked_fill_(self.outside_r[:, None, None, None], 0)
 
 
-def alike(lengths: Sequence[int]) -> bool:
+def similar(lengths: Sequence[int]) -> bool:
     """Whether padding to the longest at most doubles their sum."""
     return max(lengths) * len(lengths) <= 2 * sum(lengths)
 
 
 def levels_of(prefixes: list[Prefix]) -> Iterator[list[Prefix]]:
-    """Prefixes that become a Level: of one depth, adjacent, of alike lengths."""
+    """Prefixes that become a Level: of one depth, adjacent, of similar lengths."""
     depth = [prefix for prefix in prefixes if prefix.parent is None]
     while depth:
         group: list[Prefix] = []
         for prefix in (prefix for prefix in depth if len(prefix.branches)):
             lengths = [len(each.keys[0][0]) for each in (*group, prefix)]
-            if not alike(lengths):
+            if not similar(lengths):
                 yield group
                 group = []
             group.append(prefix)
@@ -139,7 +139,7 @@ def padded(prefixes: list[Prefix]) -> Level:
     return level
 
 
-def beside(one: Tensor, other: Tensor, dim: int) -> Tensor:
-    """Two tensors along the first dimension; the shorter one's slots, dimension `dim` (-1 or -2), are filled up."""
+def cat_padded(one: Tensor, other: Tensor, dim: int) -> Tensor:
+    """Two tensors concatenated along the first dimension, both padded to the longer one's slots (`dim` -1 or -2)."""
     longest = max(one.shape[dim], other.shape[dim])
     return torch.cat([F.pad(x, (*(0, 0) * (-1 - dim), 0, longest - x.shape[dim])) for x in (one, other)])

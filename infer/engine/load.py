@@ -54,10 +54,7 @@ def load(
         raise UserError(f"dtype {dtype!r} is not covered; covered are {', '.join(DTYPES)}")
     device = device or device_here()
     check_format(form, device)
-    for adapter in adapters:  # cheap checks before the weights are read
-        if not (Path(adapter) / "adapter_config.json").is_file():
-            raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
-    check_origin(weights, adapters)
+    check_adapters(weights, adapters)
     tokenizer = Tokenizer.from_pretrained(weights)
     if form == "wide":
         model = Transformer.from_pretrained(weights, dtype=DTYPES[dtype], device=device)
@@ -79,6 +76,14 @@ def load(
                 parameter.data = parameter.data.to(DTYPES[dtype])
         fuse(model)
     return model.requires_grad_(False).eval(), tokenizer
+
+
+def check_adapters(weights: str | Path, adapters: Sequence[str | Path]) -> None:
+    """What can be seen of adapters before the weights are read. Raises UserError where one is missing or another's."""
+    for adapter in adapters:
+        if not (Path(adapter) / "adapter_config.json").is_file():
+            raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
+    check_origin(weights, adapters)
 
 
 def check_format(form: str, device: str, processor: str | None = None) -> None:

@@ -169,22 +169,19 @@ class Asker:
             prefix = self.tokenizer.encode(tasks.prefix(text), bos=True)
         return [self.prompt(text, name, question, prefix=prefix) for name, question in self.questions(note)]
 
-    def neighbours_for(self, note: Note, text: str, bare: list[int]) -> list[tuple[str, str]]:
-        """(id, text) of the neighbours shown with a note's diagnosis question, as many as the limit allows;
-        `bare` is the prompt without them."""
-        if self.neighbours is None:
-            return []
-        found = self.neighbours.of({"id": note.id, "text": note.text, "patient": note.patient})
-        parts = self.neighbours.shown(self.tokenizer, found, self.limits.input - len(bare))
-        while parts and len(self.with_neighbours(text, bare, parts)) > self.limits.input:
-            parts.pop()  # a chat's content is encoded as one text, which may take a token more
-        return parts
-
-    def with_neighbours(self, text: str, bare: list[int], parts: Sequence[tuple[str, str]]) -> list[int]:
-        """The diagnosis prompt `bare` with other notes before its question."""
+    def with_neighbours(self, note: Note, text: str, bare: list[int]) -> tuple[list[int], list[str]]:
+        """The diagnosis prompt `bare` with the note's neighbours before its question, as many as the limit allows, and
+        their ids."""
+        assert self.neighbours is not None
         question = tasks.DIAGNOSIS_QUESTION
         prefix = bare[: len(bare) - len(self.tokenizer.encode(tasks.branch(question)))]
-        return self.prompt(text, "diagnosis", question, [shown for _, shown in parts], prefix)
+        found = self.neighbours.of({"id": note.id, "text": note.text, "patient": note.patient})
+        shown = self.neighbours.shown(self.tokenizer, found, self.limits.input - len(bare))
+        while True:
+            prompt = self.prompt(text, "diagnosis", question, [example for _, example in shown], prefix)
+            if not shown or len(prompt) <= self.limits.input:
+                return prompt, [name for name, _ in shown]
+            shown.pop()  # a chat's content is encoded as one text, which may take a token more
 
     def parts(self, note: Note) -> list[Part]:
         """The note, or what `long` makes of one beyond the limit. Raises UserError where that is "error"."""
@@ -227,11 +224,11 @@ class Asker:
         return self.results(ahead(lambda note: Work(self.work(note)), notes, self.batch), ended)
 
     def results(self, works: Iterable[Work], ended: Callable[[], object] = lambda: None) -> list[Any]:
-        """What works come to, `batch` notes and their questions at once."""
+        """The works' results, `batch` notes and their questions at once."""
         return Schedule(RequestBatch(self.generator), self.batch, self.at_once, ended).results(iter(works))
 
     def work(self, note: Note) -> Steps[list[Group], None, dict[str, Any]]:
-        """A note's way to its record."""
+        """Answer a note: yields what it waits for, returns its record."""
         if self.repair is None:
             return (yield from self.answered(note))
         repaired, original = repair_note(note, self.repair)
@@ -265,10 +262,9 @@ class Asker:
         requests = []
         for (name, question), prompt in zip(self.questions(part.note), part.prompts, strict=True):
             if name == "diagnosis" and self.neighbours is not None:
-                shown = self.neighbours_for(part.note, part.text, prompt)
-                prompt = self.with_neighbours(part.text, prompt, shown)
+                prompt, shown = self.with_neighbours(part.note, part.text, prompt)
                 listed = record.setdefault("neighbours", [])
-                listed += [one for one, _ in shown if one not in listed]
+                listed += [one for one in shown if one not in listed]
             constraint = Grounded(grammars[name]) if grammars else None
             if constraint is not None:
                 constraint.allowed([])  # the first mask is the longest to make

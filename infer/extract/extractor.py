@@ -78,13 +78,10 @@ class Extractor:
     def asked(self, note: Note, groups: list[Group]) -> list[tuple[Part, str, str, State]]:
         """Each question of a note that is read whole, with its part and request; nothing of one read in windows."""
         parts = self.asker.parts(note)
+        if len(parts) > 1:
+            return []
         states = [state for group in groups for state in group.states]
-        questions = self.asker.questions(note)
-        return (
-            [(parts[0], *question, state) for question, state in zip(questions, states, strict=True)]
-            if len(parts) == 1
-            else []
-        )
+        return [(parts[0], *asked, state) for asked, state in zip(self.asker.questions(note), states, strict=True)]
 
     def part(self, ended: list[tuple[Part, str, str, State]]) -> dict[str, Any]:
         """The record of answers that have ended; the places of a repeated value are all ambiguous."""

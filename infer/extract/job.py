@@ -47,8 +47,8 @@ def begun(out: Path) -> dict[str, Any]:
 
 
 def stamp(path: str | Path) -> list[Any]:
-    """A model's or adapter's place, and its files' names, sizes and a hash of their two ends: enough to see that it was
-    trained anew, at no cost where a file has many gigabytes."""
+    """A model's or adapter's path, and its files' names, sizes and a hash of their two ends: enough to see that it was
+    trained anew, without reading files of many gigabytes."""
     where = Path(path)
     found: list[Any] = [str(where)]
     for file in sorted(f for f in where.iterdir() if f.is_file()) if where.is_dir() else [where]:

@@ -93,10 +93,10 @@ def planned(
     return options, plan
 
 
-def of_first(choice: int, world: int) -> int:
-    """The first rank's choice."""
+def of_first(choice: int, world: int, together: int = 0) -> int:
+    """The first rank's choice, of `world` ranks; with `together`, the first's of those that hold one model."""
     if world == 1:
         return choice
     from infer.engine.parallel import of_first
 
-    return of_first(choice)
+    return of_first(choice, together)

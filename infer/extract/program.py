@@ -29,7 +29,7 @@ from tqdm import tqdm
 from infer.extract.answers import SCHEMA, read_calibration
 from infer.extract.job import EPOCH, Job, Unchanged, begun, epochs, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, passed_over, read_notes
-from infer.extract.options import AskOptions, planned
+from infer.extract.options import AskOptions, of_first, planned
 from infer.retrieval.repair import read_repair
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
@@ -256,11 +256,7 @@ def answered(asker: Asker, notes: list[Note], job: Job, bar: tqdm[Any]) -> list[
 def mine(job: Job, epoch: int, done: bool, together: int) -> bool:
     """Whether this process answers an epoch; of those that hold one model the first decides for all."""
     taken = job.rank % together == 0 and not done and job.take(epoch)
-    if together == 1:
-        return taken
-    from infer.engine.parallel import of_first
-
-    return bool(of_first(taken, together))
+    return bool(of_first(taken, together, together))
 
 
 def barrier(world: int) -> None:

@@ -1,8 +1,8 @@
 """Many notes side by side: requests that have ended make room for those of the next notes.
 
-A note's way to its record is a Python generator, which yields what is to be answered before it goes on. The next notes
-are begun (encoded, their grammars built) by a thread meanwhile. What is added when depends on the notes and their
-answers alone, never on the clock, so that the same job takes the same steps every time.
+Answering one note is a Python generator: it yields the requests that it waits for, and returns the note's record. A
+thread prepares the next notes meanwhile (tokens, grammars). What is added when depends on the notes and their answers
+alone, never on the clock, so the same job takes the same steps every time.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ class Group:
 
 
 class Work:
-    """A note's way to its record: `groups` are to be answered before it goes on; `result` is there when none are."""
+    """A note that is being answered: it waits for `groups`; when it waits for none, `result` is its record."""
 
     def __init__(self, steps: Generator[list[Group], None, Any]) -> None:
         self.steps, self.result = steps, None
@@ -48,7 +48,7 @@ class Work:
 
 
 class Schedule:
-    """Works on their way, of so many texts and questions at once. `ended` is called when one has its result."""
+    """Does works side by side, so many texts and questions at once. `ended` is called when one has its result."""
 
     def __init__(self, batch: RequestBatch, texts: int, questions: int, ended: Callable[[], object]) -> None:
         self.batch, self.texts, self.questions, self.ended = batch, texts, questions, ended

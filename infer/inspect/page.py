@@ -41,12 +41,9 @@ def vocabulary(tokenizer: Tokenizer, ids: set[int]) -> dict[str, list[Any]]:
     """Of each id: its bytes in hexadecimal, or (null, the special token's name)."""
     found: dict[str, list[Any]] = {}
     for i in sorted(ids):
-        spelling = token_bytes(tokenizer, i) if i < tokenizer.vocab_size else None
-        if spelling is not None:
-            found[str(i)] = [spelling.hex()]
-            continue
         inside = i < tokenizer.vocab_size
-        found[str(i)] = [None, (tokenizer.piece(i) if inside else None) or f"id {i}"]
+        spelling, name = (token_bytes(tokenizer, i), tokenizer.piece(i)) if inside else (None, None)
+        found[str(i)] = [None, name or f"id {i}"] if spelling is None else [spelling.hex()]
     return found
 
 

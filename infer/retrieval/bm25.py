@@ -3,7 +3,7 @@
     score(d, q) = Σ_w idf(w) · f (k1 + 1) / (f + k1 (1 − b + b |d| / mean |d|)),    f = count of w in d
 
 idf(w) = log(N − n + ½) − log(n + ½) for a word in n of N texts; where that is negative (a word of more than half of
-the texts) it is ε times the mean idf of all words. k1 = 1.5, b = 0.75, ε = 0.25 are rank_bm25's defaults.
+the texts) it is ε times the mean idf of all words. k1, b and ε are rank_bm25's defaults.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import numpy as np
 
 from model.support.cli import UserError
 
+K1, B, EPSILON = 1.5, 0.75, 0.25
 _WORD = re.compile(r"\w+")
 
 
@@ -28,15 +29,14 @@ def words(text: str) -> list[str]:
 class BM25:
     """An index of `texts`. Raises UserError where there is no text, or no word in any of them."""
 
-    def __init__(self, texts: Sequence[str], k1: float = 1.5, b: float = 0.75, epsilon: float = 0.25) -> None:
+    def __init__(self, texts: Sequence[str]) -> None:
         counts = [Counter(words(text)) for text in texts]
         self.size = len(counts)
         lengths = np.array([sum(count.values()) for count in counts], dtype=np.float64)
         if not lengths.sum():
             raise UserError("BM25 has no word to index; give at least one text that is not empty")
         # The order of the operations is rank_bm25's, so that the scores are its bits.
-        self._norm = k1 * (1 - b + b * lengths / (int(lengths.sum()) / self.size))
-        self._gain = k1 + 1
+        self._norm = K1 * (1 - B + B * lengths / (int(lengths.sum()) / self.size))
         postings: dict[str, tuple[list[int], list[int]]] = {}
         for row, count in enumerate(counts):
             for word, times in count.items():
@@ -44,15 +44,12 @@ class BM25:
                 rows.append(row)
                 frequencies.append(times)
         self._postings = {word: (np.array(rows), np.array(f, np.float64)) for word, (rows, f) in postings.items()}
-        self._idf = self._inverse_frequencies(epsilon)
-
-    def _inverse_frequencies(self, epsilon: float) -> dict[str, float]:
         idf, total = {}, 0.0
-        for word, (rows, _) in self._postings.items():
-            idf[word] = math.log(self.size - len(rows) + 0.5) - math.log(len(rows) + 0.5)
-            total += idf[word]
-        floor = epsilon * (total / len(idf))
-        return {word: floor if value < 0 else value for word, value in idf.items()}
+        for word, (held, _) in self._postings.items():
+            idf[word] = math.log(self.size - len(held) + 0.5) - math.log(len(held) + 0.5)
+            total += idf[word]  # Python's sum() rounds otherwise
+        floor = EPSILON * (total / len(idf))
+        self._idf = {word: floor if value < 0 else value for word, value in idf.items()}
 
     def scores(self, query: str) -> np.ndarray:
         """The score of every text, float64; a word that is twice in the query counts twice."""
@@ -60,7 +57,7 @@ class BM25:
         for word in words(query):
             if word in self._postings:
                 rows, f = self._postings[word]
-                total[rows] += self._idf[word] * (f * self._gain / (f + self._norm[rows]))
+                total[rows] += self._idf[word] * (f * (K1 + 1) / (f + self._norm[rows]))
         return total
 
     def search(self, query: str, k: int) -> list[tuple[int, float]]:

@@ -289,18 +289,15 @@ def add_adapters(model: Bert, folder: Path) -> None:
 
 def load_tokenizer(folder: Path) -> Tokenizer:
     """tokenizer.json, else vocab.txt (WordPiece). A special token's name in a note's text is text."""
+    whole, vocabulary, config = (folder / name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
+    if not (whole.exists() or vocabulary.exists()):
+        raise UserError(f"{folder}: no tokenizer.json or vocab.txt; copy the encoder's own")
     try:
-        if (folder / "tokenizer.json").exists():
-            tokenizer = Tokenizer.from_file(str(folder / "tokenizer.json"))
-        elif (folder / "vocab.txt").exists():
-            lower = True
-            if (folder / "tokenizer_config.json").exists():
-                lower = bool(read_json(folder / "tokenizer_config.json").get("do_lower_case", True))
-            tokenizer = BertWordPieceTokenizer(str(folder / "vocab.txt"), lowercase=lower)._tokenizer
+        if whole.exists():
+            tokenizer = Tokenizer.from_file(str(whole))
         else:
-            raise UserError(f"{folder}: no tokenizer.json or vocab.txt; copy the encoder's own")
-    except UserError:
-        raise
+            lower = bool(read_json(config).get("do_lower_case", True)) if config.exists() else True
+            tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=lower)._tokenizer
     except Exception as error:  # the library raises bare Exception
         raise UserError(f"{folder}: the tokenizer's file is corrupt; download it again") from error
     tokenizer.no_padding()

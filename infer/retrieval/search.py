@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 
 BLOCK = 65_536  # rows a product takes at a time
+SHINGLE, NEAR = 5, 0.6  # words of a run; share of common runs from which two notes are near-duplicates
 
 
 def top_k(
@@ -57,18 +58,18 @@ def similarities(query_QD: np.ndarray, block_ND: np.ndarray, similarity: str) ->
     return scores_QN
 
 
-def shingles(text: str, size: int = 5) -> frozenset[tuple[str, ...]]:
-    """The runs of `size` words of a text (all of its words as one run where it is shorter)."""
+def shingles(text: str) -> frozenset[tuple[str, ...]]:
+    """The runs of SHINGLE words of a text (all of its words as one run where it is shorter)."""
     words = re.findall(r"\w+", text.lower())
-    return frozenset(tuple(words[i : i + size]) for i in range(max(1, len(words) - size + 1)))
+    return frozenset(tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
 
 
-def allowed(note: Mapping[str, Any], other: Mapping[str, Any], near: float = 0.6) -> bool:
+def allowed(note: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
     """Whether `other` may be shown with `note`: not the note itself, no note of the same patient, and no
-    near-duplicate (`near` or more of the shorter text's five-word runs are in the other one)."""
+    near-duplicate (a share of at least NEAR of the shorter text's runs of words is in the other one)."""
     if str(note["id"]) == str(other["id"]) or note["text"] == other["text"]:
         return False
     if note.get("patient") not in (None, "") and str(note["patient"]) == str(other.get("patient")):  # 7 is "7"
         return False
     a, b = shingles(note["text"]), shingles(other["text"])
-    return len(a & b) < near * min(len(a), len(b))
+    return len(a & b) < NEAR * min(len(a), len(b))

@@ -73,8 +73,7 @@ def test_neighbours_are_named_and_only_the_diagnosis_sees_them(weights, index, t
 def test_the_prompt_is_note_then_neighbours_then_question(weights, index):
     ask = asker(weights, index, count=2)
     bare = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION)
-    parts = ask.neighbours_for(Note(**QUERY), QUERY["text"], bare)
-    prompt = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, [text for _, text in parts])
+    prompt, _ = ask.with_neighbours(Note(**QUERY), QUERY["text"], bare)
     near, far = (" ".join(beginning(ask.tokenizer, NOTES[i]["text"], 64).split()) for i in (0, 3))
     assert ask.tokenizer.decode(prompt) == (
         f"{QUERY['text']}\n\n"
@@ -91,10 +90,9 @@ def test_neighbours_take_the_room_that_is_left_and_never_the_notes(weights, inde
     for most in range(len(bare), len(bare) + 400, 7):
         ask.limits = Limits(most)
         assert ask.parts(Note(**QUERY))[0].done is None
-        parts = ask.neighbours_for(Note(**QUERY), QUERY["text"], bare)
-        prompt = ask.prompt(QUERY["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, [text for _, text in parts])
+        prompt, shown = ask.with_neighbours(Note(**QUERY), QUERY["text"], bare)
         assert len(prompt) <= most
-        counts.append(len(parts))
+        counts.append(len(shown))
     assert counts[0] == 0 and counts[-1] == 3 and counts == sorted(counts)
 
 

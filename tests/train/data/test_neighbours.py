@@ -54,8 +54,7 @@ def test_training_and_inference_build_the_same_prompt(data, tmp_path):
         prefix, prompt, _ = encode(record)
         note = Note(row["id"], row["text"], patient=row["patient"])
         bare = ask.prompt(row["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION)
-        shown = [text for _, text in ask.neighbours_for(note, row["text"], bare)]
-        asked = ask.prompt(row["text"], "diagnosis", tasks.DIAGNOSIS_QUESTION, shown)
+        asked, shown = ask.with_neighbours(note, row["text"], bare)
         assert shown and [*prefix, *prompt] == asked
 
 
