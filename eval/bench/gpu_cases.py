@@ -296,7 +296,7 @@ def torch_int4(make: Make, rows: int, sizes: tuple[int, ...], width: int) -> Cal
     return lambda: [torch._weight_int4pack_mm(x, words, 64, steps) for words, steps in held]
 
 
-def attention_rows(limits: dict[str, float], case: Case) -> list[Row]:
+def attention_rows(case: Case) -> list[Row]:
     ours, plain, _ = case.build(Make(DEVICE, BF16))
     a, b = (us(partial(lambda f: f, f), 2**40) for f in (ours, plain))
     return [Row(case.name, a, b, "eager PyTorch", "us", "bf16, inputs in L2")]
@@ -406,7 +406,7 @@ def sections(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]
             yield f"{name}, {kind}, rank {rank}", partial(kernel_rows, limits, name, kind, rank, rows)
     for case in cases(BF16):
         if case.kernel in ("tree_attention", "rms_norm", "swiglu"):
-            yield case.name, partial(attention_rows, limits, case)
+            yield case.name, partial(attention_rows, case)
     for prepared in (True, False) if (INPUTS / "tokens.json").is_file() else (False,):
         yield f"extraction, prepared {prepared}", partial(extraction_rows, prepared)
     for recompute in (False, True):

@@ -14,12 +14,19 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
 from eval.bench.train import warm_up
 from eval.experiments.steps import argv, programs
 from infer.released import smollm2
 from model.support.cli import UserError
+from model.support.hardware import product_rate
+from train.distributed.sharding import Ranks
+from train.recipe import parse, read_toml
+from train.report.plan import Options, plan
+from train.session import prepare
 
 SETTINGS: dict[str, tuple[str, dict[str, Any]]] = {
     "tuning, fp32": ("instruct", {}),
@@ -61,8 +68,6 @@ def rows(only: str = "") -> list[Row]:
 
 def recipe_file(folder: Path, number: int, stage: str, changes: dict[str, Any], weights: str) -> Path:
     """The demo's recipe of this stage with the setting's changes, and so little data that every row is trained on."""
-    from train.recipe import read_toml
-
     values = read_toml(f"train/recipes/demo-{stage}.toml") | {"valid_rows": 1, **changes}
     file = "train" if stage == "instruct" else "pretrain"
     values |= {
@@ -81,8 +86,6 @@ def recipe_file(folder: Path, number: int, stage: str, changes: dict[str, Any], 
 
 
 def setting_rows(name: str, stage: str, recipe: Path) -> list[Row]:
-    from train.report.plan import Options, plan
-
     planned = plan(Options(str(recipe), stage=stage))  # type: ignore[arg-type]
     measured = in_own_process(measure, stage, str(recipe))
     made = []
@@ -97,13 +100,6 @@ def setting_rows(name: str, stage: str, recipe: Path) -> list[Row]:
 
 def measure(stage: str, recipe: str) -> dict[str, float]:
     """Megabytes over the imports in groups of the plan's categories; call it in a fresh process."""
-    import torch
-
-    from model.support.hardware import product_rate
-    from train.distributed.sharding import Ranks
-    from train.recipe import parse
-    from train.session import prepare
-
     asked = parse([recipe], stage)
     warm_up()
     product_rate(getattr(torch, asked.dtype), seconds=0.0)

@@ -15,9 +15,11 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
 
+import numpy as np
 import torch
 
 from eval.bench.process import in_own_process, resident
@@ -25,6 +27,15 @@ from eval.bench.row import Row
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
 from model.support.hardware import product_rate
+from model.support.init import init_weights
+from train.data import rows as data
+from train.data.rows import collate, count
+from train.distributed.sharding import Ranks
+from train.loss import batch_loss
+from train.optim.optimizer import make_optimizers
+from train.recipe import Recipe
+from train.report.plan import Load, arithmetic
+from train.session import empty_model, load_model
 
 SHAPES = {
     "tiny": (256, 64, 128, 2, 4, 2, 2, 64),
@@ -102,25 +113,20 @@ def config_of(size: str) -> ModelConfig:
 
 def save_base(size: str, folder: Path) -> None:
     """A checkpoint of fresh weights."""
-    from model.support.init import init_weights
-
     init_weights(Transformer(config_of(size)), 0).save_pretrained(folder)
 
 
 def units(kind: str, size: str, share: bool) -> list[Any]:
     """The rows of one step: seeded random tokens."""
-    import numpy as np
-
-    from train.data.rows import Row, note_document, question_documents, text_documents
-
-    V, *_, count, length = SHAPES[size]
+    V, *_, texts, length = SHAPES[size]
     rng = np.random.default_rng(0)
     if kind == "plain":
-        return [Row((text_documents(str(i), rng.integers(0, V, length + 1), length)[0],)) for i in range(count)]
+        drawn = [rng.integers(0, V, length + 1) for _ in range(texts)]
+        return [data.Row((data.text_documents(str(i), one, length)[0],)) for i, one in enumerate(drawn)]
     note = 400 if length >= 400 else length
     pieces = [rng.integers(0, V, note), *(rng.integers(0, V, n) for _ in range(QUESTIONS) for n in (20, 20))]
-    documents = [note_document("0", pieces)] if share else question_documents("0", pieces)
-    return [Row((document,)) for document in documents]
+    documents = [data.note_document("0", pieces)] if share else data.question_documents("0", pieces)
+    return [data.Row((document,)) for document in documents]
 
 
 def job(
@@ -130,11 +136,11 @@ def job(
     torch.set_num_threads(threads)
     recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base}
     batch = units(kind, size, share=OURS.get(who, False))
-    made = peft_step if who == "peft" else our_step
-    prepare = made(batch, config_of(size), folder, recipe)
+    if who == "peft":
+        import_module("peft")  # its import is not part of training's memory
     warm_up()
     before = resident()
-    advance = prepare()
+    advance = (peft_step if who == "peft" else our_step)(batch, config_of(size), folder, recipe)
     loss = float(advance())
     taken = []
     for _ in range(steps):
@@ -156,10 +162,6 @@ def job(
 
 def step_flops(batch: list[Any], size: str, recipe: dict[str, Any]) -> float:
     """Arithmetic that a step on these rows asks for (train/report/plan.py)."""
-    from train.data.rows import count
-    from train.recipe import Recipe
-    from train.report.plan import Load, arithmetic
-
     tokens = sum(map(len, batch))
     load = Load(
         tokens,
@@ -182,65 +184,50 @@ def warm_up() -> None:
 Step = Callable[[], Any]  # one optimizer step; returns its loss
 
 
-def our_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any]) -> Callable[[], Step]:
-    from train.data.rows import collate, count
-    from train.distributed.sharding import Ranks
-    from train.loss import batch_loss
-    from train.optim.optimizer import make_optimizers
-    from train.recipe import Recipe
-    from train.session import empty_model, load_model
+def our_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any]) -> Step:
+    options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
+    model, _ = load_model(options, config, Ranks(), empty_model(options, config))
+    (optimizer,), counts = make_optimizers(model.train(), options), count(rows)
 
-    def prepare() -> Step:
-        options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
-        model, _ = load_model(options, config, Ranks(), empty_model(options, config))
-        (optimizer,), counts = make_optimizers(model.train(), options), count(rows)
+    def advance() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        total = torch.zeros(())
+        for row in rows:
+            loss, _ = batch_loss(model, collate([row]), counts)
+            loss.backward()
+            total = total + loss.detach()
+        optimizer.step()
+        return total
 
-        def advance() -> Any:
-            optimizer.zero_grad(set_to_none=True)
-            total = torch.zeros(())
-            for row in rows:
-                loss, _ = batch_loss(model, collate([row]), counts)
-                loss.backward()
-                total = total + loss.detach()
-            optimizer.step()
-            return total
-
-        return advance
-
-    return prepare
+    return advance
 
 
-def peft_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any]) -> Callable[[], Step]:
+def peft_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any]) -> Step:
     import peft
     import transformers
 
-    from train.data.rows import collate
-
-    def prepare() -> Step:
-        narrow = {}
-        if recipe["base"]:
-            narrow["quantization_config"] = transformers.BitsAndBytesConfig(
-                load_in_4bit=True,
-                bnb_4bit_quant_type="nf4",
-                bnb_4bit_use_double_quant=True,
-                bnb_4bit_compute_dtype=torch.float32,
-            )
-        model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=recipe["dtype"], **narrow)
-        adapter = peft.LoraConfig(
-            r=recipe["r"], lora_alpha=recipe["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+    narrow = {}
+    if recipe["base"]:
+        narrow["quantization_config"] = transformers.BitsAndBytesConfig(
+            load_in_4bit=True,
+            bnb_4bit_quant_type="nf4",
+            bnb_4bit_use_double_quant=True,
+            bnb_4bit_compute_dtype=torch.float32,
         )
-        model = peft.get_peft_model(model.train(), adapter)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
-        batch = collate(rows)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=recipe["dtype"], **narrow)
+    adapter = peft.LoraConfig(
+        r=recipe["r"], lora_alpha=recipe["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
+    )
+    model = peft.get_peft_model(model.train(), adapter)
+    optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    batch = collate(rows)
 
-        def advance() -> Any:
-            optimizer.zero_grad(set_to_none=True)
-            # targets are shifted already
-            loss = model(input_ids=batch.tokens, labels=batch.target, shift_labels=batch.target).loss
-            loss.backward()
-            optimizer.step()
-            return loss.detach()
+    def advance() -> Any:
+        optimizer.zero_grad(set_to_none=True)
+        # targets are shifted already
+        loss = model(input_ids=batch.tokens, labels=batch.target, shift_labels=batch.target).loss
+        loss.backward()
+        optimizer.step()
+        return loss.detach()
 
-        return advance
-
-    return prepare
+    return advance
