@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from eval.experiments.retrieval import measure
-from eval.experiments.steps import LONG, Run, argv, begin, extraction, made_from, records_of
+from eval.experiments.steps import LONG, Run, argv, experiment, extraction, records_of
 from eval.metrics.statistics import format_f1, format_interval, format_p
 from eval.questions import Question, figures, pair, paired_f1, read_predictions, read_references
 from infer.retrieval.index import Index
@@ -86,9 +86,8 @@ def table(options: Options) -> dict[str, Any]:
         raise UserError(f"{options.notes}: no note with a diagnosis; give annotated notes")
     given = {name: folder for name in RETRIEVERS if (folder := weights_of(name, options.encoders)) is not None}
     files = {"notes": options.notes, "data": options.data}
-    made_of = made_from(options, files, (options.weights, options.adapter)) | {"given": sorted(given)}
-    with begin(options.out, made_of, overwrite=options.overwrite) as run:
-        return filled(run, options, references, given)
+    models = (options.weights, options.adapter, *map(str, given.values()))
+    return experiment(options, files, models, lambda run: filled(run, options, references, {"bm25": None, **given}))
 
 
 def weights_of(name: str, encoders: Path) -> Path | None:
@@ -101,21 +100,21 @@ def weights_of(name: str, encoders: Path) -> Path | None:
     return Path(str(found.origin)).parent / "model" if found else None
 
 
-def filled(run: Run, options: Options, references: list[dict[str, Any]], given: dict[str, Path]) -> dict[str, Any]:
-    """The rows; `given` are the encoders whose weights are there."""
+def filled(
+    run: Run, options: Options, references: list[dict[str, Any]], encoders: dict[str, Path | None]
+) -> dict[str, Any]:
+    """The rows; `encoders` are those that are there, with their folders (BM25 has none)."""
     write_jsonl(
         run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one} for one in references]
     )
-    for name in RETRIEVERS:
-        if name == "bm25" or name in given:
-            kind, weights = RETRIEVERS[name][1], given.get(name)
-            made = {"encoder": kind, "notes": options.data, "out": index(run, name), "weights": weights}
-            run.step(f"index: {name}", argv("infer.retrieval.index", **made, overwrite=True))
+    for name, weights in encoders.items():
+        made = {"encoder": RETRIEVERS[name][1], "notes": options.data, "out": index(run, name), "weights": weights}
+        run.step(f"index: {name}", argv("infer.retrieval.index", **made, overwrite=True))
     adapters = {AS_IT_IS: options.adapter, **(tuned(run, options) if options.tune_steps else {})}
-    rows = [row for end, adapter in adapters.items() for row in answered(run, options, references, end, adapter, given)]
-    result = {"notes": len(references), "neighbours": NEIGHBOURS, "rows": rows, "seconds": run.took()}
-    write_json(run.out / "result.json", result)
-    return result
+    rows = [
+        row for end, adapter in adapters.items() for row in answered(run, options, references, end, adapter, encoders)
+    ]
+    return {"notes": len(references), "neighbours": NEIGHBOURS, "rows": rows}
 
 
 def index(run: Run, name: str) -> Path:
@@ -126,38 +125,23 @@ def tuned(run: Run, options: Options) -> dict[str, str]:
     """The adapter tuned further without and with neighbours, on diagnoses alone: {row's ending: folder}."""
     diagnosed, near = run.out / "diagnosed.jsonl", run.out / "near.jsonl"
     write_jsonl(diagnosed, [record for record in records_of(options.data) if record.get("diagnosis")])
-    run.step(
-        "training notes with their neighbours",
-        argv(
-            "train.data.neighbours",
-            data=diagnosed,
-            index=index(run, "bm25"),
-            tokenizer=options.weights,
-            out=near,
-            neighbours=NEIGHBOURS,
-            overwrite=True,
-        ),
-    )
+    files = {"data": diagnosed, "index": index(run, "bm25"), "tokenizer": options.weights, "out": near}
+    made = argv("train.data.neighbours", **files, neighbours=NEIGHBOURS, overwrite=True)
+    run.step("training notes with their neighbours", made)
+    how: dict[str, Any] = {
+        "weights": options.weights,
+        "adapter": options.adapter,
+        "tasks": "diagnosis",
+        "dtype": options.dtype,
+    }
+    how |= {"steps": options.tune_steps, "warmup": min(4, options.tune_steps), "batch_rows": 1, "learning_rate": 5e-4}
     folders = {}
     for end, data, name in ((WITHOUT, diagnosed, "without"), (WITH, near, "with")):
+        out = run.out / f"tuned-{name}"
         run.step(
-            f"further tuning, {name} neighbours",
-            argv(
-                "train.instruct",
-                options.recipe,
-                weights=options.weights,
-                adapter=options.adapter,
-                data=data,
-                out=run.out / f"tuned-{name}",
-                tasks="diagnosis",
-                steps=options.tune_steps,
-                warmup=min(4, options.tune_steps),
-                batch_rows=1,
-                learning_rate=5e-4,
-                dtype=options.dtype,
-            ),
+            f"further tuning, {name} neighbours", argv("train.instruct", options.recipe, data=data, out=out, **how)
         )
-        folders[end] = str(run.out / f"tuned-{name}" / "adapter")
+        folders[end] = str(out / "adapter")
     return folders
 
 
@@ -167,7 +151,7 @@ def answered(
     references: list[dict[str, Any]],
     end: str,
     adapter: str,
-    given: dict[str, Path],
+    encoders: dict[str, Path | None],
 ) -> list[dict[str, Any]]:
     """One adapter's rows: none, then each retriever. A public encoder without weights has a row that says so."""
     none = ask(run, options, references, f"none{end}", adapter)
@@ -175,29 +159,14 @@ def answered(
     if end == WITHOUT:  # the effect of more tuning alone
         return rows
     for name, (title, kind, source) in RETRIEVERS.items():
-        if name == "bm25" or name in given:
-            shown = {
-                "retriever": kind,
-                "index": index(run, name),
-                "encoder_weights": given.get(name),
-                "neighbours": NEIGHBOURS,
-            }
-            rows.append(
-                {
-                    "name": title + end,
-                    **row(none, ask(run, options, references, name + end, adapter, **shown)),
-                    **quality(run, name, given.get(name), references),
-                }
-            )
+        if name in encoders:
+            shown = {"retriever": kind, "index": index(run, name), "neighbours": NEIGHBOURS}
+            shown["encoder_weights"] = encoders[name]
+            figures_of = row(none, ask(run, options, references, name + end, adapter, **shown))
+            rows.append({"name": title + end, **figures_of, **quality(run, name, encoders[name], references)})
         elif not end:
-            rows.append(
-                {
-                    "name": title,
-                    "diagnosis": None,
-                    "note": f"weights not given: put {source} into "
-                    f"{options.encoders / name} (infer/retrieval/README.md)",
-                }
-            )
+            place = f"{options.encoders / name} (infer/retrieval/README.md)"
+            rows.append({"name": title, "diagnosis": None, "note": f"weights not given: put {source} into {place}"})
     return rows
 
 

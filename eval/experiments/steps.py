@@ -97,6 +97,17 @@ def made_from(options: Any, files: Mapping[str, Path] | None = None, models: Ite
     return given | hashes | {"models": [stamp(path) for path in models if path]}
 
 
+def experiment(
+    options: Any, files: Mapping[str, Path], models: Iterable[str], work: Callable[[Run], dict[str, Any]]
+) -> dict[str, Any]:
+    """Do `work` in the folder --out, or what an interrupted call left of it; writes its result, with the seconds that
+    its steps took, to result.json and returns it."""
+    with begin(options.out, made_from(options, files, models), overwrite=options.overwrite) as run:
+        result = work(run) | {"seconds": run.took()}
+        write_json(run.out / "result.json", result)
+        return result
+
+
 def check_folder() -> None:
     """Raise UserError where the recipes are not below the current folder."""
     if not RECIPES.is_dir():

@@ -24,7 +24,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-from eval.experiments.steps import Run, argv, begin, made_from
+from eval.experiments.steps import Run, argv, experiment
 from eval.metrics.statistics import format_interval, interval
 from infer.engine.generate import Generator
 from infer.engine.settings import Settings
@@ -189,9 +189,7 @@ def run_canaries(options: Canaries) -> dict[str, Any]:
             f"{options.data}: {len(records)} notes cannot hold a canary {max(options.counts)} times; give "
             "more notes or smaller --counts"
         )
-    made_of = made_from(options, {"data": options.data}, [options.weights])
-    with begin(options.out, made_of, overwrite=options.overwrite) as run:
-        return trained(run, options, records)
+    return experiment(options, {"data": options.data}, [options.weights], lambda run: trained(run, options, records))
 
 
 def trained(run: Run, options: Canaries, records: list[Record]) -> dict[str, Any]:
@@ -210,18 +208,15 @@ def trained(run: Run, options: Canaries, records: list[Record]) -> dict[str, Any
     run.run_in_parallel(trainings)
     rows |= {name: measured(run, options, name, canaries) for name in ("planted", "deduplicated")}
     card = read_json(run.out / "planted" / "run.json")
-    result = {
+    return {
         "notes": len(records),
         "references": REFERENCES,
         "most": exposure(1, REFERENCES + 1),
         "lines_dropped": dropped,
         "steps": card["steps"],
         "passes": card["steps"] * card["recipe"]["batch_rows"] / card["rows"],
-        "seconds": run.took(),
         "rows": {name: by_count(found) for name, found in rows.items()},
     }
-    write_json(options.out / "result.json", result)
-    return result
 
 
 def measured(run: Run, options: Canaries, name: str, canaries: Sequence[Canary]) -> list[Record]:

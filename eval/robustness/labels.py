@@ -24,7 +24,7 @@ from typing import Any, Literal
 import torch
 from tqdm import tqdm
 
-from eval.experiments.steps import LONG, Run, argv, begin, extraction, made_from
+from eval.experiments.steps import LONG, Run, argv, experiment, extraction
 from eval.questions import Question, read_references
 from eval.robustness.curve import (
     check_rates,
@@ -155,9 +155,8 @@ def run_labels(options: Labels) -> dict[str, Any]:
     if options.filter_rate and not 0 < round(options.filter_rate * len(records)) < len(records):
         raise UserError(f"{options.data}: {len(records)} notes are too few to filter at {options.filter_rate}")
     files = {"data": options.data, "notes": options.notes}
-    made_of = made_from(options, files, (options.weights, options.adapter))
-    with begin(options.out, made_of, overwrite=options.overwrite) as run:
-        return measured(run, options, records)
+    models = (options.weights, options.adapter)
+    return experiment(options, files, models, lambda run: measured(run, options, records))
 
 
 def measured(run: Run, options: Labels, records: list[Record]) -> dict[str, Any]:
@@ -174,9 +173,7 @@ def measured(run: Run, options: Labels, records: list[Record]) -> dict[str, Any]
         result["filter"], without = filtered(run, options, noisy[rate])
         series["highest losses left out"] = {rate: without}
         result["recovery"] = [{"rate": rate, **recovery(asked[0.0], asked[rate], without)}]
-    result |= curve(series) | {"seconds": run.took()}
-    write_json(options.out / "result.json", result)
-    return result
+    return result | curve(series)
 
 
 def tuning(run: Run, options: Labels, name: str, records: list[Record], share: float = 1.0) -> list[str]:

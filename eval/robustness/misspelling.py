@@ -21,12 +21,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.experiments.steps import LONG, Run, begin, extraction, made_from
+from eval.experiments.steps import LONG, Run, experiment, extraction
 from eval.questions import Question, pair, read_predictions, read_references
 from eval.robustness.curve import check_rates, curve, name_of, recovery, recovery_lines, text_table
 from infer.retrieval.repair import read_lexicon
 from model.support.cli import UserError
-from model.support.files import write_json, write_jsonl
+from model.support.files import write_jsonl
 
 Record = dict[str, Any]
 PLAIN, REPAIRED = "as misspelled", "repaired"
@@ -151,9 +151,8 @@ def run_misspelling(options: Misspelling) -> dict[str, Any]:
         print(f"{options.notes}: {left_out} of {len(given)} notes are empty and left out", file=sys.stderr)
     read_lexicon(options.lexicon)  # repair reads it after the plain answers; a mistake in it is reported first
     files = {"notes": options.notes, "lexicon": options.lexicon}
-    made_of = made_from(options, files, (options.weights, options.adapter))
-    with begin(options.out, made_of, overwrite=options.overwrite) as run:
-        return measured(run, options, references)
+    models = (options.weights, options.adapter)
+    return experiment(options, files, models, lambda run: measured(run, options, references))
 
 
 def measured(run: Run, options: Misspelling, references: list[Record]) -> dict[str, Any]:
@@ -176,16 +175,13 @@ def measured(run: Run, options: Misspelling, references: list[Record]) -> dict[s
         given = {prediction["id"]: prediction for prediction in read_predictions(answers)}
         series[name] = {rate: questions_at(rate, references, given) for rate in rates}
     plain, repaired = series[PLAIN], series[REPAIRED]
-    result: dict[str, Any] = {
+    return {
         "corrupted": "words misspelled",
         "changed": [sum(map(words_changed, misspelled[rate], references)) for rate in rates],
         "of": sum(len(_WORD.findall(record["text"])) for record in references),
         "recovery": [{"rate": rate, **recovery(plain[0.0], plain[rate], repaired[rate])} for rate in rates],
         **curve(series),
-        "seconds": run.took(),
     }
-    write_json(options.out / "result.json", result)
-    return result
 
 
 def words_changed(new: Record, old: Record) -> int:
