@@ -27,6 +27,7 @@ from model.support.lock import output
 
 Json = dict[str, Any]
 TEMPERATURES = [10 ** (step / 100) for step in range(-100, 201)]  # 0.1 to 100, each 2.3 % above the one before
+FEWEST = 50  # answers that a temperature is fitted on
 LEAST = 1e-6  # of a probability in the log loss
 BINS = 10
 SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -73,7 +74,7 @@ def main(options: Options) -> None:
     for task, those in by_task(found).items():
         sides = {"before": 1.0, "after": fitted[task]}
         result["tasks"][task] = {name: summary([one.at(t) for one in those]) for name, t in sides.items()}
-    with output(options.out, options.overwrite):
+    with output(options.out, options.overwrite, options.predictions, options.references):
         if options.out is not None:
             write_json(options.out, {**fitted, "notes": len({one.question.record for one in found})})
     print(json.dumps(result, indent=2) if options.json else "\n".join(table(result)))
@@ -111,7 +112,9 @@ def by_task(found: Sequence[Confidence]) -> dict[str, list[Confidence]]:
 
 
 def temperature(found: Sequence[Confidence]) -> float:
-    """The T of TEMPERATURES with the least log loss."""
+    """The T of TEMPERATURES with the least log loss; 1 where there are fewer than FEWEST answers to fit it on."""
+    if len(found) < FEWEST:
+        return 1.0
     right = [is_right(one.question) for one in found]
     losses = [log_loss([probability(one.logprob, t) for one in found], right) for t in TEMPERATURES]
     return round(TEMPERATURES[losses.index(min(losses))], 3)

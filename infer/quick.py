@@ -1,6 +1,6 @@
 """Three sample notes answered by the released adapter: `make quick`.
 
-    python -m infer.quick [--out runs/quick]
+    python -m infer.quick [--notes my-notes/]
 
 Prints each note's answers with the words that they stand on, and writes answers.jsonl and the page of infer.view.
 """
@@ -14,8 +14,8 @@ from typing import Any
 
 from infer import released, view
 from infer.extract.notes import read_notes
-from model.support.cli import run
-from model.support.files import write_jsonl
+from model.support.cli import UserError, python_here, run
+from model.support.files import check_not_read, write_jsonl
 
 AROUND = 4  # words of the note on each side of a value
 
@@ -26,8 +26,9 @@ class Options:
 
     notes: Path = released.SAMPLES
     """JSON lines, a table, or a folder of .txt files."""
-    out: Path = Path("runs/quick")
-    """Where answers.jsonl and page.html go; what is there is replaced."""
+    out: Path | None = None
+    """Where answers.jsonl and page.html go (default: runs/quick, or runs/quick-NAME for notes of that name); these two
+    are replaced."""
     adapter: Path | None = None
     """Another adapter on the released one's base (a PEFT folder)."""
 
@@ -35,6 +36,13 @@ class Options:
 def main(options: Options) -> int:
     from infer.extract.extractor import Extractor
 
+    name = "quick" if options.notes == released.SAMPLES else f"quick-{options.notes.stem}"
+    out = options.out or Path("runs") / name
+    if out.exists() and not out.is_dir():
+        raise UserError(f"{out}: is a file; give --out a folder for the answers and their page")
+    answers, page = out / "answers.jsonl", out / "page.html"
+    for file in (answers, page):
+        check_not_read(file, options.notes)
     notes = list(read_notes(options.notes))
     extractor = Extractor(released.smollm2(), options.adapter or released.adapter())
     records = []
@@ -42,18 +50,17 @@ def main(options: Options) -> int:
         record = {"id": note.id, "error": note.error} if note.error else {"id": note.id, **extractor.answers(note.text)}
         records.append(record)
         print("\n".join(table(note.id, note.text, record)), flush=True)
-    answers, page = options.out / "answers.jsonl", options.out / "page.html"
     write_jsonl(answers, records)
-    answers.chmod(0o600)
     view.main(view.Options(answers, options.notes, page, overwrite=True))
-    print(f"\nopen {page} in a browser; your own notes: python -m infer.quick --notes my-notes/, or make serve")
-    return 0
+    own = f"{python_here()} -m infer.quick --notes my-notes/"
+    print(f"\nopen {page} in a browser; your own notes: {own}, or make serve")
+    return int(any("error" in record for record in records))
 
 
 def table(name: str, text: str, record: dict[str, Any]) -> list[str]:
     """A note's answers as lines: question, answer, probability, and where in the note it was read."""
     if "error" in record:
-        return [f"\n{name}: {record['error']}"]
+        return [f"\n{name}: {record['error'].removeprefix(f'{name}: ')}"]
     lines = [f"\n{name}: {' '.join(text[:200].split())[: width() - len(name) - 4]} …"]
     for row in view.answer_rows(record, {}):
         answer = "; ".join(value["text"] for value in row["values"]) or row["said"]

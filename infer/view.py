@@ -22,7 +22,7 @@ from infer.extract.notes import Note, json_note, read_notes
 from infer.inspect.html import build
 from infer.tasks import NOT_RELEVANT, PHENOTYPES
 from model.support.cli import UserError, run
-from model.support.files import check_not_read, numbered_lines, read_jsonl, write_text
+from model.support.files import numbered_lines, read_jsonl, write_text
 from model.support.lock import output
 
 LETTERS = dict(zip(PHENOTYPES, "RUZIGHLS", strict=True))
@@ -50,8 +50,7 @@ class Options:
 
 
 def main(options: Options) -> int:
-    check_not_read(options.out, options.answers, options.notes)
-    with output(options.out, options.overwrite):
+    with output(options.out, options.overwrite, options.answers, options.notes):
         shown = list(entries(options))
         text = page(f"Answers: {options.answers.name}", shown)
         write_text(options.out, text, mode=0o600)

@@ -21,6 +21,7 @@ from lora.peft import PREFIX, AdapterFile, adapted_modules, matrices, read_confi
 from model.checkpoints.weights import Checkpoint, open_checkpoint
 from model.support.cli import UserError, run
 from model.support.files import atomic_file
+from model.support.lock import output
 
 
 @dataclass(frozen=True)
@@ -33,6 +34,8 @@ class Options:
     """The base it was trained on (empty: only figures of the adapter alone)."""
     heat_map: str = ""
     """Write the norms (relative ones, where weights are given) over layers × modules as a PNG."""
+    overwrite: bool = False
+    """Replace a picture that is there."""
     json: bool = False
     """Print JSON instead of a table."""
 
@@ -141,7 +144,8 @@ def main(options: Options) -> int:
     rows = audit(options.adapter, options.weights)
     print(json.dumps(rows, indent=2) if options.json else table(rows))
     if options.heat_map:
-        draw(rows, options.heat_map)
+        with output(options.heat_map, options.overwrite, options.adapter):
+            draw(rows, options.heat_map)
     return 0
 
 

@@ -8,7 +8,7 @@ adapter changes nothing.
 
 Dropout's mask is a function of (seed, step, record, branch, token, module, column): it does not depend on the batch
 that a record sits in, on packing, on the number of ranks, or on the device. `DropoutPlan` carries what a forward pass
-needs for that: a 64-bit key for each token, hashed together with a module's columns, four columns a word.
+needs for that: a key for each token, hashed together with those of a module's columns, two columns a word.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import hashlib
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from functools import lru_cache
 
 import torch
 import torch.nn.functional as F
@@ -32,6 +33,9 @@ def seed_of(*parts: object) -> int:
 
 
 GOLDEN = -7046029254386353131  # 2^64 / the golden ratio, as Weyl sequences step (a signed 64-bit number)
+MASKS = 2  # the form of dropout's masks: a run goes on only with the form that it began with
+FACTOR = 0x7FEB352D  # odd; bits of a 32-bit product spread well by it
+BITS = {2: torch.int16, 4: torch.int32, 8: torch.int64}
 ROUNDS = ((32, -2960836687157067323), (29, -4658895280553007687), (32, 1))  # (shift, odd factor), as in splitmix64
 
 
@@ -43,11 +47,33 @@ def mixed(x: Tensor) -> Tensor:
     return x
 
 
-def kept(keys_N: Tensor, module: str, width: int, p: float) -> Tensor:
-    """Which of a module's inputs dropout keeps, bool (N, width): each is dropped with probability p, to 1 / 65,536."""
-    words = torch.arange(1, -(-width // 4) + 1, device=keys_N.device) * GOLDEN + seed_of(module)
-    drawn_ND = mixed(keys_N[:, None] ^ mixed(words)).view(torch.int16)[:, :width]
-    return drawn_ND >= round(p * 2**16) - 2**15
+@lru_cache(maxsize=4096)
+def column_keys(modules: tuple[str, ...], count: int, device: torch.device) -> Tensor:
+    """Odd int32 keys of each module's columns, two columns a key, side by side."""
+    step_W = torch.arange(1, count + 1) * GOLDEN
+    keys_MW = torch.stack([mixed(step_W + seed_of(module)) for module in modules])
+    return (keys_MW.flatten().to(torch.int32) | 1).to(device)
+
+
+def keep_bits(key_N: Tensor, modules: tuple[str, ...], width: int, p: float) -> Tensor:
+    """Which of its inputs dropout keeps for each module, int16 (N, modules, width): all bits where one is kept, none
+    where it is dropped, which has probability p, to 1 / 32,768. `key_N`: odd int32 keys of the tokens.
+
+    A token's key times a column's is hashed once more by a multiplication; its halves, 15 bits each, are drawn for two
+    columns. Few passes over narrow integers: a mask may not cost what the product costs that it feeds.
+    """
+    count = -(-width // 2)
+    hash_NW = key_N[:, None] * column_keys(modules, count, key_N.device)
+    hash_NW.bitwise_xor_(hash_NW >> 16).mul_(FACTOR)
+    drawn_NMD = hash_NW.view(torch.int16).bitwise_and_(2**15 - 1)
+    keep_NMD = drawn_NMD.sub_(2**15 - max(1, round(p * 2**15))).bitwise_right_shift_(15)  # the sign, in every bit
+    return keep_NMD.view(-1, len(modules), 2 * count)[..., :width]
+
+
+def with_zeros(x_ND: Tensor, keep_ND: Tensor) -> Tensor:
+    """x where its bits are kept, 0 where not."""
+    bits = BITS[x_ND.itemsize]
+    return (x_ND.view(bits) & keep_ND.to(bits)).view(x_ND.dtype)
 
 
 @dataclass
@@ -64,7 +90,7 @@ class DropoutPlan:
         self.step, self.rows, self.held = step, rows, {}
 
     def keys(self, B: int, T: int, device: torch.device) -> Tensor:
-        """A key for each token, int64 (B, T)."""
+        """A key for each token, odd int32 (B, T)."""
         if (B, T) not in self.held:
             key_BT = torch.zeros(B, T, dtype=torch.int64)
             for row, branches in enumerate(self.rows):
@@ -73,14 +99,14 @@ class DropoutPlan:
                     first = seed_of(self.seed, self.step, record, branch)
                     key_BT[row, start : start + length] = torch.arange(length) * GOLDEN + first
                     start += length
-            self.held[B, T] = mixed(key_BT).to(device)
+            self.held[B, T] = (mixed(key_BT).to(torch.int32) | 1).to(device)
         return self.held[B, T]
 
     def mask(self, x_BTD: Tensor, p: float, module: str) -> Tensor:
         """1/(1−p) where a value is kept and 0 where it is dropped, in x's shape."""
         B, T, D = x_BTD.shape
-        keep_ND = kept(self.keys(B, T, x_BTD.device).flatten(), module, D, p)
-        return keep_ND.view(B, T, D).to(x_BTD.dtype) / (1 - p)
+        keep_ND = keep_bits(self.keys(B, T, x_BTD.device).flatten(), (module,), D, p)[:, 0]
+        return keep_ND.reshape(B, T, D).neg().to(x_BTD.dtype) / (1 - p)
 
 
 def first_a(shape: torch.Size, dtype: torch.dtype, seed: int, path: str) -> Tensor:

@@ -121,7 +121,9 @@ def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
     """The LoRAConfig of a PEFT folder. Raises UserError for what is missing, or asks for other arithmetic."""
     where = Path(path) / "adapter_config.json"
     raw = read_json(where, LONGEST_CONFIG) if where.exists() else {}
-    if not isinstance(raw, dict) or raw.get("peft_type") != "LORA":
+    if not isinstance(raw, dict):
+        raise UserError(f"{where}: not a JSON object; the adapter is corrupt")
+    if raw.get("peft_type") != "LORA":
         if "peft_type" not in raw:
             adapter_file(path)  # refuses other programs' adapters by name
         raise UserError(f"{where}: peft_type is not LORA; only LoRA adapters are covered")

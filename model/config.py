@@ -97,7 +97,7 @@ class ModelConfig:
         try:
             return cls.from_dict(config_dict(path))
         except UserError as error:
-            raise UserError(f"{path}: {error}") from error
+            raise UserError(f"{path}: {str(error).removeprefix(f'{path}: ')}") from error
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:

@@ -46,6 +46,8 @@ from train.loss import batch_loss
 from train.optim.optimizer import make_optimizers, named_trainable, rate
 from train.recipe import Recipe
 
+EVERY = 60.0  # seconds between two lines of progress where there is no terminal
+
 
 @dataclass
 class Trainer:
@@ -176,7 +178,7 @@ class Trainer:
         with self.stopped_by_sigterm():
             self.resume()
             self.begin_metrics()
-            began = time.monotonic()
+            began = said = time.monotonic()
             bar = tqdm(
                 total=self.steps,
                 initial=self.progress.step,
@@ -198,6 +200,9 @@ class Trainer:
                 self.record(loss, norm, learning_rate)
                 bar.set_postfix_str(f"loss {loss:.4f}, {self.done['tokens'] / self.seconds:.0f} tok/s", refresh=False)
                 bar.update()
+                if bar.disable and self.ranks.first and time.monotonic() - said >= EVERY:  # a log, no terminal
+                    said = time.monotonic()
+                    print(f"step {self.progress.step} of {self.steps}: {bar.postfix}", file=sys.stderr, flush=True)
                 if self.ranks.any(self.stopping):
                     self.save()
                     if self.ranks.first:

@@ -27,7 +27,8 @@ from train.data.store import Encoding
 INTERVALS = {
     "[1, inf)": "batch_rows micro_rows r valid_rows keep_last",
     "[2, inf)": "block",
-    "[0, inf)": "steps warmup valid_every save_every first_layer records threads seed",
+    "[0, inf)": "steps warmup valid_every save_every first_layer records seed",
+    "[0, 1024]": "threads",
     "[0, 1]": "warmup_share final_rate empty_kept",
     "[0, 1)": "dropout",
     "(0, inf)": "alpha",
@@ -38,7 +39,7 @@ INTERVALS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Options of `train.pretrain` and `train.instruct`."""
+    """Train a model or its adapters, by a recipe (TOML) and these options; data and out are needed."""
 
     data: tuple[str, ...] = ()
     """JSON-lines files to train on."""
@@ -168,7 +169,8 @@ class Recipe:
         init, shared = bool(self.init), self.template == "faithful" and self.share_prefix
         uneven = self.batch_rows % self.micro_rows > 0
         rules = {
-            "data and out are needed; one is missing": not (self.data and self.out),
+            "data is missing: give --data FILE.jsonl": not self.data,
+            "out is missing: give --out FOLDER": not self.out,
             "give either weights (a model's folder) or init (a config.json)": bool(self.weights) == init,
             "init trains from nothing: it needs full = true and a tokenizer": init
             and not (self.full and self.tokenizer),
@@ -194,7 +196,10 @@ class Recipe:
         """Optimizer steps of a run over so many rows. Raises UserError where the warm-up is longer."""
         steps = self.steps or max(1, round(self.epochs * rows / self.batch_rows))
         if self.warmup > steps:
-            raise UserError(f"recipe: warmup of {self.warmup} steps is longer than the run of {steps}")
+            raise UserError(
+                f"recipe: warmup of {self.warmup} steps is longer than the run of {steps}; "
+                f"give --warmup {steps // 10}, or more data"
+            )
         return steps
 
 

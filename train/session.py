@@ -16,6 +16,7 @@ from torch import nn
 
 from lora import add_lora
 from lora.adapter import adapted, pattern_value
+from lora.layer import MASKS
 from lora.merge import merge_folders
 from lora.origin import check_origin
 from lora.peft import AdapterFile, check_tensors, fitted, read_config, write_adapter
@@ -262,7 +263,8 @@ def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]]) -> 
     options = {key: value for key, value in asdict(recipe).items() if key not in UNIMPORTANT}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     held_out = {"valid_data": sources["valid"]} if "valid" in sources else {}
-    return {"stage": stage, "recipe": options, "data": sources["train"], **held_out}
+    masks = {"dropout_masks": MASKS} if recipe.dropout else {}
+    return {"stage": stage, "recipe": options, "data": sources["train"], **held_out, **masks}
 
 
 def save_model(state: dict[str, torch.Tensor], config: ModelConfig, path: Path, tokenizer: str) -> None:

@@ -7,7 +7,7 @@ loop's default is.
 
 "plain": rows of full length, every token a target. "records": notes of 400 tokens with eight questions of 40; peft
 trains eight rows a note, ours one row with branches, or eight rows too; compared in records a second. A speed's limit
-is the measured rate of matrix products, so its share is the MFU.
+is the measured rate of matrix products, so its share is the MFU. "dropout": what masks cost, ours against ours.
 """
 
 from __future__ import annotations
@@ -24,6 +24,8 @@ import torch
 
 from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
+from lora.adapter import adapted
+from lora.layer import DropoutPlan
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
 from model.support.hardware import product_rate
@@ -44,6 +46,7 @@ SHAPES = {
 }  # vocabulary, width, feed-forward, layers, heads, key/value heads, rows, tokens a row
 QUESTIONS = 8
 OURS = {"ours": True, "ours, eight separate rows": False}  # whether a note's questions share it
+DROPOUT = 0.05
 
 
 def rows(
@@ -63,6 +66,7 @@ def rows(
         for kind, sides in (("plain", ("peft", "ours")), ("records", ("peft", *OURS))):
             how = {**asked, "kind": kind, "threads": torch.get_num_threads()}
             made += compared({who: in_own_process(job, who, **how) for who in sides}, how)
+        made.append(in_own_process(dropout_row, size, steps, r, folder, base, dtype, torch.get_num_threads()))
     return made
 
 
@@ -160,6 +164,27 @@ def job(
     }
 
 
+def dropout_row(size: str, steps: int, r: int, folder: str, base: str, dtype: str, threads: int) -> Row:
+    """Ours with dropout in its adapters against ours without, plain rows, steps in turns."""
+    torch.set_num_threads(threads)
+    batch = units("plain", size, share=True)
+    fastest: dict[float, float] = {}
+    recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base}
+    sides = {p: our_step(batch, config_of(size), folder, recipe | {"dropout": p}) for p in (DROPOUT, 0.0)}
+    for step in range(steps + 1):
+        for p, advance in sides.items():
+            began = time.perf_counter()
+            advance()
+            taken = time.perf_counter() - began
+            fastest[p] = min(fastest.get(p, taken), taken) if step else taken
+    tokens = sum(map(len, batch))
+    setting = f"{size}, {dtype}, r {r}, best of {steps} steps after 1 in turns, {threads} threads"
+    speeds = {p: tokens / seconds for p, seconds in fastest.items()}
+    return Row(
+        f"plain: speed with dropout {DROPOUT}", speeds[DROPOUT], speeds[0.0], "ours, no dropout", "tok/s", setting
+    )
+
+
 def step_flops(batch: list[Any], size: str, recipe: dict[str, Any]) -> float:
     """Arithmetic that a step on these rows asks for (train/report/plan.py)."""
     tokens = sum(map(len, batch))
@@ -188,12 +213,17 @@ def our_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str
     options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
     model, _ = load_model(options, config, Ranks(), empty_model(options, config))
     (optimizer,), counts = make_optimizers(model.train(), options), count(rows)
+    plan = DropoutPlan()
+    for layer in adapted(model).values():
+        layer.plan = plan
 
     def advance() -> Any:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(())
         for row in rows:
-            loss, _ = batch_loss(model, collate([row]), counts)
+            batch = collate([row])
+            plan.begin(0, batch.branches)
+            loss, _ = batch_loss(model, batch, counts)
             loss.backward()
             total = total + loss.detach()
         optimizer.step()

@@ -197,7 +197,7 @@ class Job:
             raise UserError(f"{self.out}: not whole: {missing}; the same command answers what is missing")
         for epoch, size in enumerate(sizes):
             self.check(epoch, size)
-        with atomic_file(self.out) as whole, open(whole, "wb") as joined:
+        with atomic_file(self.out, mode=0o600) as whole, open(whole, "wb") as joined:
             for epoch in range(len(sizes)):
                 with open(self.part(epoch), "rb") as part:
                     shutil.copyfileobj(part, joined)

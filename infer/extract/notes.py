@@ -117,7 +117,8 @@ def table_notes(path: Path, text: str, name: str) -> Iterator[Note]:
     for column, option in ((text, "text"), (name, "id")):
         if column not in table.columns and (option, column) != ("id", "id"):
             raise UserError(
-                f"{path}: its header names no column {column!r}; --{option}-column says which holds the {option}"
+                f"{path}: its header names no column {column!r}; name the one with the {option} so, or give "
+                f"infer.extract's --{option}-column"
             )
     for line, row in table.rows(text, name, "patient"):
         yield checked(Note(row.get(name, "").strip() or f"line {line}", row[text], patient=row.get("patient") or None))
@@ -134,7 +135,7 @@ def json_note(line: bytes, number: int, text_column: str, id_column: str) -> Not
         name = str(given)
     text = record.get(text_column)
     if not isinstance(text, str):
-        return Note(name, error=f"{text_column!r} is missing or is not text; --text-column names another field")
+        return Note(name, error=f"{text_column!r} is missing or is not text (or infer.extract --text-column)")
     asked = record.get("questions", [])
     texts: list[Any] = [None]
     if isinstance(asked, list):

@@ -16,6 +16,7 @@ from fastapi import FastAPI, Request
 from fastapi.exceptions import RequestValidationError
 from fastapi.responses import HTMLResponse, JSONResponse, Response, StreamingResponse
 from pydantic import BaseModel, Field
+from starlette.exceptions import HTTPException
 
 from infer import tasks, trace, view
 from infer.extract.answers import SCHEMA
@@ -194,8 +195,15 @@ def make_app(models: Models, host: str, port: int, token: str | None, waiting: i
     async def mistake(request: Request, error: UserError) -> Response:
         return refused(400, one_line(error))
 
+    @app.exception_handler(HTTPException)
+    async def no_page(request: Request, error: HTTPException) -> Response:
+        what = f"{request.method} {request.url.path}: {error.detail}"
+        return refused(error.status_code, f"{what}; /docs describes requests")
+
     @app.exception_handler(RequestValidationError)
     async def no_request(request: Request, error: RequestValidationError) -> Response:
+        if any(one["type"] == "json_invalid" for one in error.errors()):
+            return refused(422, "the body is not JSON; /docs describes requests")
         wrong = ", ".join(".".join(map(str, one["loc"][1:])) or "the body" for one in error.errors())
         return refused(422, f"not a request of this API ({wrong}); /docs describes them")
 

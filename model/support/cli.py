@@ -14,6 +14,7 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 Options = TypeVar("Options")
@@ -101,6 +102,12 @@ def guard(body: Callable[[], int | None], name: str) -> int:
     except KeyboardInterrupt:
         print(f"{name}: interrupted", file=sys.stderr)
         return 130
+
+
+def python_here() -> str:
+    """How this Python is called from the working directory, for commands in messages."""
+    python = Path(sys.executable)
+    return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:

@@ -126,9 +126,16 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: its folder is not writable; choose another place for it")
 
 
+def real(path: Path) -> str:
+    """The place that links lead to; of links in a circle, one of them."""
+    return os.path.realpath(path)
+
+
 def check_not_read(out: Path, *read: Path) -> None:
-    """Raise a UserError where `out` is one of the files that are read: what is made would take its place."""
-    if out.resolve() in [path.resolve() for path in read]:
+    """Raise a UserError where `out` is one of the files that are read, or is in a folder that is read: what is made
+    would take its place."""
+    places = {real(path) for path in read}
+    if real(out) in places or (out.is_file() and real(out.parent) in places):
         raise UserError(f"{out}: is itself read; choose another --out")
 
 
@@ -159,9 +166,9 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object a line, atomically. Returns the number of lines."""
+    """Write one JSON object a line, atomically, for its owner only: lines are of notes. Returns how many."""
     count = 0
-    with atomic_file(path) as temporary, open(temporary, "w", encoding="utf-8") as out:
+    with atomic_file(path, mode=0o600) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for row in rows:
             out.write(json.dumps(row, ensure_ascii=False) + "\n")
             count += 1

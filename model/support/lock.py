@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Any
 
 from model.support.cli import UserError
-from model.support.files import check_writable, read_json, write_json
+from model.support.files import check_not_read, check_writable, read_json, write_json
 
 TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.(part|old)")  # what files.py names a write that is not yet whole
 
@@ -78,12 +78,14 @@ def _take(path: Path, out: Path) -> int:
 
 
 @contextlib.contextmanager
-def output(out: str | os.PathLike[str] | None, overwrite: bool) -> Iterator[None]:
-    """`hold`, where `out` must not exist (an empty folder may) unless `overwrite`. None: nothing will be written."""
+def output(out: str | os.PathLike[str] | None, overwrite: bool, *read: str | os.PathLike[str]) -> Iterator[None]:
+    """`hold`, where `out` must not exist (an empty folder may) unless `overwrite`, and is never one of the files that
+    are `read`. None: nothing will be written."""
     if out is None:
         yield
         return
     out = Path(out)
+    check_not_read(out, *map(Path, read))
     with hold(out):
         if not overwrite and out.exists() and not (out.is_dir() and is_empty(out)):
             raise UserError(f"{out}: exists; choose another name, or give --overwrite to replace it")

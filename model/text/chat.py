@@ -23,7 +23,7 @@ from typing import Any
 
 from model.support.cli import UserError, nearest
 from model.text.engines import Span
-from model.text.sandbox import Sandbox, SandboxError
+from model.text.sandbox import Sandbox, SandboxError, SandboxLimit
 
 OWN = "chat_template"  # the form of a model with a template
 ROLES = ("system", "user", "assistant")
@@ -110,8 +110,8 @@ def render(tokenizer: Any, template: str, messages: Sequence[Mapping[str, str]])
         text, frame = SANDBOX.ask(do="render", template=template, inputs=inputs)
     except SandboxError as error:
         message = str(error)
-        # a message that the template spells out; any other may quote what a chat says
-        known = message in template or message.startswith(("took more", "needs too much", "it writes"))
+        # ours, or one that the template spells out; any other may quote what a chat says
+        known = isinstance(error, SandboxLimit) or message in template
         reason = message if known else "it cannot render these messages, or is corrupt"
         raise UserError(f"the model's chat template: {reason}") from error
     places = locate(text, frame, dict(zip(marks, contents, strict=True)))

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
@@ -36,6 +37,7 @@ LLAMA3 = (
 )
 QWEN2 = LLAMA3.replace(r"\p{N}{1,3}", r"\p{N}")
 GPT2 = r"'s|'t|'re|'ve|'m|'ll|'d| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"
+GROWTH = 16.0  # how many times as long a normalizer may make a text before it runs bounded
 KNOWN = frozenset({LLAMA3, QWEN2, GPT2, LLAMA3.replace("(?i:'s|'t|'re|'ve|'m|'ll|'d)|", "")})
 
 
@@ -261,9 +263,12 @@ class Fast:
         self.formable = set(self.controls.values()) - {vocabulary.get(model.get("unk_token"))}
         self.byte_level = '"ByteLevel"' in json.dumps(data.get("decoder"))
         self.normalizes = data.get("normalizer") is not None
-        self.begin = _begin(data.get("post_processor"))
+        try:
+            self.begin = _begin(data.get("post_processor"))
+        except (KeyError, TypeError, IndexError, AttributeError) as error:
+            raise UserError(f"{name}: its post-processor names no token for the beginning; it is corrupt") from error
         unknown = set(_patterns([data.get(part) for part in ("normalizer", "pre_tokenizer", "decoder")])) - KNOWN
-        self.sandbox = Sandbox(ready) if unknown else None
+        self.sandbox = Sandbox(ready) if unknown or _growth(data.get("normalizer")) > GROWTH else None
 
     def _encoded(self, text: str, controls: bool = False) -> tuple[list[int], list[str], list[Span]]:
         if self.sandbox is not None:
@@ -275,7 +280,7 @@ class Fast:
         try:
             return self.sandbox.ask(**request)
         except SandboxError as error:
-            raise UserError(f"{self.name}: a regular expression of this file fails on a text: {error}") from error
+            raise UserError(f"{self.name}: a normalizer or regular expression of this file fails: {error}") from error
 
     def ids(self, text: str) -> list[int]:
         return self._plain(self._encoded(text)[0])
@@ -408,6 +413,18 @@ def _patterns(part: Any) -> Iterator[str]:
     elif isinstance(part, list):
         for one in part:
             yield from _patterns(one)
+
+
+def _growth(part: Any) -> float:
+    """How many times as long a normalizer's replacements may make a text; without end where they replace nothing."""
+    if isinstance(part, list):
+        return math.prod(map(_growth, part))
+    if not isinstance(part, dict):
+        return 1.0
+    replaced = part.get("pattern", {}).get("String") if isinstance(part.get("pattern"), dict) else None
+    if part.get("type") == "Replace" and isinstance(replaced, str):
+        return max(1.0, len(part.get("content", "")) / len(replaced)) if replaced else math.inf
+    return _growth(list(part.values()))
 
 
 def _token(i: int, content: str, special: bool) -> dict[str, Any]:

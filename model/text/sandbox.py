@@ -26,6 +26,10 @@ class SandboxError(Exception):
     """What went wrong there, on one line; it quotes the file's own message and never a text that was encoded."""
 
 
+class SandboxLimit(SandboxError):
+    """A bound of ours was reached; the message is ours, whatever the file says."""
+
+
 class Sandbox:
     """One process, started with the first request and again after one that it did not survive."""
 
@@ -41,7 +45,9 @@ class Sandbox:
             answer = self._exchange(request)
             if answer is None:
                 self.process = None
-                raise SandboxError(f"took more than {SECONDS} s of processor time or {MEMORY >> 30} GB of memory")
+                raise SandboxLimit(f"took more than {SECONDS} s of processor time or {MEMORY >> 30} GB of memory")
+        if "limit" in answer:
+            raise SandboxLimit(answer["limit"])
         if "error" in answer:
             raise SandboxError(answer["error"])
         return answer["result"]
@@ -113,8 +119,6 @@ def compiled(template: str) -> Any:
 
 def render(template: str, inputs: list[dict[str, Any]]) -> list[str]:
     """What a template writes for each of some inputs."""
-    import jinja2
-
     written = []
     for given in inputs:
         left = CHARACTERS + 8 * len(json.dumps(given))
@@ -122,7 +126,7 @@ def render(template: str, inputs: list[dict[str, Any]]) -> list[str]:
         for piece in compiled(template).generate(**given):
             left -= len(piece)
             if left < 0:
-                raise jinja2.TemplateError(f"it writes more than {CHARACTERS} characters beside its messages")
+                raise SandboxLimit(f"it writes more than {CHARACTERS} characters beside its messages")
             pieces.append(piece)
         written.append("".join(pieces))
     return written
@@ -173,14 +177,16 @@ def serve() -> None:
         try:
             request = json.loads(line)
             answer = {"result": SERVED[request.pop("do")](**request)}
+        except SandboxLimit as error:
+            answer = {"limit": str(error)}
         except (MemoryError, RecursionError) as error:
-            answer = {"error": f"needs too much memory ({type(error).__name__})"}
+            answer = {"limit": f"needs too much memory ({type(error).__name__})"}
         except BaseException as error:  # a panic of the tokenizers library is no Exception
             answer = {"error": " ".join(f"{error or type(error).__name__}".split())[:200]}
         try:
             text = json.dumps(answer)
         except MemoryError:
-            text = json.dumps({"error": "needs too much memory"})
+            text = json.dumps({"limit": "needs too much memory"})
         sys.stdout.write(text + "\n")
         sys.stdout.flush()
 

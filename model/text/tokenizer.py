@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 
 from model.checkpoints.weights import first_part
 from model.support.cli import UserError
-from model.support.files import read_json, write_json
+from model.support.files import check_regular, read_json, write_json
 from model.text import chat
 from model.text.engines import Engine, Fast, SentencePiece, Span
 from model.text.gguf import from_gguf
@@ -324,8 +324,10 @@ def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for file in source.iterdir():
         if names.fullmatch(file.name) or file.name in SETTINGS:
+            check_regular(file)
             shutil.copyfile(file, folder / file.name)
     if (source / TEMPLATES).is_dir():
         (folder / TEMPLATES).mkdir(exist_ok=True)
         for file in (source / TEMPLATES).glob("*.jinja"):
+            check_regular(file)
             shutil.copyfile(file, folder / TEMPLATES / file.name)

@@ -15,7 +15,7 @@ from answering_models import write_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
-from infer import generate
+from infer import generate, quick
 from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.engine.settings import Settings
@@ -308,3 +308,18 @@ def test_a_stop_string_that_the_tokenizer_cannot_spell(tmp_path, weights):
     assert generator.generate(["ab"], max_new_tokens=2, stop=("ba",))
     with pytest.raises(UserError, match="no way to spell it"):
         generator.generate(["ab"], stop=("bé",))
+
+
+def test_notes_that_are_a_link_to_itself_are_named(weights, tmp_path):
+    (tmp_path / "n.jsonl").symlink_to(tmp_path / "n.jsonl")
+    with pytest.raises(UserError, match=r"n\.jsonl: no such file or folder"):
+        extract.main(asked(weights, tmp_path))
+
+
+def test_quick_never_takes_its_notes_place_nor_a_files(tmp_path):
+    notes = tmp_path / "answers.jsonl"
+    notes.write_text(GOOD)
+    for out, said in ((tmp_path, "is itself read"), (notes, "is a file")):
+        with pytest.raises(UserError, match=said):
+            quick.main(quick.Options(notes, out))
+    assert notes.read_text() == GOOD

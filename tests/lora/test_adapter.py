@@ -302,7 +302,7 @@ def test_dropouts_masks_are_of_the_token_and_of_nothing_beside_it():
         "step": plan.mask(x, 0.25, "q")[0, :300] > 0,
         "token": kept.roll(1, 0),
         "column": kept.roll(1, 1),
-        "word": kept.roll(4, 1),
+        "word": kept.roll(2, 1),
         "branch": torch.cat([mask[0, 300:] > 0] * 3),
     }
     spread = 5 * (0.25 * 0.75 / pairs) ** 0.5  # five standard deviations of a share

@@ -182,3 +182,11 @@ def test_an_unknown_number_is_a_warning_and_an_unknown_flag_an_error(made, tmp_p
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         read_config(changed(adapter, tmp_path / "d", {"future": False}))
+
+
+@pytest.mark.parametrize("held", ["1", "null", "NaN", "[]", '"x"'])
+def test_a_config_that_is_no_object_is_named(made, tmp_path, held):
+    folder = changed(made[1], tmp_path / "a")
+    (folder / "adapter_config.json").write_text(held)
+    with pytest.raises(UserError, match="adapter_config.json: not a JSON object"):
+        read_config(folder)

@@ -18,6 +18,7 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
     ("wrong", "said"),
     [
         ({"r": 0}, "r is 0; it must lie in .1, inf"),
+        ({"threads": 100_000}, "threads"),
         ({"steps": 5, "warmup": 6}, "warmup of 6 steps is longer than the run of 5"),
         ({"warmup": 1, "warmup_share": 0.1}, "either warmup"),
         ({"warmup_share": 1.5}, "warmup_share is 1.5"),
@@ -30,7 +31,8 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
         ({"optimizer": "muon"}, "muon is for full training"),
         ({"merge_adapter": True}, "merge_adapter needs adapter"),
         ({"template": "faithful"}, "set share_prefix = false"),
-        ({"data": ()}, "data and out are needed"),
+        ({"data": ()}, "give --data FILE.jsonl"),
+        ({"out": ""}, "give --out FOLDER"),
         ({"seed": -1}, "seed is -1"),
         ({"alpha": 0.0}, "alpha is 0.0"),
         ({"alpha": float("nan")}, "alpha is nan"),

@@ -150,6 +150,16 @@ def test_a_resume_with_another_recipe_or_other_data_lists_what_changed(options, 
         train(as_recipe(options, out=out, steps=2, data=[str(other)]), "instruct")
 
 
+def test_a_run_with_dropout_goes_on_only_with_the_masks_that_it_began_with(options, tmp_path, monkeypatch):
+    begun = {dropout: str(tmp_path / f"run-{dropout}") for dropout in (0.0, 0.1)}
+    for dropout, out in begun.items():
+        train(as_recipe(options, out=out, steps=1, dropout=dropout), "instruct")
+    monkeypatch.setattr("train.session.MASKS", 3)
+    train(as_recipe(options, out=begun[0.0], steps=1, dropout=0.0), "instruct")
+    with pytest.raises(UserError, match="was made by another run: dropout_masks was 2, is 3"):
+        train(as_recipe(options, out=begun[0.1], steps=1, dropout=0.1), "instruct")
+
+
 def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_begins_again(options, tmp_path, capsys):
     out = tmp_path / "run"
     train(as_recipe(options, out=str(out), steps=1), "instruct")

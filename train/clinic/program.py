@@ -56,7 +56,7 @@ from tqdm import tqdm
 
 from infer.tasks import PHENOTYPES
 from model.support.cli import UserError
-from model.support.files import read_jsonl, sha256_file, write_json, write_jsonl
+from model.support.files import atomic_folder, read_jsonl, sha256_file, write_json, write_jsonl
 from model.support.lock import output
 from train.clinic.clinical import MTS_DIALOG, clinical_notes
 from train.clinic.general import general_note
@@ -185,16 +185,18 @@ def documents(options: Options, train: list[dict]) -> dict[str, list[dict]]:
 
 
 def main(options: Options) -> None:
-    with output(options.out, options.overwrite):
-        write_files(options)
+    with output(options.out, options.overwrite), atomic_folder(options.out, keep_others=True) as folder:
+        counts = write_files(options, folder)
+    print(f"{options.out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
 
 
-def write_files(options: Options) -> None:
+def write_files(options: Options, folder: Path) -> dict[str, int]:
+    """The files of all splits and their manifest; returns how many records each holds."""
     splits = annotated(options)
     files = splits | documents(options, splits["train"])
-    counts = {name: write_jsonl(options.out / f"{name}.jsonl", rows) for name, rows in files.items()}
+    counts = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
     write_json(
-        options.out / "manifest.json",
+        folder / "manifest.json",
         {
             "seed": options.seed,
             "patients": options.patients,
@@ -202,7 +204,7 @@ def write_files(options: Options) -> None:
             "clinical": options.clinical,
             "healthy": options.healthy,
             "records": counts,
-            "sha256": {name: sha256_file(options.out / f"{name}.jsonl") for name in files},
+            "sha256": {name: sha256_file(folder / f"{name}.jsonl") for name in files},
         },
     )
-    print(f"{options.out}: " + ", ".join(f"{name} {count}" for name, count in counts.items()))
+    return counts

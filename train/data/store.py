@@ -94,8 +94,12 @@ def build_store(
 def identity_of(files: Sequence[str], encoding: Encoding, limit: int) -> dict[str, Any]:
     """What a store's contents are a function of. Raises UserError where a file is missing."""
     for file in files:
+        if Path(file).is_dir():
+            raise UserError(f"{file}: is a folder; give JSON lines")
         if not Path(file).is_file():
             raise UserError(f"{file}: no such file")
+        if Path(file).suffix.lower() in (".csv", ".tsv"):
+            raise UserError(f"{file}: is a table; make JSON lines of it: python -m train.importers.table")
     return {
         **asdict(encoding),
         "sources": {str(file): sha256_file(file) for file in files},

@@ -21,7 +21,7 @@ from model.support.cli import UserError
 from model.support.files import check_not_read
 from train.importers.record import Record, diagnosis, label, read_text, write
 
-_ENTITY = re.compile(r"(T\d+)\t(\S+) (\d+ \d+(?:;\d+ \d+)*)\t(.*)")
+_ENTITY = re.compile(r"(T\d+)\t(\S+) (\d{1,12} \d{1,12}(?:;\d{1,12} \d{1,12})*)\t(.*)")
 OTHER = "annotations that are no entities, not read"
 LINE_ENDS = r"texts whose offsets count \r\n as one character: their records have \n"
 MARK = "texts whose offsets do not count the byte order mark"

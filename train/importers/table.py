@@ -35,7 +35,7 @@ COLUMNS = ("id", "patient", "text", "type", "question", "answer")
 
 @dataclass(frozen=True)
 class Options:
-    """Make records of a labelled table."""
+    """Make records of a labelled table: a row an answer, in the columns text, type (tumor_size, …) and answer."""
 
     table: Path
     """CSV file with a header: text, type or question, answer; id and patient where there are any."""
@@ -54,7 +54,8 @@ def records(path: Path, separator: str = "", notices: Counter[str] | None = None
     if not {"text", "answer"} <= set(table.columns) or not {"type", "question"} & set(table.columns):
         known = ", ".join(name for name in COLUMNS if name in table.columns)  # the line may be a note's text
         raise UserError(
-            f"{path}: its first line names {known or 'no column'}; a header needs text, answer, and type or question"
+            f"{path}: its first line names {known or 'no column'}; a header needs text, answer, and type or question: "
+            "a row for each answer, not a column"
         )
     made: dict[str, Record] = {}
     for line, row in table.rows(*COLUMNS):

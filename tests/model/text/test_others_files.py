@@ -12,7 +12,7 @@ from tokenizers import Tokenizer as Library
 
 from model import Tokenizer
 from model.support.cli import UserError
-from model.text.tokenizer import to_characters
+from model.text.tokenizer import copy_tokenizer, to_characters
 
 LETTERS = sorted(pre_tokenizers.ByteLevel.alphabet())
 CHATML = "{% for m in messages %}{{ '<|im_start|>' + m.role + '\n' + m.content + '<|im_end|>\n' }}{% endfor %}"
@@ -236,9 +236,52 @@ def test_regular_expressions_of_others_run_bounded(pattern, tmp_path):
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, pre_tokenizers.ByteLevel(False, use_regex=False)])
     ours = Tokenizer.from_pretrained(folder(tmp_path / "m", tokenizer))
     assert ours.decode(ours.encode("ER+ 95 %")) == "ER+ 95 %"
-    with pytest.raises(UserError, match="tokenizer.json: a regular expression of this file fails on a text"):
+    with pytest.raises(UserError, match="tokenizer.json: a normalizer or regular expression of this file fails"):
         ours.encode("x" * 5000)
     assert ours.decode(ours.encode("ER+ 95 %")) == "ER+ 95 %"  # and what comes after is encoded
+
+
+def test_replacements_of_others_that_double_a_text_again_and_again_run_bounded(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Sequence([normalizers.Replace("x", "xx")] * 40)
+    ours = Tokenizer.from_pretrained(folder(tmp_path / "m", tokenizer))
+    assert ours.decode(ours.encode("ER+ 95 %")) == "ER+ 95 %"
+    with pytest.raises(UserError, match="tokenizer.json: a normalizer or regular expression of this file fails"):
+        ours.encode("x")
+
+
+def test_a_normalizer_that_replaces_nothing_is_an_error_of_its_text_and_not_a_panic(tmp_path):
+    tokenizer = byte_level()
+    tokenizer.normalizer = normalizers.Replace("", "x")
+    ours = Tokenizer.from_pretrained(folder(tmp_path / "m", tokenizer))
+    with pytest.raises(UserError, match="a normalizer or regular expression of this file fails"):
+        ours.encode("ER+ 95 %")
+
+
+def test_a_post_processor_without_its_tokens_is_named(tmp_path):
+    path = folder(tmp_path / "m", byte_level()) / "tokenizer.json"
+    single = [{"SpecialToken": {"id": "x", "type_id": 0}}]
+    post = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": post}))
+    with pytest.raises(UserError, match="tokenizer.json: its post-processor names no token"):
+        Tokenizer.from_pretrained(tmp_path / "m")
+
+
+@pytest.mark.parametrize("said", ["it writes ", "took more ", "needs too much "])
+def test_no_template_can_put_a_chats_text_into_the_error(said, tmp_path):
+    tokenizer = byte_level()
+    template = "{{ raise_exception('" + said + "' + messages[0].content) }}"
+    ours = Tokenizer.from_pretrained(folder(tmp_path / "m", tokenizer, tokenizer_config={"chat_template": template}))
+    with pytest.raises(UserError, match="it cannot render these messages") as caught:
+        ours.encode_chat([{"role": "user", "content": "the patient's name"}])
+    assert "patient" not in str(caught.value)
+
+
+def test_a_link_to_an_endless_file_is_not_copied(tmp_path):
+    source = folder(tmp_path / "m", byte_level())
+    (source / "chat_template.jinja").symlink_to("/dev/zero")
+    with pytest.raises(UserError, match="chat_template.jinja"):
+        copy_tokenizer(source, tmp_path / "copy")
 
 
 @pytest.mark.parametrize(

@@ -173,6 +173,26 @@ def test_notes_are_as_long_as_the_demo_plans_for(notes):
     assert min(lengths) >= 30 and max(lengths) <= 400
 
 
+def test_a_write_that_fails_leaves_the_old_files_or_none(tmp_path, monkeypatch):
+    small = {"patients": 20, "further_patients": 2, "healthy": 2}
+    main(Options(tmp_path / "old", **small))
+    before = {file: file.read_bytes() for file in (tmp_path / "old").iterdir()}
+    (tmp_path / "old" / "my own.txt").write_text("kept")
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(clinic, "write_json", full)
+        for name in ("old", "new"):
+            with pytest.raises(OSError, match="No space"):
+                main(Options(tmp_path / name, seed=1, overwrite=True, **small))
+    assert {file: file.read_bytes() for file in before} == before and not (tmp_path / "new").exists()
+    main(Options(tmp_path / "old", seed=1, overwrite=True, **small))
+    assert all(file.read_bytes() != old for file, old in before.items() if file.stem in ("train", "manifest"))
+    assert (tmp_path / "old" / "my own.txt").read_text() == "kept"
+
+
 def test_too_few_patients_are_refused(tmp_path):
     with pytest.raises(UserError, match="--patients 3"):
         Options(out=tmp_path, patients=3)

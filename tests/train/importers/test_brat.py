@@ -144,6 +144,7 @@ def test_other_encodings_are_named(tmp_path, end):
         ("T1\ttumor_size 21 27\t2.5 cm\n", "a.ann:1: T1 is not the text at its offsets"),
         ("T1\ttumor_size 20 999\t2.5 cm\n", "is not the text at its offsets"),
         ("T1 tumor_size 20 26 2.5 cm\n", "not an entity"),
+        ("T1\ttumor_size " + "9" * 5000 + " 26\t2.5 cm\n", "not an entity"),
         ("T1\tWeight 20 26\t2.5 cm\n", "--types Weight="),
     ],
 )
