@@ -6,7 +6,7 @@
 
 Sizes of weights and adapters are those of the model built without memory (meta tensors). `infer.engine.memory` chooses
 a way to run a job within a budget by it, `train.report.plan` says whether a recipe fits. `python -m eval.bench plan`
-and `python -m eval.bench 7b` hold it against measured memory.
+and `python -m eval.bench seven-b` hold it against measured memory.
 """
 
 from __future__ import annotations
