@@ -79,7 +79,7 @@ class Side:
 
 def main(options: Options) -> int:
     check(options)
-    read = [options.weights, *options.adapter, *([] if options.note is None else [options.note])]
+    read = [options.weights, *options.adapter, *([] if options.note is None else [str(options.note)])]
     with output(options.out, options.overwrite, *read):
         text, data = traced(options, None if options.note is None else note_of(options))
         write_text(options.out, text, mode=0o600)
