@@ -27,6 +27,7 @@ from model.support.hardware import host
 CORPUS = Path("train/data/ncbi_disease")
 CARD = Path(__file__).with_name("diseases.md")
 NAMED = Path("infer/released/diseases-smollm2-135m")
+SEEDS = (1, 2)  # of the further tunings
 PUBLISHED = "published taggers reach 85–91"
 
 
@@ -38,6 +39,8 @@ class Options:
     """The run's folder."""
     recipe: str = "train/recipes/demo-ner.toml"
     """The tuning recipe."""
+    further: str = ""
+    """The recipe of two further tunings that begin from the first, whose mean is then taken (empty: none)."""
     release: bool = False
     """Put the adapter with its card and scores into infer/released, in the place of the one that is there."""
     overwrite: bool = False
@@ -61,14 +64,23 @@ def measured(run: Run, options: Options) -> None:
         )
     base = public_base(run)
     tuned, adapter, answers = (run.out / name for name in ("tuned", "adapter", "answers.jsonl"))
-    how = {"weights": base, "data": files["train"], "out": tuned, "dtype": training_dtype(run.out)}
-    run.step("tuning", argv("train.instruct", options.recipe, **how))
-    write_mean([tuned / "adapter"], adapter)
+    how = {"weights": base, "data": files["train"], "dtype": training_dtype(run.out)}
+    run.step("tuning", argv("train.instruct", options.recipe, out=tuned, **how))
+    ends = [tuned]
+    if options.further:
+        how["adapter"] = tuned / "adapter"
+        ends = [run.out / f"further-{seed}" for seed in SEEDS]
+        runs = {
+            seed: argv("train.instruct", options.further, out=out, seed=seed, **how)
+            for seed, out in zip(SEEDS, ends, strict=True)
+        }
+        run.run_in_parallel({f"further tuning {seed}": command for seed, command in runs.items()})
+    write_mean([end / "adapter" for end in ends], adapter)
     how = {"grounded": True, "max_new_tokens": 120}
     run.step("answers", extraction(str(base), adapter, files["test"], answers, **how))
-    trained = read_json(tuned / "run.json")
-    found = score(files["test"], answers) | {key: trained.get(key) for key in ("training_seconds", "steps", "rows")}
-    found |= {"peak_mb": run.peak("tuning"), "host": host(), "code": trained["code"], "published": PUBLISHED}
+    stages = [card(read_json(out / "run.json")) for out in dict.fromkeys([tuned, *ends])]
+    found = score(files["test"], answers) | totals(stages)
+    found |= {"peak_mb": run.peak("tuning"), "host": host(), "code": stages[-1]["code"], "published": PUBLISHED}
     write_json(run.out / "score.json", found)
     shown = "precision {precision:.1f}, recall {recall:.1f}, F1 {f1:.1f}"
     print(
@@ -77,19 +89,31 @@ def measured(run: Run, options: Options) -> None:
         f"{found['empty']} right. {run.out / 'score.json'}"
     )
     if options.release:
-        write_json(adapter / "training.json", card(trained))
-        write_text(adapter / "README.md", CARD.read_text(encoding="utf-8").format(**in_card(found, trained)))
-        shutil.copytree(adapter, NAMED, dirs_exist_ok=True)
-        shutil.copyfile(run.out / "score.json", NAMED / "scores.json")
-        print(f"{NAMED}: the adapter, its card and its scores")
+        release(run.out, found, stages)
 
 
-def in_card(found: dict[str, Any], trained: dict[str, Any]) -> dict[str, Any]:
-    """What the card's template names."""
-    on = found["host"]
-    minutes, commit = found["training_seconds"] / 60, str(trained["code"]["commit"])[:10]
-    same = {"base": BASE, "hash": sha256_file(smollm2())[:16], "rank": trained["recipe"]["r"]}
-    return found | same | {"minutes": minutes, "commit": commit, "cpu": on["cpu"]}
+def totals(stages: list[dict[str, Any]]) -> dict[str, Any]:
+    """Seconds and steps of all tunings, and the rows of one pass."""
+    seconds, steps = (sum(stage[key] for stage in stages) for key in ("training_seconds", "steps"))
+    return {"training_seconds": seconds, "steps": steps, "rows": stages[0]["rows"]}
+
+
+def release(out: Path, found: dict[str, Any], stages: list[dict[str, Any]]) -> None:
+    """Put a run's adapter with its card and scores into infer/released."""
+    adapter = out / "adapter"
+    names = {
+        "base": BASE,
+        "hash": sha256_file(smollm2())[:16],
+        "rank": read_json(adapter / "adapter_config.json")["r"],
+        "minutes": found["training_seconds"] / 60,
+        "commit": str(found["code"]["commit"])[:10],
+        "cpu": found["host"]["cpu"],
+    }
+    write_json(adapter / "training.json", {"stages": stages})
+    write_text(adapter / "README.md", CARD.read_text(encoding="utf-8").format(**found, **names))
+    shutil.copytree(adapter, NAMED, dirs_exist_ok=True)
+    shutil.copyfile(out / "score.json", NAMED / "scores.json")
+    print(f"{NAMED}: the adapter, its card and its scores")
 
 
 def score(references: Path, answers: Path) -> dict[str, Any]:
