@@ -78,12 +78,15 @@ def main(options: Options) -> None:
         if options.out is not None:
             write_json(options.out, {**fitted, "notes": len({one.question.record for one in found})})
     print(json.dumps(result, indent=2) if options.json else "\n".join(table(result)))
+    if options.out is not None and not options.json:
+        print(f"temperatures: {options.out}")
 
 
 def table(result: Json) -> list[str]:
     lines = []
     for task, sides in result["tasks"].items():
-        lines.append(f"{task}: temperature {result['temperature'][task]:.2f}, n = {sides['after']['n']}")
+        few = " (too few to fit one)" if sides["after"]["n"] < FEWEST else ""
+        lines.append(f"{task}: temperature {result['temperature'][task]:.2f}{few}, n = {sides['after']['n']}")
         for name, one in sides.items():
             lines.append(f"  {name:<6} log loss {one['log_loss']:.3f}  expected calibration error {one['error']:.3f}")
         kept = ", ".join(f"{100 * share:.0f} %: {f1:.1f}" for share, f1 in sides["after"]["abstention"])

@@ -29,7 +29,9 @@ def read_run(run: Path) -> Json:
         raise UserError(f"{run}: no such run folder")
     given = read_json(run / "run.json")
     if not isinstance(given, dict) or not given.get("systems") or not isinstance(given.get("references"), dict):
-        raise UserError(f"{run / 'run.json'}: 'systems' or 'references' is missing; see eval.report's help")
+        raise UserError(
+            f"{run / 'run.json'}: 'systems' or 'references' is missing; eval.run scores a model and writes both"
+        )
     for place, system in enumerate(given["systems"]):
         if missing := {"name", "kind", "predictions"} - set(system):
             raise UserError(f"{run / 'run.json'}: systems[{place}] lacks {', '.join(sorted(missing))}")
