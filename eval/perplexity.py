@@ -111,7 +111,7 @@ def main(options: Options) -> None:
     texts = read_texts(options.text, options.documents)
     if options.adapter is not None:
         check_origin(options.weights, [options.adapter])
-    with output(options.out, options.overwrite, options.text, options.weights):
+    with output(options.out, options.overwrite, options.text):
         results = figures(options, texts)
         if options.out is not None:
             write_json(options.out, {name: asdict(one) for name, one in results.items()})

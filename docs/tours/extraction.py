@@ -54,13 +54,8 @@ show(Asker.prompt, "tasks.prefix(text), bos=True", tokens_of_each_prompt=[len(pr
 prefix, branch = tokenizer.encode(tasks.prefix(note.text), bos=True), tokenizer.encode(tasks.branch(questions[0][1]))
 check("tokens of the note + tokens of the first question", len(prefix) + len(branch), len(prompts[0]))
 prefixes, branches = plan(prompts)
-computed = sum(len(part.tokens) for part in (*prefixes, *branches))
-show(
-    RequestBatch.add,
-    "plan(",
-    branches=len(branches),
-    computed_tokens=f"{computed} in place of {sum(map(len, prompts))}",
-)
+computed, whole = sum(len(part.tokens) for part in (*prefixes, *branches)), sum(map(len, prompts))
+show(RequestBatch.add, "plan(", branches=len(branches), computed_tokens=f"{computed} in place of {whole}")
 check("tokens that all prompts begin with", len(commonprefix(prompts)), len(prefixes[0].tokens))
 
 # %% [markdown]

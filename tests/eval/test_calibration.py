@@ -66,7 +66,12 @@ def files(tmp_path):
     )
 
 
-def test_the_program_keeps_temperatures_that_extraction_reads_and_writes_into_records(tmp_path, capsys):
+def test_of_few_answers_no_temperature_is_fitted():
+    assert temperature(drawn(4.0, 49)) == 1.0 and temperature(drawn(4.0, 50)) != 1.0
+
+
+def test_the_program_keeps_temperatures_that_extraction_reads_and_writes_into_records(tmp_path, capsys, monkeypatch):
+    monkeypatch.setattr(calibration, "FEWEST", 1)
     predictions, references = files(tmp_path)
     main(Options(predictions, references, tmp_path / "calibration.json", json=True))
     result = json.loads(capsys.readouterr().out)
