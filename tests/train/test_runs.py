@@ -88,3 +88,10 @@ def test_what_killed_and_refused_calls_left_of_notes_goes_with_the_next(options,
     shutil.rmtree(out / "checkpoints")
     train(as_recipe(options, out=str(out), valid_data=[], steps=1, schedule="constant"), "instruct")
     assert [path.name for path in (out / "tokens").iterdir()] == ["train"]
+
+
+def test_without_a_terminal_a_log_says_where_the_run_is(options, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("train.loop.EVERY", 0.0)
+    train(as_recipe(options, out=str(tmp_path / "run"), steps=2), "instruct")
+    said = capsys.readouterr().err
+    assert "step 1 of 2: loss " in said and "step 2 of 2: loss " in said and "tok/s" in said
