@@ -74,10 +74,15 @@ class Step:
     """Whether tensors lie on glibc's heap (on a CPU)."""
 
 
+def on_meta(config: ModelConfig) -> Transformer:
+    """The model without memory: shapes alone."""
+    with torch.device("meta"):
+        return Transformer(config)
+
+
 def weight_bytes(config: ModelConfig, form: str, dtype: torch.dtype) -> int:
     """Bytes of a model's parameters with its linear layers in a format, embedding and norms in `dtype`."""
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = on_meta(config)
     linears = (path for path, module in model.named_modules() if isinstance(module, torch.nn.Linear))
     linear = {f"{path}.weight" for path in linears if is_quantizable(path)}
     size = 0
@@ -98,8 +103,7 @@ def adapter_bytes(config: ModelConfig, adapters: Sequence[str | Path], form: str
     if form == "wide" or not adapters:
         return 0
     own = read_config(adapters[-1])
-    with torch.device("meta"):
-        model = Transformer(config)
+    model = on_meta(config)
     wanted = [(p, m) for p, m in model.named_modules() if isinstance(m, torch.nn.Linear) and own.wants(p)]
     return sum(4 * own.rank(path) * (m.in_features + 2 * m.out_features) for path, m in wanted)
 
@@ -146,9 +150,7 @@ def inference(
 
 def trained_model(config: ModelConfig, step: Step) -> Transformer:
     """The model with the adapters that are trained, on meta: sizes without memory."""
-    with torch.device("meta"):
-        model = Transformer(config)
-    model = model.to(step.stored)
+    model = on_meta(config).to(step.stored)
     if step.lora is None:
         return model.requires_grad_(True)
     add_lora(model, step.lora, seed=step.seed)

@@ -32,7 +32,7 @@ from infer.extract.notes import Note, fingerprint, passed_over, read_notes
 from infer.extract.options import AskOptions, of_first, planned
 from infer.retrieval.repair import read_repair
 from model.support.cli import UserError
-from model.support.files import read_json, real, sha256_file, write_json
+from model.support.files import read_json, sha256_file, write_json
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
     from infer.engine.memory import Plan
@@ -90,9 +90,9 @@ def main(options: Options) -> int:
     if together > 1 and (options.format != "wide" or options.memory or options.fuse):
         raise UserError("--tensor-parallel goes with none of --format, --memory and --fuse; leave it or them out")
     own = (options.out, schema_of(options.out), mark_of(options.out))
-    if real(options.notes) in map(real, own):
+    if os.path.realpath(options.notes) in map(os.path.realpath, own):
         raise UserError(f"{options.notes}: the notes, and a file that --out {options.out} writes; choose another --out")
-    if options.out.suffix == ".txt" and real(options.notes) == real(options.out.parent):
+    if options.out.suffix == ".txt" and os.path.realpath(options.notes) == os.path.realpath(options.out.parent):
         raise UserError(f"{options.out}: would be one of the notes of {options.notes} itself; choose another --out")
     if next(source(options), None) is None:  # before anything is made; it refuses a missing file itself
         raise UserError(f"{options.notes}: holds no note")

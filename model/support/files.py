@@ -126,16 +126,11 @@ def check_writable(path: Path) -> None:
         raise UserError(f"cannot write {path}: its folder is not writable; choose another place for it")
 
 
-def real(path: Path) -> str:
-    """The place that links lead to; of links in a circle, one of them."""
-    return os.path.realpath(path)
-
-
 def check_not_read(out: Path, *read: Path) -> None:
     """Raise a UserError where `out` is one of the files that are read, or is in a folder that is read: what is made
     would take its place."""
-    places = {real(path) for path in read}
-    if real(out) in places or (out.is_file() and real(out.parent) in places):
+    places = set(map(os.path.realpath, read))  # of links in a circle it gives one, where Path.resolve raises
+    if os.path.realpath(out) in places or (out.is_file() and os.path.realpath(out.parent) in places):
         raise UserError(f"{out}: is itself read; choose another --out")
 
 

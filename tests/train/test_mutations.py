@@ -52,7 +52,7 @@ MISTAKES = {
         ),
     ),
     "dropout left out of an adapter's gradient": (
-        ("train.fast.block", "Group.backward", "kept(n, n_ND), out", "n_ND, out"),
+        ("train.fast.block", "Group.backward", "with_zeros(n_ND, keep_NMD[:, m]), out", "n_ND, out"),
         lambda notes, documents: the_papers_dropout(notes),
     ),
     "the last block's attention taken from the token before": (

@@ -20,7 +20,7 @@ training keep the plain block.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -99,15 +99,12 @@ class Group:
         linear: Any = self.linears[n]
         return linear.scale[linear.active] / (1.0 if self.key_N is None else 1 - linear.dropout[linear.active])
 
-    def keeping(self) -> Callable[[int, Tensor], Tensor]:
-        """A function of (layer, x_ND): what the layer's adapter is given of x, or passes back to it; x with zeros where
-        inputs are dropped."""
+    def kept_inputs(self) -> Tensor:
+        """Which of its inputs each adapter of `places` is given, keep_NMD (lora/layer.py)."""
         assert self.key_N is not None
         adapted: list[Any] = [self.linears[n] for n, _, _ in self.places()]
         paths, p = tuple(one.path for one in adapted), adapted[0].dropout[adapted[0].active]
-        keep_NMD = keep_bits(self.key_N, paths, adapted[0].in_features, p)
-        place = {n: m for m, (n, _, _) in enumerate(self.places())}
-        return lambda n, x_ND: with_zeros(x_ND, keep_NMD[:, place[n]])
+        return keep_bits(self.key_N, paths, adapted[0].in_features, p)
 
     def places(self) -> list[tuple[int, slice, slice]]:
         """(layer, its outputs, its adapter's ranks) of each layer that has an adapter."""
@@ -133,8 +130,12 @@ class Group:
         if self.key_N is None:
             low_NR = F.linear(n_ND, self.a_RD)
         else:
-            kept, places = self.keeping(), self.places()
-            low_NR = torch.cat([F.linear(kept(n, n_ND), self.a_RD[ranks]) for n, _, ranks in places], 1)
+            keep_NMD = self.kept_inputs()
+            low = [
+                F.linear(with_zeros(n_ND, keep_NMD[:, m]), self.a_RD[ranks])
+                for m, (_, _, ranks) in enumerate(self.places())
+            ]
+            low_NR = torch.cat(low, 1)
         return y_NO.addmm_(low_NR, self.b_OR.t()), low_NR
 
     def backward(
@@ -159,11 +160,11 @@ class Group:
                 if dn_ND is not None:
                     dn_ND.addmm_(dlow_NR, self.a_RD)
             else:
-                kept, da_RD = self.keeping(), torch.empty_like(self.a_RD)
-                for n, _, ranks in self.places():
-                    torch.mm(dlow_NR[:, ranks].t(), kept(n, n_ND), out=da_RD[ranks])
+                keep_NMD, da_RD = self.kept_inputs(), torch.empty_like(self.a_RD)
+                for m, (_, _, ranks) in enumerate(self.places()):
+                    torch.mm(dlow_NR[:, ranks].t(), with_zeros(n_ND, keep_NMD[:, m]), out=da_RD[ranks])
                     if dn_ND is not None:
-                        dn_ND.add_(kept(n, dlow_NR[:, ranks] @ self.a_RD[ranks]))
+                        dn_ND.add_(with_zeros(dlow_NR[:, ranks] @ self.a_RD[ranks], keep_NMD[:, m]))
             for n, outputs, ranks in self.places():
                 a_RD, b_OR = self.held[2 * n : 2 * n + 2]
                 made[2 * n] = da_RD[ranks].to(a_RD.dtype)  # type: ignore[union-attr]
