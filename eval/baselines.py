@@ -19,6 +19,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from itertools import product
 from typing import Any, NamedTuple
 
+from eval.questions import code_of
 from infer.codes import describe, is_billable, lookup
 from infer.tasks import PHENOTYPES, diagnosis_answer
 
@@ -85,7 +86,7 @@ class MajorityBaseline:
         for name in PHENOTYPES:
             counts = Counter(texts for record in records if (texts := tuple(texts_of(record, name))))
             self._phenotypes[name] = commonest(counts, ())
-        given = (record["diagnosis"] for record in records if record.get("diagnosis"))
+        given = (record["diagnosis"] for record in records if code_of(record))
         self._diagnosis = commonest(Counter(diagnosis_answer(one["text"], one["code"]).strip() for one in given), "")
         return self
 
@@ -112,7 +113,7 @@ class RegexBaseline:
         self._reading = {name: self._best_reading(records, name) for name in PHENOTYPES}
         self._codes: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
         for record in records:
-            for key in code_keys(self._phenotypes(record["text"])) if record.get("diagnosis") else ():
+            for key in code_keys(self._phenotypes(record["text"])) if code_of(record) else ():
                 self._codes[key][record["diagnosis"]["code"]] += 1
         return self
 

@@ -125,7 +125,8 @@ def replies(record: Json, own: str) -> dict[str | int, Reply]:
             raise ValueError(f"{name} is neither a text nor a list of texts or of {{'text': …}}") from error
     try:
         if diagnosis:
-            found["diagnosis"] = Reply((text,), False) if (text := diagnosis_of(diagnosis)) else Reply()
+            text = diagnosis_of(diagnosis)
+            found["diagnosis"] = Reply((text,) if parse_answer(text) else (), not text)
             if isinstance(diagnosis, Mapping):
                 found["diagnosis"] = replace(found["diagnosis"], finish_reason=str(diagnosis.get("finish_reason", "")))
     except TypeError as error:
@@ -168,6 +169,12 @@ def diagnosis_of(given: Any) -> str:
     """A diagnosis as it is answered: the right one's code follows its description."""
     text, code = text_of(given), given.get("code") if isinstance(given, Mapping) else None
     return (diagnosis_answer(text, code) if code else text).strip()
+
+
+def code_of(record: Mapping[str, Any]) -> str | None:
+    """The code of a record's diagnosis; None where it has none."""
+    given = record.get("diagnosis")
+    return given.get("code") if isinstance(given, Mapping) else None
 
 
 def patient_of(record: Json) -> str:

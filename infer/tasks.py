@@ -5,7 +5,7 @@ answer is answered "not relevant". Diagnosis generation asks for the ICD-10-CM d
 
 The tuned form puts the note first, so that one note serves all of its questions (one prefix, nine branches):
 
-    {note}\n\n### Question: What is the tumor size?\n### Answer: 2.5 cm<eos>
+    ### Note: {note}\n\n### Question: What is the tumor size?\n### Answer: 2.5 cm<eos>
 
 `prefix(note)`, `branch(question)` and `answer(texts)` are the three parts. They are encoded separately and their ids
 joined, so the boundary between prompt and answer is known without searching in token ids. With retrieval, other notes
@@ -22,6 +22,9 @@ from dataclasses import dataclass
 NOT_RELEVANT = "not relevant"
 SEPARATOR = "; "
 """Between an answer's values. Not a comma: "2,5 cm" and "pT2, pN1a" are single values."""
+NOTE = "### Note: "
+"""Before the note. A model attends to its first token wherever it has nothing to look at, and reads no meaning from it:
+a note's own first word is not lost to that."""
 QUESTION = 64
 """Tokens of a question that a plan of memory counts with."""
 
@@ -59,7 +62,7 @@ DIAGNOSIS_QUESTION = "What is the diagnosis?"
 
 def prefix(note: str) -> str:
     """The part of the prompt that all questions about a note share."""
-    return note.strip() + "\n\n"
+    return f"{NOTE}{note.strip()}\n\n"
 
 
 def branch(question: str) -> str:

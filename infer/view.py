@@ -157,7 +157,11 @@ def diagnosis_row(answer: Json, gold: Any) -> Json:
     row = {"name": "diagnosis", "values": [], "said": answer["text"], "p": confidence(answer), "gold_places": []}
     if not isinstance(gold, dict):
         return row | {"gold": None, "right": None}
-    return row | {"gold": [f"{gold['text']} ({gold['code']})"], "right": codes[:1] == [gold["code"]]}
+    code = gold.get("code")
+    return row | {
+        "gold": [f"{gold['text']} ({code})" if code else gold["text"]],
+        "right": codes[:1] == [code] * bool(code),
+    }
 
 
 def confidence(answer: Json, logprobs: list[float] | None = None) -> float | None:

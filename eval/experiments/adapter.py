@@ -37,7 +37,7 @@ from model.support.hardware import host
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
 CALIBRATED = 40  # held-out notes, and as many in unseen styles
 PATHS = ("data", "out", "weights", "adapter", "valid_data", "tokenizer", "init")
-CLINIC = {"patients": 500, "further_patients": 400, "clinical": 2000, "healthy": 0}
+CLINIC = {"patients": 500, "further_patients": 400, "clinical": 2200, "healthy": 0}
 SEEDS = (22, 23)  # of the notes of each training
 
 

@@ -11,11 +11,11 @@ out and counted.
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from eval.metrics.statistics import interval
-from eval.questions import patient_of
+from eval.questions import code_of, patient_of
 from infer.retrieval.index import Index
 from infer.retrieval.search import allowed
 
@@ -31,12 +31,6 @@ def ndcg(hits: Sequence[bool], relevant: int, k: int = 10) -> float:
     """nDCG@k with relevance 0 or 1."""
     gain = sum(1 / math.log2(rank + 2) for rank, hit in enumerate(hits[:k]) if hit)
     return gain / sum(1 / math.log2(rank + 2) for rank in range(min(relevant, k)))
-
-
-def code_of(record: Mapping[str, Any]) -> str | None:
-    """The code of a record's diagnosis; None where it has none."""
-    given = record.get("diagnosis")
-    return given.get("code") if isinstance(given, Mapping) else None
 
 
 def measure(index: Index, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:

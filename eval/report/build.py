@@ -139,7 +139,7 @@ def system_row(system: Json, questions: list[Question]) -> Json:
         answerable = [one for one in own if one.answerable]
         unanswerable = [one for one in own if not one.answerable]
         row["per_phenotype"][name] = {"answerable": figures(answerable), "unanswerable": figures(unanswerable)}
-    codes = [one for one in questions if one.task == "diagnosis"]
+    codes = [one for one in questions if one.task == "diagnosis" and one.answerable]
     if codes:
         read = [(lookup(" ".join(one.predicted), 1), lookup(one.gold[0], 1)) for one in codes]
         exact = [100.0 * (predicted != [] and predicted[:1] == gold[:1]) for predicted, gold in read]

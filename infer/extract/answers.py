@@ -87,9 +87,10 @@ def phenotype_record(
 
 
 def diagnosis_record(out: Generation) -> dict[str, Any]:
-    """The diagnosis as written, and the codes that it names or is most similar to."""
+    """The diagnosis as written, and the codes that it names or is most similar to: none where it is "not relevant"."""
     text = " ".join(out.text.split())
-    found = [{"code": code, "description": codes.describe(code)} for code in codes.lookup(text)]
+    near = codes.lookup(text) if tasks.parse_answer(text) else []
+    found = [{"code": code, "description": codes.describe(code)} for code in near]
     return {
         "text": text,
         "codes": found,

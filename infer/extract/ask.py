@@ -214,9 +214,13 @@ class Asker:
     def encoded(self, text: str) -> tuple[list[int], list[Span]]:
         """The ids of a note's prefix, and the characters of the note that each of its own tokens spells."""
         prefix, spans = self.tokenizer.encode(tasks.prefix(text), bos=True, offsets=True)
-        indent, size = len(text) - len(text.lstrip()), len(text.strip())
-        spans = to_characters(tasks.prefix(text), spans)
-        return prefix, [(indent + start, indent + min(end, size)) for start, end in spans if start < min(end, size)]
+        first = len(text) - len(text.lstrip())
+        last, shift = first + len(text.strip()), first - len(tasks.NOTE)
+        within = [
+            (max(start + shift, first), min(end + shift, last))
+            for start, end in to_characters(tasks.prefix(text), spans)
+        ]
+        return prefix, [(start, end) for start, end in within if start < end]
 
     def records(self, notes: Iterable[Note], ended: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
         """One record a note, in order; what is wrong with a note becomes its record's `error`. `ended` is called for

@@ -206,7 +206,7 @@ class Grounding:
     def __init__(self, tokenizer: Tokenizer, ends: Iterable[int], device: str | torch.device = "cpu") -> None:
         self.vocabulary, self.ends = Vocabulary(tokenizer, device), sorted(ends)
         lines = [f"{codes.CODES[code]} ({code})" for code in codes.CODES]
-        self.diagnosis = Grammar(self.vocabulary, self.ends, alone=lines)
+        self.diagnosis = Grammar(self.vocabulary, self.ends, alone=[*lines, tasks.NOT_RELEVANT])
         closed = {name: p.values for name, p in tasks.PHENOTYPES.items() if p.values}
         self.closed = {name: Grammar(self.vocabulary, self.ends, values=values) for name, values in closed.items()}
 

@@ -14,9 +14,9 @@ from dataclasses import replace
 from functools import cache, partial
 from pathlib import Path
 
-from infer.tasks import PHENOTYPES
+from infer.tasks import NOT_RELEVANT, PHENOTYPES
 from model.support.files import read_jsonl
-from train.clinic.markup import unmark, upper, visible
+from train.clinic.markup import sentence, unmark, upper, visible
 from train.clinic.notes import Writer, write_note
 from train.clinic.patients import Case, draw_case, draw_receptors, quantile
 from train.clinic.terms import CANCERS, Cancer, Style, completed, places_and_types, read, wording
@@ -62,15 +62,16 @@ def _sexed(text: str) -> str:
 def _beginning(text: str, words: int) -> str:
     """The sentences of `text` within its first `words` words (the first sentence whole)."""
     kept: list[str] = []
-    for sentence in re.split(r"(?<=[.!?]) ", text):
-        if kept and len(" ".join([*kept, sentence]).split()) > words:
+    for part in re.split(r"(?<=[.!?]) ", text):
+        if kept and len(" ".join([*kept, part]).split()) > words:
             break
-        kept.append(sentence)
+        kept.append(part)
     return " ".join(kept)
 
 
 def clinical_notes(count: int, seed: int) -> Iterator[dict]:
-    """`count` annotated notes, drawn from (seed, the note's number). Those without cancer have no diagnosis."""
+    """`count` annotated notes, drawn from (seed, the note's number). The diagnosis of those without cancer is
+    "not relevant"."""
     offset = random.Random(f"{seed}/clinical").random()
     for number in range(count):
         name = f"c{number:05d}"
@@ -83,7 +84,10 @@ def clinical_notes(count: int, seed: int) -> Iterator[dict]:
             writer = Writer(case, healthy_style(), rng, world())
             writer.shown.clear()
             text = unmark(finish(writer.body()))[0]
-            truth: dict = {"phenotypes": {phenotype: [] for phenotype in PHENOTYPES}}
+            truth: dict = {
+                "phenotypes": {phenotype: [] for phenotype in PHENOTYPES},
+                "diagnosis": {"text": NOT_RELEVANT},
+            }
         else:
             text, truth = write_note(case, style(case.cancer, rng), world(), rng, finish)
         yield {"id": f"{name}-n1", "patient": name, "style": "clinical", "text": text, **truth}
@@ -103,7 +107,8 @@ def style(cancer: Cancer, rng: random.Random) -> Style:
     kind = rng.choices(kinds, [kind["weight"] for kind in kinds])[0]
     layout = rng.choice(kind["layouts"])
     if cancer.name == "leukemia":
-        layout = re.sub(r"\bsite\b", "dx", re.sub(r" ?\b(?:hist|side)\b", "", layout)).replace("<>", "")
+        layout = re.sub(r" ?\b(?:hist|side)\b", "", layout.replace("{where}", "<dx>"))
+        layout = re.sub(r"\bsite\b", "dx", layout).replace("<>", "")
     fixed = _WORDS[kind["words"]]
     words = fixed | {
         key: rng.sample(fixed[key], min(3, len(fixed[key])))
@@ -135,6 +140,8 @@ def healthy_style() -> Style:
 def worn(marked: str, rng: random.Random) -> str:
     """`marked` as it is typed, dictated, scanned or printed; marks stay with their words."""
     marked = re.sub(r"([:=.-] )the ", r"\1", marked)
+    if rng.random() < 0.5:
+        marked = sentence(marked)
     fate = rng.random()
     if fate < 0.10:
         return visible(marked, partial(typed, rng=rng))

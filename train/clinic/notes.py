@@ -112,6 +112,7 @@ class Writer:
         conditions = {
             **dict.fromkeys(("size_old", "size_less"), "size" in self.shown and case.size >= 9),
             **dict.fromkeys(("stage_old", "tnm_old"), staged),
+            "tnm_now": staged and self.staging == "group",  # beside its group, which is the answer
             "grade_old": "grade" in self.shown and len(self.other_grades()) > 0,
             "rec_old": "rec" in self.shown,
             "other_site": len(self.other_sites()) > 0,
@@ -300,6 +301,9 @@ class Writer:
         gap = self.rng.choice(("", " "))
         prefix = "p" if self.style.pathology else self.rng.choice(("", "p", "c"))
         return gap.join((prefix + stage.t, stage.n, stage.m))
+
+    def slot_tnm_now(self) -> str:
+        return self.tnm()
 
     def slot_stage_old(self) -> str:
         return self.rng.choice([s.group for s in self.case.cancer.stages if s.group != self.stage().group])

@@ -83,9 +83,11 @@ def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
                 ) from error
     if which != "phenotype" and record.get("diagnosis"):
         given = record["diagnosis"]
-        if not (isinstance(given, dict) and all(isinstance(given.get(key), str) for key in ("text", "code"))):
+        keys = () if given == {"text": tasks.NOT_RELEVANT} else ("text", "code")
+        if not (isinstance(given, dict) and all(isinstance(given.get(key), str) for key in keys)):
             raise ValueError("'diagnosis' is not {'text': …, 'code': …}; train.importers.table makes such records")
-        asked.append((tasks.DIAGNOSIS_QUESTION, tasks.diagnosis_answer(given["text"], given["code"])))
+        right = tasks.diagnosis_answer(given["text"], given["code"]) if keys else tasks.answer([])
+        asked.append((tasks.DIAGNOSIS_QUESTION, right))
     if not asked:
         raise ValueError("holds no question to train on")
     return asked
