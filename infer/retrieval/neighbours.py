@@ -1,6 +1,6 @@
 """What retrieval puts into a diagnosis prompt: the nearest notes of other patients, shortened, each with its diagnosis.
 
-    {note}\n\n### Another note: {its beginning}\n### Its diagnosis: … (C50.912)\n\n### Question: What is the diagnosis?…
+    ### Note: {note}\n\n### Another note: {its beginning}\n### Its diagnosis: … (C50.912)\n\n### Question: …
 
 The neighbours come from an index of training notes (infer/retrieval/index.py) through its guard. They get the tokens
 that the note and the question leave of the limit: the note is never cut for them. The same text is

@@ -66,6 +66,14 @@ def test_a_row_says_places_probability_and_whether_it_is_right():
     assert found["cancer_stage"]["gold"] == ["not relevant"] and found["tumor_laterality"]["gold"] is None
 
 
+@pytest.mark.parametrize(("said", "right"), [("not relevant", True), ("Malignant neoplasm of lung (C34.90)", False)])
+def test_a_note_without_a_cancer_has_no_code(said, right):
+    codes = [{"code": "C34.90", "description": ""}] * (not right)
+    record = {"diagnosis": {"text": said, "codes": codes, "logprob": -1.0, "finish_reason": "stop"}}
+    row = rows(record, {"diagnosis": {"text": "not relevant"}})["diagnosis"]
+    assert row["right"] is right and row["gold"] == ["not relevant"]
+
+
 def test_a_note_is_ungrounded_by_a_span_and_not_by_a_closed_value_without_a_place():
     entry = view.entry(Note("a", TEXT), RECORD, GOLD)
     assert entry["ungrounded"] and entry["wrong"] and entry["least"] == pytest.approx(math.exp(-2))

@@ -49,7 +49,8 @@ def texts_of(files: tuple[str, ...]) -> Iterator[str]:
 def template_lines() -> list[str]:
     """The task template's own words, so that questions do not fall to single letters."""
     asked = [*(phenotype.question for phenotype in tasks.PHENOTYPES.values()), tasks.DIAGNOSIS_QUESTION]
-    return [line + tasks.answer([]) * line.endswith("Answer:") for q in asked for line in tasks.branch(q).splitlines()]
+    lines = [line for question in asked for line in tasks.branch(question).splitlines()]
+    return [tasks.NOTE.rstrip(), *(line + tasks.answer([]) * line.endswith("Answer:") for line in lines)]
 
 
 def train_tokenizer(options: Options) -> Path:

@@ -9,8 +9,9 @@ from answering_models import tiny_model
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from infer import tasks
 from infer.engine.generate import Generation, Generator, RequestBatch
-from infer.extract.answers import SCHEMA, phenotype_record, written_values
+from infer.extract.answers import SCHEMA, diagnosis_record, phenotype_record, written_values
 from infer.extract.ask import Answer, Asker, Limits, best_diagnosis, merge
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
@@ -151,6 +152,21 @@ def asked_in(batch, notes, tokenizer, monkeypatch, task="both", limit=200):
     generator = Generator(tiny_model(), tokenizer)
     records = Asker(generator, task, "template", Limits(limit, 4, 6), "windows", batch=batch).records(notes)
     return sorted(Counting.added), Counting.at_once, records
+
+
+@given(st.text(" \n\tLeft breast, 2.5 cm µ癌", min_size=1, max_size=40).filter(str.strip))
+@settings(deadline=None, max_examples=50)
+def test_a_notes_own_tokens_spell_all_of_it_and_the_first_token_is_none_of_them(tokenizer, note):
+    prefix, spans = Asker(Generator(tiny_model(), tokenizer), "both", "template", Limits(1500, 8, 8)).encoded(note)
+    assert len(spans) < len(prefix) and tokenizer.encode(tasks.NOTE, bos=True)[0] == prefix[0]
+    spelt = {n for start, end in spans for n in range(start, end)}
+    first = len(note) - len(note.lstrip())
+    assert spelt == set(range(first, first + len(note.strip())))
+
+
+@pytest.mark.parametrize("text", ["not relevant", " Not relevant.", ""])
+def test_a_diagnosis_that_is_not_relevant_or_empty_has_no_code(tokenizer, text):
+    assert diagnosis_record(said(text, tokenizer))["codes"] == []
 
 
 @pytest.mark.parametrize("task", ["both", "phenotype", "diagnosis"])

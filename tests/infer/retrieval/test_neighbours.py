@@ -76,7 +76,7 @@ def test_the_prompt_is_note_then_neighbours_then_question(weights, index):
     prompt, _ = ask.with_neighbours(Note(**QUERY), QUERY["text"], bare)
     near, far = (" ".join(beginning(ask.tokenizer, NOTES[i]["text"], 64).split()) for i in (0, 3))
     assert ask.tokenizer.decode(prompt) == (
-        f"{QUERY['text']}\n\n"
+        f"### Note: {QUERY['text']}\n\n"
         f"### Another note: {near}\n### Its diagnosis: Malignant neoplasm of left breast (C50.912)\n\n"
         f"### Another note: {far}\n### Its diagnosis: Malignant neoplasm of colon (C18.9)\n\n"
         "### Question: What is the diagnosis?\n### Answer:"

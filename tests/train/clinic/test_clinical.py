@@ -51,6 +51,30 @@ def test_a_note_of_a_person_without_cancer_answers_nothing_and_the_others_have_a
     assert all(is_billable(note["diagnosis"]["code"]) for note in NOTES if note not in without)
 
 
+def test_some_notes_begin_with_the_evidence_of_each_kind_of_fact():
+    first = [
+        name
+        for note in NOTES
+        for name, answers in note["phenotypes"].items()
+        for answer in answers
+        if answer["start"] == 0
+    ]
+    assert {"tumor_site", "tumor_laterality", "histological_type", "tumor_size"} <= set(first)
+    assert 0.03 < len(first) / len(NOTES) < 0.2
+
+
+def test_t_n_and_m_may_stand_beside_the_group_that_is_the_answer():
+    tnm = re.compile(r"\bT[0-4][a-d]?\W{0,3}[pc]?N[0-3]", re.I)
+    both = [
+        note
+        for note in NOTES
+        if (stage := note["phenotypes"]["cancer_stage"])
+        and re.fullmatch(r"I[VAB]*[ABC]?\d?|I{2,3}[ABC]?\d?", stage[0]["text"], re.I)
+        and any(abs(found.start() - stage[0]["start"]) > 40 for found in tnm.finditer(note["text"]))
+    ]
+    assert len(both) > 20
+
+
 def test_no_template_is_left_unfilled():
     left = [note["id"] for note in NOTES if re.search("[{}\\ue000-\\ue002]|<[~|]|<>", note["text"])]
     assert not left

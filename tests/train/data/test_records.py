@@ -66,6 +66,11 @@ def test_the_questions_are_those_of_the_tasks(tokenizer, record, which, question
     assert len(note_texts(tokenizer, "note-first", which, append_eos=True)(record)) == 1 + 2 * questions
 
 
+def test_a_note_without_a_cancer_has_no_diagnosis(tokenizer, record):
+    encode = note_texts(tokenizer, "note-first", "diagnosis", append_eos=True)
+    assert texts(tokenizer, encode({**record, "diagnosis": {"text": "not relevant"}}))[-1] == " not relevant"
+
+
 def test_what_a_record_does_not_hold_is_not_asked_and_what_it_holds_in_another_form_is_named(tokenizer, record):
     encode = note_texts(tokenizer, "note-first", "both", append_eos=True)
     without = {key: value for key, value in record.items() if key != "diagnosis"}
