@@ -126,7 +126,7 @@ class QuantizedProduct(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad_NO: Tensor):  # type: ignore[override]
-        return grad_NO @ ctx.weight.dequantize(grad_NO.dtype), None
+        return ctx.weight.product_backward(grad_NO), None
 
 
 class LoRALinear(nn.Linear):

@@ -168,7 +168,10 @@ def training(config: ModelConfig, step: Step, ranks: int = 1) -> dict[str, float
             continue
         layer = adapters.get(name.removesuffix(".weight"))
         size = bytes_of(step.base, *p.shape) if step.base and layer is not None else p.nbytes
-        largest = max(largest, p.numel() * e if layer is not None and step.base else 0.0)
+        if step.base == "w8a8" and layer is not None:  # its codes twice on one rank, and never a wide weight
+            size += p.numel() * (ranks == 1)
+        elif step.base and layer is not None:
+            largest = max(largest, p.numel() * e)
         block, root = (block + size, root) if ".layers." in name else (block, root + size)
     trained = [p for p in model.parameters() if p.requires_grad]
     width = sum(p.nbytes for p in trained)

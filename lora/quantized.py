@@ -1,7 +1,9 @@
-"""A frozen base in NF4 or int8 under wide adapters (QLoRA, arXiv 2305.14314).
+"""A frozen base in NF4, int8 or w8a8 under wide adapters (QLoRA, arXiv 2305.14314).
 
 `quantize_base(model, "nf4")` turns the weight of every adapted layer into packed numbers. A forward or backward pass
-dequantizes one layer's weight for one product and frees it. Merging needs the unquantized base: merge
+dequantizes one layer's weight for one product and frees it. "w8a8" multiplies integers both ways: inputs and gradients
+are rounded to 8 bits a row, inputs after `mix` (model/quantize/rotation.py), since a few are far larger than the rest.
+Merging needs the unquantized base: merge
 into the original checkpoint (`python -m lora.merge`).
 """
 
@@ -19,10 +21,11 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_base(model: Model, kind: str) -> Model:
-    """Keep the adapted layers' base in "nf4" or "int8", in place. Raises UserError for another kind."""
-    if kind not in ("nf4", "int8"):
-        raise UserError(f"base {kind!r}; it is nf4 or int8")
+    """Keep the adapted layers' base in "nf4", "int8" or "w8a8", in place. Raises UserError for another kind."""
+    if kind not in ("nf4", "int8", "w8a8"):
+        raise UserError(f"base {kind!r}; it is nf4, int8 or w8a8")
     for layer in adapted(model).values():
-        layer.quantized = QuantizedWeight.quantize([layer.weight], tuple(layer.weight.shape), kind)
+        shape = tuple(layer.weight.shape)
+        layer.quantized = QuantizedWeight.quantize([layer.weight], shape, kind, mixed=kind == "w8a8")
         layer.weight = None  # type: ignore[assignment]
     return model

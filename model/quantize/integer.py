@@ -19,6 +19,12 @@ def integer_linear(x_ND: Tensor, codes_OD: Tensor, scales_O: Tensor) -> Tensor:
     return integer_product(a_ND, codes_OD).to(torch.float32).mul_(scales_O).mul_(s_N1).to(x_ND.dtype)
 
 
+def integer_backward(g_NO: Tensor, codes_DO: Tensor, scales_O: Tensor) -> Tensor:
+    """g · W in g's dtype, g times W's scales rounded to 8 bits a row; `codes_DO` are W's, the other way round."""
+    a_NO, s_N1 = row_codes(g_NO * scales_O)
+    return integer_product(a_NO, codes_DO).to(torch.float32).mul_(s_N1).to(g_NO.dtype)
+
+
 def row_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """(a_ND int8 in −127 … 127, s_N1 fp32) with x ≈ a · s: off by at most half of s. A row with NaN has s = NaN."""
     x_ND = x_ND.to(torch.float32)

@@ -33,8 +33,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.quantize.blockwise import NF4, dequantize_scales, nf4_codes, quantize_scales
-from model.quantize.integer import integer_linear
-from model.quantize.rotation import mix, mixes_inputs, rotate
+from model.quantize.integer import integer_backward, integer_linear
+from model.quantize.rotation import mix, mixes_inputs, rotate, unmix
 from model.support.hardware import compute_dtype, product
 
 # name → columns a group
@@ -74,6 +74,7 @@ class QuantizedWeight(nn.Module):
             uint8, with the two tensors of the second quantization (model/quantize/blockwise.py) in `scales_absmax` and
             `scales_mean`
     mixed   w8a8: the codes are those of `mix(W)`, and inputs are mixed before they are multiplied
+    transposed  w8a8 in training: the codes the other way round (D, O), where `transpose` has put them
     """
 
     codes: Tensor
@@ -92,6 +93,7 @@ class QuantizedWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.form, self.shape, self.packed, self.mixed = form, (shape[0], shape[1]), False, mixed
+        self.transposed: Tensor | None = None
         self.kind, self.group = format_of(form, shape[1])
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -107,7 +109,7 @@ class QuantizedWeight(nn.Module):
         parts = []
         for piece_MD in pieces:
             for rows_MD in piece_MD.detach().split(max(1, PIECE // shape[1])):
-                parts.append(rows_codes(mix(rows_MD.float()) if mixed else rows_MD, kind, group))
+                parts.append(rows_codes(rows_MD, kind, group, mixed))
         codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         if kind == "nf4":
             scales, *second = quantize_scales(scales)
@@ -116,7 +118,7 @@ class QuantizedWeight(nn.Module):
 
     def codes_of(self, rows_MD: Tensor) -> tuple[Tensor, Tensor]:
         """(codes, first scales) of some rows of the wide weight, for a rank that reads no others."""
-        return rows_codes(rows_MD, self.kind, self.group)
+        return rows_codes(rows_MD, self.kind, self.group, self.mixed)
 
     @classmethod
     def join(cls, weights: list[QuantizedWeight]) -> QuantizedWeight:
@@ -126,7 +128,7 @@ class QuantizedWeight(nn.Module):
         codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights], dim=dim)
         sizes = [weight.shape[0] for weight in weights]
         for weight, own, steps in zip(weights, codes.split(sizes), scales.split(sizes, dim), strict=True):
-            weight.codes, weight.scales = own, steps
+            weight.codes.data, weight.scales.data = own, steps
         joint = cls(first.form, (O, first.shape[1]), codes, scales, mixed=first.mixed)
         joint.packed = first.packed
         return joint
@@ -167,6 +169,20 @@ class QuantizedWeight(nn.Module):
         else:
             y_NO = torch._weight_int4pack_mm_for_cpu(half_ND, self.codes, self.group, self.scales.contiguous())
         return y_NO.to(x_ND.dtype)
+
+    def product_backward(self, g_NO: Tensor) -> Tensor:
+        """g · W in g's dtype: the gradient of `product`'s input. w8a8 multiplies integers, but for fp64 gradients."""
+        if self.kind == "w8a8" and g_NO.dtype != torch.float64:
+            codes_DO = self.codes.t().contiguous() if self.transposed is None else self.transposed
+            dx_ND = integer_backward(g_NO, codes_DO, self.scales)
+        else:
+            dx_ND = g_NO @ self.dequantize(g_NO.dtype)
+        return unmix(dx_ND) if self.mixed else dx_ND
+
+    def transpose(self) -> QuantizedWeight:
+        """Keep w8a8's codes the other way round too, as the backward product reads them; returns itself."""
+        self.transposed = self.codes.t().contiguous()
+        return self
 
     def tiled(self, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
         """x · Wᵀ in `dtype` by tiles of W's rows, dequantized into x's dtype one at a time; int8's codes are exact in
@@ -221,7 +237,8 @@ class CastEmbedding(nn.Embedding):
         return super().forward(tokens).to(self.dtype)
 
 
-def rows_codes(rows_MD: Tensor, kind: str, group: int) -> tuple[Tensor, Tensor]:
+def rows_codes(rows_MD: Tensor, kind: str, group: int, mixed: bool = False) -> tuple[Tensor, Tensor]:
+    rows_MD = mix(rows_MD.float()) if mixed else rows_MD
     if kind == "nf4":
         return nf4_codes(rows_MD, group)
     if kind == "int4":

@@ -65,6 +65,12 @@ def mix(x: Tensor) -> Tensor:
     return torch.matmul(a_aa.t(), x.unflatten(-1, (len(a_aa), -1)) @ b_bb).flatten(-2)
 
 
+def unmix(x: Tensor) -> Tensor:
+    """x · (A ⊗ B)ᵀ: what undoes `mix`."""
+    a_aa, b_bb = kronecker_factors(x.shape[-1], x.dtype, x.device)
+    return torch.matmul(a_aa, x.unflatten(-1, (len(a_aa), -1)) @ b_bb.t()).flatten(-2)
+
+
 def turn(x: Tensor, signs: Tensor) -> Tensor:
     """x · diag(signs) · (A ⊗ B), over the last dimension."""
     return mix(x * signs.to(x))

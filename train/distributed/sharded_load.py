@@ -71,7 +71,7 @@ def put_scales(held: QuantizedWeight, scales: list[Tensor], mine: slice, ranks: 
     whole = whole_OG.flatten()
     if ranks.world > 1:
         whole = sum_over_ranks(whole.to(ranks.device)).cpu()
-    if held.kind == "int8":
+    if held.kind in ("int8", "w8a8"):
         held.scales.copy_(whole)
         return
     for buffer, value in zip((held.scales, held.scales_absmax, held.scales_mean), quantize_scales(whole), strict=True):

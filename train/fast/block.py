@@ -31,22 +31,43 @@ from infer.engine.fuse import fuse as kernel_blocks
 from lora.layer import LoRALinear, keep_bits, with_zeros
 from model.cache import KVCache
 from model.mask import Visible
+from model.quantize.linear import QuantizedWeight
 from model.support.hardware import product, suits_onednn
 from model.transformer import Block, RMSNorm, Transformer
 from train.fast.attention import DocumentAttend
 
+Matrix = Tensor | QuantizedWeight
 
-def matrices(linears: Sequence[nn.Linear], dtype: torch.dtype) -> list[Tensor]:
+
+def matrices(linears: Sequence[nn.Linear], dtype: torch.dtype) -> list[Matrix]:
     """The frozen weights of layers that read one input; one matrix where `pack_weights` has joined them. Quantized ones
-    are widened for one product each."""
-    packed = [getattr(linear, "quantized", None) for linear in linears]
+    are widened for one product each, but w8a8's, which multiply themselves."""
+    packed: list[Any] = [getattr(linear, "quantized", None) for linear in linears]
     if packed[0] is not None:
-        return [one.dequantize(dtype) for one in packed]  # type: ignore[union-attr]
+        if packed[0].kind == "w8a8":
+            return getattr(linears[0], "joined_codes", packed)  # type: ignore[return-value]
+        return [one.dequantize(dtype) for one in packed]
     weights = [linear.weight for linear in linears]
     joined_OD, parts = getattr(linears[0], "joined", (None, ()))
     if joined_OD is None or any(weight is not part for weight, part in zip(weights, parts, strict=True)):
         return weights  # also after a merge, which puts new weights in their place
     return [joined_OD]
+
+
+def forward(n_ND: Tensor, weight: Matrix, bias_O: Tensor | None) -> Tensor:
+    """n Wᵀ + b."""
+    if isinstance(weight, QuantizedWeight):
+        y_NO = weight.product(n_ND)
+        return y_NO if bias_O is None else y_NO.add_(bias_O)
+    return product(n_ND, weight, bias_O)
+
+
+def add_backward(g_NO: Tensor, weight: Matrix, dn_ND: Tensor | None) -> Tensor:
+    """dn + g W, in place of dn where there is one."""
+    if dn_ND is not None and isinstance(weight, Tensor) and not suits_onednn(g_NO, weight):
+        return dn_ND.addmm_(g_NO, weight)
+    part_ND = weight.product_backward(g_NO) if isinstance(weight, QuantizedWeight) else product(g_NO, weight.t())
+    return part_ND if dn_ND is None else dn_ND.add_(part_ND)
 
 
 def pack_weights(model: Transformer) -> None:
@@ -56,7 +77,10 @@ def pack_weights(model: Transformer) -> None:
         if isinstance(block, FastBlock):
             for linears in block.groups():
                 weights = [linear.weight for linear in linears]
-                if len(weights) > 1 and all(weight is not None for weight in weights):
+                packed: list[Any] = [getattr(linear, "quantized", None) for linear in linears]
+                if packed[0] is not None and packed[0].kind == "w8a8":
+                    linears[0].joined_codes = [QuantizedWeight.join(packed).transpose()]  # type: ignore[assignment]
+                elif len(weights) > 1 and all(weight is not None for weight in weights):
                     whole_OD = torch.cat([weight.detach() for weight in weights])
                     for weight, part_OD in zip(weights, whole_OD.split([len(w) for w in weights]), strict=True):
                         weight.data = part_OD
@@ -122,9 +146,9 @@ class Group:
         weights = matrices(self.linears, n_ND.dtype)
         if len(weights) == 1:
             given = [bias for bias in self.biases if bias is not None]  # of q, k and v all or none has one
-            y_NO = product(n_ND, weights[0], torch.cat(given) if given else None)
+            y_NO = forward(n_ND, weights[0], torch.cat(given) if given else None)
         else:
-            y_NO = torch.cat([product(n_ND, *one) for one in zip(weights, self.biases, strict=True)], 1)
+            y_NO = torch.cat([forward(n_ND, *one) for one in zip(weights, self.biases, strict=True)], 1)
         if self.a_RD is None or self.b_OR is None:
             return y_NO, None
         if self.key_N is None:
@@ -145,12 +169,8 @@ class Group:
         dn_ND = None
         if wants:
             weights = matrices(self.linears, g_NO.dtype)
-            for one, part_NO in zip(weights, g_NO.split([len(weight) for weight in weights], 1), strict=True):
-                if dn_ND is None or suits_onednn(part_NO, one):
-                    part_ND = product(part_NO, one.t())
-                    dn_ND = part_ND if dn_ND is None else dn_ND.add_(part_ND)
-                else:
-                    dn_ND.addmm_(part_NO, one)
+            for one, part_NO in zip(weights, g_NO.split([weight.shape[0] for weight in weights], 1), strict=True):
+                dn_ND = add_backward(part_NO, one, dn_ND)
         made: list[Tensor | None] = [None] * len(self.held)
         if self.a_RD is not None and self.b_OR is not None and low_NR is not None:
             dlow_NR = g_NO @ self.b_OR

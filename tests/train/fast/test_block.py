@@ -59,10 +59,10 @@ def batches(notes) -> tuple:
 
 
 @pytest.mark.parametrize("config", [CONFIG, WIDE], ids=["window", "bias"])
-@pytest.mark.parametrize("base", ["", "int8", "nf4"])
+@pytest.mark.parametrize("base", ["", "int8", "nf4", "w8a8"])
 def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str):
     """1e-12 in fp64; in fp32 and bf16 no further from fp64 over the same weights than twice the plain block, gradient
-    by gradient."""
+    by gradient, or than two roundings of its largest number."""
     if base == "nf4":  # its groups are 64 columns; other widths would be kept in int8
         config = replace(config, hidden_size=64, intermediate_size=128, head_dim=16)
     batch, counts = batches(notes)
@@ -85,7 +85,9 @@ def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str
         judge, plain, fast = made(dtype, False, wide=True), made(dtype, False), made(dtype, True, packed=True)
         assert plain["loss"].dtype == torch.float32 and judge["loss"].dtype == torch.float64
         for name in judge.keys() - {"loss"}:
-            assert 0 < error(fast[name], judge[name]) <= 2 * error(plain[name], judge[name]), (dtype, name)
+            rounding = 2 * torch.finfo(torch.float32).eps * float(judge[name].abs().max())
+            allowed = max(2 * error(plain[name], judge[name]), rounding)
+            assert 0 < error(fast[name], judge[name]) <= allowed, (dtype, name)
 
 
 def test_a_block_has_four_products_each_way_and_the_last_one_only_those_that_are_read(notes, monkeypatch):
