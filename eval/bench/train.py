@@ -53,10 +53,10 @@ def rows(
     size: str = "56m",
     steps: int = 5,
     r: int = 16,
-    base: Literal["", "nf4"] = "",
+    base: Literal["", "nf4", "w8a8"] = "",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> list[Row]:
-    """Speed, memory and MFU, plain and on phenotype records. `size`: tiny, 56m or smollm2; `base`: a 4-bit one."""
+    """Speed, memory and MFU, plain and on phenotype records. `size`: tiny, 56m or smollm2; `base`: in 4 or 8 bits."""
     if size not in SHAPES:
         raise UserError(f"--size {size}; it is one of {', '.join(SHAPES)}")
     made = []
@@ -90,10 +90,11 @@ def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[
         title = "transformers + peft" if peer == "peft" else peer
         return Row(f"{kind}{base}: {name}", ours[key], found[peer][key], title, unit, setting, limit)
 
-    made = [row("speed", unit, "speed", "peft", ours["limit"])]
+    integers = asked["base"] == "w8a8"  # whose products another rate bounds
+    made = [row("speed", unit, "speed", "peft", None if integers else ours["limit"])]
     made += [row("speed", unit, "speed", who) for who in found if who not in ("ours", "peft")]
     made.append(row("memory", "MB over the process before the model", "memory", "peft"))
-    if kind == "plain":
+    if kind == "plain" and not integers:
         made.append(row("MFU", f"share of {ours['peak'] / 1e9:,.0f} GFLOP/s", "mfu", "peft"))
     return made
 
@@ -237,7 +238,7 @@ def peft_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[st
     import transformers
 
     narrow = {}
-    if recipe["base"]:
+    if recipe["base"] == "nf4":
         narrow["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
