@@ -40,7 +40,7 @@ TESTS = ("heldout", "unseen")
 TITLES = {
     "full": "SmolLM2-135M on synthetic cancer notes",
     "nano": "A nano Mistral, everything from nothing",
-    "tiny": "The pipeline in a minute (its scores mean nothing)",
+    "tiny": "The pipeline at its smallest (its scores mean nothing)",
 }
 
 

@@ -101,7 +101,9 @@ def totals(stages: list[dict[str, Any]]) -> dict[str, Any]:
 def release(out: Path, found: dict[str, Any], stages: list[dict[str, Any]]) -> None:
     """Put a run's adapter with its card and scores into infer/released."""
     adapter = out / "adapter"
+    further = ": the mean of two tunings with dropout that begin from one without" if len(stages) > 1 else ""
     names = {
+        "further": further,
         "base": BASE,
         "hash": sha256_file(smollm2())[:16],
         "rank": read_json(adapter / "adapter_config.json")["r"],

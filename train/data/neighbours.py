@@ -20,7 +20,7 @@ from tqdm import tqdm
 from infer.retrieval.index import Index
 from infer.retrieval.neighbours import Neighbours
 from model.support.cli import UserError, run
-from model.support.files import check_not_read, read_jsonl, write_jsonl
+from model.support.files import read_jsonl, write_jsonl
 from model.support.lock import output
 from model.text.tokenizer import Tokenizer
 
@@ -59,11 +59,10 @@ def beside(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator
 
 
 def main(options: Options) -> None:
-    check_not_read(options.out, options.data)
-    near = Neighbours(
-        Index(options.index, weights=options.encoder_weights), options.neighbours, options.neighbour_tokens
-    )
-    with output(options.out, options.overwrite):
+    with output(options.out, options.overwrite, options.data):
+        near = Neighbours(
+            Index(options.index, weights=options.encoder_weights), options.neighbours, options.neighbour_tokens
+        )
         count = write_jsonl(options.out, beside(options, near, Tokenizer.from_pretrained(options.tokenizer)))
     print(f"{options.out}: {count} notes, {near.index.manifest['encoder']}")
 

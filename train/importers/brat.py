@@ -18,7 +18,7 @@ from pathlib import Path
 from infer.extract.notes import kinds, listed
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import check_not_read
+from model.support.lock import output
 from train.importers.record import Record, diagnosis, label, read_text, write
 
 _ENTITY = re.compile(r"(T\d+)\t(\S+) (\d{1,12} \d{1,12}(?:;\d{1,12} \d{1,12})*)\t(.*)")
@@ -151,13 +151,12 @@ def records(folder: Path, types: dict[str, str], notices: Counter[str] | None = 
 
 
 def main(options: Options) -> None:
-    check_not_read(
-        options.out, *(path for path in options.folder.rglob("*") if path.suffix.lower() in (".txt", ".ann"))
-    )
     notices: Counter[str] = Counter()
-    made = records(options.folder, dict(pair.split("=", 1) for pair in options.types), notices)
-    rest = listed(pairs(options.folder)[1])
-    write(made, options.out, options.overwrite, notices, rest and f"not read: {rest}")
+    read = (path for path in options.folder.rglob("*") if path.suffix.lower() in (".txt", ".ann"))
+    with output(options.out, options.overwrite, *read):
+        made = records(options.folder, dict(pair.split("=", 1) for pair in options.types), notices)
+        rest = listed(pairs(options.folder)[1])
+        write(made, options.out, notices, rest and f"not read: {rest}")
 
 
 if __name__ == "__main__":

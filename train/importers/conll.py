@@ -22,7 +22,7 @@ from pathlib import Path
 
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import check_not_read
+from model.support.lock import output
 from train.importers.record import Record, read_text, write
 
 Token = tuple[str, str]
@@ -52,9 +52,9 @@ class Options:
 
 
 def main(options: Options) -> None:
-    check_not_read(options.out, options.iob)
-    found = list(records(options.iob, options.sentences))
-    write(found[: options.limit or None], options.out, options.overwrite)
+    with output(options.out, options.overwrite, options.iob):
+        found = list(records(options.iob, options.sentences))
+        write(found[: options.limit or None], options.out)
 
 
 def records(path: Path, size: int = 3) -> Iterator[Record]:

@@ -13,7 +13,6 @@ from infer.extract.places import occurrences
 from infer.tasks import DIAGNOSIS_QUESTION, PHENOTYPES, parse_answer
 from model.support.cli import UserError, nearest
 from model.support.files import check_regular, write_jsonl
-from model.support.lock import output
 
 Record = dict[str, Any]
 
@@ -77,12 +76,9 @@ def _without(text: str, start: int, end: int) -> str:
     return (before + after).strip(" .,:;-–—")
 
 
-def write(
-    records: list[Record], out: Path, overwrite: bool, notices: Mapping[str, int] | None = None, unread: str = ""
-) -> None:
+def write(records: list[Record], out: Path, notices: Mapping[str, int] | None = None, unread: str = "") -> None:
     """Write the records and print their number, what training cannot learn to copy, and what was not read."""
-    with output(out, overwrite):
-        write_jsonl(out, records)
+    write_jsonl(out, records)
     counted = [f"{count} {what}" for what, count in (notices or {}).items() if count]
     print(f"{out}: {'; '.join(filter(None, (remarks(records), *counted, unread)))}")
 

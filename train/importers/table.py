@@ -26,7 +26,7 @@ from pathlib import Path
 from infer.tasks import NOT_RELEVANT
 from model.support import cli as command
 from model.support.cli import UserError
-from model.support.files import check_not_read
+from model.support.lock import output
 from model.support.tables import Table
 from train.importers.record import Record, diagnosis, label, place, write
 
@@ -87,10 +87,10 @@ def records(path: Path, separator: str = "", notices: Counter[str] | None = None
 
 
 def main(options: Options) -> None:
-    check_not_read(options.out, options.table)
     notices: Counter[str] = Counter()
-    made = records(options.table, options.separator, notices)
-    write(made, options.out, options.overwrite, notices, Table(options.table).unread(*COLUMNS))
+    with output(options.out, options.overwrite, options.table):
+        made = records(options.table, options.separator, notices)
+        write(made, options.out, notices, Table(options.table).unread(*COLUMNS))
 
 
 if __name__ == "__main__":
