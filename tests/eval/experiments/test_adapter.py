@@ -72,6 +72,6 @@ def test_the_model_card_is_filled_from_training_and_scores(monkeypatch, tmp_path
     (tmp_path / "adapter_config.json").write_text('{"r": 32}')
     (tmp_path / "REMARKS.md").write_text("It is wrong at times.")
     card = scores.card(tmp_path, found)
-    assert card.count("2 minutes on A processor") == 2 and "--clinical 2000" in card and "rank 32" in card
+    assert card.count("2 minutes on A processor") == 2 and "--clinical 2200" in card and "rank 32" in card
     assert card.count("50.0 [40.0, 60.0]") == len(scores.SETS) * (2 * 2 + len(PHENOTYPES))
     assert "{" not in card and card.endswith("It is wrong at times.")

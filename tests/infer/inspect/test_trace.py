@@ -13,7 +13,7 @@ import pytest
 import torch
 from answering_models import tiny_model, write_model, write_tokenizer
 
-from infer import record, trace
+from infer import record, tasks, trace
 from infer.inspect import page as trace_html
 from infer.inspect import values as trace_values
 from infer.inspect.html import PAGES
@@ -158,7 +158,7 @@ def test_the_page_is_private_and_its_text_cannot_act(made):
     assert "default-src 'none'; script-src 'sha256-" in text
     run = data_of(page)["runs"][0]
     spelt = b"".join(bytes.fromhex(run["vocabulary"][str(i)][0]) for i in run["ids"][: run["start"]])
-    assert spelt.decode().startswith(HOSTILE)
+    assert spelt.decode().startswith(tasks.NOTE + HOSTILE)
 
 
 def test_base_and_adapted_read_the_same_tokens(made):
