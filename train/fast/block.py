@@ -47,7 +47,7 @@ def matrices(linears: Sequence[nn.Linear], dtype: torch.dtype) -> list[Matrix]:
         if packed[0].kind == "w8a8":
             return getattr(linears[0], "joined_codes", packed)  # type: ignore[return-value]
         return [one.dequantize(dtype) for one in packed]
-    weights = [linear.weight for linear in linears]
+    weights: list[Matrix] = [linear.weight for linear in linears]
     joined_OD, parts = getattr(linears[0], "joined", (None, ()))
     if joined_OD is None or any(weight is not part for weight, part in zip(weights, parts, strict=True)):
         return weights  # also after a merge, which puts new weights in their place
