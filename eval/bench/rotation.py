@@ -1,4 +1,5 @@
-"""What rounding costs in logits, with and without rotation: w8a8, int8 and int4 on notes of the synthetic clinic.
+"""What rounding costs in logits, with and without rotation: w8a8, int8 and int4 on notes of the synthetic clinic; and
+in the gradients of an adapter in training.
 
 The reference is the same weights in fp32. docs/quantization.md has the table and the algebra.
 """
@@ -9,10 +10,14 @@ from collections.abc import Callable
 from copy import deepcopy
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from eval.bench.row import Row
 from infer.tasks import prefix
+from lora import LoRAConfig, add_lora
+from lora.adapter import adapted
+from lora.quantized import quantize_base
 from model import Tokenizer, Transformer
 from model.quantize.linear import quantize_layers, quantize_model
 from model.quantize.rotation import rotate
@@ -30,9 +35,17 @@ WAYS: dict[str, Callable[[Transformer], object]] = {
 }
 
 
-@torch.inference_mode()
+BASES: dict[str, Callable[[Transformer], Transformer]] = {
+    "int8": lambda model: quantize_base(model, "int8"),
+    "w8a8": lambda model: quantize_base(model, "w8a8"),
+    "bf16": lambda model: narrowed(model),
+}
+DRAWN = 0.01  # standard deviation of the B matrices of the adapter whose gradients are compared
+
+
 def rows(weights: str, notes: int = 8) -> list[Row]:
-    """One row a way: the rms error of the logits in percent of the fp32 logits' standard deviation, beside int8's.
+    """One row a way: the rms error of the logits in percent of the fp32 logits' standard deviation, beside int8's. One
+    row a frozen base: the error of an adapter's gradients of the notes' mean loss, in percent of their norm in fp32.
 
     `notes`: the first notes of so many of the clinic's patients.
     """
@@ -40,6 +53,11 @@ def rows(weights: str, notes: int = 8) -> list[Row]:
     texts = [next(patient_notes("p", number, 0))["text"] for number in range(notes)]
     prompts = [torch.tensor([tokenizer.encode(prefix(text), bos=True)]) for text in texts]
 
+    return logit_rows(model, prompts) + gradient_rows(model, prompts)
+
+
+@torch.inference_mode()
+def logit_rows(model: Transformer, prompts: list[Tensor]) -> list[Row]:
     def logits(own: Transformer) -> Tensor:
         return torch.cat([own(tokens_1T)[0] for tokens_1T in prompts])
 
@@ -51,8 +69,38 @@ def rows(weights: str, notes: int = 8) -> list[Row]:
         own_NV = logits(own)
         agree = (own_NV.argmax(-1) == true_NV.argmax(-1)).double().mean().item()
         errors[name] = 100 * own_NV.sub_(true_NV).square_().mean().sqrt().item() / spread
-        setting = f"the likeliest token is fp32's in {100 * agree:.1f} %; {notes} notes, {len(true_NV)} tokens"
+        setting = f"the likeliest token is fp32's in {100 * agree:.1f} %; {len(prompts)} notes, {len(true_NV)} tokens"
         int8 = errors.get("int8")
         peer_name = None if int8 is None else "int8 weights"
         found.append(Row(f"logits: {name}", errors[name], int8, peer_name, "% of the logits' spread (rms)", setting))
+    return found
+
+
+def narrowed(model: Transformer) -> Transformer:
+    """The model with its frozen weights in bf16."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(torch.bfloat16)
+    return model
+
+
+def gradient_rows(model: Transformer, prompts: list[Tensor]) -> list[Row]:
+    tuned = add_lora(deepcopy(model), LoRAConfig(r=16))
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for layer in adapted(tuned).values():
+            layer.lora_B["default"].normal_(0, DRAWN, generator=generator)
+
+    def gradients(own: Transformer) -> Tensor:
+        for tokens_1T in prompts:
+            F.cross_entropy(own(tokens_1T)[0, :-1].float(), tokens_1T[0, 1:]).backward()
+        return torch.cat([p.grad.double().flatten() for p in own.parameters() if p.grad is not None])
+
+    true, found = gradients(deepcopy(tuned)), []
+    for name, change in BASES.items():
+        ours = gradients(change(deepcopy(tuned)))
+        cosine = float(F.cosine_similarity(ours, true, dim=0))
+        error = 100 * float((ours - true).norm() / true.norm())
+        setting = f"cosine {cosine:.4f}; {len(prompts)} notes, rank 16 on every linear layer"
+        found.append(Row(f"adapter's gradients: {name}", error, None, None, "% of their norm", setting))
     return found
