@@ -85,7 +85,8 @@ def narrowed(model: Transformer) -> Transformer:
 
 
 def gradient_rows(model: Transformer, prompts: list[Tensor]) -> list[Row]:
-    tuned = add_lora(deepcopy(model), LoRAConfig(r=16))
+    tuned = deepcopy(model)
+    add_lora(tuned, LoRAConfig(r=16))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in adapted(tuned).values():
