@@ -35,10 +35,18 @@ WAYS: dict[str, Callable[[Transformer], object]] = {
 }
 
 
+def narrowed(model: Transformer) -> Transformer:
+    """The model with its frozen weights in bf16."""
+    for p in model.parameters():
+        if not p.requires_grad:
+            p.data = p.data.to(torch.bfloat16)
+    return model
+
+
 BASES: dict[str, Callable[[Transformer], Transformer]] = {
     "int8": lambda model: quantize_base(model, "int8"),
     "w8a8": lambda model: quantize_base(model, "w8a8"),
-    "bf16": lambda model: narrowed(model),
+    "bf16": narrowed,
 }
 DRAWN = 0.01  # standard deviation of the B matrices of the adapter whose gradients are compared
 
@@ -74,14 +82,6 @@ def logit_rows(model: Transformer, prompts: list[Tensor]) -> list[Row]:
         peer_name = None if int8 is None else "int8 weights"
         found.append(Row(f"logits: {name}", errors[name], int8, peer_name, "% of the logits' spread (rms)", setting))
     return found
-
-
-def narrowed(model: Transformer) -> Transformer:
-    """The model with its frozen weights in bf16."""
-    for p in model.parameters():
-        if not p.requires_grad:
-            p.data = p.data.to(torch.bfloat16)
-    return model
 
 
 def gradient_rows(model: Transformer, prompts: list[Tensor]) -> list[Row]:

@@ -25,7 +25,7 @@ from model.checkpoints.weights import Checkpoint, load_weights, open_checkpoint
 from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
 from model.quantize.rotation import Rotation, mixes_inputs, mixes_rows
 from model.support.cli import UserError, nearest
-from model.support.hardware import fastest_dtype, int8_products
+from model.support.hardware import NO_INT8_PRODUCTS, fastest_dtype, int8_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -93,10 +93,7 @@ def check_format(form: str, device: str, processor: str | None = None) -> None:
         known = ("wide", *FORMATS)
         raise UserError(f"format {form!r} is not covered{nearest(form, known)}; there are {', '.join(known)}")
     if form == "w8a8" and not int8_products(device, processor):
-        raise UserError(
-            "format w8a8: this machine has no fast exact products of 8-bit integers (VNNI or AMX on a processor, "
-            "compute capability 7.5 on a GPU); take int8 or int4"
-        )
+        raise UserError(f"format w8a8: {NO_INT8_PRODUCTS}; take int8 or int4")
 
 
 def load_quantized(

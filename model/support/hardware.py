@@ -136,6 +136,13 @@ def timed(call, device: str, seconds: float) -> list[float]:
     return taken[1:]
 
 
+NO_INT8_PRODUCTS = (
+    "this machine has no fast exact products of 8-bit integers "
+    "(VNNI or AMX on a processor, compute capability 7.5 on a GPU)"
+)
+"""What is said where `int8_products` is false."""
+
+
 def int8_products(device: str = "cpu", flags_text: str | None = None) -> bool:
     """Whether 8-bit integers are multiplied fast and exactly here: by a processor with VNNI or AMX (`flags_text`: its
     description; None: this one's), or by a CUDA device from Turing on. Without VNNI, sums of pairs saturate at 16 bits,
