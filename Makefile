@@ -47,8 +47,10 @@ diseases: $(VENV)/.core  ## train and score the released adapter for disease nam
 adapter: $(VENV)/.core  ## train the adapter that is released, through both stages (about an hour and a half on two cores)
 	$(PY) -m eval.experiments.adapter $(OPTIONS)
 
-scores: $(VENV)/.core  ## its figures on held-out, unseen and hand-written notes, and its card
+scores: $(VENV)/.core  ## the released adapters' figures and cards: held-out, unseen, hand-written notes; disease names
 	$(PY) -m eval.experiments.scores $(OPTIONS)
+	$(PY) -m eval.experiments.demo_ner --adapter infer/released/diseases-smollm2-135m --out runs/scores-diseases \
+	  $(filter --release --overwrite,$(OPTIONS))
 
 ##@ Test
 test: $(VENV)/.all  ## every test, with the public programs that we are held against

@@ -10,6 +10,7 @@ card.
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -135,6 +136,15 @@ def write_mean(adapters: Sequence[Path], out: Path) -> None:
     ranks = {key: config[key] * len(held) for key in ("r", "lora_alpha")}
     write_json(out / "adapter_config.json", config | ranks | {"base_model_name_or_path": BASE})
     write_json(out / "trained_on.json", read_json(adapters[0] / "trained_on.json"))
+
+
+def release(adapter: Path, named: Path, scored: Path, scores: str = "scores.json") -> None:
+    """Put an adapter, and its card and scores from the folder `scored`, into infer/released."""
+    if adapter.resolve() != named.resolve():
+        shutil.copytree(adapter, named, dirs_exist_ok=True)
+    shutil.copyfile(scored / "README.md", named / "README.md")
+    shutil.copyfile(scored / scores, named / "scores.json")
+    print(f"{named}: the adapter, its card and its scores")
 
 
 if __name__ == "__main__":

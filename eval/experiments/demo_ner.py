@@ -4,7 +4,8 @@
 
 Train and test split of the NCBI disease corpus, both whole. A record is three sentences with one question. Two scores:
 exact-match precision, recall and F1 over the distinct names of each record; and the published taggers' own, over
-mentions by their place, where every place of a name that is answered counts as answered. An interrupted run continues.
+mentions by their place, where every place of a name that is answered counts as answered. `--adapter` scores
+one that is there (`make scores`). An interrupted run continues.
 """
 
 from __future__ import annotations
@@ -15,7 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.experiments.adapter import BASE, card, write_mean
+from eval.experiments.adapter import BASE, card, release, write_mean
 from eval.experiments.steps import Run, argv, begin, check_folder, extraction, made_from, public_base, training_dtype
 from eval.questions import pair, read_predictions, read_references
 from infer.extract.places import Span, occurrences
@@ -23,6 +24,7 @@ from infer.released import smollm2
 from model.support.cli import UserError, run
 from model.support.files import read_json, sha256_file, write_json, write_text
 from model.support.hardware import host
+from train.report.card import ROOT, code_version
 
 CORPUS = Path("train/data/ncbi_disease")
 CARD = Path(__file__).with_name("diseases.md")
@@ -39,6 +41,8 @@ class Options:
     """The run's folder."""
     recipe: str = "train/recipes/demo-ner.toml"
     """The tuning recipe."""
+    adapter: str = ""
+    """Score this adapter, with its training.json, and tune none (empty: tune one)."""
     further: str = ""
     """The recipe of two further tunings that begin from the first, whose mean is then taken (empty: none)."""
     release: bool = False
@@ -49,6 +53,8 @@ class Options:
 
 def main(options: Options) -> None:
     check_folder()
+    if options.adapter:
+        read_json(Path(options.adapter) / "training.json")  # a missing one is told before any work
     with begin(options.out, made_from(options), "score.json", options.overwrite) as run:
         measured(run, options)
 
@@ -63,8 +69,32 @@ def measured(run: Run, options: Options) -> None:
             argv("train.importers.conll", iob=source, out=file, overwrite=True),
         )
     base = public_base(run)
-    tuned, adapter, answers = (run.out / name for name in ("tuned", "adapter", "answers.jsonl"))
-    how = {"weights": base, "data": files["train"], "dtype": training_dtype(run.out)}
+    adapter, answers = run.out / "adapter", run.out / "answers.jsonl"
+    if options.adapter:
+        shutil.copytree(options.adapter, adapter, dirs_exist_ok=True)
+    else:
+        tune(run, options, base, files["train"], adapter)
+    how = {"grounded": True, "max_new_tokens": 120}
+    run.step("answers", extraction(str(base), adapter, files["test"], answers, **how))
+    training = read_json(adapter / "training.json")
+    found = score(files["test"], answers) | totals(training["stages"])
+    found |= {"host": host(), "code": code_version(ROOT), "published": PUBLISHED}
+    write_json(run.out / "score.json", found)
+    shown = "precision {precision:.1f}, recall {recall:.1f}, F1 {f1:.1f}"
+    print(
+        f"{found['records']} records, {found['names']} distinct names: {shown.format(**found)}; {found['mentions']} "
+        f"mentions: {shown.format(**found['entities'])} ({PUBLISHED}); not relevant: {found['empty_right']} of "
+        f"{found['empty']} right. {run.out / 'score.json'}"
+    )
+    write_text(run.out / "README.md", text_of_card(adapter, found, training))
+    if options.release:
+        release(adapter, NAMED, run.out, "score.json")
+
+
+def tune(run: Run, options: Options, base: Path, data: Path, adapter: Path) -> None:
+    """Train one adapter, or the mean of two further tunings of it, and write it with its training.json."""
+    tuned = run.out / "tuned"
+    how = {"weights": base, "data": data, "dtype": training_dtype(run.out)}
     run.step("tuning", argv("train.instruct", options.recipe, out=tuned, **how))
     ends = [tuned]
     if options.further:
@@ -76,20 +106,8 @@ def measured(run: Run, options: Options) -> None:
         }
         run.run_in_parallel({f"further tuning {seed}": command for seed, command in runs.items()})
     write_mean([end / "adapter" for end in ends], adapter)
-    how = {"grounded": True, "max_new_tokens": 120}
-    run.step("answers", extraction(str(base), adapter, files["test"], answers, **how))
     stages = [card(read_json(out / "run.json")) for out in dict.fromkeys([tuned, *ends])]
-    found = score(files["test"], answers) | totals(stages)
-    found |= {"peak_mb": run.peak("tuning"), "host": host(), "code": stages[-1]["code"], "published": PUBLISHED}
-    write_json(run.out / "score.json", found)
-    shown = "precision {precision:.1f}, recall {recall:.1f}, F1 {f1:.1f}"
-    print(
-        f"{found['records']} records, {found['names']} distinct names: {shown.format(**found)}; {found['mentions']} "
-        f"mentions: {shown.format(**found['entities'])} ({PUBLISHED}); not relevant: {found['empty_right']} of "
-        f"{found['empty']} right. {run.out / 'score.json'}"
-    )
-    if options.release:
-        release(run.out, found, stages)
+    write_json(adapter / "training.json", {"stages": stages, "host": host(), "peak_mb": run.peak("tuning")})
 
 
 def totals(stages: list[dict[str, Any]]) -> dict[str, Any]:
@@ -98,24 +116,21 @@ def totals(stages: list[dict[str, Any]]) -> dict[str, Any]:
     return {"training_seconds": seconds, "steps": steps, "rows": stages[0]["rows"]}
 
 
-def release(out: Path, found: dict[str, Any], stages: list[dict[str, Any]]) -> None:
-    """Put a run's adapter with its card and scores into infer/released."""
-    adapter = out / "adapter"
-    further = ": the mean of two tunings with dropout that begin from one without" if len(stages) > 1 else ""
+def text_of_card(adapter: Path, found: dict[str, Any], training: dict[str, Any]) -> str:
+    """The model card of an adapter with these scores."""
+    mean = ": the mean of two tunings with dropout that begin from\n  one without"
     names = {
-        "further": further,
+        "further": mean if training["stages"][1:] else "",
         "base": BASE,
         "hash": sha256_file(smollm2())[:16],
         "rank": read_json(adapter / "adapter_config.json")["r"],
         "minutes": found["training_seconds"] / 60,
-        "commit": str(found["code"]["commit"])[:10],
-        "cpu": found["host"]["cpu"],
+        "commit": str(training["stages"][-1]["code"]["commit"])[:10],
+        "cpu": training["host"]["cpu"],
+        "scored": str(found["code"]["commit"])[:10],
+        "scored_on": found["host"]["cpu"],
     }
-    write_json(adapter / "training.json", {"stages": stages})
-    write_text(adapter / "README.md", CARD.read_text(encoding="utf-8").format(**found, **names))
-    shutil.copytree(adapter, NAMED, dirs_exist_ok=True)
-    shutil.copyfile(out / "score.json", NAMED / "scores.json")
-    print(f"{NAMED}: the adapter, its card and its scores")
+    return CARD.read_text(encoding="utf-8").format(**found, **names)
 
 
 def score(references: Path, answers: Path) -> dict[str, Any]:

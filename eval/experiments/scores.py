@@ -12,13 +12,12 @@ adapters on the same base the same: a rung without a stage, or the stages of one
 from __future__ import annotations
 
 import re
-import shutil
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from eval.experiments.adapter import BASE, SEEDS, clinic
+from eval.experiments.adapter import BASE, SEEDS, clinic, release
 from eval.experiments.steps import LONG, Run, argv, begin, check_folder, made_from, public_base, records_of
 from eval.experiments.systems import System, baseline, models, write_tests
 from eval.metrics.statistics import format_f1
@@ -80,10 +79,7 @@ def main(options: Options) -> int:
     write_json(options.out / "scores.json", scores)
     write_text(options.out / "README.md", card(options.adapter, scores))
     if options.release:
-        shutil.copytree(options.adapter, NAMED, dirs_exist_ok=True)
-        for name in ("scores.json", "README.md"):
-            shutil.copyfile(options.out / name, NAMED / name)
-        print(f"{NAMED}: the adapter, its card and its scores")
+        release(options.adapter, NAMED, options.out)
     return 0
 
 

@@ -4,8 +4,10 @@ import json
 
 import pytest
 
-from eval.experiments.demo_ner import found_in, score
+from eval.experiments.adapter import release
+from eval.experiments.demo_ner import NAMED, found_in, score, text_of_card
 from model.support.cli import UserError
+from model.support.files import read_json
 
 
 def write(path, rows):
@@ -54,3 +56,21 @@ def test_a_missing_record_is_no_score(tmp_path):
     gold = write(tmp_path / "gold", [{"id": "a", "text": "t", "questions": asked("x")}])
     with pytest.raises(UserError, match="'a'"):
         score(gold, write(tmp_path / "predicted", [{"id": "b", "answers": asked()}]))
+
+
+def test_the_released_card_is_made_of_the_released_scores():
+    scores, training = (read_json(NAMED / name) for name in ("scores.json", "training.json"))
+    assert text_of_card(NAMED, scores, training) == (NAMED / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("itself", [False, True])
+def test_a_release_holds_the_adapter_and_what_was_scored(tmp_path, itself):
+    adapter, named, scored = (tmp_path / name for name in ("adapter", "named", "scored"))
+    for folder in (adapter, named, scored):
+        folder.mkdir()
+    (adapter / "adapter_config.json").write_text("{}")
+    for name in ("README.md", "score.json"):
+        (scored / name).write_text(f"new {name}")
+    release(adapter, adapter if itself else named, scored, "score.json")
+    found = {file.name: file.read_text() for file in (adapter if itself else named).iterdir()}
+    assert found == {"adapter_config.json": "{}", "README.md": "new README.md", "scores.json": "new score.json"}
