@@ -14,8 +14,9 @@ import re
 import sys
 import time
 from collections.abc import Callable, Sequence
+from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Annotated, Any, TypeVar, get_type_hints
 
 Options = TypeVar("Options")
 PATIENCE = 10  # seconds in which torchrun ends the others once a process has failed
@@ -64,6 +65,8 @@ def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, *
     """The command line as tyro reads it (`how`: its own options). Raises UserError where tyro refuses it."""
     import tyro
 
+    if isinstance(kind, type):
+        join_help_lines(kind)
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
@@ -74,6 +77,21 @@ def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, *
         raise UserError(f"{unboxed(captured.getvalue())}; {prog} --help explains every option") from None
     sys.stderr.write(captured.getvalue())
     return made
+
+
+@cache
+def join_help_lines(kind: type) -> None:
+    """Give every option its docstring as one paragraph: tyro keeps the line breaks of an indented one."""
+    import docstring_parser
+    from tyro.conf import arg
+
+    for cls in kind.__mro__:
+        annotations = cls.__dict__.get("__annotations__")
+        if annotations:
+            hints = get_type_hints(cls, include_extras=True)
+            for option in docstring_parser.parse_from_object(cls).params:
+                paragraph = " ".join((option.description or "").split())
+                annotations[option.arg_name] = Annotated[hints[option.arg_name], arg(help=paragraph)]
 
 
 def unboxed(box: str) -> str:

@@ -15,7 +15,8 @@ class Options:
     """A program."""
 
     weights: str
-    """The model's folder, which is said at such length here that no terminal shows it on a line of its own."""
+    """The model's folder, which is said at such length here that no terminal shows it on a line of its own,
+    nor the source."""
     rank: int = 8
     """How many columns."""
 
@@ -54,3 +55,11 @@ def test_a_benchmarks_command_line_too():
     done = subprocess.run([sys.executable, "-m", "eval.bench", "plan", "--onyl", "x"], capture_output=True, text=True)
     assert (done.returncode, done.stdout) == (2, "")
     assert done.stderr.startswith("eval.bench: Unrecognized options: --onyl") and done.stderr.count("\n") == 1
+
+
+def test_help_breaks_its_lines_where_the_terminal_does(monkeypatch, capsys):
+    """And not where the source does."""
+    monkeypatch.setenv("COLUMNS", "200")
+    with pytest.raises(SystemExit):
+        run(lambda options: 0, Options, ["--help"])
+    assert "on a line of its own, nor the source." in capsys.readouterr().out
