@@ -1,8 +1,14 @@
-"""The training loop of both stages and of full training, on one process or under torchrun.
+"""The training loop: both stages, LoRA or full, on one process or under torchrun.
 
-A step: its rows are a function of (seed, step); they are sorted by length and cut into micro-batches; each rank takes
-every n-th of them; gradients add up over micro-batches and ranks; norm, clip, update. What makes the loss exact is in
-loss.py, bit-exact resume is in checkpoint.py, what shards the model is in sharding.py.
+One optimizer step:
+
+1. The step's rows are a function of (seed, step), so nothing about the data has to be saved for a resume.
+2. Rows are sorted by length and cut into micro-batches; of R ranks each takes every R-th one.
+3. Gradients accumulate over micro-batches and are summed over ranks.
+4. Gradient norm, clipping, optimizer step.
+
+loss.py derives why the loss does not depend on the split; distributed/checkpoint.py makes a resume exact to the bit;
+distributed/sharding.py shards the model.
 """
 
 from __future__ import annotations
@@ -46,23 +52,22 @@ from train.loss import batch_loss
 from train.optim.optimizer import make_optimizers, named_trainable, rate
 from train.recipe import Recipe
 
-EVERY = 60.0  # seconds between two lines of progress where there is no terminal
-
 
 @dataclass
 class Trainer:
-    """One run. `gradients(step)` and `update(step)` are a step; `run()` is the loop around them."""
+    """One training run. `run()` is the loop; `gradients(step)` and `update(step, norm)` make one step of it."""
 
     recipe: Recipe
     model: Transformer
     rows: Rows
     valid: Rows | None
     ranks: Ranks
-    identity: dict[str, Any]
-    base: str = ""
+    identity: dict[str, Any]  # what the run's numbers depend on (session.identity); a resume compares it
+    base: str = ""  # path of the base weights, for adapter_config.json
     progress: Progress = field(default_factory=Progress)
-    done: Counter[str] = field(default_factory=Counter)  # in this process: steps, tokens, targets, pairs of attention
-    seconds: float = 0.0
+    done: Counter[str] = field(default_factory=Counter)  # by this process: steps, tokens, targets, attention pairs
+    seconds: float = 0.0  # spent in the loop by this process
+    log_seconds: float = 60.0  # between two progress lines where stderr is not a terminal
 
     def __post_init__(self) -> None:
         self.out = Path(self.recipe.out)
@@ -74,37 +79,92 @@ class Trainer:
         for layer in adapted(self.model).values():
             layer.plan = self.plan
         if self.recipe.compile:
-            for block in self.model.model.layers:  # not the loss, whose chunks and targets differ from step to step
+            for block in self.model.model.layers:  # not the loss: its number of targets differs from step to step
                 block.compile()
-        self.stopping = False
-        self.saved: int | None = None  # the step whose checkpoint is on disk
-        self.stale: list[Path] = []
+        self.stopping = False  # set by SIGTERM
+        self.saved: int | None = None  # step of the checkpoint last written or resumed from
+        self.stale: list[Path] = []  # checkpoints of an abandoned run, to be deleted after the next save
+
+    # the loop
+
+    def run(self) -> None:
+        """Train to the last step, from the newest intact checkpoint if there is one."""
+        with self.stop_on_sigterm():
+            self.resume()
+            self.truncate_metrics()
+            display = ProgressDisplay(self)
+            started = time.monotonic()
+            while self.progress.step < self.steps:
+                step = self.progress.step
+                loss, norm, tokens = self.gradients(step)
+                if math.isfinite(loss) and math.isfinite(norm):
+                    learning_rate = self.update(step, norm)
+                else:
+                    self.bad_step(step, loss, norm)
+                    learning_rate = 0.0
+                self.progress.step += 1
+                self.progress.tokens += tokens
+                self.seconds = time.monotonic() - started
+                self.record(loss, norm, learning_rate)
+                display.update(self.progress.step, loss, self.done["tokens"] / self.seconds)
+                if self.ranks.any(self.stopping):
+                    self.save()
+                    display.stopped(self.progress.step)
+                    raise SystemExit(0)
+                is_best = self.recipe.save_every > 0 and self.progress.best_step == self.progress.step
+                if is_best or self.due(self.recipe.save_every):
+                    self.save()
+            display.close()
+            self.save()
+
+    def due(self, every: int) -> bool:
+        """True every `every` steps, but not at the last one (0: never)."""
+        return every > 0 and self.progress.step % every == 0 and self.progress.step < self.steps
+
+    @contextmanager
+    def stop_on_sigterm(self) -> Iterator[None]:
+        """Inside this context SIGTERM sets `stopping`: the run finishes its step, saves and exits."""
+
+        def stop(*_: object) -> None:
+            self.stopping = True
+
+        before = signal.signal(signal.SIGTERM, stop)
+        try:
+            yield
+        finally:
+            signal.signal(signal.SIGTERM, before)
 
     # one step
 
     def micro_batches(self, rows: list[Row]) -> tuple[list[list[Row]], list[list[Row]]]:
-        """(every micro-batch of these rows, this rank's). The cut is the same for any number of ranks."""
+        """(all micro-batches of these rows, this rank's). The split into micro-batches does not depend on the ranks.
+
+        Every rank gets the same number, padded with empty rows: FSDP's collectives must be called equally often.
+        """
         size = self.recipe.micro_rows
         by_length = sorted(rows, key=len, reverse=True)
         parts = [by_length[start : start + size] for start in range(0, len(by_length), size)]
-        turns = math.ceil(len(parts) / self.ranks.world)
+        rounds = math.ceil(len(parts) / self.ranks.world)
         mine = [
             parts[i] if i < len(parts) else [Row(())]
-            for i in range(self.ranks.rank, turns * self.ranks.world, self.ranks.world)
+            for i in range(self.ranks.rank, rounds * self.ranks.world, self.ranks.world)
         ]
         return parts, mine
 
     def prepare(self, step: int) -> tuple[list[Row], list[Batch]]:
-        """(the step's rows, this rank's micro-batches of them)."""
+        """(the step's rows on all ranks, this rank's micro-batches)."""
         rows = [self.rows[i] for i in order(self.recipe.seed, step, len(self.rows), self.recipe.batch_rows)]
         return rows, [collate(part) for part in self.micro_batches(rows)[1]]
 
     def gradients(self, step: int) -> tuple[float, float, int]:
-        """Leave the step's whole gradient on the parameters. Returns (loss, gradient norm, tokens)."""
+        """Forward and backward pass of a step. Returns (loss, gradient norm before clipping, tokens), over all ranks.
+
+        Afterwards every `param.grad` holds the gradient of the whole step (its shard, where sharded).
+        """
         self.model.train()
         rows, batches = self.prepared(step)
         counts = count(rows)
-        total = torch.zeros((), dtype=torch.float64, device=self.device)
+        total = torch.zeros((), dtype=torch.float64, device=self.device)  # −log p, summed over answer tokens
         for optimizer in self.optimizers:
             optimizer.zero_grad(set_to_none=True)
         for batch in batches:
@@ -125,7 +185,7 @@ class Trainer:
         return float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
 
     def update(self, step: int, norm: float) -> float:
-        """Clip by the norm and take the optimizers' step. Returns the learning rate."""
+        """Clip gradients of norm `norm`, set the learning rate, step the optimizers. Returns the learning rate."""
         share = rate(self.recipe, step, self.steps)
         if self.recipe.clip and norm > self.recipe.clip:
             for param in named_trainable(self.model).values():
@@ -138,6 +198,7 @@ class Trainer:
         return self.recipe.learning_rate * share
 
     def bad_step(self, step: int, loss: float, norm: float) -> None:
+        """A loss or gradient that is not finite: raises UserError naming the step's records, or skips the update."""
         rows, _ = self.prepared(step)
         names = dict.fromkeys(name for row in rows for document in row.documents for name, _, _ in document.branches)
         what = f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; its records are {', '.join(names)}"
@@ -147,11 +208,11 @@ class Trainer:
         if self.ranks.first:
             tqdm.write(f"{what}; skipped", file=sys.stderr)
 
-    # held-out loss
+    # validation and metrics
 
     @torch.no_grad()
     def valid_loss(self) -> float:
-        """The mean of −log p over the answers of the held-out rows."""
+        """Held-out loss: the mean of −log p over the answer tokens of at most `valid_rows` rows."""
         assert self.valid is not None
         self.model.eval()
         rows = [self.valid[i] for i in range(min(len(self.valid), self.recipe.valid_rows))]
@@ -162,67 +223,11 @@ class Trainer:
             total += summed
         return float(sum_over_ranks(total)) / max(counts[ANSWER], 1)
 
-    # the loop
-
-    @contextmanager
-    def stopped_by_sigterm(self) -> Iterator[None]:
-        """While this lasts, SIGTERM ends the run after its step, with a checkpoint."""
-        before = signal.signal(signal.SIGTERM, self.on_signal)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
-
-    def run(self) -> None:
-        """Train to the recipe's end, from where the newest whole checkpoint left off."""
-        with self.stopped_by_sigterm():
-            self.resume()
-            self.begin_metrics()
-            began = said = time.monotonic()
-            bar = tqdm(
-                total=self.steps,
-                initial=self.progress.step,
-                desc=self.out.name,
-                unit=" steps",
-                disable=None if self.ranks.first else True,
-            )
-            while self.progress.step < self.steps:
-                step = self.progress.step
-                loss, norm, tokens = self.gradients(step)
-                if not (math.isfinite(loss) and math.isfinite(norm)):
-                    self.bad_step(step, loss, norm)
-                    learning_rate = 0.0
-                else:
-                    learning_rate = self.update(step, norm)
-                self.progress.step += 1
-                self.progress.tokens += tokens
-                self.seconds = time.monotonic() - began
-                self.record(loss, norm, learning_rate)
-                bar.set_postfix_str(f"loss {loss:.4f}, {self.done['tokens'] / self.seconds:.0f} tok/s", refresh=False)
-                bar.update()
-                if bar.disable and self.ranks.first and time.monotonic() - said >= EVERY:  # a log, no terminal
-                    said = time.monotonic()
-                    print(f"step {self.progress.step} of {self.steps}: {bar.postfix}", file=sys.stderr, flush=True)
-                if self.ranks.any(self.stopping):
-                    self.save()
-                    if self.ranks.first:
-                        bar.close()
-                        print(
-                            f"stopped at step {self.progress.step} of {self.steps}; "
-                            "the same command continues from there"
-                        )
-                    raise SystemExit(0)
-                found_best = self.recipe.save_every > 0 and self.progress.best_step == self.progress.step
-                if self.due(self.recipe.save_every) or found_best:  # the best is kept, so it has to be saved
-                    self.save()
-            bar.close()
-            self.save()
-
-    def due(self, every: int) -> bool:
-        return every > 0 and self.progress.step % every == 0 and self.progress.step < self.steps
-
     def record(self, loss: float, norm: float, learning_rate: float) -> None:
-        """One line of metrics.jsonl. It holds no times, so that a resumed run's file has the same bytes."""
+        """Append a line to metrics.jsonl, with the held-out loss when it is due.
+
+        Lines hold no times, so that a resumed run writes the same bytes as an uninterrupted one.
+        """
         line = {
             "step": self.progress.step,
             "loss": loss,
@@ -240,19 +245,27 @@ class Trainer:
             with open(self.out / "metrics.jsonl", "a", encoding="utf-8") as out:
                 out.write(json.dumps(numbers) + "\n")
 
-    def on_signal(self, *_: object) -> None:
-        self.stopping = True
+    def truncate_metrics(self) -> None:
+        """Drop the lines of metrics.jsonl after the resumed step: a killed run may have written more than it saved."""
+        if self.ranks.first:
+            self.out.mkdir(parents=True, exist_ok=True)
+            path = self.out / "metrics.jsonl"
+            old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
+            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= self.progress.step]
+            write_text(path, "".join(line + "\n" for line in kept))
 
     # checkpoints
 
     def save(self) -> None:
-        """A checkpoint of this step, unless there is one already: a whole one is never written again. Then older ones
-        are removed, which a run that was killed before that may have left."""
+        """Write this step's checkpoint unless it exists, then delete those that are no longer kept.
+
+        Deletion runs either way: an earlier process may have been killed between the two.
+        """
         if self.saved != self.progress.step:
             params, state = snapshot(self.model, self.optimizers, keep=self.ranks.first)
             self.ranks.run_on_first(lambda: self.write(params, state))
         self.saved = self.progress.step
-        self.ranks.run_on_first(self.tidy)
+        self.ranks.run_on_first(self.delete_old)
         self.stale = []
 
     def write(self, params: dict[str, Tensor], state: dict[str, Tensor]) -> None:
@@ -265,18 +278,18 @@ class Trainer:
                 "it are whole. Free space; the same command continues from there"
             ) from error
 
-    def tidy(self) -> None:
+    def delete_old(self) -> None:
         stale = [old for old in self.stale if step_of(old) != self.saved]
         prune(self.out / "checkpoints", self.recipe.keep_last, self.progress.best_step, stale)
 
     def adapter(self, params: dict[str, Tensor]) -> tuple[Any, dict[str, Tensor], str] | None:
-        """What write_adapter needs, or None in full training."""
+        """(config, tensors, base path) for write_adapter; None in full training."""
         if self.recipe.full:
             return None
         return self.model.__dict__["lora_configs"]["default"], adapter_state(self.model, params=params), self.base
 
     def resume(self) -> None:
-        """Resume from the newest whole checkpoint, which the first rank chooses for all."""
+        """Restore the newest intact checkpoint. The first rank picks it, so that all ranks restore the same one."""
         folder, found = self.out / "checkpoints", None
         if self.recipe.resume:
             found = self.ranks.of_first(lambda: newest_whole(folder))
@@ -289,14 +302,36 @@ class Trainer:
                 tqdm.write(f"resuming from {found}, step {self.progress.step}", file=sys.stderr)
         elif self.recipe.resume and self.ranks.first and steps_saved(folder):
             tqdm.write(f"no checkpoint in {folder} is whole: the run begins again at step 0", file=sys.stderr)
-        # later ones are corrupt or of an abandoned run: they are removed once this run has a checkpoint of its own
+        # Later checkpoints are corrupt or belong to an abandoned run; they are kept until this run has one of its own.
         self.stale = [path for path in steps_saved(folder) if found is None or step_of(path) > step_of(found)]
 
-    def begin_metrics(self) -> None:
-        """Keep the lines of the steps that are in the checkpoint; a killed run may have written more."""
-        if self.ranks.first:
-            self.out.mkdir(parents=True, exist_ok=True)
-            path = self.out / "metrics.jsonl"
-            old = path.read_text(encoding="utf-8").splitlines() if path.is_file() else []
-            kept = [line for line in old if line.endswith("}") and json.loads(line)["step"] <= self.progress.step]
-            write_text(path, "".join(line + "\n" for line in kept))
+
+class ProgressDisplay:
+    """The first rank's progress: a bar on a terminal, in a log a line every `log_seconds`."""
+
+    def __init__(self, trainer: Trainer) -> None:
+        self.first, self.steps, self.log_seconds = trainer.ranks.first, trainer.steps, trainer.log_seconds
+        self.printed = time.monotonic()
+        self.bar = tqdm(
+            total=self.steps,
+            initial=trainer.progress.step,
+            desc=trainer.out.name,
+            unit=" steps",
+            disable=None if self.first else True,  # None: disabled unless stderr is a terminal
+        )
+
+    def update(self, step: int, loss: float, tokens_per_second: float) -> None:
+        text = f"loss {loss:.4f}, {tokens_per_second:.0f} tok/s"
+        self.bar.set_postfix_str(text, refresh=False)
+        self.bar.update()
+        if self.first and self.bar.disable and time.monotonic() - self.printed >= self.log_seconds:
+            self.printed = time.monotonic()
+            print(f"step {step} of {self.steps}: {text}", file=sys.stderr, flush=True)
+
+    def stopped(self, step: int) -> None:
+        self.bar.close()
+        if self.first:
+            print(f"stopped at step {step} of {self.steps}; the same command continues from there")
+
+    def close(self) -> None:
+        self.bar.close()

@@ -1,12 +1,13 @@
-"""The loss, exactly: the sum over supervised tokens divided by their number in the whole optimizer step.
+"""The loss: cross entropy summed over the supervised tokens, divided by their number in the whole optimizer step.
 
-With the targets of one step t = 1…N, spread over ranks g and micro-batches m, the loss is L = (1/N) Σ_t −log p_t. Each
-micro-batch contributes L_gm = (1/N) Σ_{t in gm} −log p_t, and Σ_gm L_gm = L whatever the split; so are the gradients,
-if ranks *add* theirs. A mean per micro-batch, or a mean over ranks, weighs tokens by the company they keep.
-N is known before the first forward pass, because the step's rows are a function of (seed, step).
+Let t = 1…N be the targets of one step, spread over ranks g and micro-batches m. The loss is L = (1/N) Σ_t −log p_t.
+Each micro-batch contributes L_gm = (1/N) Σ_{t in gm} −log p_t, so Σ_gm L_gm = L for any split, and likewise for the
+gradients if ranks *sum* theirs. (A mean per micro-batch, or a mean over ranks, gives a token of a short micro-batch
+more weight.) N is known before the first forward pass, because the step's rows are a function of (seed, step).
 
-Only supervised tokens reach the output matrix, in chunks: the logits of a chunk, their loss and their gradient with
-respect to the hidden states are made in one go and forgotten, so memory is chunk × V and the product is done once.
+Only supervised tokens are multiplied by the output matrix, a chunk at a time. A chunk's logits, loss and gradient with
+respect to the hidden states are computed together and its logits freed: memory is chunk × V, and no logits are
+recomputed in the backward pass.
 """
 
 from __future__ import annotations
@@ -20,17 +21,20 @@ from model.support.hardware import product
 from model.transformer import Transformer
 from train.data.rows import ANSWER, IGNORE, NOTE, Batch
 
-CHUNK = 512  # tokens whose logits exist at once, at most
-LOGITS = 2**22  # and so many logits: 17 MB (glibc maps each request over 32 MB afresh, so every page faults again)
+CHUNK = 512  # most tokens in a chunk
+LOGITS = 2**22  # most logits in a chunk: 17 MB in fp32. glibc maps requests over 32 MB anew, so that every page faults.
 
 
-def chunk(words: int) -> int:
-    """Tokens whose logits over so many words exist at once."""
-    return max(64, min(CHUNK, LOGITS // words))
+def chunk(vocab_size: int) -> int:
+    """Tokens in a chunk."""
+    return max(64, min(CHUNK, LOGITS // vocab_size))
 
 
 class ChunkedCrossEntropy(torch.autograd.Function):
-    """Σ_n scale_n · −log softmax(x_n Wᵀ)[target_n], in at least fp32, with its gradient made in the forward pass."""
+    """(Σ_n scale_n · −log p_n, each −log p_n), p_n = softmax(x_n Wᵀ)[target_n], in at least fp32.
+
+    Gradients are computed in the forward pass, while a chunk's logits exist; only the sum is differentiable.
+    """
 
     @staticmethod
     def forward(ctx, x_ND: Tensor, weight_VD: Tensor, target_N: Tensor, scale_N: Tensor):  # type: ignore[override]
@@ -43,13 +47,13 @@ class ChunkedCrossEntropy(torch.autograd.Function):
             part = slice(start, start + size)
             rows = torch.arange(len(target_N[part]), device=x_ND.device)
             logits_NV = product(x_ND[part], weight_VD).to(wide)
-            hit_N, most_N1 = logits_NV[rows, target_N[part]], logits_NV.amax(dim=-1, keepdim=True)
-            weight_NV = logits_NV.sub_(most_N1).exp_()  # e^(l − max), in the logits' own memory
-            sum_N1 = weight_NV.sum(dim=-1, keepdim=True)
-            loss_N[part] = (sum_N1.log() + most_N1)[:, 0] - hit_N
+            target_logit_N, max_N1 = logits_NV[rows, target_N[part]], logits_NV.amax(dim=-1, keepdim=True)
+            exp_NV = logits_NV.sub_(max_N1).exp_()  # in place
+            sum_N1 = exp_NV.sum(dim=-1, keepdim=True)
+            loss_N[part] = (sum_N1.log() + max_N1)[:, 0] - target_logit_N
             if needs_x or needs_w:
-                # d loss / d logits = softmax − one-hot
-                grad_NV = weight_NV.mul_(scale_N[part, None] / sum_N1)
+                # d loss / d logits = scale · (softmax − one-hot)
+                grad_NV = exp_NV.mul_(scale_N[part, None] / sum_N1)
                 grad_NV[rows, target_N[part]] -= scale_N[part]
                 grad_NV = grad_NV.to(x_ND.dtype)
                 if dx_ND is not None:
@@ -76,24 +80,26 @@ class ChunkedCrossEntropy(torch.autograd.Function):
 def batch_loss(
     model: Transformer, batch: Batch, counts: dict[int, int], note_loss: float = 0.0
 ) -> tuple[Tensor, Tensor]:
-    """This micro-batch's part of the step's loss, and the sum of −log p over its answers (fp64, no gradient).
+    """(the micro-batch's share L_gm of the step's loss, Σ −log p over its answer tokens in fp64 without gradient).
 
-    `counts` is the number of targets of each kind in the whole step, over all ranks and micro-batches. A batch
-    without targets gives zeros to every parameter, so that ranks without rows keep step with the others.
+    `counts` holds the number of targets of each kind in the whole step, over all ranks and micro-batches; the two kinds
+    have a mean each, and the note's is weighted by `note_loss`. A batch without targets gives zero gradients, so that a
+    rank without rows still takes part in the collectives.
     """
-    place_N = (batch.target.flatten() != IGNORE).nonzero()[:, 0]
-    target_N = batch.target.flatten()[place_N]
-    answer_N = batch.kind.flatten()[place_N] == ANSWER
+    index_N = (batch.target.flatten() != IGNORE).nonzero()[:, 0]
+    target_N = batch.target.flatten()[index_N]
+    is_answer_N = batch.kind.flatten()[index_N] == ANSWER
 
     def readout(x_BTD: Tensor, head: object) -> tuple[Tensor, Tensor]:
-        x_ND = x_BTD.flatten(0, 1)[place_N]
+        x_ND = x_BTD.flatten(0, 1)[index_N]
         wide = torch.promote_types(x_ND.dtype, torch.float32)
         share = torch.tensor([1 / max(counts[ANSWER], 1), note_loss / max(counts[NOTE], 1)], dtype=wide)
-        scale_N = torch.where(answer_N, *share.to(x_ND.device))
+        scale_N = torch.where(is_answer_N, *share.to(x_ND.device))
         weight_VD = model.lm_head.weight if model.lm_head is not None else model.model.embed_tokens.weight
         loss, loss_N = ChunkedCrossEntropy.apply(x_ND, weight_VD, target_N, scale_N)
-        return loss, loss_N[answer_N].sum(dtype=torch.float64)
+        return loss, loss_N[is_answer_N].sum(dtype=torch.float64)
 
-    some = 0 < len(place_N) < batch.target.numel()
-    layout = replace(batch.layout, wanted_N=place_N if some else None)
+    # the last block may skip tokens without a target (train/fast/block.py)
+    some = 0 < len(index_N) < batch.target.numel()
+    layout = replace(batch.layout, wanted_N=index_N if some else None)
     return model(batch.tokens, positions=batch.positions, layout=layout, readout=readout)

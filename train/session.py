@@ -34,7 +34,7 @@ from train.data.store import Encoding, TokenStore, build_store, identity_of
 from train.distributed.checkpoint import check_unchanged, snapshot, steps_saved
 from train.distributed.sharded_load import base_shapes, fresh, from_checkpoint, load_sharded
 from train.distributed.sharding import Ranks, shard
-from train.fast.block import pack_weights, training_blocks
+from train.fast.block import join_weights, training_blocks
 from train.loop import Trainer
 from train.recipe import Recipe, encoding_of, lora_config, parameter_dtype, parse
 from train.report.card import code_hash, peak_memory, write_card
@@ -205,7 +205,7 @@ def load_model(
     model.to_empty(device=ranks.device)
     load_sharded(model, holders, read, adapter, recipe.seed)
     if not sharded:
-        pack_weights(model)
+        join_weights(model)
     return model, base
 
 

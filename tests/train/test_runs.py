@@ -11,7 +11,8 @@ from tiny_runs import as_recipe, ends
 
 from model.support.cli import UserError
 from model.support.lock import hold
-from train.session import train
+from train.distributed.sharding import Ranks
+from train.session import prepare, train
 
 
 def contents(folder: Path) -> dict[str, bytes]:
@@ -90,8 +91,9 @@ def test_what_killed_and_refused_calls_left_of_notes_goes_with_the_next(options,
     assert [path.name for path in (out / "tokens").iterdir()] == ["train"]
 
 
-def test_without_a_terminal_a_log_says_where_the_run_is(options, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr("train.loop.EVERY", 0.0)
-    train(as_recipe(options, out=str(tmp_path / "run"), steps=2), "instruct")
+def test_progress_is_printed_to_a_log(options, tmp_path, capsys):
+    trainer = prepare(as_recipe(options, out=str(tmp_path / "run"), steps=2), "instruct", Ranks())
+    trainer.log_seconds = 0.0
+    trainer.run()
     said = capsys.readouterr().err
     assert "step 1 of 2: loss " in said and "step 2 of 2: loss " in said and "tok/s" in said

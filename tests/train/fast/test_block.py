@@ -8,6 +8,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from tiny_runs import CONFIG, RECIPE, tiny
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from infer.engine.fuse import FusedBlock
 from lora import DropoutPlan, merge_lora
@@ -21,7 +22,7 @@ from train.data.dataset import Rows
 from train.data.rows import IGNORE, Row, collate, count, note_document
 from train.distributed.sharding import Ranks
 from train.fast.attention import DocumentAttend, find_documents
-from train.fast.block import FastBlock, fast_blocks, matrices, pack_weights, product, training_blocks
+from train.fast.block import FastBlock, fast_blocks, frozen_weights, join_weights, training_blocks
 from train.loop import Trainer
 from train.loss import batch_loss
 from train.recipe import parse
@@ -76,7 +77,7 @@ def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str
         model = fast_blocks(model) if fast else model.use_attention("plain")
         assert isinstance(model.model.layers[0], FastBlock) == fast
         if packed:
-            pack_weights(model)
+            join_weights(model)
         return step(model, batch, counts)
 
     for packed in (False, True):
@@ -90,26 +91,41 @@ def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str
             assert 0 < error(fast[name], judge[name]) <= allowed, (dtype, name)
 
 
-def test_a_block_has_four_products_each_way_and_the_last_one_only_those_that_are_read(notes, monkeypatch):
-    """Packing changes no weight, and later changes to one are seen."""
+class CountProducts(TorchDispatchMode):
+    """`rows`: the number of rows of each product with a frozen matrix of the blocks, in order."""
+
+    def __init__(self, model) -> None:
+        super().__init__()
+        frozen = (p for name, p in model.model.layers.named_parameters() if p.dim() == 2 and "lora_" not in name)
+        self.storages, self.rows = {p.untyped_storage().data_ptr() for p in frozen}, []
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        if function.overloadpacket in (torch.ops.aten.mm, torch.ops.aten.addmm):
+            x, weight = args[-2:]
+            if weight.untyped_storage().data_ptr() in self.storages:
+                self.rows.append(len(x))
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_block_has_four_products_each_way_and_the_last_one_only_for_targets(notes):
+    """Joining changes no weight, and later changes to a weight take effect."""
     batch, counts = batches(notes)
     model = fast_blocks(tiny(RECIPE))
     before = {name: value.clone() for name, value in model.state_dict().items()}
-    pack_weights(model)
+    join_weights(model)
     assert all(torch.equal(value, before[name]) for name, value in model.state_dict().items())
-    seen: list[int] = []
-    monkeypatch.setattr("train.fast.block.product", lambda x, *rest: (seen.append(len(x)), product(x, *rest))[1])
-    step(model, batch, counts)
+    with CountProducts(model) as products:
+        step(model, batch, counts)
     every, read = batch.target.numel(), int((batch.target != IGNORE).sum())
     assert 0 < read < every
     forward = [every] * 4 * (CONFIG.num_hidden_layers - 1) + [every, read, read, read]
-    assert seen == forward + [read, read, read, every] + [every] * (4 * (CONFIG.num_hidden_layers - 1) - 1)
+    assert products.rows == forward + [read, read, read, every] + [every] * (4 * (CONFIG.num_hidden_layers - 1) - 1)
     three = model.model.layers[0].groups()[0]
     three[1].weight.data.zero_()
-    (joined_OD,) = matrices(three, torch.float64)
+    (joined_OD,) = frozen_weights(three, torch.float64)
     assert torch.equal(joined_OD, torch.cat([linear.weight for linear in three]))
     merge_lora(model)  # its weights are new parameters
-    assert [id(one) for one in matrices(three, torch.float64)] == [id(linear.weight) for linear in three]
+    assert [id(one) for one in frozen_weights(three, torch.float64)] == [id(linear.weight) for linear in three]
 
 
 def test_no_gradient_below_the_first_adapter_and_recomputed_blocks_agree(notes):
@@ -133,16 +149,22 @@ def test_no_gradient_below_the_first_adapter_and_recomputed_blocks_agree(notes):
     assert worst(found[1], found[0]) < 1e-12 and worst(found[2], found[0]) < 1e-12
 
 
+def is_fast(out: torch.Tensor) -> bool:
+    """True if a block's output was computed by FastBlock's own forward pass: its graph ends in FeedForward."""
+    nodes = [out.grad_fn]
+    for _ in range(2):  # below a reshape, and in the last block an index_copy
+        nodes += [before for node in nodes for before, _ in node.next_functions if before is not None]
+    return any("FeedForward" in node.name() for node in nodes)
+
+
 @pytest.mark.parametrize("name", ["cancerllm", "cancerllm-faithful", "cancerllm-tune", "cancerllm-tune-faithful"])
-def test_the_papers_dropout_runs_through_the_fast_block(notes, monkeypatch, name):
-    """Its masks are the plain block's, forward and backward, also for blocks that are computed again; no block falls
-    back to the plain one."""
+def test_the_papers_dropout_runs_through_the_fast_block(notes, name):
+    """Its masks are the plain block's, forward and backward, also for recomputed blocks; no block falls back to the
+    plain one."""
     batch, counts = batches(notes)
     p = parse([f"train/recipes/{name}.toml"], "instruct" if "tune" in name else "pretrain").dropout
     assert p > 0
-    falls: list[Block] = []
-    plain = Block.forward
-    monkeypatch.setattr(Block, "forward", lambda block, *rest: (falls.append(block), plain(block, *rest))[1])
+    ran_fast: list[bool] = []
 
     def made(fast: bool, dtype: torch.dtype, drop: float = p, again: bool = False) -> dict[str, torch.Tensor]:
         model = tiny(replace(RECIPE, dropout=drop), dtype=dtype)
@@ -152,13 +174,16 @@ def test_the_papers_dropout_runs_through_the_fast_block(notes, monkeypatch, name
         plan.begin(2, batch.branches)
         for layer in adapted(model).values():
             layer.plan = plan
+        for block in model.model.layers:
+            block.register_forward_hook(lambda block, given, out: ran_fast.append(is_fast(out)))
         return step(model, batch, counts)
 
     fast = [made(True, torch.float64), made(True, torch.float64, again=True)]
     fast_fp32, without = made(True, torch.float32), made(True, torch.float64, drop=0.0)
-    assert not falls
+    assert all(ran_fast)
+    ran_fast.clear()
     judge, plain_fp32 = made(False, torch.float64), made(False, torch.float32)
-    assert falls and all(worst(one, judge) < 1e-12 for one in fast) and worst(without, judge) > 1e-3
+    assert not any(ran_fast) and all(worst(one, judge) < 1e-12 for one in fast) and worst(without, judge) > 1e-3
     wide = made(False, torch.float64)
     for key in wide.keys() - {"loss"}:
         assert error(fast_fp32[key], plain_fp32[key].double()) <= 1e-4 * float(wide[key].abs().max())
