@@ -18,7 +18,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import save_file
 
-from lora import LoRAConfig, add_lora
+from lora import add_lora
 from model.config import ModelConfig
 from model.support.init import init_weights
 from model.transformer import Transformer
@@ -30,7 +30,7 @@ from train.distributed.sharding import Ranks, shard
 from train.fast.block import fast_blocks
 from train.loop import Trainer
 from train.optim.optimizer import named_trainable
-from train.recipe import Recipe
+from train.recipe import Recipe, lora_config
 
 CONFIG = ModelConfig(
     vocab_size=300,
@@ -58,7 +58,7 @@ def tiny(recipe: Recipe, config: ModelConfig = CONFIG, dtype: torch.dtype = torc
     model = init_weights(Transformer(config), 1).to(dtype).use_attention("fast")
     if recipe.full:
         return model.requires_grad_(True)
-    add_lora(model, LoRAConfig(recipe.r, recipe.alpha, recipe.dropout), seed=2)
+    add_lora(model, lora_config(recipe, config), seed=2)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, param in model.named_parameters():

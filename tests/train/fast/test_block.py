@@ -91,6 +91,21 @@ def test_the_fast_block_is_the_plain_block(notes, config: ModelConfig, base: str
             assert 0 < error(fast[name], judge[name]) <= allowed, (dtype, name)
 
 
+@pytest.mark.parametrize("base", ["int8", "w8a8"])
+@pytest.mark.parametrize("joined", [False, True])
+def test_adapters_on_some_layers_of_a_quantized_base(notes, base: str, joined: bool):
+    """q_proj and v_proj alone: k_proj, which shares their input, stays in the wide dtype."""
+    batch, counts = batches(notes)
+    found = []
+    for fast in (False, True):
+        model = quantize_base(tiny(replace(RECIPE, target_modules=("q_proj", "v_proj"))), base)
+        model = fast_blocks(model) if fast else model.use_attention("plain")
+        if joined:
+            join_weights(model)
+        found.append(step(model, batch, counts))
+    assert worst(found[1], found[0]) < 1e-12
+
+
 class CountProducts(TorchDispatchMode):
     """`rows`: the number of rows of each product with a frozen matrix of the blocks, in order."""
 
