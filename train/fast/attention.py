@@ -1,18 +1,18 @@
-"""Attention for training rows, document by document: little more is computed than pairs that see each other.
+"""Attention for training rows, document by document: little more is computed than the pairs that see each other.
 
-A row of train/data/rows.py holds documents; a document is a prefix and branches, each a run of tokens with running
-positions. A mask over the whole row computes T² pairs, of which most are then masked out. Here (n prefix tokens,
-branches of m) the row's queries are taken 128 at a time, each with all the keys that any of them sees, and
-a mask:
+A row of train/data/rows.py holds documents; a document is a prefix and its branches, each a run of tokens with
+consecutive positions. A mask over the whole row computes T² pairs, most of which are masked out. Here a row's queries
+are split into chunks of about 128; each chunk attends to the union of the keys that its queries see, with a mask:
 
-    a piece of the prefix       on the prefix up to its end
-    some whole branches         on the prefix and on these branches
+    queries                     keys
+    a chunk of the prefix       the prefix up to the chunk's end
+    some whole branches         the prefix and these branches
 
-A note of 400 tokens with eight questions of 40: 267,904 pairs in place of 518,400, of which 214,400 are needed;
-fewer and larger products pay better than the last of them. A query's keys are all in one product, so that its softmax
-is one, and backward makes it again: what is kept is q, k and v.
+For a note of 400 tokens and eight questions of 40 that is 267,904 pairs, of which 214,400 are visible, instead of
+518,400. Smaller chunks would mask fewer pairs, but larger products are faster. All keys of a query are in one product,
+so no softmax is split; the backward pass recomputes it, so only q, k and v are kept.
 
-On a CPU, for rows whose documents are shorter than the window; everything else goes to `FastAttend`.
+On a CPU, for rows whose documents fit the window; otherwise `FastAttend` runs.
 """
 
 from __future__ import annotations
@@ -26,29 +26,31 @@ from torch import Tensor
 from model.fast_attention import FastAttend
 from model.mask import Visible
 
-QUERIES = 128  # queries at once, about: few enough that not many pairs are masked, enough for products to pay
+QUERIES = 128  # queries in a chunk: a trade of masked pairs (large chunks) for speed of products (small ones)
 
 
 @dataclass(frozen=True)
-class Part:
-    """Queries that are computed at once, and the keys that any of them sees. The last keys are the queries' own tokens:
-    who sees whom there is in the bias, 0 or −∞, (t, t); the keys before them are seen by all."""
+class Chunk:
+    """Queries computed together, and the keys that any of them sees.
+
+    The last t keys are the t queries' own tokens, masked by `bias_tt` (0 or −∞); all queries see the keys before them.
+    """
 
     queries: slice
     keys: tuple[slice, ...]
     bias_tt: Tensor
 
     def rows(self, bias_Nt: Tensor) -> slice:
-        """Where the queries stand when each token has several rows, as many as the bias has."""
+        """The queries' rows in a tensor with several rows a token, as many as `bias_Nt` has."""
         ratio = len(bias_Nt) // len(self.bias_tt)
         return slice(self.queries.start * ratio, self.queries.stop * ratio)
 
     def gather(self, x_GTK: Tensor) -> Tensor:
-        """The keys' rows, (G, s, K)."""
+        """The rows of the keys, (G, s, K)."""
         return x_GTK[:, self.keys[0]] if len(self.keys) == 1 else torch.cat([x_GTK[:, keys] for keys in self.keys], 1)
 
-    def add(self, sum_GTK: Tensor, part_GsK: Tensor) -> None:
-        """Add to the keys' rows."""
+    def scatter_add(self, sum_GTK: Tensor, part_GsK: Tensor) -> None:
+        """Add `part_GsK` to the rows of the keys."""
         start = 0
         for keys in self.keys:
             stop = start + keys.stop - keys.start
@@ -56,49 +58,49 @@ class Part:
             start = stop
 
 
-Placed = tuple[int, Part, Tensor]  # (row, part, its bias for every query head of a group)
+RowChunk = tuple[int, Chunk, Tensor]  # (row of the batch, chunk, its bias repeated for the query heads of a group)
 
 
 @dataclass(frozen=True)
 class Document:
-    """Where a document's prefix and each of its branches lie in a row."""
+    """The tokens of a document's prefix and of each of its branches in a row."""
 
     row: int
     prefix: slice
     branches: tuple[slice, ...]
 
-    def parts(self) -> list[Part]:
-        """Every query of the document once."""
+    def chunks(self) -> list[Chunk]:
+        """Chunks that hold each query of the document once."""
         made = []
         for start in range(self.prefix.start, self.prefix.stop, QUERIES):
             stop = min(start + QUERIES, self.prefix.stop)
-            made.append(Part(slice(start, stop), (slice(self.prefix.start, stop),), causal(stop - start)))
+            made.append(Chunk(slice(start, stop), (slice(self.prefix.start, stop),), causal(stop - start)))
         group: list[slice] = []
         for branch in self.branches:
             if group and branch.stop - group[0].start > QUERIES:
-                made.append(self.beside(group))
+                made.append(self.branch_chunk(group))
                 group = []
             group.append(branch)
-        return [*made, self.beside(group)] if group else made
+        return [*made, self.branch_chunk(group)] if group else made
 
-    def beside(self, group: list[slice]) -> Part:
-        """Whole branches on the prefix and on themselves; they do not see each other."""
+    def branch_chunk(self, group: list[slice]) -> Chunk:
+        """Whole branches, each of which sees the prefix and itself."""
         own = slice(group[0].start, group[-1].stop)
         bias_tt = torch.full((own.stop - own.start,) * 2, float("-inf"))
         for branch in group:
             rows = slice(branch.start - own.start, branch.stop - own.start)
             bias_tt[rows, rows] = causal(branch.stop - branch.start)
         keys = (slice(self.prefix.start, own.stop),) if own.start == self.prefix.stop else (self.prefix, own)
-        return Part(own, keys, bias_tt)
+        return Chunk(own, keys, bias_tt)
 
 
 def causal(tokens: int) -> Tensor:
-    """The bias of tokens on themselves and those before them."""
+    """A causal mask as a bias: 0 on and below the diagonal, −∞ above."""
     return torch.full((tokens, tokens), float("-inf")).triu_(1)
 
 
 def find_documents(visible: Visible, window: int | None) -> list[Document] | None:
-    """The documents of these rows, or None where they are not runs of tokens in reach of each other."""
+    """The documents of these rows; None if they are not runs of consecutive positions that fit the window."""
     if visible.layout is None or visible.offset or visible.layout is not visible.key_layout:
         return None
     rows = zip(
@@ -106,15 +108,17 @@ def find_documents(visible: Visible, window: int | None) -> list[Document] | Non
     )
     found: list[Document] = []
     for row, (document_T, branch_T, position_T) in enumerate(rows):
-        runs = cut(document_T, branch_T, position_T)
+        runs = split_documents(document_T, branch_T, position_T)
         if runs is None or (window is not None and max(position_T) >= window):
             return None
         found += [Document(row, prefix, tuple(branches)) for prefix, branches in runs]
     return found
 
 
-def cut(document_T: list[int], branch_T: list[int], position_T: list[int]) -> list[tuple[slice, list[slice]]] | None:
-    """One row's (prefix, branches) by document; None where positions do not run on within prefix and branches."""
+def split_documents(
+    document_T: list[int], branch_T: list[int], position_T: list[int]
+) -> list[tuple[slice, list[slice]]] | None:
+    """(prefix, branches) of each document in a row; None if the positions of one are not consecutive."""
     found: list[tuple[slice, list[slice]]] = []
     seen: set[int] = set()
     start, length = 0, len(document_T)
@@ -131,7 +135,7 @@ def cut(document_T: list[int], branch_T: list[int], position_T: list[int]) -> li
             elif document == document_T[start - 1] and branch_T[start]:
                 found[-1][1].append(run)
             else:
-                return None  # a document in pieces, or a prefix behind its branches
+                return None  # a document in several pieces, or a prefix after its branches
             prefix = found[-1][0]
             if branch_T[start] and position_T[start] != (
                 position_T[prefix.stop - 1] + 1 if prefix.stop > prefix.start else position_T[start]
@@ -142,21 +146,21 @@ def cut(document_T: list[int], branch_T: list[int], position_T: list[int]) -> li
 
 
 class DocumentAttention(torch.autograd.Function):
-    """softmax(q kᵀ / √K) v over the parts; padding gets zeros. q (B, H, T, K), k and v (B, G, T, K).
+    """softmax(q kᵀ / √K) v over the chunks; padding gets zeros. q (B, H, T, K), k and v (B, G, T, K).
 
-    Scores and weights have q's dtype, as in the plain path; sums and softmax are formed in at least fp32. Queries are
-    laid out token by token, a token's heads of one group below each other (N = H/G · T), so a part's are a view.
+    Scores and weights have q's dtype, as in the plain path; sums and softmax are in at least fp32. Queries are ordered
+    by token, then by head of the group (N = T · H/G rows), so that a chunk's queries are a view.
     """
 
     @staticmethod
-    def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, found: list[Placed]) -> Tensor:
+    def forward(ctx: Any, q_BHTK: Tensor, k_BGTK: Tensor, v_BGTK: Tensor, chunks: list[RowChunk]) -> Tensor:
         q_BGNK, k_BGTK, v_BGTK = by_group(q_BHTK, k_BGTK.shape[1]), k_BGTK.contiguous(), v_BGTK.contiguous()
         out_BGNK = torch.zeros_like(q_BGNK)
-        for row, part, bias_Nt in found:
-            queries = part.rows(bias_Nt)
-            weight_GNs = weights(q_BGNK[row, :, queries], part.gather(k_BGTK[row]), bias_Nt)
-            out_BGNK[row, :, queries] = torch.bmm(weight_GNs, part.gather(v_BGTK[row]))
-        ctx.found = found
+        for row, chunk, bias_Nt in chunks:
+            queries = chunk.rows(bias_Nt)
+            weight_GNs = attention_weights(q_BGNK[row, :, queries], chunk.gather(k_BGTK[row]), bias_Nt)
+            out_BGNK[row, :, queries] = torch.bmm(weight_GNs, chunk.gather(v_BGTK[row]))
+        ctx.chunks = chunks
         ctx.save_for_backward(q_BGNK, k_BGTK, v_BGTK)
         return by_head(out_BGNK, q_BHTK.shape[2])
 
@@ -165,54 +169,56 @@ class DocumentAttention(torch.autograd.Function):
         q_BGNK, k_BGTK, v_BGTK = ctx.saved_tensors
         grad_BGNK = by_group(grad_BHTK, k_BGTK.shape[1])
         dq_BGNK, dk_BGTK, dv_BGTK = (torch.zeros_like(x) for x in (q_BGNK, k_BGTK, v_BGTK))
-        for row, part, bias_Nt in ctx.found:
-            queries = part.rows(bias_Nt)
+        for row, chunk, bias_Nt in ctx.chunks:
+            queries = chunk.rows(bias_Nt)
             q_GNK, grad_GNK = q_BGNK[row, :, queries], grad_BGNK[row, :, queries]
-            k_GsK = part.gather(k_BGTK[row])
-            weight_GNs = weights(q_GNK, k_GsK, bias_Nt)
-            part.add(dv_BGTK[row], torch.bmm(weight_GNs.transpose(1, 2), grad_GNK))
-            d_weight_GNs = torch.bmm(grad_GNK, part.gather(v_BGTK[row]).transpose(1, 2))
+            k_GsK = chunk.gather(k_BGTK[row])
+            weight_GNs = attention_weights(q_GNK, k_GsK, bias_Nt)
+            chunk.scatter_add(dv_BGTK[row], torch.bmm(weight_GNs.transpose(1, 2), grad_GNK))
+            d_weight_GNs = torch.bmm(grad_GNK, chunk.gather(v_BGTK[row]).transpose(1, 2))
             d_score_GNs = torch._softmax_backward_data(d_weight_GNs, weight_GNs, -1, weight_GNs.dtype)
             dq_BGNK[row, :, queries] = torch.bmm(d_score_GNs, k_GsK)
-            part.add(dk_BGTK[row], torch.bmm(d_score_GNs.transpose(1, 2), q_GNK))
+            chunk.scatter_add(dk_BGTK[row], torch.bmm(d_score_GNs.transpose(1, 2), q_GNK))
         scale = q_BGNK.shape[-1] ** -0.5
         return by_head(dq_BGNK.mul_(scale), grad_BHTK.shape[2]), dk_BGTK.mul_(scale), dv_BGTK, None
 
 
 def by_group(x_BHTK: Tensor, groups: int) -> Tensor:
-    """(B, G, T · H/G, K) out of (B, H, T, K)."""
+    """(B, H, T, K) → (B, G, T · H/G, K)."""
     B, H, T, K = x_BHTK.shape
     return x_BHTK.reshape(B, groups, H // groups, T, K).transpose(2, 3).reshape(B, groups, -1, K)
 
 
 def by_head(x_BGNK: Tensor, tokens: int) -> Tensor:
-    """(B, H, T, K) out of (B, G, T · H/G, K), a token's heads side by side in memory."""
+    """(B, G, T · H/G, K) → (B, H, T, K), with a token's heads adjacent in memory."""
     B, G, _, K = x_BGNK.shape
     return x_BGNK.view(B, G, tokens, -1, K).transpose(1, 2).reshape(B, tokens, -1, K).transpose(1, 2)
 
 
-def weights(q_GNK: Tensor, k_GsK: Tensor, bias_Nt: Tensor) -> Tensor:
-    """softmax(q kᵀ / √K + bias), the bias on the last keys: (G, N, s)."""
+def attention_weights(q_GNK: Tensor, k_GsK: Tensor, bias_Nt: Tensor) -> Tensor:
+    """softmax(q kᵀ / √K + bias), (G, N, s); the bias is added to the last t keys."""
     score_GNs = torch.baddbmm(q_GNK[:, :1, :1], q_GNK, k_GsK.transpose(1, 2), beta=0, alpha=q_GNK.shape[-1] ** -0.5)
     score_GNs[..., -bias_Nt.shape[1] :] += bias_Nt
     return torch.softmax(score_GNs, -1)
 
 
 class DocumentAttend(FastAttend):
-    """FastAttend, document by document where the rows allow it."""
+    """`DocumentAttention` on a CPU if the rows split into documents, else `FastAttend`."""
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        held = visible.memo.setdefault("documents", {})  # the same for every layer of this window
-        if window not in held:
+        by_window = visible.memo.setdefault("documents", {})  # shared by the layers
+        if window not in by_window:
             found = find_documents(visible, window) if q_BHTK.is_cpu else None
-            held[window] = found and placed(found, q_BHTK.shape[1] // k_BGSK.shape[1], q_BHTK.dtype)
-        if held[window] is None:
+            by_window[window] = found and row_chunks(found, q_BHTK.shape[1] // k_BGSK.shape[1], q_BHTK.dtype)
+        if by_window[window] is None:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, visible, window)
-        return DocumentAttention.apply(q_BHTK, k_BGSK, v_BGSK, held[window])
+        return DocumentAttention.apply(q_BHTK, k_BGSK, v_BGSK, by_window[window])
 
 
-def placed(found: list[Document], ratio: int, dtype: torch.dtype) -> list[Placed]:
-    """Every part, with its bias for `ratio` query heads a key."""
+def row_chunks(documents: list[Document], ratio: int, dtype: torch.dtype) -> list[RowChunk]:
+    """The chunks of all documents; `ratio` is query heads per key head."""
     return [
-        (one.row, part, part.bias_tt.repeat_interleave(ratio, 0).to(dtype)) for one in found for part in one.parts()
+        (document.row, chunk, chunk.bias_tt.repeat_interleave(ratio, 0).to(dtype))
+        for document in documents
+        for chunk in document.chunks()
     ]
