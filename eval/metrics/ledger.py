@@ -1,7 +1,8 @@
-"""The disagreement ledger: every answer that two presets score differently, and the reason.
+"""The disagreement ledger: every answer that two presets score differently, with the reason.
 
-Answers are compared by exact match: clinical form, released form, or the plain text. And a right answer is listed where
-a definition still gives it no more than 0.5: one word has no pair of words, so COCO's BLEU-2 of a perfect one is 0.001.
+Answers are compared by exact match under the presets' three forms (clinical, released, plain text). Also listed are
+right answers to which some preset gives a BLEU-2 of at most 0.5: an answer of one word has no bigram, so COCO's BLEU-2
+of a perfect one is 0.001.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ from eval.metrics.scoring import answers, question
 from eval.metrics.text import clinical, released, unstemmed
 
 ONE_WORD = "a perfect answer of one word has no pair of words for BLEU-2"
-COMPARED = {  # presets whose forms differ, with those that share each form
+COMPARED = {  # one preset of each form → the presets that share the form
     "clinical": "clinical",
     "cancerllm": "cancerllm, cancerllm-released",
     "coco": "coco, sacrebleu, nltk, rouge_score",
@@ -22,7 +23,7 @@ COMPARED = {  # presets whose forms differ, with those that share each form
 
 
 def why(predicted: str, gold: str) -> str:
-    """The reason that the forms of two answers agree under one preset and not under another."""
+    """Why two answers are equal under one preset and different under another."""
     if released(predicted) == released(gold) and clinical(predicted) != clinical(gold):
         if unstemmed(predicted) != unstemmed(gold):
             return "Porter stems make the words equal; clinically they are written differently"
@@ -37,11 +38,13 @@ def why(predicted: str, gold: str) -> str:
 
 
 def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[str, Any]]:
-    """For (predicted, gold) answers of each question: those scored differently, equal ones counted, commonest first
-    and the one-word answers last."""
+    """The answers that presets score differently, from each question's (predicted, gold) answers.
+
+    Identical disagreements are one entry with a count. Sorted by count, with the one-word answers last.
+    """
     found: dict[tuple[str, str, str], dict[str, Any]] = {}
 
-    def note(predicted: str, gold: str, reason: str, verdicts: dict[str, str]) -> None:
+    def add(predicted: str, gold: str, reason: str, verdicts: dict[str, str]) -> None:
         entry = found.setdefault(
             (predicted, gold, reason),
             {"predicted": predicted, "gold": gold, "why": reason, "verdicts": verdicts, "count": 0},
@@ -49,19 +52,16 @@ def ledger(pairs: Iterable[tuple[Sequence[str], Sequence[str]]]) -> list[dict[st
         entry["count"] += 1
 
     for given, gold in pairs:
-        rights = answers(list(gold), PRESETS["clinical"])
+        golds = answers(list(gold), PRESETS["clinical"])
         for one in answers(list(given), PRESETS["clinical"]):
-            equal = {name: [g for g in rights if PRESETS[name].form(one) == PRESETS[name].form(g)] for name in COMPARED}
+            equal = {name: [g for g in golds if PRESETS[name].form(one) == PRESETS[name].form(g)] for name in COMPARED}
             if any(equal.values()) and not all(equal.values()):
-                near = next(g for g in rights if any(g in those for those in equal.values()))
-                verdicts = {COMPARED[name]: "right" if those else "wrong" for name, those in equal.items()}
-                note(one, near, why(one, near), verdicts)
-            if one in rights:
-                low: dict[str, str] = {}
-                for name, preset in PRESETS.items():
-                    bleu = question([one], [one], preset)["bleu2"].f1
-                    low |= {name: f"BLEU-2 {bleu:.1f}"} if bleu <= 50 else {}
-                if low:
-                    note(one, one, ONE_WORD, low)
+                match = next(g for g in golds if any(g in matches for matches in equal.values()))
+                verdicts = {COMPARED[name]: "right" if matches else "wrong" for name, matches in equal.items()}
+                add(one, match, why(one, match), verdicts)
+            if one in golds:
+                bleus = {name: question([one], [one], preset)["bleu2"].f1 for name, preset in PRESETS.items()}
+                if low := {name: f"BLEU-2 {bleu:.1f}" for name, bleu in bleus.items() if bleu <= 50}:
+                    add(one, one, ONE_WORD, low)
     order = lambda entry: (entry["why"] == ONE_WORD, -entry["count"], entry["predicted"], entry["gold"])  # noqa: E731
     return sorted(found.values(), key=order)

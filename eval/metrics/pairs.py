@@ -1,8 +1,7 @@
-"""How alike two texts are: BLEU-2 in three definitions, ROUGE-L in two, ROUGE-1 over sets. All return 0 to 1.
+"""Similarity of two texts, 0 to 1: BLEU-2 in three definitions, ROUGE-L in two, ROUGE-1 over sets.
 
-The longest common subsequence is found bit-parallel (Hyyrö, 2004): one row of the table of lengths is one integer,
-whose zero bits mark where the length grows, so a step is five operations on whole words whatever the reference's
-length.
+The longest common subsequence uses Hyyrö's bit-parallel algorithm (2004): a row of the dynamic-programming table is one
+integer whose zero bits mark where the length grows by one, so a row costs five integer operations.
 
     >>> lcs_length("a b c d".split(), "b x d".split())
     2
@@ -23,41 +22,42 @@ Words = Sequence[str]
 
 
 def lcs_length(a: Sequence[Hashable], b: Sequence[Hashable]) -> int:
-    """The length of the longest common subsequence of two sequences."""
-    places: dict[Hashable, int] = {}
+    """Length of the longest common subsequence."""
+    positions: dict[Hashable, int] = {}  # of each item of b, as a bit mask
     bit = 1
     for item in b:
-        places[item] = places.get(item, 0) | bit
+        positions[item] = positions.get(item, 0) | bit
         bit <<= 1
-    everything = bit - 1
-    row = everything
+    mask = bit - 1
+    row = mask
     for item in a:
-        here = places.get(item)
-        if here is not None:
-            met = row & here
-            row = ((row + met) | (row - met)) & everything
+        occurrences = positions.get(item)
+        if occurrences is not None:
+            matched = row & occurrences
+            row = ((row + matched) | (row - matched)) & mask
     return len(b) - row.bit_count()
 
 
 def matches(p: Words, g: Words) -> tuple[int, int]:
-    """Clipped matches of single words and of pairs of words (BLEU's numerators for orders 1 and 2)."""
+    """Clipped unigram and bigram matches (the numerators of BLEU's precisions)."""
     return _clipped(p, g), _clipped(pairwise(p), pairwise(g))
 
 
 def _clipped(p: Iterable[Hashable], g: Iterable[Hashable]) -> int:
-    left: dict[Hashable, int] = {}
-    _count_elements(left, g)  # Counter's own counting in C, into a plain dict: half of BLEU's time otherwise
-    unspent, found = left.get, 0
+    remaining: dict[Hashable, int] = {}
+    _count_elements(remaining, g)  # Counter's C loop on a plain dict: building a Counter would take half of BLEU's time
+    get, found = remaining.get, 0
     for item in p:
-        count = unspent(item)
+        count = get(item)
         if count:
-            left[item] = count - 1
+            remaining[item] = count - 1
             found += 1
     return found
 
 
 def bleu_coco(p: Words, g: Words) -> float:
-    """The COCO caption scorer's BLEU-2: products of (matches + 1e-15) / (guesses + 1e-9), so no bigram means near 0."""
+    """The COCO caption scorer's BLEU-2. Its precisions are (matches + 1e-15) / (n-grams + 1e-9), so that a text without
+    a matching bigram scores close to 0."""
     product = 1.0
     for order, right in enumerate(matches(p, g)):
         product *= (right + 1e-15) / (max(0, len(p) - order) + 1e-9)
@@ -77,8 +77,8 @@ def bleu_sacrebleu(p: Words, g: Words) -> float:
 
 
 def bleu_nltk(p: Words, g: Words) -> float:
-    """nltk's sentence_bleu with weights (0.5, 0.5) and no smoothing: an order without a match counts as the smallest
-    positive float, an order without a guess as one guess (so a one-word answer that is right gets 1.5e-154)."""
+    """nltk's sentence_bleu with weights (0.5, 0.5) and no smoothing. An order without a match has a precision of the
+    smallest normal float, so a right answer of one word scores 1.5e-154."""
     one, two = matches(p, g)
     if not one:
         return 0.0
@@ -89,7 +89,7 @@ def bleu_nltk(p: Words, g: Words) -> float:
 
 
 def rouge_l_coco(p: Words, g: Words) -> float:
-    """The COCO caption scorer's ROUGE-L: F with beta = 1.2, which leans to recall."""
+    """The COCO caption scorer's ROUGE-L: F-measure with beta = 1.2, which favours recall."""
     common = lcs_length(p, g)
     if not common:
         return 0.0
@@ -104,6 +104,6 @@ def rouge_l_google(p: Words, g: Words) -> float:
 
 
 def rouge_1_sets(p: Words, g: Words) -> float:
-    """The released copy's "ROUGE": F1 of the two sets of words; order and repeats do not count."""
+    """The "ROUGE" of the paper's released script: F1 of the two sets of words, ignoring order and repeats."""
     a, b = set(p), set(g)
     return 2 * len(a & b) / (len(a) + len(b)) if a and b else 0.0

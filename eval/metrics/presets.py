@@ -1,14 +1,14 @@
-"""The presets: which words each metric sees and which definition it follows. A preset is data; the scorer is one.
+"""The presets: for each metric, how answers are tokenized and whose definition is used.
 
 | preset | exact match compares | BLEU-2 | ROUGE-L |
 | --- | --- | --- | --- |
 | clinical | clinical form | sacrebleu's, on clinical words | COCO's, on clinical words |
 | cancerllm | released form (stemmed) | COCO's, on stemmed words | COCO's, on stemmed words |
-| cancerllm-released | released form (stemmed) | none: commented out | ROUGE-1 over sets of stemmed words |
-| coco | the text, spaces folded | COCO's, words at spaces | COCO's, words at single spaces |
-| sacrebleu | the text, spaces folded | sacrebleu's, 13a words | COCO's, 13a words |
-| nltk | the text, spaces folded | nltk's, words at spaces | COCO's, words at spaces |
-| rouge_score | the text, spaces folded | COCO's, rouge_score's words | rouge_score's |
+| cancerllm-released | released form (stemmed) | none (the script has it commented out) | ROUGE-1 over sets of stems |
+| coco | text, whitespace collapsed | COCO's, split at whitespace | COCO's, split at each space |
+| sacrebleu | text, whitespace collapsed | sacrebleu's, 13a words | COCO's, 13a words |
+| nltk | text, whitespace collapsed | nltk's, split at whitespace | COCO's, split at whitespace |
+| rouge_score | text, whitespace collapsed | COCO's, rouge_score's words | rouge_score's |
 """
 
 from __future__ import annotations
@@ -25,26 +25,30 @@ Words = list[str]
 
 @dataclass(frozen=True)
 class Preset:
-    """`form` is what exact match compares; `words` are those of BLEU and of ROUGE (of the latter `rouge_words`, where
-    they differ), `bleu` and `rouge` the definitions (None: not computed). `nothing` is the answer that counts as no
-    answer at all (None: a text like any other). `separator` (a regular expression) divides a text into answers; a
-    list's items too where `splits_lists`. `choices` says all of it in words, and `signature` is what a score
-    carries."""
+    """The definitions that one public scorer (or ours) uses."""
 
     name: str
     form: Callable[[str], str]
+    """Normalization for exact match."""
     words: Callable[[str], Words]
+    """Tokenization for BLEU, and for ROUGE unless `rouge_words` is given."""
     bleu: Callable[[Words, Words], float] | None
+    """BLEU-2 of two answers; None: not computed."""
     rouge: Callable[[Words, Words], float]
     choices: str
+    """All choices of the preset, in the form of a sacrebleu signature."""
     rouge_words: Callable[[str], Words] | None = None
     nothing: str | None = None
+    """The phrase that counts as no answer; None: no phrase does."""
     separator: str = ","
+    """A regular expression at which a text is split into answers."""
     splits_lists: bool = False
+    """Split the items of a list too, not only a text."""
     version: int = 1
 
     @property
     def signature(self) -> str:
+        """Printed with every score; `chosen` accepts it in place of a name."""
         return f"preset:{self.name}|{self.choices}|v:{self.version}"
 
 
@@ -134,11 +138,11 @@ PRESETS: dict[str, Preset] = {preset.name: preset for preset in _ALL}
 
 
 def chosen(name: str) -> Preset:
-    """The preset of a name or of a score's signature. Raises UserError where there is none, or where a signature
-    names other choices than the ones that its preset makes here."""
+    """The preset with this name or signature. Raises UserError if there is none, or if the signature differs from that
+    of the preset as it is now."""
     known = name.removeprefix("preset:").split("|")[0]
     if known not in PRESETS:
-        raise UserError(f"no preset {known!r}{nearest(known, list(PRESETS))}; there are {', '.join(PRESETS)}")
+        raise UserError(f"no preset {known!r}{nearest(known, list(PRESETS))}; the presets are {', '.join(PRESETS)}")
     if known != name and name != PRESETS[known].signature:
         raise UserError(f"the signature {name} cannot be reproduced here; the preset is now {PRESETS[known].signature}")
     return PRESETS[known]

@@ -1,10 +1,10 @@
-"""The set scorer: a question's predicted answers P against its right ones G, under a preset.
+"""The set scorer: a question's predicted answers P against its gold answers G, under a preset.
 
     precision = mean over p of max over g of m(p, g)        both empty       1, 1, 1
     recall    = mean over g of max over p of m(p, g)        only G empty     0, 1, 0
     F1        = harmonic mean of the two, per question      only P empty     1, 0, 0
 
-and averages over questions × 100. Two receptors right of three, none wrong: precision 1, recall 2/3, F1 0.8.
+Scores are means over questions, in percent. Two of three receptors found, none wrong: precision 1, recall 2/3, F1 0.8.
 
     >>> result = score(["ER+; PR-"], [["ER+", "PR-", "HER2-"]])
     >>> result.exact_match
@@ -26,7 +26,7 @@ METRICS = ("exact_match", "bleu2", "rouge_l")
 
 @dataclass(frozen=True)
 class Figures:
-    """Precision, recall and F1 in percent; nan where the preset does not compute the metric."""
+    """Precision, recall and F1 in percent; NaN if the preset does not compute the metric."""
 
     precision: float
     recall: float
@@ -35,38 +35,43 @@ class Figures:
 
 @dataclass(frozen=True)
 class Scores:
-    """`per_question[i]` holds the three metrics of question i; `signature` says how to reproduce the setting.
-    `average_f1` is the mean F1 of the metrics that the preset computes (three; two for cancerllm-released)."""
+    """Means over questions, with each question's own scores."""
 
     exact_match: Figures
     bleu2: Figures
     rouge_l: Figures
     average_f1: float
+    """Mean F1 of the metrics that the preset computes (three; two for cancerllm-released)."""
     per_question: tuple[dict[str, Figures], ...]
+    """Metric name → figures, in the order of the questions."""
     signature: str
+    """The preset and its choices, enough to reproduce the scores."""
 
 
 def score(
     predictions: Sequence[str | Sequence[str]], references: Sequence[str | Sequence[str]], preset: str = "clinical"
 ) -> Scores:
-    """Score answers: one item a question in both lists, each a list of answers or one text that is split: at "; " under
-    `clinical`, at commas under the others, as the paper's scripts do (give a list of one where commas belong to it).
+    """Score the answers to many questions.
 
-    `preset` is a name or another score's signature. Raises UserError where one is no list, where they differ in length
-    or are empty, or where the preset is not known.
+    Each list has one item per question: a list of answers, or one text, which is split at "; " under `clinical` and at
+    commas under the other presets, as the paper's scripts do. For a single answer that contains commas give a list of
+    one.
+
+    `preset` is a name, or the signature of another score. Raises UserError if an argument is a text instead of a list,
+    if the lists are empty or differ in length, or if the preset is unknown.
     """
     made = chosen(preset)
     if isinstance(predictions, str) or isinstance(references, str):
-        raise UserError("a text in the place of a list; give lists, one item a question")
+        raise UserError("a text in place of a list; give lists with one item per question")
     if len(predictions) != len(references):
-        raise UserError(f"{len(predictions)} predictions for {len(references)} references: give one item a question")
+        raise UserError(f"{len(predictions)} predictions for {len(references)} references; give one item per question")
     if not references:
-        raise UserError("nothing to score: no question was given")
+        raise UserError("nothing to score: the lists are empty")
     return gather([question(p, g, made) for p, g in zip(predictions, references, strict=True)], made.name)
 
 
 def gather(per_question: Sequence[dict[str, Figures]], preset: str) -> Scores:
-    """Scores of many questions from each one's."""
+    """Average the questions' scores."""
     means = {
         name: Figures(
             *(_mean(getattr(one[name], part) for one in per_question) for part in ("precision", "recall", "f1"))
@@ -95,7 +100,7 @@ def question(predicted: str | Sequence[str], gold: str | Sequence[str], preset: 
 
 
 def answers(given: str | Sequence[str], preset: Preset) -> list[str]:
-    """The distinct answers of a text or a list; blanks, and the preset's word for no answer, are no answer."""
+    """The distinct answers in a text or a list, without blanks and without the preset's phrase for "no answer"."""
     parts: Iterable[str] = [given] if isinstance(given, str) else given
     if isinstance(given, str) or preset.splits_lists:
         parts = [part for text in parts for part in re.split(preset.separator, text)]
@@ -106,7 +111,7 @@ def answers(given: str | Sequence[str], preset: Preset) -> list[str]:
 
 
 def best_matches(ps: Sequence, gs: Sequence, m) -> Figures:
-    """Precision, recall and F1 of two sets of answers under the similarity m(p, g)."""
+    """Precision, recall and F1 of predicted against gold answers under the similarity m(p, g)."""
     if not ps or not gs:
         precision, recall = float(not ps), float(not gs)
     else:

@@ -1,14 +1,14 @@
-"""How far a mean can be trusted: one interval, over patients, because one patient's questions are correlated.
+"""95 % confidence intervals and paired tests, clustered by patient because one patient's questions are correlated.
 
-`interval` adds two patients of average size to those that were seen, one with every answer right and one with every
-answer wrong, and takes the cluster-robust t-interval of the mean of all, with n - 1 degrees of freedom for n patients.
-With one binary question a patient this is close to Agresti and Coull's interval; the added patients keep it from zero
-width where all patients are alike, and keep its coverage near 0 and 100, where the plain t-interval covers 83 to 88 %
-(simulated; tests/eval/metrics/test_statistics.py requires at least 93 % of this one). `paired` is the same interval of
-differences, whose bounds are -100 and 100, and its p-value inverts it: p < 0.05 where 0 lies outside. Fewer than 10
-patients have no interval.
+`interval` adds two pseudo-patients of average size to the n that were seen, one with every answer right and one with
+every answer wrong, and returns the cluster-robust t-interval of the mean over all, with n - 1 degrees of freedom. For
+one binary question per patient this is close to the Agresti-Coull interval. The pseudo-patients keep the width above
+zero where all patients agree, and keep the coverage for means near 0 and 100, where the plain t-interval covers only
+83 to 88 % (simulated; tests/eval/metrics/test_statistics.py requires at least 93 % here). `paired` is the same interval
+for differences, with bounds -100 and 100; its p-value inverts the interval: p < 0.05 exactly if 0 lies outside. Below
+10 patients there is no interval.
 
-It says how the mean varies between samples of *patients*; another training of the same model varies beyond it.
+The interval covers the sampling of *patients* only; repeated trainings of one model vary in addition.
 
     >>> low, high = interval([100.0] * 10, list("abcdefghij"))
     >>> round(low, 1), high
@@ -29,13 +29,13 @@ from typing import Any
 import numpy as np
 
 FEWEST = 10
-"""Patients below which no interval is given."""
+"""No interval is given below this number of patients."""
 Interval = tuple[float, float] | tuple[None, None]
 
 
 @dataclass(frozen=True)
 class _Estimate:
-    """The mean of n patients and of two more at the bounds, with its standard error."""
+    """Mean over the patients and the two pseudo-patients at the bounds, with its standard error."""
 
     centre: float
     error: float
@@ -48,20 +48,20 @@ class _Estimate:
         return max(bounds[0], self.centre - half_width), min(bounds[1], self.centre + half_width)
 
     def p(self) -> float | None:
-        """Of a true mean of 0."""
+        """Two-sided p-value of the hypothesis that the true mean is 0."""
         return None if self.patients < FEWEST else two_sided_p(self.centre / self.error, self.patients - 1)
 
 
 def interval(
     values: Sequence[float], patients: Sequence[Hashable], bounds: tuple[float, float] = (0.0, 100.0)
 ) -> Interval:
-    """The 95 % interval of the mean of `values` (each within `bounds`); (None, None) below 10 patients."""
+    """95 % interval of the mean of `values` (each within `bounds`); (None, None) below 10 patients."""
     return _estimate(values, patients, bounds).interval(bounds)
 
 
 def paired(a: Sequence[float], b: Sequence[float], patients: Sequence[Hashable]) -> dict[str, float | None]:
-    """What system B adds to system A on the same questions (percent): the difference of means, its interval and the
-    p-value that inverts it, and how many questions are better and worse."""
+    """System B minus system A on the same questions, in percent: the difference of means with its interval and p-value,
+    and how many questions got better and worse."""
     difference = np.asarray(b, dtype=float) - np.asarray(a, dtype=float)
     bounds = (-100.0, 100.0)
     estimate = _estimate(difference, patients, bounds)
@@ -81,8 +81,10 @@ def paired(a: Sequence[float], b: Sequence[float], patients: Sequence[Hashable])
 def slope(
     x: Sequence[float], values: Sequence[Sequence[float]], patients: Sequence[Hashable]
 ) -> dict[str, float | None]:
-    """The least-squares slope of the mean against x, where the same questions were answered at every x (`values[i]` at
-    x[i], percent): the mean of each question's own slope, with the interval of that mean.
+    """Least-squares slope of the mean score against x, with its interval.
+
+    `values[i]` holds the scores (percent) of all questions at x[i], the same questions at every x. The slope is the
+    mean of the questions' own slopes, so the interval is that of a mean over patients.
 
     >>> falling = slope([0, 1, 2], [[100, 100], [50, 60], [0, 20]], ["a", "b"])
     >>> falling["slope"], falling["low"]
@@ -97,12 +99,12 @@ def slope(
 
 
 def format_interval(low: float | None, high: float | None, digits: int = 1) -> str:
-    """The interval in brackets; nothing where there is none."""
+    """The interval in brackets; "" if there is none."""
     return "" if low is None or high is None else f"[{low:.{digits}f}, {high:.{digits}f}]"
 
 
 def format_f1(figures: Mapping[str, Any] | None, digits: int = 1) -> str:
-    """An F1 with its interval (`digits` after the point); "–" where nothing was asked."""
+    """An F1 with its interval (to `digits` decimals); "–" if there was no question."""
     if not figures:
         return "–"
     return f"{figures['f1']:.1f} {format_interval(figures['low'], figures['high'], digits)}".rstrip()
@@ -115,25 +117,25 @@ def format_p(p: float | None) -> str:
 def _estimate(
     values: Sequence[float] | np.ndarray, patients: Sequence[Hashable], bounds: tuple[float, float]
 ) -> _Estimate:
-    places = {patient: place for place, patient in enumerate(dict.fromkeys(patients))}
-    index = [places[patient] for patient in patients]
+    numbers = {patient: number for number, patient in enumerate(dict.fromkeys(patients))}
+    index = [numbers[patient] for patient in patients]
     sums_P = np.bincount(index, weights=np.asarray(values, dtype=float))
     counts_P = np.bincount(index).astype(float)
-    typical = counts_P.mean()
-    sums_P = np.append(sums_P, np.asarray(bounds) * typical)
-    counts_P = np.append(counts_P, (typical, typical))
+    average = counts_P.mean()
+    sums_P = np.append(sums_P, np.asarray(bounds) * average)
+    counts_P = np.append(counts_P, (average, average))
     centre = float(sums_P.sum() / counts_P.sum())
     residuals_P = sums_P - centre * counts_P
     n = len(sums_P)
     error = math.sqrt((residuals_P**2).sum() * n / (n - 1)) / float(counts_P.sum())
-    return _Estimate(centre, error, len(places))
+    return _Estimate(centre, error, len(numbers))
 
 
-# Student's t with a whole number of degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
+# Student's t for integer degrees of freedom (Abramowitz and Stegun, 26.7.3 and 26.7.4).
 
 
 def two_sided_p(t: float, degrees: int) -> float:
-    """The probability of a value as far from 0 as t, on either side."""
+    """Probability of a value at least as far from 0 as t."""
     angle = math.atan2(abs(t), math.sqrt(degrees))
     sine, cosine = math.sin(angle), math.cos(angle)
     odd = degrees % 2
@@ -147,7 +149,7 @@ def two_sided_p(t: float, degrees: int) -> float:
 
 @cache
 def t_quantile(degrees: int, level: float = 0.95) -> float:
-    """The t within which `level` of the distribution lies."""
+    """The t such that `level` of the distribution lies within ±t."""
     low, high = 0.0, 1000.0
     for _ in range(80):
         middle = (low + high) / 2

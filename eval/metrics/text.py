@@ -1,4 +1,6 @@
-"""What a metric sees of an answer: each public scorer's own words, and ours, which keep what carries clinical meaning.
+"""Normalization and tokenization of answers: the public scorers' rules, and our own.
+
+Ours (`clinical`) keeps what carries clinical meaning (signs, decimal points, units); `released`, the paper's, does not:
 
 >>> released("HER2+, 2.5 cm (C50.911)"), released("HER2-, 25 cm (C50911)")
 ('her2 25 cm c50911', 'her2 25 cm c50911')
@@ -22,28 +24,28 @@ from functools import cache, lru_cache
 
 _PUNCTUATION = str.maketrans("", "", string.punctuation)
 
-# ---- the released script's ------------------------------------------------------------------------------------
+# ---- the paper's released script ------------------------------------------------------------------------------
 
 
 def unstemmed(text: str) -> str:
-    """Lower-cased, ASCII punctuation removed, spaces folded."""
+    """Lower case, without ASCII punctuation, whitespace collapsed."""
     return " ".join(text.lower().translate(_PUNCTUATION).split())
 
 
 @lru_cache(maxsize=2**16)
 def released(text: str) -> str:
-    """What the released set scorer compares: lower-cased, punctuation removed, every word Porter-stemmed."""
+    """The form that the paper's released scorer compares: lower case, no punctuation, every word Porter-stemmed."""
     return " ".join(filter(None, map(_stem(), unstemmed(text).split())))
 
 
 @cache
 def _stem() -> Callable[[str], str]:
-    from nltk.stem.porter import PorterStemmer  # 0.4 s, which only the paper's presets need
+    from nltk.stem.porter import PorterStemmer  # imported here: takes 0.4 s, and only the paper's presets need it
 
     return lru_cache(maxsize=2**16)(PorterStemmer().stem)
 
 
-# ---- sacrebleu's (mteval-v13a) --------------------------------------------------------------------------------
+# ---- sacrebleu's tokenizer, 13a (mteval-v13a) -----------------------------------------------------------------
 
 _SYMBOL = re.compile(r"([{-~\[-` -&(-+:-@/])")
 _STOP_AFTER = re.compile(r"([^0-9])([.,])")
@@ -59,7 +61,7 @@ def _word_13a(word: str) -> tuple[str, ...]:
 
 
 def words_13a(text: str) -> list[str]:
-    """mteval-v13a's words. No rule of it looks past a space, so words are split one by one and remembered."""
+    """mteval-v13a's words. None of its rules crosses a space, so each word is split alone and its split cached."""
     text = text.rstrip()
     if "<" in text:
         text = text.replace("<skipped>", "")
@@ -76,30 +78,31 @@ def words_13a(text: str) -> list[str]:
     return words
 
 
-# ---- rouge_score's --------------------------------------------------------------------------------------------
+# ---- rouge_score's tokenizer ----------------------------------------------------------------------------------
 
 _ALPHANUMERIC = re.compile(r"[a-z0-9]+")
 
 
 def words_rouge(text: str) -> list[str]:
-    """rouge_score's default words: runs of a-z and 0-9, lower-cased, no stemming."""
+    """rouge_score's default words: runs of a-z and 0-9 in lower case, no stemming."""
     return _ALPHANUMERIC.findall(text.lower())
 
 
-# ---- ours -----------------------------------------------------------------------------------------------------
+# ---- our clinical form ----------------------------------------------------------------------------------------
 
 
 @lru_cache(maxsize=2**16)
 def clinical(text: str) -> str:
-    """The form that our preset compares: tokens separated by single spaces. clinical(clinical(text)) is clinical(text).
+    """The form that our preset compares: tokens separated by single spaces. Idempotent.
 
-    Kept: signs, comparisons, arrows, primes and other symbols, decimal points in numbers and codes, capitals of
-    abbreviations that are words in small letters (ALL, AIDS, US …; not in a text all in capitals). Folded: other case,
-    Unicode compatibility forms, punctuation, hyphens of words, number words, "positive" and "negative" to signs, µm and
-    cm to mm, squared and cubed too, "by" to x, "to" to a range, thousands marks, decimal commas, trailing zeros.
+    Kept: signs, comparisons, arrows, primes and other symbols, decimal points in numbers and codes, and capitals of
+    abbreviations that are also common words (ALL, AIDS, US …; not in a text all in capitals). Removed: other case,
+    Unicode compatibility forms, punctuation, hyphens inside words, thousands separators, trailing zeros. Rewritten:
+    number words to digits, "positive" and "negative" to signs, µm and cm to mm (also squared and cubed), "by" to x,
+    "to" between numbers to a hyphen, decimal commas to points.
 
-    Rules that look at neighbouring characters run before the text is cut into tokens and leave nothing that they would
-    match again; rules that look at neighbouring tokens run on the tokens joined by spaces.
+    Rules that look at neighbouring characters run before tokenization; each leaves nothing that it would match again.
+    Rules that look at neighbouring tokens run afterwards, on the tokens joined by spaces.
     """
     text = _fold_case(_fold_characters(_fractions_and_powers(text)))
     for rewrite in (_statuses, _hyphens, _number_words, _times):
@@ -131,7 +134,7 @@ _CASED = re.compile(r"\b(ALL|AIDS|US|MEN|CAT|WHO|IT|OR|NO)\b")
 
 
 def _fractions_and_powers(text: str) -> str:
-    """10⁹ to 10^9 and 2½ to 2.5, before compatibility forms are folded and they become 109 and 21/2."""
+    """10⁹ to 10^9 and 2½ to 2.5. Must run before NFKC, which would make them 109 and 21/2."""
     text = _POWER.sub(lambda match: "^" + match[0].translate(_SUPERSCRIPTS), text)
 
     def value(match: re.Match[str]) -> str:
@@ -142,7 +145,7 @@ def _fractions_and_powers(text: str) -> str:
 
 
 def _fold_characters(text: str) -> str:
-    """NFKC without invisible characters; one character for each dash, comparison, decimal point and digit."""
+    """NFKC without invisible characters; all dashes, comparisons, decimal points and digits in one spelling each."""
     text = unicodedata.normalize("NFKC", _INVISIBLE.sub("", text))
     text = _DASHES.sub("-", text)
     for pattern, character in _SYNONYMS:
@@ -151,8 +154,8 @@ def _fold_characters(text: str) -> str:
 
 
 def _fold_case(text: str) -> str:
-    """Small letters, but for the words of _CASED. In a text all in capitals those mean nothing."""
-    parts = _CASED.split(text)  # every second one is such a word
+    """Lower case, except for the words of _CASED, unless the whole text is in capitals."""
+    parts = _CASED.split(text)  # odd indices hold the matches
     others = "".join(parts[::2])
     if text == text.upper() and others != others.casefold():
         parts = [text]
@@ -188,7 +191,7 @@ def _statuses(text: str) -> str:
 
 
 def _hyphens(text: str) -> str:
-    """Tell hyphens of words (mucin-rich, HER2-low, IL-2) from signs and ranges (HER2-, 3-4)."""
+    """Replace hyphens inside words (mucin-rich, HER2-low, IL-2) by _JOINT; signs and ranges (HER2-, 3-4) stay."""
     return _HYPHEN.sub(_JOINT, text)
 
 
@@ -221,7 +224,7 @@ _MEANINGLESS = frozenset("|®©∙⋅")
 
 
 def _tokens(text: str) -> list[str]:
-    """Words, codes, numbers as plain decimals, and the symbols that carry meaning."""
+    """Words, codes, numbers as plain decimals, and symbols that carry meaning."""
     found = []
     for match in _TOKEN.finditer(text):
         if match["ratio"]:
@@ -234,8 +237,11 @@ def _tokens(text: str) -> list[str]:
 
 
 def _numbers(text: str) -> list[str]:
-    """The number that digits, points and commas write: a comma or apostrophe before three digits is a thousands mark,
-    another comma a decimal one. 1.2.3 stays, and 1,2,3 is three numbers."""
+    """The numbers in a run of digits, points and commas.
+
+    A comma or apostrophe before three digits separates thousands; any other comma is a decimal comma. 1.2.3 is kept,
+    and 1,2,3 is three numbers.
+    """
     if _THOUSANDS.fullmatch(text):
         mark = "," if "," in text.split(".")[0] and "'" not in text and "’" not in text else "'’"
         for character in mark:
@@ -247,21 +253,21 @@ def _numbers(text: str) -> list[str]:
 
 
 def _carries_meaning(symbol: str) -> bool:
-    """Mathematical and other symbols and combining marks do; punctuation, bullets and boxes do not."""
+    """True for mathematical and other symbols and combining marks; False for punctuation, bullets and box drawing."""
     if symbol in _MEANINGFUL or symbol in _MEANINGLESS or "\u2500" <= symbol <= "\u25ff":
         return symbol in _MEANINGFUL
     return unicodedata.category(symbol) in ("Sm", "So", "Sc", "Mn", "Mc", "Me")
 
 
 def _decimal(number: str, places: int = 0) -> str:
-    """A decimal number with its point moved right, exactly, without needless zeros or an exponent."""
+    """The number times 10**places, exact, without trailing zeros or an exponent."""
     _, digits, exponent = Decimal(number).as_tuple()
     plain = f"{Decimal((0, digits, int(exponent) + places)):f}"
     return plain.rstrip("0").rstrip(".") if "." in plain else plain
 
 
 def _rational(value: Fraction) -> str:
-    """A decimal where it is one, else top⁄bottom."""
+    """The value as a finite decimal if it is one, else as numerator⁄denominator."""
     bottom = value.denominator
     for prime in (2, 5):
         while bottom % prime == 0:
@@ -298,7 +304,8 @@ _PLACES = {"mm": 0, "cm": 1, "μm": -3}
 
 
 def _units(text: str) -> str:
-    """One word for each unit; "by" and "to" between numbers. Repeated, since one rule's words may serve another."""
+    """One spelling for each unit; "by" and "to" between numbers as x and -. Repeated until nothing changes, because
+    one rule's output may be another's input."""
     before = ""
     while before != text:
         before = text
@@ -308,7 +315,7 @@ def _units(text: str) -> str:
 
 
 def _lengths(text: str) -> str:
-    """Every number of a size or range in mm: one without a unit of its own has the next one's."""
+    """All numbers of a size or range in mm. A number without a unit takes the unit of the number after it."""
 
     def millimetres(match: re.Match[str]) -> str:
         power, unit, converted = int(match["power"] or 1), "mm", ""
