@@ -1,1 +1,1 @@
-"""A checkpoint compared with transformers and peft."""
+"""Compares a checkpoint with transformers, and an adapter with peft."""

@@ -1,7 +1,8 @@
-"""The comparisons behind `python -m eval.parity`: stages, gradients, greedy text, tokenizers. Each yields rows.
+"""The comparisons behind `python -m eval.parity`: stages, gradients, greedy text, tokenizers. Each returns rows.
 
-In fp32 on a CPU a stage holds when it is bit-identical. Elsewhere (a GPU, bf16), and for gradients, the reference is
-our own model in a wider dtype on the same weights: ours holds when its error is at most twice transformers' own.
+In fp32 on a CPU a stage passes if it is bit-identical. Elsewhere (GPU, bf16), and for gradients, both sides are
+compared with our own model in a wider dtype on the same weights, and ours passes if its RMS error is at most twice
+transformers'.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ from model.text.chat import OWN
 from model.text.engines import Fast
 from model.text.tokenizer import to_characters
 
-RATIO = 2.0  # the error that a path may have, in its peer's errors
+RATIO = 2.0  # largest accepted (our error) / (transformers' error)
 
 
 @dataclass(frozen=True)
 class Row:
-    """One thing compared. `error` is the largest absolute difference; `ulps` counts representable numbers between."""
+    """The result of one comparison. `error` is the largest absolute difference, `ulps` the same in units in the last
+    place."""
 
     section: str
     name: str
@@ -36,19 +38,20 @@ class Row:
 
 
 def ulps(a: Tensor, b: Tensor) -> int:
-    """The largest number of steps between neighbouring floats that separate two tensors of one dtype."""
+    """Largest difference of two tensors of one dtype in ULPs: the number of steps between neighbouring floats."""
     kind = {2: torch.int16, 4: torch.int32, 8: torch.int64}[a.dtype.itemsize]
     low = torch.iinfo(kind).min
 
-    def place(x: Tensor) -> Tensor:  # floats in order, −0 and 0 at the same place
+    def rank(x: Tensor) -> Tensor:  # position in the order of all floats; −0 and 0 are equal
         bits = x.contiguous().view(kind)
         return torch.where(bits < 0, low - bits, bits).double()
 
-    return int((place(a) - place(b)).abs().max()) if a.numel() else 0
+    return int((rank(a) - rank(b)).abs().max()) if a.numel() else 0
 
 
 def compare(section: str, name: str, got: Tensor, wanted: Tensor, exact: Tensor | None) -> Row:
-    """A row for two tensors: bit equality, or, where a reference is given, the ratio of the errors against it."""
+    """Compare two tensors: bit for bit, or, if the reference `exact` is given, by the ratio of their errors against
+    it."""
     if got.shape != wanted.shape:
         return Row(section, name, False, float("inf"), detail=f"shape {list(got.shape)}, theirs {list(wanted.shape)}")
     same = torch.equal(got, wanted.to(got.dtype))
@@ -61,7 +64,7 @@ def compare(section: str, name: str, got: Tensor, wanted: Tensor, exact: Tensor 
         return Row(section, name, same, error, steps, cosine)
     truth = exact.double().flatten()
     mine, peer = float((a - truth).square().mean().sqrt()), float((b - truth).square().mean().sqrt())
-    # luck may beat what one rounding leaves: half a step on average, a whole one for a single number
+    # The peer may be closer than rounding explains, by luck: assume at least half an ULP RMS, one for a single number.
     floor = torch.finfo(got.dtype).eps * float(truth.square().mean().sqrt()) * (0.5 if got.numel() > 1 else 1)
     ratio = mine / max(peer, floor, 1e-300)
     return Row(section, name, ratio <= RATIO, error, steps, cosine, f"error {ratio:.2f} of theirs")
@@ -70,7 +73,7 @@ def compare(section: str, name: str, got: Tensor, wanted: Tensor, exact: Tensor 
 def compare_all(
     section: str, got: Mapping[str, Tensor], wanted: Mapping[str, Tensor], exact: Mapping[str, Tensor] | None = None
 ) -> list[Row]:
-    """Rows for two sets of named tensors, in the first one's order; a name that one side lacks fails."""
+    """Rows for two sets of named tensors, in the order of `got`. A name that only one side has fails."""
     rows = []
     for name in [*got, *(name for name in wanted if name not in got)]:
         if name not in got or name not in wanted:
@@ -82,13 +85,13 @@ def compare_all(
 
 # ---- greedy text ----------------------------------------------------------------------------------------------
 
-Text = tuple[list[int], Tensor]  # the tokens that were chosen, and the logits_NV that chose them
+Text = tuple[list[int], Tensor]  # N generated tokens, and the logits_NV that they are the argmax of
 
 
 @torch.no_grad()
 def greedy(step: Callable[[Tensor], Tensor], tokens_1T: Tensor, count: int) -> Text:
-    """`count` greedy tokens; `step` gives the logits_1TV of its tokens after those of the steps before it. Ties go to
-    the lowest id."""
+    """Generate `count` tokens greedily. `step` maps the next tokens_1T to their logits_1TV and keeps the cache itself.
+    Ties go to the lowest id."""
     chosen: list[int] = []
     logits: list[Tensor] = []
     for _ in range(count):
@@ -100,14 +103,15 @@ def greedy(step: Callable[[Tensor], Tensor], tokens_1T: Tensor, count: int) -> T
 
 @torch.no_grad()
 def uncached(logits_of: Callable[[Tensor], Tensor], prompt_1T: Tensor, chosen: Sequence[int]) -> Text:
-    """What one pass over prompt and chosen tokens, without a cache, would have chosen at each step."""
+    """The argmax at each step from one forward pass over prompt and chosen tokens, without a cache."""
     more = torch.tensor([list(chosen[:-1])], dtype=torch.int64, device=prompt_1T.device)
     logits = logits_of(torch.cat((prompt_1T, more), dim=1))[0, prompt_1T.shape[1] - 1 :].float().cpu()
     return logits.argmax(-1).tolist(), logits
 
 
 def compare_text(name: str, got: Text, wanted: Text) -> Row:
-    """Two greedy runs. A first difference is allowed only where the two best logits lie closer than the error."""
+    """Compare two greedy runs. At the first different token the gap of the two best logits must be at most twice the
+    logits' error, else the row fails."""
     length = len(got[0])
     first = next((i for i in range(length) if got[0][i] != wanted[0][i]), length)
     shared = slice(0, min(first + 1, length))
@@ -121,7 +125,7 @@ def compare_text(name: str, got: Text, wanted: Text) -> Row:
 
 
 def generation_rows(model: Transformer, peer: Any, prompt_1T: Tensor, count: int) -> list[Row]:
-    """Greedy text of both, each with and without its cache."""
+    """Greedy text of both models: ours with against without its cache, and ours against theirs."""
     cache, past = KVCache(model.config), None
 
     def their_step(tokens_1T: Tensor) -> Tensor:
@@ -132,7 +136,7 @@ def generation_rows(model: Transformer, peer: Any, prompt_1T: Tensor, count: int
 
     mine = greedy(lambda tokens_1T: model(tokens_1T, cache=cache), prompt_1T, count)
     rows = [compare_text("ours, cached and not", uncached(model, prompt_1T, mine[0]), mine)]
-    if model.config.window == 1:  # transformers' cached decode is wrong there; its uncached pass is the peer
+    if model.config.window == 1:  # transformers' cached decode is wrong for this window; compare with its uncached pass
         logits_of = lambda tokens_1T: peer(tokens_1T, use_cache=False).logits  # noqa: E731
         return [*rows, compare_text("ours and theirs, uncached", mine, uncached(logits_of, prompt_1T, mine[0]))]
     return [*rows, compare_text("ours and theirs, cached", mine, greedy(their_step, prompt_1T, count))]
@@ -144,16 +148,18 @@ def generation_rows(model: Transformer, peer: Any, prompt_1T: Tensor, count: int
 def tokenizer_rows(
     tokenizer: Tokenizer, peer: Any | None, lines: Sequence[str], stops: Iterable[int] = (), theirs: Iterable[int] = ()
 ) -> list[Row]:
-    """Every line back from its ids and placed by its offsets; ids, offsets, begin token, stop ids, added tokens and a
-    chat as transformers' tokenizer of the same files has them. `stops` and `theirs`: the ids that the two models'
-    configurations list as ends."""
+    """Check a tokenizer on `lines`, alone and against transformers' tokenizer of the same files (`peer`).
+
+    Alone: decode(encode(line)) is the line, and the offsets cover it. Against the peer: ids, offsets, begin token, stop
+    ids, added tokens and a chat. `stops` and `theirs` are the end-of-text ids in our config and in theirs.
+    """
     checks: dict[str, list[int]] = {"text → ids → text": [], "offsets cover the text": []}
-    library = None if peer is None else _as_its_file(tokenizer, peer)
+    library = None if peer is None else _with_file_rules(tokenizer, peer)
     if library is not None:
         checks |= {"ids as transformers'": [], "offsets as transformers'": []}
     for number, line in enumerate(lines, start=1):
         ids, offsets = tokenizer.encode(line, offsets=True)
-        # a normalizer (é as one letter) changes the text that comes back, and letters of several tokens are whole
+        # NFKC: a normalizer may compose letters (é), so that the decoded text differs in form only
         back, normal = (unicodedata.normalize("NFKC", text) for text in (tokenizer.decode(ids), line))
         covered = {byte for start, end in offsets for byte in range(start, end)}
         holds = [back == normal, covered >= set(range(len(line.encode())))]
@@ -187,9 +193,9 @@ def tokenizer_rows(
     return rows
 
 
-def _as_its_file(tokenizer: Tokenizer, peer: Any) -> Any:
-    """transformers' tokenizer, with the file's own normalizer and cutting rule where its class for a model family (a
-    Qwen2's, for one) has laid its own over them: what differs there is no fault of the file or ours."""
+def _with_file_rules(tokenizer: Tokenizer, peer: Any) -> Any:
+    """transformers' tokenizer with the normalizer and pre-tokenizer of its file. Its classes for some model families
+    (such as Qwen2) replace them, and the rows would fail for a difference between transformers and the file."""
     if isinstance(tokenizer.engine, Fast):
         for part in ("normalizer", "pre_tokenizer"):
             setattr(peer.backend_tokenizer, part, getattr(tokenizer.engine.model, part))

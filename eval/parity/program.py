@@ -2,8 +2,8 @@
 
     python -m eval.parity --weights DIR [--adapter DIR] [--prompt TEXT] [--json F]
 
-Both models are built from the same files and run on the same tokens. The table has one row a stage; the summary names
-the first stage that differs, which is where to look, and the largest difference. Exit 0 only if everything holds.
+Both models are loaded from the same files and run on the same tokens. The table has one row per stage; the summary
+names the first stage that differs and the largest difference. Exits 0 only if every row passes.
 """
 
 from __future__ import annotations
@@ -43,9 +43,7 @@ LINES = (
     "a\r\nb\n\n\nc",
     "[INST] x [/INST]",
 )
-
-
-LONGEST = 1024  # prompt tokens, also where two windows are longer (the summary then says so)
+LONGEST = 1024  # prompt tokens, even if two windows are longer (the summary then says so)
 
 
 @dataclass(frozen=True)
@@ -53,29 +51,28 @@ class Options:
     weights: str
     """A model's folder (safetensors or Mistral's native files) or a .gguf file."""
     adapter: str | None = None
-    """A PEFT adapter's folder, compared with peft too."""
+    """A PEFT adapter's folder, to compare with peft as well."""
     prompt: str = PROMPT
-    """The text that both models read; repeated until it is longer than two windows (or `tokens`), up to 1,024
-    tokens."""
+    """Input text; repeated until it is longer than two windows (and `tokens`), up to 1,024 tokens."""
     tokens: int = 96
-    """The least number of prompt tokens. A prompt within the window would prove nothing about the window."""
+    """Smallest number of prompt tokens. A prompt shorter than the window would not test the window."""
     new_tokens: int = 64
-    """How many tokens to generate greedily; 0 for none."""
+    """Number of tokens to generate greedily; 0 for none."""
     gradients: bool = True
-    """Compare the gradient of every parameter (takes the memory of two more models)."""
+    """Compare the gradient of every parameter (needs memory for two more models)."""
     device: str = "cpu"
-    """Where to run. Bits are compared in fp32 on the cpu; elsewhere errors are, as a ratio."""
+    """Device of both models. fp32 on the CPU is compared bit for bit; anything else by the ratio of errors."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """The models' dtype."""
+    """Dtype of both models."""
     json: str | None = None
     """Write the rows and the summary to this file."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
 
 
 @dataclass(frozen=True)
 class Report:
-    """All rows, and what was run."""
+    """All rows, with the model's family and window and the prompt's length."""
 
     family: str
     prompt_tokens: int
@@ -129,18 +126,18 @@ def print_rows(rows: list[Row]) -> None:
 
 
 def compare(options: Options) -> Report:
-    """Run everything that the options ask for and return the rows."""
+    """Run all comparisons that the options ask for."""
     dtype, on_cpu = getattr(torch, options.dtype), options.device == "cpu"
     ours = Transformer.from_pretrained(options.weights, dtype=dtype, device=options.device)
     threads, experts = torch.get_num_threads(), ours.config.num_local_experts
-    if on_cpu and experts:  # several threads cut transformers' joined gate and up elsewhere: other last bits
+    if on_cpu and experts:  # threads would split transformers' fused gate-and-up GEMM differently from our two: ULPs
         torch.set_num_threads(1)
-    # Experts whose width does not fill vectors: transformers takes silu of half a joined product, row by row, and the
-    # numbers at a row's end go through other instructions (an ULP apart). Bits cannot be compared then, errors are.
-    odd = bool(experts) and ours.config.intermediate_size % 32 != 0
+    # transformers applies silu to half of each row of a fused product. If the experts' width is not a multiple of the
+    # vector size, the scalar tail of each row differs by an ULP: compare errors instead of bits.
+    unaligned = bool(experts) and ours.config.intermediate_size % 32 != 0
     wide = torch.float64 if on_cpu and dtype == torch.float32 else torch.float32
     try:
-        reference = None if on_cpu and dtype == torch.float32 and not odd else wide
+        reference = None if on_cpu and dtype == torch.float32 and not unaligned else wide
         rows, tokens = compare_rows(options, ours, reference, wide)
     finally:
         torch.set_num_threads(threads)
@@ -150,8 +147,11 @@ def compare(options: Options) -> Report:
 def compare_rows(
     options: Options, ours: Transformer, reference: torch.dtype | None, wide: torch.dtype
 ) -> tuple[list[Row], Tensor]:
-    """The rows and the prompt's tokens. Stages are compared by their errors against our own model in the dtype
-    `reference` (None: bit by bit), gradients in `wide`."""
+    """The rows, and the prompt's tokens_1T.
+
+    Stages are compared by their errors against our own model in the dtype `reference`, or bit for bit if it is None;
+    gradients always by their errors against our model in `wide`.
+    """
     dtype = ours.dtype
     tokenizer = _tokenizer(options.weights)
     tokens = prompt_tokens(options, ours, tokenizer)
@@ -159,7 +159,7 @@ def compare_rows(
     exact: tuple[stages.Stages, dict[str, Tensor]] = {}, {}
     if options.gradients or reference:
         exact = _observed(stages.ours, ours.to(wide), tokens, options.gradients)
-        ours.to("meta")
+        ours.to("meta")  # frees the wide weights before the peer is loaded
         gc.collect()
         ours = Transformer.from_pretrained(options.weights, dtype=dtype, device=options.device)
     with tempfile.TemporaryDirectory() as scratch:
@@ -182,7 +182,7 @@ def compare_rows(
 def adapter_rows(
     adapter: str, ours: Transformer, peer: Any, tokens: Tensor, reference: torch.dtype | None
 ) -> list[Row]:
-    """The stages with the adapter on, and its effect on the logits, against peft's."""
+    """The stages with the adapter loaded, against peft's, and a check that the adapter changes the logits."""
     from peft import PeftModel
 
     with torch.no_grad():
@@ -198,21 +198,22 @@ def adapter_rows(
 
 
 def prompt_tokens(options: Options, model: Transformer, tokenizer: Tokenizer | None) -> Tensor:
-    """tokens_1T of the prompt, repeated past two windows of the narrowest layer; random without a tokenizer."""
-    narrow = [window for window in model.config.windows if window is not None]
-    least = min(max(options.tokens, 2 * min(narrow) + 1 if narrow else 0), LONGEST)
+    """tokens_1T of the prompt, repeated beyond twice the narrowest layer's window; random if there is no tokenizer."""
+    windows = [window for window in model.config.windows if window is not None]
+    count = min(max(options.tokens, 2 * min(windows) + 1 if windows else 0), LONGEST)
     if tokenizer is None:
         generator = torch.Generator().manual_seed(0)
-        return torch.randint(0, model.config.vocab_size, (1, least), generator=generator).to(options.device)
+        return torch.randint(0, model.config.vocab_size, (1, count), generator=generator).to(options.device)
     ids = tokenizer.encode(options.prompt)
     if not ids:
         raise UserError("--prompt is empty; give a text")
-    ids = (ids * -(-least // len(ids)))[: max(least, min(len(ids), LONGEST))]
+    ids = (ids * -(-count // len(ids)))[: max(count, min(len(ids), LONGEST))]
     return torch.tensor([ids], device=options.device)
 
 
 def load_theirs(weights: str, ours: Transformer, dtype: torch.dtype, device: str, scratch: Path) -> Any:
-    """transformers' model of the same files, with eager attention; native files go through our own conversion."""
+    """transformers' model from the same files, with eager attention. Mistral's native files, which transformers cannot
+    read, are converted by us first."""
     from transformers import AutoModelForCausalLM
 
     kind, where = find_format(weights)
@@ -244,7 +245,7 @@ def _tokenizer(weights: str) -> Tokenizer | None:
 
 
 def _their_tokenizer(weights: str) -> Any | None:
-    """transformers' tokenizer, where the folder holds the tokenizer.json that it reads as it is."""
+    """transformers' tokenizer; None if the folder has no tokenizer.json and tokenizer_config.json."""
     from transformers import AutoTokenizer
 
     folder = Path(weights)

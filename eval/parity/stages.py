@@ -1,11 +1,11 @@
-"""What each stage of a forward pass computes, ours and transformers', under the same names.
+"""The intermediate values of a forward pass, ours and transformers', under the same names.
 
     embedding · layer 0 norm · layer 0 q, k (after rotary) · layer 0 v · layer 0 attention · layer 0 second norm ·
     layer 0 MLP (or experts) · … · final norm · logits · loss
 
-`ours(model, tokens)` and `theirs(model, tokens)` return {stage: tensor}, ours in that order. Nothing is re-implemented
-here: the values are picked up by hooks from the modules that compute them, and from transformers' own eager attention
-function, so a stage that differs is the stage that is wrong.
+`ours(model, tokens)` and `theirs(model, tokens)` return {stage: tensor}, ours in that order. Nothing is re-implemented:
+forward hooks on the modules, and a wrapper around transformers' eager attention function, record the values. So the
+first stage that differs is the one that is wrong.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ Stages = dict[str, Tensor]
 
 
 def ours(model: Transformer, tokens_BT: Tensor) -> tuple[Stages, Tensor]:
-    """(stages on the CPU, the loss with its graph) of one plain forward pass."""
+    """Stages (on the CPU) and loss (with its autograd graph) of one forward pass."""
     core = model.model
     watched: dict[str, nn.Module] = {"embedding": core.embed_tokens}
     for number, block in enumerate(core.layers):
@@ -41,17 +41,17 @@ def ours(model: Transformer, tokens_BT: Tensor) -> tuple[Stages, Tensor]:
         }
         watched |= {f"layer {number} {name}": part for name, part in parts.items()}
     watched["final norm"] = core.norm
-    with _watching(watched) as seen:
+    with _recording(watched) as seen:
         logits_BTV = model(tokens_BT)
     loss = F.cross_entropy(logits_BTV[:, :-1].flatten(0, 1), tokens_BT[:, 1:].flatten())
     found = {
         name: split_heads(seen[name], model.config.head_dim) if name.endswith(" v") else seen[name] for name in watched
     }
-    return {**found, "logits": _kept(logits_BTV), "loss": _kept(loss)}, loss
+    return {**found, "logits": _snapshot(logits_BTV), "loss": _snapshot(loss)}, loss
 
 
 def theirs(model: Any, tokens_BT: Tensor) -> tuple[Stages, Tensor]:
-    """The same of a transformers model of one of our families (eager attention), or of a peft model around one."""
+    """The same for a transformers model with eager attention, or a peft model around one."""
     causal = model.get_base_model() if hasattr(model, "get_base_model") else model
     core = causal.model
     watched: dict[str, nn.Module] = {"embedding": core.embed_tokens, "final norm": core.norm}
@@ -63,13 +63,13 @@ def theirs(model: Any, tokens_BT: Tensor) -> tuple[Stages, Tensor]:
             "experts" if hasattr(block.mlp, "experts") else "MLP": block.mlp,
         }
         watched |= {f"layer {number} {name}": part for name, part in parts.items()}
-    with _watching(watched) as seen, _eager_attention(core, seen):
+    with _recording(watched) as seen, _eager_attention(core, seen):
         out = model(tokens_BT, labels=tokens_BT, use_cache=False)
-    return {**seen, "logits": _kept(out.logits), "loss": _kept(out.loss)}, out.loss
+    return {**seen, "logits": _snapshot(out.logits), "loss": _snapshot(out.loss)}, out.loss
 
 
 def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
-    """Gradients by checkpoint name; transformers' fused expert matrices are taken apart into Mixtral's w1, w2, w3."""
+    """Gradients by checkpoint name; transformers' fused expert matrices are split into Mixtral's w1, w2, w3."""
     model.zero_grad()
     loss.backward()
     found: dict[str, Tensor] = {}
@@ -89,17 +89,17 @@ def gradients(model: nn.Module, loss: Tensor) -> dict[str, Tensor]:
     return found
 
 
-def _kept(x: Tensor) -> Tensor:
+def _snapshot(x: Tensor) -> Tensor:
     return x.detach().cpu().clone()
 
 
 @contextlib.contextmanager
-def _watching(watched: dict[str, nn.Module]) -> Iterator[Stages]:
-    """What the modules give while the context is open; of several outputs the first."""
+def _recording(watched: dict[str, nn.Module]) -> Iterator[Stages]:
+    """Record the modules' outputs while the context is open (the first element of a tuple)."""
     seen: Stages = {}
 
     def hook(name: str) -> Any:
-        return lambda _module, _inputs, out: seen.update({name: _kept(out[0] if isinstance(out, tuple) else out)})
+        return lambda _module, _inputs, out: seen.update({name: _snapshot(out[0] if isinstance(out, tuple) else out)})
 
     with contextlib.ExitStack() as stack:
         for name, module in watched.items():
@@ -109,16 +109,16 @@ def _watching(watched: dict[str, nn.Module]) -> Iterator[Stages]:
 
 @contextlib.contextmanager
 def _eager_attention(core: Any, seen: Stages) -> Iterator[None]:
-    """Note what transformers passes to its eager attention function: queries and keys after rotary, and values."""
+    """Record the inputs of transformers' eager attention function: queries and keys after rotary, and values."""
     source = sys.modules[type(core.layers[0].self_attn).__module__]
     original = source.eager_attention_forward
 
-    def noted(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
+    def recording(module: Any, query: Tensor, key: Tensor, value: Tensor, *rest: Any, **options: Any) -> Any:
         parts = {"q": query, "k": key, "v": value}
-        seen.update({f"layer {module.layer_idx} {name}": _kept(x) for name, x in parts.items()})
+        seen.update({f"layer {module.layer_idx} {name}": _snapshot(x) for name, x in parts.items()})
         return original(module, query, key, value, *rest, **options)
 
-    source.eager_attention_forward = noted  # type: ignore[attr-defined]
+    source.eager_attention_forward = recording  # type: ignore[attr-defined]
     try:
         yield
     finally:
