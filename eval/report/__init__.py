@@ -1,1 +1,1 @@
-"""The report of a run."""
+"""The report of a run: tables, plots, failures and examples."""

@@ -1,20 +1,20 @@
-"""The paper's tables for a run: `python -m eval.report RUN_DIR` writes report.html and report.json into it.
+"""Builds a run's report: `python -m eval.report RUN_DIR` writes report.html and report.json, with the paper's tables.
 
-RUN_DIR/run.json names what was run (paths relative to RUN_DIR):
+RUN_DIR/run.json lists the systems and test sets (paths relative to RUN_DIR):
 
     {"title", "scale", "seconds", "peak_mb", "host", "references": {"heldout": path, "unseen": path},
      "systems": [{"name", "kind": "model"|"base"|"regex"|"majority", "predictions": {"heldout": path, "unseen": path},
-                  "notes": how many notes it was given (default: all), "seconds", "peak_mb",
-                  "family": systems of one family share errors (default: one family of all models),
-                  "seen": how many notes its training had seen, of a point of a learning curve,
-                  and how it was asked: "form": "template", or the chat form, "grounded": true|false}],
-     "compare": [[name, name], …]: the pairs of systems whose difference matters,
+                  "notes": number of notes it was given (default: all), "seconds", "peak_mb",
+                  "family": systems of one family share errors (default: all models are one family),
+                  "seen": number of training notes, for a point of a learning curve,
+                  "form": "template" or the chat form of its prompts, "grounded": true|false}],
+     "compare": [[name, name], …]: pairs of systems to test against each other,
      "curves": {name: metrics.jsonl}, "bits_per_byte": [{"name", "before", "after"}],
-     and where they were run, a result.json each: "wrong_labels", "misspelling", "canaries" (eval.robustness) and
+     optional, a result.json each: "wrong_labels", "misspelling", "canaries" (eval.robustness) and
      "retrieval": {"notes", "rows": [{"name", "note", "recall_at": {k: share}, "ndcg", "diagnosis": figures}]}}
 
 Every figure is computed here from the predictions; answerable and unanswerable questions never share a mean. The report
-quotes notes, so report.html and report.json can be read by their owner alone.
+quotes notes, so report.html and report.json are readable by their owner only (0600).
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ from model.support.files import read_jsonl, write_text
 
 Json = dict[str, Any]
 PAPER_PRESET = "cancerllm"
-EXAMPLES = 10  # notes that are shown with their answers marked
+EXAMPLES = 10  # notes shown with their answers marked
 SET_TITLES = {
     "heldout": "held-out patients",
     "unseen": "other patients, unseen styles",
@@ -54,15 +54,14 @@ SET_TITLES = {
 
 @dataclass(frozen=True)
 class Options:
-    """Write a run's report: the paper's tables, plots, failures and examples, as HTML and JSON."""
+    """Write a run's report (the paper's tables, plots, failures and examples) as HTML and JSON."""
 
     run: Annotated[Path, tyro.conf.Positional]
-    """The run's folder, with run.json."""
+    """The run's folder, which holds run.json."""
 
 
 def build(run: Path) -> Json:
-    """The report of a run folder as one JSON value. Raises UserError where run.json or a file that it names is
-    wrong."""
+    """The report of a run folder as JSON. Raises UserError if run.json, or a file that it names, is invalid."""
     given = read_run(run)
     report: Json = {key: given.get(key) for key in ("title", "scale", "seconds", "peak_mb", "host", "bits_per_byte")}
     report |= read_parts(run, given)
@@ -79,17 +78,17 @@ def build(run: Path) -> Json:
             for question in one.questions
             if question.gold
         ]
-        if sure := shown_confidence(asked):
-            report["confidence"][name] = sure
+        if confidence := confidence_of(asked):
+            report["confidence"][name] = confidence
         count, more = divmod(EXAMPLES, len(given["references"]))
-        report["examples"] += shown_examples(name, references, asked, count + (place < more))
+        report["examples"] += examples_of(name, references, asked, count + (place < more))
     report["ledger"] = ledger(pairs)
     report["curves"] = {name: curve(run / path) for name, path in (given.get("curves") or {}).items()}
     return report
 
 
 def set_report(given: Json, name: str, references: list[Json], asked: dict[str, Asked]) -> Json:
-    """One test set: every system's figures and failures, and the pairs compared."""
+    """One test set: every system's figures and failures, and the paired tests."""
     notes, systems = {record["id"]: record["text"] for record in references}, []
     for one in asked.values():
         row = system_row(one.system, one.questions)
@@ -113,7 +112,7 @@ def set_report(given: Json, name: str, references: list[Json], asked: dict[str, 
 
 
 def independent_answers(system: Json, asked: dict[str, Asked]) -> dict[tuple[str, str], list[tuple[str, ...]]]:
-    """What systems of other families answered, by record and question, one answer a family."""
+    """The answers of other families' systems by (record, question), one answer per family."""
     found: dict[tuple[str, str], dict[str, tuple[str, ...]]] = {}
     for other in asked.values():
         family = family_of(other.system)
@@ -124,7 +123,8 @@ def independent_answers(system: Json, asked: dict[str, Asked]) -> dict[tuple[str
 
 
 def family_of(system: Json) -> str:
-    """Systems of one family share errors: adapters of one base are no independent evidence for each other."""
+    """The family of a system. Systems of one family share errors: two adapters of one base that agree are not
+    independent evidence that the annotation is wrong."""
     return system.get("family") or ("models" if system["kind"] in ("model", "base") else system["kind"])
 
 
@@ -150,13 +150,14 @@ def system_row(system: Json, questions: list[Question]) -> Json:
 
 
 def curve(path: Path) -> Json:
-    """A run's losses by step; a step without one was skipped, or not validated."""
+    """A run's training and validation losses by step. A line without a loss (a skipped step, or one without
+    validation) is left out."""
     found: Json = {"step": [], "loss": [], "valid_step": [], "valid_loss": []}
     for number, line in read_jsonl(path):
         for steps, key in (("step", "loss"), ("valid_step", "valid_loss")):
             step, loss = line.get("step"), line.get(key)
             if not all(isinstance(value, int | float | None) for value in (step, loss)):
-                raise UserError(f"{path}:{number}: 'step' and {key!r} are numbers; give a run's metrics.jsonl")
+                raise UserError(f"{path}:{number}: 'step' or {key!r} is not a number; give a run's metrics.jsonl")
             if loss is not None:
                 found[steps].append(step)
                 found[key].append(loss)
@@ -164,29 +165,29 @@ def curve(path: Path) -> Json:
 
 
 def last_model(asked: dict[str, Asked], *kinds: str) -> Asked | None:
-    """The last system of run.json of these kinds."""
+    """The last system in run.json of one of these kinds."""
     return next((one for one in reversed(asked.values()) if one.system["kind"] in kinds), None)
 
 
-def shown_confidence(asked: dict[str, Asked]) -> Json | None:
-    """How far the last model's probabilities can be trusted; None of answers that have none."""
+def confidence_of(asked: dict[str, Asked]) -> Json | None:
+    """Calibration and least certain answers of the last model; None if its answers have no probabilities."""
     last = last_model(asked, "model")
-    sure = confidences(last.questions, last.predictions) if last else []
-    if last is None or not sure:
+    found = confidences(last.questions, last.predictions) if last else []
+    if last is None or not found:
         return None
-    tasks = {task: summary(those) for task, those in by_task(sure).items()}
-    return {"system": last.system["name"], "tasks": tasks, "review": review_first(sure)}
+    tasks = {task: summary(group) for task, group in by_task(found).items()}
+    return {"system": last.system["name"], "tasks": tasks, "review": review_first(found)}
 
 
-def shown_examples(name: str, references: list[Json], asked: dict[str, Asked], count: int) -> list[Json]:
-    """`count` notes of a test set as the last model answered them."""
+def examples_of(name: str, references: list[Json], asked: dict[str, Asked], count: int) -> list[Json]:
+    """`count` notes of a test set with the last model's answers."""
     last = last_model(asked, "model", "base")
     rows = examples(references, last.predictions, count) if last else []
     return [{"set": name, "system": last.system["name"], **row} for row in rows if last]
 
 
 def write(run: Path) -> Json:
-    """Build the report of `run` and write report.json and report.html into it, for their owner alone (0600)."""
+    """Build the report of `run` and write report.json and report.html into it (mode 0600)."""
     report = build(run)
     page = render(report)
     text = json.dumps(report, indent=2, ensure_ascii=False, allow_nan=False)

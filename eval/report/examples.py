@@ -1,4 +1,4 @@
-"""Notes with the answers marked in their text: right, wrong, and what was missed."""
+"""Example notes with answers marked in the text: right, wrong, missed."""
 
 from __future__ import annotations
 
@@ -9,11 +9,11 @@ from eval.metrics.text import clinical
 from eval.questions import Question, questions_of
 
 Json = dict[str, Any]
-_ORDER = ("right", "wrong", "missed")  # where marks overlap, the later one is shown
+_ORDER = ("right", "wrong", "missed")  # of overlapping marks the last in this order is shown
 
 
 def examples(references: list[Json], predictions: list[Json], count: int) -> list[Json]:
-    """Up to `count` notes, spread over the file, each with its questions and its text cut into marked pieces."""
+    """Up to `count` notes, evenly spaced over the file, each with its questions and its text split at the marks."""
     by_id = {record["id"]: record for record in reversed(predictions)}
     answered = [record for record in references if record["id"] in by_id]
     step = max(1, len(answered) // count) if count else 1
@@ -38,35 +38,34 @@ def _example(record: Json, prediction: Json) -> Json:
 
 
 def _marks(record: Json, prediction: Json, one: Question, right: bool) -> list[tuple[int, int, str, str]]:
-    """The answers at the places that their record gives, and what was missed at the annotation's."""
+    """(start, end, kind, question) of each answer at its own offsets, and of each missed span at the annotation's."""
     spans = record["phenotypes"][one.name]
     gold = [span for span in spans if isinstance(span, dict) and span.get("start") is not None]
     found = prediction.get("phenotypes", {}).get(one.name)
     given = found.get("answers") or [] if isinstance(found, dict) else []
     placed = [answer for answer in given if isinstance(answer, dict) and answer.get("start") is not None]
-    forms = {clinical(span["text"]) for span in gold}
-    read = {clinical(answer["text"]) for answer in placed}
+    gold_forms = {clinical(span["text"]) for span in gold}
+    placed_forms = {clinical(answer["text"]) for answer in placed}
     marks = []
     for answer in placed:
-        kind = "right" if right or clinical(answer["text"]) in forms else "wrong"
+        kind = "right" if right or clinical(answer["text"]) in gold_forms else "wrong"
         marks.append((answer["start"], answer["end"], kind, one.name))
     for span in gold:
-        if clinical(span["text"]) not in read:  # answered without a place, or not at all
+        if clinical(span["text"]) not in placed_forms:  # answered without offsets, or missed
             answered = right or span["text"] in one.predicted
             marks.append((span["start"], span["end"], "right" if answered else "missed", one.name))
     return marks
 
 
 def pieces(text: str, marks: list[tuple[int, int, str, str]]) -> list[Json]:
-    """`text` cut at the marks' ends, each piece with the class that it is shown in and the questions that it
-    answers."""
+    """`text` split at the marks' ends; each piece has the kind to show it in and the questions that it answers."""
     size = len(text)
     marks = [(max(0, start), min(size, end), kind, name) for start, end, kind, name in marks if start < end]
     edges = sorted({0, size, *(edge for start, end, *_ in marks for edge in (start, end) if edge <= size)})
-    cut = []
+    found = []
     for start, end in zip(edges, edges[1:], strict=False):
         over = [mark for mark in marks if mark[0] <= start and end <= mark[1]]
         kind = max((mark[2] for mark in over), key=_ORDER.index, default="")
         names = "; ".join(dict.fromkeys(f"{mark[3].replace('_', ' ')}: {mark[2]}" for mark in over))
-        cut.append({"text": text[start:end], "kind": kind, "names": names})
-    return cut
+        found.append({"text": text[start:end], "kind": kind, "names": names})
+    return found

@@ -1,4 +1,4 @@
-"""How a report is shown: as one HTML page that needs nothing else, and as a table in a terminal."""
+"""Renders a report as one self-contained HTML page and as a table for the terminal."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ import jinja2
 from eval.metrics import PRESETS
 from eval.metrics.scoring import METRICS
 from eval.metrics.statistics import format_f1, format_interval
-from eval.report.plots import lines
+from eval.report.plots import line_plot
 from eval.score import NAMES
 from infer.tasks import PHENOTYPES
 
@@ -20,24 +20,24 @@ TASK_TITLES = {"phenotype": "phenotypes", "diagnosis": "diagnosis", "phenotype, 
 
 
 def terminal_table(report: Json) -> str:
-    """The report's main figures as text: exact-match F1 and average F1 with intervals and numbers of questions."""
+    """The main figures as text: exact-match F1 with interval and number of questions, and average F1."""
     width = max(32, *(len(row["name"]) for part in report["sets"].values() for row in part["systems"]))
-    found = []
+    lines = []
     for name, part in report["sets"].items():
-        found.append(f"{part['title']} ({name}): {part['notes']} notes of {part['patients']} patients")
+        lines.append(f"{part['title']} ({name}): {part['notes']} notes of {part['patients']} patients")
         columns = "".join(f"{title:<27}" for title in TASK_TITLES.values())
-        found.append(f"  {'exact-match F1 [95 % interval] n':<{width}}  {columns}average F1")
+        lines.append(f"  {'exact-match F1 [95 % interval] n':<{width}}  {columns}average F1")
         for row in part["systems"]:
             group = row["clinical"]
             own = "own question" if "own question" in group else ""
             tasks = (own, "", f"{own}, unanswerable") if own else tuple(TASK_TITLES)
             cells = "".join(f"{cell(group.get(task)):<27}" for task in tasks)
             average = " / ".join(f"{group[task]['average_f1']['f1']:.1f}" for task in tasks[:2] if group.get(task))
-            found.append(f"  {row['name']:<{width}}  {cells}{average}")
-        found.append("")
+            lines.append(f"  {row['name']:<{width}}  {cells}{average}")
+        lines.append("")
     return "\n".join(
         [
-            *found,
+            *lines,
             "average F1: phenotypes / diagnosis, mean of exact match, BLEU-2 and ROUGE-L; gold against gold is 100 "
             "under the clinical scorer used here",
         ]
@@ -52,7 +52,7 @@ def cell(group: Json | None) -> str:
 
 
 def render(report: Json) -> str:
-    """The report as one HTML page that needs nothing else."""
+    """The report as one self-contained HTML page."""
     environment = jinja2.Environment(
         loader=jinja2.FileSystemLoader(Path(__file__).parent), autoescape=True, trim_blocks=True, lstrip_blocks=True
     )
@@ -77,7 +77,7 @@ def render(report: Json) -> str:
 
 
 def verdict(part: Json) -> str:
-    """One sentence on a test set: what the best model reaches, and what is reached without one."""
+    """One sentence per test set: the figures of the best model and of the best system without a model."""
     task = "phenotype" if any(row["clinical"].get("phenotype") for row in part["systems"]) else "own question"
     rows = sorted(
         (row for row in part["systems"] if row["clinical"].get(task)),
@@ -111,7 +111,7 @@ def host_line(host: Json | None) -> str:
 
 
 def prompting_notes(report: Json) -> dict[str, list[str]]:
-    """How the systems were asked, each way with their names; what run.json does not say is left out."""
+    """Prompt form and decoding → the systems that use them. Systems for which run.json gives neither are left out."""
     found: dict[str, list[str]] = {}
     for row in next(iter(report["sets"].values()))["systems"]:
         if row["grounded"] is not None and row["form"] is not None:
@@ -123,8 +123,8 @@ def prompting_notes(report: Json) -> dict[str, list[str]]:
 
 
 def ceilings(rows: list[Json], preset: str, task: str) -> list[tuple[list[str], Json]]:
-    """What gold against gold gives, with the systems' names: once where it is the same for all, since a system that
-    was given fewer notes has other right answers to reach."""
+    """The distinct scores of gold against gold, each with the names of its systems. They differ only between systems
+    that were given different numbers of notes."""
     found: dict[str, tuple[list[str], Json]] = {}
     for row in rows:
         if group := row[preset].get(task):
@@ -140,32 +140,32 @@ def plots(report: Json) -> dict[str, str]:
         series: Json = {"training": (curve["step"], curve["loss"])}
         if curve["valid_step"]:
             series["held out"] = (curve["valid_step"], curve["valid_loss"])
-        found[f"curve {name}"] = lines(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)
+        found[f"curve {name}"] = line_plot(series, "step", "loss (nats a token)", log=min(curve["loss"]) > 0)
     for name, part in report["sets"].items():
         if series := learning(part["systems"]):
-            found[f"learning {name}"] = lines(series, "notes seen", "exact-match F1", zero=True)
+            found[f"learning {name}"] = line_plot(series, "notes seen", "exact-match F1", zero=True)
     for name, x in (("wrong_labels", "wrong training labels, %"), ("misspelling", "misspelled words, %")):
         if report[name]:
-            found[name] = lines(corruption(report[name]), x, "average F1", zero=True)
+            found[name] = line_plot(corruption(report[name]), x, "average F1", zero=True)
     for name, part in report["confidence"].items():
         bins: Json = {"as said": ([0, 1], [0, 1])}
         kept: Json = {}
         for task, one in part["tasks"].items():
             bins[task] = tuple([group[key] for group in one["reliability"]] for key in ("p", "right"))
             kept[task] = tuple(zip(*((100 * share, f1) for share, f1 in one["abstention"]), strict=True))
-        found[f"reliability {name}"] = lines(bins, "probability", "share that matches exactly")
-        found[f"abstention {name}"] = lines(kept, "answers kept, %", "exact-match F1")
+        found[f"reliability {name}"] = line_plot(bins, "probability", "share that matches exactly")
+        found[f"abstention {name}"] = line_plot(kept, "answers kept, %", "exact-match F1")
     if report["canaries"]:
         series = {}
         for name, rows in report["canaries"]["rows"].items():
             bits = [[row[key] for row in rows] for key in ("exposure", "low", "high")]
             series[name] = ([str(row["count"]) for row in rows], *bits)
-        found["canaries"] = lines(series, "notes with the canary", "exposure, bits", zero=True)
+        found["canaries"] = line_plot(series, "notes with the canary", "exposure, bits", zero=True)
     return found
 
 
 def learning(systems: list[Json]) -> dict[str, tuple]:
-    """A learning curve's lines: exact-match F1 with its interval for each task, by the notes that training had seen."""
+    """The learning curve: for each task exact-match F1 with its interval, by number of training notes."""
     points = sorted((row for row in systems if row["seen"]), key=lambda row: row["seen"])
     found = {}
     for task in ("phenotype", "diagnosis") if len(points) > 1 else ():
@@ -176,7 +176,7 @@ def learning(systems: list[Json]) -> dict[str, tuple]:
 
 
 def corruption(part: Json) -> dict[str, tuple]:
-    """A curve's lines: average F1 with its interval for each task and series, by rate in percent."""
+    """The corruption curve: for each task and series average F1 with its interval, by rate in percent."""
     found = {}
     for task in ("phenotype", "diagnosis"):
         for name, entry in part["series"].items():

@@ -1,5 +1,5 @@
-"""The paper's own figures (arXiv 2406.10459, Tables 1-6), on private data: shown in grey beside ours, never compared
-with them."""
+"""The paper's figures (arXiv 2406.10459, Tables 1-6), measured on private data. The report shows them in grey, for
+orientation only."""
 
 PAPER = {
     "diagnosis": [("CancerLLM-7B", 86.81), ("Bio-Mistral-7B", 68.89)],

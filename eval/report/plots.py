@@ -1,4 +1,4 @@
-"""Plots as inline SVG whose lines and letters take the page's colour, for light and dark alike."""
+"""Line plots as inline SVG. Axes and text use the page's colour (currentColor), so they suit light and dark mode."""
 
 from __future__ import annotations
 
@@ -8,14 +8,17 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 COLOURS = ("#2a78b8", "#c8641e", "#3b8f5a", "#9553a8", "#b03a48")
-_INK = "#010203"  # replaced by the page's colour
+_INK = "#010203"  # a placeholder, replaced by currentColor
 
 
-def lines(
+def line_plot(
     series: Mapping[str, tuple[Sequence[Any], ...]], x: str, y: str, log: bool = False, zero: bool = False
 ) -> str:
-    """A plot of named lines (xs, ys) or (xs, ys, lows, highs), these with their intervals. Of names such as "diagnosis,
-    repaired" the first word gives the colour and the rest the stroke. xs that are text are spaced equally."""
+    """A plot of named lines, each (xs, ys) or, with error bars, (xs, ys, lows, highs).
+
+    In a name such as "diagnosis, repaired" the part before the comma determines the colour and the rest the stroke.
+    Text as xs gives equally spaced categories.
+    """
     from matplotlib import ticker
 
     strokes = ("-", "--", ":")
@@ -33,7 +36,7 @@ def lines(
                 axes.plot(xs, ys, label=name, **look, **({"marker": "o", "markersize": 4} if len(xs) < 15 else {}))
                 continue
             at = [float(place if isinstance(value, str) else value) for place, value in enumerate(xs)]
-            # Points of one x are shifted a little, so that their intervals do not overlap.
+            # Shift the series a little against each other, so that error bars at one x do not overlap.
             step = 0.012 * max((max(at) - min(at)) if len(at) > 1 else max(at), 1e-9)
             shifted = [value + step * (turn - (len(series) - 1) / 2) for value in at]
             axes.errorbar(
@@ -66,7 +69,7 @@ def lines(
 
 
 def error_bars(middle: Sequence[float], low: Sequence[float | None], high: Sequence[float | None]) -> list[list[float]]:
-    """The lengths of error bars; 0 where there is no interval."""
+    """Lengths of the error bars below and above; 0 where there is no interval."""
     return [
         [0 if lo is None else max(0, m - lo) for m, lo in zip(middle, low, strict=True)],
         [0 if hi is None else max(0, hi - m) for m, hi in zip(middle, high, strict=True)],

@@ -1,8 +1,8 @@
-"""Write README.md's results from one run's folder: `python -m eval.report.readme runs/scores`, or `make readme`.
+"""Writes README.md's results from a run's folder: `python -m eval.report.readme runs/scores`, or `make readme`.
 
-The table comes from the scores.json of `make scores`, the parity lines from parity.txt (the output of eval.parity on
-the run's base), the answers from quick.txt (that of infer.quick). What stands between the markers `<!-- NAME -->` and
-`<!-- /NAME -->` of README.md is replaced; commit and processor are the run's own.
+The table comes from the scores.json of `make scores`, the parity lines from parity.txt (output of eval.parity on the
+run's base), the answers from quick.txt (output of infer.quick). The text between the markers `<!-- NAME -->` and
+`<!-- /NAME -->` of README.md is replaced. Commit and processor are those of the run.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ class Options:
     """Write README.md's results from a run."""
 
     run: Positional[Path] = Path("runs/scores")
-    """The folder of make scores."""
+    """The folder that make scores wrote."""
     readme: Path = Path("README.md")
-    """The page to write into."""
+    """The page to update."""
 
 
 def results(run_folder: Path) -> str:
-    """The table and the line that says where it comes from."""
+    """The table, and a line with its command, commit and processor."""
     scores = read_json(run_folder / "scores.json")
     columns = [(name, task) for name in SETS for task in TASKS]
     titles = [f"{SETS[name]}: {TASKS[task]}" for name, task in columns]
@@ -58,13 +58,13 @@ def results(run_folder: Path) -> str:
 
 
 def parity(run_folder: Path) -> str:
-    """The lines of eval.parity's output that say most."""
+    """The lines of eval.parity's output that start with one of PARITY."""
     lines = (run_folder / "parity.txt").read_text(encoding="utf-8").splitlines()
     return "\n".join(["```", *(line for line in lines if line.startswith(PARITY)), "```"])
 
 
 def fill(page: str, name: str, text: str) -> str:
-    """`page` with `text` between the markers of `name`. Raises UserError where they are missing."""
+    """`page` with `text` between the markers of `name`. Raises UserError unless each marker occurs once."""
     begin, end = f"<!-- {name} -->", f"<!-- /{name} -->"
     if page.count(begin) != 1 or page.count(end) != 1:
         raise UserError(f"README.md: needs {begin} and {end} once each")

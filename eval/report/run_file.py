@@ -1,4 +1,4 @@
-"""run.json and the files that it names, as our programs write them."""
+"""Reads run.json and the files that it names."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from model.support.files import read_json
 
 Json = dict[str, Any]
 PARTS = {"wrong_labels": "labels", "misspelling": "misspelling", "canaries": "canaries", "retrieval": "retrieval"}
-# the result of each experiment: its name in run.json, and its folder in a run of the demo or of make tables
+"""Experiments: key in run.json → folder in a run of the demo or of make tables."""
 
 
 class Asked(NamedTuple):
-    """A system's entry in run.json, its questions of a test set, what did not pair up, and its predictions."""
+    """One system on one test set: its entry in run.json, its questions, the unpaired records, and its predictions."""
 
     system: Json
     questions: list[Question]
@@ -24,7 +24,7 @@ class Asked(NamedTuple):
 
 
 def read_run(run: Path) -> Json:
-    """run.json. Raises UserError where it is missing, has no references, or a system lacks a field."""
+    """run.json. Raises UserError if it is missing, has no references or systems, or a system lacks a field."""
     if not run.is_dir():
         raise UserError(f"{run}: no such run folder")
     given = read_json(run / "run.json")
@@ -39,12 +39,12 @@ def read_run(run: Path) -> Json:
 
 
 def read_parts(run: Path, given: Json) -> Json:
-    """The results of the experiments that run.json names; None for the others."""
+    """The results of the experiments in PARTS; None for those that run.json does not name."""
     return {key: read_json(run / given[key]) if given.get(key) else None for key in PARTS}
 
 
 def read_set(run: Path, given: Json, test_set: str) -> tuple[list[Json], dict[str, Asked]]:
-    """A test set's references, and what every system that was asked about it answered."""
+    """A test set's references, and the answers of every system that has predictions for it."""
     references, found = read_references(run / given["references"][test_set]), {}
     for system in given["systems"]:
         if test_set in system["predictions"]:

@@ -494,7 +494,7 @@ def call(*arguments):
         (lambda run: given(run, references=["x"]), "run.json: 'systems' or 'references' is missing"),
         (
             lambda run: write_jsonl(run / "curve.jsonl", [{"step": 1, "loss": "low"}]),
-            "curve.jsonl:1: 'step' and 'loss'",
+            "curve.jsonl:1: 'step' or 'loss'",
         ),
         (lambda run: given(run, retrieval="report.json"), "report.json: no such file"),
     ],
