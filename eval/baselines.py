@@ -1,14 +1,14 @@
-"""Two baselines without a model: the commonest answer, and regular expressions with learnt word lists.
+"""Two baselines without a model: the most frequent answer, and regular expressions with learned word lists.
 
-Both are fitted on training records only (see train.clinic) and answer a note's text with
+Both are fitted on training records only (see train.clinic) and return for a note's text
 
     {"phenotypes": {name: [answer, …] for the eight names}, "diagnosis": "description (code)"}
 
-`RegexBaseline` is what a careful person writes in an afternoon. Word lists come from the closed lists, the training
-answers and the words that show them; sixteen readings per phenotype (first, last, largest or commonest match, sentences
-about relatives and the past left out or not, only after a cue word or not) are tried, and the one that is right most
-often on the training notes is kept. It cannot read: that "the smaller focus" is not the answer, or that a grade is a
-side effect's, it does not see unless a word list says so.
+`RegexBaseline` is what an engineer would write in an afternoon. Its word lists come from the closed lists, the training
+answers and the spans that they annotate. For each phenotype it tries sixteen rules for choosing among the matches
+(first, last, largest or most frequent; with or without sentences about relatives and the past; only after a cue word or
+not) and keeps the one that is right most often on the training notes. It does not understand context: it cannot tell
+that "the smaller focus" is not the answer, or that a grade is that of a side effect.
 """
 
 from __future__ import annotations
@@ -61,16 +61,16 @@ _PICKS = ("first", "last", "largest", "commonest")
 
 
 class Found(NamedTuple):
-    """One candidate answer: where it starts, and its weight where the largest is wanted (mm)."""
+    """A candidate answer with its start in the text and, for choosing the largest, its size (mm)."""
 
     value: str
     start: int
     amount: float = 0.0
 
 
-class Reading(NamedTuple):
-    """How to choose among candidates: `pick` one, outside sentences about relatives and the past (`aside`),
-    after a cue word of the phenotype if there is one (`cued`)."""
+class Rule(NamedTuple):
+    """A rule for choosing among candidates: which to `pick`, whether to skip sentences about relatives and the past
+    (`aside`), whether to prefer candidates after a cue word of the phenotype (`cued`)."""
 
     pick: str
     aside: bool
@@ -78,10 +78,10 @@ class Reading(NamedTuple):
 
 
 class MajorityBaseline:
-    """Answers every note alike: the commonest non-empty training answer of each phenotype, the commonest diagnosis."""
+    """The same answers for every note: the most frequent non-empty training answer of each question."""
 
     def fit(self, records: Records) -> MajorityBaseline:
-        """Count the answers of training records. Ties go to the answer met first."""
+        """Count the answers of training records. Ties go to the answer seen first."""
         self._phenotypes = {}
         for name in PHENOTYPES:
             counts = Counter(texts for record in records if (texts := tuple(texts_of(record, name))))
@@ -97,20 +97,20 @@ class MajorityBaseline:
 
 
 class RegexBaseline:
-    """Regular expressions, word lists from the training answers, and the reading that suits each phenotype best."""
+    """Regular expressions, word lists from the training answers, and the best choosing rule for each phenotype."""
 
     def fit(self, records: Records) -> RegexBaseline:
-        """Learn word lists, cue words and readings from training records; nothing else is ever looked at."""
+        """Learn word lists, cue words, choosing rules and codes from training records."""
         self._words: dict[str, re.Pattern[str]] = {}
         for name in ("tumor_site", "histological_type"):
             self._words[name] = any_of(text for record in records for text in texts_of(record, name))
-        self._grades: dict[str, Counter[str]] = defaultdict(Counter)  # by the words that show them
+        self._grades: dict[str, Counter[str]] = defaultdict(Counter)  # annotated span → its grades
         for record in records:
             for span in record["phenotypes"]["cancer_grade"]:
                 self._grades[record["text"][span["start"] : span["end"]].lower()][span["text"]] += 1
         self._words["cancer_grade"] = any_of(self._grades)
         self._cues = {name: self._cue_words(records, name) for name in PHENOTYPES}
-        self._reading = {name: self._best_reading(records, name) for name in PHENOTYPES}
+        self._rules = {name: self._best_rule(records, name) for name in PHENOTYPES}
         self._codes: dict[tuple[str, ...], Counter[str]] = defaultdict(Counter)
         for record in records:
             for key in code_keys(self._phenotypes(record["text"])) if code_of(record) else ():
@@ -123,12 +123,10 @@ class RegexBaseline:
         return {"phenotypes": phenotypes, "diagnosis": self._diagnosis(phenotypes)}
 
     def _phenotypes(self, text: str) -> dict[str, list[str]]:
-        return {
-            name: self._chosen(self._candidates(text, name), text, name, self._reading[name]) for name in PHENOTYPES
-        }
+        return {name: self._chosen(self._candidates(text, name), text, name, self._rules[name]) for name in PHENOTYPES}
 
     def _cue_words(self, records: Records, name: str) -> frozenset[str]:
-        """The words that precede right candidates at least twice as often as wrong ones."""
+        """Words that precede right candidates at least three times, and twice as often as wrong ones."""
         right: Counter[str] = Counter()
         wrong: Counter[str] = Counter()
         for record in records:
@@ -138,30 +136,30 @@ class RegexBaseline:
                 count.update(words_before(record["text"], found.start))
         return frozenset(word for word, times in right.items() if times >= 3 and times >= 2 * wrong[word])
 
-    def _best_reading(self, records: Records, name: str) -> Reading:
+    def _best_rule(self, records: Records, name: str) -> Rule:
         found = [(record, self._candidates(record["text"], name)) for record in records]
 
-        def right(reading: Reading) -> int:
+        def right(rule: Rule) -> int:
             return sum(
-                lowered(self._chosen(candidates, record["text"], name, reading)) == lowered(texts_of(record, name))
+                lowered(self._chosen(candidates, record["text"], name, rule)) == lowered(texts_of(record, name))
                 for record, candidates in found
             )
 
-        return max((Reading(*one) for one in product(_PICKS, (True, False), (True, False))), key=right)
+        return max((Rule(*one) for one in product(_PICKS, (True, False), (True, False))), key=right)
 
-    def _chosen(self, found: list[Found], text: str, name: str, reading: Reading) -> list[str]:
-        if reading.aside:
+    def _chosen(self, found: list[Found], text: str, name: str, rule: Rule) -> list[str]:
+        if rule.aside:
             found = [one for one in found if not _ASIDE.search(sentence_at(text, one.start))]
-        if reading.cued:
+        if rule.cued:
             found = [one for one in found if self._cues[name] & words_before(text, one.start)] or found
         values = [one.value for one in found]
         if name.startswith("hormone"):
             return list(dict.fromkeys(values))
-        if reading.pick == "largest" and found:
+        if rule.pick == "largest" and found:
             return [max(found, key=lambda one: (one.amount, len(one.value))).value]
-        if reading.pick == "commonest":
+        if rule.pick == "commonest":
             return [value for value, _ in Counter(values).most_common(1)]
-        return values[:1] if reading.pick == "first" else values[-1:]
+        return values[:1] if rule.pick == "first" else values[-1:]
 
     def _candidates(self, text: str, name: str) -> list[Found]:
         if name == "tumor_size":
@@ -188,8 +186,8 @@ class RegexBaseline:
         return [found[start] for start in sorted(found)]
 
     def _diagnosis(self, found: Mapping[str, Sequence[str]]) -> str:
-        """The commonest training code of the most specific key that training met; failing both site and type, the code
-        whose ICD description is nearest to the words found."""
+        """The most frequent training code of the most specific known key. If a site was found but neither key with a
+        side is known, the code whose ICD description is closest to the words found."""
         keys = code_keys(found)
         if found["tumor_site"] and all(key not in self._codes for key in keys[:2]):
             words = " ".join(("malignant neoplasm", *found["tumor_site"], *found["tumor_laterality"]))
@@ -212,7 +210,7 @@ def commonest(counts: Counter[Any], otherwise: Any) -> Any:
 
 
 def any_of(words: Iterable[str]) -> re.Pattern[str]:
-    """Any of the words, the longest first; of no words, a pattern that matches nothing."""
+    """A pattern for any of the words, longest first; it matches nothing if there are none."""
     longest_first = sorted(lowered(words), key=lambda word: (-len(word), word))
     return re.compile(r"(?<![\w-])(?:" + ("|".join(map(re.escape, longest_first)) or "(?!)") + r")(?![\w-])", re.I)
 
@@ -232,7 +230,7 @@ def sentence_at(text: str, position: int) -> str:
 
 
 def receptor_candidates(text: str, status: bool) -> list[Found]:
-    """Each receptor's first mention with a result, as its name alone or with the sign of its status."""
+    """Each receptor's first mention with a result: its name, with the sign of the result if `status`."""
     if triple := re.search(r"triple[\s-]neg|TNBC", text, re.I):
         return [Found(name + "-" * status, triple.start()) for name in _RECEPTORS]
     found = []
@@ -249,7 +247,7 @@ def receptor_candidates(text: str, status: bool) -> list[Found]:
 
 
 def code_keys(found: Mapping[str, Sequence[str]]) -> list[tuple[str, ...]]:
-    """What a code is looked up by, the most specific first."""
+    """The keys under which a code is counted, most specific first."""
     names = ("tumor_site", "tumor_laterality", "histological_type")
     site, side, kind = ("/".join(found[name]).lower() for name in names)
     return [

@@ -1,12 +1,11 @@
-"""How often answers of a given probability are right, and the temperature that corrects the probabilities.
+"""Calibrates answer probabilities by temperature scaling, and measures how well calibrated they are.
 
     python -m eval.calibration --predictions F.jsonl --references G.jsonl [--out ADAPTER/calibration.json]
 
-An answer's log-probability is a sum over its tokens, so that long answers look less sure than they are; a grounded
-answer's is that of the whole vocabulary, before the tokens that are not allowed are masked. p = exp(logprob / T) with
-one T for each task, which minimises the log loss of "the answer matches exactly" (temperature scaling, Guo et al. 2017,
-over a whole answer). The T of held-out notes is kept beside the adapter; infer.extract then writes `probability` into
-its records.
+An answer's log-probability is the sum over its tokens, so long answers look too improbable; with --grounded it is taken
+over the whole vocabulary, before masking. The calibrated probability is p = exp(logprob / T), with one T per task that
+minimises the log loss of "the answer matches exactly" (temperature scaling, Guo et al. 2017, applied to whole answers).
+T is fitted on held-out notes and stored in the adapter's folder; infer.extract then adds `probability` to its records.
 """
 
 from __future__ import annotations
@@ -26,38 +25,38 @@ from model.support.files import write_json
 from model.support.lock import output
 
 Json = dict[str, Any]
-TEMPERATURES = [10 ** (step / 100) for step in range(-100, 201)]  # 0.1 to 100, each 2.3 % above the one before
-FEWEST = 50  # answers that a temperature is fitted on
-LEAST = 1e-6  # of a probability in the log loss
+TEMPERATURES = [10 ** (step / 100) for step in range(-100, 201)]  # 0.1 to 100 in steps of 2.3 %
+FEWEST = 50  # answers needed to fit a temperature
+LEAST = 1e-6  # probabilities are clipped to [LEAST, 1 - LEAST] in the log loss
 BINS = 10
-SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
-FIRST = 20  # answers to review first
+SHARES = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)  # of the answers, the most probable ones
+FIRST = 20  # answers listed for review
 
 
 @dataclass(frozen=True)
 class Options:
-    """Fit the temperature of an adapter's answers to held-out notes, and show how far probabilities can be trusted."""
+    """Fit temperatures to answers on held-out notes, and print log loss and calibration error before and after."""
 
     predictions: Path
-    """JSON lines, one note each, as infer.extract writes them."""
+    """Predictions, JSON lines with one note each, as infer.extract writes them."""
     references: Path
-    """The annotated notes, which training has not seen."""
+    """The annotated notes; training must not have seen them."""
     out: Path | None = None
-    """Where to keep the temperatures: calibration.json in the adapter's folder."""
+    """File for the temperatures: calibration.json in the adapter's folder."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
 
 @dataclass(frozen=True)
 class Confidence:
-    """An answered question with the log-probability of its answer."""
+    """A question with the log-probability of its predicted answer."""
 
     question: Question
     logprob: float
     p: float
-    """The probability in the record: the calibrated one where there is one."""
+    """The record's calibrated probability if it has one, else exp(logprob)."""
 
     def at(self, temperature: float) -> Confidence:
         return replace(self, p=probability(self.logprob, temperature))
@@ -95,7 +94,7 @@ def table(result: Json) -> list[str]:
 
 
 def confidences(questions: Sequence[Question], predictions: Sequence[Json]) -> list[Confidence]:
-    """The questions whose record says how probable its answer is; own questions and failed notes are left out."""
+    """The questions whose answer has a log-probability, without the records' own questions and failed notes."""
     records = {record["id"]: record for record in reversed(predictions)}
     found = []
     for one in questions:
@@ -115,7 +114,7 @@ def by_task(found: Sequence[Confidence]) -> dict[str, list[Confidence]]:
 
 
 def temperature(found: Sequence[Confidence]) -> float:
-    """The T of TEMPERATURES with the least log loss; 1 where there are fewer than FEWEST answers to fit it on."""
+    """The T of TEMPERATURES with the lowest log loss; 1 if there are fewer than FEWEST answers."""
     if len(found) < FEWEST:
         return 1.0
     right = [is_right(one.question) for one in found]
@@ -124,13 +123,13 @@ def temperature(found: Sequence[Confidence]) -> float:
 
 
 def log_loss(ps: Sequence[float], right: Sequence[bool]) -> float:
-    """Mean negative log-likelihood (nats) of what was right."""
+    """Mean binary cross-entropy in nats: ps predict `right`."""
     clipped = [min(1 - LEAST, max(LEAST, p)) for p in ps]
     return -sum(math.log(p if hit else 1 - p) for p, hit in zip(clipped, right, strict=True)) / len(clipped)
 
 
 def summary(found: Sequence[Confidence]) -> Json:
-    """Reliability in bins of equally many answers, the expected calibration error, and exact-match F1 on the surest."""
+    """Reliability in equally filled bins, expected calibration error, exact-match F1 on the most probable answers."""
     ordered = sorted(found, key=lambda one: one.p)
     edges = [len(ordered) * turn // BINS for turn in range(BINS + 1)]
     bins = [ordered[start:end] for start, end in zip(edges, edges[1:], strict=False) if start < end]
@@ -154,7 +153,7 @@ def summary(found: Sequence[Confidence]) -> Json:
 
 
 def review_first(found: Sequence[Confidence], count: int = FIRST) -> list[Json]:
-    """The least sure answers, which a reader should look at first."""
+    """The `count` least probable answers."""
     return [
         {
             "record": one.question.record,

@@ -1,8 +1,8 @@
-"""What changed between two runs: `python -m eval.compare RUN_A RUN_B` (folders with run.json, see eval.report).
+"""Compares two runs: `python -m eval.compare RUN_A RUN_B` (folders with run.json, see eval.report).
 
-Systems are matched by name, notes by id; each line is a system's exact-match F1 in A and in B on the questions that
-both were asked, the difference with its interval over patients, and the p-value that inverts it (neither below 10
-patients; see eval.metrics.statistics). `--system-a X --system-b Y` compares two systems, of one run or of two.
+Systems are matched by name, notes by id. Each line gives a system's exact-match F1 in A and in B on the questions that
+both were asked, and the difference with its interval over patients and its p-value (both only from 10 patients on; see
+eval.metrics.statistics). `--system-a X --system-b Y` compares two systems of one run or of two.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ class Options:
     a: Annotated[Path, tyro.conf.Positional]
     """The first run's folder."""
     b: Annotated[Path, tyro.conf.Positional]
-    """The second run's folder (it may be the same)."""
+    """The second run's folder; may be the same."""
     system_a: str = ""
-    """A system of the first run (empty: every system that both runs name)."""
+    """A system of the first run (empty: every system that is in both runs)."""
     system_b: str = ""
-    """The system of the second run to compare it with (empty: the same name)."""
+    """The system of the second run to compare it with (empty: the one of the same name)."""
     changed: int = 5
-    """How many changed answers to show for each comparison."""
+    """Number of changed answers to show for each comparison."""
     json: bool = False
     """Print one JSON list."""
 
@@ -45,16 +45,16 @@ class Options:
 
 
 def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
-    """For each group of questions that both answered: figures of both, the paired test, the answers that changed.
+    """For each group of questions that both were asked: both means, the paired test, and the answers that changed.
 
-    Raises UserError where the same question has different right answers: the runs were scored on different data.
+    Raises UserError if a question has different gold answers in the two runs, which were then scored on different data.
     """
     found = []
-    for task, mine in groups(a).items():
-        both = asked_both(mine, b)
+    for task, group in groups(a).items():
+        both = asked_both(group, b)
         if other := next((one.record for one, two in both if one.gold != two.gold), None):
             raise UserError(f"{other}: the two runs have different right answers; were they made from the same data?")
-        if test := paired_f1(mine, b):
+        if test := paired_f1(group, b):
             changed = [
                 {
                     "record": one.record,
@@ -71,8 +71,8 @@ def changes(a: list[Question], b: list[Question]) -> list[dict[str, Any]]:
     return found
 
 
-def compared(options: Options) -> list[tuple[str, str]]:
-    """The pairs of systems. Raises UserError where a run has no such system, or none is in both."""
+def system_pairs(options: Options) -> list[tuple[str, str]]:
+    """The pairs of systems to compare. Raises UserError if a run lacks a system, or the runs have none in common."""
     names = [[system["name"] for system in read_run(run)["systems"]] for run in (options.a, options.b)]
     if options.system_b and not options.system_a:
         raise UserError("--system-b needs --system-a")
@@ -86,13 +86,13 @@ def compared(options: Options) -> list[tuple[str, str]]:
     pair = options.system_a, options.system_b or options.system_a
     for folder, name, known in zip((options.a, options.b), pair, names, strict=True):
         if name not in known:
-            raise UserError(f"{folder}: no system {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+            raise UserError(f"{folder}: no system {name!r}{nearest(name, known)}; the run has {', '.join(known)}")
     return [pair]
 
 
 def compare(options: Options) -> list[dict[str, Any]]:
     """A row for each test set, pair of systems and group of questions."""
-    pairs, runs, rows = compared(options), (read_run(options.a), read_run(options.b)), []
+    pairs, runs, rows = system_pairs(options), (read_run(options.a), read_run(options.b)), []
     for test_set in (name for name in runs[0]["references"] if name in runs[1]["references"]):
         (_, a), (_, b) = read_set(options.a, runs[0], test_set), read_set(options.b, runs[1], test_set)
         for first, second in pairs:

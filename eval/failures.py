@@ -1,9 +1,9 @@
-"""What went wrong with an answer, in the paper's words: incomplete, irrelevant, repeated, misspelt, abbreviated, label
-noise.
+"""Classifies wrong answers, after the paper's error analysis: incomplete, irrelevant, repeated, misspelt, abbreviated,
+label noise.
 
-Each wrong answer gets the first class whose rule fits, in the order of `CLASSES`; the rules look at the clinical form
-of the text. Apart from its class, an answer that does not occur in the note is counted as invented (open phenotypes
-only: a closed one's value need not occur there).
+A wrong answer gets the first class of `CLASSES` whose rule fits; the rules compare clinical forms. Independently of the
+class, an answer that does not occur in the note is counted as invented (open phenotypes only; the values of a closed
+list need not occur in the note).
 
     >>> wrong = lambda p, g: classify(Question("n", "p", "histological_type", (g,), (p,) if p else ()))
     >>> right = "invasive ductal carcinoma"
@@ -38,7 +38,7 @@ CLASSES = {
     "another value": "another value of the same kind",
     "irrelevant": "no word of the right answer",
 }
-_GROUP = re.compile(r"\b(?:iv|i{1,3})[abc]?\d?\b")  # a stage group: another one is another value, not a slip
+_GROUP = re.compile(r"\b(?:iv|i{1,3})[abc]?\d?\b")  # a stage group: one letter makes another value, no misspelling
 _KINDS = {"stage group": _GROUP, "length": re.compile(r"\d mm\b"), "number": re.compile(r"\d(?! mm\b)")}
 _REPEATED = re.compile(r"\b(\w[\w ,.-]{0,60}?)(?:[\s,.;]+\1\b){2,}", re.I)
 
@@ -49,7 +49,7 @@ def is_right(one: Question) -> bool:
 
 
 def classify(one: Question, note: str = "", witnesses: int = 0) -> str:
-    """The class of a wrong answer. `witnesses`: how many independent systems gave the same answer."""
+    """The class of a wrong answer. `witnesses` is the number of independent systems that gave the same answer."""
     predicted = [clinical(answer) for answer in one.predicted]
     gold = [clinical(answer) for answer in one.gold]
     given, right = " ; ".join(predicted), " ; ".join(gold)
@@ -84,12 +84,12 @@ def kinds(text: str) -> set[str]:
 
 
 def is_open(one: Question) -> bool:
-    """Whether a phenotype's values are words of the note, and not a closed list."""
+    """True for a phenotype whose values are spans of the note, False for a closed list."""
     return one.name in PHENOTYPES and not PHENOTYPES[one.name].values
 
 
 def invented(one: Question, note: str) -> int:
-    """How many answers to an open phenotype do not occur in the note."""
+    """Number of answers to an open phenotype that do not occur in the note."""
     if not is_open(one):
         return 0
     text = f" {clinical(note)} "
@@ -102,12 +102,14 @@ def count_failures(
     others: Mapping[tuple[str, str], list[tuple[str, ...]]],
     examples: int = 3,
 ) -> dict[str, Any]:
-    """Counts of each class with the first few examples, and the invented answers. `others`: the answers that
-    independent systems gave, by (record, question): one for each family, since adapters of one base share errors."""
-    shown: dict[str, list[dict[str, str]]] = {name: [] for name in CLASSES}
+    """Number of failures in each class with the first `examples` of them, and the number of invented answers.
+
+    `notes` maps record ids to texts, `others` maps (record, question) to the answers of independent systems.
+    """
+    by_class: dict[str, list[dict[str, str]]] = {name: [] for name in CLASSES}
     for one in (one for one in questions if not is_right(one)):
         same = sum(answer == one.predicted for answer in others.get((one.record, one.name), ()))
-        shown[classify(one, notes.get(one.record, ""), same)].append(
+        by_class[classify(one, notes.get(one.record, ""), same)].append(
             {
                 "record": one.record,
                 "question": one.name,
@@ -117,12 +119,12 @@ def count_failures(
         )
     return {
         "n": len(questions),
-        "wrong": sum(map(len, shown.values())),
+        "wrong": sum(map(len, by_class.values())),
         "invented": sum(invented(one, notes.get(one.record, "")) for one in questions),
         "answers": sum(len(one.predicted) for one in questions),
         "classes": [
             {"name": name, "what": CLASSES[name], "count": len(found), "examples": found[:examples]}
-            for name, found in shown.items()
+            for name, found in by_class.items()
             if found
         ],
     }
@@ -140,7 +142,7 @@ def _misspelt(a: str, b: str) -> bool:
 
 
 def _shortened(short: str, long: str) -> bool:
-    """Initials ("idc"), or every word the start of its word ("intrahep cholangio")."""
+    """True for initials ("idc"), or if every word is a prefix of its counterpart ("intrahep cholangio")."""
     a, b = short.split(), long.split()
     if len(b) > 1 and len(a) == 1 and a[0] == "".join(word[0] for word in b):
         return True

@@ -1,14 +1,15 @@
-"""Perplexity and bits per byte of a text: `python -m eval.perplexity --weights DIR [--adapter DIR] --text
-F.jsonl|F.txt`.
+"""Perplexity and bits per byte of a text:
 
-Perplexity is per token, so it cannot be compared between tokenizers; bits per byte can: the same −log2 p, divided by
-the text's UTF-8 bytes. With an adapter both figures are given without and with it (before and after continued
-pre-training).
+    python -m eval.perplexity --weights DIR [--adapter DIR] --text F.jsonl|F.txt
+
+Perplexity is per token and so depends on the tokenizer; bits per byte (the same −log2 p divided by the text's UTF-8
+bytes) can be compared between tokenizers. With an adapter both figures are given without and with it, that is before
+and after continued pre-training.
 
     100 tokens of mean loss 2.0 nats over 420 bytes: perplexity e^2 = 7.39, bits per byte 100 · 2.0 / ln 2 / 420 = 0.687
 
-Every document starts with the begin token and is cut into windows of 1,024 tokens that overlap by half, so that each
-token but the first few is predicted from at least half a window.
+Every document starts with the begin token and is split into windows of 1,024 tokens that overlap by half, so that each
+token after the first window has at least half a window of context.
 """
 
 from __future__ import annotations
@@ -33,20 +34,20 @@ from model.support.lock import output
 
 @dataclass(frozen=True)
 class Options:
-    """How well a model predicts a text."""
+    """Measure how well a model predicts a text."""
 
     weights: Path
     """The model's folder or GGUF file."""
     text: Path
     """JSON lines with a field "text", or a plain text file (one document)."""
     adapter: Path | None = None
-    """A LoRA adapter's folder: the figures are then given without and with it."""
+    """A LoRA adapter's folder; the figures are then given without and with it."""
     documents: int = 0
-    """Read only the first so many documents (0: all)."""
+    """Read only the first N documents (0: all)."""
     out: Path | None = None
     """Write the figures to this file, as JSON."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
 
     def __post_init__(self) -> None:
         if self.documents < 0:
@@ -55,7 +56,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Result:
-    """Sums over documents. `tokens` were predicted: without a begin token a document's first one is not."""
+    """Sums over documents. `tokens` counts predicted tokens; without a begin token a document's first is not one."""
 
     documents: int
     tokens: int
@@ -66,7 +67,7 @@ class Result:
 
 
 def windows(length: int, block: int) -> Iterator[tuple[int, int, int]]:
-    """(start, first scored, end) over the tokens 1 … length − 1 of a document, each scored once.
+    """Windows (start, first scored, end) that score each of a document's tokens 1 … length − 1 once.
 
     >>> list(windows(7, 4))
     [(0, 1, 4), (2, 4, 6), (4, 6, 7)]
@@ -80,7 +81,7 @@ def windows(length: int, block: int) -> Iterator[tuple[int, int, int]]:
 
 @torch.no_grad()
 def measure(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], block: int = 1024) -> Result:
-    """Perplexity and bits per byte of documents under a model. Raises UserError where there is nothing to predict."""
+    """Perplexity and bits per byte of documents under a model. Raises UserError if there is no token to predict."""
     nats, tokens, size, documents = 0.0, 0, 0, 0
     for text in texts:
         ids = tokenizer.encode(text, bos=True)
@@ -97,7 +98,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], bloc
 
 
 def read_texts(path: Path, limit: int = 0) -> list[str]:
-    """The documents of a .jsonl file's "text" fields, or a text file as one document."""
+    """The "text" fields of a .jsonl file (at most `limit`; 0: all), or a text file as one document."""
     if path.suffix != ".jsonl":
         check_regular(path)
         try:
@@ -123,7 +124,7 @@ def main(options: Options) -> None:
 
 
 def figures(options: Options, texts: list[str]) -> dict[str, Result]:
-    """Of the weights; with an adapter, of the model before and after it."""
+    """The results for "weights"; with an adapter, for the model "before" and "after" it."""
     model, tokenizer = Transformer.from_pretrained(options.weights), Tokenizer.from_pretrained(options.weights)
 
     def measured(name: str) -> Result:

@@ -1,14 +1,14 @@
-"""Predictions paired with references, one `Question` for everything that was asked; nothing is dropped silently.
+"""Pairs predictions with references: one `Question` per question of each reference; what does not pair is counted.
 
-A reference record is train.clinic's, a prediction record infer.extract's:
+References have the form of train.clinic's records, predictions that of infer.extract's:
 
     {"id": "p1-n1", "phenotypes": {"tumor_size": {"answers": [{"text": "2.5 cm"}], "not_relevant": false}},
      "diagnosis": {"text": "…"}}
 
-Shorter forms are taken too, in both files, so that any system's output can be scored: an answer may be a string, a
-phenotype a list of strings or one string ("not relevant" or "ER+; PR-"), a diagnosis a string. What a reference does
-not have is not asked. A record may hold questions of its own instead (train.importers.conll), the prediction their
-answers in the same order:
+Both files also accept shorter forms, so that any system's output can be scored: an answer may be a string, a phenotype
+a list of strings or one string ("not relevant" or "ER+; PR-"), a diagnosis a string. A phenotype or diagnosis that a
+reference lacks is not scored. Instead of phenotypes, a record may hold questions of its own (train.importers.conll);
+the prediction lists their answers in the same order:
 
     {"id": "c-1", "text": "…", "questions": [{"question": "Which diseases?", "answers": [{"text": "gout"}]}]}
     {"id": "c-1", "answers": [{"answers": [{"text": "gout"}], "not_relevant": false}]}
@@ -34,18 +34,20 @@ Json = dict[str, Any]
 
 @dataclass(frozen=True)
 class Question:
-    """One question about one note. `name` is a phenotype, "diagnosis", or the text of a question of the record's `own`.
-    `gold` and `predicted` are answers without "not relevant"; `empty_output` tells an empty output from an answer "not
-    relevant"."""
+    """One question about one note, with its gold and predicted answers."""
 
     record: str
     patient: str
     name: str
+    """A phenotype, "diagnosis", or the text of the record's own question."""
     gold: tuple[str, ...]
+    """Empty if the right answer is "not relevant"."""
     predicted: tuple[str, ...]
+    """Empty if the system answered "not relevant", or nothing at all (then `empty_output`)."""
     empty_output: bool = False
     finish_reason: str = ""
     own: bool = False
+    """True for a question of the record's own."""
 
     @property
     def task(self) -> str:
@@ -60,12 +62,16 @@ class Question:
 
 @dataclass
 class Counts:
-    """What did not pair up, by record id, and how many answers were empty."""
+    """Record ids that did not pair up, and the number of empty outputs."""
 
     missing: list[str] = field(default_factory=list)
+    """References without a prediction."""
     duplicate: list[str] = field(default_factory=list)
+    """Predicted more than once; the first counts."""
     extra: list[str] = field(default_factory=list)
+    """Predictions without a reference."""
     failed: list[str] = field(default_factory=list)
+    """Predictions with an "error"."""
     empty_answers: int = 0
 
 
@@ -73,13 +79,13 @@ class Counts:
 
 
 def read_references(path: str | Path) -> list[Json]:
-    """The annotated notes of a file, phenotypes as lists. Raises UserError for a line without id, text or truth, of
-    another form, or whose id occurred before."""
+    """The annotated notes of a file, phenotypes as lists. Raises UserError for a line that lacks an id, a text or
+    annotations, has another form, or repeats an id."""
     records, seen = [], set()
     for number, record in read_jsonl(path, ("id", "text"), lambda record: replies(record, "questions")):
         where = f"{path}:{number}"
         if not {"phenotypes", "diagnosis", "questions"} & set(record):
-            raise UserError(f"{where}: no 'phenotypes', no 'diagnosis' and no 'questions': give annotated notes")
+            raise UserError(f"{where}: no 'phenotypes', 'diagnosis' or 'questions'; give annotated notes")
         if record["id"] in seen:
             raise UserError(f"{where}: the id {record['id']!r} occurs twice")
         seen.add(record["id"])
@@ -91,7 +97,7 @@ def read_references(path: str | Path) -> list[Json]:
 
 
 def read_predictions(path: str | Path) -> list[Json]:
-    """A file of predictions. Raises UserError for a line of another form."""
+    """The records of a predictions file. Raises UserError for a line of another form."""
     return [record for _, record in read_jsonl(path, ("id",), lambda record: replies(record, "answers"))]
 
 
@@ -100,7 +106,7 @@ def read_predictions(path: str | Path) -> list[Json]:
 
 @dataclass(frozen=True)
 class Reply:
-    """The answers to one question; `empty`: the output was empty, not even "not relevant"."""
+    """The answers to one question. `empty`: the output was empty; an answer "not relevant" is not."""
 
     texts: tuple[str, ...] = ()
     empty: bool = True
@@ -108,8 +114,11 @@ class Reply:
 
 
 def replies(record: Json, own: str) -> dict[str | int, Reply]:
-    """A record's answers by phenotype, "diagnosis", and the place among the record's own questions, whose answers are
-    listed under `own`. Raises ValueError where something has none of the forms above."""
+    """A record's answers by phenotype name, "diagnosis", and (int) index of the record's own question.
+
+    `own` is the key that lists the own questions: "questions" in a reference, "answers" in a prediction. Raises
+    ValueError if a value has none of the forms in the module's docstring.
+    """
     phenotypes, diagnosis, listed = record.get("phenotypes"), record.get("diagnosis"), record.get(own)
     if phenotypes is not None and not isinstance(phenotypes, dict):
         raise ValueError(f"'phenotypes' is a {type(phenotypes).__name__}; give {{phenotype: answers}}")
@@ -117,7 +126,7 @@ def replies(record: Json, own: str) -> dict[str | int, Reply]:
     for name, given in (phenotypes or {}).items():
         if name not in PHENOTYPES:
             raise ValueError(
-                f"no phenotype {name!r}{nearest(name, list(PHENOTYPES))}; there are {', '.join(PHENOTYPES)}"
+                f"no phenotype {name!r}{nearest(name, list(PHENOTYPES))}; the phenotypes are {', '.join(PHENOTYPES)}"
             )
         try:
             found[name] = reply(given)
@@ -142,7 +151,7 @@ def replies(record: Json, own: str) -> dict[str | int, Reply]:
 
 
 def reply(given: Any) -> Reply:
-    """Any form of the answers to one question. Raises TypeError for another."""
+    """The answers to one question in any of the accepted forms. Raises TypeError otherwise."""
     if given is None:
         return Reply()
     if isinstance(given, str):
@@ -166,19 +175,19 @@ def text_of(given: Any) -> str:
 
 
 def diagnosis_of(given: Any) -> str:
-    """A diagnosis as it is answered: the right one's code follows its description."""
+    """A diagnosis in the form of an answer: a reference's code is appended to its description."""
     text, code = text_of(given), given.get("code") if isinstance(given, Mapping) else None
     return (diagnosis_answer(text, code) if code else text).strip()
 
 
 def code_of(record: Mapping[str, Any]) -> str | None:
-    """The code of a record's diagnosis; None where it has none."""
+    """The code of a record's diagnosis, or None."""
     given = record.get("diagnosis")
     return given.get("code") if isinstance(given, Mapping) else None
 
 
 def patient_of(record: Json) -> str:
-    """Whose note it is; a note that does not say is a patient of its own."""
+    """The patient of a note; a note without one counts as a patient of its own."""
     return str(record["id"] if record.get("patient") in (None, "") else record["patient"])
 
 
@@ -188,9 +197,12 @@ def patient_of(record: Json) -> str:
 def pair(
     references: Iterable[Json], predictions: Iterable[Json], asked: int | None = None
 ) -> tuple[list[Question], Counts]:
-    """Questions of every reference, and what did not pair up. A missing prediction counts as an empty answer to each
-    question, the first of duplicates counts. `asked`: the system was given that many notes only; the references are
-    then those with a prediction, filled up from the top."""
+    """The questions of every reference, and what did not pair up.
+
+    A missing prediction counts as an empty answer to each question; of duplicates the first counts. `asked` is the
+    number of notes that the system was given (None: all): only that many references are scored, those with a prediction
+    first, then others in file order.
+    """
     references, counts = list(references), Counts()
     by_id: dict[str, Json] = {}
     for prediction in predictions:
@@ -228,8 +240,11 @@ def questions_of(record: Json, prediction: Json) -> list[Question]:
 
 
 def score_question(one: Question, preset: str) -> dict[str, Figures]:
-    """A question's three metrics. Presets for which "not relevant" is a text like any other see that text. An
-    empty output, or none, is not that answer: it is wrong where the right answer is "not relevant" too."""
+    """A question's three metrics.
+
+    Presets that treat "not relevant" as ordinary text get that text. An empty output is never right, not even where the
+    right answer is "not relevant".
+    """
     chosen = PRESETS[preset]
     predicted, gold = list(one.predicted), list(one.gold)
     if one.empty_output and not gold:
@@ -237,26 +252,26 @@ def score_question(one: Question, preset: str) -> dict[str, Figures]:
     if chosen.nothing is None:
         predicted = predicted or ([] if one.empty_output else [NOT_RELEVANT])
         gold = gold or [NOT_RELEVANT]
-        if one.task == "diagnosis":  # the scripts split every answer on commas, a diagnosis too
+        if one.task == "diagnosis":  # the paper's script splits every answer at commas, diagnoses too
             return question(",".join(predicted), ",".join(gold), chosen)
     return question(predicted, gold, chosen)
 
 
 def f1_of(one: Question, metric: str = "exact_match") -> float:
-    """A question's F1 under the clinical preset. `average_f1` is the paper's figure: the mean over the metrics."""
+    """A question's F1 under the clinical preset. The metric `average_f1`, the paper's, is the mean of the three."""
     found = score_question(one, "clinical")
     return sum(found[name].f1 for name in METRICS) / len(METRICS) if metric == "average_f1" else found[metric].f1
 
 
 def asked_both(a: Iterable[Question], b: Iterable[Question]) -> list[tuple[Question, Question]]:
-    """The questions that both systems were asked, each as A and as B answered it."""
+    """The questions that both systems were asked, as pairs (A's answer, B's answer)."""
     theirs = {(one.record, one.name): one for one in b}
     return [(one, theirs[one.record, one.name]) for one in a if (one.record, one.name) in theirs]
 
 
 def paired_f1(a: Iterable[Question], b: Iterable[Question], metric: str = "exact_match") -> Json | None:
-    """What system B adds to system A on the questions that both were asked: the means and statistics.paired of the
-    F1s. None where there is no such question."""
+    """Both systems' mean F1 on the questions that both were asked, and statistics.paired of them. None if there is no
+    such question."""
     both = asked_both(a, b)
     if not both:
         return None
@@ -266,8 +281,8 @@ def paired_f1(a: Iterable[Question], b: Iterable[Question], metric: str = "exact
 
 
 def figures(questions: list[Question], preset: str = "clinical") -> Json | None:
-    """The metrics of these questions with their intervals, the counts behind them and the gold-against-gold
-    ceiling."""
+    """The metrics with intervals, the numbers of questions and patients, and the ceiling (gold scored against gold).
+    None without questions."""
     if not questions:
         return None
     patients = [one.patient for one in questions]
@@ -289,6 +304,6 @@ def figures(questions: list[Question], preset: str = "clinical") -> Json | None:
 
 
 def spread(f1s: list[float], patients: list[str]) -> Json:
-    """The mean of values in percent with its interval, under the names that figures have."""
+    """Mean (percent) and interval, with the keys of `figures`."""
     low, high = interval(f1s, patients)
     return {"f1": math.fsum(f1s) / len(f1s), "low": low, "high": high}

@@ -1,13 +1,13 @@
-"""Any checkpoint on your own labelled notes, as a row of a report:
+"""Scores any checkpoint on annotated notes, as a row of a report:
 
     python -m eval.run --weights DIR [--adapter DIR] --data my.jsonl --out runs/mine
-    python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine     # another row of that report
+    python -m eval.run --model mistral-7b --weights DIR --data my.jsonl --out runs/mine     # adds a row to that report
 
-`--data` has annotated notes (train.clinic's records; `train.importers.table` and `brat` make them of yours), or texts
-with questions of their own (`train.importers.conll`). Only what is annotated is scored. The folder gets a copy of the
-notes, each model's answers, run.json and the report with intervals over patients, from 10 patients on. `--model` takes
-the chat form and the name of a model from eval/baselines.toml; else our template is used where an adapter is given, and
-the model's own chat form where not.
+`--data` has annotated notes (records of train.clinic; `train.importers.table` and `brat` convert yours), or texts with
+questions of their own (`train.importers.conll`). Only questions with an annotation are scored. The run's folder gets a
+copy of the notes, each model's answers, run.json and the report, with intervals over patients from 10 patients on.
+`--model` takes the chat form and title of a model from eval/baselines.toml. Without it, our prompt template is used if
+an adapter is given, else the model's own chat form.
 """
 
 from __future__ import annotations
@@ -45,16 +45,16 @@ class Options(AskOptions):
     data: Path
     """Annotated notes, JSON lines."""
     out: Path
-    """The run's folder; a second model's row is added to the first's."""
+    """The run's folder. If it holds a run on the same notes, a row is added."""
     model: str = ""
     """A model of eval/baselines.toml: mistral-7b, biomistral-7b, clinicalcamel-70b, mixtral-8x7b, llama-2-13b or
     qwen-7b."""
     name: str = ""
-    """The row's name (empty: the model's title, or the last folder's name)."""
+    """The row's name (empty: the model's title, or the name of the last adapter's or the weights' folder)."""
     long: Literal["error", "truncate", "windows"] = "windows"
-    """A note beyond the limit: no answer, read its beginning, or read overlapping windows and merge."""
+    """A note above the token limit: no answer, truncate it, or read overlapping windows and merge the answers."""
     overwrite: bool = False
-    """Replace the row of this name."""
+    """Replace an existing row of this name."""
 
     def __post_init__(self) -> None:
         self.check()
@@ -74,7 +74,7 @@ def baseline(name: str) -> dict[str, Any]:
 
 
 def add_row(out: Path, row: dict[str, Any], data: Path, seconds: float) -> None:
-    """Put a system's row into the folder's run.json, in the place of an older one of its name."""
+    """Add a system's row to the folder's run.json, replacing a row of the same name."""
     run = out / "run.json"
     given = (
         read_json(run)
@@ -118,7 +118,8 @@ def digest(records: Sequence[dict[str, Any]]) -> str:
 
 
 def file_of(out: Path, name: str, overwrite: bool) -> str:
-    """Where a row's answers lie. Raises UserError where the folder has a row of that name, or of that file."""
+    """The path of a row's answers, relative to `out`. Raises UserError if another row uses it, or if a row of that name
+    exists and may not be overwritten."""
     file = f"predictions/{re.sub(r'[^A-Za-z0-9.-]+', '-', name)}.jsonl"
     rows = read_json(out / "run.json")["systems"] if (out / "run.json").exists() else []
     for row in rows:
@@ -128,7 +129,7 @@ def file_of(out: Path, name: str, overwrite: bool) -> str:
 
 
 def ask(options: Options, asked: Sequence[dict[str, Any]], name: str, form: str, file: str) -> None:
-    """Write the model's answers and its row, and the report."""
+    """Ask the model, then write its answers, its row in run.json, and the report."""
     began = time.monotonic()
     wanted = {kind for kind in ("phenotypes", "diagnosis") if any(record.get(kind) for record in asked)}
     task = "both" if len(wanted) == 2 else "diagnosis" if wanted == {"diagnosis"} else "phenotype"
@@ -137,7 +138,7 @@ def ask(options: Options, asked: Sequence[dict[str, Any]], name: str, form: str,
     with tempfile.TemporaryDirectory(prefix=".answers.", suffix=".part", dir=options.out) as folder:
         answers = Path(folder) / "answers.jsonl"
         program.main(program.Options(notes=options.out / "data.jsonl", out=answers, **how))
-        os.replace(answers, options.out / file)  # an older row's answers stay until then
+        os.replace(answers, options.out / file)  # keeps the old answers if the job fails
     seconds = time.monotonic() - began
     row = {
         "name": name,

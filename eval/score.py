@@ -1,10 +1,10 @@
-"""The metrics of a predictions file: `python -m eval.score --predictions F.jsonl --references G.jsonl`.
+"""Scores a predictions file: `python -m eval.score --predictions F.jsonl --references G.jsonl`.
 
     python -m eval.score --predictions runs/demo/predictions/tuned-heldout.jsonl --references
     runs/demo/data/heldout.jsonl
 
-The forms of the two files are in eval/questions.py. Answerable questions are scored separately from unanswerable ones,
-where the right answer is "not relevant": a system that always says so would look good in a mean over both.
+eval/questions.py describes the two files. Answerable and unanswerable questions (right answer: "not relevant") are
+scored separately, because a system that always answers "not relevant" would look good in a mean over both.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Options:
     """Score a file of predictions against annotated notes."""
 
     predictions: Path
-    """JSON lines, one note each, as infer.extract writes them."""
+    """Predictions, JSON lines with one note each, as infer.extract writes them."""
     references: Path
-    """JSON lines of annotated notes, as train.clinic writes them."""
+    """Annotated notes, JSON lines, as train.clinic writes them."""
     task: Literal["phenotype", "diagnosis", "both"] = "both"
-    """Which questions to score; both: the records' own questions too."""
+    """Questions to score; both includes the records' own questions."""
     preset: str = "clinical"
-    """Which definitions: clinical, cancerllm, cancerllm-released, coco, sacrebleu, nltk or rouge_score; or the
-    signature that another score was printed with."""
+    """Metric definitions: clinical, cancerllm, cancerllm-released, coco, sacrebleu, nltk or rouge_score; or the
+    signature printed with another score."""
     json: bool = False
     """Print one JSON object instead of the table."""
 
@@ -46,8 +46,8 @@ class Options:
 
 
 def groups(questions: list[Question], task: str = "both") -> dict[str, list[Question]]:
-    """The questions as they are reported: answerable phenotypes, unanswerable ones, diagnosis; and the records' own
-    where there are any."""
+    """The questions in the groups that are reported: answerable phenotypes, unanswerable phenotypes, diagnosis, and the
+    records' own questions if there are any."""
     found: dict[str, list[Question]] = {"phenotype": [], "phenotype, unanswerable": [], "diagnosis": []}
     for one in questions:
         if task in ("both", one.task):
@@ -99,7 +99,7 @@ def table(result: dict[str, Any]) -> str:
 
 
 def warn(counts: Counts, where: Path) -> None:
-    """Say on stderr what did not pair up."""
+    """Print to stderr what did not pair up."""
     kinds = {
         "notes without a prediction (every question of them is wrong)": counts.missing,
         "predictions for unknown notes": counts.extra,

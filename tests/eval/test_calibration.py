@@ -59,7 +59,7 @@ def files(tmp_path):
         "cancer_stage": {"answers": [], "not_relevant": True, "logprob": -0.5, "finish_reason": "stop"},
     }
     said = {"text": "Malignant neoplasm of colon (C18.9)", "codes": [], "logprob": -3.0, "finish_reason": "stop"}
-    ids = [f"n{n}" for n in range(3)]
+    ids = [f"n{n}" for n in range(calibration.FEWEST)]
     return (
         write(tmp_path / "p.jsonl", *({"id": one, "phenotypes": phenotypes, "diagnosis": said} for one in ids)),
         write(tmp_path / "g.jsonl", *({"id": one, **gold} for one in ids)),
@@ -70,8 +70,7 @@ def test_of_few_answers_no_temperature_is_fitted():
     assert temperature(drawn(4.0, 49)) == 1.0 and temperature(drawn(4.0, 50)) != 1.0
 
 
-def test_the_program_keeps_temperatures_that_extraction_reads_and_writes_into_records(tmp_path, capsys, monkeypatch):
-    monkeypatch.setattr(calibration, "FEWEST", 1)
+def test_the_program_keeps_temperatures_that_extraction_reads_and_writes_into_records(tmp_path, capsys):
     predictions, references = files(tmp_path)
     main(Options(predictions, references, tmp_path / "calibration.json", json=True))
     result = json.loads(capsys.readouterr().out)

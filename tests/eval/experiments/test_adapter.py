@@ -58,10 +58,9 @@ def test_a_stages_card_has_no_path_of_its_machine():
     assert "somebody" not in json.dumps(card) and card["data"] == {"train.jsonl": "0123456789abcdef0123"}
 
 
-def test_the_model_card_is_filled_from_training_and_scores(monkeypatch, tmp_path):
+def test_the_model_card_is_filled_from_training_and_scores(tmp_path):
     gguf = tmp_path / "base.gguf"
     gguf.write_bytes(b"weights")
-    monkeypatch.setattr(scores, "smollm2", lambda: gguf)
     host = {"cpu": "A processor", "threads": 2}
     one = {"name": "tuning", "clinic": {"seed": 22, **adapter.CLINIC}, **adapter.card(run_card())}
     groups = {"phenotype": GROUP, "diagnosis": GROUP, "phenotype, unanswerable": None}
@@ -71,7 +70,7 @@ def test_the_model_card_is_filled_from_training_and_scores(monkeypatch, tmp_path
     (tmp_path / "training.json").write_text(json.dumps({"host": host, "stages": [one, one]}))
     (tmp_path / "adapter_config.json").write_text('{"r": 32}')
     (tmp_path / "REMARKS.md").write_text("It is wrong at times.")
-    card = scores.card(tmp_path, found)
+    card = scores.card(tmp_path, found, gguf)
     assert card.count("2 minutes on A processor") == 2 and "--clinical 2200" in card and "rank 32" in card
     assert card.count("50.0 [40.0, 60.0]") == len(scores.SETS) * (2 * 2 + len(PHENOTYPES))
     assert "{" not in card and card.endswith("It is wrong at times.")
