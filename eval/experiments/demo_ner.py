@@ -1,11 +1,11 @@
-"""A real text task: disease names in PubMed abstracts. `make demo-ner`, and longer for a release `make diseases`.
+"""A task on real text: disease names in PubMed abstracts. `make demo-ner`; longer, for the release, `make diseases`.
 
     IOB files → questions (train.importers.conll) → LoRA on SmolLM2 (train.instruct) → answers (infer.extract) → F1
 
-Train and test split of the NCBI disease corpus, both whole. A record is three sentences with one question. Two scores:
-exact-match precision, recall and F1 over the distinct names of each record; and the published taggers' own, over
-mentions by their place, where every place of a name that is answered counts as answered. `--adapter` scores
-one that is there (`make scores`). An interrupted run continues.
+Uses the whole train and test splits of the NCBI disease corpus. A record is three sentences with one question. Two
+scores: exact-match precision, recall and F1 over the distinct names of each record, and, as published taggers report
+it, over mentions by offset, where an answered name counts at every place where it occurs. `--adapter` scores an
+existing adapter (`make scores`). An interrupted run continues.
 """
 
 from __future__ import annotations
@@ -29,38 +29,38 @@ from train.report.card import ROOT, code_version
 CORPUS = Path("train/data/ncbi_disease")
 CARD = Path(__file__).with_name("diseases.md")
 NAMED = Path("infer/released/diseases-smollm2-135m")
-SEEDS = (1, 2)  # of the further tunings
+SEEDS = (1, 2)  # of the tunings of --further
 PUBLISHED = "published taggers reach 85–91"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Tune the demo's base on marked disease names and score the test split."""
+    """Tune the demo's base on annotated disease names and score the test split."""
 
     out: Path = Path("runs/demo-ner")
     """The run's folder."""
     recipe: str = "train/recipes/demo-ner.toml"
     """The tuning recipe."""
     adapter: str = ""
-    """Score this adapter, with its training.json, and tune none (empty: tune one)."""
+    """Score this adapter, whose folder has a training.json, instead of tuning one."""
     further: str = ""
-    """The recipe of two further tunings that begin from the first, whose mean is then taken (empty: none)."""
+    """The recipe of two more tunings that start from the first and are averaged (empty: none)."""
     release: bool = False
-    """Put the adapter with its card and scores into infer/released, in the place of the one that is there."""
+    """Copy the adapter with its card and scores into infer/released, replacing the one there."""
     overwrite: bool = False
-    """Remove the run that is there, and begin again."""
+    """Remove an existing run and start again."""
 
 
 def main(options: Options) -> None:
     check_folder()
     if options.adapter:
-        read_json(Path(options.adapter) / "training.json")  # a missing one is told before any work
+        read_json(Path(options.adapter) / "training.json")  # report a missing one before any work
     with begin(options.out, made_from(options), "score.json", options.overwrite) as run:
-        measured(run, options)
+        pipeline(run, options)
 
 
-def measured(run: Run, options: Options) -> None:
-    """Every step, in order, and the score."""
+def pipeline(run: Run, options: Options) -> None:
+    """All steps in order, then the score."""
     files = {split: run.out / f"{split}.jsonl" for split in ("train", "test")}
     for split, file in files.items():
         source = CORPUS / f"{split}.tsv"
@@ -111,7 +111,7 @@ def tune(run: Run, options: Options, base: Path, data: Path, adapter: Path) -> N
 
 
 def totals(stages: list[dict[str, Any]]) -> dict[str, Any]:
-    """Seconds and steps of all tunings, and the rows of one pass."""
+    """Seconds and steps of all tunings, and the number of rows of the training data."""
     seconds, steps = (sum(stage[key] for stage in stages) for key in ("training_seconds", "steps"))
     return {"training_seconds": seconds, "steps": steps, "rows": stages[0]["rows"]}
 
@@ -134,11 +134,11 @@ def text_of_card(adapter: Path, found: dict[str, Any], training: dict[str, Any])
 
 
 def score(references: Path, answers: Path) -> dict[str, Any]:
-    """Precision, recall and F1 (× 100) over the distinct names of every question of every record."""
+    """Precision, recall and F1 (percent) over distinct names and, under "entities", over mentions."""
     records = read_references(references)
     asked, counts = pair(records, read_predictions(answers))
     if counts.missing:
-        raise UserError(f"{answers}: lacks record {counts.missing[0]!r}; it is not a whole answer to {references}")
+        raise UserError(f"{answers}: lacks record {counts.missing[0]!r}; give the answers to all of {references}")
     empty = [one for one in asked if not one.gold]
     texts = {record["id"]: record["text"] for record in records}
     marked = {(one["id"], question["question"]): spans(question) for one in records for question in one["questions"]}
@@ -154,7 +154,7 @@ def score(references: Path, answers: Path) -> dict[str, Any]:
 
 
 def counted(sets: Iterable[tuple[Collection[Any], Collection[Any]]], of: str) -> dict[str, Any]:
-    """Precision, recall and F1 (x 100) of predicted sets against gold ones, summed over all."""
+    """Micro-averaged precision, recall and F1 (percent) of predicted sets against gold sets."""
     pairs = [(set(gold), set(given)) for gold, given in sets]
     true, predicted = sum(len(gold) for gold, _ in pairs), sum(len(given) for _, given in pairs)
     right = sum(len(gold & given) for gold, given in pairs)
@@ -163,12 +163,12 @@ def counted(sets: Iterable[tuple[Collection[Any], Collection[Any]]], of: str) ->
 
 
 def spans(question: dict[str, Any]) -> list[Span]:
-    """Where the gold mentions are."""
+    """The offsets of the gold mentions."""
     return [(answer["start"], answer["end"]) for answer in question["answers"] if answer.get("start") is not None]
 
 
 def found_in(text: str, names: Iterable[str]) -> list[Span]:
-    """Every place of the names in a text, none inside or across another: the longest first."""
+    """All occurrences of the names in a text, without overlaps: longer names take precedence."""
     found: list[Span] = []
     for name in sorted(names, key=len, reverse=True):
         free = [one for one in occurrences(name, text) if all(one[1] <= a or b <= one[0] for a, b in found)]

@@ -1,7 +1,7 @@
-"""The files of a demo's folder, and the experiments that are run on it: a few by eval.experiments.demo, all by
-eval.experiments.tables.
+"""Paths in a demo's folder, and the commands of the experiments on its models (eval.experiments.demo runs some,
+eval.experiments.tables all).
 
-Each program writes result.json into its folder and continues after an interruption.
+Each experiment's program writes result.json into its folder and continues after an interruption.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ AMOUNTS = tomllib.loads(Path(__file__).with_name("scales.toml").read_text("utf-8
 
 @dataclass(frozen=True)
 class Demo:
-    """A demo's folder."""
+    """Paths in the folder of a demo of some scale."""
 
     folder: Path
     scale: str
@@ -38,8 +38,8 @@ class Demo:
 
     @property
     def dtype(self) -> str:
-        """What the real base trains in: the faster of fp32 and bf16 on this machine, found once a demo. Adapters and
-        their optimizer are fp32 either way; the small models from nothing are fp32."""
+        """Dtype of the frozen base in training: training_dtype for the public base, fp32 for models trained from
+        scratch. Adapters and optimizer state are always fp32."""
         if self.scale != "full":
             return "float32"
         return training_dtype(self.folder)
@@ -52,7 +52,7 @@ class Demo:
 
 
 def experiment(demo: Demo, out: Path, name: str, **amounts: Any) -> list[str]:
-    """The program of an experiment (a folder of PARTS) on a demo's models; `amounts` are options of its own."""
+    """The command of an experiment on a demo's models. `name` is one of TITLES_OF; `amounts` are its own options."""
     heldout = {"weights": demo.weights, "notes": demo.folder / "heldout.jsonl", "grounded": True}
     tuned = heldout | {"adapter": demo.adapter("tuned")}
     tuning = {"data": demo.data("train"), "recipe": demo.recipe("instruct"), "dtype": demo.dtype}

@@ -1,11 +1,10 @@
-"""recall@k and nDCG of a retriever: are a note's neighbours notes of the same diagnosis?
+"""recall@k and nDCG@10 of a retriever: do a note's neighbours have its diagnosis?
 
-A neighbour is relevant where its diagnosis has the note's ICD-10-CM code. The guard of infer.retrieval.index applies:
-neither the note, nor its patient's other notes, nor near-duplicates are retrieved or counted as relevant.
+A record is relevant if its diagnosis has the note's ICD-10-CM code. As in infer.retrieval.index, the note itself, its
+patient's other notes and near-duplicates are neither retrieved nor counted as relevant.
 
-recall@k is the share of the notes' relevant records among the first k, as in BEIR; nDCG@10 discounts the relevant
-record at rank r by log2(r + 1) and divides by the best order's sum. A note with nothing relevant in the index is left
-out and counted.
+recall@k is the share of the relevant records that are among the first k, as in BEIR. nDCG@10 discounts a relevant
+record at rank r by log2(r + 1) and divides by the ideal order's sum. Notes without a relevant record are left out.
 """
 
 from __future__ import annotations
@@ -23,19 +22,19 @@ CUTS = (1, 5, 10)
 
 
 def recall(hits: Sequence[bool], relevant: int, k: int) -> float:
-    """The share of `relevant` records among the first k results."""
+    """Share of the `relevant` records that are among the first k results."""
     return sum(hits[:k]) / relevant
 
 
 def ndcg(hits: Sequence[bool], relevant: int, k: int = 10) -> float:
-    """nDCG@k with relevance 0 or 1."""
+    """nDCG@k with binary relevance."""
     gain = sum(1 / math.log2(rank + 2) for rank, hit in enumerate(hits[:k]) if hit)
     return gain / sum(1 / math.log2(rank + 2) for rank in range(min(relevant, k)))
 
 
 def measure(index: Index, notes: Sequence[dict[str, Any]]) -> dict[str, Any]:
-    """recall@k and nDCG@10 with its interval over patients, of the `found_in` notes that have something relevant; {}
-    where none has."""
+    """recall@k, and nDCG@10 with its interval over patients, over the `found_in` notes that have a relevant record; {}
+    if there are none."""
     recalls: dict[int, list[float]] = {k: [] for k in CUTS}
     gains, patients = [], []
     for note in notes:

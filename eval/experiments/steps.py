@@ -1,7 +1,8 @@
-"""A long run as steps: finished ones are in OUT/steps.json, and the same command continues after an interruption.
+"""Resumable runs: a run is a sequence of named steps, and the same command continues after an interruption.
 
-A step is a function, or a program as `python -m` takes it; its seconds and its peak memory are kept. OUT/made-of.json
-has the run's options: a run of other options is refused in the same folder, and nothing is removed without --overwrite.
+A step is a function, or a program as `python -m` takes it. OUT/steps.json lists the finished ones with their seconds
+and peak memory. OUT/made-of.json has the run's options: a run with other options is refused in the same folder, and
+nothing is removed without --overwrite.
 """
 
 from __future__ import annotations
@@ -28,41 +29,43 @@ from model.support.hardware import compute_dtype, max_resident_mb
 from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
 
 RECIPES = Path("train/recipes")
-LONG = {"long": "windows", "max_new_diagnosis": 60}  # how the experiments ask: no note is cut
+LONG = {"long": "windows", "max_new_diagnosis": 60}  # options of infer.extract in experiments: no note is truncated
 
 
 @dataclass
 class Run:
-    """A run's folder and what its steps took."""
+    """A run's folder, and the time and peak memory of its finished steps."""
 
     out: Path
     scale: str = ""
     steps: dict[str, dict[str, float]] = field(default_factory=dict)
 
     def step(self, name: str, work: Callable[[], object] | list[str]) -> None:
-        """Do a step that is not yet done: a function, or a program as `-m` takes it (its output goes to stderr)."""
+        """Run a step unless it is finished: a function, or a program as `-m` takes it (its output goes to stderr)."""
         if name in self.steps:
             return
 
-        def alone() -> dict[str, float]:
+        def once() -> dict[str, float]:
             if isinstance(work, list):
                 return programs({name: work})
             work()
             return {name: 0.0}
 
-        self._do([name], alone)
+        self._do([name], once)
 
     def run_in_parallel(self, works: Mapping[str, list[str]]) -> None:
-        """Do programs two at a time, each with half of the cores: small products, which synchronise often
-        when they are divided over cores, are faster that way (two tunings of a 135M base: 1.3 times). The time of a
-        pair is divided between the two, so that seconds add up. On a GPU they run one after the other."""
+        """Run the unfinished programs two at a time, each with half of the cores; on a GPU one at a time.
+
+        Small GEMMs scale badly over cores, so two programs side by side are faster (two tunings of a 135M base: 1.3
+        times). Each of a pair is charged half of its time, so that the seconds of all steps add up.
+        """
         left = [(name, work) for name, work in works.items() if name not in self.steps]
         size = 1 if torch.cuda.is_available() else 2
         for pair in (dict(left[at : at + size]) for at in range(0, len(left), size)):
             self._do(pair, partial(programs, pair, max(1, (os.cpu_count() or 1) // 2) if size == 2 else 0))
 
     def _do(self, names: Iterable[str], work: Callable[[], Mapping[str, float]]) -> None:
-        """Do steps; note what they took together, and the peak memory of each, which `work` returns."""
+        """Run `work`, which returns each step's peak memory, and record the steps with equal shares of its time."""
         with ended_by_sigterm():
             print(f"· {' and '.join(names)}", file=sys.stderr, flush=True)
             began = time.monotonic()
@@ -83,7 +86,8 @@ class Run:
 
 
 def training_dtype(out: Path) -> str:
-    """What adapters on a real base train in: the faster of fp32 and bf16 on this machine, found once a run."""
+    """The dtype in which adapters on the public base are trained: the faster of fp32 and bf16 on this machine, measured
+    once per run."""
     path = out / "dtype.json"
     if not path.is_file():
         write_json(path, str(compute_dtype()).removeprefix("torch."))
@@ -91,7 +95,7 @@ def training_dtype(out: Path) -> str:
 
 
 def made_from(options: Any, files: Mapping[str, Path] | None = None, models: Iterable[str] = ()) -> dict[str, Any]:
-    """What a run is made of: options but for --out and --overwrite, hashes of files, stamps of models."""
+    """The inputs that identify a run: options except --out and --overwrite, hashes of files, stamps of models."""
     given = {key: str(value) for key, value in vars(options).items() if key not in ("out", "overwrite")}
     hashes = {f"{name}_sha256": sha256_file(path) for name, path in (files or {}).items()}
     return given | hashes | {"models": [stamp(path) for path in models if path]}
@@ -100,8 +104,8 @@ def made_from(options: Any, files: Mapping[str, Path] | None = None, models: Ite
 def experiment(
     options: Any, files: Mapping[str, Path], models: Iterable[str], work: Callable[[Run], dict[str, Any]]
 ) -> dict[str, Any]:
-    """Do `work` in the folder --out, or what an interrupted call left of it; writes its result, with the seconds that
-    its steps took, to result.json and returns it."""
+    """Run `work` in the folder --out, or continue it there. Writes its result, with the seconds of its steps, to
+    result.json and returns it."""
     with begin(options.out, made_from(options, files, models), overwrite=options.overwrite) as run:
         result = work(run) | {"seconds": run.took()}
         write_json(run.out / "result.json", result)
@@ -109,14 +113,14 @@ def experiment(
 
 
 def check_folder() -> None:
-    """Raise UserError where the recipes are not below the current folder."""
+    """Raises UserError unless the current folder is the repository's root."""
     if not RECIPES.is_dir():
         raise UserError("run this from the repository's root, which holds train/recipes")
 
 
 def argv(program: str, *arguments: Any, **options: Any) -> list[str]:
-    """A program as `python -m` takes it: limit=3 is --limit 3, of a sequence every value follows, True is the option
-    alone, and None and False are no option.
+    """The arguments of `python -m` for a program: limit=3 becomes --limit 3, a sequence all its values, True the bare
+    option; None and False are left out.
 
     >>> argv("infer.extract", max_new_tokens=8, grounded=True, adapter=None)
     ['infer.extract', '--max-new-tokens', '8', '--grounded']
@@ -130,8 +134,8 @@ def argv(program: str, *arguments: Any, **options: Any) -> list[str]:
 
 
 def training(program: str, *arguments: Any, **options: Any) -> list[str]:
-    """The command of a training program. On a CPU of several cores it is two ranks, each with the whole model and a
-    core: a small model's products are too small to be divided."""
+    """The command of a training program. On a CPU with several cores it runs two data-parallel ranks, each with the
+    whole model, because the GEMMs of a small model are too small to split."""
     command = argv(program, *arguments, **options)
     if torch.cuda.is_available() or (os.cpu_count() or 1) < 2:
         return command
@@ -139,13 +143,13 @@ def training(program: str, *arguments: Any, **options: Any) -> list[str]:
 
 
 def extraction(weights: str, adapter: Path | str | None, notes: Path | str, out: Path | str, **how: Any) -> list[str]:
-    """The command of infer.extract that asks a tuned model."""
+    """The command of infer.extract for a tuned model."""
     asked = {"form": "template"} | how
     return argv("infer.extract", weights=weights, adapter=adapter, notes=notes, out=out, **asked)
 
 
 def public_base(run: Run) -> Path:
-    """SmolLM2's 4-bit file, dequantised, as a folder of the run."""
+    """SmolLM2's 4-bit GGUF file, dequantized into a checkpoint in the run's folder."""
     base = run.out / "base"
     run.step("base: SmolLM2 out of its GGUF file", argv("model.checkpoints.convert", smollm2(), base, overwrite=True))
     return base
@@ -157,10 +161,10 @@ def records_of(path: Path) -> list[dict[str, Any]]:
 
 @contextmanager
 def begin(out: Path, made_of: Mapping[str, Any], last: str = "", overwrite: bool = False) -> Iterator[Run]:
-    """The run in `out`, locked against other processes: a new one, or an interrupted one of the same options.
+    """Start a run in `out`, or continue an interrupted one with the same options; locked against other processes.
 
-    Raises UserError where the folder contains anything else, and where the run is finished (the file `last` is there).
-    `overwrite`: a run that is there, ended or not, is removed first.
+    Raises UserError if the folder contains anything else, or if the run is finished (its file `last` exists).
+    `overwrite` removes an existing run first, finished or not.
     """
     with hold(out):
         mark = out / "made-of.json"
@@ -181,7 +185,7 @@ def begin(out: Path, made_of: Mapping[str, Any], last: str = "", overwrite: bool
 
 @contextmanager
 def ended_by_sigterm() -> Iterator[None]:
-    """SIGTERM ends what runs here as Ctrl-C does."""
+    """Treat SIGTERM like Ctrl-C in this context: raise KeyboardInterrupt."""
     before = signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         yield
@@ -190,11 +194,12 @@ def ended_by_sigterm() -> Iterator[None]:
 
 
 def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, float]:
-    """Run programs (`python -m …`) in parallel, each with `threads` of torch's (0: its default). Returns their peak
-    resident memory in MB. Raises UserError where one fails: the others run to their end first."""
-    asked: list[int] = []  # a signal while a program starts: raised there, it would leave the program without the run
+    """Run programs (`python -m …`) in parallel, each with `threads` threads (0: torch's default). Returns their peak
+    resident memory in MB. Raises UserError if one fails, after the others have ended."""
+    # Signals are deferred while programs start: an exception inside Popen would leave an orphan.
+    pending: list[int] = []
     handlers = {
-        number: signal.signal(number, lambda number, _: asked.append(number))
+        number: signal.signal(number, lambda number, _: pending.append(number))
         for number in (signal.SIGINT, signal.SIGTERM)
     }
     children: dict[str, subprocess.Popen[bytes]] = {}
@@ -208,13 +213,13 @@ def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, floa
             )
         for number in handlers:
             signal.signal(number, signal.default_int_handler)
-        if asked:
+        if pending:
             raise KeyboardInterrupt
         for name, child in children.items():
             _, status, usage = os.wait4(child.pid, 0)
             child.returncode = os.waitstatus_to_exitcode(status)
             peaks[name] = max_resident_mb(usage)
-            if child.returncode and not (child.returncode == 1 and answered(works[name])):
+            if child.returncode and not (child.returncode == 1 and has_answers(works[name])):
                 failed.append(f"the step '{name}' failed (exit {child.returncode})")
     except BaseException:
         for child in children.values():
@@ -230,7 +235,7 @@ def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, floa
     return peaks
 
 
-def answered(program: list[str]) -> bool:
-    """Whether infer.extract has ended: it exits 1 where some notes could not be answered (an empty one, say), and its
-    output, which is renamed only when it is complete, has their errors."""
+def has_answers(program: list[str]) -> bool:
+    """True if `program` is infer.extract and its output is complete. It exits 1 if some notes could not be answered
+    (such as an empty one); their errors are then in the output, which is renamed only when complete."""
     return program[0] == "infer.extract" and Path(program[program.index("--out") + 1]).is_file()

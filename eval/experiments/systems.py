@@ -1,7 +1,8 @@
-"""The systems that answer the test sets, and their entries in run.json, of the demo and of make scores alike.
+"""Asks systems (baselines, bases, adapters) about the test sets and returns their entries in run.json. Shared by
+`make demo` and `make scores`.
 
-A system answers the notes of all sets in one job. An untuned one generates up to its limit of tokens, so that it is
-asked about few notes of each set.
+A system answers the notes of all test sets in one job. Untuned models get only a few notes of each set, because they
+rarely stop before their token limit.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ BASELINES: dict[str, tuple[str, type[MajorityBaseline | RegexBaseline]]] = {
 
 @dataclass(frozen=True)
 class System:
-    """A base or an adapter on it. `file` names its answers; `how` are further options of infer.extract."""
+    """A base model or an adapter on it. `file` is the stem of its answers' file, `how` are options of infer.extract."""
 
     name: str
     file: str
@@ -34,7 +35,7 @@ class System:
 
 
 def write_tests(run: Run, records: Mapping[str, Sequence[Mapping[str, Any]]], few: int) -> None:
-    """A file for each test set, one of all their notes, and one of the first `few` of each."""
+    """Write each test set, all their notes (notes.jsonl), and the first `few` notes of each set (few.jsonl)."""
     for name, notes in records.items():
         write_jsonl(run.out / f"{name}.jsonl", notes)
     write_jsonl(run.out / "notes.jsonl", [note for notes in records.values() for note in notes])
@@ -43,7 +44,7 @@ def write_tests(run: Run, records: Mapping[str, Sequence[Mapping[str, Any]]], fe
 
 
 def baseline(run: Run, kind: str, train: Path, tests: Iterable[str]) -> dict[str, Any]:
-    """The entry of a baseline, fitted on the notes of `train`."""
+    """The run.json entry of a baseline fitted on the notes of `train`."""
     name, made = BASELINES[kind]
 
     def work() -> None:
@@ -68,13 +69,12 @@ def as_prediction(answers: dict[str, Any], note: dict[str, Any]) -> dict[str, An
 def models(
     run: Run, systems: Sequence[System], weights: Path | str, few: int, tests: Iterable[str], **how: Any
 ) -> list[dict[str, Any]]:
-    """The entries of the systems on a base; `few` as given to write_tests, `how` the options of all."""
+    """Ask the systems and return their run.json entries. `few` is that of write_tests; `how` are options of
+    infer.extract for all systems."""
     jobs = {}
-    for one in sorted(systems, key=lambda one: one.untuned):  # jobs of alike lengths in pairs
-        notes, out = (
-            run.out / f"{'few' if one.untuned else 'notes'}.jsonl",
-            run.out / "predictions" / f"{one.file}.jsonl",
-        )
+    for one in sorted(systems, key=lambda one: one.untuned):  # jobs run in pairs: pair those of similar length
+        notes = run.out / ("few.jsonl" if one.untuned else "notes.jsonl")
+        out = run.out / "predictions" / f"{one.file}.jsonl"
         files = {"weights": weights, "adapter": one.adapter, "notes": notes, "out": out}
         asked = {"task": "both", "form": one.form, "grounded": not one.untuned} | how | one.how
         jobs[f"extraction: {one.name}"] = argv("infer.extract", **files, **asked)
@@ -95,7 +95,7 @@ def models(
 
 
 def split(run: Run, name: str, tests: Iterable[str]) -> dict[str, str]:
-    """A system's answers to all test sets, asked in one job, as a file for each (paths relative to the run)."""
+    """Split a system's answers into one file per test set. Returns {test set: path relative to the run's folder}."""
     answered = {record["id"]: record for record in records_of(run.out / "predictions" / f"{name}.jsonl")}
     paths = {}
     for test in tests:

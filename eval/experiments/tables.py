@@ -1,11 +1,11 @@
-"""All of the paper's tables from a finished demo: `make tables`.
+"""All of the paper's tables, starting from a finished demo: `make tables`.
 
     runs/demo → wrong labels, misspelled notes, canaries, retrieval → runs/tables/report.html and report.json
 
-Tables 1, 2 and 5 are the demo's own figures. Table 3 trains an adapter for each rate of wrong labels with the demo's
-recipe shortened; Table 4 and Table 6 ask the demo's tuned adapter; the canaries repeat its continued pre-training. Work
-is budgeted in notes and passes, never in seconds. An interrupted run continues where it stopped, inside a step too; a
-finished one only rewrites its report.
+Tables 1, 2 and 5 are the demo's own figures. Table 3 trains an adapter for each rate of wrong labels, with the demo's
+recipe shortened; Tables 4 and 6 use the demo's tuned adapter; the canaries repeat its continued pre-training. Work is
+budgeted in notes and passes, never in seconds. An interrupted run continues, even inside a step; a finished one only
+rewrites its report.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ from model.support.hardware import host
 
 @dataclass(frozen=True)
 class Options:
-    """Fill the paper's tables from a demo's run."""
+    """Compute the paper's tables from a finished demo."""
 
     scale: Literal["full", "nano", "tiny"] = "full"
     """The demo's scale (make demo SCALE=…)."""
@@ -37,14 +37,14 @@ class Options:
     out: Path | None = None
     """The tables' folder (default: runs/tables, runs/tables-nano or runs/tables-tiny)."""
     overwrite: bool = False
-    """Remove the tables that are there, and begin again."""
+    """Remove existing tables and start again."""
 
 
 SIZES = {name: amounts["tables"] for name, amounts in AMOUNTS.items()}
 
 
 def finished_demo(folder: Path, scale: str) -> Demo:
-    """The demo in `folder`. Raises UserError where it is missing, unfinished or of another scale."""
+    """The demo in `folder`. Raises UserError if it is missing, unfinished or of another scale."""
     remedy = f"run make demo SCALE={scale} first, to its end"
     if not (folder / "report.html").is_file():
         raise UserError(f"{folder}: no finished demo; {remedy}")
@@ -68,14 +68,14 @@ def main(options: Options) -> int:
     with begin(out, made_of, overwrite=options.overwrite) as run:
         for name, title in TITLES_OF.items():
             run.step(title, experiment(demo, out, name, **sizes[name]))
-        write_json(out / "run.json", described(run, demo))
+        write_json(out / "run.json", run_json(run, demo))
         print(terminal_table(write(out)))
         print(f"{run.took() / 60:.1f} minutes of work\nreport: {out / 'report.html'}")
     return 0
 
 
-def described(run: Run, demo: Demo) -> dict[str, Any]:
-    """run.json: the demo's, with paths relative to the tables' folder, and the results."""
+def run_json(run: Run, demo: Demo) -> dict[str, Any]:
+    """run.json: that of the demo, with paths relative to the tables' folder, plus the experiments' results."""
     given = read_json(demo.folder / "run.json")
 
     def moved(path: str) -> str:

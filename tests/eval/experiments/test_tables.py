@@ -12,7 +12,7 @@ from eval.experiments import retrieval_table
 from eval.experiments.demo import SCALES
 from eval.experiments.programs import experiment
 from eval.experiments.steps import Run
-from eval.experiments.tables import SIZES, Demo, Options, described, finished_demo, main
+from eval.experiments.tables import SIZES, Demo, Options, finished_demo, main, run_json
 from eval.report.page import render
 from eval.report.paper import PAPER
 from eval.report.run_file import PARTS, read_parts
@@ -76,7 +76,7 @@ def test_the_demos_files_are_named_as_seen_from_the_tables(tmp_path):
         },
     )
     out = tmp_path / "tables"
-    given = described(Run(out, "tiny", {"s": {"seconds": 2.0, "peak_mb": 9.0}}), Demo(demo, "tiny"))
+    given = run_json(Run(out, "tiny", {"s": {"seconds": 2.0, "peak_mb": 9.0}}), Demo(demo, "tiny"))
     assert (out / given["systems"][0]["predictions"]["heldout"]).resolve() == (demo / "p/a.jsonl").resolve()
     assert {key: given[key] for key in PARTS} == {key: f"{folder}/result.json" for key, folder in PARTS.items()}
     assert given["seconds"] == 3 and given["peak_mb"] == 9
