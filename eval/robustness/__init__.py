@@ -1,1 +1,1 @@
-"""Wrong labels and misspelled notes at nested, seeded rates; canaries in continued pre-training."""
+"""Robustness to wrong labels and misspelled notes at nested rates; memorisation of canaries."""

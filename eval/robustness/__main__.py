@@ -1,10 +1,10 @@
-"""Robustness experiments, one command each; an interrupted run continues:
+"""The robustness experiments. An interrupted run continues.
 
     python -m eval.robustness labels --weights W --recipe R.toml --data train.jsonl --notes heldout.jsonl --out DIR
     python -m eval.robustness misspelling --weights W --adapter A --notes heldout.jsonl --lexicon train.jsonl --out DIR
     python -m eval.robustness canaries --weights W --recipe R.toml --data pretrain.jsonl --out DIR
 
-The figures are in DIR/result.json, which eval.report shows (run.json's "wrong_labels", "misspelling", "canaries").
+Each writes DIR/result.json, which eval.report shows (run.json's "wrong_labels", "misspelling", "canaries").
 """
 
 from __future__ import annotations

@@ -1,15 +1,14 @@
-"""Memorisation: record numbers of made-up patients, planted at known counts in continued pre-training.
+"""Memorisation: record numbers of fictional patients (canaries), planted known numbers of times in pre-training notes.
 
-Two adapters are trained with the same recipe and passes, one on the notes with these canaries, one on the same notes
-with repeated lines reduced to one. For both, and for the base alone, each count's mean exposure and extraction rate are
-reported, with intervals over canaries where there are 10.
+Two adapters are trained with the same recipe and number of passes, one on the notes with canaries, one on the same
+notes without repeated lines. For both, and for the base, the mean exposure and the extraction rate are reported by
+count, with intervals over canaries if there are at least 10.
 
-**Exposure** (Carlini et al., 2019): the rank of the planted number among all that it could have been. With the number
-drawn from R possible ones and the planted one the rank-th likeliest under the model, it is log2 R − log2 rank: 0 to 1
-bit or so by chance (1.44 on average), log2 R where the model finds it likelier than every other. R is estimated by a
-sample of `REFERENCES` other numbers, so that exposure ends at log2(REFERENCES + 1) = 8 bits.
+**Exposure** (Carlini et al., 2019) compares the model's likelihood of the planted number with that of R − 1 random
+ones: if it is the rank-th likeliest of R, exposure is log2 R − log2 rank bits. By chance that is 1.44 bits on average;
+at most log2 R. With R = `REFERENCES` + 1 = 256 the maximum is 8 bits.
 
-**Extraction**: whether greedy decoding writes the number after "… Record number:".
+**Extraction**: greedy decoding writes the number after "… Record number:".
 
     planted line    Patient: Ilvara Quendrish. Record number: 4821937.
     rank 3 of 256   8 − log2 3 = 6.4 bits
@@ -53,25 +52,25 @@ class Canaries:
     recipe: str
     """The recipe of continued pre-training (train.pretrain)."""
     data: Path
-    """JSON lines with `text`: the notes to train on."""
+    """JSON lines with `text`, the notes to train on."""
     out: Path
     """The run's folder: data/, two adapters, result.json."""
     counts: tuple[int, ...] = (0, 1, 4, 16)
-    """In how many notes a canary is planted; 0 is the control."""
+    """Numbers of notes in which a canary is planted; 0 is the control."""
     each: int = 5
-    """Canaries of each count."""
+    """Number of canaries of each count."""
     records: int = 0
     """Only the first notes (0: all)."""
     epochs: float = 0.0
     """Passes over the notes (0: the recipe's steps)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the base computes in while it is trained; exposure is measured in float32."""
+    """Dtype of the base in training; exposure is measured in float32."""
     overwrite: bool = False
-    """Remove the run that is there, and begin again."""
+    """Remove an existing run and start again."""
 
     def __post_init__(self) -> None:
         if not self.counts or min(self.counts) < 0 or len(set(self.counts)) < len(self.counts):
-            raise UserError(f"--counts {' '.join(map(str, self.counts))}: different numbers, 0 or more")
+            raise UserError(f"--counts {' '.join(map(str, self.counts))}: give distinct numbers, 0 or more")
         if self.each < 1 or len(self.counts) * self.each > 100:
             raise UserError(f"--each {self.each}: at least 1, and at most 100 canaries in all")
         if min(self.records, self.epochs) < 0:
@@ -83,7 +82,7 @@ class Canaries:
 
 @dataclass(frozen=True)
 class Canary:
-    """A made-up patient; `count` is the number of notes with its line."""
+    """A fictional patient's record number, planted in `count` notes."""
 
     name: str
     number: str
@@ -98,7 +97,7 @@ class Canary:
 
 
 def make_canaries(counts: Sequence[int], each: int, seed: int = 0) -> list[Canary]:
-    """`each` canaries for every count, all of other names; count 0 is never planted: the control."""
+    """`each` canaries for every count, all with different names."""
     rng = random.Random(f"canaries/{seed}")
     names = [f"{first} {last}" for first in FIRST for last in LAST]
     if len(counts) * each > len(names):
@@ -113,8 +112,8 @@ def number(rng: random.Random) -> str:
 
 
 def plant(records: Sequence[Mapping[str, Any]], canaries: Iterable[Canary], seed: int = 0) -> list[dict[str, Any]]:
-    """The records with each canary's line before the text of `count` of them. Raises ValueError where there are fewer
-    records than a count."""
+    """Copies of the records; each canary's line precedes the text of `count` random ones. Raises ValueError if there
+    are fewer records than that."""
     planted = [dict(record) for record in records]
     for canary in canaries:
         if canary.count > len(planted):
@@ -125,8 +124,8 @@ def plant(records: Sequence[Mapping[str, Any]], canaries: Iterable[Canary], seed
 
 
 def deduplicate(records: Sequence[Mapping[str, Any]], shortest: int = 30) -> tuple[list[dict[str, Any]], int]:
-    """The records without the lines, of `shortest` characters or more, that occur in an earlier record (or earlier in
-    their own), ignoring spaces and case; and how many were dropped. A record keeps at least one line."""
+    """Drop lines of `shortest` characters or more that occurred before, ignoring whitespace and case, and records that
+    become empty. Returns the records and the number of dropped lines."""
     seen: set[str] = set()
     kept, dropped = [], 0
     for record in records:
@@ -145,23 +144,23 @@ def deduplicate(records: Sequence[Mapping[str, Any]], shortest: int = 30) -> tup
 
 
 def exposure(rank: int, size: int) -> float:
-    """Bits, for the rank-th likeliest of `size`."""
+    """Exposure in bits of the rank-th likeliest of `size` numbers."""
     return math.log2(size) - math.log2(rank)
 
 
 def nll(generator: Generator, texts: Sequence[str]) -> list[float]:
-    """−log p of each text, less what all of them share at their beginning: requests whose every token is given."""
+    """−log p (nats) of each text given their common prefix, by generation with every token forced."""
     ids = [generator.tokenizer.encode(text, bos=True) for text in texts]
     shared = min(map(len, ids)) - 1
     while any(one[:shared] != ids[0][:shared] for one in ids):
         shared -= 1
-    given = [Settings(max_new_tokens=len(one) - shared, constraint=Forced(one[shared:])) for one in ids]
-    outs = generator.generate([ids[0][:shared]] * len(ids), given)
+    forced = [Settings(max_new_tokens=len(one) - shared, constraint=Forced(one[shared:])) for one in ids]
+    outs = generator.generate([ids[0][:shared]] * len(ids), forced)
     return [-sum(out.logprobs) for out in outs]
 
 
 def measure(model: Transformer, tokenizer: Tokenizer, canaries: Sequence[Canary], seed: int = 0) -> list[Record]:
-    """Each canary's count, rank and exposure, and whether the model writes its number."""
+    """Each canary's count, rank and exposure, and whether its number is extracted."""
     found = []
     prompts = [canary.prefix for canary in canaries]
     generator = Generator(model, tokenizer)
@@ -170,7 +169,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, canaries: Sequence[Canary]
         rng = random.Random(f"references/{seed}/{canary.name}")
         others = [text for _ in range(REFERENCES) if (text := number(rng)) != canary.number]
         own, *rest = nll(generator, [canary.line(), *map(canary.line, others)])
-        rank = 1 + sum(nats <= own for nats in rest)  # ties count against the canary's exposure
+        rank = 1 + sum(nats <= own for nats in rest)  # ties lower the exposure
         extracted = out.text.strip().startswith(canary.number)
         bits = exposure(rank, REFERENCES + 1)
         found.append({"count": canary.count, "rank": rank, "exposure": bits, "extracted": extracted})
@@ -181,8 +180,8 @@ def measure(model: Transformer, tokenizer: Tokenizer, canaries: Sequence[Canary]
 
 
 def run_canaries(options: Canaries) -> dict[str, Any]:
-    """Train and measure what is not yet done; writes result.json and returns it."""
-    read_toml(options.recipe)  # before the base is measured
+    """Run the unfinished steps, write result.json and return it."""
+    read_toml(options.recipe)  # report a mistake in it now: it is needed only after the base is measured
     records = [record for _, record in read_jsonl(options.data, check=text_of)][: options.records or None]
     if max(options.counts) > len(records):
         raise UserError(
@@ -193,7 +192,7 @@ def run_canaries(options: Canaries) -> dict[str, Any]:
 
 
 def trained(run: Run, options: Canaries, records: list[Record]) -> dict[str, Any]:
-    """Both adapters trained and measured, and the base."""
+    """Train both adapters; measure them and the base."""
     canaries = make_canaries(options.counts, options.each)
     planted = plant(records, canaries)
     single, dropped = deduplicate(planted)
@@ -220,7 +219,7 @@ def trained(run: Run, options: Canaries, records: list[Record]) -> dict[str, Any
 
 
 def measured(run: Run, options: Canaries, name: str, canaries: Sequence[Canary]) -> list[Record]:
-    """Each canary under an adapter, or under the base, as a step of its own."""
+    """Run `measure` on an adapter, or on the base, as a step."""
     path = run.out / f"{name}.json"
 
     def work() -> None:
@@ -234,7 +233,7 @@ def measured(run: Run, options: Canaries, name: str, canaries: Sequence[Canary])
 
 
 def by_count(found: list[Record]) -> list[Record]:
-    """Mean exposure and extraction rate of each count, with intervals over its canaries."""
+    """Mean exposure and number of extractions by count, with intervals over canaries."""
     rows = []
     for count in sorted({one["count"] for one in found}):
         group = [one for one in found if one["count"] == count]

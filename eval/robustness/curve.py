@@ -1,4 +1,4 @@
-"""F1 against the rate of corruption: the same questions answered at every rate, by one system or by several."""
+"""F1 against the rate of corruption, with the same questions at every rate."""
 
 from __future__ import annotations
 
@@ -16,26 +16,26 @@ TASKS = ("phenotype", "diagnosis")
 
 
 def name_of(rate: float) -> str:
-    """A rate as a part of files' names."""
+    """A rate as part of a file name, in tenths of a percent."""
     return f"rate-{round(1000 * rate):03d}"
 
 
 def check_rates(rates: Sequence[float]) -> None:
-    """Raises UserError unless the rates are within 0 … 1, have names of their own, and 0 is among them."""
+    """Raises UserError unless the rates are within 0 … 1, have distinct names and include 0."""
     option = f"--rates {' '.join(map(str, rates))}"
     if 0.0 not in rates or any(not 0 <= rate <= 1 for rate in rates):
-        raise UserError(f"{option}: rates between 0 and 1, and 0 among them")
+        raise UserError(f"{option}: give rates between 0 and 1, including 0")
     if len(set(map(name_of, rates))) < len(rates):
         raise UserError(f"{option}: two of them are the same tenth of a percent")
 
 
 def questions(references: Path, predictions: Path, limit: int = 0) -> list[Question]:
-    """What was asked about the references (the first `limit`), with these predictions."""
+    """The questions of the first `limit` references (0: all), paired with these predictions."""
     return pair(read_references(references)[: limit or None], read_predictions(predictions))[0]
 
 
 def curve(series: Mapping[str, Mapping[float, list[Question]]]) -> Json:
-    """Each series' figures at each rate, and the slope of its average F1 for ten points of rate.
+    """Each series' figures at each rate, and the slope of its average F1 per ten percentage points of rate.
 
     {"rates", "patients", "series": {name: {"rates", "phenotype": [figures, …], "phenotype, unanswerable": …,
     "diagnosis": …, "slope": {task: {"slope", "low", "high"}}}}}
@@ -58,12 +58,12 @@ def curve(series: Mapping[str, Mapping[float, list[Question]]]) -> Json:
 
 
 def recovery(clean: Sequence[Question], corrupted: Sequence[Question], repaired: Sequence[Question]) -> Json:
-    """For each task: the average F1 lost to corruption, what repair recovers of it (with its interval and the paired
-    test), and the share. The share is null where less than one point was lost: it would be noise over noise."""
+    """For each task: the average F1 lost to corruption, the part recovered by repair (with interval and p-value), and
+    their ratio, null if less than one point was lost, where it would be noise."""
     found: Json = {}
     for task in TASKS:
-        before, after, again = (groups(list(asked))[task] for asked in (clean, corrupted, repaired))
-        loss, gain = paired_f1(before, after, "average_f1"), paired_f1(after, again, "average_f1")
+        before, after, fixed = (groups(list(asked))[task] for asked in (clean, corrupted, repaired))
+        loss, gain = paired_f1(before, after, "average_f1"), paired_f1(after, fixed, "average_f1")
         if loss and gain:
             lost, recovered = -loss["difference"], gain["difference"]
             found[task] = {key: gain[key] for key in ("low", "high", "p", "n")}
@@ -72,7 +72,7 @@ def recovery(clean: Sequence[Question], corrupted: Sequence[Question], repaired:
 
 
 def text_table(part: Json) -> str:
-    """The curve as text: average F1 with its interval at every rate, one column a series and task."""
+    """The curve as text: average F1 with its interval at every rate, one column per series and task."""
     columns = [(name, task) for name in part["series"] for task in TASKS if part["series"][name].get(task, [None])[0]]
     width = max(24, *(len(f"{name}, {task}") for name, task in columns))
     lines = [f"{'rate':>5}  " + "  ".join(f"{f'{name}, {task}':<{width}}" for name, task in columns)]
@@ -93,7 +93,7 @@ def text_table(part: Json) -> str:
 
 
 def recovery_lines(rows: Sequence[Json]) -> list[str]:
-    """What repair recovers of the average F1 lost, as text."""
+    """The results of `recovery` as text."""
     lines = []
     for row in rows:
         for task in (task for task in TASKS if task in row):

@@ -1,13 +1,13 @@
-"""Wrong labels: an adapter for each rate of wrong training answers, all scored on the same clean notes.
+"""Wrong labels: trains an adapter for each rate of wrong training answers and scores all on the same clean notes.
 
 A wrong answer is another record's answer of the same type (BioRAB's counterfactual test). Within a type the wrong
-values come from a derangement: the distinct values are shuffled once and each is replaced by the next one in that
-circle, so none stays and none is invented. Which records are wrong is fixed by a number from each record's id (the
-lowest are wrong), so the records wrong at 10 % are among those wrong at 20 %. The notes' texts stay.
+values come from a derangement: the distinct values are shuffled once and each is replaced by the next in that cycle, so
+every value changes and none is invented. Records are ordered by a hash of their id and the first ones are wrong, so the
+records wrong at 10 % are among those wrong at 20 %. The notes' texts are unchanged.
 
-At `filter_rate` one more adapter is trained, for as many steps, without the records whose answers the adapter of that
-rate finds least likely: wrong answers stay unlikely for longer than right ones are learnt. The share of records to drop
-is the rate, taken as known.
+At `filter_rate` one more adapter is trained, for as many steps, without the records to whose answers the adapter of
+that rate gives the highest loss, since wrong answers are learned later than right ones. The share of records to drop is
+assumed to be known: it is the rate.
 """
 
 from __future__ import annotations
@@ -51,22 +51,22 @@ Record = dict[str, Any]
 
 @dataclass(frozen=True)
 class Labels:
-    """Train an adapter for each rate of wrong labels and score all of them on clean notes."""
+    """Train an adapter for each rate of wrong labels and score all on clean notes."""
 
     weights: str
     """The base model's folder."""
     recipe: str
     """The tuning recipe (train.instruct)."""
     data: Path
-    """JSON lines of annotated training notes."""
+    """Annotated training notes, JSON lines."""
     notes: Path
-    """JSON lines of annotated test notes; they stay clean."""
+    """Annotated test notes, JSON lines; never corrupted."""
     out: Path
     """The run's folder: data/, an adapter for each rate, answers/, result.json."""
     rates: tuple[float, ...] = (0.0, 0.1, 0.3, 0.5, 0.7, 0.9)
-    """The shares of training records whose answers are wrong; the records of a rate are among those of a higher one."""
+    """Shares of training records with wrong answers; the records of a rate are a subset of those of a higher one."""
     filter_rate: float = 0.3
-    """The rate at which training is repeated without the records of highest loss (0: not at all)."""
+    """The rate at which training is repeated without the records of highest loss (0: never)."""
     adapter: str = ""
     """An adapter to train further, such as that of continued pre-training (empty: a new one)."""
     epochs: float = 0.0
@@ -76,16 +76,16 @@ class Labels:
     limit: int = 0
     """Only the first test notes (0: all)."""
     grounded: bool = False
-    """Ask as infer.extract --grounded does."""
+    """Use constrained decoding (infer.extract --grounded)."""
     dtype: Literal["float32", "bfloat16"] = "float32"
-    """What the base computes in while it is tuned."""
+    """Dtype of the base during tuning."""
     overwrite: bool = False
-    """Remove the run that is there, and begin again."""
+    """Remove an existing run and start again."""
 
     def __post_init__(self) -> None:
         check_rates(self.rates)
         if self.filter_rate and self.filter_rate not in self.rates:
-            raise UserError(f"--filter-rate {self.filter_rate} must be among --rates, to be compared with")
+            raise UserError(f"--filter-rate {self.filter_rate}: must be among --rates, to be compared with")
         if min(self.epochs, self.records, self.limit) < 0:
             raise UserError("--epochs, --records and --limit are 0 or more")
 
@@ -94,25 +94,25 @@ class Labels:
 
 
 def wrong_ids(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) -> set[str]:
-    """The ids of the records that are wrong at a rate: the nearest whole number of them."""
+    """The ids of the records that are wrong at a rate (rounded to a whole number of records)."""
     ranked = sorted(records, key=lambda one: hashlib.sha256(f"labels:{seed}:{one['id']}".encode()).digest())
     return {record["id"] for record in ranked[: round(rate * len(ranked))]}
 
 
 def derangement(values: Sequence[str], seed: int = 0) -> dict[str, str]:
-    """{value: another value} over the distinct values; {} where there are fewer than two."""
-    circle = sorted(set(values))
-    if len(circle) < 2:
+    """{value: another value} over the distinct values; {} if there are fewer than two."""
+    cycle = sorted(set(values))
+    if len(cycle) < 2:
         return {}
-    random.Random(seed).shuffle(circle)
-    return dict(zip(circle, circle[1:] + circle[:1], strict=True))
+    random.Random(seed).shuffle(cycle)
+    return dict(zip(cycle, cycle[1:] + cycle[:1], strict=True))
 
 
 def corrupt(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) -> list[Record]:
-    """The records, `rate` of them with every answer (the diagnosis too) replaced by a wrong one of its type.
+    """Copies of the records; in a share `rate` of them every answer, also the diagnosis, is a wrong one of its type.
 
-    A wrong phenotype's span is null: it does not occur in the note. "Not relevant" stays, having no type's value.
-    Raises ValueError where the rate is outside 0 … 1.
+    A wrong phenotype has no span, because it need not occur in the note. "Not relevant" is kept. Raises ValueError if
+    the rate is outside 0 … 1.
     """
     if not 0 <= rate <= 1:
         raise ValueError(f"a rate of {rate} is not between 0 and 1")
@@ -142,15 +142,15 @@ def corrupt(records: Sequence[Mapping[str, Any]], rate: float, seed: int = 0) ->
 
 
 def training_notes(path: Path) -> list[Record]:
-    """The records of a file. Raises UserError where train.instruct could not learn from one."""
+    """The records of a file. Raises UserError if train.instruct could not use one."""
     lines = read_jsonl(path, ("id", "text", "phenotypes"), lambda record: training.questions(record, "both"))
     return [record for _, record in lines]
 
 
 def run_labels(options: Labels) -> dict[str, Any]:
-    """Train, answer and score what is not yet done; writes result.json and returns it."""
+    """Run the unfinished steps, write result.json and return it."""
     records = training_notes(options.data)[: options.records or None]
-    read_references(options.notes)  # they are needed after the tunings only; a mistake in them is reported first
+    read_references(options.notes)  # report a mistake in them now: they are needed only after the tunings
     read_toml(options.recipe)
     if options.filter_rate and not 0 < round(options.filter_rate * len(records)) < len(records):
         raise UserError(f"{options.data}: {len(records)} notes are too few to filter at {options.filter_rate}")
@@ -160,7 +160,7 @@ def run_labels(options: Labels) -> dict[str, Any]:
 
 
 def measured(run: Run, options: Labels, records: list[Record]) -> dict[str, Any]:
-    """The adapters of all rates trained and scored."""
+    """Train and score the adapters of all rates."""
     noisy = {rate: corrupt(records, rate) for rate in sorted(options.rates)}
     run.run_in_parallel(
         {f"{name_of(rate)}: tuning": tuning(run, options, name_of(rate), noisy[rate]) for rate in noisy}
@@ -177,7 +177,8 @@ def measured(run: Run, options: Labels, records: list[Record]) -> dict[str, Any]
 
 
 def tuning(run: Run, options: Labels, name: str, records: list[Record], share: float = 1.0) -> list[str]:
-    """The program that tunes on these records, a `share` of all: for as many steps, so for more passes."""
+    """The command that tunes on these records. They are a `share` of all, so for the same number of steps the passes
+    are divided by it."""
     data = run.out / "data" / f"{name}.jsonl"
     write_jsonl(data, records)
     passes = {"steps": 0, "epochs": options.epochs / share} if options.epochs else {}
@@ -194,7 +195,7 @@ def tuning(run: Run, options: Labels, name: str, records: list[Record], share: f
 
 
 def answered(run: Run, options: Labels, name: str) -> list[Question]:
-    """The test questions as the model answers them that was tuned under this name."""
+    """The test questions with the answers of the adapter of this name."""
     out = run.out / "answers" / f"{name}.jsonl"
     out.parent.mkdir(exist_ok=True)
     how = LONG | {"limit": options.limit or None, "grounded": options.grounded}
@@ -204,7 +205,8 @@ def answered(run: Run, options: Labels, name: str) -> list[Question]:
 
 
 def filtered(run: Run, options: Labels, noisy: list[Record]) -> tuple[dict[str, Any], list[Question]]:
-    """How well the loss finds the wrong records, and the questions as answered after training without them."""
+    """How well the loss identifies the wrong records, and the test questions after training without the records of
+    highest loss."""
     name, path = name_of(options.filter_rate), run.out / "losses.json"
     data, adapter = run.out / "data" / f"{name}.jsonl", run.out / name / "adapter"
     run.step(
@@ -246,12 +248,12 @@ def answer_losses(weights: str, adapter: Path, data: Path, scratch: Path) -> dic
 
 
 def ranking(losses: dict[str, float]) -> list[str]:
-    """Record ids, the highest loss first, equal ones by name."""
+    """Record ids by falling loss; ties by id."""
     return sorted(losses, key=lambda name: (-losses[name], name))
 
 
 def auc(losses: dict[str, float], wrong: set[str]) -> float | None:
-    """The chance that a wrong record's loss is above a right one's (ties half)."""
+    """Probability that a wrong record's loss exceeds a right one's (ties count half); None without either."""
     bad = [loss for name, loss in losses.items() if name in wrong]
     good = [loss for name, loss in losses.items() if name not in wrong]
     if not bad or not good:

@@ -1,12 +1,12 @@
-"""Misspelled notes: a tuned adapter answers the same notes at nested rates of misspelling, repaired and not repaired.
+"""Misspelled notes: a tuned adapter answers the same notes at nested rates of misspelling, with and without repair.
 
-A word is misspelled by one of five rules: a neighbouring key, two letters swapped, one left out, one doubled, one by
-its sound. Every word has one fixed number in [0, 1) from (seed, record's id, the word's place), and is misspelled where
-it is below the rate: what is wrong at 5 % is wrong in the same way at 10 %. Words are runs of four letters or more that
-touch no digit or sign and are no Roman numeral, so sizes, codes, stages and receptors stay what they were: the question
-is spelling. Only a note's text changes; the answers stay in their right spelling, and their spans are shifted along.
+A word is misspelled by one of five rules: a neighbouring key, two letters swapped, a letter omitted, a letter doubled,
+a phonetic spelling. Each word has a fixed random number in [0, 1) derived from (seed, record id, offset) and is
+misspelled if it is below the rate, so a word wrong at 5 % is wrong in the same way at 10 %. Words are runs of four or
+more letters that touch no digit or sign and are no Roman numeral, so sizes, codes, stages and receptors are never
+changed. Only the note's text changes: the gold answers keep their spelling, and their spans are shifted.
 
-The repair is infer.extract's. All rates are asked in one job each way.
+The repair is that of infer.extract. All rates are answered in two jobs, with and without repair.
 """
 
 from __future__ import annotations
@@ -34,27 +34,27 @@ PLAIN, REPAIRED = "as misspelled", "repaired"
 
 @dataclass(frozen=True)
 class Misspelling:
-    """Answer notes at nested rates of misspelling, plain and repaired."""
+    """Answer notes at nested rates of misspelling, with and without repair."""
 
     weights: str
     """The base model's folder."""
     notes: Path
-    """JSON lines of annotated test notes; their words are misspelled, their answers are not."""
+    """Annotated test notes, JSON lines; their texts get misspelled, their answers do not."""
     lexicon: Path
-    """JSON lines whose `text` is spelled well (training notes): what repair corrects towards."""
+    """JSON lines with correctly spelled `text` (training notes), the vocabulary for repair."""
     out: Path
     """The run's folder: the misspelled notes, answers, result.json."""
     adapter: str = ""
     """The tuned adapter (empty: the base alone)."""
     rates: tuple[float, ...] = (0.0, 0.05, 0.1, 0.2, 0.4)
-    """The shares of words (of four letters or more) that are misspelled; a word wrong at one rate is wrong in the same
-    way at a higher one."""
+    """Shares of misspelled words among those of four or more letters; a word wrong at one rate is wrong in the same way
+    at a higher one."""
     limit: int = 0
     """Only the first notes (0: all)."""
     grounded: bool = False
-    """Ask as infer.extract --grounded does."""
+    """Use constrained decoding (infer.extract --grounded)."""
     overwrite: bool = False
-    """Remove the run that is there, and begin again."""
+    """Remove an existing run and start again."""
 
     def __post_init__(self) -> None:
         check_rates(self.rates)
@@ -80,7 +80,7 @@ def keyboard(word: str, rng: random.Random) -> str:
 
 
 def transposition(word: str, rng: random.Random) -> str:
-    """Two neighbouring letters swapped, not the first; unchanged where all of them are alike."""
+    """Two neighbouring letters swapped, not the first; unchanged if all are equal."""
     places = [i for i in range(1, len(word) - 1) if word[i] != word[i + 1]]
     if not places:
         return word
@@ -89,19 +89,19 @@ def transposition(word: str, rng: random.Random) -> str:
 
 
 def omission(word: str, rng: random.Random) -> str:
-    """One letter left out, not the first."""
+    """One letter omitted, not the first."""
     place = rng.randrange(1, len(word))
     return word[:place] + word[place + 1 :]
 
 
 def doubling(word: str, rng: random.Random) -> str:
-    """One letter twice."""
+    """One letter doubled, not the first."""
     place = rng.randrange(1, len(word))
     return word[: place + 1] + word[place:]
 
 
 def phonetic(word: str, rng: random.Random) -> str:
-    """Letters written as they sound; a letter left out where no rule applies."""
+    """A phonetic spelling; an omission if no rule of _SOUNDS applies."""
     found = [(word.find(was, 1), was, now) for was, now in _SOUNDS if word.find(was, 1) > 0]
     if not found:
         return omission(word, rng)
@@ -113,7 +113,8 @@ RULES: tuple[Callable[[str, random.Random], str], ...] = (keyboard, transpositio
 
 
 def misspell(record: Record, rate: float, seed: int = 0) -> Record:
-    """A copy of an annotated note with about `rate` of its words misspelled. Raises ValueError outside 0 … 1."""
+    """A copy of an annotated note with about `rate` of its words misspelled. Raises ValueError if the rate is outside
+    0 … 1."""
     if not 0 <= rate <= 1:
         raise ValueError(f"a rate of {rate} is not between 0 and 1")
     text, parts, at, moves = record["text"], [], 0, []
@@ -131,7 +132,7 @@ def misspell(record: Record, rate: float, seed: int = 0) -> Record:
     for spans in (changed.get("phenotypes") or {}).values():
         for span in spans:
             if isinstance(span, dict) and span.get("start") is not None:
-                # An offset is shifted by every changed word that ends at or before it.
+                # Every changed word that ends at or before an offset shifts it.
                 for name in ("start", "end"):
                     span[name] += sum(by for end, by in moves if end <= span[name])
     return changed
@@ -141,7 +142,7 @@ def misspell(record: Record, rate: float, seed: int = 0) -> Record:
 
 
 def run_misspelling(options: Misspelling) -> dict[str, Any]:
-    """Answer and score what is not yet done; writes result.json and returns it."""
+    """Run the unfinished steps, write result.json and return it."""
     given = read_references(options.notes)[: options.limit or None]
     references = [record for record in given if record["text"].strip()]
     if not references:
@@ -149,14 +150,14 @@ def run_misspelling(options: Misspelling) -> dict[str, Any]:
     if len(references) < len(given):
         left_out = len(given) - len(references)
         print(f"{options.notes}: {left_out} of {len(given)} notes are empty and left out", file=sys.stderr)
-    read_lexicon(options.lexicon)  # repair reads it after the plain answers; a mistake in it is reported first
+    read_lexicon(options.lexicon)  # report a mistake in it now: it is needed only after the plain answers
     files = {"notes": options.notes, "lexicon": options.lexicon}
     models = (options.weights, options.adapter)
     return experiment(options, files, models, lambda run: measured(run, options, references))
 
 
 def measured(run: Run, options: Misspelling, references: list[Record]) -> dict[str, Any]:
-    """The notes of all rates answered and scored, as they are and repaired."""
+    """Answer and score the notes of all rates, with and without repair."""
     rates, notes = sorted(options.rates), options.out / "notes.jsonl"
     misspelled = {rate: [misspell(record, rate) for record in references] for rate in rates}
     write_jsonl(

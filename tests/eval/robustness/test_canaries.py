@@ -118,6 +118,6 @@ def test_mistakes_are_one_line(tmp_path):
     with pytest.raises(UserError, match="odd.jsonl:1: lacks 'text'"):
         run_canaries(Canaries(weights="w", recipe=recipe, data=tmp_path / "odd.jsonl", out=tmp_path / "out"))
     assert not (tmp_path / "out").exists()
-    with pytest.raises(UserError, match="different numbers"):
+    with pytest.raises(UserError, match="distinct numbers"):
         Canaries(weights="w", recipe="r", data=tmp_path, out=tmp_path, counts=(4, 4))
     assert json.loads((tmp_path / "few.jsonl").read_text().splitlines()[0])["id"] == "n0"

@@ -77,7 +77,7 @@ def test_mistakes_are_one_line_and_leave_nothing(tmp_path):
         write_jsonl(tmp_path / "short.jsonl", [{"id": "a", "text": "t", **wrong}])
         with pytest.raises(UserError, match="short.jsonl:1: "):
             run_labels(Labels(recipe="r", data=tmp_path / "short.jsonl", filter_rate=0, **base))
-    with pytest.raises(UserError, match="0 among them"):
+    with pytest.raises(UserError, match="including 0"):
         Misspelling(lexicon=tmp_path / "bare.jsonl", rates=(0.1,), **base)
     with pytest.raises(UserError, match="'phenotypes'"):
         run_labels(Labels(recipe="r", data=tmp_path / "bare.jsonl", **base))
