@@ -1,15 +1,17 @@
-"""The benchmarks: `python -m eval.bench NAME`, each a ratio against a peer measured in the same run.
+"""The benchmarks: `python -m eval.bench NAME`. Each gives ratios against a peer measured in the same run.
 
-Every benchmark is a module of this package with a function `rows(...)`, whose keyword arguments are its options and
-which returns rows (row.py). `gpu` reads its options itself, because it runs in a bare CUDA image, without tyro.
+A benchmark is a module of this package with a function `rows(...)`, whose keyword arguments are its options and which
+returns rows (row.py). `gpu` parses its options itself, because it also runs in a bare CUDA image without tyro.
 """
 
 from __future__ import annotations
 
 import sys
+from collections.abc import Callable
 from functools import wraps
 from importlib import import_module
 from pathlib import Path
+from typing import Any
 
 from eval.bench.row import table
 from model.support.cli import UserError, guard, nearest, parse
@@ -31,6 +33,15 @@ NAMES = (
 )
 
 
+def options_of(measure: Callable[..., Any], argv: list[str], program: str) -> dict[str, Any]:
+    """The keyword arguments of `measure`, parsed from its options.
+
+    tyro calls the function that it parses for. Here that is a stand-in with the same signature that returns its
+    arguments, so that the benchmark itself runs outside the parser.
+    """
+    return parse(wraps(measure)(lambda **given: given), argv, program)
+
+
 def main(argv: list[str]) -> int:
     if argv and argv[0] == "gpu":
         from eval.bench import gpu
@@ -44,7 +55,7 @@ def main(argv: list[str]) -> int:
         return 0
     name, options = argv[0], argv[1:]
     if name not in NAMES:
-        raise UserError(f"no benchmark {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
+        raise UserError(f"no benchmark {name!r}{nearest(name, NAMES)}; the benchmarks are {', '.join(NAMES)}")
     out = None
     if "--json" in options:
         at = options.index("--json")
@@ -55,8 +66,7 @@ def main(argv: list[str]) -> int:
     overwrite = "--overwrite" in options
     options = [option for option in options if option != "--overwrite"]
     measure = import_module(f"eval.bench.{name.replace('-', '_')}").rows
-    # tyro calls what it parses for: only the options are taken from it, so that a benchmark runs outside the parser
-    given = parse(wraps(measure)(lambda **given: given), options, f"python -m eval.bench {name} [--json FILE]")
+    given = options_of(measure, options, f"python -m eval.bench {name} [--json FILE]")
     with output(out, overwrite):
         rows = [row.as_dict() for row in measure(**given)]
         print(table(rows))

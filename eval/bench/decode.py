@@ -1,8 +1,8 @@
 """Decoding one request, tokens per second: wide and quantized weights against transformers and llama.cpp.
 
-The programs run in turns. A limit is the measured read rate over the bytes that a token reads: every weight once, in
-its format. Shapes: the weights given (SmolLM2-135M), a random model of 500M parameters, and a random one with a short
-window, whose cost per token must not grow with the text.
+The competitors are measured in turns. A limit is the measured memory bandwidth over the bytes that a token reads: every
+weight once, in its format. Models: the given weights (SmolLM2-135M), a random one of 500M parameters, and a random one
+with a short sliding window, whose time per token must not grow with the text.
 """
 
 from __future__ import annotations
@@ -63,8 +63,9 @@ def rows(
     forms: tuple[str, ...] = ("int8", "w8a8", "int4", "int4-32", "int4-128", "nf4"),
     compiled: tuple[str, ...] = (),
 ) -> list[Row]:
-    """Greedy decoding, batch 1. `large`: the 500M model too (2 GB in fp32, twice). w8a8 is left out where this machine
-    has no products for it. `compiled`: forms whose step is compiled too (a minute and a half each)."""
+    """Greedy decoding, batch 1, and a few batch sizes. `large` includes the 500M model (2 GB in fp32, twice). w8a8 is
+    skipped if this machine has no int8 GEMM for it. `compiled`: forms that are also measured with torch.compile (90
+    seconds each)."""
     forms = tuple(form for form in forms if form != "w8a8" or int8_products())
     prompt = [100 + n % 150 for n in range(prompt_tokens)]
     model, tokenizer = load(weights)
@@ -107,9 +108,12 @@ def compare(
     size: int = 1,
     compiled: tuple[str, ...] = (),
 ) -> list[Row]:
-    """Every format of `models` at steps of `size` rows, as one prompt, a note's or eight notes' questions make them:
-    against the fastest of `peers`, which measure tokens a second, and against transformers in fp32 (one row, with the
-    limit) or our own fp32 (several rows)."""
+    """Rows for every format of `models` with `size` prompts in the batch (SIZES: the questions of one and of several
+    notes).
+
+    Peers are the fastest of `peers`, functions that return tokens per second, and transformers in fp32 at batch 1, our
+    own fp32 at larger ones. Only batch 1 has a limit.
+    """
     prompts = [[*prompt, 100 + row] for row in range(size)]
     runs = {
         form: partial(ours_once, generator_of(own, tokenizer, lookup=False), prompts, new)
@@ -118,7 +122,7 @@ def compare(
     for form in (form for form in compiled if form in models):
         whole = generator_of(models[form], tokenizer, lookup=False, compile=True)
         runs[f"{form}, compiled"] = partial(ours_once, whole, prompts, new)
-        ours_once(whole, prompts, new)  # compiles
+        ours_once(whole, prompts, new)  # warm-up: compiles
     measured: dict[str, Callable[[], float]] = {**runs, **peers}
     plain = "ours, fp32"
     if size == 1:
@@ -126,7 +130,7 @@ def compare(
         theirs = transformers_of(models["fp32"], torch.float32)
         measured[plain] = partial(theirs_once, theirs, torch.tensor(prompts), new)
     best = dict.fromkeys(measured, 0.0)
-    for _ in range(repeats):  # in turns: other load on the machine then slows all of them alike
+    for _ in range(repeats):  # in turns, so that other load on the machine affects all alike
         for which, once in measured.items():
             best[which] = max(best[which], once())
     best.setdefault(plain, best["fp32"])
@@ -142,7 +146,7 @@ def compare(
 
 
 def ours_once(generator: Generator, prompts: list[list[int]], new: int) -> float:
-    """Tokens per second after each prompt's first."""
+    """Tokens per second, without each prompt's first token."""
     steps = generator.run(generator.states(prompts, None, {"max_new_tokens": new + 1}))
     next(steps)
     began = time.perf_counter()
@@ -151,7 +155,7 @@ def ours_once(generator: Generator, prompts: list[list[int]], new: int) -> float
 
 
 class Clock:
-    """A streamer for transformers' generate: records when the prompt and each token arrive."""
+    """A streamer for transformers' generate that records the times of the prompt and of each token."""
 
     def __init__(self) -> None:
         self.times: list[float] = []
@@ -165,7 +169,7 @@ class Clock:
 
 @torch.inference_mode()
 def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
-    """Tokens per second after the first."""
+    """Tokens per second, without the first token."""
     clock = Clock()
     transformers_tokens(peer, ids, torch.ones_like(ids), new + 1, streamer=clock)
     _, first, *_, last = clock.times
@@ -173,7 +177,7 @@ def theirs_once(peer: Any, ids: torch.Tensor, new: int) -> float:
 
 
 def past_the_window(tokenizer: Any, window: int = 256, new: int = 2048) -> Row:
-    """Time of a token between six and eight windows over that between two and four: 1 where the cost is flat."""
+    """Time per token six to eight windows into the text against two to four: a ratio of 1 means constant cost."""
     config = ModelConfig.from_dict({**SHORT, "sliding_window": window})
     model = init_weights(Transformer(config), 0).requires_grad_(False).eval()
     generator = generator_of(model, tokenizer, lookup=False)

@@ -1,9 +1,8 @@
-"""Notes per second: infer's shared prefix against transformers' generate on the same weights, greedy, in one run.
+"""Extraction in notes per second: our shared prefix against transformers' generate and llama.cpp, greedy.
 
-Peers: generate() on the eight full prompts of a note, left-padded in a batch, in fp32 and in the dtype that the probe
-chooses; generate()'s own cache reused by hand in fp32, the note read once and copied for its eight questions; and,
-where the weights are a GGUF file, llama.cpp with the note's sequence shared (eval/bench/llama.py). All give the same
-number of new tokens.
+Peers: generate() on the eight full prompts of a note as a left-padded batch, in fp32 and in the machine's compute
+dtype; generate() in fp32 with the note's prefilled cache copied for its eight questions; and, if the weights are a GGUF
+file, llama.cpp with a shared sequence for the note (eval/bench/llama.py). All generate the same number of tokens.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from model.support.hardware import compute_dtype, int8_products
 
 
 def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16) -> list[Row]:
-    """Measure on `notes` notes of `note_tokens` tokens, `new_tokens` for each of the eight questions."""
+    """Measure on `notes` notes of `note_tokens` tokens, with `new_tokens` per answer to the eight questions."""
     model, tokenizer = load(weights)
     words = tokenizer.encode("Invasive ductal carcinoma of the left breast, 2.5 cm, grade 2, ER positive. " * 60)
     prefixes = [words[7 * n : 7 * n + note_tokens] for n in range(notes)]
@@ -55,7 +54,7 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
     theirs_by_name["transformers, note's cache reused, float32"] = (reused, peers[torch.float32])
 
     def answered(answer: Callable[[list[int]], list[list[int]]]) -> tuple[float, list[list[int]]]:
-        """(notes a second, all answers) of a peer that answers the questions of a note."""
+        """(notes per second, all answers) of a peer; `answer` maps a note's tokens to its answers' tokens."""
         began = time.perf_counter()
         found = [tokens for prefix in prefixes for tokens in answer(prefix)]
         return notes / (time.perf_counter() - began), found
@@ -86,6 +85,7 @@ def equal(ours: list[list[int]], theirs: list[list[int]]) -> str:
 
 @torch.inference_mode()
 def padded(peer: Any, prefix: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
+    """transformers' answers to all questions of a note as one left-padded batch of full prompts."""
     prompts = [prefix + question for question in questions]
     longest = max(map(len, prompts))
     ids = torch.tensor([[0] * (longest - len(p)) + p for p in prompts])
@@ -95,7 +95,8 @@ def padded(peer: Any, prefix: list[int], questions: list[list[int]], new: int) -
 
 @torch.inference_mode()
 def reused(peer: Any, prefix: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
-    """The note's cache once, repeated for the questions; each question length by itself (a cache has no padding)."""
+    """transformers' answers with the note prefilled once and its cache repeated for the questions. Questions of
+    different lengths run separately, because a cache has no padding."""
     from copy import deepcopy
 
     from transformers import DynamicCache

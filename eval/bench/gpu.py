@@ -1,12 +1,12 @@
-"""A CUDA device: decoding with a 7B model, each kernel against libraries, extraction, training, correctness.
+"""Benchmarks on a CUDA device: decoding with a 7B model, each kernel, extraction, training, correctness.
 
-    python -m eval.bench gpu --json F.json        in the order in which a reader wants to know, until --minutes are up
-    python -m eval.bench gpu --tune               other tile sizes for this card, written to kernels/configs.json
-    python -m eval.bench gpu --prepare BASE       on a machine with the tokenizer: inputs of the extraction case
+    python -m eval.bench gpu --json F.json        run the cases, the most important first, until --minutes are up
+    python -m eval.bench gpu --tune               search tile sizes for this card and write kernels/configs.json
+    python -m eval.bench gpu --prepare BASE       on a machine with the tokenizer: write inputs of the extraction case
 
-Runs in a bare CUDA image: torch, triton, numpy, safetensors and nothing else; a C compiler and Python.h, which Triton
-needs at its first launch, are looked for at the start. The file is written after each case, and an error is a row of
-its own, so whatever ends the run early costs the case that it was at. The cases are in gpu_cases.py.
+Needs only torch, triton, numpy and safetensors, so it runs in a bare CUDA image. The C compiler and Python.h that
+Triton needs at its first launch are checked at the start. Results are written after each case, and an error becomes a
+row, so an early end loses only the current case. The cases are in gpu_cases.py.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ CONFIGS = Path(launch.__file__).parent / "configs.json"
 
 
 def what_is_missing() -> str | None:
-    """What keeps Triton from running here, with the remedy; None where nothing does."""
+    """What keeps Triton from running here, with the remedy; None if it can run."""
     if launch.triton is None:
         return "Triton is not installed; pip install triton"
     if not torch.cuda.is_available() or launch.INTERPRETED:
@@ -53,7 +53,7 @@ def what_is_missing() -> str | None:
 
 
 def prepare(weights: str) -> int:
-    """Write INPUTS: a base as safetensors in bf16, and synthetic notes and the questions in its tokens."""
+    """Write INPUTS: a base as safetensors in bf16, and the token ids of synthetic notes and of the questions."""
     from infer import tasks
     from infer.engine.load import load
     from train.clinic.program import patient_notes
@@ -70,7 +70,7 @@ def prepare(weights: str) -> int:
 
 
 def start_afresh() -> None:
-    """Drop what the case before compiled and held. Raises where that case broke the device, as every call then does."""
+    """Free compiled code and memory of the previous case. Raises if that case left the device in an error state."""
     torch._dynamo.reset()
     gc.collect()
     if torch.cuda.is_available():
@@ -78,7 +78,7 @@ def start_afresh() -> None:
 
 
 def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) -> dict[str, Any]:
-    """Run the sections in order, write the result after each; an error becomes a row and the rest is run."""
+    """Run the sections in order and write the result after each. An error becomes a row and the next section runs."""
     end = time.monotonic() + minutes * 60
     for name, function in named:
         if time.monotonic() > end:
@@ -91,7 +91,7 @@ def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) ->
             for one in found if isinstance(found, list) else [found]:
                 kept = one.as_dict() if isinstance(one, Row) else one
                 result["rows" if isinstance(one, Row) else "correct"].append(kept)
-        except Exception as error:  # one case's failure is a row of the result, whatever it is
+        except Exception as error:  # whatever it is, the other cases should run
             result["rows"].append({"name": name, "error": f"{type(error).__name__}: {error}"[:500]})
         if out is not None:
             write_json(out, result)
@@ -101,7 +101,7 @@ def run(named: Any, minutes: float, out: Path | None, result: dict[str, Any]) ->
 
 
 def summary(result: dict[str, Any]) -> str:
-    """The rows as a table, an error in the place of its case's setting; then what was wrong, and the notes."""
+    """The rows as a table (with errors in the column of settings), then the wrong cases and the notes."""
     rows = table([{"setting": row.get("error"), **row} for row in result["rows"]])
     wrong = [proof["case"] for proof in result["correct"] if not proof["right"]]
     right = f"Wrong: {', '.join(wrong)}." if wrong else f"{len(result['correct'])} cases verified, all right."
@@ -109,7 +109,8 @@ def summary(result: dict[str, Any]) -> str:
 
 
 def tune(minutes: float) -> int:
-    """Halve and double each number of each configuration while its cases' time falls; write after each class."""
+    """Tune each configuration by coordinate search: try half and twice each number and keep what is faster. Writes the
+    configurations after each class of shapes."""
     every = cases(BF16) + cases(torch.float32)
     end, configs = time.monotonic() + minutes * 60, launch.CONFIGS
     capability, sms = launch.card(torch.device(gpu_cases.DEVICE, 0))
@@ -129,7 +130,7 @@ def tune(minutes: float) -> int:
             )
             best = cost(mine)
             for name, before in list(tiles.items()):
-                if (kernel, name) == ("int4", "BD"):  # the weights' layout, not a choice
+                if (kernel, name) == ("int4", "BD"):  # fixed by the layout of the weights
                     continue
                 for tried in (
                     (before + 1, before - 1) if name in ("num_stages", "RESIDENT") else (before * 2, before // 2)
@@ -147,7 +148,7 @@ def tune(minutes: float) -> int:
 
 
 def layout(configs: dict[str, dict[str, dict[str, int]]]) -> str:
-    """configs.json, one configuration a line."""
+    """The text of configs.json, one configuration per line."""
     parts = []
     for kernel, classes in configs.items():
         inner = ",\n".join(f"    {json.dumps(name)}: {json.dumps(tiles)}" for name, tiles in classes.items())
@@ -160,15 +161,15 @@ def ours(case: Case) -> Callable[[], Any]:
 
 
 def cost(some: list[Case]) -> float:
-    """Microseconds of these cases together, in graphs over inputs that L2 does not hold; infinite when one does not
+    """Microseconds of these cases together, in CUDA graphs over inputs larger than L2; infinite if one does not
     compile, does not fit or is wrong."""
     total = 0.0
     for case in some:
         try:
             if not verify(case)["right"]:
                 return float("inf")
-            total += us(partial(ours, case), 2**23)  # the least weight: o's in int4
-        except Exception as error:  # a configuration that cannot run is no candidate
+            total += us(partial(ours, case), 2**23)  # bytes of the smallest weight, that of o in int4
+        except Exception as error:  # a configuration that cannot run is rejected
             say(f"{case.name}: {type(error).__name__}")
             return float("inf")
     return total
@@ -179,11 +180,11 @@ def say(text: str) -> None:
 
 
 def main(argv: list[str] | None = None) -> int:
-    """The command. Returns 1 where a kernel is wrong or a case failed. Raises UserError where it cannot run."""
+    """The command. Returns 1 if a kernel is wrong or a case failed. Raises UserError if it cannot run here."""
     parser = argparse.ArgumentParser(prog="python -m eval.bench gpu", description=(__doc__ or "").split("\n")[0])
     parser.add_argument("--json", type=Path, help="write the results to this file, again after each case")
     parser.add_argument(
-        "--minutes", type=float, default=4.0, help="begin nothing new after so many minutes (default 4)"
+        "--minutes", type=float, default=4.0, help="start no new case after this many minutes (default 4)"
     )
     parser.add_argument(
         "--tune", action="store_true", help="search tile sizes for this card, write kernels/configs.json"
@@ -206,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
 
 
 def measure(minutes: float, out: Path | None) -> int:
-    """Run all sections and print their table. Returns 1 where a kernel is wrong or a case failed."""
+    """Run all sections and print their table. Returns 1 if a kernel is wrong or a case failed."""
     limits = reached()
     host = {
         "device": torch.cuda.get_device_name(),

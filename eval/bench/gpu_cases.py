@@ -1,7 +1,7 @@
-"""What `eval.bench gpu` measures on a CUDA device: whole models, each kernel, extraction, training, correctness.
+"""The cases of `eval.bench gpu`: whole models, each kernel, extraction, training, correctness.
 
-Launches are timed inside CUDA graphs over inputs that do not fit in L2 together, where a row does not say otherwise.
-Limits are what this device reached in the same run: a read of 4 GiB, a product of 8192³.
+Unless a row says otherwise, launches are timed inside CUDA graphs over inputs that together exceed L2. Limits are what
+this device reaches in the same run: a read of 4 GiB, a GEMM of 8192³.
 """
 
 from __future__ import annotations
@@ -21,26 +21,21 @@ from eval.bench.row import Row
 from kernels.proof.cases import EPS, FFN, GROUPS, HEAD, HEADS, QKV, VOCAB, WIDTH, Case, Make, cases, int4, linear
 
 DEVICE = "cuda"
-INPUTS = Path("runs/gpu-inputs")  # what --prepare writes: a base as safetensors, and notes in its tokens
+INPUTS = Path("runs/gpu-inputs")  # written by --prepare: a base as safetensors, and token ids of notes
 BF16 = torch.bfloat16
 DEPTH = 32
 BATCHES = (1, 8, 64)
-REPEATS = 5  # of a measurement, at least
+REPEATS = 5  # least number of repeats of a measurement
 HELD = 512  # tokens of context in the whole-model cases
 SLOTS = 1024
-NOTES, NOTE_TOKENS, QUESTIONS, QUESTION_TOKENS, NEW_TOKENS = (
-    32,
-    400,
-    9,
-    20,
-    12,
-)  # extraction: random notes, every answer
-ROW_TOKENS = 2048  # a training step's
+# extraction from random notes
+NOTES, NOTE_TOKENS, QUESTIONS, QUESTION_TOKENS, NEW_TOKENS = 32, 400, 9, 20, 12
+ROW_TOKENS = 2048  # tokens of a training step
 LAYERS = {"q, k, v": (QKV, WIDTH), "o": ((WIDTH,), WIDTH), "gate, up": ((FFN, FFN), WIDTH), "down": ((WIDTH,), FFN)}
 
 
 def captured(functions: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of these calls, one after another; each ran before on the side, so that all is compiled."""
+    """A CUDA graph of these calls in sequence, after a warm-up on a side stream that compiles them."""
     side = torch.cuda.Stream()
     side.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(side):
@@ -69,14 +64,15 @@ def seconds(call: Callable[[], Any], budget: float = 0.3) -> float:
 
 
 def us(build: Callable[[], Callable[[], Any]], bytes_: int) -> float:
-    """Microseconds of a call in a graph; as many copies of its inputs are cycled through as L2 cannot hold."""
+    """Microseconds of a call in a CUDA graph that cycles through enough copies of its inputs (of `bytes_` each) to
+    exceed L2."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     functions = [build() for _ in range(min(max(2, -(-3 * cache // bytes_)), 64))]
     return seconds(captured(functions).replay) / len(functions) * 1e6
 
 
 def reached() -> dict[str, float]:
-    """What this device reaches: bytes/s of a read, operations/s of a bf16 product."""
+    """The rates that this device reaches: bytes/s of a read, operations/s of a bf16 GEMM."""
     big = torch.ones(2**30, dtype=torch.float32, device=DEVICE)
     a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
     return {
@@ -94,10 +90,10 @@ def rms_error(value: torch.Tensor, truth: torch.Tensor) -> float:
 
 
 def verify(case: Case) -> dict[str, Any]:
-    """Ours and PyTorch's root-mean-square error against fp64, worst result; right: ours ≤ 2 × PyTorch's on each.
+    """RMS error of ours and of PyTorch against fp64, of the worst output; right if ours ≤ 2 × PyTorch's for each.
 
-    A device's sqrt, division and exp2 are approximate (2 ulp in PTX's documentation), which fp32 results feel: four
-    such operations of 2 ulp of the largest value are allowed where PyTorch happens to be nearer.
+    The device's sqrt, division and exp2 are approximate (2 ulp in PTX's documentation), which matters in fp32: if
+    PyTorch happens to be closer, an error of four such operations (8 ulp of the largest value) is accepted.
     """
     torch.manual_seed(0)
     ours, plain, truth = case.build(Make(DEVICE, case.dtype))
@@ -116,7 +112,7 @@ def verify(case: Case) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def in_bf16() -> Iterator[None]:
-    """Models are made in bf16 and on the device: fp32 weights of a 7B, or a way over the host, would take minutes."""
+    """Create tensors in bf16 on the device; creating a 7B in fp32 or on the host would take minutes."""
     torch.set_default_dtype(BF16)
     try:
         with torch.device(DEVICE):
@@ -126,7 +122,7 @@ def in_bf16() -> Iterator[None]:
 
 
 def shape_7b() -> dict[str, Any]:
-    """Mistral-7B's sizes, as its config.json names them."""
+    """Mistral-7B's sizes, with the keys of config.json."""
     return {
         "hidden_size": WIDTH,
         "intermediate_size": FFN,
@@ -139,7 +135,7 @@ def shape_7b() -> dict[str, Any]:
 
 
 def random_7b(rank: int = 0) -> Any:
-    """A model of Mistral-7B's shape in bf16 with random weights, made on the device; adapters on every linear layer."""
+    """A model of Mistral-7B's shape with random bf16 weights on the device, and adapters if `rank` > 0."""
     from lora import LoRAConfig, add_lora
     from model import ModelConfig, Transformer
 
@@ -158,7 +154,7 @@ def random_7b(rank: int = 0) -> Any:
 
 
 def products_alone(model: Any, batch: int) -> float:
-    """Tokens a second of nothing but the model's matrix products by `torch.mm`: the limit of the bf16 rows."""
+    """Tokens per second of the model's GEMMs alone, by `torch.mm`: the peer of the decode rows."""
     weights = [p for p in model.parameters() if p.dim() == 2 and min(p.shape) >= 1024]
     weights = [w for w in weights if w is not model.model.embed_tokens.weight]
     x = {w.shape[1]: torch.randn(batch, w.shape[1], device=DEVICE, dtype=BF16) for w in weights}
@@ -167,7 +163,7 @@ def products_alone(model: Any, batch: int) -> float:
 
 @torch.inference_mode()
 def decode_speeds(model: Any, batch: int) -> tuple[float, float]:
-    """(graph, eager) tokens a second of a fused model's step after HELD tokens."""
+    """Tokens per second (in a CUDA graph, eager) of a fused model's decode step after HELD tokens."""
     from infer.engine.fuse import DecodeStep
 
     step = DecodeStep(model, batch, SLOTS)
@@ -178,7 +174,7 @@ def decode_speeds(model: Any, batch: int) -> tuple[float, float]:
 
 
 def transformers_7b() -> Any:
-    """transformers' model of the same shape in bf16, random weights made on the device. ImportError without it."""
+    """transformers' model of the same shape with random bf16 weights on the device. Raises ImportError without it."""
     from transformers import MistralConfig, MistralForCausalLM
 
     with in_bf16():
@@ -187,7 +183,7 @@ def transformers_7b() -> Any:
 
 @torch.inference_mode()
 def transformers_speed(batch: int) -> float:
-    """Tokens a second of transformers' Mistral with a static cache, compiled."""
+    """Tokens per second of transformers' Mistral with a static cache, compiled."""
     from transformers import StaticCache
 
     model = transformers_7b().eval()
@@ -199,8 +195,9 @@ def transformers_speed(batch: int) -> float:
     return batch / seconds(lambda: step(token, past_key_values=cache, cache_position=place))
 
 
-class Held:
-    """The one 7B model on the device, and the bare products' rates, which the int4 rows are held against too."""
+class Models:
+    """Caches the 7B model on the device, one at a time, and the rates of its bare GEMMs, which are the peers of the
+    int4 rows too."""
 
     def __init__(self) -> None:
         self.key: tuple[int, str] | None = None
@@ -221,35 +218,35 @@ class Held:
         return self.model
 
 
-def decode_rows(held: Held, limits: dict[str, float], rank: int, form: str, batch: int) -> list[Row]:
-    model = held.fused(rank, form)
-    if form == "bf16" and batch not in held.alone:
-        held.alone[batch] = products_alone(model, batch)
+def decode_rows(models: Models, limits: dict[str, float], rank: int, form: str, batch: int) -> list[Row]:
+    model = models.fused(rank, form)
+    if form == "bf16" and batch not in models.alone:
+        models.alone[batch] = products_alone(model, batch)
     graph, eager = decode_speeds(model, batch)
     read = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) - model.model.embed_tokens.weight.nbytes
     name = f"Mistral-7B decode, {form}{', LoRA r 16 unmerged' * bool(rank)}, batch {batch}"
     setting, limit = f"{HELD} tokens of context, random weights", batch * limits["bytes/s"] / read
     return [
-        Row(name, graph, held.alone.get(batch), "bare torch.mm of the bf16 weights", "tok/s", setting, limit),
+        Row(name, graph, models.alone.get(batch), "bare torch.mm of the bf16 weights", "tok/s", setting, limit),
         Row(name, graph, eager, "the same without a graph", "tok/s", setting, limit),
     ]
 
 
-def transformers_rows(held: Held) -> list[Row]:
-    graph, _ = decode_speeds(held.fused(0, "bf16"), 1)
+def transformers_rows(models: Models) -> list[Row]:
+    graph, _ = decode_speeds(models.fused(0, "bf16"), 1)
     peer = transformers_speed(1)
     name = "Mistral-7B decode, bf16, batch 1"
     return [Row(name, graph, peer, "transformers, static cache, compiled", "tok/s", f"{HELD} tokens of context")]
 
 
 def whole_model(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    held = Held()
+    models = Models()
     for rank in (0, 16):
         for form in ("bf16", "int4"):
             for batch in BATCHES:
                 name = f"whole model, rank {rank}, {form}, batch {batch}"
-                yield name, partial(decode_rows, held, limits, rank, form, batch)
-    yield "whole model, transformers", partial(transformers_rows, held)
+                yield name, partial(decode_rows, models, limits, rank, form, batch)
+    yield "whole model, transformers", partial(transformers_rows, models)
 
 
 # ---- (b) each decode kernel ---------------------------------------------------------------------------------------
@@ -260,7 +257,7 @@ def layer_bytes(sizes: tuple[int, ...], width: int, bits: float) -> int:
 
 
 def kernel_rows(limits: dict[str, float], name: str, kind: str, rank: int, rows: int) -> list[Row]:
-    """One product of a block against F.linear, torch.compile and torch's packed int4."""
+    """One linear layer of a block against F.linear, and torch.compile or torch's packed int4."""
     sizes, width = LAYERS[name]
     make, normed, gated = Make(DEVICE, BF16), name in ("q, k, v", "gate, up"), name == "gate, up"
     given: dict[str, Any] = dict(rows=rows, sizes=sizes, rank=rank, normed=normed, gated=gated, width=width)
@@ -289,11 +286,11 @@ def kernel_rows(limits: dict[str, float], name: str, kind: str, rank: int, rows:
 
 def torch_int4(make: Make, rows: int, sizes: tuple[int, ...], width: int) -> Callable[[], Any]:
     x = make.normal(rows, width)
-    held = []
+    weights = []
     for size in sizes:
         codes = make.integers(0, 256, size, width // 2).to(torch.uint8)
-        held.append((torch._convert_weight_to_int4pack(codes, 8), make.normal(width // 64, size, 2)))
-    return lambda: [torch._weight_int4pack_mm(x, words, 64, steps) for words, steps in held]
+        weights.append((torch._convert_weight_to_int4pack(codes, 8), make.normal(width // 64, size, 2)))
+    return lambda: [torch._weight_int4pack_mm(x, words, 64, steps) for words, steps in weights]
 
 
 def attention_rows(case: Case) -> list[Row]:
@@ -306,7 +303,7 @@ def attention_rows(case: Case) -> list[Row]:
 
 
 class Ids:
-    """In a tokenizer's place where prompts are token ids and nobody reads the texts."""
+    """Replaces a tokenizer: prompts are token ids and the generated texts are not used."""
 
     stop_ids: frozenset[int] = frozenset()
     vocab_size = 0
@@ -316,8 +313,8 @@ class Ids:
 
 
 def extraction_rows(prepared: bool) -> list[Row]:
-    """Notes an hour, each with its nine questions and NEW_TOKENS tokens an answer: the base and the synthetic notes of
-    INPUTS, or a 7B and notes of random tokens."""
+    """Notes per hour with nine questions each and NEW_TOKENS tokens per answer: the base and notes of INPUTS if
+    `prepared`, else a 7B and notes of random tokens."""
     from infer.engine.fuse import fuse
     from infer.engine.generate import Generator
     from model import Transformer
@@ -335,7 +332,7 @@ def extraction_rows(prepared: bool) -> list[Row]:
     prompts = [note + question for note in inputs["notes"] for question in inputs["questions"]]
     generator.generate(prompts[: 2 * len(inputs["questions"])], max_new_tokens=NEW_TOKENS)  # compiles
     began = time.perf_counter()
-    generator.generate(prompts, max_new_tokens=NEW_TOKENS)  # its results are lists of numbers: the device has ended
+    generator.generate(prompts, max_new_tokens=NEW_TOKENS)  # returns Python lists, so it has synchronized
     speed = len(inputs["notes"]) / (time.perf_counter() - began) * 3600
     tokens = sum(map(len, inputs["notes"])) / len(inputs["notes"])
     setting = f"{len(inputs['notes'])} notes of {tokens:.0f} tokens, {NEW_TOKENS} new a question, bf16, eager"
@@ -346,7 +343,7 @@ def extraction_rows(prepared: bool) -> list[Row]:
 
 
 def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
-    """LoRA r 16 on a frozen 7B: tokens a second of forward and backward, memory; peft where it is installed."""
+    """LoRA r 16 on a frozen 7B: tokens per second of forward and backward, and memory, against peft if installed."""
     from infer.engine.fuse import fuse
     from kernels import linear_cross_entropy
 
@@ -374,7 +371,7 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
         return model(tokens, readout=readout)
 
     speed, memory = measured(model, loss)
-    limit = limits["operations/s"] / (4 * size)  # 4 FLOP a parameter and token: frozen weights need no gradient
+    limit = limits["operations/s"] / (4 * size)  # 4 FLOP per parameter and token: frozen weights need no gradient
     setting = (
         f"1 × {ROW_TOKENS} tokens, bf16, {memory:.1f} GB, share of the limit = MFU at 4 FLOP a parameter and token"
     )
@@ -399,7 +396,7 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
 
 
 def sections(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    """(name, function that gives rows or a proof), what a reader wants to know first at the front."""
+    """(name, function that returns rows or a proof of correctness), the most important first."""
     yield from whole_model(limits)
     for name in LAYERS:
         for kind, rank, rows in (("bf16", 16, 1), ("int4", 16, 1), ("bf16", 0, 1), ("int4", 0, 1), ("bf16", 16, 8)):

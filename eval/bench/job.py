@@ -1,12 +1,13 @@
-"""How long a job of 100,000 notes takes on a 7B: its schedule, simulated with measured step times.
+"""Predicts the time of an extraction job of 100,000 notes on a 7B model, by simulating its schedule with measured step
+times.
 
-    python -m eval.bench job --plan            notes of the clinic, Mistral-7B's shape, on this machine's device
-    python -m eval.bench job --weights DIR     a model's own shape; the same notes are run too, and compared
+    python -m eval.bench job --plan            synthetic notes, Mistral-7B's shape, this machine's device
+    python -m eval.bench job --weights DIR     a model's own shape; also runs the same notes, to compare
 
-The time of reading N tokens and of a step of N rows is measured on one and two layers of the shape with random weights,
-so that it fits everywhere, and extrapolated to all layers. Then the job itself runs (infer/extract: prompts, grammars,
-places, refilling) without the model: the answers are the notes' own, and a clock advances by the measured times. The
-host's time is what that takes here, without the thread that encodes, which works while the device does.
+The times to prefill N tokens and to decode a step of N rows are measured on one and two layers of the shape with random
+weights, which fit in any memory, and extrapolated to all layers. Then the real job (infer/extract: prompts, grammars,
+offsets, refilling of the batch) runs without the model: the answers are the annotated ones, and a clock advances by the
+measured times. Host time is the CPU time of this simulation, without the encoding thread, which overlaps the device.
 """
 
 from __future__ import annotations
@@ -39,13 +40,13 @@ from model.support.files import read_json
 from model.support.hardware import compute_dtype, timed
 from train.clinic.program import patient_notes
 
-ROWS = (1, 9, 36, 72, 144, 288, 576)  # of steps that are measured, as far as a batch goes
-READ = (64, 512)  # tokens of a reading
-NOTE = 256  # tokens of the notes behind the measured steps
+ROWS = (1, 9, 36, 72, 144, 288, 576)  # batch sizes of measured steps, up to that of the job
+READ = (64, 512)  # numbers of tokens of measured prefills
+NOTE = 256  # tokens of context in measured steps
 
 
-class Told:
-    """A request's constraint whose one allowed answer is known; the grammar's masks are computed beside it."""
+class ForcedAnswer:
+    """A constraint that allows only a known answer. It also computes the grammar's mask, for its time."""
 
     def __init__(self, grounded: Any, tokens: Sequence[int]) -> None:
         self.grounded, self.tokens = grounded, tokens
@@ -55,12 +56,12 @@ class Told:
         return [self.tokens[len(tokens)]]
 
 
-class Known(Asker):
-    """Asks questions whose answers are the notes' own. `rows` answers them."""
+class ForcedAsker(Asker):
+    """An Asker whose answers are the annotated ones. `request_batch` is a RequestBatch, or the simulated one."""
 
-    def __init__(self, generator: Generator, gold: dict[str, dict[str, Any]], batch: int, rows: Any) -> None:
+    def __init__(self, generator: Generator, gold: dict[str, dict[str, Any]], batch: int, request_batch: Any) -> None:
         super().__init__(generator, "both", "template", Limits(), "windows", grounded=True, batch=batch)
-        self.gold, self.rows = gold, rows
+        self.gold, self.request_batch = gold, request_batch
 
     def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:
         made, gold = [], self.gold[part.note.id]
@@ -69,16 +70,16 @@ class Known(Asker):
             if name != "diagnosis":
                 text = tasks.answer([value["text"] for value in gold["phenotypes"].get(name) or ()])
             tokens = [*self.tokenizer.encode(text), min(self.generator.stop_ids)]
-            constraint = Told(request.settings.constraint, tokens)
+            constraint = ForcedAnswer(request.settings.constraint, tokens)
             made.append(Request(request.prompt, replace(request.settings, constraint=constraint)))
         return made
 
     def results(self, works: Iterable[Work], ended: Any = lambda: None) -> list[Any]:
-        return Schedule(self.rows, self.batch, self.at_once, ended).results(iter(works))
+        return Schedule(self.request_batch, self.batch, self.at_once, ended).results(iter(works))
 
 
-class Clock:
-    """In the place of a RequestBatch: gives the known answers, and adds up what a device would take."""
+class SimulatedBatch:
+    """Replaces a RequestBatch: returns the forced answers and adds up the measured times that a device would take."""
 
     def __init__(self, generator: Generator, costs: dict[str, dict[int, float]]) -> None:
         self.generator, self.costs = generator, costs
@@ -111,8 +112,8 @@ class Clock:
 
 
 def between(costs: dict[int, float], size: int) -> float:
-    """The cost of a size, on the line through the two measured sizes next to it; at least that of the smallest, in
-    which the weights are read. 0 of none."""
+    """The cost of a size, interpolated between the two nearest measured sizes; below the smallest it is that of the
+    smallest, which is the time to read the weights. A size of 0 costs 0."""
     sizes = sorted(costs)
     if size <= sizes[0]:
         return costs[sizes[0]] if size else 0.0
@@ -122,10 +123,10 @@ def between(costs: dict[int, float], size: int) -> float:
 
 
 def rows(plan: bool = False, weights: str = "", notes: int = 512, batch: int = 0, seconds: float = 0.3) -> list[Row]:
-    """Notes an hour, with and without refilling; with `weights` beside those of a real run.
+    """Simulated notes per hour with and without refilling; with `weights` also those of a real run.
 
-    `plan`: simulate only. `notes` of the clinic are scaled to 100,000; `batch` at once (0: 8 on a CPU, 64 on a GPU).
-    Each reading and step is measured for `seconds`.
+    `plan`: simulate only. `notes` is the number of synthetic notes to simulate, `batch` that of notes at once (0: 8 on
+    a CPU, 64 on a GPU). Each prefill and step is measured for `seconds`.
     """
     if plan == bool(weights):
         raise UserError("give --plan (Mistral-7B's shape), or --weights DIR to run the notes too")
@@ -145,8 +146,8 @@ def rows(plan: bool = False, weights: str = "", notes: int = 512, batch: int = 0
     generator = Generator(Transformer(small), tokenizer)
     found = {}
     for refilled in (True, False):
-        clock = Clock(generator, costs)
-        found[refilled] = clock, simulated(Known(generator, gold, batch, clock), asked, batch, refilled)
+        clock = SimulatedBatch(generator, costs)
+        found[refilled] = clock, simulated(ForcedAsker(generator, gold, batch, clock), asked, batch, refilled)
     (clock, host), (drained, drained_host) = found[True], found[False]
     taken = {**clock.taken, "host": host["main"]}
     total = sum(taken.values())
@@ -168,13 +169,13 @@ def rows(plan: bool = False, weights: str = "", notes: int = 512, batch: int = 0
 
 
 def clinic(notes: int) -> list[dict[str, Any]]:
-    """So many of the clinic's notes."""
+    """The first `notes` notes of train.clinic."""
     written = (note for number in count() for note in patient_notes("p", number, 0))
     return list(islice(written, notes))
 
 
-def simulated(asker: Known, asked: list[Note], batch: int, refilled: bool) -> dict[str, float]:
-    """Processor seconds of the schedule's thread and of the one that encodes."""
+def simulated(asker: ForcedAsker, asked: list[Note], batch: int, refilled: bool) -> dict[str, float]:
+    """Run the simulation. Returns CPU seconds of the scheduling thread ("main") and of encoding ("ahead")."""
     began, all_began = time.thread_time(), time.process_time()
     for start in range(0, len(asked), len(asked) if refilled else batch):
         asker.records(asked[start : start + (len(asked) if refilled else batch)])
@@ -183,9 +184,9 @@ def simulated(asker: Known, asked: list[Note], batch: int, refilled: bool) -> di
 
 
 def run(weights: str, dtype: torch.dtype, gold: dict[str, Any], asked: list[Note], batch: int) -> float:
-    """Seconds of the same job with the model."""
+    """Seconds of the same job with the real model, whose answers are forced too."""
     generator = Generator(*load(weights, dtype=str(dtype).removeprefix("torch.")))
-    asker = Known(generator, gold, batch, RequestBatch(generator))
+    asker = ForcedAsker(generator, gold, batch, RequestBatch(generator))
     began = time.perf_counter()
     asker.records(asked)
     return time.perf_counter() - began
@@ -195,7 +196,8 @@ def run(weights: str, dtype: torch.dtype, gold: dict[str, Any], asked: list[Note
 def measured(
     config: ModelConfig, dtype: torch.dtype, device: str, batch: int, seconds: float
 ) -> dict[str, dict[int, float]]:
-    """Seconds of reading so many tokens and of a step of so many rows with all layers, and of their products alone."""
+    """Seconds by size for the full depth: "read" (prefill of N tokens), "step" (decode of N rows), and their GEMMs
+    alone ("read products", "step products")."""
     sizes = [size for size in ROWS if size <= 9 * batch]
     one, two = (
         costs_of(replace(config, num_hidden_layers=n, windows=config.windows[:n]), dtype, device, sizes, seconds)
@@ -220,7 +222,7 @@ def costs_of(
         return min(timed(call, device, seconds))
 
     def products(tokens: int, heads: int) -> float:
-        """All linear layers' products of so many tokens, the head's of so many."""
+        """The GEMMs of all linear layers on `tokens` rows, and of the head on `heads` rows."""
         names = [(name, p) for name, p in model.named_parameters() if p.dim() == 2 and ".layers." in name]
         inputs = {p.shape[1]: torch.ones(tokens, p.shape[1], dtype=dtype, device=device) for _, p in names}
         hidden_ND = torch.ones(max(1, heads), config.hidden_size, dtype=dtype, device=device)
@@ -234,7 +236,7 @@ def costs_of(
         return best(call)
 
     def step(size: int) -> float:
-        """A step of so many rows, nine to a note."""
+        """A decode step with `size` rows, nine per note."""
         prompts = [[1 + n % 99, *range(100, 99 + NOTE), 700 + q] for n in range(-(-size // 9)) for q in range(9)]
         cache = Cache(engine, *plan(prompts[:size]))
         tokens_B1 = torch.ones(size, 1, dtype=torch.int64, device=device)

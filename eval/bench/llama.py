@@ -1,10 +1,9 @@
-"""llama.cpp as a peer, through llama-cpp-python (extra `bench`): the formats that it makes of a file, the speed of
-reading and of decoding, and the extraction job.
+"""llama.cpp as a peer, through llama-cpp-python (extra `bench`): requantized files, prefill and decode speed, and the
+extraction job.
 
-The job runs in llama.cpp's fastest way: a note is read once as sequence 0, which the sequences of its questions share;
-the questions' tokens are one batch, with logits for the last token of each; then each step computes one token of every
-question. Both libraries choose the most probable token. llama.cpp gets as many threads as torch (its default is half of
-the processors).
+The job uses llama.cpp's fastest method: the note is prefilled once as sequence 0, which the questions' sequences share;
+the questions' tokens are one batch with logits for the last token of each; then each step decodes one token of every
+question, greedily like ours. llama.cpp gets as many threads as torch (its default is half of the processors).
 """
 
 from __future__ import annotations
@@ -22,12 +21,12 @@ import torch
 
 FORMATS = {"Q4_0": 2, "Q8_0": 7, "F16": 1, "BF16": 32}  # llama.cpp's numbers (llama_ftype)
 SLOTS = 2048
-SILENT: Any = None  # kept, since llama.cpp calls it
+SILENT: Any = None  # the log callback; a reference must be kept as long as llama.cpp may call it
 MISSING = "llama.cpp is not installed (pip install -c constraints.txt -e .[bench])"
 
 
 def installed() -> Any | None:
-    """The module llama_cpp, its log switched off, or None."""
+    """The module llama_cpp with its log switched off; None if it is not installed."""
     global SILENT
     try:
         import llama_cpp
@@ -39,7 +38,7 @@ def installed() -> Any | None:
 
 
 def requantized(peer: Any, file: str, folder: Path) -> Iterator[tuple[str, str]]:
-    """(format, file) for the file itself, and for those that llama.cpp makes of it in `folder`."""
+    """(format, file) for the file itself and for its requantizations, written by llama.cpp into `folder`."""
     yield "the file's format", file
     for name, number in FORMATS.items():
         out = folder / f"{name}.gguf"
@@ -50,23 +49,26 @@ def requantized(peer: Any, file: str, folder: Path) -> Iterator[tuple[str, str]]
 
 
 def opened(peer: Any, file: str, flash: bool = False) -> Any:
-    """A loaded file; `flash`: with its flash attention."""
+    """Load a file; `flash`: with llama.cpp's flash attention."""
     threads = torch.get_num_threads()
     how = {"n_threads": threads, "n_threads_batch": threads, "flash_attn": flash, "verbose": False}
     return peer.Llama(file, n_ctx=SLOTS, n_batch=SLOTS, **how)
 
 
 def named(peer: Any, form: str, flash: bool = False) -> str:
-    """Its version with its build's features, and how a file is run."""
+    """A label: llama.cpp's version and CPU features, the file's format, and flash attention."""
     features = peer.llama_print_system_info().decode()
     on = [part.split("=")[0].strip() for part in features.split("|") if part.strip().endswith("= 1")]
     return f"llama.cpp ({peer.__version__}: {' '.join(on)}), {form}{', flash attention' if flash else ''}"
 
 
 def fastest(weights: str, measure: Callable[[Any, str, bool], Any]) -> tuple[str, Any]:
-    """(name, result) of the fastest way to run a GGUF file: its own format and those that llama.cpp makes of it, with
-    and without flash attention. `measure` takes (module, file, flash attention) and returns a rate, or a tuple that
-    begins with one. (MISSING, None) where llama.cpp is not installed."""
+    """(label, result) of the fastest way to run a GGUF file: in its own or another format, with or without flash
+    attention.
+
+    `measure(llama_cpp, file, flash)` returns a rate, or a tuple that begins with one. Returns (MISSING, None) if
+    llama.cpp is not installed.
+    """
     peer, best = installed(), (MISSING, None)
     with tempfile.TemporaryDirectory() as folder:
         files = {} if peer is None else dict(requantized(peer, weights, Path(folder)))
@@ -78,7 +80,7 @@ def fastest(weights: str, measure: Callable[[Any, str, bool], Any]) -> tuple[str
 
 
 def decoding(model: Any, prompt: list[int], new: int) -> Callable[[], float]:
-    """A measurement: tokens a second after the first."""
+    """A function that measures decoding in tokens per second, without the first token."""
 
     def once() -> float:
         model.reset()
@@ -94,7 +96,7 @@ def decoding(model: Any, prompt: list[int], new: int) -> Callable[[], float]:
 
 
 def reading(model: Any, prompt: list[int]) -> float:
-    """Tokens a second of a prompt."""
+    """Prefill of a prompt in tokens per second."""
     model.reset()
     began = time.perf_counter()
     model.eval(prompt)
@@ -102,7 +104,7 @@ def reading(model: Any, prompt: list[int]) -> float:
 
 
 class Job:
-    """Questions about notes, `sequences` − 1 at once."""
+    """Answers questions about notes, up to `sequences` − 1 at once."""
 
     def __init__(self, peer: Any, file: str, sequences: int, flash: bool = False) -> None:
         self.peer, self.model = peer, opened(peer, file, flash)
@@ -110,13 +112,13 @@ class Job:
         asked.n_seq_max, asked.kv_unified = sequences, True
         self.context = peer.llama_init_from_model(self.model.model, asked)
         if not self.context:
-            raise RuntimeError(f"llama.cpp makes no context of {sequences} sequences for {file}")
+            raise RuntimeError(f"llama.cpp cannot create a context of {sequences} sequences for {file}")
         self.vocab = self.model.n_vocab()
         self.memory = peer.llama_get_memory(self.context)
         self.batch = peer.llama_batch_init(SLOTS, 0, 1)
 
     def answers(self, note: list[int], questions: list[list[int]], new: int) -> list[list[int]]:
-        """The `new` most probable tokens, one after the other, for each question after the note."""
+        """`new` greedy tokens for each question about the note."""
         peer = self.peer
         peer.llama_memory_clear(self.memory, True)
         self.decode((token, at, 0, False) for at, token in enumerate(note))
@@ -138,7 +140,7 @@ class Job:
         return found
 
     def rate(self, prompt: list[int], rows: int, new: int) -> float:
-        """Tokens a second of steps of `rows` rows, after each row's first token."""
+        """Tokens per second of decode steps with `rows` rows, without each row's first token."""
         questions = [[100 + row] for row in range(rows)]
         began = time.perf_counter()
         self.answers(prompt, questions, 1)
@@ -147,7 +149,7 @@ class Job:
         return rows * new / (time.perf_counter() - first - (first - began))
 
     def decode(self, tokens: Iterable[tuple[int, int, int, bool]]) -> list[int]:
-        """Compute (token, position, sequence, whether a token is chosen after it); returns those that are chosen."""
+        """Run a batch of (token, position, sequence, whether to sample after it); returns the sampled tokens."""
         batch, wanted, count = self.batch, [], 0
         for token, position, sequence, last in tokens:
             batch.token[count], batch.pos[count], batch.n_seq_id[count] = token, position, 1
@@ -157,6 +159,6 @@ class Job:
             count += 1
         batch.n_tokens = count
         if self.peer.llama_decode(self.context, batch):
-            raise RuntimeError(f"llama.cpp has no room for {count} more tokens in {SLOTS} slots")
+            raise RuntimeError(f"llama.cpp cannot fit {count} more tokens into its cache of {SLOTS} slots")
         rows = (self.peer.llama_get_logits_ith(self.context, at) for at in wanted)
         return [int(np.ctypeslib.as_array(row, shape=(self.vocab,)).argmax()) for row in rows]

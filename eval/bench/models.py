@@ -1,5 +1,5 @@
-"""The two sides of a comparison: transformers' model of the same weights, and ours writing as many tokens as asked for;
-and the matrices that both read."""
+"""Shared by the benchmarks: transformers' model with our weights, generation of a fixed length on both sides, and the
+bytes that a decoded token reads."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from model.quantize.linear import bytes_of
 
 
 def transformers_of(model: Transformer, dtype: torch.dtype) -> Any:
-    """transformers' model of the same weights."""
+    """transformers' model with the same weights."""
     from transformers import AutoModelForCausalLM
 
     with tempfile.TemporaryDirectory() as folder:
@@ -25,7 +25,7 @@ def transformers_of(model: Transformer, dtype: torch.dtype) -> Any:
 
 
 def transformers_tokens(peer: Any, ids_BT: Tensor, mask_BT: Tensor, new: int, **options: Any) -> list[list[int]]:
-    """`new` greedy tokens after each prompt, by transformers' generate with its `options`."""
+    """Exactly `new` greedy tokens after each prompt, by transformers' generate; `options` are passed to it."""
     out_BT = peer.generate(
         ids_BT,
         attention_mask=mask_BT,
@@ -40,7 +40,7 @@ def transformers_tokens(peer: Any, ids_BT: Tensor, mask_BT: Tensor, new: int, **
 
 
 def generator_of(model: Transformer, tokenizer: Any, **how: Any) -> Generator:
-    """Ours without stop ids: every request runs to its last token, as the peers' do."""
+    """Our generator without stop ids, so that every request runs to its token limit, like the peers'."""
     generator = Generator(model, tokenizer, **how)
     generator.stop_ids = frozenset()
     return generator
@@ -54,7 +54,7 @@ def block_matrices(config: ModelConfig) -> list[tuple[int, ...]]:
 
 
 def read_bytes(config: ModelConfig, form: str) -> int:
-    """Bytes that a decoded token reads: the blocks' matrices and the head's, in a format, in fp32, or "wide" (bf16)."""
+    """Bytes of weights that decoding a token reads (the blocks and the head) in a format, "fp32", or "wide" (bf16)."""
     matrices = [*block_matrices(config), (config.vocab_size, config.hidden_size)]
     width = {"fp32": 4, "wide": 2}.get(form)
     return sum(width * a * b if width else bytes_of(form, a, b) for a, b in matrices)

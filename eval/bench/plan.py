@@ -1,9 +1,9 @@
-"""Memory that train.report.plan predicts against measured memory: SmolLM2-135M on a CPU, a fresh process a setting.
+"""Memory planned by train.report.plan against measured memory: SmolLM2-135M on a CPU, a fresh process per setting.
 
-Readings are growths of resident memory over a process that has imported everything and done one optimizer step and one
-matrix product (libraries load at their first call): with the model loaded (weights, adapters), between two steps
-(gradients and optimizer too, freed pages returned), and at the peak. `ratio` is planned / measured; the goal for each
-total is 0.85 to 1.15.
+Measured is the growth of resident memory over a process that has imported everything and run one optimizer step and one
+GEMM (libraries load at their first call): after loading the model (weights, adapters), between two steps (plus
+gradients and optimizer state, freed pages returned), and at the peak. `ratio` is planned / measured; each total should
+be within 0.85 to 1.15.
 """
 
 from __future__ import annotations
@@ -51,10 +51,10 @@ GROUPS = {
 
 
 def rows(only: str = "") -> list[Row]:
-    """Planned against measured megabytes, by category. `only` takes the settings whose names contain this text."""
+    """Planned against measured megabytes, by category. `only` selects the settings whose names contain it."""
     chosen = {name: setting for name, setting in SETTINGS.items() if only in name}
     if not chosen:
-        raise UserError(f"--only {only}: no such setting; there are {', '.join(SETTINGS)}")
+        raise UserError(f"--only {only}: no such setting; the settings are {', '.join(SETTINGS)}")
     made = []
     with tempfile.TemporaryDirectory() as scratch:
         folder = Path(scratch)
@@ -67,7 +67,7 @@ def rows(only: str = "") -> list[Row]:
 
 
 def recipe_file(folder: Path, number: int, stage: str, changes: dict[str, Any], weights: str) -> Path:
-    """The demo's recipe of this stage with the setting's changes, and so little data that every row is trained on."""
+    """The demo's recipe of this stage with the setting's changes, and so little data that every row is used."""
     values = read_toml(f"train/recipes/demo-{stage}.toml") | {"valid_rows": 1, **changes}
     file = "train" if stage == "instruct" else "pretrain"
     values |= {
@@ -99,7 +99,7 @@ def setting_rows(name: str, stage: str, recipe: Path) -> list[Row]:
 
 
 def measure(stage: str, recipe: str) -> dict[str, float]:
-    """Megabytes over the imports in groups of the plan's categories; call it in a fresh process."""
+    """Megabytes above the imports, in the groups of GROUPS; call it in a fresh process."""
     asked = parse([recipe], stage)
     warm_up()
     product_rate(getattr(torch, asked.dtype), seconds=0.0)
@@ -121,6 +121,6 @@ def measure(stage: str, recipe: str) -> dict[str, float]:
 
 
 def settled() -> float:
-    """Resident megabytes after the allocator returned freed memory (glibc's malloc_trim)."""
+    """Resident megabytes after the allocator has returned freed memory (glibc's malloc_trim)."""
     ctypes.CDLL(None).malloc_trim(0)
     return resident()

@@ -1,4 +1,4 @@
-"""Reading a prompt, tokens per second: against transformers, llama.cpp and the measured rate of matrix products."""
+"""Prefill in tokens per second: against transformers, llama.cpp and the limit set by the measured GEMM rate."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from model.support.hardware import compute_dtype, int8_products, product, timed
 
 
 def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[Row]:
-    """Time to the first token of a prompt, in fp32 and, where the machine's probe chooses it, in bf16."""
+    """Prefill of one prompt in fp32 and, if it is the machine's compute dtype, in bf16."""
     found = [compare(weights, torch.float32, prompt_tokens, repeats)]
     if compute_dtype() == torch.bfloat16:
         found.append(compare(weights, torch.bfloat16, prompt_tokens, repeats))
@@ -39,7 +39,7 @@ def rows(weights: str, prompt_tokens: int = 1500, repeats: int = 3) -> list[Row]
 
 
 def quantized(weights: str, form: str, wide: Row, prompt_tokens: int, repeats: int) -> Row:
-    """A format in the dtype that the probe chooses, against transformers' fp32 of the row `wide`."""
+    """A quantized format in the machine's compute dtype, against transformers in fp32 (the peer of row `wide`)."""
     dtype = str(compute_dtype()).removeprefix("torch.")
     generator = Generator(*load(weights, dtype=dtype, form=form))
     best = max(ours_once(generator, prompt_tokens) for _ in range(repeats + 1))
@@ -53,14 +53,14 @@ def prompt_of(tokens: int) -> list[int]:
 
 
 def ours_once(generator: Generator, prompt_tokens: int) -> float:
-    """Tokens a second up to the first new one."""
+    """Prompt tokens per second, up to the first new token."""
     began = time.perf_counter()
     generator.generate([prompt_of(prompt_tokens)], max_new_tokens=1)
     return prompt_tokens / (time.perf_counter() - began)
 
 
 def against_llama_cpp(weights: str, ours: Row, prompt_tokens: int, repeats: int) -> Row:
-    """Our row against llama.cpp's fastest prefill of the same prompt, among the formats that it makes of the file."""
+    """Row `ours` with llama.cpp's fastest prefill as its peer, over the formats that llama.cpp can write."""
 
     def measure(peer: Any, file: str, flash: bool) -> float:
         model = llama.opened(peer, file, flash)
@@ -77,7 +77,7 @@ def compare(weights: str, dtype: torch.dtype, prompt_tokens: int, repeats: int) 
     peer = transformers_of(model, dtype)
     generator, ids = Generator(model, tokenizer), torch.tensor([prompt_of(prompt_tokens)])
     ours, theirs = [], []
-    for _ in range(repeats + 1):  # in turns: other load then slows both alike; the first turn warms up
+    for _ in range(repeats + 1):  # in turns, so that other load affects both alike; the first turn is a warm-up
         ours.append(ours_once(generator, prompt_tokens))
         began = time.perf_counter()
         with torch.inference_mode():
@@ -94,7 +94,7 @@ def compare(weights: str, dtype: torch.dtype, prompt_tokens: int, repeats: int) 
 
 @torch.inference_mode()
 def products(generator: Generator, tokens: int) -> float:
-    """Seconds of the blocks' matrix products alone, on the model's own weights."""
+    """Seconds of the blocks' GEMMs alone, with the model's weights."""
     total = 0.0
     for layer in generator.engine.layers:
         assert isinstance(layer, Layer)

@@ -1,4 +1,4 @@
-"""Measurements in a process of their own, so that a peak of memory belongs to what is measured."""
+"""Measurements in a fresh process, so that peak memory is that of the measured work."""
 
 from __future__ import annotations
 
@@ -10,13 +10,13 @@ from typing import Any
 
 
 def in_own_process(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-    """What `work` (a module's function) returns, called in a fresh Python process."""
+    """Call `work` (a module-level function) in a fresh Python process and return its result."""
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         return pool.submit(work, *args, **kwargs).result()
 
 
 def resident(peak: bool = False) -> float:
-    """This process's resident memory now, or at its peak, in MB (Linux)."""
+    """Current or peak resident memory of this process in MB (Linux)."""
     field = "VmHWM:" if peak else "VmRSS:"
     status = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return next(float(line.split()[1]) / 1e3 for line in status if line.startswith(field))

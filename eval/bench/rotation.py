@@ -1,5 +1,5 @@
-"""What rounding costs in logits, with and without rotation: w8a8, int8 and int4 on notes of the synthetic clinic; and
-in the gradients of an adapter in training.
+"""Quantization error with and without rotation, on synthetic notes: of the logits in w8a8, int8 and int4, and of an
+adapter's gradients over a quantized base.
 
 The reference is the same weights in fp32. docs/quantization.md has the table and the algebra.
 """
@@ -48,14 +48,14 @@ BASES: dict[str, Callable[[Transformer], Transformer]] = {
     "w8a8": lambda model: quantize_base(model, "w8a8"),
     "bf16": narrowed,
 }
-DRAWN = 0.01  # standard deviation of the B matrices of the adapter whose gradients are compared
+B_STD = 0.01  # standard deviation of the adapter's B matrices
 
 
 def rows(weights: str, notes: int = 8) -> list[Row]:
-    """One row a way: the rms error of the logits in percent of the fp32 logits' standard deviation, beside int8's. One
-    row a frozen base: the error of an adapter's gradients of the notes' mean loss, in percent of their norm in fp32.
+    """A row for each of WAYS: RMS error of the logits in percent of the fp32 logits' standard deviation. A row for each
+    of BASES: error of the adapter's gradients in percent of their norm in fp32.
 
-    `notes`: the first notes of so many of the clinic's patients.
+    `notes` is the number of synthetic patients, one note each.
     """
     tokenizer, model = Tokenizer.from_pretrained(weights), Transformer.from_pretrained(weights).requires_grad_(False)
     texts = [next(patient_notes("p", number, 0))["text"] for number in range(notes)]
@@ -90,7 +90,7 @@ def gradient_rows(model: Transformer, prompts: list[Tensor]) -> list[Row]:
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for layer in adapted(tuned).values():
-            layer.lora_B["default"].normal_(0, DRAWN, generator=generator)
+            layer.lora_B["default"].normal_(0, B_STD, generator=generator)
 
     def gradients(own: Transformer) -> Tensor:
         for tokens_1T in prompts:

@@ -1,16 +1,16 @@
-"""The rows of a benchmark's result, and their table."""
+"""The rows of a benchmark's result, and the table of them."""
 
 from __future__ import annotations
 
 from dataclasses import asdict, dataclass
 from typing import Any
 
-LESS_IS_BETTER = ("us", "ms", "ms/token", "s", "MB", "×", "%")  # first words of units; of any other unit more is better
+LESS_IS_BETTER = ("us", "ms", "ms/token", "s", "MB", "×", "%")  # first words of units; for all others more is better
 
 
 @dataclass(frozen=True)
 class Row:
-    """Ours against a peer measured in the same run. `limit` is what the hardware allows, in the same unit."""
+    """Ours against a peer measured in the same run. `limit` is the bound set by the hardware, in the same unit."""
 
     name: str
     ours: float
@@ -25,7 +25,7 @@ class Row:
 
     @property
     def ratio(self) -> float | None:
-        """Above 1: ours is better. None without a peer."""
+        """Above 1 if ours is better; None without a peer."""
         return self._better(self.ours, self.peer) if self.peer else None
 
     @property
@@ -37,7 +37,7 @@ class Row:
 
 
 def table(rows: list[dict[str, Any]]) -> str:
-    """Rows (`Row.as_dict`) as a Markdown table; "–" where one lacks a value."""
+    """Rows (`Row.as_dict`) as a Markdown table; "–" for a missing value."""
     keys = ("name", "ours", "peer", "unit", "peer_name", "ratio", "limit", "share_of_limit", "setting")
     cells = [[key.replace("_", " ") for key in keys]] + [[shown(row.get(key)) for key in keys] for row in rows]
     width = [max(len(line[i]) for line in cells) for i in range(len(keys))]

@@ -1,9 +1,9 @@
 """Mistral-7B's exact shape within 5,000 MB: prefill of 1,500 tokens, 50 decoded, peak memory.
 
 Writes a checkpoint of random bf16 weights (14.5 GB in shards of 5 GB) and an adapter of rank 8 on every linear layer,
-and runs them as `infer.extract --memory` does: the plan, weights streamed into 4 bits, the prompt in chunks, keys and
-values in fp16, a 4-bit head. The paper's phenotype run took 5,550 MB of a GPU. The page cache is dropped first, so that
-the weights are read from disk.
+and runs them like `infer.extract --memory`: weights quantized to 4 bits while they are read, chunked prefill, an fp16
+KV cache, a 4-bit head. The paper's phenotype run took 5,550 MB of a GPU. The page cache is dropped first, so that the
+weights are read from disk.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ PAPER = 5550.0  # MB
 
 
 def rows(layers: int = 32, tokens: int = 1500, new: int = 50, memory: str = "5000MB") -> list[Row]:
-    """Peak memory, time to the first token, and decoding, each with its limit. Fewer `layers` for a trial."""
+    """Peak memory, time to the first token, and decoding speed, each with its limit. Use fewer `layers` for a trial."""
     with tempfile.TemporaryDirectory(prefix="seven-b-") as scratch:
         path = Path(scratch) / "model"
         size = write(path, layers)
@@ -67,7 +67,7 @@ def rows(layers: int = 32, tokens: int = 1500, new: int = 50, memory: str = "500
 
 
 def write(path: Path, layers: int) -> int:
-    """Write the checkpoint, one tensor in memory at a time; returns its size in bytes."""
+    """Write the checkpoint with one tensor in memory at a time; returns its size in bytes."""
     config = ModelConfig.from_dict({**read_json(SHAPE), "num_hidden_layers": layers})
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
@@ -94,7 +94,7 @@ def write(path: Path, layers: int) -> int:
 
 
 def drop_cache(path: Path) -> None:
-    """Ask the system to drop the files from its page cache, where it can."""
+    """Ask the system to drop the files from its page cache, if it can."""
     for file in path.glob("*.safetensors") if hasattr(os, "posix_fadvise") else ():
         with open(file, "rb") as data:
             os.fsync(data.fileno())
@@ -102,7 +102,7 @@ def drop_cache(path: Path) -> None:
 
 
 def write_tokenizer(path: Path) -> None:
-    """Mistral's own tokenizer of 32,000 pieces, out of the public package."""
+    """Copy Mistral's tokenizer of 32,000 pieces from the package mistral_common."""
     import mistral_common
 
     (source,) = Path(mistral_common.__file__).parent.rglob("tokenizer.model.v1")

@@ -1,13 +1,12 @@
-"""LoRA training on a CPU against transformers + peft: tokens a second, memory and MFU; same weights, same rows, same
-order. On a GPU `eval.bench gpu` measures it.
+"""LoRA training on a CPU against transformers + peft: speed, memory and MFU with the same weights and rows in the same
+order. For a GPU see `eval.bench gpu`.
 
-Each side runs in a process of its own, and both must start with the same loss: 56M parameters (or --size smollm2),
-eager, in fp32 or with --dtype bfloat16 (adapters and optimizer stay fp32), ours in micro-batches of one row as the
-loop's default is.
+Each side runs in its own process, and both must start with the same loss: 56M parameters (or --size smollm2), eager, in
+fp32 or with --dtype bfloat16 (adapters and optimizer stay fp32), ours with the default micro-batch of one row.
 
 "plain": rows of full length, every token a target. "records": notes of 400 tokens with eight questions of 40; peft
-trains eight rows a note, ours one row with branches, or eight rows too; compared in records a second. A speed's limit
-is the measured rate of matrix products, so its share is the MFU. "dropout": what masks cost, ours against ours.
+trains eight rows per note, ours one row with branches, or also eight rows; compared in records per second. The limit of
+a speed is the measured GEMM rate, so its share is the MFU. "dropout": ours with dropout against ours without.
 """
 
 from __future__ import annotations
@@ -43,9 +42,9 @@ SHAPES = {
     "tiny": (256, 64, 128, 2, 4, 2, 2, 64),
     "56m": (8192, 512, 1536, 14, 8, 4, 4, 512),
     "smollm2": (49152, 576, 1536, 30, 9, 3, 4, 512),
-}  # vocabulary, width, feed-forward, layers, heads, key/value heads, rows, tokens a row
+}  # vocabulary, width, feed-forward, layers, heads, key/value heads, rows, tokens per row
 QUESTIONS = 8
-OURS = {"ours": True, "ours, eight separate rows": False}  # whether a note's questions share it
+OURS = {"ours": True, "ours, eight separate rows": False}  # True: a note's questions share one row
 DROPOUT = 0.05
 
 
@@ -56,7 +55,7 @@ def rows(
     base: Literal["", "nf4", "w8a8"] = "",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> list[Row]:
-    """Speed, memory and MFU, plain and on phenotype records. `size`: tiny, 56m or smollm2; `base`: in 4 or 8 bits."""
+    """Speed, memory and MFU on plain rows and on records. `size`: tiny, 56m or smollm2; `base`: quantized or not."""
     if size not in SHAPES:
         raise UserError(f"--size {size}; it is one of {', '.join(SHAPES)}")
     made = []
@@ -71,7 +70,7 @@ def rows(
 
 
 def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[Row]:
-    """The rows of one kind: ours against each of the others."""
+    """The rows of one kind: ours against each of the other sides. Raises RuntimeError if the first losses differ."""
     ours, peft, kind = found["ours"], found["peft"], asked["kind"]
     tolerance = 0.05 if asked["base"] else 1e-3 if asked["dtype"] == "float32" else 1e-2
     if abs(ours["loss"] - peft["loss"]) > tolerance * peft["loss"]:
@@ -90,11 +89,11 @@ def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[
         title = "transformers + peft" if peer == "peft" else peer
         return Row(f"{kind}{base}: {name}", ours[key], found[peer][key], title, unit, setting, limit)
 
-    integers = asked["base"] == "w8a8"  # whose products another rate bounds
-    made = [row("speed", unit, "speed", "peft", None if integers else ours["limit"])]
+    int8_gemm = asked["base"] == "w8a8"  # the measured rate of floating-point GEMMs is no limit then
+    made = [row("speed", unit, "speed", "peft", None if int8_gemm else ours["limit"])]
     made += [row("speed", unit, "speed", who) for who in found if who not in ("ours", "peft")]
     made.append(row("memory", "MB over the process before the model", "memory", "peft"))
-    if kind == "plain" and not integers:
+    if kind == "plain" and not int8_gemm:
         made.append(row("MFU", f"share of {ours['peak'] / 1e9:,.0f} GFLOP/s", "mfu", "peft"))
     return made
 
@@ -117,12 +116,12 @@ def config_of(size: str) -> ModelConfig:
 
 
 def save_base(size: str, folder: Path) -> None:
-    """A checkpoint of fresh weights."""
+    """Write a checkpoint of random weights."""
     init_weights(Transformer(config_of(size)), 0).save_pretrained(folder)
 
 
 def units(kind: str, size: str, share: bool) -> list[Any]:
-    """The rows of one step: seeded random tokens."""
+    """The training rows of one step, of seeded random tokens. `share`: a note's questions share one row."""
     V, *_, texts, length = SHAPES[size]
     rng = np.random.default_rng(0)
     if kind == "plain":
@@ -137,12 +136,12 @@ def units(kind: str, size: str, share: bool) -> list[Any]:
 def job(
     who: str, kind: str, size: str, steps: int, r: int, folder: str, base: str, dtype: str, threads: int
 ) -> dict[str, float]:
-    """One side: warm up, a first step, then the fastest of `steps`."""
+    """Measure one side: warm-up, one step for the loss, then the fastest of `steps` steps."""
     torch.set_num_threads(threads)
     recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base}
     batch = units(kind, size, share=OURS.get(who, False))
     if who == "peft":
-        import_module("peft")  # its import is not part of training's memory
+        import_module("peft")  # before `before`, so that the import does not count as training memory
     warm_up()
     before = resident()
     advance = (peft_step if who == "peft" else our_step)(batch, config_of(size), folder, recipe)
@@ -166,7 +165,7 @@ def job(
 
 
 def dropout_row(size: str, steps: int, r: int, folder: str, base: str, dtype: str, threads: int) -> Row:
-    """Ours with dropout in its adapters against ours without, plain rows, steps in turns."""
+    """Ours with dropout in the adapters against ours without, on plain rows, steps in turns."""
     torch.set_num_threads(threads)
     batch = units("plain", size, share=True)
     fastest: dict[float, float] = {}
@@ -187,7 +186,7 @@ def dropout_row(size: str, steps: int, r: int, folder: str, base: str, dtype: st
 
 
 def step_flops(batch: list[Any], size: str, recipe: dict[str, Any]) -> float:
-    """Arithmetic that a step on these rows asks for (train/report/plan.py)."""
+    """Floating-point operations of a step on these rows (train/report/plan.py)."""
     tokens = sum(map(len, batch))
     load = Load(
         tokens,
@@ -201,7 +200,7 @@ def step_flops(batch: list[Any], size: str, recipe: dict[str, Any]) -> float:
 
 
 def warm_up() -> None:
-    """An optimizer's first step imports half of torch: not part of training's memory."""
+    """Run one optimizer step, whose lazy imports would otherwise count as training memory."""
     warm = torch.nn.Linear(2, 2)
     warm(torch.ones(1, 2)).sum().backward()
     torch.optim.AdamW(warm.parameters()).step()
@@ -237,15 +236,15 @@ def peft_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[st
     import peft
     import transformers
 
-    narrow = {}
+    quantized = {}
     if recipe["base"] == "nf4":
-        narrow["quantization_config"] = transformers.BitsAndBytesConfig(
+        quantized["quantization_config"] = transformers.BitsAndBytesConfig(
             load_in_4bit=True,
             bnb_4bit_quant_type="nf4",
             bnb_4bit_use_double_quant=True,
             bnb_4bit_compute_dtype=torch.float32,
         )
-    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=recipe["dtype"], **narrow)
+    model: Any = transformers.AutoModelForCausalLM.from_pretrained(folder, dtype=recipe["dtype"], **quantized)
     adapter = peft.LoraConfig(
         r=recipe["r"], lora_alpha=recipe["alpha"], target_modules="all-linear", task_type="CAUSAL_LM"
     )

@@ -5,7 +5,7 @@ from answering_models import tiny_model, tiny_tokenizer
 from hypothesis import given
 from hypothesis import strategies as st
 
-from eval.bench.job import Clock, Known, between, clinic, simulated
+from eval.bench.job import ForcedAsker, SimulatedBatch, between, clinic, simulated
 from infer.engine.generate import Generator
 from infer.extract.notes import Note
 
@@ -30,8 +30,8 @@ def test_a_simulated_job_gives_the_notes_own_answers(tmp_path):
     clocks = {}
     for refilled in (True, False):
         generator = Generator(tiny_model(), tokenizer)
-        clocks[refilled] = clock = Clock(generator, costs)
-        asker = Known(generator, told, 4, clock)
+        clocks[refilled] = clock = SimulatedBatch(generator, costs)
+        asker = ForcedAsker(generator, told, 4, clock)
         found = asker.records(asked[:2])
         for record, note in zip(found, told.values(), strict=False):
             assert note["diagnosis"]["text"] in record["diagnosis"]["text"]

@@ -1,11 +1,9 @@
 """The planner's benchmark asks for what the planner says, leaves no category out, and trains on the longest row."""
 
-import sys
-
 import pytest
 
-from eval.bench import plan
-from eval.bench.__main__ import main
+from eval.bench import extract
+from eval.bench.__main__ import options_of
 from eval.bench.plan import GROUPS, SETTINGS, STEPS, recipe_file, rows
 from eval.bench.train import config_of
 from model.support.cli import UserError
@@ -32,14 +30,8 @@ def test_an_unknown_setting_is_named():
         rows(only="tuninng")
 
 
-def test_a_benchmark_gets_the_command_lines_options(monkeypatch, capsys):
-    got = []
-
-    def rows(weights: str, notes: int = 3) -> list[dict]:
-        got.append((weights, notes))
-        print("measured", file=sys.stderr)
-        return []
-
-    monkeypatch.setattr(plan, "rows", rows)
-    assert main(["plan", "--weights", "w"]) == main(["plan", "--weights", "v", "--notes", "4"]) == 0
-    assert got == [("w", 3), ("v", 4)] and capsys.readouterr().err == "measured\nmeasured\n"
+def test_a_benchmarks_options_are_the_arguments_of_its_rows():
+    defaults = {"notes": 4, "note_tokens": 400, "new_tokens": 16}
+    assert options_of(extract.rows, ["--weights", "w"], "bench") == {"weights": "w", **defaults}
+    given = options_of(extract.rows, ["--weights", "v", "--notes", "2"], "bench")
+    assert given == {"weights": "v", **defaults, "notes": 2}
