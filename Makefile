@@ -1,11 +1,11 @@
-# Two commands: `make demo` runs the whole pipeline, `make test` proves it. Both build .venv when it is missing or
-# out of date, and both may be interrupted and called again.
+# `make demo` runs the whole pipeline, `make test` all tests. Every target that needs .venv builds it if it is missing or
+# out of date, and can be interrupted and run again.
 #
 #   PYTHON=python3.12          another interpreter (3.11 or newer)
 #   SCALE=full|nano|tiny       the demo's size
-#   OPTIONS=--overwrite        more options of the program that a target of the group Run starts (--help names them)
-#   JOBS=2                     processes of one thread that make test and make test-fast share the tests out to
-#   TORCH_INDEX=URL            the package index to take torch from, for example the one of CPU-only wheels
+#   OPTIONS=--overwrite        options for the program of a target in the group Run (OPTIONS=--help lists them)
+#   JOBS=2                     number of processes of make test and make test-fast, of one thread each
+#   TORCH_INDEX=URL            the package index for torch, for example the one of CPU-only wheels
 
 PYTHON      ?= python3
 SCALE       ?= full
@@ -20,84 +20,84 @@ PYTEST      := OMP_NUM_THREADS=1 $(PY) -m pytest -n $(JOBS) --dist loadfile
 .DEFAULT_GOAL := help
 .PHONY: help quick serve demo tables demo-ner diseases adapter scores test test-fast test-gpu lint browser notebooks readme drawing size clean
 
-# The heading of a group is a line "##@", a target's line in the list is what follows its "##".
+# "##@" starts a group's heading; the text after a target's "##" is its help.
 help:
 	@awk -F ':.*## ' '/^##@/ {print substr($$0, 5)} /^[a-z-]+:.*## / {printf "  make %-10s %s\n", $$1, $$2}' Makefile
 
 ##@ Run
-quick: $(VENV)/.core  ## three sample notes, answered by the released adapter within a minute
+quick: $(VENV)/.core  ## answer three sample notes with the released adapter, within a minute
 	$(PY) -m infer.quick $(OPTIONS)
 
-serve: $(VENV)/.serve  ## a page to paste a note into, answered by the released adapter
+serve: $(VENV)/.serve  ## serve a page that answers a pasted note with the released adapter
 	$(PY) -m infer.serve $(OPTIONS)
 
-demo: $(VENV)/.core  ## the whole pipeline on a CPU with a real 135M base (SCALE=nano or tiny: from nothing)
+demo: $(VENV)/.core  ## run the whole pipeline on a CPU from a public 135M base (SCALE=nano or tiny: from scratch)
 	$(PY) -m eval.experiments.demo --scale $(SCALE) $(OPTIONS)
 
-tables: $(VENV)/.core  ## all of the paper's tables, from a finished demo (SCALE as the demo's)
+tables: $(VENV)/.core  ## compute all of the paper's tables from a finished demo (same SCALE)
 	$(PY) -m eval.experiments.tables --scale $(SCALE) $(OPTIONS)
 
-demo-ner: $(VENV)/.core  ## tune and score on a real text task: diseases in PubMed abstracts
+demo-ner: $(VENV)/.core  ## tune and score a task on real text: disease names in PubMed abstracts
 	$(PY) -m eval.experiments.demo_ner $(OPTIONS)
 
 diseases: $(VENV)/.core  ## train and score the released adapter for disease names (about an hour on two cores)
 	$(PY) -m eval.experiments.demo_ner --recipe train/recipes/released-ner.toml \
 	  --further train/recipes/released-ner-further.toml --out runs/diseases --release $(OPTIONS)
 
-adapter: $(VENV)/.core  ## train the adapter that is released, through both stages (about an hour and a half on two cores)
+adapter: $(VENV)/.core  ## train the released adapter in both stages (about an hour and a half on two cores)
 	$(PY) -m eval.experiments.adapter $(OPTIONS)
 
-scores: $(VENV)/.core  ## the released adapters' figures and cards: held-out, unseen, hand-written notes; disease names
+scores: $(VENV)/.core  ## score the released adapters and write their cards
 	$(PY) -m eval.experiments.scores $(OPTIONS)
 	$(PY) -m eval.experiments.demo_ner --adapter infer/released/diseases-smollm2-135m --out runs/scores-diseases \
 	  $(filter --release --overwrite,$(OPTIONS))
 
 ##@ Test
-test: $(VENV)/.all  ## every test, with the public programs that we are held against
+test: $(VENV)/.all  ## run every test, including comparisons with public programs
 	$(PYTEST)
 
-test-fast: $(VENV)/.all  ## the tests for the inner loop: all but the slow ones
+test-fast: $(VENV)/.all  ## run the fast tests
 	$(PYTEST) -m "not slow and not gpu"
 
-test-gpu: $(VENV)/.all  ## the tests that need a CUDA device
+test-gpu: $(VENV)/.all  ## run the tests that need a CUDA device
 	$(PY) -m pytest -m gpu
 
-lint: $(VENV)/.all  ## ruff and mypy over every package and the tests
+lint: $(VENV)/.all  ## run ruff and mypy
 	$(PY) -m ruff check --quiet .
 	$(PY) -m mypy
 
-browser:  ## a Chromium for the pages' tests, by apt-get as root (without one they are skipped)
+browser:  ## install Chromium for the web pages' tests, by apt-get as root (without it they are skipped)
 	@{ command -v chromium && command -v chromedriver; } >/dev/null || { apt-get -qq update && \
 	  DEBIAN_FRONTEND=noninteractive apt-get -qq install -y --no-install-recommends \
 	  chromium chromium-driver fonts-dejavu-core >/dev/null; }
 
-size: $(VENV)/.all  ## count the repository into CONTRIBUTING.md
+size: $(VENV)/.all  ## update the table of sizes in CONTRIBUTING.md
 	PYTHONPATH=tests/model $(PY) tests/measure_size.py
 
 ##@ Pages
-readme: $(VENV)/.all  ## README.md's results, answers and parity lines, from the finished runs/scores
+readme: $(VENV)/.all  ## update README.md's results, answers and parity lines from runs/scores
 	$(PY) -m eval.parity --weights runs/scores/base > runs/scores/parity.txt
 	$(PY) -m infer.quick --out runs/scores/quick > runs/scores/quick.txt
 	$(PY) -m eval.report.readme runs/scores
 
-notebooks: $(VENV)/.notebooks  ## the tours (docs/tours/) as notebooks with their outputs, in runs/notebooks/
+notebooks: $(VENV)/.notebooks  ## convert the tours (docs/tours/) to notebooks with outputs, in runs/notebooks/
 	@for tour in docs/tours/*.py; do \
 	  $(PY) -m jupytext --quiet --to notebook --set-kernel python3 --execute --run-path . \
 	    --output runs/notebooks/$$(basename $$tour .py).ipynb $$tour && echo "runs/notebooks/$$(basename $$tour .py).ipynb" || exit 1; done
 
-drawing: $(VENV)/.core  ## docs/packages.svg: the packages and their imports, from the code
+drawing: $(VENV)/.core  ## draw the packages and their imports into docs/packages.svg
 	$(PY) tests/draw_packages.py
 
 ##@ Housekeeping
 clean:  ## remove the environment; runs/ is kept
 	rm -rf $(VENV)
 
-# Without a network pip ends in "conflicting dependencies": one line says what it is instead.
+# Without a network pip fails with "conflicting dependencies"; print one line with the real cause instead.
 UNFINISHED := if grep -q "after connection broken" $(VENV)/install.log; \
 	  then why="a package index could not be reached: is there a network?"; else why="$$(grep ERROR $(VENV)/install.log | tail -n 1)"; fi; \
 	  echo "Not installed: $$why ($(VENV)/install.log has more). Call make again to go on." >&2; exit 2
 
-# A mark is written only after the whole installation: an interrupted one is gone through again, a finished one never.
+# The stamp file is written after the installation, so an interrupted one is repeated and a finished one is not.
 $(VENV)/.python:
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null || \
 	  { echo "Python 3.11 or newer is needed, and $(PYTHON) is not: try make $(MAKECMDGOALS) PYTHON=python3.12" >&2; exit 2; }
@@ -105,7 +105,7 @@ $(VENV)/.python:
 	  { echo "$(PYTHON) cannot make a virtual environment: install its venv package (Debian: python3-venv)" >&2; exit 2; }
 	@touch $@
 
-# TORCH_INDEX gives torch alone: it need not hold our pins of what torch depends on. The last line brings those.
+# Only torch itself comes from TORCH_INDEX, which may lack our pins of its dependencies; the last line installs those.
 $(VENV)/.core: $(VENV)/.python pyproject.toml constraints.txt
 	@echo "Installing into $(VENV) (once; some minutes) ..."
 	@{ $(PIP) "setuptools>=77" && \
