@@ -1,7 +1,7 @@
 """Grouped-query attention with a sliding window, documents and branches (model/mask.py).
 
-`PlainAttend` is the specification (bit-identical to transformers' eager path); fast_attention.py computes the same in
-O(T·W) time and O(T) memory.
+`PlainAttend` is the specification, bit-identical to transformers' eager path. fast_attention.py gives the same result
+up to rounding in O(T·W) time and O(T) memory.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from model.rotary import Rotate
 
 
 class Scores(nn.Module):
-    """q·k/√K for every query and key; the dtype's lowest number where the query does not see the key."""
+    """q·k/√K for every query and key; masked scores are the dtype's minimum."""
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
         score_BHTS = torch.matmul(q_BHTK, repeat_kv(k_BGSK, q_BHTK.shape[1]).transpose(2, 3)) * q_BHTK.shape[-1] ** -0.5
@@ -34,8 +34,8 @@ class Pattern(nn.Module):
 
 
 class PlainAttend(nn.Module):
-    """Softmax attention by its definition, with all scores in memory. `scores` and `pattern` are modules so that
-    forward hooks can record and replace their outputs (infer/inspect/recording.py)."""
+    """Softmax attention with all scores in memory. `scores` and `pattern` are modules so that forward hooks can record
+    and replace their outputs (infer/inspect/recording.py)."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -47,7 +47,7 @@ class PlainAttend(nn.Module):
 
 
 def repeat_kv(x_BGSK: Tensor, heads: int) -> Tensor:
-    """Repeat each key/value head for the query heads of its group: (B, G, S, K) → (B, H, S, K), H = `heads`."""
+    """Repeat each key/value head for its group of query heads: (B, G, S, K) → (B, H, S, K), H = `heads`."""
     B, G, S, K = x_BGSK.shape
     return x_BGSK[:, :, None].expand(B, G, heads // G, S, K).reshape(B, heads, S, K) if heads != G else x_BGSK
 
@@ -59,7 +59,7 @@ def split_heads(x_BTD: Tensor, size: int) -> Tensor:
 
 
 class Attention(nn.Module):
-    """Project, rotate, attend, project back. `rotate_q`, `rotate_k` and `attend` are modules for hooks to read."""
+    """Project to q, k and v, rotate q and k, attend, project back. `use_attention` replaces `attend`."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()

@@ -1,11 +1,11 @@
-"""The key/value cache: every layer's keys and values of past tokens, bounded by the window.
+"""The KV cache: keys and values of past tokens in every layer, bounded by the sliding window.
 
-Each slot holds one token of each row, with its position, document and branch, so that masks need no index arithmetic.
-New tokens go into the next slots. When the buffer is full, slots that no later query can see (position ≤ next − W)
-are dropped and the rest moves to the front, so a window of W needs W + slack slots however long the text grows.
+A slot holds one token of each row. Its position, document and branch are stored beside it, and masks are made from
+these. New tokens go into the next slots. When the buffer is full, slots outside the window of every later query
+(position ≤ next − W) are evicted and the rest moves to the front, so W + slack slots suffice for text of any length.
 
-Worked example, W = 4, 6 slots, tokens one at a time: after position 5 the slots hold 0 1 2 3 4 5. Position 6 sees
-3 4 5 6, so 0 1 2 go, 3 4 5 move to the front and 6 follows: 3 4 5 6 · ·
+Example, W = 4 and 6 slots, one token at a time. After position 5 the slots hold 0 1 2 3 4 5. Position 6 sees 3 4 5 6,
+so 0 1 2 are evicted, 3 4 5 move to the front and 6 is appended: 3 4 5 6 · ·
 """
 
 from __future__ import annotations
@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from model.config import ModelConfig
-from model.mask import Layout
+from model.mask import Layout, Visible
 
 
 class KVCache:
     """Keys and values of past tokens, for every layer.
 
-    `slack`: slots beyond the window, so that old ones are dropped many at a time. `length`: filled slots. `dropped`:
-    tokens whose slots were freed.
+    `slack`: slots beyond the window, so that evictions are rare. `length`: filled slots. `dropped`: tokens evicted.
     """
 
     def __init__(self, config: ModelConfig, slack: int = 256) -> None:
@@ -31,20 +30,20 @@ class KVCache:
         self.position_BS: Tensor | None = None
         self.document_BS: Tensor | None = None
         self.branch_BS: Tensor | None = None
-        self.has_layout = False  # whether any token was appended with a layout
+        self.has_layout = False  # True once a token was appended with a layout
         self.length, self.dropped = 0, 0
-        self._first_kept = 0  # the slot that moved to the front with the newest tokens
+        self._first_kept = 0  # slots before this one were evicted by the last `extend`
 
     @property
     def next_position_B1(self) -> Tensor:
-        """The position after each row's last, padding aside: where a plain continuation starts."""
+        """One past each row's largest position, ignoring padding: the default position of the next token."""
         assert self.position_BS is not None and self.document_BS is not None
         is_padding_BS = self.document_BS[:, : self.length] < 0
         position_BS = self.position_BS[:, : self.length].masked_fill(is_padding_BS, -1)
         return position_BS.max(dim=1, keepdim=True).values + 1
 
-    def extend(self, position_BT: Tensor, layout: Layout | None) -> None:
-        """Reserve slots for T new tokens. Every layer then calls `append` once with their keys and values."""
+    def extend(self, position_BT: Tensor, layout: Layout | None) -> Visible:
+        """Reserve slots for T new tokens and return which keys they see. Each layer then calls `append` once."""
         B, T = position_BT.shape
         if self.position_BS is not None and self.position_BS.shape[0] != B:
             raise ValueError(f"the cache holds {self.position_BS.shape[0]} rows, not {B}")
@@ -58,9 +57,13 @@ class KVCache:
         self.position_BS = self._append(self.position_BS, position_BT, dim=1)
         self.document_BS = self._append(self.document_BS, layout.document_BT, dim=1)
         self.branch_BS = self._append(self.branch_BS, layout.branch_BT, dim=1)
+        filled, new = slice(0, self.length), slice(self.length - T, self.length)
+        keys = Layout(self.document_BS[:, filled], self.branch_BS[:, filled])
+        queries = Layout(self.document_BS[:, new], self.branch_BS[:, new]) if self.has_layout else None
+        return Visible((position_BT, queries), (self.position_BS[:, filled], keys), self.length - T)
 
     def append(self, layer: int, k_BGTK: Tensor, v_BGTK: Tensor) -> tuple[Tensor, Tensor]:
-        """Store a layer's new keys and values. Returns all stored ones, (k_BGSK, v_BGSK)."""
+        """Store a layer's keys and values of the new tokens. Returns those of all tokens: (k_BGSK, v_BGSK)."""
         keys = self._append(self.keys[layer], k_BGTK, dim=2)
         values = self._append(self.values[layer], v_BGTK, dim=2)
         self.keys[layer], self.values[layer] = keys, values
@@ -71,7 +74,7 @@ class KVCache:
         return sum(t.numel() * t.element_size() for t in (*self.keys, *self.values) if t is not None)
 
     def _first_needed(self, position_BT: Tensor, layout: Layout) -> int:
-        """The first slot that a new token can still see through the window, if the buffer is full; else 0."""
+        """If the buffer is full, the first slot still inside some new token's window; else 0."""
         if self.window is None or self.position_BS is None or self.document_BS is None:
             return 0
         if self.length + position_BT.shape[1] <= self.position_BS.shape[1]:
@@ -84,7 +87,7 @@ class KVCache:
         return int(needed_S.int().argmax()) if bool(needed_S.any()) else self.length
 
     def _append(self, buffer: Tensor | None, new: Tensor, dim: int) -> Tensor:
-        """`buffer` with the slots that are kept at its front and `new` after them; one that is too small grows."""
+        """Move the kept slots to the front of `buffer`, growing it if needed, and write `new` behind them."""
         kept = self.length - new.shape[dim]
         if buffer is not None and self._first_kept:
             buffer.narrow(dim, 0, kept).copy_(buffer.narrow(dim, self._first_kept, kept).clone())

@@ -1,6 +1,6 @@
-"""The architecture's sizes and variants, checked; families differ by these values alone.
+"""Model configuration, validated. Families (Mistral, Llama, Mixtral, Qwen2) differ in these values only.
 
-What config.json's keys mean, and what is refused, is in model/checkpoints/config_json.py.
+model/checkpoints/config_json.py reads and writes config.json.
 """
 
 from __future__ import annotations
@@ -18,9 +18,9 @@ from model.support.cli import UserError
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The shape of a decoder. Names are config.json's; `windows` holds one entry a layer (None: sees everything).
+    """Shape of a decoder. Field names are config.json's; `windows` has one entry per layer (None: full attention).
 
-    Raises UserError where values are impossible, or where this implementation does not cover what they ask for.
+    Raises UserError if a value is invalid or not supported.
     """
 
     vocab_size: int
@@ -47,8 +47,8 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         one_of("model_type", self.model_type, FAMILIES)
-        for name, most in UPPER_BOUNDS.items():
-            whole(name, getattr(self, name), 1, most)
+        for name, limit in UPPER_BOUNDS.items():
+            whole(name, getattr(self, name), 1, limit)
         for name in EXPERTS:
             whole(name, getattr(self, name), 0, 1024)
         for window in self.windows:
@@ -59,20 +59,20 @@ class ModelConfig:
         if self.num_attention_heads % self.num_key_value_heads:
             raise UserError("config: num_attention_heads must be a multiple of num_key_value_heads")
         if self.head_dim % 2:
-            raise UserError(f"config: head_dim is {self.head_dim}; rotary positions need an even size")
+            raise UserError(f"config: head_dim is {self.head_dim}; rotary embedding needs an even size")
         if len(self.windows) != self.num_hidden_layers:
-            raise UserError(f"config: windows (layer_types) for {len(self.windows)} of {self.num_hidden_layers} layers")
+            raise UserError(f"config: {len(self.windows)} windows (layer_types) for {self.num_hidden_layers} layers")
         if not min(self.num_local_experts, 1) <= self.num_experts_per_tok <= self.num_local_experts:
             raise UserError("config: num_experts_per_tok must be from 1 to num_local_experts (0 without experts)")
 
     @property
     def window(self) -> int | None:
-        """The widest window of any layer; None where some layer sees everything. It bounds the cache."""
+        """Largest window of any layer, which bounds the KV cache; None if any layer has full attention."""
         return None if None in self.windows else max(w for w in self.windows if w is not None)
 
     @property
     def max_length(self) -> int:
-        """Tokens of the longest sequence: `max_position_embeddings`, or what rotary scaling extends it to."""
+        """Longest supported sequence in tokens: `max_position_embeddings`, or what rotary scaling extends it to."""
         scaling = self.rope_scaling
         if scaling is None or scaling.rope_type not in ("linear", "dynamic", "yarn"):
             return self.max_position_embeddings
@@ -81,17 +81,17 @@ class ModelConfig:
 
     @property
     def is_dynamic(self) -> bool:
-        """Whether a sequence beyond the trained length changes the rotary angles of all that share its batch."""
+        """True if one sequence beyond the trained length changes the rotary angles of its whole batch."""
         return self.rope_scaling is not None and self.rope_scaling.rope_type == "dynamic"
 
     @property
     def batch_length(self) -> int:
-        """`max_length` of sequences whose results must not depend on the others in their batch."""
+        """Longest sequence whose result does not depend on the rest of its batch."""
         return self.max_position_embeddings if self.is_dynamic else self.max_length
 
     @classmethod
     def from_pretrained(cls, path: str | os.PathLike[str]) -> ModelConfig:
-        """The config of a checkpoint: config.json (old `rope_theta` or new `rope_parameters`), params.json or GGUF."""
+        """Read the config of a checkpoint: config.json, Mistral's params.json, or a GGUF header."""
         from model.checkpoints.weights import config_dict
 
         try:
@@ -101,9 +101,9 @@ class ModelConfig:
 
     @classmethod
     def from_dict(cls, raw: Mapping[str, Any]) -> ModelConfig:
-        """Read config.json's keys. Raises UserError for what is missing, impossible or not covered."""
+        """Read config.json's keys. Raises UserError for missing, invalid or unsupported values."""
         return cls(**read_fields(raw))
 
     def to_dict(self) -> dict[str, Any]:
-        """config.json as transformers reads it, in both rotary spellings."""
+        """config.json for transformers, with rotary settings under both the old and the new keys."""
         return write_fields(asdict(self))

@@ -1,12 +1,12 @@
 """Attention in O(T·W) time and O(T) memory. `PlainAttend` in attention.py is the specification.
 
-* A few queries (decoding): all query heads of a key/value head are rows of one product, so nothing is copied.
-* One document within the window: SDPA with `is_causal`, without a mask.
+* Few queries (decoding): the query heads of a key/value head become rows of one GEMM, so keys are not repeated.
+* One document that fits the window: SDPA with `is_causal` and no mask.
 * Otherwise on a GPU: FlexAttention (flex.py).
-* Otherwise blocks of queries against the range of keys that they can see. Where positions are contiguous, a block's
-  mask depends on distances alone, so one mask serves every block of every layer. Elsewhere (packed documents,
-  branches, padding) the range comes from the block's documents and positions: packed documents cost the sum of their
-  squares.
+* Otherwise blocks of queries, each against the range of keys that it can see. If positions are contiguous, a block's
+  mask depends on distances alone, so one mask serves every block and layer. If not (packed documents, branches,
+  padding), the range follows from the block's documents and positions, and packed documents cost the sum of their
+  squared lengths.
 """
 
 from __future__ import annotations
@@ -18,30 +18,31 @@ from torch import Tensor, nn
 from model.attention import repeat_kv
 from model.mask import Visible
 
-BLOCK = 512  # queries at once: large enough for the matrix product, small enough for the mask
-LEAST = 128  # queries at once with a narrow window
-KEPT = 2**24  # largest B · T · S for which masks that differ between rows are kept for all layers
-
 
 class FastAttend(nn.Module):
     """Same result as PlainAttend up to rounding, via SDPA in blocks."""
 
-    few = 16  # up to so many queries a row, one grouped product beats the fused kernel on a CPU
+    max_grouped = 16  # queries per row up to which `grouped` beats SDPA on a CPU
+    max_block = 512  # queries per block: large enough for the GEMM, small enough for the mask
+    min_block = 128  # the same if the window is narrow
+    max_cached_mask = 2**24  # largest B · T · S whose row-dependent masks are cached for all layers
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
         (H, T), S = q_BHTK.shape[1:3], k_BGSK.shape[2]
-        if T <= self.few:
+        if T <= self.max_grouped:
             return self.grouped(q_BHTK, k_BGSK, v_BGSK, visible.mask(window))
-        whole = T == S and (window is None or window >= S) and contiguous(visible)
-        if q_BHTK.is_cuda and not whole:
-            from model import flex  # its import loads torch's compiler
+        causal = T == S and (window is None or window >= S) and contiguous(visible)
+        if q_BHTK.is_cuda and not causal:
+            from model import flex  # imports torch's compiler
 
             return flex.attend(q_BHTK, k_BGSK, v_BGSK, visible, window)
         k_BHSK, v_BHSK = repeat_kv(k_BGSK, H), repeat_kv(v_BGSK, H)
-        if whole:
+        if causal:
             return F.scaled_dot_product_attention(q_BHTK, k_BHSK, v_BHSK, is_causal=True)
         blocks = []
-        step = BLOCK if window is None else min(BLOCK, max(LEAST, window // 2))  # keys in reach: W + step − 1
+        step = self.max_block  # a block can see W + step − 1 keys
+        if window is not None:
+            step = min(step, max(self.min_block, window // 2))
         for start in range(0, T, step):
             rows = slice(start, min(start + step, T))
             columns = reach(visible, window, rows)
@@ -49,13 +50,29 @@ class FastAttend(nn.Module):
                 q_BHTK[:, :, rows],
                 k_BHSK[:, :, columns],
                 v_BHSK[:, :, columns],
-                attn_mask=bias(visible, window, rows, columns, q_BHTK.dtype),
+                attn_mask=self.bias(visible, window, rows, columns, q_BHTK.dtype),
             )
-            blocks.append(out_BHtK.transpose(1, 2))  # the layout that SDPA writes and o_proj reads
+            blocks.append(out_BHtK.transpose(1, 2))  # SDPA's memory layout, in which o_proj reads it
         return (torch.cat(blocks, dim=1) if len(blocks) > 1 else blocks[0]).transpose(1, 2)
 
+    def bias(self, visible: Visible, window: int | None, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
+        """Additive mask, 0 where a query sees a key and −∞ elsewhere: bias_B1TS, or bias_11TS if all rows share it."""
+        shared = contiguous(visible)
+        # if shared, the lengths alone determine the mask, because the last query sees the last key
+        lengths = (rows.stop - rows.start, columns.stop - columns.start)
+        key = ("bias", window, lengths, None if shared else rows.start, dtype)
+        if key in visible.memo:
+            return visible.memo[key]
+        seen_BTS = visible.block(window, rows, columns)[: 1 if shared else None]
+        bias_BTS = torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device)
+        bias_B1TS = bias_BTS.masked_fill_(~seen_BTS, float("-inf"))[:, None]
+        B, T = visible.position_BT.shape
+        if shared or B * T * visible.key_position_BS.shape[1] <= self.max_cached_mask:
+            visible.memo[key] = bias_B1TS
+        return bias_B1TS
+
     def grouped(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_BTS: Tensor) -> Tensor:
-        """All query heads of a key/value head as rows of one product: no copy of keys or values."""
+        """The query heads of a key/value head as rows of one GEMM, so that keys and values are not repeated."""
         B, H, T, K = q_BHTK.shape
         G = k_BGSK.shape[1]
         q_BGMK = q_BHTK.reshape(B, G, H // G * T, K) * K**-0.5
@@ -67,20 +84,20 @@ class FastAttend(nn.Module):
 
 
 def contiguous(visible: Visible) -> bool:
-    """Whether every row is one document whose positions rise by one with the index. Computed once a forward pass."""
+    """True if every row is one document with positions p, p + 1, p + 2, … Computed once per forward pass."""
     if visible.layout is not None or torch.compiler.is_compiling():
         return False
     if "contiguous" not in visible.memo:
-        j_BS = visible.key_position_BS  # the queries are the last of the keys
+        j_BS = visible.key_position_BS  # includes the queries' positions
         steps_S = torch.arange(j_BS.shape[1], device=j_BS.device)
         visible.memo["contiguous"] = bool((j_BS - j_BS[:, :1] == steps_S).all())
     return visible.memo["contiguous"]
 
 
 def reach(visible: Visible, window: int | None, rows: slice) -> slice:
-    """A range of keys that includes every key seen by these queries."""
+    """Smallest range of keys that includes every key seen by these queries (all keys under torch.compile)."""
     S = visible.key_position_BS.shape[1]
-    if torch.compiler.is_compiling():  # a range computed from tensors would break the graph
+    if torch.compiler.is_compiling():  # a range that depends on tensor values would break the graph
         return slice(0, S)
     if contiguous(visible):
         first = 0 if window is None else max(0, visible.offset + rows.start - window + 1)
@@ -94,21 +111,6 @@ def reach(visible: Visible, window: int | None, rows: slice) -> slice:
         if visible.layout is not None and visible.key_layout is not None:
             d_BT, d_BS = visible.layout.document_BT[:, rows], visible.key_layout.document_BT
             near_BS &= (d_BS >= d_BT.amin(1, keepdim=True)) & (d_BS <= d_BT.amax(1, keepdim=True))
-        first, last = (f(near_BS.any(dim=0).nonzero()) for f in (torch.amin, torch.amax))  # a query sees itself
+        first, last = (f(near_BS.any(dim=0).nonzero()) for f in (torch.amin, torch.amax))  # never empty: i sees itself
         visible.memo[key] = slice(int(first), int(last) + 1)
     return visible.memo[key]
-
-
-def bias(visible: Visible, window: int | None, rows: slice, columns: slice, dtype: torch.dtype) -> Tensor:
-    """0 where a query sees a key and −∞ elsewhere: bias_B1TS, or bias_11TS where it depends on distances alone."""
-    alike = contiguous(visible)
-    # contiguous: the lengths alone determine the mask, as the last query sees the last key
-    key = ("bias", window, rows.stop - rows.start, columns.stop - columns.start, None if alike else rows.start, dtype)
-    if key in visible.memo:
-        return visible.memo[key]
-    seen_BTS = visible.block(window, rows, columns)[: 1 if alike else None]
-    made = torch.zeros(seen_BTS.shape, dtype=dtype, device=seen_BTS.device).masked_fill_(~seen_BTS, float("-inf"))
-    B, T = visible.position_BT.shape
-    if alike or B * T * visible.key_position_BS.shape[1] <= KEPT:
-        visible.memo[key] = made[:, None]
-    return made[:, None]

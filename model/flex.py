@@ -1,11 +1,11 @@
-"""Attention on a GPU where documents, branches or a window leave pairs out: FlexAttention with one mask function.
+"""Block-sparse attention on a GPU (FlexAttention, arXiv 2412.05496) for documents, branches and windows.
 
-`sees` is model/mask.py's rule for one pair. FlexAttention asks it once for each 128 × 128 block of a pass, skips blocks
-in which nobody sees anybody, and does not ask again in blocks that are seen whole; so the cost is the number of pairs
-that see each other, up to the edges of blocks, in training and in prefill.
+`mask_mod` is model/mask.py's rule for one pair. It sorts the 128 × 128 blocks of a forward pass once: blocks that are
+masked entirely are skipped, and blocks that are visible entirely need no mask. The cost is therefore the number of
+visible pairs, up to block edges, in training and in prefill.
 
-Compiled code holds for one shape. Rows are therefore padded to a few lengths (`bucket`); the padding sees nothing and
-is seen by nobody. Source: arXiv 2412.05496.
+FlexAttention is compiled once per shape, so rows are padded to a few lengths (`bucket`). Padding is masked on both
+sides.
 """
 
 from __future__ import annotations
@@ -21,27 +21,27 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 
 from model.mask import Layout, Visible
 
-BLOCK = 128  # FlexAttention's own
+BLOCK = 128  # FlexAttention's default
 
 
 def bucket(length: int) -> int:
-    """The length that a row is padded to: whole blocks, at most eight lengths an octave, at most an eighth more."""
+    """Padded length of a row: a multiple of BLOCK, at most eight per power of two, at most 1/8 (or a block) longer."""
     step = max(BLOCK, 1 << max((length - 1).bit_length() - 4, 0))
     return -(-length // step) * step
 
 
-def labels(positions_BT: Tensor, layout: Layout | None, nobody: int) -> Tensor:
-    """(position, document, branch) of each token, (3, B, bucket); the padding's are `nobody`."""
+def labels(positions_BT: Tensor, layout: Layout | None, padding: int) -> Tensor:
+    """(position, document, branch) of each token, (3, B, bucket(T)), with `padding` after the last token."""
     if layout is None:
         zero_BT = torch.zeros_like(positions_BT)
         layout = Layout(zero_BT, zero_BT)
     label_3BT = torch.stack((positions_BT, layout.document_BT, layout.branch_BT)).int()
     T = positions_BT.shape[1]
-    return F.pad(label_3BT, (0, bucket(T) - T), value=nobody)
+    return F.pad(label_3BT, (0, bucket(T) - T), value=padding)
 
 
-def sees(query_3BT: Tensor, key_3BS: Tensor, window: int | None) -> Callable[[Tensor, Tensor, Tensor, Tensor], Tensor]:
-    """Whether query i of row b sees key j: same document, shared prefix or own branch, within the window."""
+def mask_mod(query_3BT: Tensor, key_3BS: Tensor, window: int | None) -> Callable[..., Tensor]:
+    """FlexAttention's mask function (row b, head h, query i, key j) → bool for these labels."""
 
     def mask(b: Tensor, h: Tensor, i: Tensor, j: Tensor) -> Tensor:
         distance = query_3BT[0, b, i] - key_3BS[0, b, j]
@@ -54,14 +54,14 @@ def sees(query_3BT: Tensor, key_3BS: Tensor, window: int | None) -> Callable[[Te
 
 
 def block_mask(visible: Visible, window: int | None) -> BlockMask:
-    """The blocks of a pass in which somebody sees somebody; made once for the layers that share the window."""
+    """The blocks with visible pairs, made once per forward pass for the layers that share the window."""
     key = ("blocks", window)
     if key not in visible.memo:
         both = visible.layout is not None and visible.key_layout is not None
-        query_3BT = labels(visible.position_BT, visible.layout if both else None, -2)
-        key_3BS = labels(visible.key_position_BS, visible.key_layout if both else None, -3)
+        query_3BT = labels(visible.position_BT, visible.layout if both else None, -2)  # differs from the keys' padding,
+        key_3BS = labels(visible.key_position_BS, visible.key_layout if both else None, -3)  # so that none is visible
         (_, B, T), S = query_3BT.shape, key_3BS.shape[2]
-        mask = sees(query_3BT, key_3BS, window)
+        mask = mask_mod(query_3BT, key_3BS, window)
         visible.memo[key] = create_block_mask(mask, B, None, T, S, device=query_3BT.device, BLOCK_SIZE=BLOCK)
     return visible.memo[key]
 
@@ -79,7 +79,7 @@ def attend(
     window: int | None,
     flex: Callable[..., Tensor] | None = None,
 ) -> Tensor:
-    """softmax(q kᵀ / √K) v over the keys that each query sees: (B, H, T, K). `flex` is flex_attention, compiled."""
+    """softmax(q kᵀ / √K) v over the visible keys, (B, H, T, K). `flex`: flex_attention (None: compiled)."""
     T, S = q_BHTK.shape[2], k_BGSK.shape[2]
     q_BHTK = F.pad(q_BHTK, (0, 0, 0, bucket(T) - T))
     k_BGSK, v_BGSK = (F.pad(x_BGSK, (0, 0, 0, bucket(S) - S)) for x_BGSK in (k_BGSK, v_BGSK))

@@ -1,8 +1,8 @@
-"""Which keys a query sees. Decided in one place, from absolute positions and never from indices:
+"""The attention mask, from absolute positions and never from indices. A query at position i sees a key at j if
 
-    same document,  and  key's branch is 0 (the shared prefix) or the query's own,  and  i − W < j ≤ i
+    they are in one document,  and  the key's branch is 0 (the shared prefix) or the query's,  and  i − W < j ≤ i
 
-W keys, the query's own included. Documents share a row when short texts are packed for training. Branches are
+so a window of W includes the query itself. Documents share a row when short texts are packed for training. Branches are
 continuations of one prefix (a note and its questions) that do not see each other. Padding is document −1.
 
 Worked example: a note "a b c" with two questions "p q" and "r" in one row:
@@ -22,9 +22,10 @@ from torch import Tensor
 
 @dataclass(frozen=True)
 class Layout:
-    """Which document and branch each token belongs to: int64 tensors of shape (B, T). Document −1 is padding.
+    """Document and branch of each token: int64 tensors of shape (B, T). Document −1 is padding.
 
-    `wanted_N`: the tokens, of all B · T, whose last hidden state is read; None: all. Other states may be anything.
+    `wanted_N`: indices (of B · T) of the tokens whose final hidden state is used; the last layer may skip the others.
+    None: all.
     """
 
     document_BT: Tensor
@@ -33,22 +34,22 @@ class Layout:
 
 
 class Visible:
-    """Which keys each query sees in one forward pass. Masks are built per window, on demand."""
+    """Which keys each query sees in one forward pass. Masks are built on demand, one per window."""
 
     def __init__(self, query: tuple[Tensor, Layout | None], key: tuple[Tensor, Layout | None], offset: int) -> None:
         (self.position_BT, self.layout), (self.key_position_BS, self.key_layout) = query, key
         self.offset = offset  # index of the first query among the keys
-        self.memo: dict[Any, Any] = {}  # masks by window; what the fast path computes once per pass
+        self.memo: dict[Any, Any] = {}  # results shared by all layers: masks by window, the fast path's block masks
 
     def mask(self, window: int | None) -> Tensor:
-        """The whole mask_BTS (bool, True: seen), kept for the layers that share the window."""
+        """mask_BTS (bool, True: seen), cached for the layers that share the window."""
         if window not in self.memo:
             T, S = self.position_BT.shape[1], self.key_position_BS.shape[1]
             self.memo[window] = self.block(window, slice(0, T), slice(0, S))
         return self.memo[window]
 
     def block(self, window: int | None, rows: slice, columns: slice) -> Tensor:
-        """The part of the mask for some queries and some keys."""
+        """The mask of these queries (rows) and keys (columns) only."""
         distance_BTS = self.position_BT[:, rows, None] - self.key_position_BS[:, None, columns]
         seen_BTS = distance_BTS >= 0
         if window is not None:

@@ -1,7 +1,7 @@
-"""Rotary positions (RoFormer, arXiv 2104.09864) in the half-rotated layout of transformers' files.
+"""Rotary position embedding (RoFormer, arXiv 2104.09864) in transformers' half-split layout.
 
-A pair of a head's numbers (n, n + K/2) is rotated by the angle position · θ^(−2n/K). The tables are computed in fp32
-(fp64 for an fp64 model): a bf16 phase is off by more than half a turn after 4,096 positions.
+Channels n and n + K/2 of a head form a pair, which is rotated by the angle position · θ^(−2n/K). Angles are computed in
+fp32 (fp64 for an fp64 model): in bf16 they are off by more than half a turn after 4,096 positions.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 @dataclass(frozen=True)
 class RopeScaling:
-    """How rotary frequencies are scaled for long texts (`rope_type` and its numbers, as config.json spells them)."""
+    """Scaling of rotary frequencies for long context. Field names are those of config.json's `rope_scaling`."""
 
     rope_type: str
     factor: float = 1.0
@@ -31,7 +31,7 @@ class RopeScaling:
 
 
 class Rotary(nn.Module):
-    """The cosine and sine tables for given positions. It holds no parameter, so a model built on meta needs no care."""
+    """Cosine and sine tables for given positions. Computed on the fly: a buffer would be lost on the meta device."""
 
     def __init__(self, head_dim: int, theta: float, scaling: RopeScaling | None, trained_length: int) -> None:
         super().__init__()
@@ -50,7 +50,7 @@ class Rotary(nn.Module):
 
 
 class Rotate(nn.Module):
-    """Rotate queries or keys by their positions' angles; a module of its own so that its result can be observed."""
+    """Rotate queries or keys by their positions' angles. A module, so that forward hooks can read its output."""
 
     def forward(self, x_BHTK: Tensor, rotary: tuple[Tensor, Tensor]) -> Tensor:
         cos_B1TK, sin_B1TK = rotary[0].unsqueeze(1), rotary[1].unsqueeze(1)
@@ -58,14 +58,14 @@ class Rotate(nn.Module):
         return x_BHTK * cos_B1TK + torch.cat((-second, first), dim=-1) * sin_B1TK
 
 
-def dynamic_theta(theta: float, size: int, scaling: RopeScaling, trained: int, positions_BT: Tensor) -> float:
-    """NTK-aware base for sequences longer than the model was trained on; θ itself for shorter ones."""
-    length = max(int(positions_BT.max()) + 1, trained)
-    return theta * (scaling.factor * length / trained - (scaling.factor - 1)) ** (size / (size - 2))
+def dynamic_theta(theta: float, size: int, scaling: RopeScaling, trained_length: int, positions_BT: Tensor) -> float:
+    """Base of dynamic NTK scaling: θ up to the trained length, larger for longer sequences."""
+    length = max(int(positions_BT.max()) + 1, trained_length)
+    return theta * (scaling.factor * length / trained_length - (scaling.factor - 1)) ** (size / (size - 2))
 
 
 def frequencies(size: int, theta: float, scaling: RopeScaling | None, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """(frequency_K2, gain): radians a position for each pair, and the factor on cos and sin (1 but for yarn)."""
+    """(frequency_K2, gain): radians per position for each pair; factor on cos and sin (1 except for YaRN)."""
     frequency = 1.0 / (theta ** (torch.arange(0, size, 2, dtype=dtype) / size))
     if scaling is None or scaling.rope_type == "dynamic":
         return frequency, 1.0
@@ -77,7 +77,7 @@ def frequencies(size: int, theta: float, scaling: RopeScaling | None, dtype: tor
 
 
 def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
-    """Long wavelengths are scaled by `factor`, short ones kept, those between blended (Llama 3.1)."""
+    """Llama 3.1: divide low frequencies by `factor`, keep high ones, interpolate in between."""
     assert scaling.low_freq_factor and scaling.high_freq_factor and scaling.original_max_position_embeddings
     length, low, high = scaling.original_max_position_embeddings, scaling.low_freq_factor, scaling.high_freq_factor
     wavelength = 2 * math.pi / frequency
@@ -89,14 +89,14 @@ def _llama3(frequency: Tensor, scaling: RopeScaling) -> Tensor:
 
 
 def _yarn(size: int, theta: float, scaling: RopeScaling, dtype: torch.dtype) -> tuple[Tensor, float]:
-    """YaRN (arXiv 2309.00071): interpolate slow pairs, keep fast ones, ramp between; cos and sin gain ~ log(factor)."""
+    """YaRN (arXiv 2309.00071): divide low frequencies by `factor`, keep high ones, ramp in between."""
     length, factor = scaling.original_max_position_embeddings, scaling.factor
     assert length is not None
 
-    def pair_turning(turns: float) -> float:  # the pair that makes `turns` turns over the trained length
+    def pair_index(turns: float) -> float:  # of the pair that makes this many turns over the trained length
         return size * math.log(length / (turns * 2 * math.pi)) / (2 * math.log(theta))
 
-    low, high = pair_turning(scaling.beta_fast or 32), pair_turning(scaling.beta_slow or 1)
+    low, high = pair_index(scaling.beta_fast or 32), pair_index(scaling.beta_slow or 1)
     if scaling.truncate is None or scaling.truncate:
         low, high = math.floor(low), math.ceil(high)
     low, high = max(low, 0), min(high, size - 1)

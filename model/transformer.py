@@ -1,9 +1,12 @@
-"""The decoder: embedding, L blocks of attention and feed-forward, a final norm, logits. Llama, Mistral, Mixtral, Qwen2.
+"""Decoder-only transformer for Llama, Mistral, Mixtral and Qwen2: embedding, L blocks, final norm, LM head.
 
-Module names are the checkpoint's names (`model.layers.0.self_attn.q_proj.weight`), so there is no key mapping. What is
-unusual: every mask comes from absolute positions (mask.py); norms cast to the input's dtype before the weight
-multiplies, as transformers does; logits are fp32 whatever the weights are; `readout` lets a caller take from the last
-hidden states only what it needs, so that logits that are not used are never computed.
+Module names are those of Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so keys need no mapping.
+Unusual here:
+
+* Masks come from absolute positions (mask.py), not from token indices.
+* RMSNorm casts to the input's dtype before multiplying by its weight, as transformers does.
+* Logits are at least fp32 whatever the weights' dtype.
+* `readout` receives the final hidden states and the head, so that a caller computes only the logits it needs.
 """
 
 from __future__ import annotations
@@ -27,7 +30,7 @@ Readout = Callable[[Tensor, Callable[[Tensor], Tensor]], Any]
 
 
 class RMSNorm(nn.Module):
-    """x / sqrt(mean(x²) + eps) in at least fp32, cast to x's dtype, then times the weight (arXiv 1910.07467)."""
+    """x / sqrt(mean(x²) + eps) in at least fp32, cast to x's dtype, times the weight (arXiv 1910.07467)."""
 
     def __init__(self, size: int, eps: float) -> None:
         super().__init__()
@@ -35,7 +38,7 @@ class RMSNorm(nn.Module):
         self.eps = eps
 
     def scale(self, wide_BTD: Tensor) -> Tensor:
-        """What each token's vector is multiplied by, scale_BT1."""
+        """1 / sqrt(mean(x²) + eps) of each token, scale_BT1."""
         return torch.rsqrt(wide_BTD.pow(2).mean(-1, keepdim=True) + self.eps)
 
     def forward(self, x_BTD: Tensor) -> Tensor:
@@ -73,7 +76,7 @@ class Expert(nn.Module):
 
 
 class Experts(nn.Module):
-    """Mixtral's sparse feed-forward (arXiv 2401.04088): each token goes to its best experts, weighted by the router."""
+    """Mixtral's mixture of experts (arXiv 2401.04088): each token goes to its top-k experts, weighted by the router."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
@@ -84,12 +87,12 @@ class Experts(nn.Module):
     def forward(self, x_BTD: Tensor) -> Tensor:
         x_ND = x_BTD.flatten(0, 1)
         logits_NE = self.gate(x_BTD).flatten(0, 1)
-        # the softmax runs over all experts, in at least fp32, before the best are taken and made to sum to 1
+        # as in Mixtral: softmax over all experts, then top-k, then renormalize
         probability_NE = F.softmax(logits_NE, dim=-1, dtype=torch.promote_types(logits_NE.dtype, torch.float32))
         weight_Nk, chosen_Nk = torch.topk(probability_NE, self.top_k, dim=-1)
         weight_Nk = weight_Nk / weight_Nk.sum(dim=-1, keepdim=True)
         out_ND = torch.zeros_like(x_ND)
-        for index, expert in enumerate(self.experts):  # in order of the experts, so the sum's order is fixed
+        for index, expert in enumerate(self.experts):  # a fixed order of summation
             token_M, choice_M = (chosen_Nk == index).nonzero(as_tuple=True)
             y_MD = expert(x_ND[token_M]) * weight_Nk[token_M, choice_M, None]
             out_ND = out_ND.index_add(0, token_M, y_MD.to(out_ND.dtype))
@@ -97,7 +100,7 @@ class Experts(nn.Module):
 
 
 class Block(nn.Module):
-    """x + attention(norm(x)), then + feed-forward(norm(·))."""
+    """Pre-norm block: h = x + attention(norm(x)); h + feed_forward(norm(h))."""
 
     def __init__(self, config: ModelConfig, layer: int) -> None:
         super().__init__()
@@ -108,7 +111,7 @@ class Block(nn.Module):
             self.block_sparse_moe = Experts(config)
         else:
             self.mlp = MLP(config)
-        self.resid_mid = nn.Identity()  # the residual stream between the two, where it can be observed and overwritten
+        self.resid_mid = nn.Identity()  # for hooks: the residual stream between attention and feed-forward
 
     @property
     def feed_forward(self) -> nn.Module:
@@ -122,26 +125,29 @@ class Block(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Everything but the output matrix: tokens in, normed hidden states out."""
+    """The model without its LM head: token ids to normed final hidden states."""
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
-        # given a weight, torch draws none: drawing one on the meta device imports its compiler (140 MB, seconds)
+        # nn.Embedding's own init on the meta device would import torch's compiler (140 MB, seconds)
         weight_VD = torch.zeros(config.vocab_size, config.hidden_size)
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, _weight=weight_VD)
         blocks = nn.ModuleList(Block(config, layer) for layer in range(config.num_hidden_layers))
-        self.layers = cast(MutableSequence[Block], blocks)  # for the type checker: what a ModuleList holds
+        self.layers = cast(MutableSequence[Block], blocks)  # for the type checker
         self.norm = RMSNorm(config.hidden_size, config.rms_norm_eps)
         self.rotary = Rotary(config.head_dim, config.rope_theta, config.rope_scaling, config.max_position_embeddings)
-        self.checkpoint_blocks = False  # recompute each block in the backward pass instead of keeping its activations
+        self.checkpoint_blocks = False  # activation checkpointing: recompute each block in the backward pass
 
     def forward(
         self, tokens_BT: Tensor, positions_BT: Tensor | None, cache: KVCache | None, layout: Layout | None
     ) -> Tensor:
         if positions_BT is None:
             positions_BT = plain_positions(tokens_BT, cache, layout)
-        visible = visibility(positions_BT, cache, layout)
+        if cache is None:
+            visible = Visible((positions_BT, layout), (positions_BT, layout), 0)
+        else:
+            visible = cache.extend(positions_BT, layout)
         x_BTD = self.embed_tokens(tokens_BT)
         rotary = self.rotary(positions_BT, x_BTD.dtype)
         for layer in self.layers:
@@ -153,34 +159,24 @@ class Decoder(nn.Module):
 
 
 def plain_positions(tokens_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> Tensor:
-    """0, 1, 2 … for each row, continuing from the cache. A layout has no default: its documents restart at 0."""
+    """0, 1, 2, … for each row, continuing from the cache."""
     if layout is not None:
-        raise ValueError("a layout needs positions: pass positions=, restarting at 0 with each document")
+        raise ValueError("a layout needs positions: pass positions=, restarting at 0 in each document")
     steps_1T = torch.arange(tokens_BT.shape[1], device=tokens_BT.device)[None]
     if cache is None or cache.length == 0:
         return steps_1T.expand(tokens_BT.shape)
     return cache.next_position_B1 + steps_1T
 
 
-def visibility(positions_BT: Tensor, cache: KVCache | None, layout: Layout | None) -> Visible:
-    """Which of these and the cached tokens each token sees. Stores the tokens' positions in the cache."""
-    if cache is None:
-        return Visible((positions_BT, layout), (positions_BT, layout), 0)
-    cache.extend(positions_BT, layout)
-    filled, T = slice(0, cache.length), positions_BT.shape[1]
-    assert cache.position_BS is not None and cache.document_BS is not None and cache.branch_BS is not None
-    keys = Layout(cache.document_BS[:, filled], cache.branch_BS[:, filled])
-    new = slice(cache.length - T, cache.length)
-    queries = Layout(cache.document_BS[:, new], cache.branch_BS[:, new]) if cache.has_layout else None
-    return Visible((positions_BT, queries), (cache.position_BS[:, filled], keys), cache.length - T)
-
-
 class Transformer(nn.Module):
-    """A language model of the Llama, Mistral, Mixtral or Qwen2 family.
+    """A causal language model of the Llama, Mistral, Mixtral or Qwen2 family.
 
-    `model(tokens_BT)` gives logits_BTV in fp32 (fp64 for an fp64 model). Keyword options: `positions` (B, T) int64,
-    `cache` (a KVCache that the tokens are appended to), `layout` (documents and branches; needs positions), `readout`
-    (a function of (normed hidden states x_BTD, head) whose result is returned in place of the logits).
+    `model(tokens_BT)` returns logits_BTV in fp32 (fp64 for an fp64 model). Keyword arguments:
+
+    positions  (B, T) int64; default: 0, 1, 2, … continuing from the cache
+    cache      a KVCache, to which the tokens are appended
+    layout     documents and branches (mask.py); requires positions
+    readout    called with (final hidden states x_BTD, head); its result is returned instead of the logits
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -202,12 +198,12 @@ class Transformer(nn.Module):
         return self.head(x_BTD) if readout is None else readout(x_BTD, self.head)
 
     def head(self, x_BTD: Tensor) -> Tensor:
-        """Logits of hidden states; tied checkpoints read the embedding's rows."""
+        """Logits in at least fp32. Tied models use the embedding matrix."""
         out = self.lm_head(x_BTD) if self.lm_head is not None else F.linear(x_BTD, self.model.embed_tokens.weight)
         return out.to(torch.promote_types(out.dtype, torch.float32))
 
     def use_attention(self, kind: str) -> Transformer:
-        """Choose "plain" (the specification) or "fast" attention in every block; returns the model."""
+        """Use "plain" (the specification) or "fast" attention in every block; returns the model."""
         from model.fast_attention import FastAttend
 
         attend = {"plain": PlainAttend, "fast": FastAttend}[kind]
@@ -231,7 +227,7 @@ class Transformer(nn.Module):
     ) -> Transformer:
         """Load a checkpoint (safetensors, Mistral's native files, or GGUF), streamed into `dtype` on `device`.
 
-        Raises UserError where files are missing, corrupt, or disagree with the config.
+        Raises UserError if files are missing, corrupt, or disagree with the config.
         """
         from model.checkpoints.weights import load_weights
 
@@ -242,7 +238,7 @@ class Transformer(nn.Module):
         return model.eval()
 
     def save_pretrained(self, path: str | os.PathLike[str], max_shard_bytes: int = 5 * 2**30) -> None:
-        """Write safetensors and config.json that transformers loads, atomically, in shards of at most this size."""
+        """Write safetensors shards and config.json as transformers reads them, atomically."""
         from model.checkpoints.weights import save_weights
 
         save_weights(self.state_dict(), self.config.to_dict(), path, max_shard_bytes)

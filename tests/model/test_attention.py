@@ -1,7 +1,7 @@
-"""Who sees whom, measured by changing one token and watching which outputs move; and the fast path against the plain.
+"""Masking, tested by changing one token and seeing which logits change; and the fast path against the plain path.
 
-The plain path is the specification. Equal means: in fp64 to 1e-12 of the largest value; in fp32 and bf16 the fast
-path's error against fp64 is at most twice the plain path's, for outputs and for every gradient.
+The plain path is the specification. Two paths are equal if they agree in fp64 to 1e-12 of the largest value, and if the
+fast path's fp32 and bf16 error against fp64 is at most twice the plain path's, for the output and every gradient.
 """
 
 import pytest
@@ -18,7 +18,7 @@ from model.transformer import RMSNorm
 
 
 def moved(model, tokens, changed: int, **options) -> list[int]:
-    """Positions whose logits move when one token is changed."""
+    """Positions whose logits change when one token is changed."""
     other = tokens.clone()
     other[0, changed] = (tokens[0, changed] + 7) % 50 + 3
     assert other[0, changed] != tokens[0, changed]
@@ -72,7 +72,7 @@ def test_a_layout_without_positions_is_refused():
 
 
 def test_rms_norm_casts_before_the_weight():
-    """x·rsqrt in fp32, cast to bf16, then times the weight: multiplying in fp32 rounds a quarter otherwise."""
+    """x·rsqrt in fp32, cast to bf16, then times the weight. Multiplying in fp32 changes a quarter of the results."""
     generator = torch.Generator().manual_seed(0)
     norm, x = RMSNorm(64, 1e-5).bfloat16(), torch.randn(50, 64, generator=generator).bfloat16()
     norm.weight.data = torch.randn(64, generator=generator).bfloat16()
@@ -83,7 +83,7 @@ def test_rms_norm_casts_before_the_weight():
 
 
 def case(data) -> tuple[Visible, int | None, list[torch.Tensor], int]:
-    """A random attention call: queries, keys, values, the mask's facts, the window."""
+    """A random attention call: (visible, window, [q, k, v], T)."""
     T = data.draw(st.integers(1, 90), "T")
     before = data.draw(st.integers(0, 40), "cached")
     window = data.draw(st.one_of(st.none(), st.integers(1, 100)), "window")
@@ -110,7 +110,7 @@ def case(data) -> tuple[Visible, int | None, list[torch.Tensor], int]:
         prefix = data.draw(st.integers(1, S), "prefix")
         branch[:, prefix:] = 1 + torch.arange(S - prefix) // 3
         position[:, prefix:] = prefix + torch.arange(S - prefix) % 3
-    if kind == "strange":  # positions in no order at all, and no layout: what is seen is a matter of positions alone
+    if kind == "strange":  # positions in random order and no layout: the mask depends on positions alone
         position = torch.randint(0, S, (B, S), generator=generator)
     layouts = (None, None)
     if kind not in ("plain", "strange"):
@@ -124,99 +124,115 @@ def results(attend, inputs, visible, window, dtype) -> list[torch.Tensor]:
     """The output and the gradients of a fixed weighting of it, as fp64."""
     inputs = [x.to(dtype).detach().requires_grad_() for x in inputs]
     out = attend(*inputs, visible, window)
-    if visible.layout is not None:  # what padding sees is nobody's business
+    if visible.layout is not None:  # padding's output is undefined
         out = out * (visible.layout.document_BT >= 0)[:, None, :, None]
     weighting = torch.linspace(-1, 1, out.numel(), dtype=torch.float64).view(out.shape)
     (out.double() * weighting).sum().backward()
     return [out.detach().double(), *(x.grad.double() for x in inputs)]
 
 
-@pytest.fixture
-def small_blocks(monkeypatch):
-    monkeypatch.setattr("model.fast_attention.BLOCK", 16)
-    monkeypatch.setattr("model.fast_attention.LEAST", 4)
-    monkeypatch.setattr(FastAttend, "few", 4)
+class SmallBlocks(FastAttend):
+    """Fast attention with blocks small enough for these tests. Keeps every mask that it makes."""
+
+    max_grouped, max_block, min_block = 4, 16, 4
+
+    def __init__(self, masks=None) -> None:
+        super().__init__()
+        self.masks = [] if masks is None else masks
+
+    def bias(self, *args) -> torch.Tensor:
+        mask_B1TS = super().bias(*args)
+        if not any(mask_B1TS is other for other in self.masks):
+            self.masks.append(mask_B1TS)
+        return mask_B1TS
+
+
+def small_blocks(model) -> list[torch.Tensor]:
+    """Give every layer SmallBlocks; returns the list that collects their masks."""
+    masks: list[torch.Tensor] = []
+    for block in model.model.layers:
+        block.self_attn.attend = SmallBlocks(masks)
+    return masks
 
 
 @settings(max_examples=120, deadline=None)
 @given(data=st.data())
 def test_fast_equals_plain(data):
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("model.fast_attention.BLOCK", data.draw(st.sampled_from([5, 16, 512]), "block"))
-        patch.setattr("model.fast_attention.LEAST", data.draw(st.sampled_from([3, 128]), "least"))
-        patch.setattr("model.fast_attention.KEPT", data.draw(st.sampled_from([0, 2**24]), "kept"))
-        patch.setattr(FastAttend, "few", data.draw(st.sampled_from([0, 4, 16]), "few"))
-        visible, window, inputs, _ = case(data)
-        exact = results(PlainAttend(), inputs, visible, window, torch.float64)
-        for _ in range(2):  # the second layer finds what the first one kept
-            fast = results(FastAttend(), inputs, visible, window, torch.float64)
-            for got, wanted in zip(fast, exact, strict=True):
-                assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max().clamp(min=1)
+    attend = FastAttend()
+    attend.max_block = data.draw(st.sampled_from([5, 16, 512]), "max_block")
+    attend.min_block = data.draw(st.sampled_from([3, 128]), "min_block")
+    attend.max_cached_mask = data.draw(st.sampled_from([0, 2**24]), "max_cached_mask")
+    attend.max_grouped = data.draw(st.sampled_from([0, 4, 16]), "max_grouped")
+    visible, window, inputs, _ = case(data)
+    exact = results(PlainAttend(), inputs, visible, window, torch.float64)
+    for _ in range(2):  # the second call uses the masks that the first one cached
+        fast = results(attend, inputs, visible, window, torch.float64)
+        for got, wanted in zip(fast, exact, strict=True):
+            assert (got - wanted).abs().max() <= 1e-12 * wanted.abs().max().clamp(min=1)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("window", [None, 24])
 @pytest.mark.parametrize("T", [3, 13, 100])
-def test_fast_errs_at_most_twice_as_much_as_plain(T, window, dtype, small_blocks):
+def test_fast_errs_at_most_twice_as_much_as_plain(T, window, dtype):
     generator = torch.Generator().manual_seed(T)
     inputs = [torch.randn(1, heads, T, 16, dtype=torch.float64, generator=generator) for heads in (4, 2, 2)]
-    inputs = [x.to(dtype).double() for x in inputs]  # the same numbers for all three
+    inputs = [x.to(dtype).double() for x in inputs]  # exact in `dtype`
     positions = torch.arange(T)[None]
     visible = Visible((positions, None), (positions, None), 0)
     exact = results(PlainAttend(), inputs, visible, window, torch.float64)
     plain = results(PlainAttend(), inputs, visible, window, dtype)
-    fast = results(FastAttend(), inputs, visible, window, dtype)
+    fast = results(SmallBlocks(), inputs, visible, window, dtype)
     for name, e, p, f in zip(("out", "dq", "dk", "dv"), exact, plain, fast, strict=True):
         error, allowed = (f - e).square().mean().sqrt(), 2 * (p - e).square().mean().sqrt()
         assert error <= allowed, name
 
 
 @pytest.mark.parametrize("family", FAMILIES)
-def test_a_whole_model_on_the_fast_path(family, small_blocks):
+def test_a_whole_model_on_the_fast_path(family):
     model, tokens = tiny(family), some_tokens(50)
     plain = model(tokens)
     assert (model.use_attention("fast")(tokens) - plain).abs().max() <= 1e-12 * plain.abs().max()
+    small_blocks(model)
+    assert (model(tokens) - plain).abs().max() <= 1e-12 * plain.abs().max()
 
 
-def blocks_asked(monkeypatch, model, tokens, **options) -> list[tuple[slice, slice]]:
-    """The (queries, keys) of every mask that a pass on the fast path makes."""
-    asked = []
-    block = Visible.block
-    monkeypatch.setattr(
-        Visible, "block", lambda self, w, rows, columns: asked.append((rows, columns)) or block(self, w, rows, columns)
-    )
-    model.use_attention("fast")(tokens, **options)
-    return asked
+def masks_made(model, tokens, **options) -> list[torch.Tensor]:
+    """Every mask that a forward pass on the fast path makes, (B or 1, 1, queries, keys)."""
+    masks = small_blocks(model)
+    model(tokens, **options)
+    return masks
 
 
-def test_the_fast_path_never_holds_a_mask_of_all_queries(monkeypatch, small_blocks):
-    """O(T·W): with a window, no block asks for more than W + block keys; two masks serve all blocks of all layers."""
-    asked = blocks_asked(monkeypatch, tiny("mistral"), some_tokens(400, 1))
-    assert max(columns.stop - columns.start for _, columns in asked) <= 4 + 8 - 1  # W = 8: blocks of 4 queries
-    assert len(asked) == 3  # the text's first two blocks, whose window reaches over its beginning, and all others
+def test_the_fast_path_never_holds_a_mask_of_all_queries():
+    """O(T·W): with a window, a block's mask has fewer than W + block keys, and most blocks of all layers share one."""
+    masks = masks_made(tiny("mistral"), some_tokens(400, 1))
+    assert max(mask.shape[-1] for mask in masks) <= 4 + 8 - 1  # W = 8: blocks of 4 queries
+    assert len(masks) == 3  # the first two blocks see fewer keys; all others share one mask
 
 
-def test_a_text_that_sees_all_that_came_before_needs_no_mask(monkeypatch, small_blocks):
-    assert blocks_asked(monkeypatch, tiny("llama"), some_tokens(100, 1)) == []
-    assert blocks_asked(monkeypatch, tiny("mistral", sliding_window=50), some_tokens(50, 1)) == []
-    assert blocks_asked(monkeypatch, tiny("mistral", sliding_window=49), some_tokens(50, 1)) != []
+def test_a_text_within_the_window_needs_no_mask():
+    assert masks_made(tiny("llama"), some_tokens(100, 1)) == []
+    assert masks_made(tiny("mistral", sliding_window=50), some_tokens(50, 1)) == []
+    assert masks_made(tiny("mistral", sliding_window=49), some_tokens(50, 1)) != []
 
 
-def test_packed_documents_cost_their_own_squares(monkeypatch, small_blocks):
-    """Ten documents of 40 tokens in a row: a block of 16 queries meets the keys of one or two of them."""
+def test_packed_documents_cost_their_own_squares():
+    """Ten documents of 40 tokens in a row: a block of 16 queries sees keys of one or two of them."""
     document, position = torch.arange(400)[None] // 40, torch.arange(400)[None] % 40
     layout = Layout(document, torch.zeros_like(document))
-    asked = blocks_asked(monkeypatch, tiny("llama"), some_tokens(400, 1), positions=position, layout=layout)
-    assert len(asked) == 25  # once a block, whatever the number of layers
-    assert max(columns.stop - columns.start for _, columns in asked) <= 80
+    masks = masks_made(tiny("llama"), some_tokens(400, 1), positions=position, layout=layout)
+    assert len(masks) == 25  # one per block, for all layers
+    assert max(mask.shape[-1] for mask in masks) <= 80
     visible = Visible((position, layout), (position, layout), 0)
     assert reach(visible, None, slice(48, 64)) == slice(40, 64)
     assert reach(visible, 5, slice(48, 64)) == slice(44, 64)
 
 
-def test_chunks_through_the_cache_equal_one_pass(small_blocks):
-    """A long prompt read in pieces, as generation reads it."""
-    model, tokens = tiny("mistral", sliding_window=9).use_attention("fast"), some_tokens(70, 2)
+def test_chunks_through_the_cache_equal_one_pass():
+    """Chunked prefill of a long prompt."""
+    model, tokens = tiny("mistral", sliding_window=9), some_tokens(70, 2)
+    small_blocks(model)
     whole, cache = model(tokens), KVCache(model.config, slack=16)
     parts = torch.cat([model(part, cache=cache) for part in tokens.split(16, dim=1)], dim=1)
     assert (parts - whole).abs().max() <= 1e-12 * whole.abs().max()

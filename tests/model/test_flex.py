@@ -1,5 +1,5 @@
-"""FlexAttention's mask function is model/mask.py's rule, its blocks are those in which somebody sees somebody, and it
-is compiled once for a length. On a CPU it computes forward; its kernels for a GPU are torch's."""
+"""FlexAttention: its mask function is model/mask.py's rule, its block mask holds exactly the blocks with visible pairs,
+and it is compiled once per length. Forward only, on a CPU."""
 
 import pytest
 import torch
@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from torch.nn.attention.flex_attention import flex_attention
 
 from model.attention import PlainAttend
-from model.flex import BLOCK, attend, block_mask, bucket, labels, sees
+from model.flex import BLOCK, attend, block_mask, bucket, labels, mask_mod
 from model.mask import Layout, Visible
 
 
@@ -34,13 +34,13 @@ def rows(draw, most=10):
 
 @settings(max_examples=200, deadline=None)
 @given(rows())
-def test_the_mask_function_is_the_rule_for_every_pair_and_padding_sees_nothing(given_rows):
+def test_the_mask_function_is_the_rule_for_every_pair_and_padding_is_masked(given_rows):
     visible, window = given_rows
     query_3BT = labels(visible.position_BT, visible.layout, -2)
     key_3BS = labels(visible.key_position_BS, visible.key_layout, -3)
     (_, B, T), S = query_3BT.shape, key_3BS.shape[2]
     b_B11, i_1T1, j_11S = (torch.arange(n) for n in (B, T, S))
-    seen_BTS = sees(query_3BT, key_3BS, window)(b_B11[:, None, None], b_B11, i_1T1[:, None], j_11S)
+    seen_BTS = mask_mod(query_3BT, key_3BS, window)(b_B11[:, None, None], b_B11, i_1T1[:, None], j_11S)
     expected_BTS = torch.zeros(B, T, S, dtype=torch.bool)
     own_BTS = visible.mask(window)
     expected_BTS[:, : own_BTS.shape[1], : own_BTS.shape[2]] = own_BTS
@@ -70,7 +70,7 @@ def packed(lengths, branches=0, of=0):
         (packed([4096]), 256, 32 * 3),
     ],
 )
-def test_the_cost_is_the_blocks_in_which_somebody_sees_somebody(visible, window, most):
+def test_only_blocks_with_visible_pairs_are_computed(visible, window, most):
     blocks = block_mask(visible, window)
     assert blocks is block_mask(visible, window)  # once for all layers
     seen_TS = visible.mask(window)[0]
