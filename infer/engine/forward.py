@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from infer.engine.fuse import FusedBlock
 from lora.layer import LoRALinear
 from model.quantize.linear import QuantizedWeight
-from model.support.hardware import onednn, product, suits_onednn
+from model.support.hardware import onednn, product, use_onednn
 from model.transformer import Block, RMSNorm, Transformer
 
 Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
@@ -92,7 +92,7 @@ class PackedLinear:
             return residual_ND + (y_ND if self.bias is None else y_ND + self.bias)
         if self.weight is None or self.bias is not None:
             return residual_ND + self(x_ND)
-        if suits_onednn(x_ND, self.weight):
+        if use_onednn(x_ND, self.weight):
             return self.adapt(x_ND, onednn(x_ND, self.weight).add_(residual_ND))
         if x_ND.shape[0] == 1:  # one row: a matrix-vector product reads the weights faster
             return self.adapt(x_ND, torch.addmv(residual_ND[0], self.weight, x_ND[0])[None])
@@ -219,6 +219,6 @@ class Engine:
 
     def logits(self, x_ND: Tensor) -> Tensor:
         """logits_NV in at least fp32."""
-        if self.head_weight is not None and suits_onednn(x_ND, self.head_weight):
+        if self.head_weight is not None and use_onednn(x_ND, self.head_weight):
             return onednn(x_ND, self.head_weight)
         return self.model.head(x_ND)

@@ -33,7 +33,7 @@ from lora.layer import LoRALinear, keep_bits, with_zeros
 from model.cache import KVCache
 from model.mask import Visible
 from model.quantize.linear import QuantizedWeight
-from model.support.hardware import product, suits_onednn
+from model.support.hardware import product, use_onednn
 from model.transformer import Block, RMSNorm, Transformer
 from train.fast.attention import DocumentAttend
 
@@ -92,7 +92,7 @@ def linear_forward(n_ND: Tensor, weight: Matrix, bias_O: Tensor | None) -> Tenso
 
 def add_input_gradient(g_NO: Tensor, weight: Matrix, dn_ND: Tensor | None) -> Tensor:
     """dn + g W, accumulated into `dn_ND` if given."""
-    if dn_ND is not None and isinstance(weight, Tensor) and not suits_onednn(g_NO, weight):
+    if dn_ND is not None and isinstance(weight, Tensor) and not use_onednn(g_NO, weight):
         return dn_ND.addmm_(g_NO, weight)
     part_ND = weight.product_backward(g_NO) if isinstance(weight, QuantizedWeight) else product(g_NO, weight.t())
     return part_ND if dn_ND is None else dn_ND.add_(part_ND)

@@ -22,7 +22,7 @@ from model import Transformer
 from model.quantize.linear import QuantizedLinear, QuantizedWeight, quantize_model
 from model.quantize.rotation import mix, rotate
 from model.support.cli import UserError
-from model.support.hardware import onednn, suits_onednn
+from model.support.hardware import onednn, use_onednn
 from model.support.init import init_weights
 
 WIDTHS = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
@@ -144,14 +144,14 @@ def test_onednns_product_of_one_row_is_as_exact_as_the_plain_one(bias):
     ours = torch.cat([onednn(row, weight, bias_O) for row in x.split(1)])
     plain = torch.cat([torch.nn.functional.linear(row, weight, bias_O) for row in x.split(1)])
     assert (ours.double() - truth).abs().max() <= 2 * (plain.double() - truth).abs().max()
-    assert not suits_onednn(x.double(), weight.double()) and not suits_onednn(x.bfloat16(), weight.bfloat16())
+    assert not use_onednn(x.double(), weight.double()) and not use_onednn(x.bfloat16(), weight.bfloat16())
 
 
 @pytest.mark.parametrize("rows", [1, 4, 48])
 def test_onednns_products_give_logits_as_exact_as_the_plain_path(rows, monkeypatch):
     """SmolLM2's widths, three layers, 48 tokens entered so many at a time: the logits' error against fp64 is at most
     twice the plain path's, the largest and the mean."""
-    monkeypatch.setattr("model.support.hardware.onednn_suits", lambda: True)
+    monkeypatch.setattr("model.support.hardware.prefers_onednn", lambda: True)
     widths = {
         "hidden_size": 576,
         "intermediate_size": 1536,
