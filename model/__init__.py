@@ -1,4 +1,4 @@
-"""The architecture, its weights and its tokenizer. These names are imported when asked for: they need torch."""
+"""The architecture, its weights and its tokenizer. Names are imported on first use, because they import torch."""
 
 from importlib import import_module
 from typing import TYPE_CHECKING, Any

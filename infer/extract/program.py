@@ -152,7 +152,7 @@ def check_schema(out: Path) -> None:
     except (UserError, OSError):  # no JSON, or a folder
         same = False
     if not same:
-        raise UserError(f"{schema}: exists and is no job's of ours; choose another --out or remove it")
+        raise UserError(f"{schema}: exists and was not written by a job; choose another --out or remove it")
 
 
 def source(options: Options) -> Iterator[Note]:

@@ -1,1 +1,1 @@
-"""What every program uses: command lines, atomic files, the hardware probe."""
+"""Used by every program: command lines, atomic files, output locks, the hardware probe."""

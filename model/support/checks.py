@@ -1,4 +1,4 @@
-"""Checks of single values that untrusted files hold, for tables of fields, types and ranges."""
+"""Validation of single values from untrusted files. Each function returns the value or raises UserError."""
 
 from __future__ import annotations
 
@@ -11,31 +11,31 @@ from model.support.cli import UserError, nearest
 
 
 def one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
-    """`value`, or a UserError where it is none of `known`. Types count: JSON's 0 and 1 are neither true nor false."""
-    if not any(type(value) is type(one) and value == one for one in known):
-        names = [one for one in known if isinstance(one, str)]
+    """Require one of `known`, of the same type too: JSON's 0 and 1 are not false and true."""
+    if not any(type(value) is type(choice) and value == choice for choice in known):
+        names = [choice for choice in known if isinstance(choice, str)]
         hint = nearest(value, names) if isinstance(value, str) else ""
-        choices = ", ".join(one if isinstance(one, str) else json.dumps(one) for one in known)
+        choices = ", ".join(choice if isinstance(choice, str) else json.dumps(choice) for choice in known)
         raise UserError(f"{name} is {value!r}, which is not covered{hint}; covered: {choices}")
     return value
 
 
-def whole(name: str, value: Any, least: int, most: int) -> int:
-    """`value`, or a UserError where it is no whole number from `least` to `most`."""
-    if not isinstance(value, int) or isinstance(value, bool) or not least <= value <= most:
-        raise UserError(f"{name} is {value!r}; it must be a whole number from {least} to {most}")
+def whole(name: str, value: Any, minimum: int, maximum: int) -> int:
+    """Require an int (not a bool) from `minimum` to `maximum`."""
+    if not isinstance(value, int) or isinstance(value, bool) or not minimum <= value <= maximum:
+        raise UserError(f"{name} is {value!r}; it must be a whole number from {minimum} to {maximum}")
     return value
 
 
 def positive(name: str, value: Any) -> float:
-    """`value` as a float, or a UserError where it is no finite number above 0."""
+    """Require a finite number above 0; returns it as a float."""
     if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
         raise UserError(f"{name} is {value!r}; it must be a number above 0")
     return float(value)
 
 
 def inside(name: str, value: float, interval: str) -> None:
-    """A UserError where `value` does not lie in an interval, "[0, 1)": a round bracket leaves its end out."""
+    """Require a number in an interval such as "[0, 1)": "[" and "]" include the end, "(" and ")" exclude it."""
     low, high = (float(end) for end in interval[1:-1].split(","))
     above = value > low if interval[0] == "(" else value >= low
     below = value < high if interval[-1] == ")" else value <= high

@@ -1,8 +1,8 @@
-"""How every program of this repository reports a user's mistake: one clear line, exit 2.
+"""Command lines: a user's mistake is reported in one line on stderr, with exit code 2.
 
 A program is a frozen dataclass of options (each with a docstring, which becomes its `--help`) and a function that
-takes it and returns an exit code: 0 or None for success, 1 for a failed check. Everything that a user can get wrong
-raises `UserError`; any other exception is a bug of ours and keeps its traceback.
+takes it and returns an exit code: 0 or None for success, 1 for a failed check. A user's mistake raises `UserError`;
+any other exception is a bug and keeps its traceback.
 """
 
 from __future__ import annotations
@@ -19,13 +19,13 @@ from pathlib import Path
 from typing import Annotated, Any, TypeVar, get_type_hints
 
 Options = TypeVar("Options")
-PATIENCE = 10  # seconds in which torchrun ends the others once a process has failed
+TORCHRUN_SECONDS = 10  # within which torchrun ends the other ranks after one failed
 
 
 class UserError(ValueError):
     """A mistake that the user can correct. The message says what is wrong, where, and what to do, on one line.
 
-    It never holds a note's text (notes are patients' text): it names the file, the line or the record's id.
+    It never quotes a note, which is patient data: it names the file, the line or the record's id.
     """
 
 
@@ -37,7 +37,7 @@ def one_line(error: BaseException) -> str:
 def run(main: Callable[[Options], int | None], options_type: type[Options], argv: Sequence[str] | None = None) -> None:
     """Parse the command line into `options_type`, call `main` with it, and exit with its code.
 
-    Raises SystemExit always: 0 on success, 1 on a failed check, 2 on bad usage or bad input, 130 on Ctrl-C.
+    Always raises SystemExit: 0 on success, 1 on a failed check, 2 on bad usage or bad input, 130 on Ctrl-C.
     """
     from tyro.conf import OmitArgPrefixes
 
@@ -53,8 +53,8 @@ def run(main: Callable[[Options], int | None], options_type: type[Options], argv
             return main(options)
         except (UserError, OSError):
             if not is_rank0:
-                time.sleep(PATIENCE)  # the first says it, and torchrun then ends the others
-                if options is None:  # one command line for all
+                time.sleep(TORCHRUN_SECONDS)  # rank 0 reports the error, and torchrun ends the other ranks
+                if options is None:  # the command line is wrong, which rank 0 has reported
                     return 2
             raise
 
@@ -62,7 +62,7 @@ def run(main: Callable[[Options], int | None], options_type: type[Options], argv
 
 
 def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, **how: Any) -> Options:
-    """The command line as tyro reads it (`how`: its own options). Raises UserError where tyro refuses it."""
+    """Parse the command line with tyro (`how`: options of `tyro.cli`). Raises UserError if tyro refuses it."""
     import tyro
 
     if isinstance(kind, type):
@@ -70,13 +70,13 @@ def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, *
     captured = io.StringIO()
     try:
         with contextlib.redirect_stderr(captured):
-            made = tyro.cli(kind, prog=prog, args=argv, **how)
+            options = tyro.cli(kind, prog=prog, args=argv, **how)
     except SystemExit as stop:
         if stop.code != 2:
             raise
         raise UserError(f"{unboxed(captured.getvalue())}; {prog} --help explains every option") from None
     sys.stderr.write(captured.getvalue())
-    return made
+    return options
 
 
 @cache
@@ -95,13 +95,13 @@ def join_help_lines(kind: type) -> None:
 
 
 def unboxed(box: str) -> str:
-    """What tyro's box of some ten lines says, on one: without its frame and the options' help texts."""
+    """tyro's error box as one line, without its frame and the options' help texts."""
     parts: list[list[str]] = [[]]
     for line in re.sub(r"\x1b\[[\d;]*m", "", box).splitlines():
         text = line.strip("│ ")
         if not text.strip("─-"):
             parts.append([])
-        # two columns of frame (blanks where none can be drawn), the text, and eight further in what an option is for
+        # two columns of frame (blank if the terminal cannot draw it), then the text; help texts are indented by eight
         elif line[:2] in ("│ ", "  ") and not line[2:].startswith(" " * 8):
             parts[-1].append(text)
     sentences = [" ".join(part) for part in parts if part]
@@ -112,7 +112,7 @@ def guard(body: Callable[[], int | None], name: str) -> int:
     """Run `body`; report a user's mistake as one line on stderr. Returns the exit code."""
     try:
         return body() or 0
-    except (UserError, OSError) as error:  # disk full, read-only file system, broken device
+    except (UserError, OSError) as error:  # OSError: disk full, read-only file system, broken device
         if type(error) is OSError and error.errno is None:
             raise
         print(f"{name}: {one_line(error)}", file=sys.stderr)
@@ -123,13 +123,13 @@ def guard(body: Callable[[], int | None], name: str) -> int:
 
 
 def python_here() -> str:
-    """How this Python is called from the working directory, for commands in messages."""
+    """Path of this Python, relative to the working directory if it is inside; for commands in messages."""
     python = Path(sys.executable)
     return str(python.relative_to(Path.cwd()) if python.is_relative_to(Path.cwd()) else python)
 
 
 def nearest(word: str, known: Sequence[str]) -> str:
-    """' (did you mean …?)' for the known word nearest to `word`, or '' where none is near."""
+    """' (did you mean …?)' with the known word nearest to `word`, or '' if none is near."""
     import difflib
 
     close = difflib.get_close_matches(word, known, n=1, cutoff=0.6)

@@ -1,7 +1,7 @@
-"""Reading untrusted files and writing files atomically.
+"""Atomic writes, and validated reads of untrusted files.
 
-Writing: everything is written under a temporary name and renamed, so that a name holds either a whole file or the
-previous one. Reading: every mistake is a `UserError` that names the file and, for JSON lines, the line.
+Writing: under a temporary name, then synced and renamed, so that a path always holds either the old or the new content.
+Reading: a malformed file raises a `UserError` that names the file and, for JSON lines, the line.
 """
 
 from __future__ import annotations
@@ -23,10 +23,9 @@ from typing import Any
 
 from model.support.cli import UserError
 
-LONGEST_LINE = 2**25
-"""Bytes of the longest line that is read."""
-_HALF_PAIR = re.compile(r"\\u[dD][89a-fA-F]")  # every half of a pair, and every pair
-LONGEST_JSON = 2**28  # bytes; a sanity limit, tokenizers of 256,000 pieces take 35 MB
+LONGEST_LINE = 2**25  # bytes
+LONGEST_JSON = 2**28  # bytes; a sanity limit: a tokenizer.json with 256,000 pieces has 35 MB
+_SURROGATE = re.compile(r"\\u[dD][89a-fA-F]")  # escaped, alone or in a pair
 AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 
 
@@ -34,8 +33,8 @@ AT_FDCWD, RENAME_EXCHANGE = -100, 2  # of renameat2(2)
 def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterator[Path]:
     """Yield a temporary path in `path`'s folder; on a clean exit sync it and rename it to `path`, else remove it.
 
-    `mode` sets the permissions (for example 0o600 for files that hold a note's text); by default the umask decides. A
-    symbolic link stays, and the file that it points to is replaced.
+    `mode`: permissions, for example 0o600 for files with notes; by default the umask decides. If `path` is a symbolic
+    link, its target is replaced.
     """
     path = Path(os.path.realpath(path))
     check_writable(path)
@@ -48,7 +47,7 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
             os.fsync(written.fileno())
         os.chmod(temporary, mode if mode is not None else 0o666 & ~_umask())
         os.replace(temporary, path)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
@@ -57,11 +56,11 @@ def atomic_file(path: str | os.PathLike[str], mode: int | None = None) -> Iterat
 def atomic_folder(
     path: str | os.PathLike[str], keep_others: bool = False, drop: re.Pattern[str] | None = None
 ) -> Iterator[Path]:
-    """Yield a new folder beside `path`; on a clean exit it takes `path`'s place. An older folder there is removed with
-    all that is in it; with `keep_others` the new one first gets what it lacks of that, but for names that match `drop`.
-    A symbolic link stays, and the folder that it points to is replaced. A file there is left alone: a UserError.
+    """Yield a temporary folder beside `path`; on a clean exit sync its files and put it in `path`'s place.
 
-    Everything in it is synced before it is renamed, so that no power cut leaves empty files under a name.
+    An existing folder is removed. With `keep_others` its entries are kept, unless the new folder has one of the same
+    name or the name matches `drop`. If `path` is a symbolic link, its target is replaced. Raises UserError if `path` is
+    a file.
     """
     path = Path(os.path.realpath(path))
     check_writable(path)
@@ -75,31 +74,32 @@ def atomic_folder(
         os.chmod(temporary, 0o777 & ~_umask())
         for entry in temporary.rglob("*"):
             if not entry.is_symlink():
-                sync_folder(entry)
-        sync_folder(temporary)
+                sync(entry)
+        sync(temporary)
         if not path.exists():
             os.replace(temporary, path)
         elif not exchange(temporary, path):
-            # two renames; killed between them, the older folder is .NAME.*.old/was (model/support/lock.py puts it back)
+            # if killed between the two renames, the old folder is .NAME.*.old/was (model/support/lock.py restores it)
             old = Path(tempfile.mkdtemp(prefix=f".{path.name}.", suffix=".old", dir=path.parent))
             os.replace(path, old / "was")
             os.replace(temporary, path)
             shutil.rmtree(old)
-        sync_folder(path.parent)
+        sync(path.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
 
 def exchange(one: Path, other: Path) -> bool:
-    """Exchange two names in one step, so that neither is missing at any time; False where the system cannot."""
+    """Swap two paths atomically (renameat2). Returns False if the system cannot."""
     try:
         renameat2 = ctypes.CDLL(None).renameat2
-    except (AttributeError, OSError):  # no Linux, or a C library before 2018
+    except (AttributeError, OSError):  # not Linux, or a C library before 2018
         return False
     return renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE) == 0
 
 
 def _link_others(old: Path, new: Path, drop: re.Pattern[str] | None) -> None:
+    """Hard-link (or copy) into `new` what only `old` has, except names that match `drop`."""
     for entry in old.iterdir() if old.is_dir() else ():
         if (new / entry.name).exists() or (drop is not None and drop.fullmatch(entry.name)):
             continue
@@ -117,7 +117,7 @@ def _link(source: str | Path, target: str | Path) -> None:
 
 
 def check_writable(path: Path) -> None:
-    """Make `path`'s folder, or raise a UserError that says why `path` cannot be written."""
+    """Create `path`'s folder. Raises UserError if `path` cannot be written."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as error:
@@ -127,16 +127,15 @@ def check_writable(path: Path) -> None:
 
 
 def check_not_read(out: Path, *read: Path) -> None:
-    """Raise a UserError where `out` is one of the files that are read, or is in a folder that is read: what is made
-    would take its place."""
-    places = set(map(os.path.realpath, read))  # of links in a circle it gives one, where Path.resolve raises
-    if os.path.realpath(out) in places or (out.is_file() and os.path.realpath(out.parent) in places):
+    """Raise UserError if writing `out` would replace one of the inputs `read`, or a file in one of them."""
+    inputs = set(map(os.path.realpath, read))  # Path.resolve would raise on circular links
+    if os.path.realpath(out) in inputs or (out.is_file() and os.path.realpath(out.parent) in inputs):
         raise UserError(f"{out}: is itself read; choose another --out")
 
 
-def sync_folder(folder: Path) -> None:
-    """Make the names in `folder` durable, or a file's content."""
-    handle = os.open(folder, os.O_RDONLY)
+def sync(path: Path) -> None:
+    """fsync a file's content, or a folder's entries."""
+    handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
     finally:
@@ -161,7 +160,7 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 
 
 def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]]) -> int:
-    """Write one JSON object a line, atomically, for its owner only: lines are of notes. Returns how many."""
+    """Write one JSON object per line, atomically, readable by the owner only (they hold notes). Returns the count."""
     count = 0
     with atomic_file(path, mode=0o600) as temporary, open(temporary, "w", encoding="utf-8") as out:
         for row in rows:
@@ -171,8 +170,7 @@ def write_jsonl(path: str | os.PathLike[str], rows: Iterable[Mapping[str, Any]])
 
 
 def check_regular(path: str | os.PathLike[str]) -> None:
-    """Raise a UserError where a file is missing, a folder, or a pipe, socket or device: opening one of those may wait
-    forever, reading one may never end."""
+    """Raise UserError if `path` is missing or not a regular file: opening or reading a pipe or device may never end."""
     try:
         mode = os.stat(path).st_mode
     except (FileNotFoundError, NotADirectoryError) as error:
@@ -183,12 +181,12 @@ def check_regular(path: str | os.PathLike[str]) -> None:
 
 
 def read_json(path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bool = False) -> Any:
-    """The JSON value in a file of at most `most` bytes. Raises UserError where it is missing, longer or not JSON, and
-    with `unique` where an object has a name twice (readers differ in which one counts)."""
+    """The JSON value in a file. Raises UserError if the file is missing, larger than `most` bytes or not JSON, and with
+    `unique` if an object has a duplicate key (readers differ in which one wins)."""
     check_regular(path)
     with open(path, "rb") as file:
         if (size := os.fstat(file.fileno()).st_size) > most:
-            raise UserError(f"{path}: {size} bytes, more than the {most} that such a file may have; it is corrupt")
+            raise UserError(f"{path}: {size} bytes, more than the limit of {most}; it is corrupt")
         raw = file.read()
     try:
         text = raw.decode("utf-8-sig")
@@ -198,9 +196,9 @@ def read_json(path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bo
 
 
 def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) -> Any:
-    """A file's text as JSON, or a UserError that names the place."""
+    """Parse a file's text as JSON. Raises UserError as `read_json` does."""
 
-    def once(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         found: dict[str, Any] = {}
         for name, value in pairs:
             if name in found:
@@ -209,10 +207,10 @@ def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) ->
         return found
 
     try:
-        return json.loads(text, object_pairs_hook=once if unique else None)
+        return json.loads(text, object_pairs_hook=without_duplicates if unique else None)
     except UserError:
         raise
-    except (ValueError, RecursionError) as error:  # not JSON, too deep, or a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # not JSON, nested too deeply, or a number of thousands of digits
         where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}: not JSON{where}; is the file whole?") from error
 
@@ -220,8 +218,8 @@ def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) ->
 def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     """Yield (number from 1, line) for every line that is not blank; a file named .gz is decompressed.
 
-    Of a line beyond LONGEST_LINE only its first LONGEST_LINE + 1 bytes are kept, which `parse_json_line` refuses.
-    Raises UserError where the file cannot be read, and where it holds no line.
+    A line longer than LONGEST_LINE is cut to LONGEST_LINE + 1 bytes, which `parse_json_line` refuses. Raises UserError
+    if the file cannot be read or holds no line.
     """
     number, found = 0, False
     check_regular(path)
@@ -238,7 +236,7 @@ def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
     except (gzip.BadGzipFile, EOFError, zlib.error) as error:
         raise UserError(f"{path}: not a whole gzip file (after line {number})") from error
     if not found:
-        raise UserError(f"{path}: empty: it holds no record; give one JSON object a line")
+        raise UserError(f"{path}: empty: it holds no record; give one JSON object per line")
 
 
 def read_jsonl(
@@ -246,8 +244,10 @@ def read_jsonl(
     required: Iterable[str] = (),
     check: Callable[[dict[str, Any]], object] = lambda record: None,
 ) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield (line number from 1, object) for every line of a JSON-lines file (or .jsonl.gz); blank lines are passed
-    over. Raises UserError as `numbered_lines` and `parse_json_line` do, and where `check` raises a ValueError."""
+    """Yield (line number from 1, object) for every line of a JSON-lines file (or .jsonl.gz) that is not blank.
+
+    Raises UserError as `numbered_lines` and `parse_json_line` do, and if `check` raises ValueError.
+    """
     fields = tuple(required)
     for number, line in numbered_lines(path):
         record = parse_json_line(path, number, line, fields)
@@ -261,22 +261,21 @@ def read_jsonl(
 def parse_json_line(
     path: str | os.PathLike[str], number: int, line: bytes, required: Iterable[str] = ()
 ) -> dict[str, Any]:
-    """One line of a JSON-lines file as an object with the `required` fields; `id`, `patient` and a required `text` as
-    text.
+    """One line of a JSON-lines file as a dict; `id` and `patient` are converted to strings.
 
-    Raises UserError, naming file and line, for what is no JSON object, for half of a surrogate pair or NaN (both can be
-    read and not be written again), for an id that is neither text nor a whole number, and for a line beyond
-    LONGEST_LINE.
+    Raises UserError, naming file and line, if the line is longer than LONGEST_LINE or no JSON object, if a `required`
+    field is missing, if `id`, `patient` or a required `text` has the wrong type, and for NaN or an unpaired surrogate,
+    which Python reads but cannot write.
     """
     where = f"{path}:{number}"
     constants: list[str] = []
     if len(line) > LONGEST_LINE:
         raise UserError(f"{where}: a line of more than {LONGEST_LINE:,} bytes; is a line end missing?")
     try:
-        text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors begin with a mark
+        text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors write a byte order mark
         record = json.loads(text, parse_constant=constants.append)
-        if _HALF_PAIR.search(text):
-            json.dumps(record, ensure_ascii=False).encode()
+        if _SURROGATE.search(text):
+            json.dumps(record, ensure_ascii=False).encode()  # raises if one is unpaired
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from error
     except UnicodeEncodeError as error:
@@ -285,14 +284,14 @@ def parse_json_line(
         ) from error
     except (ValueError, RecursionError) as error:
         column = f" (column {error.colno})" if isinstance(error, json.JSONDecodeError) else ""
-        cause = "give one JSON object a line"
+        remedy = "give one JSON object per line"
         if b"\r" in line.strip():
-            cause = "its lines end in a carriage return alone; save it with line feeds"
-        raise UserError(f"{where}: not JSON{column}; {cause}") from error
+            remedy = "its lines end in a carriage return alone; save it with line feeds"
+        raise UserError(f"{where}: not JSON{column}; {remedy}") from error
     if constants:
         raise UserError(f"{where}: {constants[0]} is not a JSON number; write null")
     if not isinstance(record, dict):
-        raise UserError(f"{where}: a {type(record).__name__}, not a JSON object; give one object a line")
+        raise UserError(f"{where}: a {type(record).__name__}, not a JSON object; give one object per line")
     missing = [field for field in required if field not in record]
     if missing:
         raise UserError(f"{where}: lacks the field {', '.join(map(repr, missing))}")

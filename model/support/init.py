@@ -1,4 +1,4 @@
-"""Fresh weights for a model that is trained from scratch."""
+"""Random initialization of a model that is trained from scratch."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from model.transformer import Transformer
 
 
 def init_weights(model: Transformer, seed: int) -> Transformer:
-    """Fill every weight in place, as `first_weight` draws it; returns the model."""
+    """Initialize every weight in place with `first_weight`; returns the model."""
     with torch.no_grad():
         for name, weight in model.named_parameters():
             weight.copy_(first_weight(name, weight.shape, seed, model.config.num_hidden_layers))
@@ -19,8 +19,8 @@ def init_weights(model: Transformer, seed: int) -> Transformer:
 
 
 def first_weight(name: str, shape: torch.Size, seed: int, layers: int) -> Tensor:
-    """One fresh weight in fp32: norms 1, biases 0, matrices Normal(0, 0.02), where they end a residual branch times
-    1/√(2 · layers) (GPT-2). A function of (seed, name), so that any process can draw any part of a model alone."""
+    """Initial value of one weight in fp32: norms 1, biases 0, matrices Normal(0, 0.02), scaled by 1/√(2 · layers) if
+    they end a residual branch (GPT-2). A function of (seed, name), so that each rank can draw its own part."""
     if len(shape) < 2:
         return torch.full(shape, 0.0 if name.endswith("bias") else 1.0)
     generator = torch.Generator().manual_seed((seed * 2654435761 + zlib.crc32(name.encode())) % 2**63)

@@ -1,9 +1,9 @@
-"""An output belongs to one job at a time, and nothing that a user had is replaced unasked.
+"""Output locks: one process writes an output at a time, and nothing is overwritten unless asked for.
 
-    with hold(out): …                  a job that resumes where it was interrupted: extraction, training, an experiment
-    with output(out, overwrite): …    a program that makes `out` in one go: an importer, convert, merge
+    with hold(out): …                 for jobs that resume after an interruption: extraction, training, experiments
+    with output(out, overwrite): …    for programs that write `out` in one go: importers, convert, merge
 
-A lock is a file beside the output (`.NAME.lock`) under flock, which the kernel releases however the process ends.
+The lock is a file beside the output (`.NAME.lock`) under flock, which the kernel releases however the process ends.
 """
 
 from __future__ import annotations
@@ -25,38 +25,38 @@ from typing import Any
 from model.support.cli import UserError
 from model.support.files import check_not_read, check_writable, read_json, write_json
 
-TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.(part|old)")  # what files.py names a write that is not yet whole
+TEMPORARY = re.compile(r"\.(.+)\.[a-z0-9_]{8}\.(part|old)")  # the names of temporary files in model/support/files.py
 
 
 @contextlib.contextmanager
 def hold(out: str | os.PathLike[str]) -> Iterator[None]:
-    """Be the only process that writes `out`, a file or a folder; what a killed one left beside it is removed first.
+    """Lock `out`, a file or a folder, for this process, and remove what killed processes left beside it.
 
-    Under torchrun the first rank holds it for all. Raises UserError where another process holds it, where it is a
-    symbolic link, and where its folder cannot be written. On a file system without locks a warning says so.
+    Under torchrun only rank 0 calls this. Raises UserError if another process holds the lock, if `out` is a symbolic
+    link, or if its folder cannot be written. Prints a warning on a file system without locks.
     """
     out = Path(out)
     if out.is_symlink():
-        raise UserError(f"{out}: a symbolic link; give the place itself, {os.path.realpath(out)}, or another name")
+        raise UserError(f"{out}: a symbolic link; give its target, {os.path.realpath(out)}, or another name")
     check_writable(out)
-    place = out.resolve()
-    path = _lock_of(place)
-    handle = _take(path, out)
+    target = out.resolve()
+    path = _lock_file(target)
+    handle = _acquire(path, out)
     try:
         os.ftruncate(handle, 0)
         os.write(handle, f"process {os.getpid()} on {socket.gethostname()}".encode())
-        for left in list(path.parent.iterdir()):
-            found = TEMPORARY.fullmatch(left.name)
-            if found is not None and found[1] == place.name:
-                _sweep(left)
+        for entry in list(path.parent.iterdir()):
+            found = TEMPORARY.fullmatch(entry.name)
+            if found is not None and found[1] == target.name:
+                _remove_temporary(entry)
         yield
     finally:
-        path.unlink(missing_ok=True)  # while it is held: whoever opened it meanwhile finds another file and tries again
+        path.unlink(missing_ok=True)  # before the lock is released; `_acquire` checks that its file still exists
         os.close(handle)
 
 
-def _take(path: Path, out: Path) -> int:
-    """The lock file, opened and locked."""
+def _acquire(path: Path, out: Path) -> int:
+    """Open and lock the lock file of `out`; returns its descriptor."""
     while True:
         try:
             handle = os.open(path, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW, 0o666)
@@ -69,18 +69,18 @@ def _take(path: Path, out: Path) -> int:
             os.close(handle)
             raise UserError(f"{out}: {holder} is writing it; wait for its end, or choose another name") from None
         except OSError as error:
-            print(f"{out}: cannot be locked ({error.strerror}): see that no second job writes it", file=sys.stderr)
+            print(f"{out}: cannot be locked ({error.strerror}): make sure that no other job writes it", file=sys.stderr)
             return handle
         with contextlib.suppress(FileNotFoundError):
             if os.path.samestat(os.fstat(handle), os.stat(path)):
                 return handle
-        os.close(handle)  # its holder removed it just before
+        os.close(handle)  # the previous holder removed the file before it was locked: try again
 
 
 @contextlib.contextmanager
 def output(out: str | os.PathLike[str] | None, overwrite: bool, *read: str | os.PathLike[str]) -> Iterator[None]:
-    """`hold`, where `out` must not exist (an empty folder may) unless `overwrite`, and is never one of the files that
-    are `read`. None: nothing will be written."""
+    """`hold`, for an `out` that must not exist yet unless `overwrite` (an empty folder may) and is none of the inputs
+    `read`. Does nothing if `out` is None."""
     if out is None:
         yield
         return
@@ -93,15 +93,16 @@ def output(out: str | os.PathLike[str] | None, overwrite: bool, *read: str | os.
 
 
 def claim(out: Path, mark: Path, identity: Mapping[str, Any], begun: bool) -> dict[str, Any]:
-    """Take `out` for the job of this identity, which `mark` then says; returns what the mark holds.
+    """Reserve `out` for a resumable job: write the job's `identity` and its hash to the file `mark`, and return both.
 
-    `begun`: there is something under the name. Raises UserError, and writes nothing, where that is not this job's.
+    `begun`: `out` exists already. Raises UserError, and writes nothing, if `out` or `mark` is not this job's.
     """
     text = json.dumps(identity, sort_keys=True)
     stamped = {**json.loads(text), "hash": hashlib.sha256(text.encode()).hexdigest()}
-    ours = is_claimed(mark)
-    if not ours and (begun or os.path.lexists(mark)):
-        raise UserError(f"{out if begun else mark}: exists and is no job's of ours; choose another --out or remove it")
+    if not is_claimed(mark) and (begun or os.path.lexists(mark)):
+        raise UserError(
+            f"{out if begun else mark}: exists and was not written by a job; choose another --out or remove it"
+        )
     known = read_json(mark) if begun else stamped
     if known["hash"] != stamped["hash"]:
         differs = [key for key, value in stamped.items() if key != "hash" and known.get(key) != value]
@@ -115,7 +116,7 @@ def claim(out: Path, mark: Path, identity: Mapping[str, Any], begun: bool) -> di
 
 
 def is_claimed(mark: Path) -> bool:
-    """Whether `mark` is one that `claim` has written."""
+    """True if `claim` wrote the file `mark`."""
     try:
         known = read_json(mark)
     except (UserError, OSError):
@@ -124,39 +125,40 @@ def is_claimed(mark: Path) -> bool:
 
 
 def is_empty(folder: Path) -> bool:
-    """Whether a folder holds nothing but what killed writes left."""
+    """True if a folder holds nothing but temporary files of killed processes."""
     return all(TEMPORARY.fullmatch(entry.name) for entry in folder.iterdir())
 
 
 def discard(folder: Path) -> None:
-    """Remove a folder that this process holds. Killed meanwhile, the next `hold` removes the rest."""
+    """Remove a folder that this process holds, in one step. If killed meanwhile, the next `hold` removes the rest."""
     old = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", suffix=".old", dir=folder.parent))
     os.replace(folder, old / "discarded")
     shutil.rmtree(old)
 
 
 def sweep(folder: Path) -> None:
-    """Remove what killed writes left in a folder that this process holds: it may hold notes. What another process
-    holds in there is left alone."""
-    for place, folders, files in os.walk(folder):
+    """Remove temporary files of killed processes (they may hold notes) in a folder that this process holds, except
+    those of outputs that another process holds."""
+    for parent, folders, files in os.walk(folder):
         for name in (*folders, *files):
             found = TEMPORARY.fullmatch(name)
-            if found and not _lock_of(Path(place, found[1])).exists():
-                _sweep(Path(place, name))
-        folders[:] = [name for name in folders if not _lock_of(Path(place, name)).exists()]
+            if found and not _lock_file(Path(parent, found[1])).exists():
+                _remove_temporary(Path(parent, name))
+        folders[:] = [name for name in folders if not _lock_file(Path(parent, name)).exists()]
 
 
-def _sweep(left: Path) -> None:
-    found = TEMPORARY.fullmatch(left.name)
+def _remove_temporary(temporary: Path) -> None:
+    """Remove a temporary file or folder; restores the old folder if `atomic_folder` was killed while replacing it."""
+    found = TEMPORARY.fullmatch(temporary.name)
     assert found is not None
-    name, was = left.with_name(found[1]), left / "was"
-    if was.exists() and not name.exists():
-        os.replace(was, name)  # killed after the older folder was moved aside and before the new one took its name
-    if left.is_dir() and not left.is_symlink():
-        shutil.rmtree(left)
+    path, was = temporary.with_name(found[1]), temporary / "was"
+    if was.exists() and not path.exists():
+        os.replace(was, path)
+    if temporary.is_dir() and not temporary.is_symlink():
+        shutil.rmtree(temporary)
     else:
-        left.unlink()
+        temporary.unlink()
 
 
-def _lock_of(out: Path) -> Path:
+def _lock_file(out: Path) -> Path:
     return out.with_name(f".{out.name}.lock")

@@ -1,4 +1,4 @@
-"""A number beside the line of code that computes it: for the tours (docs/tours/) and the trace page."""
+"""Quote the line of code that computes a value: for the tours (docs/tours/) and the trace page."""
 
 from __future__ import annotations
 
@@ -14,9 +14,9 @@ ROOT = Path(__file__).resolve().parents[2]
 
 
 def place(function: Callable[..., Any], fragment: str) -> dict[str, Any]:
-    """The one line of a function that contains `fragment`: {"file", "line", "code"}, with the file's path from ROOT.
+    """The line of a function that contains `fragment`: {"file" (relative to ROOT), "line", "code"}.
 
-    Raises LookupError where no line or several contain it, so that a reference cannot go stale unnoticed.
+    Raises LookupError unless exactly one line contains it, so that references cannot go stale.
     """
     function = inspect.unwrap(function)
     lines, first = inspect.getsourcelines(function)
@@ -28,7 +28,7 @@ def place(function: Callable[..., Any], fragment: str) -> dict[str, Any]:
 
 
 def show(function: Callable[..., Any], fragment: str, **values: Any) -> None:
-    """Print a line of code with its place, and values that it has computed (of a tensor: shape and first numbers)."""
+    """Print a line of code with its file and line number, and `values` (of a tensor: shape and first numbers)."""
     at = place(function, fragment)
     print(f"\n{at['file']}:{at['line']}   {at['code']}")
     for name, value in values.items():
@@ -42,8 +42,8 @@ def summary(x: Tensor) -> str:
 
 
 def check(what: str, by_hand: float, computed: float | Tensor, tolerance: float = 1e-12) -> None:
-    """Print a number worked out by hand beside the model's own. Raises AssertionError where they differ by more than
-    `tolerance`, relative to the larger one (or absolute 1e-15)."""
+    """Print a number computed by hand beside the model's. Raises AssertionError if they differ by more than `tolerance`
+    relative to the larger one (and by more than 1e-15)."""
     print(f"    by hand: {what} = {by_hand:.9g}; computed: {float(computed):.9g}")
     if not math.isclose(by_hand, float(computed), rel_tol=tolerance, abs_tol=1e-15):
         raise AssertionError(f"{what}: {by_hand!r} by hand, but {float(computed)!r} was computed")

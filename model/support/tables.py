@@ -1,4 +1,4 @@
-"""Reading CSV tables of other programs, a row at a time; a mistake is a `UserError` that says its true cause."""
+"""CSV tables from other programs, read row by row. A malformed table raises a `UserError` that names file and line."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ csv.field_size_limit(LONGEST_LINE)
 
 
 class Table:
-    """A CSV file (comma, semicolon or tab; .gz too) with a header. `columns` are its names in small letters."""
+    """A CSV file (comma, semicolon or tab; .gz too) with a header. `columns`: the header's names in lower case."""
 
     def __init__(self, path: Path) -> None:
         self.path, self.line = path, 1
@@ -28,14 +28,14 @@ class Table:
         raise UserError(f"{path}: empty; give a header and rows")
 
     def rows(self, *wanted: str) -> Iterator[tuple[int, dict[str, str]]]:
-        """(line, cells of the wanted columns that the table has); empty rows are skipped."""
+        """Yield (line number, {column: cell}) with those of the `wanted` columns that exist; skips empty rows."""
         for name, count in Counter(self.columns).items():
             if name in wanted and count > 1:
                 raise UserError(f"{self.path}: {count} columns are named {name!r}; keep one of them")
         rows, width = self._rows(), len(self.columns)
         next(rows)
         for row in rows:
-            if not any(cell.strip() for cell in row):  # a spreadsheet leaves empty rows at the end
+            if not any(cell.strip() for cell in row):  # spreadsheets export empty rows at the end
                 continue
             if any(cell.strip() for cell in row[width:]):
                 raise UserError(
@@ -47,7 +47,7 @@ class Table:
             yield self.line, {name: cell for name, cell in zip(self.columns, row, strict=False) if name in wanted}
 
     def unread(self, *wanted: str) -> str:
-        """The columns that are not wanted, with their count; "" where there are none."""
+        """A sentence naming the columns that are not `wanted`; "" if there are none."""
         other = [name or "(no name)" for name in self.columns if name not in wanted]
         return f"{len(other)} columns not read ({', '.join(other)})" if other else ""
 

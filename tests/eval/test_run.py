@@ -132,7 +132,7 @@ def test_mistakes_are_named(tmp_path):
     write_json(tmp_path / "run.json", {})
     write_jsonl(tmp_path / "mine.jsonl", [{"id": "1", "text": "a", "phenotypes": {"tumor_size": []}}])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
-    with pytest.raises(UserError, match="is no job's of ours"):
+    with pytest.raises(UserError, match="was not written by a job"):
         main(Options(weights="x", data=tmp_path / "mine.jsonl", out=tmp_path))
     assert {path: path.read_bytes() for path in tmp_path.iterdir()} == before
 

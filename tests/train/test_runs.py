@@ -65,7 +65,7 @@ def test_a_folder_of_something_else_is_left_alone(options, tmp_path, resume):
         (out / mine).parent.mkdir(parents=True, exist_ok=True)
         (out / mine).write_text('{"mine": 1}')
     before = contents(tmp_path)
-    with pytest.raises(UserError, match="run: exists and is no job's of ours"):
+    with pytest.raises(UserError, match="run: exists and was not written by a job"):
         train(as_recipe(options, out=str(out), resume=resume), "instruct")
     assert contents(tmp_path) == before
 

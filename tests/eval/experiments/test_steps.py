@@ -118,7 +118,7 @@ def test_a_folder_of_something_else_is_never_removed(tmp_path, theirs, overwrite
     file.write_text('{"mine": 1}')
     (tmp_path / "to-out").symlink_to("out")
     before = left_alone(tmp_path)
-    for out, said in (("out", "is no job's of ours"), ("to-out", "a symbolic link")):
+    for out, said in (("out", "was not written by a job"), ("to-out", "a symbolic link")):
         with pytest.raises(UserError, match=said), begin(tmp_path / out, {}, "report.html", overwrite):
             pass
         assert left_alone(tmp_path) == before

@@ -83,7 +83,7 @@ def test_a_mistake_is_said_once_and_not_by_every_rank(tmp_path):
 
 
 def test_a_wrong_option_is_said_by_the_first_of_a_machine(monkeypatch, capsys):
-    monkeypatch.setattr("model.support.cli.PATIENCE", 0.0)
+    monkeypatch.setattr("model.support.cli.TORCHRUN_SECONDS", 0.0)
     for rank in "01":
         monkeypatch.setenv("LOCAL_RANK", rank)
         with pytest.raises(SystemExit) as exit_:

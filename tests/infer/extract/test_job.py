@@ -129,7 +129,7 @@ def test_another_number_of_processes_goes_on_with_a_job(weights, tmp_path):
 def test_another_job_s_output_is_left_alone(weights, tmp_path):
     notes, out = write_notes(tmp_path / "n.jsonl", 2), tmp_path / "o.jsonl"
     out.write_text("mine\n")
-    with pytest.raises(UserError, match="no job's of ours"):
+    with pytest.raises(UserError, match="not written by a job"):
         extract(weights, notes, out)
     assert out.read_text() == "mine\n"
     out.unlink()
@@ -231,7 +231,7 @@ def test_a_neighbour_s_parts_are_its_own(tmp_path):
     before = sorted(tmp_path.iterdir())
     assert not Job(tmp_path / "o3", {}).claim()
     (tmp_path / "o3.job.json").unlink()
-    with pytest.raises(UserError, match="no job's of ours"):
+    with pytest.raises(UserError, match="not written by a job"):
         Job(tmp_path / "o3", {}).claim()
     (tmp_path / "o3.parts").rmdir()
     assert sorted(tmp_path.iterdir()) == before

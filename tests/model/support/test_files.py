@@ -1,5 +1,5 @@
-"""Writing takes nothing that is not ours: a file in a folder's place stays, a folder's other files are kept. Reading:
-what is read from a JSON line can be written again, and every mistake is named with its line."""
+"""Atomic writes: killed at any step, a path holds the old or the new content, and unrelated files stay. Reading: a JSON
+line that is accepted can be written again, and a refused one is named by its line number."""
 
 import gzip
 import json
@@ -100,15 +100,15 @@ def test_a_wrong_line_is_named(content, tmp_path):
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_a_line_beyond_the_limit_is_refused_and_the_next_is_found(packed, tmp_path, monkeypatch):
-    monkeypatch.setattr(files, "LONGEST_LINE", 100)
+def test_a_line_beyond_the_limit_is_refused_and_the_next_is_found(packed, tmp_path):
+    limit = files.LONGEST_LINE
     lines = [b'{"id": "%d"}\n' % n for n in range(3)]
-    lines[1] = b'{"id": "' + b"x" * 350 + b'"}\n'
+    lines[1] = b'{"id": "' + b"x" * (2 * limit) + b'"}\n'
     path = tmp_path / ("f.gz" if packed else "f")
     path.write_bytes(gzip.compress(b"".join(lines)) if packed else b"".join(lines))
     held = list(files.numbered_lines(path))
-    assert [number for number, _ in held] == [1, 2, 3] and held[2][1] == lines[2] and len(held[1][1]) == 101
-    with pytest.raises(UserError, match=r":2: a line of more than 100 bytes"):
+    assert [number for number, _ in held] == [1, 2, 3] and held[2][1] == lines[2] and len(held[1][1]) == limit + 1
+    with pytest.raises(UserError, match=r":2: a line of more than 33,554,432 bytes"):
         list(read_jsonl(path))
 
 
@@ -118,12 +118,12 @@ def test_a_byte_order_mark_is_no_part_of_json(tmp_path):
 
 
 def killed(folder, steps: int, way: str) -> int:
-    """Replace a folder in another process, which ends without a word after so many changes of names."""
+    """Replace a folder in a child process that exits abruptly after `steps` file operations; returns its exit code."""
     if child := os.fork():
         return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
     left = steps
 
-    def hook(event, arguments):  # the last is the look-up of the system call that exchanges two names
+    def hook(event, arguments):  # ctypes.dlsym: the look-up of renameat2
         nonlocal left
         if event in ("os.rename", "os.remove", "os.rmdir", "os.link", "shutil.rmtree", "ctypes.dlsym"):
             left -= 1
@@ -142,7 +142,7 @@ def killed(folder, steps: int, way: str) -> int:
 
 @pytest.mark.parametrize("way", ["exchange", "renames"])
 def test_killed_at_any_step_a_name_holds_the_old_folder_or_the_new_one(tmp_path, way):
-    """Only two renames, where the system has nothing better, leave a moment without: the old folder is beside it."""
+    """Without renameat2 there are two renames; killed between them, the old folder is beside the path."""
     ends = set()
     for steps in range(30):
         folder = tmp_path / str(steps)
@@ -214,7 +214,7 @@ def test_json_has_a_largest_size_and_one_meaning(tmp_path):
     assert read_json(tmp_path / "a.json")["b"] == {"a": 3}
     with pytest.raises(UserError, match="'a' is there twice"):
         read_json(tmp_path / "a.json", unique=True)
-    with pytest.raises(UserError, match="31 bytes, more than the 30"):
+    with pytest.raises(UserError, match="31 bytes, more than the limit of 30"):
         read_json(tmp_path / "a.json", most=30)
     (tmp_path / "marked.json").write_bytes(b"\xef\xbb\xbf{}")
     assert read_json(tmp_path / "marked.json") == {}, "some editors begin with a byte-order mark"

@@ -79,7 +79,7 @@ def test_a_symbolic_link_is_refused_wherever_it_points(tmp_path):
         link = tmp_path / f"to-{target}"
         link.symlink_to(target)
         for opened in (hold(link), output(link, True)):
-            with pytest.raises(UserError, match=rf"a symbolic link; give the place itself, \S*/{target}"), opened:
+            with pytest.raises(UserError, match=rf"a symbolic link; give its target, \S*/{target}"), opened:
                 pass
         assert link.is_symlink()
 
@@ -185,11 +185,11 @@ def test_a_name_is_claimed_by_one_job(tmp_path):
     for theirs in ('{"mine": 1}', "[]", "no JSON", "[" * 100_000):
         mark.write_text(theirs)
         for begun in (True, False):
-            with pytest.raises(UserError, match="is no job's of ours"):
+            with pytest.raises(UserError, match="was not written by a job"):
                 claim(out, mark, {"n": 3}, begun)
         assert mark.read_text() == theirs
     mark.unlink()
-    with pytest.raises(UserError, match="is no job's of ours"):
+    with pytest.raises(UserError, match="was not written by a job"):
         claim(out, mark, {"n": 3}, True)
     assert not mark.exists()
 
