@@ -1,1 +1,1 @@
-"""Weights in 8 and 4 bits."""
+"""Weight quantization to 8 and 4 bits."""

@@ -1,8 +1,8 @@
-"""Numbers in blocks of 8 or 4 bits with one scale a block, bit for bit as bitsandbytes keeps them.
+"""Blockwise quantization to 8 or 4 bits with one scale per block, bit for bit as in bitsandbytes.
 
-A block's values are divided by their largest magnitude and each becomes the index of the nearest entry of a table.
-`dynamic_table` has few entries near 1 and many near 0 (arXiv 2110.02861); `NF4` holds the normal distribution's
-quantiles (arXiv 2305.14314). Double quantization keeps NF4's scales themselves in 8-bit blocks, less their mean.
+A block's values are divided by their largest magnitude (absmax), and each is stored as the index of the nearest entry
+of a table. `dynamic_table` has few entries near 1 and many near 0 (arXiv 2110.02861); `NF4` holds quantiles of the
+normal distribution (arXiv 2305.14314). Double quantization stores NF4's scales, minus their mean, in 8-bit blocks.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ NF4 = (
     0.7229568362236023,
     1.0,
 )
-# bitsandbytes' decision points, which are rounded midpoints of the table
+# bitsandbytes' decision boundaries: rounded midpoints of the table
 NF4_EDGES = (
     -0.8480964004993439,
     -0.6106329262256622,
@@ -61,7 +61,7 @@ def dynamic_table(signed: bool = True) -> Tensor:
 
 
 def to_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
-    """(values over their block's largest magnitude, blocks as rows; those magnitudes): fp32."""
+    """(values divided by their block's absmax, one block per row; absmax of each block), both fp32."""
     flat = x.detach().flatten().to(torch.float32)
     padded = F.pad(flat, (0, -len(flat) % block)).view(-1, block)
     absmax = padded.abs().amax(dim=1)
@@ -69,38 +69,38 @@ def to_blocks(x: Tensor, block: int) -> tuple[Tensor, Tensor]:
 
 
 def quantize(x: Tensor, table: Tensor, block: int, grid: bool = False) -> tuple[Tensor, Tensor]:
-    """x as (uint8 indices into the ascending table, flat; the blocks' scales in fp32).
+    """(uint8 indices into the ascending table, flat; absmax of each block in fp32).
 
-    `grid` rounds to 1/32767 first, as bitsandbytes' look-up on a CPU does: to be bit-equal to it, not to be better.
+    `grid` rounds to multiples of 1/32767 first, as bitsandbytes does on a CPU, to be bit-identical to it.
     """
-    shares, absmax = to_blocks(x, block)
+    normed, absmax = to_blocks(x, block)
     if grid:
-        shares = torch.floor((shares + 1) * 0.5 * 65535 + 0.5) / 65535 * 2 - 1
+        normed = torch.floor((normed + 1) * 0.5 * 65535 + 0.5) / 65535 * 2 - 1
     edges = (table[1:] + table[:-1]) / 2
-    return torch.bucketize(shares.flatten()[: x.numel()], edges.to(x.device)).to(torch.uint8), absmax
+    return torch.bucketize(normed.flatten()[: x.numel()], edges.to(x.device)).to(torch.uint8), absmax
 
 
 def dequantize(codes: Tensor, absmax: Tensor, table: Tensor, block: int) -> Tensor:
-    """The flat fp32 values of `quantize`'s result."""
+    """The inverse of `quantize`: flat fp32 values."""
     padded = F.pad(table.to(codes.device)[codes.int()], (0, -len(codes) % block)).view(-1, block)
     return (padded * absmax[:, None]).flatten()[: len(codes)]
 
 
 def nf4_codes(weight: Tensor, block: int = 64) -> tuple[Tensor, Tensor]:
-    """(two codes a byte, the blocks' scales in fp32): the first quantization."""
-    shares, absmax = to_blocks(weight, block)
+    """(two codes per byte, the first in the high half; absmax of each block in fp32)."""
+    normed, absmax = to_blocks(weight, block)
     edges = torch.tensor(NF4_EDGES, device=weight.device)
-    codes = torch.bucketize(shares.flatten()[: weight.numel()], edges).to(torch.uint8)
+    codes = torch.bucketize(normed.flatten()[: weight.numel()], edges).to(torch.uint8)
     codes = F.pad(codes, (0, len(codes) % 2))
     return (codes[::2] << 4) | codes[1::2], absmax
 
 
 def quantize_scales(absmax: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-    """(8-bit codes of scales less their mean, those codes' own scales, the mean): the second quantization."""
+    """Double quantization: (8-bit codes of the scales minus their mean, the codes' absmax, the mean)."""
     offset = absmax.mean()
     return *quantize(absmax - offset, dynamic_table(), 256, grid=True), offset
 
 
 def dequantize_scales(codes: Tensor, absmax: Tensor, offset: Tensor) -> Tensor:
-    """The fp32 scales of `quantize_scales`' result."""
+    """The inverse of `quantize_scales`: fp32 scales."""
     return dequantize(codes, absmax, dynamic_table(), 256) + offset

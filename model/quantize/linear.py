@@ -1,25 +1,23 @@
-"""Weights in 8 or 4 bits, for reading: a decoded token reads every weight once, so its time is their bytes.
+"""Weight quantization to 8 or 4 bits. Decoding reads every weight once per token, so its time is proportional to bytes.
 
-    int8     W[o, d] = q · scale[o]                          q in −127 … 127, one scale a row        8 bits a weight
+    int8     W[o, d] = q · scale[o]                          q in −127 … 127, one scale per row      8 bits per weight
     int4-32  W[o, d] = (q − 8) · scale[o, g] + zero[o, g]    q in 0 … 15, g a group of 32 columns    5
     int4-64, int4-128 (int4 is int4-64)                      the same with larger groups             4.5, 4.25
     nf4      W[o, d] = NF4[q] · absmax[o, g]                 g of 64 columns, absmax in 8 bits       4.13
-    w8a8     W[o, d] = q · scale[o]                          as int8, scales in fp32; inputs too     8
+    w8a8     W[o, d] = q · scale[o]                          like int8, scales in fp32; int8 inputs  8
 
-Scales and zeros of int8 and int4 are chosen among bf16's numbers before the codes are, so the weight that the codes
-stand for is the same one whatever computes with it. A width that a format's groups do not divide takes the smaller
-groups that do, or int8. nf4 is the base of `lora/quantized.py` (QLoRA) to the bit: what was tuned is what is served.
+Scales and zeros of int8 and int4 are rounded to bf16 before the codes are chosen, so all implementations dequantize to
+the same weight. If a format's groups do not divide the width, smaller groups that do are used, or int8. nf4 is
+bit-identical to the base of `lora/quantized.py` (QLoRA), so a model is served with the weights it was tuned on.
 
-Products. The plain one, and the specification, is x · Wᵀ with W dequantized into x's dtype. torch's packed products for
-int8 and int4 dequantize in registers instead: they take bf16 inputs (with fp32 ones they are scalar code) and sum in
-fp32. `pack` makes a weight ready for them, on a CPU always: what it would do otherwise is write the whole dequantized
-matrix for each product. From then on its inputs are rounded to bf16, whatever the number of rows (fp64 inputs never).
-Packed products dequantize anew every four rows, so from PACKED_ROWS on a tile of W is dequantized once and multiplied
-as a matrix.
+GEMM. The specification is x · Wᵀ with W dequantized to x's dtype. For int8 and int4, torch's packed kernels dequantize
+in registers instead; they take bf16 inputs and sum in fp32. `pack` prepares a weight for them. On a CPU every weight is
+packed, because the specification would write the whole dequantized matrix for each GEMM. A packed weight rounds its
+inputs to bf16 for any number of rows, except in fp64. The packed kernels dequantize again for every four rows, so above
+PACKED_ROWS rows W is dequantized tile by tile, each tile once, for an ordinary GEMM.
 
-w8a8 multiplies integers (model/quantize/integer.py); fp64 inputs take the plain product. Such a model is rotated first,
-so that few inputs are far larger than the rest, and down_proj's inputs are mixed as they come (`mixed`), for the same
-reason: model/quantize/rotation.py.
+w8a8 is an int8 GEMM (model/quantize/integer.py), except for fp64 inputs. The model is rotated first, so that fewer
+inputs are outliers, and down_proj's inputs are mixed at run time (`mixed`): model/quantize/rotation.py.
 """
 
 from __future__ import annotations
@@ -37,27 +35,27 @@ from model.quantize.integer import integer_backward, integer_linear
 from model.quantize.rotation import mix, mixes_inputs, rotate, unmix
 from model.support.hardware import compute_dtype, product
 
-# name → columns a group
+# columns per group; 0: one scale per row
 FORMATS = {"int8": 0, "int4": 64, "int4-32": 32, "int4-64": 64, "int4-128": 128, "nf4": 64, "w8a8": 0}
-PACKED_ROWS = {"int8": 24, "int4": 96}  # measured crossovers; both sides scale with the machine, so they are constants
-PIECE = 2**20  # weights that are quantized or dequantized at a time: the pieces in flight stay in the caches
-BLOCK = 64  # rows that torch's packed layout keeps together
+PACKED_ROWS = {"int8": 24, "int4": 96}  # measured crossovers, constant because both sides scale with the machine
+PIECE = 2**20  # weights that are quantized or dequantized at a time, few enough for the caches
+BLOCK = 64  # rows per block of torch's packed int4 layout
 
 
 def format_of(form: str, width: int) -> tuple[str, int]:
-    """("int8" | "int4" | "nf4" | "w8a8", columns a group) in which rows of `width` are kept under the format `form`."""
-    kind, most = form.partition("-")[0], FORMATS[form]
-    if kind == "w8a8" or (kind == "nf4" and width % most == 0):
-        return kind, most
+    """("int8" | "int4" | "nf4" | "w8a8", columns per group) that the format `form` uses for a matrix of this width."""
+    kind, max_group = form.partition("-")[0], FORMATS[form]
+    if kind == "w8a8" or (kind == "nf4" and width % max_group == 0):
+        return kind, max_group
     if kind == "int4":
         for group in (128, 64, 32):
-            if group <= most and width % group == 0:
+            if group <= max_group and width % group == 0:
                 return kind, group
     return "int8", 0
 
 
 def bytes_of(form: str, rows: int, width: int) -> int:
-    """Bytes that a matrix takes in a format."""
+    """Bytes of a rows × width matrix in the format `form`."""
     kind, group = format_of(form, width)
     if kind in ("int8", "w8a8"):
         return rows * width + rows * (2 if kind == "int8" else 4)
@@ -66,15 +64,14 @@ def bytes_of(form: str, rows: int, width: int) -> int:
 
 
 class QuantizedWeight(nn.Module):
-    """A frozen matrix as codes and scales. `dequantize(dtype)` is the weight, `product(x)` is x · Wᵀ.
+    """A frozen matrix as codes and scales. `dequantize(dtype)` returns W, `product(x)` returns x · Wᵀ.
 
-    codes   int8, w8a8: (O, D) int8;  int4, nf4: (O, D / 2) uint8, two neighbours of a row a byte (the layouts of
-            kernels/four_bit.py), or, packed, torch's order of int4's
-    scales  int8: (O,) bf16;  w8a8: (O,) fp32;  int4: (D / group, O, 2) bf16, scale and zero;  nf4: (O · D / group,)
-            uint8, with the two tensors of the second quantization (model/quantize/blockwise.py) in `scales_absmax` and
-            `scales_mean`
-    mixed   w8a8: the codes are those of `mix(W)`, and inputs are mixed before they are multiplied
-    transposed  w8a8 in training: the codes the other way round (D, O), where `transpose` has put them
+    codes       int8, w8a8: (O, D) int8;  int4, nf4: (O, D / 2) uint8, two neighbors of a row per byte (int4: the even
+                column in the low half, or, if packed, torch's order; nf4: the even column in the high half)
+    scales      int8: (O,) bf16;  w8a8: (O,) fp32;  int4: (D / group, O, 2) bf16, scale and zero;  nf4: (O · D / group,)
+                uint8, whose own scales and mean (model/quantize/blockwise.py) are `scales_absmax` and `scales_mean`
+    mixed       w8a8: the codes are those of `mix(W)`, and inputs are mixed before the GEMM
+    transposed  w8a8 in training: the codes transposed, (D, O), once `transpose` was called
     """
 
     codes: Tensor
@@ -104,12 +101,12 @@ class QuantizedWeight(nn.Module):
     def quantize(
         cls, pieces: Iterable[Tensor], shape: Sequence[int], form: str, mixed: bool = False
     ) -> QuantizedWeight:
-        """From rows in order, in pieces of any float dtype, each forgotten before the next is asked for."""
+        """Quantize a matrix whose rows come in pieces of any float dtype; only one piece is in memory at a time."""
         kind, group = format_of(form, shape[1])
         parts = []
         for piece_MD in pieces:
             for rows_MD in piece_MD.detach().split(max(1, PIECE // shape[1])):
-                parts.append(rows_codes(rows_MD, kind, group, mixed))
+                parts.append(quantize_rows(rows_MD, kind, group, mixed))
         codes, scales = (torch.cat(part) for part in zip(*parts, strict=True))
         if kind == "nf4":
             scales, *second = quantize_scales(scales)
@@ -117,25 +114,24 @@ class QuantizedWeight(nn.Module):
         return cls(form, shape, codes, scales.transpose(0, 1).contiguous() if kind == "int4" else scales, mixed=mixed)
 
     def codes_of(self, rows_MD: Tensor) -> tuple[Tensor, Tensor]:
-        """(codes, first scales) of some rows of the wide weight, for a rank that reads no others."""
-        return rows_codes(rows_MD, self.kind, self.group, self.mixed)
+        """Quantize some rows only, for one rank: (codes, scales); nf4's scales are not yet quantized."""
+        return quantize_rows(rows_MD, self.kind, self.group, self.mixed)
 
     @classmethod
     def join(cls, weights: list[QuantizedWeight]) -> QuantizedWeight:
-        """Weights of one format and width (not nf4), one below the other; theirs become views of the joint one."""
+        """Stack weights of one format and width (not nf4) along the rows. The originals become views of the result."""
         first, O = weights[0], sum(weight.shape[0] for weight in weights)
         dim = 1 if first.kind == "int4" else 0
         codes, scales = torch.cat([w.codes for w in weights]), torch.cat([w.scales for w in weights], dim=dim)
         sizes = [weight.shape[0] for weight in weights]
-        for weight, own, steps in zip(weights, codes.split(sizes), scales.split(sizes, dim), strict=True):
-            weight.codes.data, weight.scales.data = own, steps
+        for weight, own_codes, own_scales in zip(weights, codes.split(sizes), scales.split(sizes, dim), strict=True):
+            weight.codes.data, weight.scales.data = own_codes, own_scales
         joint = cls(first.form, (O, first.shape[1]), codes, scales, mixed=first.mixed)
         joint.packed = first.packed
         return joint
 
     def dequantize(self, dtype: torch.dtype, rows: slice = slice(None)) -> Tensor:
-        """The weight (some rows of it, in whole blocks of 64 where packed; of `mix(W)` where mixed), computed in fp32
-        (fp64 for fp64)."""
+        """The weight (`mix(W)` if mixed), computed in at least fp32. `rows`: these only, in whole blocks if packed."""
         accurate = torch.promote_types(dtype, torch.float32)
         codes = self.codes[rows]
         if self.kind in ("int8", "w8a8"):
@@ -154,24 +150,24 @@ class QuantizedWeight(nn.Module):
         return dequantize_scales(self.scales, self.scales_absmax, self.scales_mean).view(self.shape[0], -1)
 
     def product(self, x_ND: Tensor) -> Tensor:
-        """x · Wᵀ in x's dtype."""
+        """x · Wᵀ in x's dtype. For few rows W is dequantized in registers, for many rows tile by tile."""
         if self.mixed:
             x_ND = mix(x_ND)
         if self.kind == "w8a8" and x_ND.dtype != torch.float64:
             return integer_linear(x_ND, self.codes, self.scales)
         if not self.packed or x_ND.dtype == torch.float64:
             return F.linear(x_ND, self.dequantize(x_ND.dtype))
-        half_ND = x_ND.to(torch.bfloat16)
+        bf16_ND = x_ND.to(torch.bfloat16)
         if x_ND.shape[0] > PACKED_ROWS[self.kind]:
-            return self.tiled(half_ND.to(compute_dtype()), x_ND.dtype)
+            return self.tiled(bf16_ND.to(compute_dtype()), x_ND.dtype)
         if self.kind == "int8":
-            y_NO = torch._weight_int8pack_mm(half_ND, self.codes, self.scales)
+            y_NO = torch._weight_int8pack_mm(bf16_ND, self.codes, self.scales)
         else:
-            y_NO = torch._weight_int4pack_mm_for_cpu(half_ND, self.codes, self.group, self.scales.contiguous())
+            y_NO = torch._weight_int4pack_mm_for_cpu(bf16_ND, self.codes, self.group, self.scales.contiguous())
         return y_NO.to(x_ND.dtype)
 
     def product_backward(self, g_NO: Tensor) -> Tensor:
-        """g · W in g's dtype: the gradient of `product`'s input. w8a8 multiplies integers, but for fp64 gradients."""
+        """g · W in g's dtype, the gradient of `product`'s input. An int8 GEMM for w8a8, except in fp64."""
         if self.kind == "w8a8" and g_NO.dtype != torch.float64:
             codes_DO = self.codes.t().contiguous() if self.transposed is None else self.transposed
             dx_ND = integer_backward(g_NO, codes_DO, self.scales)
@@ -180,13 +176,15 @@ class QuantizedWeight(nn.Module):
         return unmix(dx_ND) if self.mixed else dx_ND
 
     def transpose(self) -> QuantizedWeight:
-        """Keep w8a8's codes the other way round too, as the backward product reads them; returns itself."""
+        """Store w8a8's codes transposed as well, for `product_backward`; returns self."""
         self.transposed = self.codes.t().contiguous()
         return self
 
     def tiled(self, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
-        """x · Wᵀ in `dtype` by tiles of W's rows, dequantized into x's dtype one at a time; int8's codes are exact in
-        every dtype, so that its scales follow the product."""
+        """x · Wᵀ in `dtype`, dequantizing W in tiles of rows to x's dtype.
+
+        int8's codes are exact in every dtype, so its scales are applied to the result.
+        """
         O, D = self.shape
         y_NO = x_ND.new_empty(x_ND.shape[0], O, dtype=dtype)
         step = max(BLOCK, PIECE // D // BLOCK * BLOCK)
@@ -197,20 +195,20 @@ class QuantizedWeight(nn.Module):
         return y_NO.mul_(self.scales) if self.kind == "int8" else y_NO
 
     def pack(self) -> QuantizedWeight:
-        """Make ready for torch's packed product, where there is one for this matrix; returns itself."""
-        suits = self.kind == "int8" or (self.kind == "int4" and self.shape[0] % BLOCK == 0)
-        if self.packed or not suits or self.codes.device.type != "cpu":
+        """Prepare for torch's packed kernel, if there is one for this matrix and device; returns self."""
+        supported = self.kind == "int8" or (self.kind == "int4" and self.shape[0] % BLOCK == 0)
+        if self.packed or not supported or self.codes.device.type != "cpu":
             return self
         if self.kind == "int4":
             step = max(1, PIECE // self.shape[1] // BLOCK) * BLOCK
-            for rows in self.codes.split(step):  # in place: a block's bytes stay within the block
+            for rows in self.codes.split(step):  # in place, because a block's bytes stay within the block
                 rows.copy_(torch._convert_weight_to_int4pack_for_cpu(unpack(rows).int(), 1))
         self.packed = True
         return self
 
 
 class QuantizedLinear(nn.Linear):
-    """nn.Linear over a quantized weight. Forward only; `weight` is None, `quantized` holds it."""
+    """nn.Linear with a quantized weight, in `quantized`; `weight` is None. Forward only."""
 
     def __init__(self, quantized: QuantizedWeight, bias: Tensor | None = None) -> None:
         with torch.device("meta"):
@@ -226,7 +224,7 @@ class QuantizedLinear(nn.Linear):
 
 
 class CastEmbedding(nn.Embedding):
-    """nn.Embedding whose rows are kept in bf16 and given out in `dtype`."""
+    """nn.Embedding whose weight stays in its own dtype (bf16) and whose output is cast to `dtype`."""
 
     def __init__(self, rows_VD: Tensor, dtype: torch.dtype) -> None:
         super().__init__(rows_VD.shape[0], rows_VD.shape[1], _weight=rows_VD)
@@ -237,7 +235,8 @@ class CastEmbedding(nn.Embedding):
         return super().forward(tokens).to(self.dtype)
 
 
-def rows_codes(rows_MD: Tensor, kind: str, group: int, mixed: bool = False) -> tuple[Tensor, Tensor]:
+def quantize_rows(rows_MD: Tensor, kind: str, group: int, mixed: bool = False) -> tuple[Tensor, Tensor]:
+    """(codes, scales) of these rows; nf4's scales are still fp32."""
     rows_MD = mix(rows_MD.float()) if mixed else rows_MD
     if kind == "nf4":
         return nf4_codes(rows_MD, group)
@@ -254,8 +253,7 @@ def up_to_bf16(x: Tensor) -> Tensor:
 
 
 def to_int8(weight_OD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
-    """(q_OD int8, scale_O in bf16 or fp32); a weight is off by at most half a step. A row of zeros has the least
-    scale."""
+    """(q_OD int8, scale_O in bf16 or fp32). The error of a weight is at most half a scale."""
     wide_OD = weight_OD.float()
     scale_O = (wide_OD.abs().amax(dim=1) / 127).clamp_min(1e-30)
     if dtype == torch.bfloat16:
@@ -264,9 +262,9 @@ def to_int8(weight_OD: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor]:
 
 
 def to_int4(weight_OD: Tensor, group: int) -> tuple[Tensor, Tensor]:
-    """(codes (O, D / 2) uint8, the even column in the low half; steps_OG2 bf16, scale and zero).
+    """(codes (O, D / 2) uint8, the even column in the low half; scale_zero_OG2 bf16).
 
-    A weight is off by at most half a step, or by what rounding its zero to bf16 moved its group's end.
+    The error of a weight is at most half a scale, or, at the ends of a group, what rounding its zero to bf16 adds.
     """
     wide_OGg = weight_OD.float().unflatten(1, (-1, group))
     low_OG, high_OG = wide_OGg.aminmax(dim=2)
@@ -278,13 +276,14 @@ def to_int4(weight_OD: Tensor, group: int) -> tuple[Tensor, Tensor]:
 
 
 def unpack(codes: Tensor) -> Tensor:
-    """(O, D / 2) bytes as (O, D) codes, the low half first."""
+    """(O, D / 2) bytes to (O, D) codes, the low half first."""
     return torch.stack((codes & 15, codes >> 4), dim=-1).flatten(1)
 
 
 @cache
 def torch_order() -> tuple[Tensor, Tensor]:
-    """Which row of a block the low and the high half of byte j hold in torch's order, for each j: found by packing."""
+    """torch's packed int4 order, found by packing row numbers: for each byte of a column of a block, the row whose code
+    is in its low half and the row whose code is in its high half."""
     row_O8 = torch.arange(BLOCK, dtype=torch.int32)[:, None].repeat(1, 8)
     below = torch._convert_weight_to_int4pack_for_cpu(row_O8 % 16, 1).view(8, -1)[0].int()
     above = torch._convert_weight_to_int4pack_for_cpu(row_O8 // 16, 1).view(8, -1)[0].int()
@@ -292,7 +291,7 @@ def torch_order() -> tuple[Tensor, Tensor]:
 
 
 def from_torch_order(codes: Tensor) -> Tensor:
-    """torch's packed int4 (whole blocks) as (O, D) codes."""
+    """torch's packed int4 codes (whole blocks) to (O, D) codes."""
     O, D = codes.shape[0], codes.shape[1] * 2
     bytes_nJD = codes.view(O // BLOCK, D, BLOCK // 2).transpose(1, 2)
     q_nBD = codes.new_empty(O // BLOCK, BLOCK, D)
@@ -303,7 +302,7 @@ def from_torch_order(codes: Tensor) -> Tensor:
 
 @cache
 def nf4_pairs(device: torch.device) -> Tensor:
-    """The two levels that each of the 256 bytes stands for, (256, 2)."""
+    """Table (256, 2) of the two NF4 levels in each byte."""
     levels, byte = torch.tensor(NF4), torch.arange(256)
     return torch.stack((levels[byte >> 4], levels[byte & 15]), dim=1).to(device)
 
@@ -312,38 +311,38 @@ Model = TypeVar("Model", bound=nn.Module)
 
 
 def quantize_model(model: Model, form: str = "int8") -> Model:
-    """Replace every linear layer of a model, the head among them, by a quantized one, in place; returns the model.
+    """Replace every linear layer, including the LM head, by a QuantizedLinear, in place; returns the model.
 
-    Embedding, norms and routers (which choose) stay; w8a8 rotates the model first. An adapted layer is refused with a
-    ValueError: put the adapter on the quantized model.
+    Embedding, norms and MoE routers stay as they are. w8a8 rotates the model first. Raises ValueError if a layer has an
+    adapter: quantize first, then load the adapter.
     """
     adapted = [p for p, m in model.named_modules() if isinstance(m, nn.Linear) and type(m) is not nn.Linear]
     if adapted := [path for path in adapted if is_quantizable(path)]:
-        raise ValueError(f"{adapted[0]} carries an adapter; put it on the quantized model, or merge it before")
+        raise ValueError(f"{adapted[0]} has an adapter; load it on the quantized model, or merge it first")
     if form == "w8a8":
         rotate(model)  # type: ignore[arg-type]
     return quantize_layers(model, form, mixed=form == "w8a8")
 
 
 def quantize_layers(model: Model, form: str, mixed: bool = False) -> Model:
-    """`quantize_model` of the layers as they are. `mixed`: those whose inputs no rotation reaches mix them."""
+    """`quantize_model` without rotation. `mixed`: down projections mix their inputs (model/quantize/rotation.py)."""
     for path, module in list(model.named_modules()):
         if isinstance(module, nn.Linear) and is_quantizable(path):
-            weight, own = module.weight.detach(), mixed and mixes_inputs(path)
-            held = QuantizedWeight.quantize([weight], tuple(weight.shape), form, own).pack()
-            model.set_submodule(path, QuantizedLinear(held, module.bias))
+            weight = module.weight.detach()
+            quantized = QuantizedWeight.quantize([weight], tuple(weight.shape), form, mixed and mixes_inputs(path))
+            model.set_submodule(path, QuantizedLinear(quantized.pack(), module.bias))
     return quantize_head(model, form)
 
 
 def quantize_head(model: Model, form: str) -> Model:
-    """Give a model whose output matrix is its embedding a quantized copy of it as head, in place; returns the model."""
+    """If the LM head is tied to the embedding, make it a quantized copy, in place; returns the model."""
     if getattr(model, "lm_head", model) is None:
         rows_VD = model.model.embed_tokens.weight.detach()  # type: ignore[union-attr, operator]
-        held = QuantizedWeight.quantize([rows_VD], (rows_VD.shape[0], rows_VD.shape[1]), form)
-        model.lm_head = QuantizedLinear(held.pack())
+        quantized = QuantizedWeight.quantize([rows_VD], (rows_VD.shape[0], rows_VD.shape[1]), form)
+        model.lm_head = QuantizedLinear(quantized.pack())
     return model
 
 
 def is_quantizable(path: str) -> bool:
-    """Whether the linear layer of this name is quantized."""
+    """True unless this linear layer is a MoE router."""
     return not path.endswith("block_sparse_moe.gate")

@@ -6,7 +6,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from model.quantize import integer
-from model.quantize.integer import integer_linear, integer_product, padded, row_codes
+from model.quantize.integer import integer_linear, integer_product, pad_for_int_mm, row_codes
 from model.quantize.linear import QuantizedWeight
 from model.quantize.rotation import mix
 from model.support.hardware import int8_products
@@ -35,9 +35,9 @@ def test_sums_are_exact(N, O, D, seed, extreme):
         a_ND, b_OD = a_ND.sign() * 127, b_OD.sign() * 127
     truth_NO = a_ND.double() @ b_OD.double().t()
     assert torch.equal(integer_product(a_ND, b_OD).double(), truth_NO)
-    wide_a, wide_b = padded(a_ND, b_OD)
-    assert len(wide_a) > 16 and wide_a.shape[1] % 8 == len(wide_b) % 8 == 0
-    assert torch.equal(torch._int_mm(wide_a, wide_b.t())[:N, :O].double(), truth_NO)
+    padded_a, padded_b = pad_for_int_mm(a_ND, b_OD)
+    assert len(padded_a) > 16 and padded_a.shape[1] % 8 == len(padded_b) % 8 == 0
+    assert torch.equal(torch._int_mm(padded_a, padded_b.t())[:N, :O].double(), truth_NO)
 
 
 @exact_here
