@@ -1,16 +1,16 @@
-"""The two clinical tasks: their questions, prompts and answers, in one place for training and for inference.
+"""The two clinical tasks: questions, prompt template and answer format, shared by training and inference.
 
-Phenotype extraction asks eight questions about a note (paper, section on tasks); a question that the note does not
-answer is answered "not relevant". Diagnosis generation asks for the ICD-10-CM description and code.
+Phenotype extraction asks eight questions about a note (paper, section on tasks); the answer is "not relevant" if the
+note does not say. Diagnosis generation asks for the ICD-10-CM description and code.
 
-The tuned form puts the note first, so that one note serves all of its questions (one prefix, nine branches):
+The template puts the note first, so that all nine questions share it as a prefix:
 
     ### Note: {note}\n\n### Question: What is the tumor size?\n### Answer: 2.5 cm<eos>
 
-`prefix(note)`, `branch(question)` and `answer(texts)` are the three parts. They are encoded separately and their ids
-joined, so the boundary between prompt and answer is known without searching in token ids. With retrieval, other notes
-with their diagnoses (`example`) come between prefix and branch of the diagnosis question alone: the prefix stays what
-all questions share, and the other eight never see another patient's findings.
+`prefix(note)`, `branch(question)` and `answer(texts)` are tokenized separately and their ids concatenated, so the
+boundary between prompt and answer is known without searching in token ids. With retrieval, other notes with their
+diagnoses (`example`) are inserted between prefix and branch of the diagnosis question only: the prefix stays shared,
+and the phenotype questions never see another patient's findings.
 """
 
 from __future__ import annotations
@@ -21,18 +21,17 @@ from dataclasses import dataclass
 
 NOT_RELEVANT = "not relevant"
 SEPARATOR = "; "
-"""Between an answer's values. Not a comma: "2,5 cm" and "pT2, pN1a" are single values."""
+"""Separates an answer's values. Not a comma: "2,5 cm" and "pT2, pN1a" are single values."""
 NOTE = "### Note: "
-"""Before the note. A model attends to its first token wherever it has nothing to look at, and reads no meaning from it:
-a note's own first word is not lost to that."""
+"""Precedes the note. Models use their first token as an attention sink, so the note's first word must not be it."""
 QUESTION = 64
-"""Tokens of a question that a plan of memory counts with."""
+"""Tokens per question that memory planning assumes."""
 
 
 @dataclass(frozen=True)
 class Phenotype:
-    """One of the eight questions. `values` is the closed list of its answers, or empty where the note's own words
-    are the answer (a span of the note, verbatim)."""
+    """One of the eight questions. `values` is the closed list of its answers; if empty, the answer is a verbatim span
+    of the note."""
 
     name: str
     question: str
@@ -61,28 +60,28 @@ DIAGNOSIS_QUESTION = "What is the diagnosis?"
 
 
 def prefix(note: str) -> str:
-    """The part of the prompt that all questions about a note share."""
+    """The part of the prompt shared by all questions about a note."""
     return f"{NOTE}{note.strip()}\n\n"
 
 
 def branch(question: str) -> str:
-    """The part of the prompt that asks one question; the answer follows it at once."""
+    """The part of the prompt that asks one question; the answer follows directly."""
     return f"### Question: {question}\n### Answer:"
 
 
 def example(text: str, diagnosis: str) -> str:
-    """Another patient's note (or its beginning) with its diagnosis, on two lines; a piece of its own."""
+    """A retrieved note (or its beginning) with its diagnosis, on two lines; tokenized separately."""
     return f"### Another note: {' '.join(text.split())}\n### Its diagnosis:{diagnosis}\n\n"
 
 
 def answer(texts: Sequence[str]) -> str:
-    """The answer's text for the values found: joined by "; ", or "not relevant" where there is none."""
+    """The answer text for a list of values: joined by "; ", or "not relevant" if empty."""
     return " " + (SEPARATOR.join(texts) if texts else NOT_RELEVANT)
 
 
 def parse_answer(text: str) -> list[str]:
-    """The values in an answer's text: split at semicolons before white space, duplicates dropped, order kept; [] for
-    "not relevant"."""
+    """Splits an answer's text into values at semicolons before white space. Drops duplicates and keeps the order;
+    returns [] for "not relevant"."""
     values = dict.fromkeys(" ".join(part.split()) for part in re.split(r";(?=\s|$)", text))
     values.pop("", None)
     if [value.lower().rstrip(".") for value in values] == [NOT_RELEVANT]:
@@ -91,5 +90,5 @@ def parse_answer(text: str) -> list[str]:
 
 
 def diagnosis_answer(description: str, code: str) -> str:
-    """The diagnosis task's answer: the ICD-10-CM description (commas and all), then the code in brackets."""
+    """The diagnosis task's answer: the ICD-10-CM description, then the code in parentheses."""
     return f" {description} ({code})"

@@ -13,7 +13,7 @@ import torch
 from infer import tasks
 from infer.engine.generate import Generator, RequestBatch
 from infer.engine.load import load
-from infer.engine.tree import plan
+from infer.engine.tree import build_tree
 from infer.extract.answers import phenotype_record
 from infer.extract.ask import Asker, Limits
 from infer.extract.grounded import Grammar
@@ -53,9 +53,9 @@ prompts = [request.prompt for request in requests]
 show(Asker.prompt, "tasks.prefix(text), bos=True", tokens_of_each_prompt=[len(prompt) for prompt in prompts])
 prefix, branch = tokenizer.encode(tasks.prefix(note.text), bos=True), tokenizer.encode(tasks.branch(questions[0][1]))
 check("tokens of the note + tokens of the first question", len(prefix) + len(branch), len(prompts[0]))
-prefixes, branches = plan(prompts)
+prefixes, branches = build_tree(prompts)
 computed, whole = sum(len(part.tokens) for part in (*prefixes, *branches)), sum(map(len, prompts))
-show(RequestBatch.add, "plan(", branches=len(branches), computed_tokens=f"{computed} in place of {whole}")
+show(RequestBatch.add, "build_tree(", branches=len(branches), computed_tokens=f"{computed} in place of {whole}")
 check("tokens that all prompts begin with", len(commonprefix(prompts)), len(prefixes[0].tokens))
 
 # %% [markdown]

@@ -30,7 +30,7 @@ from infer.engine.cache import Cache
 from infer.engine.forward import Engine
 from infer.engine.generate import Generator, RequestBatch, State
 from infer.engine.load import device_here, load
-from infer.engine.tree import plan
+from infer.engine.tree import build_tree
 from infer.extract.ask import Asker, Limits, Part, Request
 from infer.extract.notes import Note
 from infer.extract.schedule import Schedule, Work
@@ -75,7 +75,7 @@ class ForcedAsker(Asker):
         return made
 
     def results(self, works: Iterable[Work], ended: Any = lambda: None) -> list[Any]:
-        return Schedule(self.request_batch, self.batch, self.at_once, ended).results(iter(works))
+        return Schedule(self.request_batch, self.batch, self.max_questions, ended).results(iter(works))
 
 
 class SimulatedBatch:
@@ -88,7 +88,7 @@ class SimulatedBatch:
         self.steps = self.row_steps = 0
 
     def add(self, states: list[State]) -> None:
-        prefixes, branches = plan([state.prompt for state in states])
+        prefixes, branches = build_tree([state.prompt for state in states])
         self._pass("read", sum(len(prefix.tokens) for prefix in prefixes))
         self._pass("read", sum(len(branch.tokens) for branch in branches))
         self._enter(states)
@@ -238,14 +238,14 @@ def costs_of(
     def step(size: int) -> float:
         """A decode step with `size` rows, nine per note."""
         prompts = [[1 + n % 99, *range(100, 99 + NOTE), 700 + q] for n in range(-(-size // 9)) for q in range(9)]
-        cache = Cache(engine, *plan(prompts[:size]))
+        cache = Cache(engine, *build_tree(prompts[:size]))
         tokens_B1 = torch.ones(size, 1, dtype=torch.int64, device=device)
         one_B = torch.ones(size, dtype=torch.int64)
         return best(lambda: engine.logits(cache.step(tokens_B1, one_B)[:, 0]).argmax(-1).tolist())
 
     prompts = {size: [[*range(100, 100 + size), q] for q in range(2)] for size in READ}
     return {
-        "read": {size: best(lambda size=size: Cache(engine, *plan(prompts[size]))) for size in READ},
+        "read": {size: best(lambda size=size: Cache(engine, *build_tree(prompts[size]))) for size in READ},
         "read products": {size: products(size, 0) for size in READ},
         "step": {size: step(size) for size in sizes},
         "step products": {size: products(size, size) for size in sizes},

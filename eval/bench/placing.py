@@ -19,7 +19,7 @@ from infer.engine.generate import Generator
 from infer.engine.load import load
 from infer.engine.settings import Generation, Settings
 from infer.extract.ask import Answer, Asker, Limits
-from infer.extract.evidence import MARGIN, MOST, Forced, Reading, decide
+from infer.extract.evidence import MARGIN, MAX_SPANS, Forced, Reading, decide
 from infer.extract.notes import Note
 from infer.extract.places import Span
 from infer.extract.schedule import Work
@@ -72,7 +72,7 @@ def measure(asker: Asker, records: Iterable[Mapping[str, Any]]) -> list[dict[str
         readings: list[Reading] = []
         for answer, right in gold_answers(asker, record):
             for reading, place in zip(asker.readings(answer), right, strict=True):
-                if 1 < len(reading.spans) <= MOST and place in reading.spans:
+                if 1 < len(reading.spans) <= MAX_SPANS and place in reading.spans:
                     readings.append(reading)
                     rows.append({"id": record["id"], "phenotype": answer.name, "spans": reading.spans, "right": place})
         (measured,) = asker.results([Work(asker.losses(readings))])

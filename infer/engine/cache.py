@@ -1,11 +1,11 @@
-"""Keys and values of a tree of prompts (tree.py), and the attention over them.
+"""KV cache of a prefix tree of prompts (tree.py), and the attention over it.
 
-Each branch's queries see the keys of the prefixes above it and its own. A prefix's keys are stored once and meet the
-queries of all branches below it in one product (levels.py). The scores of all levels and of the branches' own slots are
-adjacent in one tensor, so one softmax over it is the definition's.
+A branch's queries see the keys of the prefixes above it and its own. A prefix's keys are stored once and multiplied
+with the queries of all branches below it in one product (levels.py). The scores of all levels and of the branches' own
+slots are written into one tensor, so the softmax is an ordinary one.
 
 B branches, P prefixes of a level, T new tokens of a branch, N tokens of a forward pass, S keys of a level or slots of a
-branch, A keys of all, H heads, G key/value heads, K head size, M = H / G · T query rows of a key/value head.
+branch, A keys in all, H heads, G key/value heads, K head size, M = H / G · T query rows per key/value head.
 """
 
 from __future__ import annotations
@@ -24,13 +24,16 @@ from infer.engine.levels import Level, cat_padded, levels_of, padded, similar
 from infer.engine.settings import Hidden
 from infer.engine.tree import Branch, Prefix
 
-SPARE = 32  # slots by which branches grow
-UNBLOCKED = 16  # queries up to which one product over all keys beats causal attention in blocks
+SPARE = 32  # minimum number of slots by which the branches' buffers grow
+UNBLOCKED = 16  # up to this many queries, one product over all keys beats causal attention in blocks
 
 
 class Cache:
-    """Keys and values of a tree, and the attention over them. `hidden`: what each prompt's end does not see; `held`: a
-    cache that may hold some of the prefixes, which are then not computed again."""
+    """KV cache of a prefix tree. Prefixes are prefilled on construction; `step` appends tokens to the branches.
+
+    `hidden` gives for each prompt what to mask; `held` is a cache to copy keys and values from for prefixes that it
+    already has.
+    """
 
     def __init__(
         self,
@@ -43,12 +46,12 @@ class Cache:
         self.engine, self.prefixes = engine, prefixes
         self.windows = set(engine.config.windows)
         starts = [branch.start for branch in branches]
-        self.start_B = torch.tensor(starts)  # position of a branch's slot 0, in the host's memory as all lengths
+        self.start_B = torch.tensor(starts)  # position of a branch's slot 0; on the host, as all lengths
         self.length_B = torch.zeros_like(self.start_B)
-        self.keys: list[Tensor] = []  # k_BGKC of each layer: the branches' own slots
+        self.keys: list[Tensor] = []  # k_BGKC of each layer, C slots
         self.values: list[Tensor] = []  # v_BGCK
-        self.capacity = 0
-        self.hidden_B3: Tensor | None = None  # first, stop and after of each branch; zeros where it sees all
+        self.capacity = 0  # C
+        self.hidden_B3: Tensor | None = None  # (first, stop, after) of each branch's Hidden; zeros for none
         if any(hidden):
             of_branches = [hidden[branch.prompt] for branch in branches]
             self.hidden_B3 = torch.tensor([[x.first, x.stop, x.after] if x else [0, 0, 0] for x in of_branches])
@@ -60,13 +63,13 @@ class Cache:
         self.levels = [padded(group) for group in levels_of(prefixes)]
 
     def find(self, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
-        """Keys and values (k_GSK and v_GSK of each layer) of a text that some prefix, with those above it, begins with;
-        of no layer where none does, or where a window has dropped some."""
+        """Keys and values (k_GSK and v_GSK of each layer) of `tokens`, if the path to some prefix begins with them.
+        ([], []) if none does, or if a sliding window has dropped keys of that path."""
         places = {id(prefix): (level, m) for level in self.levels for m, prefix in enumerate(level.prefixes)}
         for prefix in self.prefixes:
             path = prefix.path()
-            whole = all(part.first == part.start for part in path)
-            if whole and prefix.text()[: len(tokens)] == tokens:
+            all_kept = all(part.first == part.start for part in path)
+            if all_kept and prefix.text()[: len(tokens)] == tokens:
                 kept: tuple[list[Tensor], list[Tensor]] = ([], [])
                 for layer in range(len(self.engine.layers)):
                     for found, store in zip(kept, ("keys", "values"), strict=True):
@@ -78,12 +81,13 @@ class Cache:
                 return kept
         return [], []
 
-    # ---- reading the prefixes -------------------------------------------------------------------------------------
+    # ---- prefill of the prefixes ----------------------------------------------------------------------------------
 
     def _read_prefixes(self) -> None:
-        """Compute every prefix's keys and values: level by level, ragged, in passes of bounded size."""
+        """Prefills all prefixes by depth. Those of one depth share forward passes of at most engine.chunk tokens, which
+        bounds the activations' memory; a prefix longer than that takes several passes."""
         depth = [prefix for prefix in self.prefixes if prefix.parent is None]
-        chunk = self.engine.chunk  # tokens of one pass: bounds the activations
+        chunk = self.engine.chunk
         while depth:
             spans: list[tuple[Prefix, int, int]] = []
             size = 0
@@ -100,6 +104,7 @@ class Cache:
             depth = [prefix for prefix in self.prefixes if any(prefix.parent is above for above in depth)]
 
     def _read(self, spans: list[tuple[Prefix, int, int]]) -> None:
+        """One forward pass over the tokens begin … end − 1 of each (prefix, begin, end)."""
         device = self.engine.device
         tokens_N = torch.tensor([t for prefix, a, b in spans for t in prefix.tokens[a:b]], device=device)
         positions = [torch.arange(prefix.start + a, prefix.start + b, device=device) for prefix, a, b in spans]
@@ -117,10 +122,10 @@ class Cache:
         bound = self.engine.config.window
         for prefix, _, b in spans:
             if bound is not None and prefix.start + b - prefix.first > 2 * bound:
-                drop = prefix.start + b - bound - prefix.first  # later queries see at most the window's last positions
+                drop = prefix.start + b - bound - prefix.first  # keys outside every later query's window
                 prefix.first += drop
                 for held in (prefix.keys, prefix.values):
-                    for layer, kept_GSK in enumerate(held):  # one at a time: no more than one layer has two copies
+                    for layer, kept_GSK in enumerate(held):  # layer by layer: only one has two copies at a time
                         held[layer] = kept_GSK[:, drop:].clone()
 
     def _read_attend(
@@ -147,7 +152,8 @@ class Cache:
     # ---- the branches' steps -------------------------------------------------------------------------------------
 
     def step(self, tokens_BT: Tensor, count_B: Tensor) -> Tensor:
-        """Enter up to T tokens of every branch (count_B of them are real; the rest is padding) → x_BTD."""
+        """Forward pass over T tokens per branch, of which the first count_B are real and the rest padding → x_BTD.
+        Their keys and values are stored."""
         B, T = tokens_BT.shape
         self._grow(T)
         device = tokens_BT.device
@@ -156,8 +162,8 @@ class Cache:
         S = int(self.length_B.max()) + T
         reach = {window: self._reach(window, position_BT) for window in self.windows}
         masks = {}
-        fused = self.engine.fused and self.hidden_B3 is None  # the kernels mask by themselves, and hide nothing
-        # a prompt that is read by itself has no padding and needs no mask
+        fused = self.engine.fused and self.hidden_B3 is None  # the kernels mask causally, but do not support `hidden`
+        # prefill of a single prompt: no padding, so causal attention needs no mask
         alone = B == 1 and T > UNBLOCKED and not fused and not self.levels and self.hidden_B3 is None
         if fused:
             positions = {
@@ -190,7 +196,7 @@ class Cache:
                 held = keys[..., :S].mT, values[:, :, :S]
                 out_BHTK = tree_attention(q_BHTK, *held, position_BT, key_position_BS, window, levels)
             elif alone:
-                k_GSK = keys[0, :, :, :S].mT.contiguous()  # else SDPA multiplies out all scores
+                k_GSK = keys[0, :, :, :S].mT.contiguous()  # for other strides SDPA materializes all scores
                 out_THK = causal(q_BHTK[0], k_GSK, values[0, :, :S], S - T, torch.arange(S), window)
                 out_BHTK = out_THK.transpose(0, 1)[None]
             else:
@@ -204,9 +210,9 @@ class Cache:
     def _attend(
         self, layer: int, q_BHTK: Tensor, S: int, hidden_BTA: Tensor | None, reach: list[tuple[Level, int]]
     ) -> Tensor:
-        """Attention of the branches' new tokens over all A keys within reach: every level's, then the S own slots."""
+        """Attention of the new tokens over A keys: those of the levels within the window, then the S own slots."""
         B, H, T, K = q_BHTK.shape
-        k_BGKS = self.keys[layer][:, :, :, :S].to(q_BHTK.dtype)  # the cache may be narrower
+        k_BGKS = self.keys[layer][:, :, :, :S].to(q_BHTK.dtype)  # the cache may have a narrower dtype
         v_BGSK = self.values[layer][:, :, :S].to(q_BHTK.dtype)
         G = k_BGKS.shape[1]
         q_BGMK = (q_BHTK * self.engine.scale).reshape(B, G, H // G * T, K)
@@ -220,7 +226,7 @@ class Cache:
         score_BGMA[..., at:] = torch.matmul(q_BGMK, k_BGKS)
         if hidden_BTA is not None:
             score_BGMA.view(B, G, -1, T, at + S).masked_fill_(hidden_BTA[:, None, None], float("-inf"))
-        weight_BGMA = score_BGMA.softmax(-1)  # computed in at least fp32, rounded once
+        weight_BGMA = score_BGMA.softmax(-1)  # accumulates in at least fp32, rounds once
         out_BGMK = torch.matmul(weight_BGMA[..., at:], v_BGSK)
         at = 0
         for (level, begin), size in zip(reach, sizes, strict=True):
@@ -230,7 +236,7 @@ class Cache:
         return out_BGMK.view(B, H, T, K)
 
     def _mask(self, window: int | None, position_BT: Tensor, S: int, reach: list[tuple[Level, int]]) -> Tensor | None:
-        """hidden_BTA, true where a query does not see a key (as `_attend` lays keys out); None where all see all."""
+        """hidden_BTA, True where a query must not see a key (in `_attend`'s order of keys); None if all are visible."""
         key_position_B1A, position_BT1 = self._key_positions(S, reach)[:, None], position_BT[..., None]
         seen_BTA = (key_position_B1A >= 0) & (key_position_B1A <= position_BT1)
         if window is not None:
@@ -242,7 +248,7 @@ class Cache:
         return None if bool(seen_BTA.all()) else ~seen_BTA
 
     def _key_positions(self, S: int, reach: list[tuple[Level, int]]) -> Tensor:
-        """key_position_BA of each branch's keys: every level's, then the S own slots; −1 where a branch has none."""
+        """key_position_BA: positions of each branch's keys, the levels' first, then the S own slots; −1 for padding."""
         parts = []
         for level, begin in reach:
             position_rS = level.positions(begin)[level.prefix_r].masked_fill(level.prefix_r[:, None] < 0, -1)
@@ -252,7 +258,7 @@ class Cache:
         return torch.cat([*parts, self.start_B[:, None] + torch.arange(S)], dim=-1)
 
     def _reach(self, window: int | None, position_BT: Tensor) -> list[tuple[Level, int]]:
-        """(level, the first key) of the levels that some branch below them can still see through the window."""
+        """The levels with keys inside some query's window, each with the index of its first such key."""
         if window is None:
             return [(level, 0) for level in self.levels]
         oldest = int(position_BT.min()) - window + 1
@@ -266,7 +272,7 @@ class Cache:
     def _kernel_levels(
         self, layer: int, reach: list[tuple[Level, int]], positions: list[Tensor]
     ) -> list[kernels.Level]:
-        """The levels within reach as kernels.tree_attention takes them."""
+        """The levels within the window as arguments of kernels.tree_attention."""
         return [
             kernels.Level(
                 level.keys[layer][:, :, begin:],
@@ -280,26 +286,33 @@ class Cache:
         ]
 
     def _key_layout(self, k_BGKC: Tensor) -> Tensor:
-        """Slots contiguous, as the scores' product reads keys; with kernels, a key's components contiguous."""
+        """Makes slots the contiguous dimension, as the product for the scores reads keys; with kernels, K."""
         return k_BGKC.mT.contiguous().mT if self.engine.fused else k_BGKC.contiguous()
 
-    def _grow(self, T: int) -> None:
-        need = int(self.length_B.max()) + T if len(self.length_B) else 0
+    def _slots_needed(self, T: int) -> int:
+        return int(self.length_B.max()) + T if len(self.length_B) else 0
+
+    def _drop_slots_outside_window(self) -> None:
         window = self.engine.config.window
-        if window is not None and need > self.capacity and self.capacity:
-            drop = int((self.length_B - window + 1).min())  # slots that no later query of any branch sees
-            if drop > 0:
-                for layer, (k_BGKC, v_BGCK) in enumerate(zip(self.keys, self.values, strict=True)):
-                    self.keys[layer] = self._key_layout(k_BGKC[..., drop:])
-                    self.values[layer] = v_BGCK[:, :, drop:].clone()
-                self.start_B, self.length_B = self.start_B + drop, self.length_B - drop
-                self.capacity, need = self.capacity - drop, need - drop
+        drop = 0 if window is None else int((self.length_B - window + 1).min())  # invisible to all later queries
+        if drop > 0:
+            for layer, (k_BGKC, v_BGCK) in enumerate(zip(self.keys, self.values, strict=True)):
+                self.keys[layer] = self._key_layout(k_BGKC[..., drop:])
+                self.values[layer] = v_BGCK[:, :, drop:].clone()
+            self.start_B, self.length_B = self.start_B + drop, self.length_B - drop
+            self.capacity -= drop
+
+    def _grow(self, T: int) -> None:
+        """Makes sure that every branch has T free slots."""
+        if self.capacity and self._slots_needed(T) > self.capacity:
+            self._drop_slots_outside_window()
+        need = self._slots_needed(T)
         if need <= self.capacity:
             return
         capacity = need + max(SPARE, need // 4)
         B, G, K = len(self.length_B), self.engine.groups, self.engine.head_dim
         like: dict[str, Any] = {"dtype": self.engine.cache_dtype, "device": self.engine.device}
-        for layer in range(len(self.engine.layers)):  # one at a time: no more than one layer has two copies
+        for layer in range(len(self.engine.layers)):  # layer by layer: only one has two copies at a time
             k_BGKC = self._key_layout(torch.zeros(B, G, K, capacity, **like))
             v_BGCK = torch.zeros(B, G, capacity, K, **like)
             if self.capacity:
@@ -309,12 +322,12 @@ class Cache:
         self.capacity = capacity
 
     def retain(self, rows: list[int]) -> None:
-        """Drop all other branches; `rows` must be ascending. Prefixes without branches free their keys and values."""
+        """Drops all branches but `rows` (ascending), and frees prefixes without branches."""
         kept_B = torch.tensor(rows)
         index = kept_B.to(self.engine.device)
         self.start_B, self.length_B = self.start_B[kept_B], self.length_B[kept_B]
         self.capacity = min(self.capacity, int(self.length_B.max()) + SPARE)
-        for layer, (k_BGKC, v_BGCK) in enumerate(zip(self.keys, self.values, strict=True)):  # one at a time, as above
+        for layer, (k_BGKC, v_BGCK) in enumerate(zip(self.keys, self.values, strict=True)):
             self.keys[layer] = self._key_layout(k_BGKC[index, :, :, : self.capacity])
             self.values[layer] = v_BGCK[index, :, : self.capacity]
         if self.hidden_B3 is not None:
@@ -329,7 +342,8 @@ class Cache:
         self.levels = [level for level in self.levels if level.prefixes]
 
     def join(self, other: Cache) -> None:
-        """Append another tree's branches; each of its levels joins one of similar lengths, or stays alone."""
+        """Appends another cache's branches. Each of its levels is merged into one of similar lengths, if there is
+        one."""
         own = len(self.start_B)
         for layer in range(len(self.engine.layers)):
             self.keys[layer] = self._key_layout(cat_padded(self.keys[layer], other.keys[layer], dim=-1))
@@ -344,13 +358,13 @@ class Cache:
         for prefix in other.prefixes:
             prefix.branches = range(own + prefix.branches.start, own + prefix.branches.stop)
         self.prefixes += other.prefixes
-        free = [*self.levels]  # a branch is below one prefix of a level, so a tree's levels go to different ones
+        free = [*self.levels]  # each merges with at most one: in a level, a branch is below at most one prefix
         for level in other.levels:
             level.index()
             length_P = level.length_P.tolist()
-            place = next((held for held in free if similar([*held.length_P.tolist(), *length_P])), None)
-            if place is None:
+            match = next((held for held in free if similar([*held.length_P.tolist(), *length_P])), None)
+            if match is None:
                 self.levels.append(level)
             else:
-                free.remove(place)
-                place.join(level)
+                free.remove(match)
+                match.join(level)

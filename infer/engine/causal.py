@@ -1,4 +1,4 @@
-"""Causal attention of one prompt that is being read, over the keys before it and its own, within the window."""
+"""Causal attention of one prompt's prefill, over earlier keys and its own, with an optional sliding window."""
 
 from __future__ import annotations
 
@@ -6,27 +6,27 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-BLOCK = 512  # queries of one attention call
-PRODUCT_BLOCK = 128  # the same where scores are products of their own
+BLOCK = 512  # queries per SDPA call
+PRODUCT_BLOCK = 128  # queries per explicit product, which materializes the scores
 
 
 def causal(
     q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, position: int, key_position_S: Tensor, window: int | None
 ) -> Tensor:
-    """Attention of T queries at positions position, position + 1, … → out_THK; blocks of queries see what they can.
+    """Attention of T queries at positions position, position + 1, … → out_THK, in blocks of queries.
 
-    Keys are in rising order, their positions on the host, and end with the queries' own. On a CPU, bf16 scores are
-    products of their own (the processor's bf16 instructions: half the time of torch's fused kernel, which multiplies in
-    fp32).
+    `key_position_S` is ascending and on the host; the last T keys are the queries' own. bf16 on a CPU uses explicit
+    matrix products instead of SDPA: they run on the CPU's bf16 instructions in half the time of torch's fused kernel,
+    which multiplies in fp32.
     """
     T, S = q_HTK.shape[1], len(key_position_S)
-    if S == T and (window is None or window >= T) and not by_products(q_HTK):
+    if S == T and (window is None or window >= T) and not uses_products(q_HTK):
         k_1GSK, v_1GSK = (kept_GSK[None].to(q_HTK.dtype) for kept_GSK in (k_GSK, v_GSK))
         q_1HTK = q_HTK[None].contiguous()
         out_1HTK = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, is_causal=True, enable_gqa=True)
         return out_1HTK[0].transpose(0, 1)
     outs = []
-    size = PRODUCT_BLOCK if by_products(q_HTK) else BLOCK
+    size = PRODUCT_BLOCK if uses_products(q_HTK) else BLOCK
     for start in range(0, T, size):
         stop = min(start + size, T)
         query_T1 = torch.arange(position + start, position + stop, device=q_HTK.device)[:, None]
@@ -40,21 +40,21 @@ def causal(
     return torch.cat(outs, dim=1).transpose(0, 1)
 
 
-def by_products(q_HTK: Tensor) -> bool:
-    """Whether scores are products of their own: bf16 on a CPU."""
+def uses_products(q_HTK: Tensor) -> bool:
+    """True if explicit matrix products are used instead of SDPA: bf16 on a CPU."""
     return q_HTK.dtype == torch.bfloat16 and q_HTK.device.type == "cpu"
 
 
 def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tensor:
     """Attention of one block of queries → out_HTK."""
     (H, T, K), (G, S, _) = q_HTK.shape, k_GSK.shape
-    k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # a prefix may keep them narrower
-    if not by_products(q_HTK):
+    k_GSK, v_GSK = k_GSK.to(q_HTK.dtype), v_GSK.to(q_HTK.dtype)  # the cache may have a narrower dtype
+    if not uses_products(q_HTK):
         q_1HTK, k_1GSK, v_1GSK = q_HTK[None].contiguous(), k_GSK[None], v_GSK[None]
         return F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, attn_mask=seen_TS, enable_gqa=True)[0]
     q_GMK = (q_HTK * K**-0.5).reshape(G, H // G * T, K)
     score_HTS = torch.matmul(q_GMK, k_GSK.transpose(1, 2)).view(H, T, S)
-    # the last query sees the first key: then every query sees every key but the block's own
+    # if the window does not hide the first key from the last query, only the block's own keys need the mask
     first = S - T if bool(seen_TS[-1, 0]) else 0
     score_HTS[..., first:].masked_fill_(~seen_TS[:, first:], float("-inf"))
     weight_HTS = score_HTS.softmax(-1)  # computed in fp32, rounded once

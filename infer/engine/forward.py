@@ -1,18 +1,17 @@
 """Inference forward pass: same arithmetic as model/transformer.py with fused projections and fewer dispatches.
 
-What makes it fast, each idea on its own line:
+What makes it fast:
 
-* q, k and v are one matrix product, so are gate and up: a decoded token's time is the reading of the weights, and a
-  large matrix is read at a higher rate than three small ones. The fused matrix is the storage; the model's own
-  parameters become views of it, so there is no copy.
+* q, k and v are one GEMM, and so are gate and up. Decoding is bound by reading the weights, and one large matrix is
+  read at a higher rate than three small ones. The model's parameters become views of the fused matrix: no copy.
 * Tokens of all requests are concatenated (x_ND, no padding); only attention distinguishes requests.
-* Residual sums happen inside the products (addmm), norms in one call, rotary positions in three.
-* fp32 products on a CPU are oneDNN's where torch's default library is not made for the processor.
-* Logits are computed where they are read: one position a request, not one a token.
+* Residual sums are part of the GEMM (addmm); a norm is one call, rotary embedding three.
+* fp32 GEMMs on a CPU use oneDNN if torch's default library is not made for the processor.
+* Logits are computed only where they are needed: one position per request.
 
-LoRA adapters that are active and not merged are applied separately, exact; those of one product as one. Modules that
-are not plain linear layers (quantized ones, experts) are called as they are. The blocks of a fused model
-(infer/engine/fuse.py) are computed by kernels instead: `FusedBlock` has Layer's three steps.
+Unmerged LoRA adapters are applied separately and exactly, those of a fused projection as one product. Experts and other
+modules that are not linear layers are called as they are. A model of `FusedBlock`s (fuse.py) runs on kernels instead:
+FusedBlock has the same three steps as Layer.
 """
 
 from __future__ import annotations
@@ -34,7 +33,8 @@ Attend = Callable[[int, Tensor, Tensor, Tensor], Tensor]
 
 
 class PackedLinear:
-    """Linear layers over the same input, as one product: y = x · [W1; W2; …]ᵀ. Reads the modules once."""
+    """Linear layers with the same input as one GEMM: y = x · [W1; W2; …]ᵀ. Reads the modules' weights on
+    construction."""
 
     def __init__(self, modules: Sequence[nn.Linear], dtype: torch.dtype) -> None:
         self.modules = modules
@@ -42,18 +42,18 @@ class PackedLinear:
         self.bias: Tensor | None = None
         self.mesh = getattr(modules[0].weight, "device_mesh", None) if hasattr(modules[0], "weight") else None
         self.quantized: QuantizedWeight | None = None
-        self.adapter: tuple[Tensor, Tensor] | None = None  # a_DR of all layers side by side, b_RO on the diagonal
+        self.adapter: tuple[Tensor, Tensor] | None = None  # a_DR of all layers concatenated, block-diagonal b_RO
         quantized = [getattr(module, "quantized", None) for module in modules]
-        weights_in_codes = [weight for weight in quantized if isinstance(weight, QuantizedWeight)]
-        if len(weights_in_codes) == len(modules):
-            self.quantized = joined(weights_in_codes)
+        quantized_weights = [weight for weight in quantized if isinstance(weight, QuantizedWeight)]
+        if len(quantized_weights) == len(modules):
+            self.quantized = joined(quantized_weights)
         elif all(type(module) in (nn.Linear, LoRALinear) and module.weight is not None for module in modules):
             weights = [local(module.weight).detach() for module in modules]
             self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         if self.weight is None and self.quantized is None:
             return
         if any(module.bias is not None for module in modules):
-            self.bias = torch.cat([local(m.bias).detach() for m in modules])  # the families bias all of them or none
+            self.bias = torch.cat([local(m.bias).detach() for m in modules])  # all modules have one or none has
         start, adapters = 0, []
         for module in modules:
             size = module.out_features if self.quantized is not None else local(module.weight).shape[0]
@@ -85,7 +85,7 @@ class PackedLinear:
         return self.adapt(x_ND, product(x_ND, self.weight, self.bias))
 
     def add_to(self, residual_ND: Tensor, x_ND: Tensor) -> Tensor:
-        """residual + y. Tensor-parallel ranks hold parts of the sum, which are added up; the bias counts once."""
+        """residual + y. With tensor parallelism, partial sums are all-reduced and the bias is added once."""
         if self.weight is not None and self.mesh is not None:
             y_ND = F.linear(x_ND, self.weight)
             dist.all_reduce(y_ND, group=self.mesh.get_group())
@@ -94,7 +94,7 @@ class PackedLinear:
             return residual_ND + self(x_ND)
         if use_onednn(x_ND, self.weight):
             return self.adapt(x_ND, onednn(x_ND, self.weight).add_(residual_ND))
-        if x_ND.shape[0] == 1:  # one row: a matrix-vector product reads the weights faster
+        if x_ND.shape[0] == 1:  # GEMV reads the weights faster than GEMM
             return self.adapt(x_ND, torch.addmv(residual_ND[0], self.weight, x_ND[0])[None])
         return self.adapt(x_ND, torch.addmm(residual_ND, x_ND, self.weight.t()))
 
@@ -106,7 +106,7 @@ class PackedLinear:
 
 
 def joined(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
-    """Narrow weights as one; None where they cannot be: nf4's are rounded twice, each by itself."""
+    """Quantized weights concatenated; None if formats differ, or for nf4 (scales quantized per matrix)."""
     if len(weights) == 1:
         return weights[0]
     same = len({(weight.kind, weight.group, weight.packed) for weight in weights}) == 1
@@ -114,12 +114,12 @@ def joined(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
 
 
 def local(weight: Tensor) -> Tensor:
-    """This rank's part of a weight that torch's tensor parallelism has sharded; other weights as they are."""
+    """This rank's shard of a DTensor; other tensors unchanged."""
     return weight.to_local() if hasattr(weight, "to_local") else weight
 
 
 def like(weight: Tensor, part: Tensor) -> Tensor:
-    """A rank's part, sharded as `weight` is."""
+    """A rank's shard as a DTensor, sharded as `weight` is."""
     from torch.distributed.tensor import DTensor
 
     return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False)  # type: ignore
@@ -149,7 +149,7 @@ class Norm:
 
 
 class Layer:
-    """One block's products and norms."""
+    """A block's projections and norms; attention is computed by the caller."""
 
     def __init__(self, block: Block) -> None:
         attention, dtype = block.self_attn, block.input_layernorm.weight.dtype
@@ -177,9 +177,9 @@ class Layer:
 
 
 class Engine:
-    """A Transformer made ready for generation; its weights are read here, so make a new one after changing them.
+    """A Transformer prepared for inference. Weights are read on construction: make a new Engine after changing them.
 
-    Keys and values are kept in `cache_dtype` (None: the model's own); prompts are read `chunk` tokens at a time.
+    `cache_dtype` is the dtype of keys and values (None: the model's); prefill takes `chunk` tokens at a time.
     """
 
     def __init__(self, model: Transformer, cache_dtype: torch.dtype | None = None, chunk: int = 2048) -> None:
@@ -189,7 +189,7 @@ class Engine:
         self.layers = [block if isinstance(block, FusedBlock) else Layer(block) for block in model.model.layers]
         self.norm = Norm(model.model.norm)
         first = self.layers[0]
-        # the ranks that hold the model together (infer/engine/parallel.py)
+        # tensor-parallel ranks (parallel.py)
         self.mesh = first.qkv.mesh if isinstance(first, Layer) else None
         ranks = 1 if self.mesh is None else self.mesh.size()
         self.heads, self.groups = model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
@@ -198,11 +198,11 @@ class Engine:
         self.cache_dtype, self.chunk = cache_dtype or model.dtype, chunk
         head = model.lm_head if model.lm_head is not None else model.model.embed_tokens
         plain = type(head) in (nn.Linear, nn.Embedding) and type(head.weight.data) is Tensor
-        self.head_weight = head.weight.detach() if plain else None  # None: the head's own module computes
+        self.head_weight = head.weight.detach() if plain else None  # None: call the head's module
 
     def forward(self, tokens_N: Tensor, position_N: Tensor, attend: Attend) -> Tensor:
-        """Normed hidden states x_ND of tokens at given positions (int64). `attend(layer, q_NHK, k_NGK, v_NGK)` stores
-        the new keys and values and returns out_NHK."""
+        """Final normed hidden states x_ND of tokens at the given positions (int64). `attend(layer, q_NHK, k_NGK,
+        v_NGK)` must store the new keys and values and return out_NHK."""
         N, H, G, K = len(tokens_N), self.heads, self.groups, self.head_dim
         x_ND = self.model.model.embed_tokens(tokens_N)
         cos_1NK, sin_1NK = self.model.model.rotary(position_N[None], x_ND.dtype)

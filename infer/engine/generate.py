@@ -1,4 +1,4 @@
-"""Text from a model: greedy and sampled, many prompts at once, what they share computed once.
+"""Text generation: greedy or sampled, batched, with shared prefixes computed once.
 
     from infer import Generator
     out = Generator(model, tokenizer).generate(["prompt", …], max_new_tokens=50, temperature=0.0)
@@ -25,17 +25,17 @@ from infer.engine.cache import Cache
 from infer.engine.compiled import StaticCache
 from infer.engine.forward import Engine
 from infer.engine.load import load
-from infer.engine.lookup import MOST, Lookup, best_guess_count, row_cost
+from infer.engine.lookup import MAX_GUESSES, Lookup, best_guess_count, row_cost
 from infer.engine.memory import Plan
 from infer.engine.settings import Generation, Settings
-from infer.engine.tree import plan
+from infer.engine.tree import build_tree
 from model import Tokenizer, Transformer
 from model.support.cli import UserError
 
 
 @dataclass
 class State:
-    """A request under way."""
+    """A request and what has been generated for it; `finish` is its finish reason, None while it is running."""
 
     prompt: Sequence[int]
     settings: Settings
@@ -48,10 +48,12 @@ class State:
 
 
 class Generator:
-    """Generation with one model. `lookup` lets requests speculate where that pays (infer/engine/lookup.py); `compile`
-    compiles the step in its place (infer/engine/compiled.py), which pays for many tokens of the same requests.
-    `cache_dtype` and `chunk` are Engine's. `max_length` bounds a prompt and its answer (0: the config's batch_length).
-    Fused models (infer/engine/fuse.py) generate by their kernels."""
+    """Generates text with one model.
+
+    `lookup` allows speculation where it pays (lookup.py). `compile` compiles the decode step instead (compiled.py),
+    which pays for many tokens of the same requests. `cache_dtype` and `chunk` are Engine's. `max_length` bounds prompt
+    and answer together, in tokens (0: the config's batch_length). Fused models (fuse.py) use their kernels.
+    """
 
     def __init__(
         self,
@@ -86,10 +88,11 @@ class Generator:
         settings: Settings | Sequence[Settings] | None = None,
         **options: Any,
     ) -> list[Generation]:
-        """Continue each prompt: a text (encoded with the begin token) or token ids. `options` are Settings' fields.
+        """Continues each prompt, a text (encoded with the begin token) or token ids.
 
-        Where one seed is given for several prompts, prompt i draws with seed + i. Raises UserError for an empty prompt,
-        a prompt beyond the model's length, or settings out of range.
+        `settings` is one Settings or one per prompt; `options` override its fields. With one Settings for several
+        prompts, prompt i is sampled with seed + i. Raises UserError for an empty prompt, one beyond the model's
+        length, or settings out of range.
         """
         states = self.states(prompts, settings, options)
         for _ in self.run(states):
@@ -97,7 +100,7 @@ class Generator:
         return [self.result(state) for state in states]
 
     def stream(self, prompt: str | Sequence[int], settings: Settings | None = None, **options: Any) -> Iterator[str]:
-        """The text of one continuation, in parts as it is generated."""
+        """Yields the text of one continuation in pieces, as it is generated."""
         (state,) = self.states([prompt], settings, options)
         shown = 0
         longest = max((len(text) for text in state.settings.stop), default=0)
@@ -105,13 +108,14 @@ class Generator:
             if state.finish is None:
                 state.text = self.decode(state.tokens)
             text = state.text
-            # what may still become a stop string, or another letter, is not yet shown
+            # hold back what may still become part of a stop string or of an incomplete character
             safe = len(text) if state.finish else max(shown, len(text.rstrip("\ufffd")) - longest)
             if safe > shown:
                 yield text[shown:safe]
                 shown = safe
 
     def states(self, prompts: Any, settings: Any, options: dict[str, Any]) -> list[State]:
+        """New requests from `generate`'s arguments. Raises UserError as `generate` does."""
         if isinstance(prompts, str) or not isinstance(prompts, Iterable):
             raise UserError(f"prompts is {'one text' if isinstance(prompts, str) else repr(prompts)}; give a list")
         ids = [self.ids(number, prompt) for number, prompt in enumerate(prompts)]
@@ -148,14 +152,14 @@ class Generator:
             raise UserError(f"prompt {number} is neither a text nor a list of token ids") from error
 
     def check_stop(self, text: str) -> None:
-        """Refuse a stop string that no text can hold."""
+        """Raises UserError for a stop string that cannot occur in generated text."""
         if self.tokenizer.engine.special(text) is not None:
             raise UserError(f"stop string {text!r} is a special token: texts never hold it, and an end token ends them")
         if text not in self.tokenizer.decode(self.tokenizer.encode(text)):
             raise UserError(f"stop string {text!r} cannot occur: the tokenizer has no way to spell it")
 
     def run(self, states: list[State]) -> Iterator[None]:
-        """Generate all requests to their end; yields after each step (of one or more tokens a request)."""
+        """Runs all requests to completion; yields after each step."""
         rows = RequestBatch(self)
         rows.add(states)
         if self.compile and rows.active and not any(state.settings.hidden for state in states):
@@ -166,11 +170,10 @@ class Generator:
             yield
 
     def guess(self, active: list[State]) -> list[list[int]]:
-        """Each request's guesses of what comes after its newest token; none where checking them would not pay."""
-        none: list[list[int]] = [[] for _ in active]
-        possible = best_guess_count([1.0] * len(active), [MOST] * len(active), self.row_cost)
+        """Draft tokens to verify for each request; all [] if speculation would not pay."""
+        possible = best_guess_count([1.0] * len(active), [MAX_GUESSES] * len(active), self.row_cost)
         if not possible or not self.lookup:
-            return none  # too many requests: not even guesses that are always right would pay
+            return [[] for _ in active]  # with this many requests, not even drafts that are always right would pay
         found, rates = [], []
         for state in active:
             if state.lookup is None:
@@ -182,25 +185,25 @@ class Generator:
         return [guess[:k] for guess in found]
 
     def take(self, x_BTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache | StaticCache) -> None:
-        """Choose every request's next token, and the tokens after it as long as its guesses are accepted."""
+        """Chooses every request's next token from x_BTD, and further ones as long as its draft tokens are right."""
         if x_BTD.shape[1] == 1:
             self.choose(self.engine.logits(x_BTD[:, 0]), active)
             return
         logits_BTV = self.engine.logits(x_BTD.flatten(0, 1)).unflatten(0, x_BTD.shape[:2])
-        kept = []
+        accepted = []
         for row, (state, guess) in enumerate(zip(active, guesses, strict=True)):
-            right = 0
-            for place in range(len(guess) + 1):
-                (token,) = self.choose(logits_BTV[row, place : place + 1], [state])
-                if state.finish is not None or place == len(guess) or token != guess[place]:
+            count = 0
+            while True:
+                (token,) = self.choose(logits_BTV[row, count : count + 1], [state])
+                if state.finish is not None or count == len(guess) or token != guess[count]:
                     break
-                right += 1
-            kept.append(right)
-        assert isinstance(cache, Cache)  # a static one takes no guesses
-        cache.length_B = cache.length_B + torch.tensor(kept)
+                count += 1
+            accepted.append(count)
+        assert isinstance(cache, Cache)  # compiled steps do not speculate
+        cache.length_B = cache.length_B + torch.tensor(accepted)
 
     def read_branches(self, cache: Cache, own: list[list[int]]) -> Tensor:
-        """Enter the branches' own tokens → x_BD, the hidden state of each one's last."""
+        """Prefills the branches' tokens → x_BD, the hidden state of each branch's last token."""
         longest = max(len(tokens) for tokens in own)
         tokens_BT = torch.tensor(
             [[*tokens, *[0] * (longest - len(tokens))] for tokens in own], device=self.engine.device
@@ -219,17 +222,17 @@ class Generator:
         return last_BD
 
     def choose(self, logits_BV: Tensor, active: list[State]) -> list[int]:
-        """One token for every request, entered into its state."""
+        """Chooses one token for every request and adds it to the request's state."""
         normal_B = logits_BV.logsumexp(-1)
         masked_BV = self.constrain(logits_BV, active)
-        best_B = masked_BV.argmax(-1)  # the first of equals
+        best_B = masked_BV.argmax(-1)  # lowest id among ties
         for row, state in enumerate(active):
             if state.settings.temperature > 0:
                 best_B[row] = draw(masked_BV[row], state)
-        if self.engine.mesh is not None:  # all ranks of one model take the first rank's choice
+        if self.engine.mesh is not None:  # tensor parallelism: all ranks must choose the same token
             dist.broadcast(best_B, group=self.engine.mesh.get_group(), group_src=0)
         logprob_B = logits_BV.gather(1, best_B[:, None])[:, 0] - normal_B
-        # one transfer, the step's only wait for a device: fp64 holds ids and log-probabilities exactly
+        # one transfer, the step's only synchronization; fp64 represents ids and log-probabilities exactly
         best, logprobs = torch.stack((best_B.double(), logprob_B.double())).tolist()
         best = [int(token) for token in best]
         for state, token, logprob in zip(active, best, logprobs, strict=True):
@@ -237,7 +240,7 @@ class Generator:
         return best
 
     def constrain(self, logits_BV: Tensor, active: list[State]) -> Tensor:
-        """−∞ for the tokens that a request's constraint does not allow."""
+        """The logits with −∞ for tokens that a request's constraint does not allow."""
         rows, ids = [], []
         for row, state in enumerate(active):
             allowed = None if state.settings.constraint is None else state.settings.constraint.allowed(state.tokens)
@@ -255,6 +258,7 @@ class Generator:
         return masked_BV
 
     def enter(self, state: State, token: int, logprob: float) -> None:
+        """Adds a token to a request, and finishes the request if it ends there."""
         state.tokens.append(token)
         state.logprobs.append(logprob)
         settings = state.settings
@@ -263,7 +267,7 @@ class Generator:
             state.text = self.decode(state.tokens[:-1])
             return
         last = len(state.tokens) >= settings.max_new_tokens
-        if settings.stop or last:  # decoded only where it is read: decoding at each step is quadratic
+        if settings.stop or last:  # only when needed: decoding all tokens at every step is quadratic
             state.text = self.decode(state.tokens)
         for stop in settings.stop:
             if stop in state.text:
@@ -281,41 +285,48 @@ class Generator:
         return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt))
 
 
-def generator_for(options: Any, how: Plan, loaded: tuple[Transformer, Tokenizer] | None = None) -> Generator:
-    """A program's Generator, as its options (ModelOptions) and a plan say; of a model that is `loaded`."""
+def generator_for(options: Any, plan: Plan, loaded: tuple[Transformer, Tokenizer] | None = None) -> Generator:
+    """The Generator for a program's options (ModelOptions) and memory plan; loads the model unless it is `loaded`."""
     if loaded is None:
-        loaded = load(options.weights, options.adapter, options.dtype, form=how.form, fused=options.fuse)
-    loaded[1].put_begin(options.bos)
-    compiled = getattr(options, "compile", False)
-    return Generator(*loaded, cache_dtype=how.cache, chunk=how.chunk, max_length=options.max_length, compile=compiled)
+        loaded = load(options.weights, options.adapter, options.dtype, form=plan.form, fused=options.fuse)
+    model, tokenizer = loaded
+    tokenizer.put_begin(options.bos)
+    return Generator(
+        model,
+        tokenizer,
+        cache_dtype=plan.cache,
+        chunk=plan.chunk,
+        max_length=options.max_length,
+        compile=getattr(options, "compile", False),
+    )
 
 
 class RequestBatch:
-    """Requests that are generated side by side: `add` and `step` give each a token or more, and those that end leave.
+    """Continuous batching: requests that share a cache. `add` prefills further requests, `step` decodes.
 
-    Requests may be added between two steps: their tree is read by itself and joined to the cache, so a request's
-    result does not depend on when it was added, except for rounding.
+    Added requests are prefilled in a tree of their own, which is then joined to the cache, so a request's result does
+    not depend on when it was added, except for rounding.
     """
 
     def __init__(self, generator: Generator) -> None:
         self.generator = generator
-        self.held: list[State] = []  # in the cache: those that end leave it before the next step
+        self.held: list[State] = []  # requests in the cache; finished ones are dropped before the next step
         self.cache: Cache | StaticCache | None = None
 
     @property
     def active(self) -> list[State]:
-        """The requests that have not ended."""
+        """The unfinished requests."""
         return [state for state in self.held if state.finish is None]
 
     @torch.inference_mode()
     def add(self, states: Sequence[State]) -> None:
-        """Read further prompts, and choose their first tokens. What a prompt shares with one that has ended since the
-        last step is not read again."""
+        """Prefills further requests and chooses their first tokens. Prefixes still in the cache are reused, also those
+        of requests that finished in the last step."""
         if not states:
             return
         assert not isinstance(self.cache, StaticCache)
         generator, hidden = self.generator, [state.settings.hidden for state in states]
-        prefixes, branches = plan([state.prompt for state in states], hidden)
+        prefixes, branches = build_tree([state.prompt for state in states], hidden)
         cache = Cache(generator.engine, prefixes, branches, hidden, self.cache)
         self._drop_ended()
         added = [states[branch.prompt] for branch in branches]
@@ -329,7 +340,7 @@ class RequestBatch:
 
     @torch.inference_mode()
     def compile(self) -> None:
-        """Let the requests go on by a compiled step. None can be added then."""
+        """Switches to a compiled decode step. No requests can be added afterwards."""
         self._drop_ended()
         assert isinstance(self.cache, Cache)
         new = max(state.settings.max_new_tokens for state in self.held)
@@ -337,7 +348,7 @@ class RequestBatch:
 
     @torch.inference_mode()
     def step(self) -> None:
-        """The next token of every request, and those after it that were guessed right."""
+        """Decodes one token of every request, and further ones where draft tokens are right."""
         self._drop_ended()
         cache, active, generator = self.cache, self.held, self.generator
         assert cache is not None
@@ -359,7 +370,7 @@ class RequestBatch:
 
 
 def draw(logits_V: Tensor, state: State) -> int:
-    """A token drawn from softmax(logits / temperature) after top-k, top-p and min-p, with the request's own numbers."""
+    """Samples a token from softmax(logits / temperature) after top-k, top-p and min-p, with the request's own rng."""
     settings = state.settings
     if state.random is None:
         state.random = torch.Generator().manual_seed(settings.seed)
@@ -367,7 +378,7 @@ def draw(logits_V: Tensor, state: State) -> int:
     keep_V = probability_V >= settings.min_p * probability_V[0]
     if settings.top_k:
         keep_V[settings.top_k :] = False
-    if settings.top_p < 1:  # the token that reaches the share still counts
+    if settings.top_p < 1:  # the token that crosses top_p is kept
         keep_V &= probability_V.cumsum(0) - probability_V < settings.top_p
     keep_V &= probability_V > 0
     below_V = (probability_V * keep_V).cumsum(0)
@@ -377,7 +388,7 @@ def draw(logits_V: Tensor, state: State) -> int:
 
 
 def cycles(tokens: Sequence[int]) -> bool:
-    """Whether the text ends in the same 1 to 16 tokens, four times over and at least 12 tokens long."""
+    """True if the text ends in a repetition: the same 1 to 16 tokens at least four times, over at least 12 tokens."""
     for period in range(1, 17):
         span = max(4 * period, 12)
         if len(tokens) >= span and all(tokens[-i] == tokens[-i - period] for i in range(1, span - period + 1)):

@@ -1,4 +1,4 @@
-"""A request's settings and its result."""
+"""A request's generation settings and its result."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ with contextlib.suppress(ImportError):  # only the command line reads these anno
 
 @dataclass(frozen=True)
 class Hidden:
-    """The tokens `first` … `stop` − 1 of a prompt, which its tokens from `after` on and those generated do not see.
-    0 ≤ first < stop ≤ after < the prompt's length."""
+    """Masks the prompt's tokens first … stop − 1 for its tokens from `after` on and for all generated ones.
+    0 ≤ first < stop ≤ after < length of the prompt."""
 
     first: int
     stop: int
@@ -25,29 +25,30 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Settings:
-    """How one request is continued. Values out of range are refused."""
+    """How one request is continued. Raises UserError for values out of range."""
 
     max_new_tokens: int = 50
-    """At most so many new tokens."""
+    """Maximum number of new tokens."""
     temperature: float = 0.0
     """0: greedy."""
     top_k: int = 0
-    """Only the k likeliest tokens; 0: all."""
+    """Sample from the k likeliest tokens; 0: all."""
     top_p: float = 1.0
-    """Only the likeliest tokens that reach this share of the probability."""
+    """Sample from the smallest set of likeliest tokens whose probabilities sum to at least this."""
     min_p: float = 0.0
-    """Only tokens at least this share as likely as the likeliest."""
+    """Sample from tokens at least this fraction as likely as the likeliest."""
     seed: int = 0
     """Seed of sampling."""
     stop: tuple[str, ...] = ()
-    """Texts that end the generation; they are not part of its text."""
+    """Strings that end the generation; they are cut from its text."""
     stop_cycles: tyro.conf.Suppress[bool] = False
-    """End where the same tokens repeat without end."""
+    """End when the text repeats itself (see generate.cycles)."""
     constraint: tyro.conf.Suppress[Any] = None
-    """What tokens are allowed after those generated so far: an object with `allowed(tokens) -> ids | None`. The ids are
-    a list or an int64 tensor (on the model's device, nothing is copied each step)."""
+    """Constrained decoding: an object with `allowed(tokens) -> ids | None`, which gets the tokens generated so far and
+    returns the ids allowed next (None: all), as a list or an int64 tensor. A tensor on the model's device saves a copy
+    each step."""
     hidden: tyro.conf.Suppress[Hidden | None] = None
-    """A part of the prompt that its end does not see."""
+    """A part of the prompt to mask for the tokens after it."""
 
     def __post_init__(self) -> None:
         for name, low, high, kind in (
@@ -60,8 +61,8 @@ class Settings:
         ):
             value = getattr(self, name)
             if not (isinstance(value, kind) and math.isfinite(value) and low <= value <= high):
-                whole = "a whole number " if kind is int else ""
-                raise UserError(f"{name} is {value!r}; it must be {whole}between {low} and {high}")
+                integer = "a whole number " if kind is int else ""
+                raise UserError(f"{name} is {value!r}; it must be {integer}between {low} and {high}")
         if self.top_p == 0:
             raise UserError("top_p is 0, which leaves no token; 1 keeps all")
         if not isinstance(self.stop, (tuple, list)) or not all(isinstance(text, str) for text in self.stop):
@@ -72,8 +73,8 @@ class Settings:
 
 @dataclass(frozen=True)
 class Generation:
-    """The result of a request. `logprobs` are the tokens' natural log-probabilities under the model itself;
-    `finish_reason` is "stop" (end token), "stop_string", "repetition" or "length"."""
+    """The result of a request. `logprobs` are the tokens' natural log-probabilities under the model, before temperature
+    and constraint. `finish_reason` is "stop" (end token), "stop_string", "repetition" or "length"."""
 
     text: str
     tokens: list[int]

@@ -1,13 +1,12 @@
-"""Prompts as a tree: what several prompts begin with is computed and kept once.
+"""Prompts as a prefix tree: tokens that several prompts begin with are prefilled and stored once.
 
-Nine questions about a note share the note (and "### Question: "), all notes of a batch may share an instruction, which
-is then computed once a batch:
+The nine questions about a note share the note (and "### Question: "); all notes of a batch may share an instruction:
 
-    instruction ─┬─ note 1 ─┬─ question 1 → answer          a *prefix* is shared by branches, or long
-                 │          └─ question 2 → answer          a *branch* is a prompt's own end and what it generates
+    instruction ─┬─ note 1 ─┬─ question 1 → answer          *prefix*: tokens shared by branches, or a long private part
+                 │          └─ question 2 → answer          *branch*: the end of one prompt and its generated tokens
                  └─ note 2 ─── …
 
-Here is which tokens go where; cache.py keeps their keys and values, and attends.
+This file splits prompts into prefixes and branches; cache.py stores their keys and values and computes attention.
 """
 
 from __future__ import annotations
@@ -19,19 +18,19 @@ from torch import Tensor
 
 from infer.engine.settings import Hidden
 
-SHARED = 8  # tokens: a shorter common prefix is cheaper to compute again than to attend to separately
-OWN = 64  # tokens: a longer private part becomes a prefix, so that branches of a batch stay of similar length
+SHARED = 8  # minimum length of a shared prefix: a shorter one is cheaper to recompute than to attend to separately
+OWN = 64  # a private part of at least this length becomes a prefix, which keeps the branches' lengths similar
 
 
 @dataclass
 class Prefix:
-    """Consecutive tokens below `parent`; `branches` are those below it, a range in the order of the tree."""
+    """A node of the tree: consecutive tokens that continue `parent`."""
 
     parent: Prefix | None
     tokens: list[int]
-    start: int  # the position of its first token
-    branches: range = range(0)
-    first: int = field(init=False)  # the first position that is kept (a window drops older ones)
+    start: int  # position of its first token
+    branches: range = range(0)  # indices of the branches below it
+    first: int = field(init=False)  # first position whose keys are kept (a sliding window drops older ones)
     keys: list[Tensor] = field(default_factory=list)  # k_GSK of each layer
     values: list[Tensor] = field(default_factory=list)
 
@@ -53,7 +52,7 @@ class Prefix:
 
 @dataclass
 class Branch:
-    """A prompt's own end: `tokens` (at least one) from position `start`; `prompt` is its index in the request."""
+    """The end of one prompt: `tokens` (at least one) from position `start` on; `prompt` is the prompt's index."""
 
     parent: Prefix | None
     tokens: list[int]
@@ -61,19 +60,23 @@ class Branch:
     prompt: int
 
 
-def plan(prompts: Sequence[Sequence[int]], hidden: Sequence[Hidden | None] = ()) -> tuple[list[Prefix], list[Branch]]:
-    """The tree of some prompts: prefixes with parents before children, branches in the tree's order. Of a prompt with
-    something `hidden`, what does not see it is its branch's own."""
+def build_tree(
+    prompts: Sequence[Sequence[int]], hidden: Sequence[Hidden | None] = ()
+) -> tuple[list[Prefix], list[Branch]]:
+    """The prefix tree of some prompts: prefixes with parents before children, and branches in depth-first order.
+
+    `hidden` gives for each prompt what to mask: the tokens that do not see it all go to the prompt's branch.
+    """
     prefixes: list[Prefix] = []
     branches: list[Branch] = []
     if prompts:
-        ends = [len(prompt) - 1 for prompt in prompts]  # every branch keeps a token of its own
+        ends = [len(prompt) - 1 for prompt in prompts]  # every branch has at least one token
         ends = [end if one is None else one.after for end, one in zip(ends, hidden or [None] * len(ends), strict=True)]
-        grow(prompts, ends, prefixes, branches, list(range(len(prompts))), 0, None)
+        _add_prompts(prompts, ends, prefixes, branches, list(range(len(prompts))), 0, None)
     return prefixes, branches
 
 
-def grow(
+def _add_prompts(
     prompts: Sequence[Sequence[int]],
     ends: Sequence[int],
     prefixes: list[Prefix],
@@ -82,8 +85,8 @@ def grow(
     depth: int,
     parent: Prefix | None,
 ) -> None:
-    """Enter the prompts of these indices, which are alike before `depth`, below `parent`; at most the tokens before
-    their `ends` become prefixes."""
+    """Adds the prompts `indices`, which are identical up to position `depth`, below `parent`. Tokens from a prompt's
+    `ends` on never become part of a prefix."""
     # module-level on purpose: a recursive closure is a reference cycle, which keeps keys and values alive until gc runs
 
     def add(parent: Prefix | None, tokens: Sequence[int], start: int) -> Prefix:
@@ -93,7 +96,7 @@ def grow(
     ids = prompts[indices[0]]
     if len(indices) == 1:
         end = ends[indices[0]]
-        hides = end < len(ids) - 1  # what is hidden from the prompt's end is not hidden from the prefix, which is kept
+        hides = end < len(ids) - 1  # the prefix sees what the end does not, so it can be reused from the cache
         if end - depth >= OWN and (len(prompts) > 1 or hides):
             parent = add(parent, ids[depth:end], depth)
             depth = end
@@ -110,17 +113,17 @@ def grow(
         depth = common
     groups: dict[tuple[int, ...], list[int]] = {}
     for i in indices:
-        # a group below starts where its prompts share more than the prefix; single ones are branches
+        # prompts that share at least SHARED further tokens form a group with a prefix of its own
         groups.setdefault(tuple(prompts[i][depth : depth + SHARED]), []).append(i)
     for group in groups.values():
-        whole = len(group) > 1 and min(ends[i] for i in group) >= depth + SHARED
-        for part in [group] if whole else [[i] for i in group]:
-            grow(prompts, ends, prefixes, branches, part, depth, prefix)
+        has_prefix = len(group) > 1 and min(ends[i] for i in group) >= depth + SHARED
+        for part in [group] if has_prefix else [[i] for i in group]:
+            _add_prompts(prompts, ends, prefixes, branches, part, depth, prefix)
     if prefix is not parent and prefix is not None:
         prefix.branches = range(began, len(branches))
 
 
 def shared(one: Sequence[int], other: Sequence[int], start: int = 0) -> int:
-    """How many tokens two sequences begin with together; those before `start` are known to be."""
+    """Length of the common prefix of two sequences, which are known to agree before `start`."""
     end = min(len(one), len(other))
     return next((n for n in range(start, end) if one[n] != other[n]), end)

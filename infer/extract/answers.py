@@ -1,6 +1,6 @@
-"""From a model's answers to a note's record: values, where they were read in the note, codes.
+"""From generated answers to a note's record: values with spans and log-probabilities, diagnosis codes.
 
-A record is what `python -m infer.extract` writes, one line a note; record.schema.json describes it.
+A record is what `python -m infer.extract` writes, one line per note; record.schema.json describes it.
 """
 
 from __future__ import annotations
@@ -8,6 +8,7 @@ from __future__ import annotations
 import math
 import re
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -20,12 +21,12 @@ from model.support.files import read_json
 TASKS = ("phenotype", "diagnosis")
 SCHEMA: dict[str, Any] = read_json(Path(__file__).with_name("record.schema.json"))
 CALIBRATION = "calibration.json"
-"""Beside an adapter: {"phenotype": T, "diagnosis": T}, which python -m eval.calibration fits."""
+"""File in an adapter's folder, {"phenotype": T, "diagnosis": T}; written by python -m eval.calibration."""
 
 
 def read_calibration(adapters: Sequence[str | Path]) -> dict[str, float]:
-    """The temperatures of the last adapter's answers by task; none where it has no calibration. Raises UserError for a
-    file of another form."""
+    """Calibration temperatures of the last adapter, by task; {} if it has none. Raises UserError for an invalid
+    file."""
     path = Path(adapters[-1]) / CALIBRATION if adapters else None
     if path is None or not path.is_file():
         return {}
@@ -37,12 +38,12 @@ def read_calibration(adapters: Sequence[str | Path]) -> dict[str, float]:
 
 
 def probability(logprob: float, temperature: float) -> float:
-    """exp(logprob / T): how probable it is that an answer matches exactly."""
+    """exp(logprob / T): the calibrated probability that an answer is an exact match."""
     return math.exp(min(0.0, logprob) / temperature)
 
 
 def calibrate(record: dict[str, Any], temperatures: Mapping[str, float]) -> None:
-    """Enter `probability` into a record's answers, for the tasks that have a temperature."""
+    """Adds `probability` to a record's answers, in place, for the tasks that have a temperature."""
     answers = [("phenotype", answer) for answer in record.get("phenotypes", {}).values()]
     answers += [("diagnosis", record["diagnosis"])] if "diagnosis" in record else []
     for task, answer in answers:
@@ -51,7 +52,7 @@ def calibrate(record: dict[str, Any], temperatures: Mapping[str, float]) -> None
 
 
 def written_values(text: str) -> list[tuple[str, Span]]:
-    """The values in an answer's text, each with its characters there."""
+    """The values in an answer's text, each with its span in that text."""
     values, at = [], 0
     for value in tasks.parse_answer(text):
         found = re.compile(words(value)).search(text, at)
@@ -64,21 +65,21 @@ def written_values(text: str) -> list[tuple[str, Span]]:
 def phenotype_record(
     out: Generation, places: Sequence[Sequence[Span]], decode: Callable[[list[int]], str]
 ) -> dict[str, Any]:
-    """One question's answer: its values, where they were read and their log-probabilities. `places`: for every value
-    the place where it was read, then the others where it may have been; none where no place is known."""
+    """One question's record. `places` gives, for every value, spans of the note: first the one where it was read, then
+    those that cannot be ruled out; [] if the value does not occur in the note."""
     answers: list[dict[str, Any]] = []
-    spelt = token_places(out, decode)
+    of_tokens = token_spans(out, decode)
     for (value, span), spans in zip(written_values(out.text), places, strict=True):
         start, end = spans[0] if spans else (None, None)
-        answers.append({"text": value, "start": start, "end": end, "logprob": span_logprob(out.logprobs, spelt, *span)})
+        logprob = span_logprob(out.logprobs, of_tokens, *span)
+        answers.append({"text": value, "start": start, "end": end, "logprob": logprob})
         if len(spans) > 1:
             answers[-1]["ambiguous"] = [list(span) for span in spans[1:]]
     not_relevant = bool(out.text.strip()) and not answers
-    logprob = round(sum(kept_logprobs(out, decode)), 4)
     record = {
         "answers": answers,
         "not_relevant": not_relevant,
-        "logprob": logprob,
+        "logprob": round(sum(kept_logprobs(out, decode)), 4),
         "finish_reason": out.finish_reason,
     }
     if not answers and not not_relevant:
@@ -87,41 +88,76 @@ def phenotype_record(
 
 
 def diagnosis_record(out: Generation) -> dict[str, Any]:
-    """The diagnosis as written, and the codes that it names or is most similar to: none where it is "not relevant"."""
+    """The diagnosis as generated, and the ICD-10-CM codes it names or is most similar to; none if "not relevant"."""
     text = " ".join(out.text.split())
-    near = codes.lookup(text) if tasks.parse_answer(text) else []
-    found = [{"code": code, "description": codes.describe(code)} for code in near]
+    matches = codes.lookup(text) if tasks.parse_answer(text) else []
     return {
         "text": text,
-        "codes": found,
+        "codes": [{"code": code, "description": codes.describe(code)} for code in matches],
         "logprob": round(sum(out.logprobs), 4),
         "finish_reason": out.finish_reason,
     }
 
 
+def best_diagnosis(outs: Sequence[Generation], decode: Callable[[list[int]], str]) -> dict[str, Any]:
+    """The diagnosis of the window with the highest mean log-probability per token, and that window's index. Empty
+    answers lose to all others."""
+    kept = [replace(out, logprobs=kept_logprobs(out, decode)) for out in outs]
+    means = [(bool(out.text.strip()), sum(out.logprobs) / max(1, len(out.logprobs))) for out in kept]
+    best = means.index(max(means))
+    return diagnosis_record(kept[best]) | ({"window": best} if len(outs) > 1 else {})
+
+
+def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """Merges one question's records over the windows of a note.
+
+    Each value appears once, in order of first appearance, with its highest log-probability. `finish_reason` is the
+    first that means an answer was cut short, else the first other than "stop".
+    """
+    if len(records) == 1:
+        return records[0]
+    best: dict[str, dict[str, Any]] = {}
+    for answer in (answer for record in records for answer in record["answers"]):
+        if answer["text"] not in best or answer["logprob"] > best[answer["text"]]["logprob"]:
+            best[answer["text"]] = answer
+    other_reasons = [record["finish_reason"] for record in records if record["finish_reason"] != "stop"]
+    reason = next((reason for reason in other_reasons if reason != "stop_string"), next(iter(other_reasons), "stop"))
+    not_relevant = not best and all(record["not_relevant"] for record in records)
+    merged = {
+        "answers": list(best.values()),
+        "not_relevant": not_relevant,
+        "logprob": min(record["logprob"] for record in records),
+        "finish_reason": reason,
+    }
+    if not best and not not_relevant:
+        merged["raw"] = next(record["raw"] for record in records if "raw" in record)
+    return merged
+
+
 def kept_logprobs(out: Generation, decode: Callable[[list[int]], str]) -> list[float]:
-    """The log-probabilities of an answer's tokens, without those after the place where it was cut short."""
+    """Log-probabilities of the tokens of `out.text`, which may be shorter than what was generated."""
     if out.finish_reason in ("stop", "stop_string") or len(decode(out.tokens)) <= len(out.text):
         return out.logprobs
     return [
         logprob
-        for (begin, _), logprob in zip(token_places(out, decode), out.logprobs, strict=True)
+        for (begin, _), logprob in zip(token_spans(out, decode), out.logprobs, strict=True)
         if begin < len(out.text)
     ]
 
 
-def token_places(out: Generation, decode: Callable[[list[int]], str]) -> list[Span]:
-    """Which characters of the text each token spells, or spells a part of: all tokens of a character have its place."""
-    places, begin = [], 0
+def token_spans(out: Generation, decode: Callable[[list[int]], str]) -> list[Span]:
+    """The span of each token in the generated text. Tokens that share a character's bytes all include it."""
+    spans, start = [], 0
     for count in range(1, len(out.tokens) + 1):
         text = decode(out.tokens[:count])
-        whole = len(text.rstrip("\ufffd"))  # without a character of which bytes are still missing
-        places.append((begin, whole + (whole < len(text))))
-        begin = whole
-    return places
+        complete = len(text.rstrip("\ufffd"))  # without a last character whose bytes are incomplete
+        spans.append((start, complete + (complete < len(text))))
+        start = complete
+    return spans
 
 
-def span_logprob(logprobs: Sequence[float], places: Sequence[Span], start: int, end: int) -> float:
-    """The sum over the tokens that spell the characters start to end of an answer; `places` are all its tokens'."""
-    spelt = zip(places, logprobs, strict=False)  # only the first tokens may have been scored
-    return round(sum(logprob for (begin, stop), logprob in spelt if begin < end and stop > start), 4)
+def span_logprob(logprobs: Sequence[float], spans: Sequence[Span], start: int, end: int) -> float:
+    """Sum of the log-probabilities of the tokens that overlap the characters start … end − 1 of an answer; `spans` are
+    those of its tokens."""
+    scored = zip(spans, logprobs, strict=False)  # `logprobs` may end before `spans`: after the tokens of the value
+    return round(sum(logprob for (first, stop), logprob in scored if first < end and stop > start), 4)

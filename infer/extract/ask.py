@@ -1,4 +1,13 @@
-"""A note's questions as prompts, and the answers to all notes of a batch: infer.extract between its files."""
+"""From notes to records: build each question's prompt, generate the answers in batches, find where they were read.
+
+A note goes through these steps of `Asker`:
+
+    parts       the whole note, or its windows if it is too long, each with the prompts of its questions
+    requests    generation settings per prompt, with a grammar if decoding is grounded
+    generation  all requests of up to `batch` notes at once (schedule.py); the note is prefilled once for all questions
+    places      where in the note each value was read; repeated values are resolved by further requests (evidence.py)
+    record      values, spans, log-probabilities and codes, merged over windows (answers.py)
+"""
 
 from __future__ import annotations
 
@@ -13,10 +22,10 @@ from typing import Any
 from infer import tasks
 from infer.engine.generate import Generator, RequestBatch
 from infer.engine.settings import Generation, Settings
-from infer.extract.answers import calibrate, diagnosis_record, kept_logprobs, phenotype_record, written_values
+from infer.extract.answers import best_diagnosis, calibrate, merge, phenotype_record, written_values
 from infer.extract.evidence import Reading, decide, hiding, losses
 from infer.extract.grounded import Grounded, Grounding
-from infer.extract.notes import Note, refusal
+from infer.extract.notes import Note, skip_reason
 from infer.extract.places import Span, edges, occurrences
 from infer.extract.schedule import Group, Schedule, Work, ahead
 from infer.retrieval.neighbours import Neighbours
@@ -27,7 +36,7 @@ from model.text.tokenizer import Tokenizer, to_characters
 
 FORMS = ("template", "chat")
 LONG = ("error", "truncate", "windows")
-# How an untuned model is asked, after the note, in its own chat form.
+# Questions for an untuned model, in its own chat template; they follow the note.
 CHAT_PHENOTYPE = (
     "{question} Answer with the value only, several separated by semicolons{values}. "
     'If the note does not say, answer "not relevant".'
@@ -40,7 +49,7 @@ CHAT_OTHER = (
 
 @dataclass(frozen=True)
 class Limits:
-    """The paper's limits: tokens of a prompt (note and question), new tokens of an answer."""
+    """Maximum number of tokens of a prompt (note and question) and of the two kinds of answers; the paper's values."""
 
     input: int = 1500
     phenotype: int = 50
@@ -49,16 +58,17 @@ class Limits:
 
 @dataclass(frozen=True)
 class Part:
-    """A whole note, or one window of it: its characters from `start` on, with the prompts of its questions. `done` is
-    the record's `long` entry of a note beyond the limit."""
+    """A whole note, or one window of a long one, with the prompts of its questions."""
 
     note: Note
     text: str
     prompts: list[list[int]]
-    tokens: int
-    """Of the whole note."""
+    note_tokens: int
+    """Number of tokens of the whole note."""
     start: int = 0
-    done: dict[str, Any] | None = None
+    """Offset of `text` in the note, in characters."""
+    long: dict[str, Any] | None = None
+    """The record's `long` entry, if the note is over the limit."""
 
     @property
     def end(self) -> int:
@@ -67,11 +77,12 @@ class Part:
 
 @dataclass(frozen=True)
 class Request:
-    """A question about a part. It is as long as so many of a plan's `questions` (tasks.QUESTION tokens each)."""
+    """A question about a part."""
 
     prompt: list[int]
     settings: Settings
     questions: int = 1
+    """Size of the question in units of tasks.QUESTION tokens, by which memory is planned."""
 
 
 @dataclass(frozen=True)
@@ -85,12 +96,17 @@ class Answer:
 
 
 def form_for(tokenizer: Tokenizer, adapters: Sequence[str | Path]) -> str:
-    """How a model is asked: by our template with adapters or without a chat form of its own, else in that form."""
+    """ "template" if the model has adapters or no chat template of its own, else "chat"."""
     return "template" if adapters or tokenizer.form is None else "chat"
 
 
 class Asker:
-    """Asks a Generator a task's questions about notes, in one form, `batch` notes at once."""
+    """Asks a task's questions about notes, `batch` notes at a time.
+
+    `form` is "template" (tasks.py) or "chat" (the model's chat template); `long` says what to do with notes over the
+    limit (see LONG); `grounded` constrains decoding (grounded.py); `neighbours` adds retrieved notes to the diagnosis
+    question; `repair` corrects a note's spelling first; `temperatures` are the adapter's calibration.
+    """
 
     def __init__(
         self,
@@ -105,11 +121,11 @@ class Asker:
         repair: Repair | None = None,
         temperatures: Mapping[str, float] | None = None,
     ) -> None:
-        self.temperatures = temperatures or {}  # of the adapter's calibration
+        self.temperatures = temperatures or {}
         self.generator, self.tokenizer = generator, generator.tokenizer
         longest = limits.phenotype if task == "phenotype" else max(limits.phenotype, limits.diagnosis)
         length = generator.max_length
-        limits = replace(limits, input=min(limits.input, length - longest))  # what the model can take
+        limits = replace(limits, input=min(limits.input, length - longest))
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
         self.batch, self.repair = batch, repair
         self.grounding = Grounding(self.tokenizer, generator.stop_ids, generator.engine.device) if grounded else None
@@ -123,16 +139,16 @@ class Asker:
                 f"length is {length}; ask for fewer new tokens"
             )
         stop = ("\n",) if form == "template" else ()
-        self.short = Settings(max_new_tokens=limits.phenotype, stop=stop, stop_cycles=True)
-        self.wide = replace(self.short, max_new_tokens=limits.diagnosis)
+        self.settings = Settings(max_new_tokens=limits.phenotype, stop=stop, stop_cycles=True)
+        self.diagnosis_settings = replace(self.settings, max_new_tokens=limits.diagnosis)
 
     @property
-    def at_once(self) -> int:
-        """How many questions are asked at once."""
+    def max_questions(self) -> int:
+        """Number of questions that may be generated at once."""
         return self.batch * len(self.questions(Note("")))
 
     def questions(self, note: Note) -> list[tuple[str, str]]:
-        """(name, question) for everything that is asked about a note; its own questions have no name."""
+        """(name, question) of each question about a note. A note's own questions have the name ""."""
         if note.questions:
             return [("", question) for question in note.questions]
         asked = []
@@ -145,8 +161,11 @@ class Asker:
     def prompt(
         self, text: str, name: str, question: str, shown: Sequence[str] = (), prefix: list[int] | None = None
     ) -> list[int]:
-        """The ids of one question about a text. `shown`: other notes with their diagnoses, between the two. `prefix`:
-        the ids of tasks.prefix(text) with the begin token, where they are known (the template alone uses them)."""
+        """Token ids of the prompt that asks one question about a text.
+
+        `shown` are retrieved examples (tasks.example), placed between note and question. `prefix` may give the ids of
+        tasks.prefix(text) with the begin token, so that they are not encoded again; only "template" uses them.
+        """
         if self.form == "template":
             if prefix is None:
                 prefix = self.tokenizer.encode(tasks.prefix(text), bos=True)
@@ -164,14 +183,15 @@ class Asker:
         return self.tokenizer.encode_chat([{"role": "user", "content": content}])
 
     def prompts(self, note: Note, text: str, prefix: list[int] | None = None) -> list[list[int]]:
-        """The prompt of each of a note's questions about a text, which is encoded once (in a chat once a question)."""
+        """The prompts of all of a note's questions about a text. "template" encodes the text once, "chat" once per
+        question."""
         if prefix is None and self.form == "template":
             prefix = self.tokenizer.encode(tasks.prefix(text), bos=True)
         return [self.prompt(text, name, question, prefix=prefix) for name, question in self.questions(note)]
 
     def with_neighbours(self, note: Note, text: str, bare: list[int]) -> tuple[list[int], list[str]]:
-        """The diagnosis prompt `bare` with the note's neighbours before its question, as many as the limit allows, and
-        their ids."""
+        """The diagnosis prompt with as many retrieved neighbours as the limit allows, and the neighbours' ids. `bare`
+        is the prompt without them."""
         assert self.neighbours is not None
         question = tasks.DIAGNOSIS_QUESTION
         prefix = bare[: len(bare) - len(self.tokenizer.encode(tasks.branch(question)))]
@@ -181,38 +201,39 @@ class Asker:
             prompt = self.prompt(text, "diagnosis", question, [example for _, example in shown], prefix)
             if not shown or len(prompt) <= self.limits.input:
                 return prompt, [name for name, _ in shown]
-            shown.pop()  # a chat's content is encoded as one text, which may take a token more
+            shown.pop()  # a chat message is encoded as a whole, which may take a few tokens more
 
     def parts(self, note: Note) -> list[Part]:
-        """The note, or what `long` makes of one beyond the limit. Raises UserError where that is "error"."""
+        """The whole note, or its beginning or windows if it is over the limit. Raises UserError for a note over the
+        limit if `long` is "error"."""
         prefix, spans = self.encoded(note.text)
         tokens = len(spans)
         prompts = self.prompts(note, note.text, prefix)
-        over = max(map(len, prompts)) - self.limits.input
-        if over <= 0:
+        excess = max(map(len, prompts)) - self.limits.input
+        if excess <= 0:
             return [Part(note, note.text, prompts, tokens)]
         if self.long == "error":
             raise UserError(
-                f"the note is too long by {over} tokens (limit {self.limits.input}); "
+                f"the note is too long by {excess} tokens (limit {self.limits.input}); "
                 "--long truncate or --long windows reads it"
             )
-        size = tokens - over - 8  # a cut text may take a few tokens more than it had
+        size = tokens - excess - 8  # a window may take a few tokens more by itself than within the note
         if size < 16:
             raise UserError(f"the limit of {self.limits.input} tokens leaves no room for the note")
         if self.long == "truncate":
-            starts, done = [0], {"did": "truncate", "tokens": tokens, "read": size}
-        else:  # a quarter of each window overlaps the one before; the last ends with the note
+            starts, long = [0], {"did": "truncate", "tokens": tokens, "read": size}
+        else:  # windows overlap by a quarter; the last one ends where the note ends
             starts = [*range(0, tokens - size, size * 3 // 4), tokens - size]
-            done = {"did": "windows", "tokens": tokens, "windows": len(starts), "size": size}
+            long = {"did": "windows", "tokens": tokens, "windows": len(starts), "size": size}
         parts = []
         for first in starts:
             start, end = spans[first][0], spans[first + size - 1][1]
             text = note.text[start:end]
-            parts.append(Part(note, text, self.prompts(note, text), tokens, start, done))
+            parts.append(Part(note, text, self.prompts(note, text), tokens, start, long))
         return parts
 
     def encoded(self, text: str) -> tuple[list[int], list[Span]]:
-        """The ids of a note's prefix, and the characters of the note that each of its own tokens spells."""
+        """Token ids of tasks.prefix(text), and the span of `text` (in characters) of each token of the text itself."""
         prefix, spans = self.tokenizer.encode(tasks.prefix(text), bos=True, offsets=True)
         first = len(text) - len(text.lstrip())
         last, shift = first + len(text.strip()), first - len(tasks.NOTE)
@@ -223,44 +244,46 @@ class Asker:
         return prefix, [(start, end) for start, end in within if start < end]
 
     def records(self, notes: Iterable[Note], ended: Callable[[], object] = lambda: None) -> list[dict[str, Any]]:
-        """One record a note, in order; what is wrong with a note becomes its record's `error`. `ended` is called for
-        each."""
+        """One record per note, in order; a note that cannot be answered gets a record with an `error`. `ended` is
+        called each time a record is complete."""
         return self.results(ahead(lambda note: Work(self.work(note)), notes, self.batch), ended)
 
     def results(self, works: Iterable[Work], ended: Callable[[], object] = lambda: None) -> list[Any]:
-        """The works' results, `batch` notes and their questions at once."""
-        return Schedule(RequestBatch(self.generator), self.batch, self.at_once, ended).results(iter(works))
+        """Results of all works, in order, running `batch` notes at a time."""
+        return Schedule(RequestBatch(self.generator), self.batch, self.max_questions, ended).results(iter(works))
 
     def work(self, note: Note) -> Steps[list[Group], None, dict[str, Any]]:
-        """Answer a note: yields what it waits for, returns its record."""
+        """Coroutine that answers one note: yields requests to be generated (see Work), returns the record."""
         if self.repair is None:
             return (yield from self.answered(note))
         repaired, original = repair_note(note, self.repair)
         return original.restore((yield from self.answered(repaired)))
 
     def answered(self, note: Note) -> Steps[list[Group], None, dict[str, Any]]:
-        """The record of a note that is read as it is."""
+        """As `work`, for a note that needs no repair."""
         record: dict[str, Any] = {"id": note.id}
         try:
-            if reason := refusal(note):
+            if reason := skip_reason(note):
                 raise UserError(reason)
             parts = self.parts(note)
-            asked = [self.groups(self.requests(part, record)) for part in parts]
+            groups_of_parts = [self.groups(self.requests(part, record)) for part in parts]
         except UserError as error:
             return {"id": note.id, "error": str(error)}
-        yield [group for of_part in asked for group in of_part]
-        outs = [self.outs(of_part) for of_part in asked]
+        yield [group for groups in groups_of_parts for group in groups]
         answers = [
-            [Answer(part, *question, out) for question, out in zip(self.questions(note), of_part, strict=True)]
-            for part, of_part in zip(parts, outs, strict=True)
+            [
+                Answer(part, name, question, out)
+                for (name, question), out in zip(self.questions(note), self.outs(groups), strict=True)
+            ]
+            for part, groups in zip(parts, groups_of_parts, strict=True)
         ]
         places = iter((yield from self.places([answer for of_part in answers for answer in of_part])))
         return record | self.record(answers, [[next(places) for _ in of_part] for of_part in answers])
 
     def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:
-        """Everything that is asked about a part; the neighbours that it is shown enter its record."""
+        """One request per question about a part. The ids of retrieved neighbours are added to `record`."""
         grammars = {}
-        if self.grounding:  # the edges are the whole note's, so that a part offers no part of a word or number
+        if self.grounding:  # edges of the whole note: at a window's border a word or number may be cut
             at = (n - part.start for n in edges(part.note.text))
             grammars = self.grounding.of_note(part.text, [n for n in at if 0 <= n <= len(part.text)])
         requests = []
@@ -271,49 +294,55 @@ class Asker:
                 listed += [one for one in shown if one not in listed]
             constraint = Grounded(grammars[name]) if grammars else None
             if constraint is not None:
-                constraint.allowed([])  # the first mask is the longest to make
+                constraint.allowed([])  # memoize the first mask, the most expensive, while other notes are generated
             questions = 1 if name else -(-len(self.tokenizer.encode(question)) // tasks.QUESTION)
-            chosen = self.wide if name == "diagnosis" else self.short
-            requests.append(Request(prompt, replace(chosen, constraint=constraint), questions))
+            settings = self.diagnosis_settings if name == "diagnosis" else self.settings
+            requests.append(Request(prompt, replace(settings, constraint=constraint), questions))
         return requests
 
     def groups(self, requests: Iterable[Request]) -> list[Group]:
-        """Requests about one text in order, in groups of as many questions as are asked at once: so own questions,
-        however many, take no more memory than a task's."""
+        """Splits the requests about one text, in order, into groups of at most `max_questions`, so that a note with
+        many questions of its own takes no more memory than a task's questions."""
         groups: list[Group] = []
         for request in requests:
-            if not groups or groups[-1].questions + request.questions > self.at_once:
+            if not groups or groups[-1].questions + request.questions > self.max_questions:
                 groups.append(Group([], 0))
             groups[-1].states += self.generator.states([request.prompt], [request.settings], {})
-            groups[-1].questions += min(request.questions, self.at_once)  # a longer one is asked alone
+            groups[-1].questions += min(request.questions, self.max_questions)  # a longer one gets its own group
         return groups
 
     def outs(self, groups: Iterable[Group]) -> list[Generation]:
+        """The generated answers of finished groups, in order."""
         states = [state for group in groups for state in group.states]
-        return [whole(self.generator.result(state), state.settings) for state in states]
+        return [without_partial_value(self.generator.result(state), state.settings) for state in states]
 
     def places(self, answers: Sequence[Answer]) -> Steps[list[Group], None, list[list[list[Span]]]]:
-        """For every value of every answer the place in the note where it was read, then the others where it may have
-        been (infer/extract/evidence.py); nothing for a diagnosis, which is no span of the note."""
+        """The spans of the note for every value of every answer (evidence.py): first the one where the value was read,
+        then those that cannot be ruled out. [] for a diagnosis, which is not a span of the note."""
         readings = [self.readings(answer) if answer.name != "diagnosis" else [] for answer in answers]
-        open_ones = [one for of_answer in readings for one in of_answer if one.is_open]
-        lost = iter((yield from self.losses(open_ones)))
+        repeated = [reading for of_answer in readings for reading in of_answer if reading.is_open]
+        measured = iter((yield from self.losses(repeated)))
         return [
-            [decide(one.spans, next(lost)) if one.is_open else one.spans for one in of_answer] for of_answer in readings
+            [decide(reading.spans, next(measured)) if reading.is_open else reading.spans for reading in of_answer]
+            for of_answer in readings
         ]
 
     def losses(self, readings: Sequence[Reading]) -> Steps[list[Group], None, list[list[float]]]:
-        """What the value of each reading loses without each of its places, in nats."""
+        """For each reading, the log-probability (nats) that its value loses when each of its spans is hidden."""
         groups = []
         for _, of_part in groupby(readings, lambda reading: reading.start):
-            tokens: dict[int, int] = {}
-            groups += self.groups(Request(*how) for one in of_part for how in hiding(self.generator, one, tokens))
+            token_counts: dict[int, int] = {}
+            groups += self.groups(
+                Request(prompt, settings)
+                for reading in of_part
+                for prompt, settings in hiding(self.generator, reading, token_counts)
+            )
         yield groups
         outs = iter(self.outs(groups))
         return [losses(reading, [next(outs) for _ in reading.spans], self.generator.decode) for reading in readings]
 
     def readings(self, answer: Answer) -> list[Reading]:
-        """Where each value of an answer may have been read."""
+        """Each value of an answer with the spans where it may have been read."""
         part, prompt = answer.part, partial(self.prompt, name=answer.name, question=answer.question)
         return [
             Reading(prompt, part.text, part.start, answer.out, span, candidates(answer, value))
@@ -321,14 +350,15 @@ class Asker:
         ]
 
     def record(self, answers: list[list[Answer]], places: list[list[list[list[Span]]]]) -> dict[str, Any]:
-        """The answers to one note's questions (of each of its parts), merged over its parts."""
+        """A note's record from the answers of each of its parts and the places of their values."""
         record: dict[str, Any] = {}
-        for of_parts, spans in zip(zip(*answers, strict=True), zip(*places, strict=True), strict=True):
-            name, question, outs = of_parts[0].name, of_parts[0].question, [answer.out for answer in of_parts]
+        decode = self.generator.decode
+        for of_question, spans in zip(zip(*answers, strict=True), zip(*places, strict=True), strict=True):
+            name, question = of_question[0].name, of_question[0].question
+            outs = [answer.out for answer in of_question]
             if name == "diagnosis":
-                record["diagnosis"] = best_diagnosis(outs, self.generator.decode)
+                record["diagnosis"] = best_diagnosis(outs, decode)
                 continue
-            decode = self.generator.decode
             merged = merge([phenotype_record(out, at, decode) for out, at in zip(outs, spans, strict=True)])
             if name:
                 record.setdefault("phenotypes", {})[name] = merged
@@ -337,18 +367,18 @@ class Asker:
         calibrate(record, self.temperatures)
         part, flat = answers[0][0].part, [answer.out for of_part in answers for answer in of_part]
         record["tokens"] = {
-            "note": part.tokens,
+            "note": part.note_tokens,
             "prompt": sum(out.prompt_tokens for out in flat),
             "new": sum(len(out.tokens) for out in flat),
         }
-        if part.done:
-            record["long"] = part.done
+        if part.long:
+            record["long"] = part.long
         return record
 
 
 def candidates(answer: Answer, value: str) -> list[Span]:
-    """Where in its part of the note a value may have been read: as it is, else in another case. A closed list's values
-    are written in the list's case, not the note's."""
+    """The spans of a part of a note at which a value occurs, ignoring case if it does not occur as written. Case is
+    always ignored for values of a closed list, which are written in the list's case, not the note's."""
     part, known = answer.part, tasks.PHENOTYPES.get(answer.name)
     closed = known is not None and bool(known.values)
     for ignore_case in (True,) if closed else (False, True):
@@ -358,43 +388,8 @@ def candidates(answer: Answer, value: str) -> list[Span]:
     return []
 
 
-def whole(out: Generation, settings: Settings) -> Generation:
-    """A grounded answer that was cut short keeps only what is whole of it."""
+def without_partial_value(out: Generation, settings: Settings) -> Generation:
+    """Cuts a grounded answer that reached its token limit back to its last complete value."""
     if not isinstance(settings.constraint, Grounded):
         return out
-    return replace(out, text=settings.constraint.grammar.complete(out.text))
-
-
-def best_diagnosis(outs: Sequence[Generation], decode: Callable[[list[int]], str]) -> dict[str, Any]:
-    """The diagnosis of the window whose tokens were the likeliest, a mean each, and which window that was; one of which
-    nothing is left only where that is so of all."""
-    kept = [replace(out, logprobs=kept_logprobs(out, decode)) for out in outs]
-    means = [(bool(out.text.strip()), sum(out.logprobs) / max(1, len(out.logprobs))) for out in kept]
-    best = means.index(max(means))
-    return diagnosis_record(kept[best]) | ({"window": best} if len(outs) > 1 else {})
-
-
-def merge(records: list[dict[str, Any]]) -> dict[str, Any]:
-    """One answer out of several windows': values in order of appearance, each once, with its best log-probability; of
-    the reasons to end the first that cut an answer short, else the first that is not the end token."""
-    if len(records) == 1:
-        return records[0]
-    best: dict[str, dict[str, Any]] = {}
-    for record in records:
-        for answer in record["answers"]:
-            known = best.setdefault(answer["text"], answer)
-            if answer["logprob"] > known["logprob"]:
-                best[answer["text"]] = answer
-    reasons = [record["finish_reason"] for record in records]
-    others = [reason for reason in reasons if reason != "stop"]
-    reason = next((reason for reason in others if reason != "stop_string"), next(iter(others), "stop"))
-    not_relevant = not best and all(record["not_relevant"] for record in records)
-    merged = {
-        "answers": list(best.values()),
-        "not_relevant": not_relevant,
-        "logprob": min(record["logprob"] for record in records),
-        "finish_reason": reason,
-    }
-    if not best and not not_relevant:
-        merged["raw"] = next(record["raw"] for record in records if "raw" in record)
-    return merged
+    return replace(out, text=settings.constraint.grammar.longest_complete(out.text))

@@ -1,12 +1,12 @@
-"""Which of its occurrences a value was read from: hide each in turn, and see what the answer loses.
+"""Which occurrence of a repeated value the model read: mask each one in turn and measure the loss in log-probability.
 
-A note may hold "2.5 cm" twice, of a cyst and of the tumor. The answer's tokens are scored again (forced, not generated)
-while the question and the answer do not see the keys of one of the two; where the occurrence that was read is hidden,
-the value loses log-probability:
+A note may say "2.5 cm" twice, of a cyst and of the tumor. The answer's tokens are scored again (forced, not generated)
+with the keys of one occurrence masked for the question and the answer. Masking the occurrence that was read makes the
+value less likely:
 
     loss(span) = log p(value | note, question) − log p(value | note, question that does not see span)
 
-The note itself is read once: as long as one of its questions is in the cache, its keys are there.
+The note is not prefilled again: its keys stay in the cache as long as one of its questions does.
 """
 
 from __future__ import annotations
@@ -17,53 +17,60 @@ from dataclasses import dataclass, replace
 from infer.engine.generate import Generator
 from infer.engine.settings import Generation, Hidden, Settings
 from infer.engine.tree import shared
-from infer.extract.answers import span_logprob, token_places
+from infer.extract.answers import span_logprob, token_spans
 from infer.extract.places import Span
 
 MARGIN = 0.25
-"""Nats between the two largest losses below which they do not decide (python -m eval.bench placing)."""
-MOST = 8
-"""Occurrences that are hidden in turn, each a request. Of a value with more, none is decided."""
+"""If the two largest losses differ by less (nats), the place is ambiguous (chosen by python -m eval.bench placing)."""
+MAX_SPANS = 8
+"""A value with more occurrences is not resolved: each costs a request."""
 
 
 @dataclass(frozen=True)
 class Reading:
-    """A value in an answer and the places where it may have been read. `prompt` gives the question's prompt over a
-    text; `text` is the note's from `start` on; `said` are the value's characters in `out.text`, `spans` the note's."""
+    """A value of an answer and the spans of the note where it may have been read."""
 
     prompt: Callable[[str], list[int]]
+    """Gives the question's prompt about a text."""
     text: str
+    """The text that was asked about: the note from `start` on (characters)."""
     start: int
     out: Generation
-    said: Span
+    """The answer."""
+    value_span: Span
+    """The value in `out.text`."""
     spans: list[Span]
+    """Its occurrences in the note."""
 
     @property
     def is_open(self) -> bool:
-        """Whether the place is to be decided."""
-        return 1 < len(self.spans) <= MOST
+        """True if there are several occurrences to choose from."""
+        return 1 < len(self.spans) <= MAX_SPANS
 
-    def hidden(self, tokens: dict[int, int]) -> Iterator[tuple[list[int], Hidden]]:
-        """The prompt, and of each place its tokens, which what comes after the text does not see. `tokens` holds, for
-        every question about the text, how many of a prompt's come before a place: those that the prompt over the text
-        up to there shares with it."""
-        whole = self.prompt(self.text)
+    def hidden(self, token_counts: dict[int, int]) -> Iterator[tuple[list[int], Hidden]]:
+        """For each span, the prompt and the tokens to mask for everything after the text.
 
-        def before(place: int, text: str) -> int:
-            if place not in tokens:
-                tokens[place] = shared(whole, self.prompt(text))
-            return tokens[place]
+        `token_counts` maps an offset in the note to the number of prompt tokens before it, and is shared by all
+        questions about the text. That number is the common prefix of the prompts about the text and about the text up
+        to that offset.
+        """
+        prompt = self.prompt(self.text)
 
-        after = before(self.start + len(self.text) + 1, self.text + " x")
+        def tokens_before(offset: int, text: str) -> int:
+            if offset not in token_counts:
+                token_counts[offset] = shared(prompt, self.prompt(text))
+            return token_counts[offset]
+
+        after = tokens_before(self.start + len(self.text) + 1, self.text + " x")
         for span in self.spans:
-            first, stop = (before(place, self.text[: place - self.start]) for place in span)
+            first, stop = (tokens_before(offset, self.text[: offset - self.start]) for offset in span)
             first = min(first, after - 1)
-            yield whole, Hidden(first, min(max(first + 1, stop), after), after)
+            yield prompt, Hidden(first, min(max(first + 1, stop), after), after)
 
 
 @dataclass(frozen=True)
 class Forced:
-    """A constraint (Settings.constraint) that allows one continuation only."""
+    """A constraint (Settings.constraint) that allows only the given tokens."""
 
     tokens: Sequence[int]
 
@@ -71,22 +78,25 @@ class Forced:
         return [self.tokens[len(tokens)]]
 
 
-def hiding(generator: Generator, reading: Reading, tokens: dict[int, int]) -> Iterator[tuple[list[int], Settings]]:
-    """The prompt and settings that score the value again without each of its places. `tokens` as in Reading.hidden."""
-    count = sum(begin < reading.said[1] for begin, _ in token_places(reading.out, generator.decode))
+def hiding(
+    generator: Generator, reading: Reading, token_counts: dict[int, int]
+) -> Iterator[tuple[list[int], Settings]]:
+    """For each span, the prompt and settings that score the answer up to the value again with the span masked.
+    `token_counts` as in Reading.hidden."""
+    count = sum(start < reading.value_span[1] for start, _ in token_spans(reading.out, generator.decode))
     forced = Settings(max_new_tokens=count, constraint=Forced(reading.out.tokens[:count]))
-    for prompt, hidden in reading.hidden(tokens):
+    for prompt, hidden in reading.hidden(token_counts):
         yield prompt, replace(forced, hidden=hidden)
 
 
-def losses(reading: Reading, hidden: Sequence[Generation], decode: Callable[[list[int]], str]) -> list[float]:
-    """The loss of every place of a reading, in nats, from the outcomes of `hiding`."""
-    spelt = token_places(reading.out, decode)
-    kept = span_logprob(reading.out.logprobs, spelt, *reading.said)
-    return [kept - span_logprob(out.logprobs, spelt, *reading.said) for out in hidden]
+def losses(reading: Reading, masked: Sequence[Generation], decode: Callable[[list[int]], str]) -> list[float]:
+    """The loss of every span of a reading, in nats. `masked` are the results of the requests of `hiding`."""
+    spans = token_spans(reading.out, decode)
+    full = span_logprob(reading.out.logprobs, spans, *reading.value_span)
+    return [full - span_logprob(out.logprobs, spans, *reading.value_span) for out in masked]
 
 
-def decide(spans: list[Span], lost: Sequence[float], margin: float = MARGIN) -> list[Span]:
-    """The place with the largest loss, then the others whose loss is not smaller by more than `margin`."""
-    order = sorted(range(len(spans)), key=lambda n: -lost[n])
-    return [spans[n] for n in order if n == order[0] or lost[order[0]] - lost[n] <= margin]
+def decide(spans: list[Span], losses: Sequence[float], margin: float = MARGIN) -> list[Span]:
+    """The span with the largest loss, then all others whose loss is within `margin` of it, by descending loss."""
+    order = sorted(range(len(spans)), key=lambda n: -losses[n])
+    return [spans[n] for n in order if n == order[0] or losses[order[0]] - losses[n] <= margin]

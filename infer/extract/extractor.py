@@ -9,7 +9,7 @@ from typing import Any
 from infer.engine.generate import Generator, RequestBatch, State
 from infer.engine.load import load
 from infer.extract.answers import read_calibration
-from infer.extract.ask import Answer, Asker, Limits, Part, form_for, whole
+from infer.extract.ask import Answer, Asker, Limits, Part, form_for, without_partial_value
 from infer.extract.notes import Note
 from infer.extract.schedule import Group
 from infer.released import adapter, smollm2
@@ -86,7 +86,7 @@ class Extractor:
     def part(self, ended: list[tuple[Part, str, str, State]]) -> dict[str, Any]:
         """The record of answers that have ended; the places of a repeated value are all ambiguous."""
         asker = self.asker
-        outs = [whole(asker.generator.result(state), state.settings) for *_, state in ended]
+        outs = [without_partial_value(asker.generator.result(state), state.settings) for *_, state in ended]
         answers = [
             Answer(part, name, question, out) for (part, name, question, _), out in zip(ended, outs, strict=True)
         ]

@@ -1,8 +1,8 @@
-"""Reading the notes of a job, one at a time: JSON lines, a table or a folder of .txt files. A bad note
-does not end the job.
+"""Read the notes of a job one by one from JSON lines, a table or a folder of .txt files.
 
-A note's text is its file's text, line ends included, so that an answer's place is a place in the file; only a byte
-order mark at the beginning is removed. Ids may repeat: each note gets its own record.
+A note that cannot be read becomes a Note with an `error`; the job goes on. The text is kept as it is in the file, line
+ends included (only a byte order mark is removed), so character offsets in an answer are offsets in the file. Ids may
+repeat: each note gets its own record.
 """
 
 from __future__ import annotations
@@ -20,12 +20,12 @@ from model.support.files import check_regular, numbered_lines, parse_json_line, 
 from model.support.tables import Table
 
 LONGEST = 1_000_000
-"""Characters of the longest note that is read (some 250,000 tokens)."""
+"""Maximum number of characters of a note (about 250,000 tokens)."""
 
 
 @dataclass(frozen=True)
 class Note:
-    """One note, or the reason why it cannot be read. `questions` are the record's own, in place of a task's."""
+    """One note, or the `error` that kept it from being read. `questions` replace the task's questions if given."""
 
     id: str
     text: str = ""
@@ -34,8 +34,8 @@ class Note:
     patient: str | None = None
 
 
-def refusal(note: Note) -> str | None:
-    """Why a model is not asked about a note, before it is tokenised; None where it is."""
+def skip_reason(note: Note) -> str | None:
+    """Returns why the model cannot be asked about this note, or None if it can. Cheap: does not tokenize."""
     if note.error is not None:
         return note.error
     if not note.text.strip():
@@ -46,8 +46,11 @@ def refusal(note: Note) -> str | None:
 
 
 def read_notes(path: Path, text_column: str = "text", id_column: str = "id") -> Iterator[Note]:
-    """Notes in the file's order (a folder's: by name). `text_column` and `id_column` name a table's columns or a JSON
-    object's fields. Raises UserError where there is nothing to read, or a file of another form."""
+    """Yields notes in file order; those of a folder sorted by name.
+
+    `text_column` and `id_column` name a table's columns or a JSON object's fields. Raises UserError if `path` does not
+    exist, holds no note file, or has an unknown format.
+    """
     name = path.name.lower().removesuffix(".gz")
     if path.is_dir():
         files = text_files(path)
@@ -73,19 +76,19 @@ def read_notes(path: Path, text_column: str = "text", id_column: str = "id") -> 
 
 
 def text_files(folder: Path) -> list[Path]:
-    """A folder's visible .txt files (in any case), by name."""
+    """A folder's .txt files (case-insensitive), without hidden ones, sorted by name."""
     files = (file for file in folder.iterdir() if file.suffix.lower() == ".txt" and not file.is_dir())
     return sorted(file for file in files if not file.name.startswith("."))
 
 
-def passed_over(folder: Path) -> str:
-    """What a folder holds besides notes, each kind with its count and first name; "" where there is nothing."""
+def ignored_files(folder: Path) -> str:
+    """One line on what else a notes folder holds, as `listed` gives it; "" if nothing."""
     read = set(text_files(folder))
     return listed(kinds(path for path in sorted(folder.iterdir()) if path not in read))
 
 
 def kinds(paths: Iterable[Path]) -> dict[str, list[str]]:
-    """Names by what they are: hidden files ("._…" of macOS), sub-folders, files by their ending."""
+    """Group file names by kind: hidden files (such as macOS's "._…"), sub-folders, and files by extension."""
     found: dict[str, list[str]] = {}
     for path in paths:
         kind = "sub-folders" if path.is_dir() else f"{path.suffix or 'other'} files"
@@ -94,9 +97,10 @@ def kinds(paths: Iterable[Path]) -> dict[str, list[str]]:
 
 
 def listed(groups: Mapping[str, list[str]]) -> str:
-    """Each group's count and first name, in one line."""
-    parts = (f"{len(names)} {kind} ({names[0]}{', …' * (len(names) > 1)})" for kind, names in groups.items())
-    return ", ".join(parts)
+    """One line with each group's count and first name: "2 .pdf files (a.pdf, …), 1 sub-folders (old)"."""
+    return ", ".join(
+        f"{len(names)} {kind} ({names[0]}{', …' if len(names) > 1 else ''})" for kind, names in groups.items()
+    )
 
 
 def text_file(file: Path) -> Note:
@@ -146,7 +150,7 @@ def json_note(line: bytes, number: int, text_column: str, id_column: str) -> Not
 
 
 def id_in(line: bytes, id_column: str) -> str | None:
-    """The id on a line that is refused for another reason."""
+    """The id on a JSON line that is otherwise invalid, or None."""
     try:
         given = json.loads(line)[id_column]
         str(given).encode()
@@ -156,18 +160,18 @@ def id_in(line: bytes, id_column: str) -> str | None:
 
 
 def checked(note: Note) -> Note:
-    reason = refusal(note)
+    reason = skip_reason(note)
     return note if reason is None else Note(note.id, error=reason)
 
 
 def fingerprint(path: Path) -> str:
-    """A hash of the notes' bytes, so that a job is only ever continued on the same notes."""
+    """Hash of all notes' bytes (hex): a job is only resumed on identical notes."""
     digest = hashlib.sha256()
     for file in text_files(path) if path.is_dir() else [path]:
         if path.is_dir():
             digest.update(os.fsencode(file.name) + b"\0")
         try:
             digest.update(bytes.fromhex(sha256_file(file)))
-        except (UserError, OSError):  # its record will say so
+        except (UserError, OSError):  # reported in the note's record
             digest.update(b"unread")
     return digest.hexdigest()

@@ -1,11 +1,11 @@
-"""Where a value may be in a note: the one definition of a span's edges, for grounded decoding, records and scores.
+"""Where a span of a note may begin and end: one definition for grounded decoding, records and scores.
 
-A span begins and ends at the edge of a word, never inside a number and never between a number and its sign: "5 cm" is
-not in ".5 cm", "2·5 cm", "3-4 cm" or "> 5 cm", and "205 g" is not in "1'205 g". Word edges follow Unicode's UAX #29,
-with two differences: an apostrophe, colon or stop between letters is an edge, since notes leave out spaces
-("Site:breast"), and so is every syllable of Hangul, whose particles follow a noun without a space. Scripts without
-spaces (Chinese, Japanese, Thai, Lao, Khmer, Burmese) have an edge after every character with its marks, as in UAX #29;
-katakana keeps together.
+An edge is a word boundary that is not inside a number and not between a number and its sign: "5 cm" does not occur in
+".5 cm", "2·5 cm", "3-4 cm" or "> 5 cm", nor "205 g" in "1'205 g". Word boundaries follow Unicode's UAX #29, with two
+differences: an apostrophe, colon or full stop between letters is a boundary, because notes omit spaces ("Site:breast"),
+and so is every Hangul syllable, because particles follow a noun without a space. As in UAX #29, scripts without spaces
+(Chinese, Japanese, Thai, Lao, Khmer, Burmese) have a boundary after every character with its marks, and katakana words
+stay together.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ _NUMBER = re.compile(
 )
 
 
-@lru_cache(16)  # a note is asked for its edges by each of its parts and answers
+@lru_cache(16)  # called for the same note by each of its windows and answers
 def edges(text: str) -> tuple[int, ...]:
-    """The places, 0 to len(text) in rising order, where a span of a text may begin or end."""
+    """Offsets in `text` at which a span may begin or end, ascending, 0 and len(text) included."""
     kinds = [""]  # before the text
     found = []
     for character in text:
@@ -92,7 +92,8 @@ def edges(text: str) -> tuple[int, ...]:
 
 
 def _kind(character: str, before: str) -> str:
-    """What a character keeps together with: "word", "katakana", "mark" with whatever is before it, "" with nothing."""
+    """Characters of the same kind ("word", "katakana") stay together, a "mark" with the character before it, those of
+    kind "" with none."""
     code = ord(character)
     if code < 128:
         return "word" if character.isalnum() or character == "_" else ""
@@ -106,12 +107,13 @@ def _kind(character: str, before: str) -> str:
 
 
 def words(value: str) -> str:
-    """A regular expression of a value's words, with any white space between them."""
+    """Regular expression for a value's words with any white space between them."""
     return r"\s+".join(map(re.escape, value.split()))
 
 
 def occurrences(value: str, text: str, ignore_case: bool = False) -> list[Span]:
-    """Every (start, end) at which a value is in a text, from edge to edge, with any white space; some may overlap."""
+    """All spans (start, end) of `text` that match a value, up to white space, and begin and end at edges. Spans may
+    overlap."""
     pattern = words(value)
     if not pattern:
         return []
@@ -123,5 +125,5 @@ def occurrences(value: str, text: str, ignore_case: bool = False) -> list[Span]:
 
 
 def occurs_in(value: str, text: str) -> bool:
-    """Whether a value is in a text as whole words and numbers, in any case: "5 cm" is not in "2.5 cm"."""
+    """True if a value occurs in a text as whole words and numbers, ignoring case: "5 cm" does not in "2.5 cm"."""
     return bool(occurrences(value, text, ignore_case=True))

@@ -28,7 +28,7 @@ from tqdm import tqdm
 
 from infer.extract.answers import SCHEMA, read_calibration
 from infer.extract.job import EPOCH, Job, Unchanged, begun, epochs, mark_of, stamp, tally
-from infer.extract.notes import Note, fingerprint, passed_over, read_notes
+from infer.extract.notes import Note, fingerprint, ignored_files, read_notes
 from infer.extract.options import AskOptions, of_first, planned
 from infer.retrieval.repair import read_repair
 from model.support.cli import UserError
@@ -96,7 +96,7 @@ def main(options: Options) -> int:
         raise UserError(f"{options.out}: would be one of the notes of {options.notes} itself; choose another --out")
     if next(source(options), None) is None:  # before anything is made; it refuses a missing file itself
         raise UserError(f"{options.notes}: holds no note")
-    if rank == 0 and options.notes.is_dir() and (rest := passed_over(options.notes)):
+    if rank == 0 and options.notes.is_dir() and (rest := ignored_files(options.notes)):
         print(f"{options.notes}: not read: {rest}", file=sys.stderr)
     notes = Unchanged(options.notes)
     job = Job(options.out, identity(options, notes), rank)

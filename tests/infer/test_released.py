@@ -61,7 +61,7 @@ def test_a_released_adapter_answers_the_same_in_transformers_and_peft(name, tmp_
     for line in released.SAMPLES.read_text("utf-8").splitlines():
         record = json.loads(line)
         prompts = asker.prompts(Note("", record["text"]), record["text"])
-        outs = asker.generator.generate(prompts, replace(asker.short, max_new_tokens=16, stop=(), stop_cycles=False))
+        outs = asker.generator.generate(prompts, replace(asker.settings, max_new_tokens=16, stop=(), stop_cycles=False))
         for prompt, out in zip(prompts, outs, strict=True):
             ids = torch.tensor([prompt])
             said = theirs.generate(ids, attention_mask=torch.ones_like(ids), do_sample=False, max_new_tokens=16)

@@ -7,7 +7,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from infer.engine.cache import Cache
 from infer.engine.forward import Engine
-from infer.engine.tree import plan
+from infer.engine.tree import build_tree
 
 LAYERS = 2
 
@@ -52,7 +52,7 @@ def decode_dispatches(notes: int, questions: int, layers: int, window: int | Non
         for note in range(notes)
         for question in range(questions)
     ]
-    prefixes, branches = plan(prompts)
+    prefixes, branches = build_tree(prompts)
     with torch.inference_mode():
         cache = Cache(Engine(model), prefixes, branches)
         longest = max(len(branch.tokens) for branch in branches)
@@ -89,7 +89,7 @@ class Names(TorchDispatchMode):
 def test_a_prompt_is_read_by_flash_attention_in_fp32(prompts):
     """Not by a product that holds all scores, which SDPA falls back to for keys in another layout."""
     engine = Engine(tiny_model(dtype=torch.float32))
-    prefixes, branches = plan([[(3 * i + n) % 250 for i in range(100)] for n in range(prompts)])
+    prefixes, branches = build_tree([[(3 * i + n) % 250 for i in range(100)] for n in range(prompts)])
     with torch.no_grad(), Names() as seen:
         cache = Cache(engine, prefixes, branches)
         longest = max(len(branch.tokens) for branch in branches)

@@ -21,7 +21,7 @@ from infer.engine.generate import Generator, RequestBatch, Settings, cycles
 from infer.engine.levels import Level
 from infer.engine.lookup import Lookup, best_guess_count
 from infer.engine.settings import Hidden
-from infer.engine.tree import Prefix, plan
+from infer.engine.tree import Prefix, build_tree
 from lora import LoRAConfig, add_lora
 from model.attention import PlainAttend
 from model.mask import Visible
@@ -111,7 +111,7 @@ def test_the_end_of_a_prompt_does_not_see_what_is_hidden_from_it(kind, data, pro
 @given(st.data(), trees())
 def test_a_tree_spells_its_prompts(data, prompts):
     hidden = data.draw(hidden_parts(prompts))
-    prefixes, branches = plan(prompts, hidden)
+    prefixes, branches = build_tree(prompts, hidden)
     for branch in branches:
         one = hidden[branch.prompt]
         assert one is None or branch.start <= one.after, "tokens that do not see it are shared with some that do"
@@ -125,7 +125,7 @@ def test_a_tree_spells_its_prompts(data, prompts):
 
 def test_questions_share_their_note():
     note = list(range(200))
-    prefixes, branches = plan([note + [7] * i + [9, i] for i in range(9)])
+    prefixes, branches = build_tree([note + [7] * i + [9, i] for i in range(9)])
     assert [len(prefix.tokens) for prefix in prefixes][0] == 200
     assert sum(len(prefix.tokens) for prefix in prefixes) + sum(len(branch.tokens) for branch in branches) < 300
 
@@ -145,7 +145,7 @@ def test_a_window_bounds_what_is_held(count, chunk, tokenizer):
     """Of 150 tokens read and 100 written, the storage holds the window's keys and values, those of a chunk while it is
     read, and the room to grow."""
     generator, window, length = Generator(MODELS["window"], tokenizer, chunk=chunk), 7, 150
-    prefixes, branches = plan([[(3 * i + 7 * n) % 200 for i in range(length)] for n in range(count)])
+    prefixes, branches = build_tree([[(3 * i + 7 * n) % 200 for i in range(length)] for n in range(count)])
     cache = Cache(generator.engine, prefixes, branches)
 
     def slots(tensors):
@@ -553,7 +553,7 @@ MISTAKES = {  # of Cache.join, Cache.retain or Level's index
     "a stale slot after a refill": ("join", "other.keys[layer], dim=-1", "self.keys[layer], dim=-1"),
     "values of the rows before": ("join", "other.values[layer], dim=-2", "self.values[layer], dim=-2"),
     "a note's keys for its neighbour's": ("join", "own + prefix.branches.start,", "own - 1 + prefix.branches.start,"),
-    "a tree's levels in one": ("join", "free.remove(place)", "pass"),
+    "a tree's levels in one": ("join", "free.remove(match)", "pass"),
     "a mask of the wrong row": ("index", "places.get(branch, -1) // n", "places.get(branch + 1, -1) // n"),
     "a row kept for its neighbour": ("retain", "self.start_B[kept_B]", "self.start_B[: len(rows)]"),
 }

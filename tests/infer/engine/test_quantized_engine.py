@@ -15,7 +15,7 @@ from infer.engine.forward import Engine
 from infer.engine.fuse import Int4Linear, fuse
 from infer.engine.generate import Generator
 from infer.engine.load import check_format, load, load_quantized
-from infer.engine.tree import plan
+from infer.engine.tree import build_tree
 from lora import LoRAConfig, add_lora, load_adapter, save_adapter
 from lora.adapter import adapted
 from model import Transformer
@@ -98,7 +98,7 @@ PEAK = """
 import sys
 from infer.engine.load import load
 from infer.engine.cache import Cache
-from infer.engine.tree import plan
+from infer.engine.tree import build_tree
 
 def most():  # kB, of this program alone: getrusage's would begin with that of the program that started it
     lines = open("/proc/self/status").read().splitlines()
@@ -167,7 +167,7 @@ def test_onednns_products_give_logits_as_exact_as_the_plain_path(rows, monkeypat
             parameter.mul_(2)  # attention that is not uniform
     fp32, exact = deepcopy(exact), exact.double()
     ids_1T = torch.randint(0, 250, (1, 48), generator=torch.Generator().manual_seed(0))
-    prefixes, branches = plan([ids_1T[0].tolist()])
+    prefixes, branches = build_tree([ids_1T[0].tolist()])
     engine = Engine(fp32)
     cache = Cache(engine, prefixes, branches)
     x_TD = torch.cat([cache.step(part, torch.tensor([rows]))[0] for part in ids_1T.split(rows, dim=1)])

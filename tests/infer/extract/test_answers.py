@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from infer import tasks
 from infer.engine.generate import Generation, Generator, RequestBatch
-from infer.extract.answers import SCHEMA, diagnosis_record, phenotype_record, written_values
-from infer.extract.ask import Answer, Asker, Limits, best_diagnosis, merge
+from infer.extract.answers import SCHEMA, best_diagnosis, diagnosis_record, merge, phenotype_record, written_values
+from infer.extract.ask import Answer, Asker, Limits
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
 from infer.extract.schedule import Work
@@ -125,7 +125,7 @@ def test_windows_hold_all_of_a_long_note_overlap_and_keep_to_the_limit(pieces, l
     assert not text[read:].strip()  # a note that is read whole keeps the white space at its end, a window does not
     asker.long = "truncate"
     (short,) = asker.parts(Note("n", text))
-    assert text.startswith(short.text) and (len(parts) > 1) == (short.done is not None)
+    assert text.startswith(short.text) and (len(parts) > 1) == (short.long is not None)
     asker.long = "error"
     if len(parts) > 1:
         with pytest.raises(UserError, match="too long by"):

@@ -16,7 +16,7 @@ from infer.engine.generate import Generator, Settings
 from infer.engine.load import load
 from infer.engine.settings import Generation
 from infer.extract.ask import FORMS, Answer, Asker, Limits
-from infer.extract.evidence import MARGIN, MOST, Forced, Reading, decide
+from infer.extract.evidence import MARGIN, MAX_SPANS, Forced, Reading, decide
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
 from infer.extract.schedule import Work
@@ -145,10 +145,10 @@ def test_a_value_is_placed_in_the_window_that_said_it(tokenizer):
 
 def test_a_value_that_occurs_too_often_to_be_tried_keeps_all_its_places(tokenizer):
     asker = asked(tiny_model(), tokenizer)
-    few, many = (answered(asker, "1 cm " * count, "tumor_size", " 1 cm") for count in (MOST, MOST + 1))
+    few, many = (answered(asker, "1 cm " * count, "tumor_size", " 1 cm") for count in (MAX_SPANS, MAX_SPANS + 1))
     ((((first, *_),), (places,)),) = asker.results([Work(asker.places([few, many]))])
-    assert first in occurrences("1 cm", "1 cm " * MOST)
-    assert places == occurrences("1 cm", "1 cm " * (MOST + 1))
+    assert first in occurrences("1 cm", "1 cm " * MAX_SPANS)
+    assert places == occurrences("1 cm", "1 cm " * (MAX_SPANS + 1))
 
 
 def tokens_of(tokenizer, text, monkeypatch):

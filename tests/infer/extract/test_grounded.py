@@ -52,7 +52,8 @@ def test_no_output_ever_breaks_it(either, note, seed, hot, new, form, long):
     asker = Asker(generator, "both", form, Limits(1500, new, new * 9), long, grounded=True)
     if long != "error":
         shorten(asker)
-    asker.short, asker.wide = (replace(s, temperature=hot, seed=seed) for s in (asker.short, asker.wide))
+    chosen = (asker.settings, asker.diagnosis_settings)
+    asker.settings, asker.diagnosis_settings = (replace(s, temperature=hot, seed=seed) for s in chosen)
     (record,) = asker.records([Note("n", note)])
     for name, phenotype in tasks.PHENOTYPES.items():
         for answer in record["phenotypes"][name]["answers"]:
@@ -81,7 +82,7 @@ def test_requests_that_share_a_constraint_get_what_each_would_alone(note, seed, 
         assert out.tokens == generator.generate([prompt], alone)[0].tokens
         ended = out.finish_reason == "stop"
         assert grammar.read(grammar.begin(), out.text.encode()) or not out.text.isascii()  # a letter may be cut
-        assert not ended or grammar.complete(out.text) == out.text
+        assert not ended or grammar.longest_complete(out.text) == out.text
 
 
 @settings(deadline=None, max_examples=25)
@@ -136,7 +137,7 @@ def test_whatever_was_said_the_answer_can_still_become_whole(either, note, steps
     states = grammar.begin()
     for step in steps:
         ahead = grammar.next(states)
-        assert ahead or any(grammar.whole(state) for state in states)
+        assert ahead or any(grammar.may_end(state) for state in states)
         if ahead:
             states = ahead[sorted(ahead)[step % len(ahead)]]
 
@@ -146,7 +147,7 @@ def test_what_is_not_in_the_note_is_refused(tokenizer):
 
     def legal(text):
         states = grammar.read(grammar.begin(), text.encode())
-        return any(grammar.whole(state) for state in states)
+        return any(grammar.may_end(state) for state in states)
 
     for text in (" 2.5 cm", " tumor; 2.5 cm", " 2.5 cm, grade 2", " not relevant", " tumor of 2.5", "grade 2"):
         assert legal(text), text
@@ -165,16 +166,16 @@ def test_what_is_not_in_the_note_is_refused(tokenizer):
         " Tumor",
     ):
         assert not legal(text), text
-    assert grammar.complete(" tumor; gra") == " tumor"
-    assert grammar.complete(" not relev") == ""
+    assert grammar.longest_complete(" tumor; gra") == " tumor"
+    assert grammar.longest_complete(" not relev") == ""
 
 
 @pytest.mark.parametrize("name", ["hormone_receptor_status", "tumor_laterality"])
 def test_closed_lists(name, tokenizer):
     grammar = Grounding(tokenizer, tokenizer.stop_ids).of_note("left right ER+")[name]
     values = tasks.PHENOTYPES[name].values
-    assert grammar.complete(f" {values[0]}; {values[1]}") == f" {values[0]}; {values[1]}"
-    assert grammar.complete(" lefty") in ("", " left")
+    assert grammar.longest_complete(f" {values[0]}; {values[1]}") == f" {values[0]}; {values[1]}"
+    assert grammar.longest_complete(" lefty") in ("", " left")
 
 
 @settings(deadline=None, max_examples=150)
@@ -188,7 +189,7 @@ def test_what_may_be_said_is_what_has_a_place(tokenizer, note, data):
     value = text[start : data.draw(st.integers(start + 1, len(text)))].strip() if data else "2,5 cm"
     if value and value[0] != ";" and value[-1] != ";" and "; " not in value and value != tasks.NOT_RELEVANT:
         states = grammar.read(grammar.begin(), f" {value}".encode())
-        assert any(grammar.whole(state) for state in states) == bool(occurrences(value, note))
+        assert any(grammar.may_end(state) for state in states) == bool(occurrences(value, note))
         assert not states or tasks.parse_answer(f" {value}") == [value]
 
 
