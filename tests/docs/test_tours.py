@@ -97,7 +97,7 @@ WRONG = {  # what is broken, how its result is changed, and the number by which 
     "loss": ("training_step", loop, "batch_loss", lambda pair: (pair[0], pair[1] * 1.001), "log p / N"),
     "norm": ("training_step", loop.Trainer, "gradient_norm", scaled, "Σ g²"),
     "decay": ("training_step", optimizer, "adamw", more_decay, "rate"),
-    "grammar": ("extraction", Grammar, "whole", lambda whole: True, "not an allowed answer"),
+    "grammar": ("extraction", Grammar, "may_end", lambda ends: True, "not an allowed answer"),
     "answer's probability": ("extraction", Generator, "result", likelier, "Σ log p"),
 }
 

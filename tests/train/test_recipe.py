@@ -250,6 +250,6 @@ def test_products_that_the_processor_has_not_are_refused_before_any_work(options
     from train.session import train
 
     monkeypatch.setattr("model.support.hardware.processor", lambda: "flags : avx2 fma")
-    with pytest.raises(UserError, match='base = "w8a8": this machine has no fast exact products'):
+    with pytest.raises(UserError, match='base = "w8a8": this machine has no fast exact int8 GEMM'):
         train(as_recipe(options, out=str(tmp_path / "run"), base="w8a8"), "instruct")
     assert not (tmp_path / "run").exists()

@@ -89,7 +89,7 @@ def test_neighbours_take_the_room_that_is_left_and_never_the_notes(weights, inde
     counts = []
     for most in range(len(bare), len(bare) + 400, 7):
         ask.limits = Limits(most)
-        assert ask.parts(Note(**QUERY))[0].done is None
+        assert ask.parts(Note(**QUERY))[0].long is None
         prompt, shown = ask.with_neighbours(Note(**QUERY), QUERY["text"], bare)
         assert len(prompt) <= most
         counts.append(len(shown))
