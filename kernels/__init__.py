@@ -1,7 +1,7 @@
-"""Tensors in, tensors out: Triton kernels, each beside its PyTorch definition.
+"""Triton kernels and their PyTorch definitions, as functions of tensors.
 
-Nothing is imported until a name is asked for, so that `import kernels` costs nothing and needs no Triton. A CPU
-tensor gets the PyTorch definition, a CUDA tensor the kernel.
+CUDA tensors run the kernel, CPU tensors the definition. A function is imported when it is first used, so that `import
+kernels` is fast and needs no Triton.
 """
 
 from __future__ import annotations
@@ -9,8 +9,8 @@ from __future__ import annotations
 from importlib import import_module
 from typing import Any
 
-# no file is called as what it defines: importing it would put the module in the function's place
-_HOME = {
+# No module has the name of its function: importing it would replace the attribute kernels.NAME by the module.
+_MODULE_OF = {
     "rms_norm": "norm",
     "add_rms_norm": "norm",
     "swiglu": "activation",
@@ -23,10 +23,10 @@ _HOME = {
     "tree_attention": "attention",
     "Level": "attention",
 }
-__all__ = [*_HOME]  # noqa: PLE0604
+__all__ = [*_MODULE_OF]  # noqa: PLE0604
 
 
 def __getattr__(name: str) -> Any:
-    if name not in _HOME:
+    if name not in _MODULE_OF:
         raise AttributeError(f"module 'kernels' has no attribute {name!r}")
-    return getattr(import_module(f"kernels.{_HOME[name]}"), name)
+    return getattr(import_module(f"kernels.{_MODULE_OF[name]}"), name)

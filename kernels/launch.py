@@ -1,9 +1,9 @@
-"""When a kernel runs, with which tile sizes, and how it is launched.
+"""When a kernel runs, with which tile sizes, and its launch.
 
-Three kinds of tensors reach a kernel: CUDA tensors (compiled), CPU tensors when TRITON_INTERPRET=1 was set before
-Triton was imported (interpreted, for tests and debuggers), and meta tensors inside `recording()` (nothing runs; the
-launch is recorded, which is how `kernels.proof` compiles the exact signatures of a 7B model without a GPU or 15 GB of
-memory). Everything else gets the PyTorch definition.
+Kernels take three kinds of tensors: CUDA tensors (compiled); CPU tensors if TRITON_INTERPRET=1 was set before Triton
+was imported (interpreted, for tests and debuggers); and meta tensors inside `recording()`: nothing runs and the launch
+is recorded, which is how `kernels.proof` compiles the exact signatures of a 7B model without a GPU or 15 GB of memory.
+All other tensors use the PyTorch definition.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ try:
     import triton.language as tl
 
     INTERPRETED = bool(triton.knobs.runtime.interpret)
-except ImportError:  # no Triton on this platform: every function computes its definition
+except ImportError:  # no Triton on this platform: the PyTorch definitions run
     triton = tl = None
     INTERPRETED = False
 
@@ -34,13 +34,13 @@ if INTERPRETED:
     interpreted.repair_bf16()
 
 KERNEL_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
-DEFAULT_CARD = (80, 108)  # compute capability and SMs that are assumed where there is no card: an A100
+DEFAULT_CARD = (80, 108)  # (compute capability × 10, SMs) of an A100, assumed without a GPU
 CONFIGS: dict[str, dict[str, dict[str, int]]] = json.loads((Path(__file__).parent / "configs.json").read_text())
 
 
 def jit(*lengths: str) -> Callable[[Callable[..., None]], Any]:
-    """`triton.jit`. `lengths` are integers that grow during a generation (cached tokens, rows): Triton would compile
-    another variant whenever one becomes, or stops being, a multiple of 16."""
+    """`triton.jit`, or the plain function without Triton. `lengths` are integer parameters that change during
+    generation (cached tokens, rows): not specialized, or Triton would compile another variant for multiples of 16."""
 
     def decorate(function: Callable[..., None]) -> Any:
         return function if triton is None else triton.jit(function, do_not_specialize=list(lengths))
@@ -50,7 +50,7 @@ def jit(*lengths: str) -> Callable[[Callable[..., None]], Any]:
 
 @dataclass(frozen=True)
 class Launch:
-    """One kernel launch, as it would be made."""
+    """A recorded kernel launch."""
 
     kernel: Any
     grid: tuple[int, ...]
@@ -59,12 +59,13 @@ class Launch:
 
 
 _recorded: list[Launch] | None = None
-asked: set[tuple[str, str]] = set()  # (kernel, shape class) pairs that were looked up: what a run has covered
+_assumed_card: tuple[int, int] | None = None
+used_configs: set[tuple[str, str]] = set()  # (kernel, shape class) pairs looked up so far: what a run has covered
 
 
 @contextlib.contextmanager
 def recording() -> Iterator[list[Launch]]:
-    """Record launches on meta tensors instead of making them."""
+    """Context in which launches on meta tensors are recorded in the yielded list instead of run."""
     global _recorded
     before, _recorded = _recorded, []
     try:
@@ -74,7 +75,9 @@ def recording() -> Iterator[list[Launch]]:
 
 
 def runs_here(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = KERNEL_DTYPES) -> bool:
-    """Whether these tensors (one dtype, one device) get the kernel; if not, the caller computes the definition."""
+    """True if the kernel runs on these tensors, False if the caller must use the definition.
+
+    The kernel needs Triton, one dtype out of `dtypes` and one device of the three kinds above. None is ignored."""
     present = [t for t in tensors if t is not None]
     first = present[0]
     if triton is None or first.dtype not in dtypes:
@@ -84,37 +87,53 @@ def runs_here(*tensors: Tensor | None, dtypes: tuple[torch.dtype, ...] = KERNEL_
     return first.is_cuda or (first.is_cpu and INTERPRETED) or (first.is_meta and _recorded is not None)
 
 
-@cache
+@contextlib.contextmanager
+def assume_card(capability: int, sms: int) -> Iterator[None]:
+    """Context in which launches are planned for another GPU, of this compute capability (× 10) and number of SMs."""
+    global _assumed_card
+    before, _assumed_card = _assumed_card, (capability, sms)
+    try:
+        yield
+    finally:
+        _assumed_card = before
+
+
 def card(device: torch.device) -> tuple[int, int]:
     """(compute capability × 10, number of SMs) of a device."""
-    if device.type != "cuda":
-        return DEFAULT_CARD
+    if _assumed_card is not None:
+        return _assumed_card
+    return _cuda_card(device) if device.type == "cuda" else DEFAULT_CARD
+
+
+@cache
+def _cuda_card(device: torch.device) -> tuple[int, int]:
     properties = torch.cuda.get_device_properties(device)
     return properties.major * 10 + properties.minor, properties.multi_processor_count
 
 
 def config(kernel: str, shape_class: str, device: torch.device) -> dict[str, int]:
-    """Tile sizes, warps and stages of a kernel for a class of shapes: tuned for this card, for its architecture, or the
-    default."""
-    asked.add((kernel, shape_class))
+    """Tile sizes, warps and stages of a kernel for a class of shapes on a device (configs.json)."""
+    used_configs.add((kernel, shape_class))
     return tiles_of(kernel, shape_class, card(device))
 
 
 def tiles_of(kernel: str, shape_class: str, card: tuple[int, int]) -> dict[str, int]:
+    """The configuration tuned for this GPU, else for its architecture, else the default."""
     classes, architecture = CONFIGS[kernel], f"{shape_class} sm_{card[0]}"
     return dict(classes.get(f"{architecture} {card[1]}", classes.get(architecture, classes[shape_class])))
 
 
 def width(dtype: torch.dtype) -> str:
-    """The part of a shape class that names the operands' size: "16" for bf16 and fp16, "32" for fp32."""
+    """The dtype's part of a shape class: "16" (bits) for bf16 and fp16, "32" for fp32."""
     return "32" if dtype == torch.float32 else "16"
 
 
 def splits_that_fill(tiles: int, steps: int, slots: int, most: int = 16) -> int:
-    """Into how many parts to split a sum of `steps` steps, so that `tiles` × parts programs fill `slots` slots.
+    """Number of parts (split-K) for a sum of `steps` steps in each of `tiles` tiles, when `slots` programs fit the GPU.
 
-    Minimizes waves × (steps a program + 2), the 2 for filling the pipeline. 96 tiles of 32 steps on 216 slots: two
-    parts take one wave of 16 + 2 steps, four parts two waves of 8 + 2, nine parts four waves of 4 + 2: two it is.
+    Minimizes waves × (steps per program + 2), the 2 for filling the pipeline. Example: 96 tiles of 32 steps on 216
+    slots. Two parts take one wave of 16 + 2 steps, four parts two waves of 8 + 2, nine parts four waves of 4 + 2, so
+    the result is 2.
     """
 
     def cost(parts: int) -> tuple[int, int]:
@@ -124,10 +143,10 @@ def splits_that_fill(tiles: int, steps: int, slots: int, most: int = 16) -> int:
 
 
 def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **meta: Any) -> None:
-    """Start `kernel` on its tensors' device. An empty grid is no launch: a batch of no rows has nothing to do."""
+    """Launch `kernel` on its tensors' device. An empty grid (a batch of no rows) launches nothing."""
     if 0 in grid:
         return
-    meta = {"enable_fp_fusion": True, **meta}  # a·b + c in one rounding: stated, since results depend on it
+    meta = {"enable_fp_fusion": True, **meta}  # fused multiply-add: explicit, because results depend on it
     if _recorded is not None:
         _recorded.append(Launch(kernel, grid, arguments, meta))
         return
@@ -137,7 +156,7 @@ def launch(kernel: Any, grid: tuple[int, ...], arguments: dict[str, Any], **meta
 
 
 def rows(x: Tensor) -> Tensor:
-    """(…, D) as (N, D) whose last stride is 1: a view where the strides allow, else a copy."""
+    """(…, D) as (N, D) with last stride 1: a view if the strides allow it, else a copy."""
     if x.stride(-1) != 1 and x.shape[-1] != 1:
         x = x.contiguous()
     x_ND = x.reshape(-1, x.shape[-1])

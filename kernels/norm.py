@@ -2,23 +2,23 @@
 
     y = g · cast(x / √(mean(x²) + eps))          mean and root in fp32, the cast to x's dtype before g multiplies
 
-Why a kernel. The arithmetic is nothing: 4 operations a value. Eager PyTorch makes about six passes over memory (widen,
-square, mean, multiply, narrow, multiply), where one read and one write are enough, so the kernel's time should be the
-time of moving 2·N·D values. One program takes one row and holds it in registers between the statistic and the product.
+Why a kernel: RMSNorm is memory-bound, with 4 operations per value. Eager PyTorch makes about six passes over memory
+(upcast, square, mean, multiply, downcast, multiply) where one read and one write suffice: the kernel moves 2·N·D
+values. One program takes one row and keeps it in registers between the statistic and the product.
 
-Why the residual addition belongs to it. A block's h = x + attention(…) is read back at once by the next norm. Adding in
-the same pass does not save writing h, which is needed later, but saves reading it: 4 passes over N·D values, not 5.
+Why the residual addition is fused: the next norm reads a block's h = x + attention(…) right after it is written. h must
+be written, since it is needed later, but reading it back is saved: 4 passes over N·D values instead of 5.
 
 Backward. With n = x·r, r = (mean(x²) + eps)^-½ and w = dy · g:
 
-    dx = r · (w − n · mean(w · n))               one row needs only itself, and r, kept from the forward pass
+    dx = r · (w − n · mean(w · n))               row by row; r is saved by the forward pass
     dg = Σ_rows dy · cast(n)                     a sum over all rows
 
-dg is summed in a fixed order: each of P programs walks rows p, p + P, p + 2P … and keeps a private fp32 sum of D
-values; the P sums are then added by one reduction. Atomics would be shorter, and would give other bits on every run.
+dg is summed in a fixed order: each of P programs takes rows p, p + P, p + 2P … and keeps its own fp32 sum of D values;
+one reduction adds the P sums. Atomics would need less code, but give different bits on every run.
 
-The row is one tile of the next power of two ≥ D, masked: D = 2049 costs a tile of 4096. Rows may lie apart (any row
-stride); offsets are 64-bit because N·D passes 2^31 at 524,288 tokens of width 4096.
+A row is one tile of the next power of two ≥ D, masked: D = 2049 costs a tile of 4096. Rows may have any stride; offsets
+are 64-bit because N·D exceeds 2^31 at 524,288 tokens of width 4096.
 """
 
 from __future__ import annotations
@@ -30,8 +30,8 @@ from torch import Tensor
 
 from kernels.launch import card, config, jit, launch, power_of_2, rows, runs_here, tl
 
-WIDEST = 65_536  # values of a row that one program can hold going forward
-HELD = 8192  # and backward, where three rows and a sum are alive at once; beyond, autograd of the definition
+MAX_WIDTH = 65_536  # values of a row that fit one program's registers in the forward pass
+MAX_BACKWARD_WIDTH = 8192  # three rows and a sum in registers; wider rows use autograd of the definition
 
 
 def rms_norm_definition(x_ND: Tensor, weight_D: Tensor, eps: float) -> Tensor:
@@ -51,7 +51,7 @@ def _forward(x, residual, weight, y, total, rstd, x_row, r_row, D, eps, ADD: tl.
     d = tl.arange(0, BLOCK)
     inside = d < D
     value = tl.load(x + row * x_row + d, mask=inside, other=0.0)
-    g = tl.load(weight + d, mask=inside, other=0.0)  # on its way while the statistic is computed
+    g = tl.load(weight + d, mask=inside, other=0.0)  # issued before the statistic needs x
     if ADD:
         other = tl.load(residual + row * r_row + d, mask=inside, other=0.0)
         value = (value.to(tl.float32) + other.to(tl.float32)).to(y.dtype.element_ty)
@@ -90,7 +90,7 @@ def _backward(
         r = tl.load(rstd + row)
         n = tl.load(x + row * x_row + d, mask=inside, other=0.0).to(tl.float32) * r
         dy_row_d = tl.load(dy + row * dy_row + d, mask=inside, other=0.0).to(tl.float32)
-        g = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)  # from L1 each time, to save registers
+        g = tl.load(weight + d, mask=inside, other=0.0).to(tl.float32)  # reloaded from L1 each time to save registers
         w = dy_row_d * g
         grad = r * (w - n * (tl.sum(w * n, axis=0) / D))
         if ADD:
@@ -135,7 +135,7 @@ def _run_forward(
 def _run_backward(
     dy_ND: Tensor, dtotal_ND: Tensor | None, x_ND: Tensor, weight_D: Tensor, rstd_N: Tensor, gain: bool
 ) -> tuple[Tensor, Tensor | None]:
-    """(dx_ND, dg_D or None) of `rms_norm` at x, whose 1/rms was rstd_N; dtotal_ND is added to dx."""
+    """(dx_ND, dg_D or None) of `rms_norm` at x with 1/rms rstd_N; dtotal_ND, if given, is added to dx."""
     N, D = x_ND.shape
     tiles = _config(x_ND)
     programs = max(1, min(N, tiles["RESIDENT"] * card(x_ND.device)[1]))
@@ -161,7 +161,7 @@ def _run_backward(
 
 
 class _RMSNorm(torch.autograd.Function):
-    """x (and the residual) in, (y, x + residual) out; without a residual the second result is None."""
+    """y, or (y, x + residual) with a residual."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, residual: Tensor | None, weight_D: Tensor, eps: float) -> Any:
@@ -185,8 +185,8 @@ class _RMSNorm(torch.autograd.Function):
 def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
     """RMSNorm over the last dimension: x (…, D) → (…, D) in x's dtype; weight_D of the same dtype.
 
-    fp32, bf16 and fp16 run the kernel on CUDA; fp64, mixed dtypes and CPU tensors get the definition. Differentiable in
-    x and weight. Source: arXiv 1910.07467, with the cast where Hugging Face's Llama and Mistral have it.
+    fp32, bf16 and fp16 run the kernel on CUDA; fp64, mixed dtypes and CPU tensors use the definition. Differentiable in
+    x and weight. Source: arXiv 1910.07467; the cast is where Hugging Face's Llama and Mistral have it.
     """
     _check(x, weight_D)
     if _too_wide(x, weight_D) or not runs_here(x, weight_D):
@@ -195,7 +195,8 @@ def rms_norm(x: Tensor, weight_D: Tensor, eps: float) -> Tensor:
 
 
 def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> tuple[Tensor, Tensor]:
-    """(rms_norm(x + residual), x + residual): a block's residual addition and the next norm in one pass."""
+    """(rms_norm(x + residual), x + residual) in one pass: a residual addition and the next norm. Shapes and dtypes as
+    in `rms_norm`; differentiable."""
     _check(x, weight_D)
     if x.shape != residual.shape:
         raise ValueError(f"x is {tuple(x.shape)} and the residual {tuple(residual.shape)}; they must agree")
@@ -205,12 +206,12 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight_D: Tensor, eps: float) -> t
 
 
 def _too_wide(*tensors: Tensor) -> bool:
-    wanted = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
-    return wanted and tensors[0].shape[-1] > HELD
+    needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in tensors)
+    return needs_grad and tensors[0].shape[-1] > MAX_BACKWARD_WIDTH
 
 
 def _check(x: Tensor, weight_D: Tensor) -> None:
     if weight_D.dim() != 1 or x.shape[-1] != weight_D.shape[0]:
         raise ValueError(f"x is {tuple(x.shape)}, so the weight must be ({x.shape[-1]},), not {tuple(weight_D.shape)}")
-    if x.shape[-1] > WIDEST:
-        raise ValueError(f"rows of {x.shape[-1]} values: at most {WIDEST} fit one program")
+    if x.shape[-1] > MAX_WIDTH:
+        raise ValueError(f"x has rows of {x.shape[-1]} values; at most {MAX_WIDTH} are supported")

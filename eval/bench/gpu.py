@@ -116,13 +116,13 @@ def tune(minutes: float) -> int:
     capability, sms = launch.card(torch.device(gpu_cases.DEVICE, 0))
     for kernel, classes in configs.items():
         for shape_class in [name for name in classes if " sm_" not in name]:
-            launch.asked.clear()
+            launch.used_configs.clear()
             mine = []
             for case in every:
-                launch.asked.clear()
+                launch.used_configs.clear()
                 with launch.recording():
                     case.build(Make("meta", case.dtype))[0]()
-                mine += [case] * ((kernel, shape_class) in launch.asked)
+                mine += [case] * ((kernel, shape_class) in launch.used_configs)
             if not mine or time.monotonic() > end:
                 continue
             tiles = classes[f"{shape_class} sm_{capability} {sms}"] = launch.tiles_of(

@@ -1,7 +1,7 @@
-"""The work of a 7B model (Mistral-7B's shapes), one kernel at a time: what is compiled ahead of time and what is timed.
+"""One case per kernel and configuration at Mistral-7B's shapes: what is compiled ahead of time and benchmarked.
 
 A case builds its tensors on a device and returns three functions over them: ours, the PyTorch definition, and the
-definition in fp64. On the meta device the tensors have shapes and no memory, which is all that the compiler needs.
+definition in fp64. On the meta device the tensors have shapes but no memory, which is all that the compiler needs.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from kernels.activation import swiglu_definition
 from kernels.attention import Level, tree_attention_definition
 from kernels.cross_entropy import linear_cross_entropy_definition
 from kernels.int4 import Int4Weight
-from kernels.linear import by_torch
+from kernels.linear import make_layer, torch_outputs
 from kernels.norm import add_rms_norm_definition, rms_norm_definition
 
 WIDTH, FFN, VOCAB, HEADS, GROUPS, HEAD = 4096, 14336, 32000, 32, 8, 128
@@ -31,7 +31,7 @@ Trio = tuple[Callable[[], Any], Callable[[], Any], Callable[[], Any]]
 
 @dataclass(frozen=True)
 class Make:
-    """Random tensors of one dtype on one device."""
+    """Factory of random tensors of one dtype on one device."""
 
     device: str
     dtype: torch.dtype
@@ -48,7 +48,7 @@ class Make:
 
 @dataclass(frozen=True)
 class Case:
-    """`kernel` is the public function; `build` gives (ours, the definition, its fp64 truth) over the same tensors."""
+    """`kernel` is the public function's name; `build` returns (ours, the definition, the definition in fp64)."""
 
     name: str
     kernel: str
@@ -57,7 +57,7 @@ class Case:
 
 
 def wide(value: Any) -> Any:
-    """Floating tensors as fp64, through lists, tuples and levels of attention."""
+    """Floating-point tensors as fp64, also inside lists, tuples and attention Levels."""
     if isinstance(value, (list, tuple)):
         return type(value)(wide(v) for v in value)
     if isinstance(value, Level):
@@ -66,7 +66,8 @@ def wide(value: Any) -> Any:
 
 
 def trio(ours: Callable, plain: Callable, inputs: tuple, trained: tuple[int, ...] = ()) -> Trio:
-    """Run on `inputs`; with `trained`, also backward from the sum of the results to the inputs of these numbers."""
+    """The three functions on `inputs`. With `trained` (indices of inputs) they also return the gradients of the sum of
+    the results with respect to these inputs."""
 
     def run(function: Callable, cast: Callable = lambda t: t) -> Callable[[], Any]:
         if not trained:
@@ -96,19 +97,19 @@ def swiglu(make: Make, rows: int, back: bool) -> Trio:
 
 
 def layer(make: Make, rows: int, width: int, sizes: tuple[int, ...], rank: int, normed: bool) -> tuple:
-    """(x, gain or None, residual or None, A's, B's) of a linear layer's case."""
+    """Inputs of a linear layer: (x, norm weight or None, residual or None, A's, B's)."""
     a = [make.normal(rank, width, std=width**-0.5) if rank else None for _ in sizes]
     b = [make.normal(o, rank) if rank else None for o in sizes]
     gain = make.normal(width) if normed else None
     return make.normal(rows, width), gain, None if normed else make.normal(rows, sizes[0]), a, b
 
 
-def plainly(weights: Any, count: int, gated: bool) -> Callable:
-    """The layer as PyTorch has it: `weights(dtype)` are its wide weights."""
+def linear_definition(weights: Callable, sizes: tuple[int, ...], gated: bool) -> Callable:
+    """The layer in PyTorch; `weights(dtype)` returns its dequantized weights."""
 
     def plain(x: Tensor, gain: Tensor | None, residual: Tensor | None, a: list, b: list) -> Any:
         n = x if gain is None else rms_norm_definition(x, gain, EPS)
-        outs = by_torch(n, None, weights(x.dtype), a, b, [2.0] * count, [None] * count)
+        outs = torch_outputs(n, weights(x.dtype), make_layer(n, list(sizes), None, a, b, 2.0, None, gated))
         if gated:
             return swiglu_definition(*outs)
         return tuple(outs) if residual is None else residual + outs[0]
@@ -132,7 +133,7 @@ def linear(
             return kernels.rms_norm_lora_linear(x, gain, weights, a, b, 2.0, EPS, gated=gated)
         return kernels.lora_linear(x, weights[0], a[0], b[0], 2.0, residual=residual)
 
-    plain = plainly(lambda dtype: [w.to(dtype) for w in weights], len(sizes), gated)
+    plain = linear_definition(lambda dtype: [w.to(dtype) for w in weights], sizes, gated)
     return trio(ours, plain, layer(make, rows, width, sizes, rank, normed))
 
 
@@ -157,7 +158,7 @@ def int4(
         weight, *lora = (weights, a, b) if residual is None else (weights[0], a[0], b[0])
         return kernels.int4_linear(x, weight, *lora, 2.0, norm=norm, residual=residual, gated=gated)
 
-    plain = plainly(lambda dtype: [w.dequantize(dtype) for w in weights], len(sizes), gated)
+    plain = linear_definition(lambda dtype: [w.dequantize(dtype) for w in weights], sizes, gated)
     return trio(ours, plain, layer(make, rows, width, sizes, rank, normed))
 
 
@@ -170,7 +171,7 @@ def loss(make: Make, rows: int) -> Trio:
 def attention(
     make: Make, rows: int, own: int, prefix: int = 0, window: int | None = 4096, head: int = HEAD, queries: int = 1
 ) -> Trio:
-    """Each row with `own` slots; below them two prefixes of `prefix` tokens, each of half of the rows."""
+    """Rows with `own` cache slots each, and two prefixes of `prefix` tokens, each shared by half of the rows."""
     q = make.normal(rows, HEADS, queries, head)
     k, v = make.normal(rows, GROUPS, own, head), make.normal(rows, GROUPS, own, head)
     levels: tuple[Level, ...] = ()
@@ -185,7 +186,7 @@ def attention(
 
 
 def cases(dtype: torch.dtype) -> list[Case]:
-    """Every kernel in every configuration, in decoding and training, at Mistral-7B's shapes where no other is named."""
+    """Every kernel in every configuration, decoding and training, at Mistral-7B's shapes unless the name has others."""
     rows = [
         ("rms_norm, 16384 rows", "rms_norm", partial(norm, rows=16384, width=WIDTH, add=False, back=False)),
         ("rms_norm with gradients, 2048 rows", "rms_norm", partial(norm, rows=2048, width=WIDTH, add=False, back=True)),
@@ -202,7 +203,7 @@ def cases(dtype: torch.dtype) -> list[Case]:
         ("linear", linear, "lora_linear"),
         ("int4", partial(int4, group=64), "int4_linear"),
     ]
-    if dtype == torch.bfloat16:  # the demo's base: words of 64 columns
+    if dtype == torch.bfloat16:  # the demo's base: BD = 64
         narrow = partial(int4, rows=1, sizes=(576, 192, 192), group=64, rank=16, width=576)
         rows.append(("int4: norm + q, k, v, width 576, rank 16", "int4_linear", narrow))
     for rank, count in ((0, 1), (16, 1), (64, 1), (16, 8)) if dtype == torch.bfloat16 else ((16, 1),):

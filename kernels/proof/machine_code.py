@@ -1,10 +1,10 @@
-"""What the compiler makes of each kernel at a 7B model's shapes, for sm_80 and sm_90, on a machine without a GPU.
+"""Machine code statistics of each kernel at a 7B model's shapes, for sm_80 and sm_90, without a GPU.
 
     python -m kernels.proof.machine_code        compile every case, rewrite kernels/proof/facts.json
 
-The public functions are called on meta tensors; `recording()` keeps each launch with its exact signature, and Triton
-compiles that for the named architecture. All figures are read from the machine code (cuobjdump's resource usage and
-nvdisasm's listing, both shipped with Triton) or follow from the launch's tensors and grid; none was timed.
+The public functions run on meta tensors; `recording()` keeps each launch with its exact signature, and Triton compiles
+it for the architecture. All figures are read from the machine code (cuobjdump's resource usage and nvdisasm's listing,
+both shipped with Triton) or follow from the launch's tensors and grid. Nothing is timed.
 """
 
 from __future__ import annotations
@@ -43,32 +43,32 @@ CONVERSIONS = ("I2F", "I2FP", "F2I", "F2F")
 
 
 def signature(call: Launch) -> tuple[dict[str, Any], dict[tuple[int, ...], Any], dict[tuple[int, ...], list], dict]:
-    """(types, constants, attributes, options) as the just-in-time compiler would derive them from this launch."""
+    """(types, constants, attributes, options) as Triton's just-in-time compiler derives them from this launch."""
     constants: dict[tuple[int, ...], Any] = {}
     attributes: dict[tuple[int, ...], list] = {}
 
-    def typed(value: Any, place: tuple[int, ...], special: bool) -> Any:
-        """A value's type, a tuple of types for a tuple; what else is known of it is noted under its place."""
+    def typed(value: Any, path: tuple[int, ...], specialize: bool) -> Any:
+        """The type of an argument (a tuple's: of its parts); fills `constants` and `attributes` at its path."""
         if isinstance(value, tuple):
-            return tuple(typed(part, (*place, i), special) for i, part in enumerate(value))
-        if value is None or (isinstance(value, int) and value == 1 and special):
-            constants[place] = value
+            return tuple(typed(part, (*path, i), specialize) for i, part in enumerate(value))
+        if value is None or (isinstance(value, int) and value == 1 and specialize):
+            constants[path] = value
             return "constexpr"
         if isinstance(value, float):
             return "fp32"
-        if isinstance(value, Tensor) or (value % 16 == 0 and special):  # torch's allocations start at multiples of 512
-            attributes[place] = [["tt.divisibility", 16]]
+        if isinstance(value, Tensor) or (value % 16 == 0 and specialize):  # torch aligns allocations to 512 bytes
+            attributes[path] = [["tt.divisibility", 16]]
         if isinstance(value, Tensor):
             return TYPES[value.dtype]
         return "i32" if -(2**31) <= value < 2**31 else "i64"
 
     types = {}
-    for place, parameter in enumerate(call.kernel.params):
+    for index, parameter in enumerate(call.kernel.params):
         name = parameter.name
         if name in call.meta:
-            types[name], constants[(place,)] = "constexpr", call.meta[name]
+            types[name], constants[(index,)] = "constexpr", call.meta[name]
         else:
-            types[name] = typed(call.arguments[name], (place,), not parameter.do_not_specialize)
+            types[name] = typed(call.arguments[name], (index,), not parameter.do_not_specialize)
     return types, constants, attributes, {key: value for key, value in call.meta.items() if key not in types}
 
 
@@ -86,7 +86,7 @@ def disassemble(cubin: bytes) -> tuple[str, str]:
 
 
 def inspect(call: Launch, capability: int) -> dict[str, Any]:
-    """What the compiled code of one launch uses and does; counts of instructions are per thread, loops counted once."""
+    """Statistics of a launch's compiled code. Instruction counts are per thread, with a loop's body counted once."""
     import triton
     from triton.backends.compiler import GPUTarget
     from triton.compiler import ASTSource
@@ -100,9 +100,9 @@ def inspect(call: Launch, capability: int) -> dict[str, Any]:
     opcodes = Counter(re.findall(r"^\s+/\*[0-9a-f]+\*/\s+(?:@!?U?P\w+\s+)?([A-Z][\w.]*)", sass, re.MULTILINE))
     count = lambda *names: sum(n for op, n in opcodes.items() if op.split(".")[0] in names)  # noqa: E731
     registers, shared, warps = int(found[1]), int(compiled.metadata.shared), call.meta["num_warps"]
-    copies = widths(opcodes, "LDGSTS")
+    copies = access_widths(opcodes, "LDGSTS")
     stages = call.meta.get("num_stages", 1)
-    flying = sum(int(bits) // 8 * n for bits, n in copies.items()) * 32 * warps * (stages - 1) // stages
+    in_flight = sum(int(bits) // 8 * n for bits, n in copies.items()) * 32 * warps * (stages - 1) // stages
     blocks = occupancy(registers, shared, warps, capability)
     return {
         "registers": registers,
@@ -114,15 +114,15 @@ def inspect(call: Launch, capability: int) -> dict[str, Any]:
         "conversions": count(*CONVERSIONS),
         "instructions": sum(opcodes.values()),
         "tf32": sum(n for op, n in opcodes.items() if "TF32" in op),
-        "loads": widths(opcodes, "LDG", "LDGSTS"),
+        "loads": access_widths(opcodes, "LDG", "LDGSTS"),
         "copies": copies,
-        "flying": flying * blocks,
+        "flying": in_flight * blocks,
         "atomics": count("ATOM", "ATOMG", "RED"),
     }
 
 
-def widths(opcodes: Counter, *kinds: str) -> dict[str, int]:
-    """How many global accesses move 128, 64, 32, 16 or 8 bits a thread."""
+def access_widths(opcodes: Counter, *kinds: str) -> dict[str, int]:
+    """Number of global memory accesses by width, 128, 64, 32, 16 or 8 bits per thread."""
     found: Counter = Counter()
     for op, n in opcodes.items():
         name, *parts = op.split(".")
@@ -133,14 +133,15 @@ def widths(opcodes: Counter, *kinds: str) -> dict[str, int]:
 
 
 def occupancy(registers: int, shared: int, warps: int, capability: int) -> int:
-    """Blocks that fit one SM: 65,536 registers in 256s a warp, 64 warps, 32 blocks, shared memory + 1 KB each."""
+    """Blocks that fit an SM: 65,536 registers (allocated per warp in units of 256), 64 warps, 32 blocks, and shared
+    memory + 1 KB each."""
     per_warp = divide_up(max(registers, 1) * 32, 256) * 256
     by_registers = 65536 // per_warp // warps
     return min(by_registers, 64 // warps, 32, SHARED_PER_SM[capability] // (shared + 1024))
 
 
 def launches(dtype: torch.dtype) -> list[tuple[str, Launch]]:
-    """(case, launch) of every launch whose compiled code differs from the earlier ones'."""
+    """(case name, launch) of every launch with a new kernel or signature."""
     found, seen = [], set()
     for case in cases(dtype):
         with recording() as calls:
@@ -161,7 +162,7 @@ def row(name: str, dtype: torch.dtype, call: Launch, capability: int) -> dict[st
 
 
 def code_hash() -> str:
-    """A hash of every compiled function's words and of the pinned configurations: what the facts are facts of."""
+    """Hash of the source of all `@jit` functions (ignoring whitespace) and of configs.json: the facts' inputs."""
     parts = [(HERE.parent / "configs.json").read_text()]
     for path in sorted(HERE.parent.glob("*.py")):
         parts += re.findall(r"^@jit\(.*?(?=\n\n\n|\Z)", path.read_text(), re.MULTILINE | re.DOTALL)
@@ -170,7 +171,7 @@ def code_hash() -> str:
 
 def main() -> int:
     if launch.triton is None or launch.INTERPRETED:
-        print("kernels.proof.machine_code: needs Triton, and TRITON_INTERPRET unset", file=sys.stderr)
+        print("kernels.proof.machine_code: needs Triton, with TRITON_INTERPRET unset", file=sys.stderr)
         return 2
     rows = []
     for dtype in (torch.bfloat16, torch.float32):
@@ -180,9 +181,9 @@ def main() -> int:
                 print(json.dumps(rows[-1]))
     lines = ",\n".join(json.dumps(row) for row in rows)
     text = f'{{"triton": "{launch.triton.__version__}", "code": "{code_hash()}", "rows": [\n{lines}\n]}}\n'
-    beside = HERE / ".facts.json.part"
-    beside.write_text(text)
-    os.replace(beside, HERE / "facts.json")
+    temporary = HERE / ".facts.json.part"
+    temporary.write_text(text)
+    os.replace(temporary, HERE / "facts.json")
     return 0
 
 

@@ -1,7 +1,7 @@
-"""Kernels run in Triton's interpreter where there is no CUDA device, compiled where there is one.
+"""Kernels run in Triton's interpreter without a CUDA device, compiled with one.
 
-Triton decides at import whether its functions are interpreted, and another test may have imported it before, so it is
-imported afresh here with the variable set, and the variable is taken back for the tests of other folders.
+Triton decides at import whether its functions are interpreted, and another test may already have imported it. So it is
+imported again here with TRITON_INTERPRET set; the variable is removed afterwards for the tests of other folders.
 """
 
 import contextlib
@@ -23,7 +23,7 @@ if DEVICE == "cpu":
         for path in sorted((Path(__file__).parents[2] / "kernels").rglob("*.py")):
             if path.stem != "__init__":
                 __import__(".".join(path.relative_to(Path(__file__).parents[2]).with_suffix("").parts))
-        with contextlib.suppress(ImportError):  # imported at the first launch, when the variable is gone
+        with contextlib.suppress(ImportError):  # else imported at the first launch, without the variable
             __import__("triton.experimental.gluon")
     finally:
         del os.environ["TRITON_INTERPRET"]
@@ -31,7 +31,7 @@ if DEVICE == "cpu":
 
 @pytest.fixture(scope="session")
 def device() -> str:
-    """Where the kernels run. Without one, definitions would be held against themselves and nothing could fail."""
+    """The device of the kernels. Skips without Triton, when definitions would be compared with themselves."""
     from kernels import launch
 
     if launch.triton is None:
@@ -41,7 +41,7 @@ def device() -> str:
 
 
 def errors(value, truth) -> tuple[float, float]:
-    """(root mean square, largest) distance from the truth."""
+    """(root mean square, largest) error against the fp64 result."""
     if not truth.numel():
         return 0.0, 0.0
     distance = (value.double() - truth).abs()
@@ -50,10 +50,10 @@ def errors(value, truth) -> tuple[float, float]:
 
 @pytest.fixture(scope="session")
 def as_good_as(device):
-    """check(ours, plain, truth): our error against fp64 is at most twice that of the same PyTorch operation in the
-    same dtype, by root mean square; no single value is off by more than four times PyTorch's worst. Where PyTorch
-    happens to be exact (one row of one value), roundings that nobody can avoid are allowed: the result's own, and four
-    in fp32 (a root, a quotient, two products), each half a unit of the largest value."""
+    """check(ours, plain, truth): our rms error against fp64 is at most twice that of the same PyTorch operation in the
+    same dtype, and our largest error at most four times PyTorch's. Where PyTorch happens to be exact (one row of one
+    value), unavoidable roundings are allowed: of the result, and four in fp32 (a root, a quotient, two products), each
+    half an ulp of the largest value."""
 
     def check(ours, plain, truth) -> None:
         assert ours.shape == truth.shape and ours.dtype == plain.dtype

@@ -105,8 +105,8 @@ def stand_in(small, monkeypatch):
     monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
     monkeypatch.setattr(gpu, "what_is_missing", lambda: None)
     monkeypatch.setattr(gpu, "reached", lambda: {"bytes/s": 1e9, "operations/s": 1e9})
-    for module in ("attention", "linear"):
-        monkeypatch.setattr(f"kernels.{module}.card", lambda device: (80, 1))
+    with launch.assume_card(80, 1):
+        yield
 
 
 @pytest.mark.slow
@@ -148,14 +148,12 @@ def test_tuning_writes_after_each_class_and_leaves_the_layout_of_int4(stand_in, 
     written = []
     monkeypatch.setattr(gpu, "write_text", lambda path, text: written.append(json.loads(text)))
     monkeypatch.setattr(
-        gpu, "cost", lambda some: float(sum(launch.CONFIGS["swiglu"].get("any sm_80 108", {"BLOCK": 1024}).values()))
+        gpu, "cost", lambda some: float(sum(launch.CONFIGS["swiglu"].get("any sm_80 1", {"BLOCK": 1024}).values()))
     )
     assert gpu.main(["--tune"]) == 0
     assert len(written) >= 6
-    assert written[0]["rms_norm"] and "any sm_80 108" in written[-1]["swiglu"]
-    assert (
-        launch.CONFIGS["int4"]["128 sm_80 108"]["BD"] == 128 and written[-1]["swiglu"]["any sm_80 108"]["BLOCK"] == 512
-    )
+    assert written[0]["rms_norm"] and "any sm_80 1" in written[-1]["swiglu"]
+    assert launch.CONFIGS["int4"]["128 sm_80 1"]["BD"] == 128 and written[-1]["swiglu"]["any sm_80 1"]["BLOCK"] == 512
 
 
 def test_tuning_times_graphs_and_refuses_what_is_wrong_or_fails(stand_in, monkeypatch):

@@ -1,9 +1,10 @@
-"""Generation by the kernels: the tokens are the plain engine's, the log-probabilities as near to fp64 as its own.
+"""Generation with the kernels: the plain engine's tokens, and log-probabilities as close to fp64 as the plain engine's.
 
 Interpreted where there is no CUDA device; `python -m pytest -m gpu tests/kernels` adds wider models in bf16 on one.
 tests/infer/engine/test_fused.py has more shapes of prompts, by the kernels' definitions.
 """
 
+import contextlib
 from copy import deepcopy
 
 import pytest
@@ -18,9 +19,14 @@ from lora import LoRAConfig, add_lora  # noqa: E402
 from model.quantize.linear import QuantizedLinear, QuantizedWeight  # noqa: E402
 
 NOTE, OTHER = [(7 * n) % 240 for n in range(30)], [(11 * n) % 240 for n in range(20)]
-TREE = [[*NOTE, 3, 4], [*NOTE, *OTHER, 9], [*NOTE, *OTHER, 5, 6, 7], [200, 201]]  # two depths and one by itself
+TREE = [
+    [*NOTE, 3, 4],
+    [*NOTE, *OTHER, 9],
+    [*NOTE, *OTHER, 5, 6, 7],
+    [200, 201],
+]  # two depths of shared prefixes, and a prompt that shares nothing
 WIDTHS = {"hidden_size": 64, "intermediate_size": 64, "head_dim": 16}
-SCENES = {  # what changes in the model, the weights' format, prompts, new tokens
+SCENES = {  # (changes to the model, weights' format, prompts, new tokens)
     "shared prefixes": ({}, None, TREE, 6),
     "a window that leaves shared prefixes behind": ({"windows": (None, 5)}, None, TREE, 6),
     "a rolling cache": ({"windows": (6, 6)}, None, [[*range(70)]], 36),
@@ -32,11 +38,10 @@ SCENES = {  # what changes in the model, the weights' format, prompts, new token
 
 
 @pytest.fixture(autouse=True)
-def few_programs(device, monkeypatch):
-    """A card of four SMs: the interpreter runs programs one after another."""
-    if device == "cpu":
-        monkeypatch.setattr("kernels.attention.card", lambda device: (80, 4))
-        monkeypatch.setattr("kernels.linear.card", lambda device: (80, 4))
+def few_programs(device):
+    """Plan for four SMs in the interpreter, which runs programs one after another."""
+    with launch.assume_card(80, 4) if device == "cpu" else contextlib.nullcontext():
+        yield
 
 
 @pytest.fixture(scope="module")
@@ -64,7 +69,7 @@ def made(changes, form, size=1.0):
 def generated(model, tokenizer, prompts, new, note=None):
     """(tokens, log-probabilities); grounded in a note where one is given."""
     generator = Generator(model, tokenizer)
-    generator.row_cost = 0.0  # guesses are always worth checking
+    generator.row_cost = 0.0  # speculate whenever there is a guess
     grammar = note and Grammar(Vocabulary(tokenizer), tokenizer.stop_ids, note=note)
     asked = [Settings(max_new_tokens=new, constraint=note and Grounded(grammar)) for _ in prompts]
     outs = generator.generate(prompts, asked)
@@ -73,14 +78,14 @@ def generated(model, tokenizer, prompts, new, note=None):
 
 
 def hold(check, model, tokenizer, *asked):
-    """The fused model in fp32 against the plain engine in fp32, both judged by the plain one in fp64."""
+    """Compares the fused model in fp32 with the plain engine in fp32 and in fp64. Returns the kernels that ran."""
     tokens, truth = generated(deepcopy(model).double(), tokenizer, *asked)
     plain_tokens, plain = generated(deepcopy(model), tokenizer, *asked)
-    launch.asked.clear()
+    launch.used_configs.clear()
     ours_tokens, ours = generated(fuse(deepcopy(model)), tokenizer, *asked)
     assert ours_tokens == tokens == plain_tokens
     check(ours.float(), plain.float(), truth)
-    return {kernel for kernel, _ in launch.asked}  # a kernel asks for its tiles when it runs
+    return {kernel for kernel, _ in launch.used_configs}
 
 
 @pytest.mark.parametrize("scene", SCENES)
@@ -107,8 +112,8 @@ def test_a_narrow_layer_is_computed_from_its_codes():
 @pytest.mark.parametrize("form", [None, "int4", "nf4"])
 @pytest.mark.parametrize("windows", [(None, None), (None, 300)])
 def test_on_a_device_in_bf16(windows, form, tokenizer):
-    """Wide enough for every tile to be whole: notes of 700 tokens, eight questions each. In bf16 near ties fall either
-    way, so the texts are the fused model's, and the plain bf16 model and fp64 say how likely their tokens are."""
+    """Wide enough for full tiles: notes of 700 tokens, eight questions each. In bf16 near ties may go either way, so
+    the fused model's tokens are scored by the plain model in bf16 and in fp64."""
     widths = {"hidden_size": 1024, "intermediate_size": 2048, "num_attention_heads": 8, "head_dim": 128}
     model = made({**widths, "windows": windows}, form, 1 / 4).to("cuda", torch.bfloat16)
     notes = [[(step * n) % 240 for n in range(700)] for step in (7, 11)]

@@ -1,7 +1,7 @@
-"""What only a device can show: the compiled kernels at a 7B model's shapes are right, twice over in the same bits.
+"""On a GPU: the compiled kernels are right at a 7B model's shapes, and two runs give the same bits.
 
-The other tests of this folder run compiled too where there is a CUDA device. Needs torch, triton, numpy, safetensors
-and pytest: `python -m pytest -m gpu tests/kernels/test_gpu.py`.
+The other tests of this folder also run compiled on a CUDA device. Needs torch, triton, numpy, safetensors and pytest:
+`python -m pytest -m gpu tests/kernels/test_gpu.py`.
 """
 
 import pytest

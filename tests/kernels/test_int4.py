@@ -1,4 +1,4 @@
-"""int4 weights: the repacked codes are the CPU's, value for value, and the kernel is as good as dequantizing first."""
+"""int4 weights: repacking keeps every value, and the kernel is as accurate as dequantizing first."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ EPS = 1e-5
 
 
 def quantized(O, D, group, seed=0):
-    """(weight as the CPU keeps it, its fp64 value)."""
+    """(model/quantize's int4 weight, the weight in fp64)."""
     wide = torch.randn(O, D, generator=torch.Generator().manual_seed(seed + O + D)) * D**-0.5
     held = QuantizedWeight.quantize([wide], (O, D), f"int4-{group}")
     assert held.kind == "int4" and held.group == group
@@ -31,8 +31,8 @@ def test_repacking_keeps_every_weight(size, group, groups):
     assert torch.equal(weight.dequantize(torch.float64), wide)
 
 
-def test_every_code_is_the_bf16_number_that_the_kernel_takes_it_for():
-    """The instruction's mask and constant (int4.py's `_plane`) over all words, in integers."""
+def test_every_code_becomes_the_bf16_number_1_plus_q_over_16():
+    """The shifts, mask and constant of int4.py's `_plane`, over all 16-bit words."""
     words = torch.arange(2**16, dtype=torch.int32)
     for i, shifted in enumerate((words << 3, words >> 1, words >> 5, words >> 9)):
         numbers = ((shifted & 0x78) | 0x3F80).to(torch.int16).view(torch.bfloat16)
@@ -76,9 +76,9 @@ def test_int4_is_as_good_as_dequantizing_first(device, as_good_as, N, groups, gr
                 outs.append(y if own_a is None else y + 0.5 * (n @ cast(own_a).t()) @ cast(own_b).t())
         return torch.cat(outs, dim=1)
 
-    launch.asked.clear()
+    launch.used_configs.clear()
     mine = torch.cat(int4_linear(x, weights, a, b, 0.5, c, norm=(gain, EPS) if normed else None), dim=1)
-    ran = ("int4", str(weights[0].words.shape[2] * 4)) in launch.asked
+    ran = ("int4", str(weights[0].words.shape[2] * 4)) in launch.used_configs
     assert ran == (N <= 64)
     as_good_as(mine, plain(torch.bfloat16), plain(torch.float64))
 

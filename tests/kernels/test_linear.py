@@ -1,4 +1,4 @@
-"""Linear layers with LoRA, norm, several outputs, residual and gate: decode kernels and many rows, against fp64."""
+"""Linear layers with LoRA, norm, several outputs, residual and gate, for few and many rows, against fp64."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ SCALE, EPS = 1.7, 1e-5
 
 
 def layer(N, D, sizes, ranks, dtype, device, bias=False, padding=0):
-    """Inputs of a layer with one adapter per output (rank 0: none), sized as trained ones are."""
+    """Inputs of a layer with one adapter per output (rank 0: none), scaled like trained ones."""
     generator = torch.Generator().manual_seed(N * 1009 + D * 31 + sum(sizes) + sum(ranks))
 
     def normal(*shape, std=1.0):
@@ -30,7 +30,7 @@ def layer(N, D, sizes, ranks, dtype, device, bias=False, padding=0):
 
 
 def joined(tensors):
-    """Several results as one vector: a mean square of few numbers says little."""
+    """Several results as one vector: the rms of a few numbers is too noisy to bound."""
     return torch.cat([t.detach().flatten() for t in tensors])
 
 
@@ -68,9 +68,9 @@ def test_outputs_are_as_good_as_pytorchs(device, as_good_as, N, D, sizes, ranks,
     assume(N == 0 or N * sum(sizes) >= 24)
     x, gain, *rest = layer(N, D, sizes, ranks[: len(sizes)], dtype, device, bias, padding)
     arguments = [x, gain if norm else None, *rest]
-    launch.asked.clear()
+    launch.used_configs.clear()
     mine = ours(*arguments)
-    assert (("linear", launch.width(dtype)) in launch.asked) == (0 < N <= 16)  # more rows are cuBLAS's
+    assert (("linear", launch.width(dtype)) in launch.used_configs) == (0 < N <= 16)  # more rows go to cuBLAS
     as_good_as(joined(mine), joined(plain(*arguments)), joined(plain(*map(as_double, arguments))))
 
 
@@ -84,7 +84,7 @@ def test_every_rank_up_to_256(device, as_good_as, rank, dtype):
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("rank", [0, 8])
 def test_gate_up_and_residual(device, as_good_as, rank, dtype):
-    """silu(gate) · up in the epilogue, and a residual added before the one rounding."""
+    """silu(gate) · up in the epilogue; a residual is added before the result is rounded once."""
     x, gain, weights, a, b, c = layer(3, 300, [70, 70], [rank, rank], dtype, device, bias=True)
 
     def gated(*arguments):
@@ -103,7 +103,7 @@ def test_gate_up_and_residual(device, as_good_as, rank, dtype):
 
 @pytest.mark.parametrize("N", [3, 40])
 def test_gradients_are_as_good_as_pytorchs(device, as_good_as, N):
-    """Under autograd torch's products compute, whatever the number of rows; the norm's kernel is in between."""
+    """Under autograd the layer is torch's GEMMs after the RMSNorm kernel, for any number of rows."""
     x, gain, weights, a, b, c = layer(N, 64, [48, 32], [8, 4], torch.float32, device)
 
     def gradients(function, cast):
@@ -119,14 +119,14 @@ def test_leading_dimensions_are_kept(device):
     x, gain, weights, a, b, _ = layer(6, 32, [24, 8], [4, 0], torch.float32, device)
     q, k = rms_norm_lora_linear(x.view(2, 3, 32), gain, weights, a, b, 1.0, EPS)
     assert q.shape == (2, 3, 24) and k.shape == (2, 3, 8)
-    assert q.view(2, 3, 4, 6).shape == (2, 3, 4, 6)  # heads can be split off a slice of the common buffer
+    assert q.view(2, 3, 4, 6).shape == (2, 3, 4, 6)  # a slice of the common buffer can be viewed as heads
 
 
 @pytest.mark.parametrize("card", [(80, 108), (90, 132)])
 @pytest.mark.parametrize("kernel", [("linear", "16"), ("int4", "128")])
 @pytest.mark.parametrize(("outputs", "width"), [(6144, 4096), (4096, 4096), (28672, 4096), (4096, 14336)])
 def test_the_grids_fill_an_a100_and_an_h100(card, kernel, outputs, width):
-    """Mistral-7B's four products: of the steps that the waves' slots could take, at least 79 % are steps of the sum."""
+    """Mistral-7B's four GEMMs use at least 79 % of the steps that the slots of all waves could take."""
     tiles = tiles_of(*kernel, card)
     slots, count, steps = tiles["RESIDENT"] * card[1], outputs // tiles["BO"], width // tiles["BD"]
     splits = splits_that_fill(count, steps, slots)
@@ -138,9 +138,9 @@ def test_mistakes_are_refused():
     x, w = torch.ones(2, 8), torch.ones(4, 8)
     with pytest.raises(ValueError, match=r"must be \(R, 8\) and \(4, R\)"):
         lora_linear(x, w, torch.ones(2, 8), torch.ones(4, 3), 1.0)
-    with pytest.raises(ValueError, match="both lora_a and lora_b"):
+    with pytest.raises(ValueError, match="needs both lora_a and lora_b"):
         lora_linear(x, w, torch.ones(2, 8), None, 1.0)
-    with pytest.raises(ValueError, match="one output"):
+    with pytest.raises(ValueError, match="exactly one output"):
         lora_linear(x, [w, w], residual=x)
     with pytest.raises(ValueError, match="gate and up"):
         rms_norm_lora_linear(x, torch.ones(8), w, None, None, 1.0, EPS, gated=True)

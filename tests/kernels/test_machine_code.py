@@ -1,10 +1,9 @@
-"""What the compiler makes of the kernels, without a GPU: bounds on the machine code that follow from the tiles."""
+"""Bounds on the kernels' machine code that follow from their tile sizes; no GPU is needed."""
 
 import json
 import os
 import subprocess
 import sys
-from copy import deepcopy
 from importlib.metadata import version
 from pathlib import Path
 
@@ -12,7 +11,7 @@ import pytest
 import torch
 
 from kernels import launch
-from kernels.launch import CONFIGS, recording, tiles_of
+from kernels.launch import CONFIGS, assume_card, recording, tiles_of
 from kernels.linear import FEW_ROWS
 from kernels.proof.cases import Make, cases
 from kernels.proof.machine_code import HERE, code_hash
@@ -31,49 +30,47 @@ def where(row) -> str:
     return f"{row['case']}, {row['dtype']}, {row['kernel']}, sm_{row['sm']}"
 
 
-def test_the_facts_are_of_this_code():
+def test_the_facts_belong_to_this_code():
     assert FACTS["code"] == code_hash(), "a kernel or configuration changed: run python -m kernels.proof.machine_code"
 
 
 def test_every_pinned_configuration_has_a_case():
-    launch.asked.clear()
+    launch.used_configs.clear()
     for dtype in (torch.bfloat16, torch.float32):
         for case in cases(dtype):
             with recording():
                 case.build(Make("meta", dtype))[0]()
     pinned = {(kernel, name) for kernel, classes in CONFIGS.items() for name in classes if "sm_" not in name}
-    assert pinned == launch.asked
+    assert pinned == launch.used_configs
 
 
-def test_tile_sizes_are_the_cards(monkeypatch):
-    """A configuration for this capability and number of SMs is taken by every kernel that has configurations."""
-    for classes in (tuned := deepcopy(CONFIGS)).values():
+def test_a_tuned_configuration_is_used_on_its_gpu(monkeypatch):
+    """Every kernel with configurations takes the one for the GPU's compute capability and number of SMs."""
+    for classes in CONFIGS.values():
         for name in [name for name in classes if "sm_" not in name]:
-            classes[f"{name} sm_90 132"] = {**classes[name], "num_warps": 16}
-    monkeypatch.setattr(launch, "CONFIGS", tuned)
-    monkeypatch.setattr(launch, "card", lambda device: (90, 132))
-    with recording() as calls:
+            monkeypatch.setitem(classes, f"{name} sm_90 132", {**classes[name], "num_warps": 16})
+    with assume_card(90, 132), recording() as calls:
         for case in cases(torch.bfloat16):
             case.build(Make("meta", case.dtype))[0]()
     assert {call.kernel.__name__ for call in calls if call.meta["num_warps"] != 16} == {"_epilogue", "_merge"}
 
 
-def test_nothing_spills_everything_fits_and_no_sum_depends_on_who_comes_first():
+def test_no_spills_no_atomics_and_shared_memory_fits():
     for row in ROWS:
         assert row["spills"] == 0 and row["fits"] and row["blocks"] >= 1, where(row)
         assert row["atomics"] == 0 and row["tf32"] == 0, where(row)
 
 
-def test_no_warp_repeats_anothers_products():
-    """mma instructions a thread are exactly the tile's multiplications over its warps: a second product that depends
-    on the first makes Triton put all warps along the 16 rows, and each then does everything (49 for 8 once)."""
+def test_no_warp_repeats_another_warps_products():
+    """The mma instructions per thread are exactly the tile's multiplications divided among its warps. With a second,
+    dependent product Triton puts all warps along the 16 rows, and each computes everything (once 49 instead of 8)."""
     seen = 0
     for row in NARROW:
         tiles = row["tiles"]
         if row["kernel"] in ("_products", "_int4_products"):
             needed = FEW_ROWS * tiles["BO"] * tiles["BD"] // MMA // tiles["num_warps"]
             if row["kernel"] == "_int4_products" and "rank 0" not in row["case"]:
-                needed += FEW_ROWS * tiles["BO"] * 64 // MMA // tiles["num_warps"]  # A's tiles, a loop of their own
+                needed += FEW_ROWS * tiles["BO"] * 64 // MMA // tiles["num_warps"]  # the loop over A's tiles
         elif row["kernel"] == "_epilogue":
             depth = tiles["RANK"] + 4 * tiles["BG"] * bool(tiles["GROUP"])  # int4: two sums in two terms
             needed = FEW_ROWS * tiles["BO"] * depth // MMA // tiles["num_warps"] * (1 + tiles["GATED"])
@@ -86,9 +83,9 @@ def test_no_warp_repeats_anothers_products():
     assert seen >= 60
 
 
-def test_conversions_are_those_of_the_tile():
-    """None in the products, int4's included; elsewhere at most the values that are rounded, and a few divisions by
-    lengths, which a program makes once."""
+def test_conversions_are_bounded():
+    """No conversions in the products, int4's included. Elsewhere at most one per rounded value, and a few divisions by
+    lengths, once per program."""
     for row in ROWS:
         tiles, rounded, once = row["tiles"], 0, 24
         if row["kernel"] in ("_products", "_int4_products"):
@@ -100,7 +97,7 @@ def test_conversions_are_those_of_the_tile():
         assert row["conversions"] <= rounded + once, where(row)
 
 
-def test_weights_come_in_wide_asynchronous_copies_and_enough_are_in_flight():
+def test_weights_are_loaded_by_wide_asynchronous_copies_with_enough_bytes_in_flight():
     rows = [row for row in NARROW if row["kernel"] in ("_products", "_int4_products", "_partial")]
     for row in rows:
         assert row["copies"]["128"] > 0, where(row)
@@ -111,7 +108,7 @@ def test_weights_come_in_wide_asynchronous_copies_and_enough_are_in_flight():
 
 
 @pytest.mark.parametrize(("sm", "sms"), [(80, 108), (90, 132)])
-def test_as_many_programs_are_resident_as_the_splits_count_on(sm, sms):
+def test_as_many_programs_fit_an_sm_as_the_split_assumes(sm, sms):
     names = {"_products": "linear", "_int4_products": "int4"}
     rows = [row for row in NARROW if row["sm"] == sm and row["kernel"] in names]
     for row in rows:
@@ -153,7 +150,7 @@ for name, call in launches(torch.bfloat16):
 
 
 def compiled(code: str, **changes: str) -> list[str]:
-    """The lines that a process prints in which Triton compiles and interprets nothing."""
+    """Output lines of `code` in a process where Triton compiles and does not interpret."""
     environment = {k: v for k, v in os.environ.items() if k != "TRITON_INTERPRET"} | changes
     root = Path(launch.__file__).parents[1]
     done = subprocess.run([sys.executable, "-c", code], cwd=root, env=environment, capture_output=True, text=True)
@@ -161,13 +158,13 @@ def compiled(code: str, **changes: str) -> list[str]:
     return done.stdout.splitlines()
 
 
-def test_what_is_compiled_is_what_a_launch_would_compile():
-    """Types, constants and alignments as Triton's own just-in-time compiler derives them from the recorded launches."""
+def test_signatures_equal_those_of_tritons_just_in_time_compiler():
+    """Types, constants and alignments of the recorded launches."""
     assert int(compiled(SIGNATURES)[0]) >= 40
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(version("triton") != FACTS["triton"], reason=f"the facts are of Triton {FACTS['triton']}")
-def test_the_decode_kernels_compile_to_what_is_committed(tmp_path):
+def test_the_decode_kernels_compile_to_the_committed_facts(tmp_path):
     fresh = [json.loads(line) for line in compiled(FRESH, TRITON_CACHE_DIR=str(tmp_path), OMP_NUM_THREADS="1")]
     assert len(fresh) == 12 and all(row in ROWS for row in fresh)

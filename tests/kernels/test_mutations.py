@@ -1,7 +1,7 @@
-"""The tests would notice: each mistake, put into a copy of a kernel's file, breaks the property that guards it.
+"""Mutation tests: each mistake, put into a copy of a kernel's file, breaks the property that guards it.
 
-A mistake is a replacement of one piece of text. The mutated file is imported under another name and held against fp64
-by the same rule as the real one; the test fails if the mistake passes, or if the text to replace is gone.
+A mistake replaces one piece of text. The mutated file is imported under another name and compared with fp64 by the same
+rule as the real one. The test fails if the mistake passes, or if the text to replace no longer exists.
 """
 
 # ruff: noqa: E501 - the list of mistakes is a table
@@ -16,10 +16,11 @@ import torch
 
 import kernels.launch
 from kernels.attention import Level
+from kernels.launch import assume_card
 from kernels.linear import rms_norm_lora_linear_definition
 from kernels.proof.cases import wide
 
-ROOM = Path(kernels.launch.__file__).parent
+FOLDER = Path(kernels.launch.__file__).parent
 
 
 def normal(*shape, std=1.0, seed=0, dtype=torch.float32):
@@ -60,7 +61,7 @@ def activation(module, check):
 
 
 def layers(module, check, function, plain, dtype):
-    """Three outputs, one without an adapter, and gate and up; the sum over 1,300 columns in several parts."""
+    """Three outputs, one without an adapter; the sum over 1,300 columns is split."""
     x, gain = normal(3, 1300).to(dtype), (normal(1300, std=0.3) + 1).to(dtype)
     sizes, rank = (40, 24, 33), 8
     a = [normal(rank, 1300, std=0.03, seed=n).to(dtype) for n in range(3)]
@@ -134,29 +135,26 @@ def cross_entropy(module, check):
     x, w, targets = normal(9, 40), normal(9000, 40, std=0.5), torch.arange(9) * 990
     targets[4] = -100
     w = w * torch.linspace(0.1, 2, 9000)[:, None]
-    ours = lambda x, w: module.linear_cross_entropy(x, w, targets)  # noqa: E731
+    ours = lambda x, w: module.linear_cross_entropy(x, w, targets, max_logits=4 * 9000)  # noqa: E731
     plain = lambda x, w: module.linear_cross_entropy_definition(x, w, targets)  # noqa: E731
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(module, "CHUNK", 4 * 9000)
-        check_all(check, ours, plain, [x, w], (0, 1))
+    check_all(check, ours, plain, [x, w], (0, 1))
 
 
 def attention(module, check):
     q, k, v = normal(2, 4, 2, 64), normal(2, 2, 90, 64, seed=1), normal(2, 2, 90, 64, seed=2)
     slots = torch.stack([torch.randperm(90, generator=torch.Generator().manual_seed(n)) for n in range(2)]) + 20
     slots[:, 5] = -1
-    whole = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
+    int32 = lambda *values: torch.tensor(values, dtype=torch.int32)  # noqa: E731
     levels = (
-        Level(normal(1, 2, 9, 64, seed=3), normal(1, 2, 9, 64, seed=4), whole([*range(9)]), whole(0), whole(2), 2),
+        Level(normal(1, 2, 9, 64, seed=3), normal(1, 2, 9, 64, seed=4), int32([*range(9)]), int32(0), int32(2), 2),
         Level(
-            normal(1, 2, 11, 64, seed=3), normal(1, 2, 11, 64, seed=4), whole([*range(9, 20)]), whole(1), whole(1), 1
+            normal(1, 2, 11, 64, seed=3), normal(1, 2, 11, 64, seed=4), int32([*range(9, 20)]), int32(1), int32(1), 1
         ),
     )
     for window, i in ((None, 109), (30, 109), (30, 40), (None, 40)):
         arguments = [q, k, v, torch.tensor([[i - 1, i]] * 2), slots, window, levels]
-        for sms in (0, 2):  # one program walks all keys, or several a part each
-            with pytest.MonkeyPatch.context() as patch:
-                patch.setattr(module, "card", lambda device, sms=sms: (80, sms))
+        for sms in (0, 2):  # without and with a split of the keys
+            with assume_card(80, sms):
                 check_all(check, module.tree_attention, module.tree_attention_definition, arguments)
 
 
@@ -176,9 +174,9 @@ MISTAKES = [
     (norm, "the statistic's gradient is lost", "(w - n * (tl.sum", "(w - 0 * n * (tl.sum"),
     (norm, "a program skips a row", "tl.cdiv(N - p, P)", "tl.cdiv(N - p, P) - (p == 1)"),
     (activation, "gate and up swapped", "silu = (a / (1.0 + tl.exp(-a)))", "silu = (a / (1.0 + tl.exp(-b)))"),
-    (activation, "half of silu's gradient", "share * (1.0 + a * (1.0 - share))", "share"),
-    (linear, "the scale is left out of the adapter", "u * (r * choose(i, s))[:, None]", "u * r[:, None]"),
-    (linear, "the adapter's u is not normed", "u * (r * choose(i, s))[:, None]", "u * choose(i, s)"),
+    (activation, "half of silu's gradient", "sigmoid * (1.0 + a * (1.0 - sigmoid))", "sigmoid"),
+    (linear, "the scale is left out of the adapter", "u * (r * select(i, s))[:, None]", "u * r[:, None]"),
+    (linear, "the adapter's u is not normed", "u * (r * select(i, s))[:, None]", "u * select(i, s)"),
     (
         linear,
         "the statistic is of one part of the columns",
@@ -213,25 +211,25 @@ MISTAKES = [
     (
         linear,
         "the third output takes the second's weight",
-        "w, size = choose(i, weights), choose(i, O)",
-        "w, size = choose(i - i // 2, weights), choose(i, O)",
+        "w, size = select(i, weights), select(i, O)",
+        "w, size = select(i - i // 2, weights), select(i, O)",
     ),
     (
         linear,
         "the third output takes the first's adapter",
-        "(edge + before(i, R, BO)) * BO + k",
-        "(edge + before(i, R, BO) - i // 2) * BO + k",
+        "(edge + offset_of(i, R, BO)) * BO + k",
+        "(edge + offset_of(i, R, BO) - i // 2) * BO + k",
     ),
-    (linear, "outputs are written over each other", "(before(i, O, 1) + o)[None, :]", "o[None, :]"),
+    (linear, "outputs are written over each other", "(offset_of(i, O, 1) + o)[None, :]", "o[None, :]"),
     (
         linear,
         "the bias is forgotten",
-        "total += tl.load(choose(i, bias) + o",
-        "total += 0 * tl.load(choose(i, bias) + o",
+        "total += tl.load(select(i, bias) + o",
+        "total += 0 * tl.load(select(i, bias) + o",
     ),
     (linear, "the residual is forgotten", "out += tl.load(residual", "out += 0 * tl.load(residual"),
     (linear, "the gate gates itself", "(1.0 + tl.exp(-out)) * up", "(1.0 + tl.exp(-out)) * out"),
-    (linear, "up takes gate's adapter", "edge + before(i, R, BO)", "edge"),
+    (linear, "up takes gate's adapter", "edge + offset_of(i, R, BO)", "edge"),
     (
         int4,
         "the next group's scale is this one's",
@@ -255,32 +253,32 @@ MISTAKES = [
         "steps.contiguous() for steps in steps_GO2.flip(-1).unbind(-1)",
     ),
     (cross_entropy, "the running sum is not rescaled", "s = s * tl.exp(m - base) +", "s = s +"),
-    (cross_entropy, "the lanes' sums have one maximum", "tl.sum(s * tl.exp(m - top), axis=0)", "tl.sum(s, axis=0)"),
+    (cross_entropy, "the lanes' sums have one maximum", "tl.sum(s * tl.exp(m - m_row), axis=0)", "tl.sum(s, axis=0)"),
     (cross_entropy, "the target is not subtracted", "tl.where(v == target, 1.0, 0.0)", "0.0"),
-    (cross_entropy, "ignored rows push", "share * w, mask", "share / 8, mask"),
+    (cross_entropy, "ignored rows push", "grad * w, mask", "grad / 8, mask"),
     (cross_entropy, "only the last rows' dW", "dw_VD += torch.mm", "dw_VD[:] = torch.mm"),
     (attention, "a window of W + 1", "j[None, :] > i[:, None] - W", "j[None, :] >= i[:, None] - W"),
     (attention, "a window of W - 1", "j[None, :] > i[:, None] - W", "j[None, :] > i[:, None] - W + 1"),
-    (attention, "a query does not see itself", "j[None, :] <= i[:, None]", "j[None, :] < i[:, None]"),
-    (attention, "empty slots are seen", "seen = (j >= 0)[None, :] &", "seen = (j >= -1)[None, :] &"),
+    (attention, "a query does not attend to itself", "j[None, :] <= i[:, None]", "j[None, :] < i[:, None]"),
+    (attention, "empty slots are attended to", "mask = (j >= 0)[None, :] &", "mask = (j >= -1)[None, :] &"),
     (attention, "the scores are not scaled", 'input_precision="ieee") * scale', 'input_precision="ieee")'),
     (attention, "e in the place of 2", "K**-0.5 * LOG2_E", "K**-0.5"),
     (attention, "the sum of values is not rescaled", "sum_MK * alpha[:, None]", "sum_MK"),
     (
         attention,
         "the parts are averaged",
-        'weight = tl.exp2(L - tl.where(highest == float("-inf"), 0.0, highest))',
+        'weight = tl.exp2(L - tl.where(L_max == float("-inf"), 0.0, L_max))',
         'weight = tl.where(L > float("-inf"), 1.0, 0.0)',
     ),
     (attention, "the last part is left out", "mask=i < PARTS, other", "mask=i < PARTS - 1, other"),
     (
         attention,
-        "all rows see a node",
+        "all rows share a node",
         "b_first, b_count = tl.load(first + m), tl.load(count + m)",
         "b_first, b_count = 0, 2",
     ),
     (attention, "a head of another group", "h = g * HEADS + r // T % HEADS", "h = r // T % HEADS * G + g"),
-    (attention, "levels write over each other", "first += splits", "first += 0"),
+    (attention, "levels write over each other", "first_part += splits", "first_part += 0"),
 ]
 
 
@@ -302,7 +300,7 @@ def test_the_guards_pass_on_the_real_kernels(guard, as_good_as):
     ("guard", "mistake", "right", "wrong"), MISTAKES, ids=[f"{g.__name__}: {m}" for g, m, *_ in MISTAKES]
 )
 def test_a_mistake_is_noticed(guard, mistake, right, wrong, as_good_as, tmp_path, monkeypatch):
-    text = (ROOM / f"{guard.__name__}.py").read_text()
+    text = (FOLDER / f"{guard.__name__}.py").read_text()
     mutant, found = re.subn(r"\s+".join(map(re.escape, right.split())), lambda _: wrong, text)  # lines may be broken
     assert found, f"kernels/{guard.__name__}.py no longer says {right!r}: bring the list of mistakes up to date"
     path = tmp_path / "mutant.py"

@@ -1,6 +1,6 @@
-"""Our folder is called as a library that transformers looks for: both must import beside each other, in either order.
+"""transformers looks for a library called `kernels`: it and our package must both import, in either order.
 
-Without Triton interpreting anything, a CPU tensor gets the definition of every public function's file.
+Also: without Triton's interpreter a CPU tensor uses the definition.
 """
 
 import os

@@ -19,7 +19,7 @@ def tensors(seed, N, D, dtype, device, row_stride=0):
 
 
 def outputs_and_gradients(function, inputs, seed):
-    """The results and the gradients of a fixed random functional of them, in the inputs' dtype."""
+    """The results, and the gradients for a fixed random upstream gradient, in the inputs' dtype."""
     inputs = [t.detach().clone().requires_grad_() for t in inputs]
     out = function(*inputs)
     out = out if isinstance(out, tuple) else (out,)
@@ -49,13 +49,13 @@ def test_outputs_and_gradients_are_as_good_as_pytorchs(device, as_good_as, N, D,
     truth = outputs_and_gradients(plain, [t.double() for t in inputs], 1)
     mine = outputs_and_gradients(ours, inputs, 1)
     theirs = outputs_and_gradients(plain, inputs, 1)
-    results = (2 if add else 1) if D <= 2 else len(truth)  # a row of one or two has a gradient of cancelled roundings
+    results = (2 if add else 1) if D <= 2 else len(truth)  # for D ≤ 2 the gradient is a difference of rounding errors
     for a, b, c in list(zip(mine, theirs, truth, strict=True))[:results]:
         as_good_as(a, b, c)
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-def test_a_row_too_wide_for_registers_is_walked_twice(device, as_good_as, dtype):
+def test_a_row_too_wide_for_the_backward_kernel_uses_autograd(device, as_good_as, dtype):
     x, r, g = tensors(4, 3, 9001, dtype, device)
     ours, plain = (
         (lambda x, r, g: add_rms_norm(x, r, g, 1e-5)),
@@ -81,7 +81,7 @@ def test_the_weights_gradient_over_many_rows_is_summed_in_fp32_and_in_a_fixed_or
     mine = [outputs_and_gradients(lambda x, g: rms_norm(x, g, 1e-5), [x, g], 2)[2] for _ in range(2)]
     assert torch.equal(mine[0], mine[1])
     truth = outputs_and_gradients(lambda x, g: rms_norm_definition(x, g, 1e-5), [x.double(), g.double()], 2)[2]
-    as_good_as(mine[0], truth.bfloat16(), truth)  # as good as rounding the true sum: 300 bf16 additions would not be
+    as_good_as(mine[0], truth.bfloat16(), truth)  # as good as rounding the exact sum once, unlike 300 bf16 additions
 
 
 def test_a_weight_of_another_size_is_refused():

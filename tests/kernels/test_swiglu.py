@@ -1,4 +1,4 @@
-"""SwiGLU's product: every shape, stride and dtype, forward and backward, against fp64."""
+"""SwiGLU: every shape, stride and dtype, forward and backward, against fp64."""
 
 import pytest
 import torch
