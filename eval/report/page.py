@@ -38,8 +38,8 @@ def terminal_table(report: Json) -> str:
     return "\n".join(
         [
             *lines,
-            "average F1: phenotypes / diagnosis, mean of exact match, BLEU-2 and ROUGE-L; gold against gold is 100 "
-            "under the clinical scorer used here",
+            "average F1 (phenotypes / diagnosis): mean of exact match, BLEU-2 and ROUGE-L; gold against gold is 100 "
+            "under the clinical preset used here",
         ]
     )
 
@@ -115,10 +115,10 @@ def prompting_notes(report: Json) -> dict[str, list[str]]:
     found: dict[str, list[str]] = {}
     for row in next(iter(report["sets"].values()))["systems"]:
         if row["grounded"] is not None and row["form"] is not None:
-            form = "the tuning's form" if row["form"] == "template" else "their own chat form"
-            how = "grounded: spans of the note, closed values, existing ICD-10-CM entries"
-            how = how if row["grounded"] else "freely"
-            found.setdefault(f"asked in {form}, answering {how}", []).append(row["name"])
+            form = "the tuning's prompt format" if row["form"] == "template" else "the model's chat format"
+            constrained = "grounded decoding (spans of the note, closed lists, existing ICD-10-CM codes)"
+            decoding = constrained if row["grounded"] else "unconstrained decoding"
+            found.setdefault(f"{form}, {decoding}", []).append(row["name"])
     return found
 
 
@@ -148,12 +148,12 @@ def plots(report: Json) -> dict[str, str]:
         if report[name]:
             found[name] = line_plot(corruption(report[name]), x, "average F1", zero=True)
     for name, part in report["confidence"].items():
-        bins: Json = {"as said": ([0, 1], [0, 1])}
+        bins: Json = {"perfect calibration": ([0, 1], [0, 1])}
         kept: Json = {}
         for task, one in part["tasks"].items():
             bins[task] = tuple([group[key] for group in one["reliability"]] for key in ("p", "right"))
             kept[task] = tuple(zip(*((100 * share, f1) for share, f1 in one["abstention"]), strict=True))
-        found[f"reliability {name}"] = line_plot(bins, "probability", "share that matches exactly")
+        found[f"reliability {name}"] = line_plot(bins, "probability", "share of exact matches")
         found[f"abstention {name}"] = line_plot(kept, "answers kept, %", "exact-match F1")
     if report["canaries"]:
         series = {}

@@ -144,7 +144,7 @@ def test_report_holds_the_figures_of_the_predictions(run):
 
 
 def test_systems_that_saw_more_and_more_notes_make_a_learning_curve(run):
-    assert "Notes seen" not in render(write(run))
+    assert "Learning curve" not in render(write(run))
     given = json.loads((run / "run.json").read_text())
     for seen, system in zip((500, 100), given["systems"], strict=True):
         system["seen"] = seen
@@ -188,14 +188,14 @@ def test_page_says_how_each_system_was_asked(run):
     write(run)
     page = (run / "report.html").read_text()
     assert (
-        "bad: asked in their own chat form, answering freely.<br>good: asked in the tuning&#39;s form, answering "
-        "grounded: spans of the note, closed values, existing ICD-10-CM entries.<"
+        "bad: the model&#39;s chat format, unconstrained decoding.<br>good: the tuning&#39;s prompt format, "
+        "grounded decoding (spans of the note, closed lists, existing ICD-10-CM codes).<"
     ) in page
     systems = json.loads((run / "run.json").read_text())["systems"]
     bare = [{key: value for key, value in one.items() if key not in ("form", "grounded")} for one in systems]
     given(run, systems=bare)
     write(run)
-    assert "answering" not in (run / "report.html").read_text()
+    assert "decoding" not in (run / "report.html").read_text()
 
 
 def test_each_phenotypes_three_scores_and_each_systems_own_ceiling_are_shown(run):
@@ -209,7 +209,7 @@ def test_each_phenotypes_three_scores_and_each_systems_own_ceiling_are_shown(run
     found = write(run)["sets"]["heldout"]["systems"][1]["per_phenotype"]["tumor_size"]["answerable"]
     page = (run / "report.html").read_text()
     for name in ("bad", "good"):
-        assert f"gold against gold: the ceiling of {name}<" in page
+        assert f"ceiling (gold against gold) of {name}<" in page
     exact, bleu, rouge = (found[metric]["f1"] for metric in ("exact_match", "bleu2", "rouge_l"))
     assert exact == 0 < bleu < rouge and f'<span class="n">{bleu:.1f} / {rouge:.1f}</span>' in page
 
