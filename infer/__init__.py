@@ -1,4 +1,4 @@
-"""The clinical tasks, generation, extraction, recording. These names are imported when asked for: they need torch."""
+"""Prompts, generation, extraction and recording. The public names are imported on first use: they need torch."""
 
 from importlib import import_module
 from typing import Any

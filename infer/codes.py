@@ -1,4 +1,4 @@
-"""The neoplasm chapter of ICD-10-CM (C00-D49): codes, descriptions and the way from a text to a code.
+"""The neoplasm chapter of ICD-10-CM (C00-D49): codes, descriptions, and lookup of codes by text.
 
 `icd10cm.tsv` holds the 2,178 codes of the April 2026 release with their official descriptions, one
 `code<TAB>description` a line in the classification's own order. ICD-10-CM is published by the US National Center for
@@ -9,7 +9,7 @@ licence, Stefano Travasci) by
     codes = [c for c in icd.get_all_codes(True) if icd.is_category_or_subcategory(c) and "C00" <= c[:3] <= "D49"]
     lines = [f"{c}\\t{icd.get_description(c)}" for c in dict.fromkeys(codes)]  # 5 are blocks and categories at once
 
-A code is *billable* where the classification divides it no further: C50 and C50.4 are categories, C50.411 is billable.
+A code is *billable* if it has no subdivisions: C50 and C50.4 are categories, C50.411 is billable.
 """
 
 from __future__ import annotations
@@ -39,22 +39,22 @@ CODES: dict[str, str] = _read(Path(__file__).with_name("icd10cm.tsv"))
 """Every code of the chapter, categories included, with its description, in the classification's order."""
 
 _DOTLESS = {code.replace(".", ""): code for code in CODES}
-_DIVIDED = {code[:end] for code in _DOTLESS for end in range(3, len(code))}
+_CATEGORIES = {code[:end] for code in _DOTLESS for end in range(3, len(code))}
 
 
 def is_billable(code: str) -> bool:
-    """Whether `code` (dotted or not) is known and divided no further."""
+    """True if `code` (dotted or not) exists and has no subdivisions."""
     found = canonical(code)
-    return found is not None and found.replace(".", "") not in _DIVIDED
+    return found is not None and found.replace(".", "") not in _CATEGORIES
 
 
 def canonical(code: str) -> str | None:
-    """The dotted upper-case form of a code written in any way ("c50411"), or None where it is not known."""
+    """The dotted upper-case form of a code ("c50411" → "C50.411"); None if there is no such code."""
     return _DOTLESS.get(code.strip().upper().replace(".", ""))
 
 
 def describe(code: str) -> str:
-    """The official description of a code, dotted or not. Raises KeyError, naming the code, where it is not known."""
+    """Official description of a code, dotted or not. Raises KeyError for an unknown code."""
     found = canonical(code)
     if found is None:
         raise KeyError(f"{code!r} is not an ICD-10-CM code of C00-D49")
@@ -62,7 +62,7 @@ def describe(code: str) -> str:
 
 
 BILLABLE: tuple[str, ...] = tuple(code for code in CODES if is_billable(code))
-"""The codes that a diagnosis may end in, in order."""
+"""The billable codes, in order."""
 
 
 def _words(text: str) -> list[str]:
@@ -72,41 +72,42 @@ def _words(text: str) -> list[str]:
 _BY_WORDS: dict[tuple[str, ...], list[str]] = {}
 for _code, _text in CODES.items():
     _BY_WORDS.setdefault(tuple(_words(_text)), []).append(_code)
-_SETS = {code: frozenset(_words(text)) for code, text in CODES.items()}
-_COUNTS = Counter(word for words in _SETS.values() for word in words)
-_RARITY = {word: math.log(1 + len(CODES) / count) for word, count in _COUNTS.items()}
+_WORD_SETS = {code: frozenset(_words(text)) for code, text in CODES.items()}
+_COUNTS = Counter(word for words in _WORD_SETS.values() for word in words)
+_IDF = {word: math.log(1 + len(CODES) / count) for word, count in _COUNTS.items()}
 
 
-def written(text: str) -> list[tuple[int, int]]:
-    """Where codes of any chapter are written in a text, as (start, end); they need not exist."""
+def code_spans(text: str) -> list[tuple[int, int]]:
+    """Spans (start, end) of the codes of any chapter written in a text; the codes need not exist."""
     return [match.span() for match in _CODE.finditer(text)]
 
 
 def described(text: str) -> list[str]:
-    """The codes whose description is the text, whatever its case and punctuation; billable ones first."""
+    """The codes whose description equals the text, ignoring case and punctuation; billable ones first."""
     return sorted(_BY_WORDS.get(tuple(_words(text)), ()), key=lambda code: not is_billable(code))
 
 
 def lookup(text: str, limit: int = 5) -> list[str]:
-    """The codes that a text names, best first; [] where nothing fits.
+    """The codes that a text names, best first; [] if there are none.
 
-    In this order: codes written in the text (dotted or not, any case: "c50411", "carcinoma (C50.411)"), and nothing
-    else where one is written, known or not; codes whose description is the text; else at most `limit` codes by
-    similarity, the cosine of the two sets of words with a word weighted by how few descriptions hold it.
+    1. If codes are written in the text (dotted or not, any case: "c50411", "carcinoma (C50.411)"): those that exist.
+    2. Else, if the text is a description: its codes.
+    3. Else: the `limit` codes of highest cosine similarity between sets of words, weighted by inverse document
+       frequency over the descriptions.
     """
-    if spans := written(text):
+    if spans := code_spans(text):
         known = [found for start, end in spans if (found := canonical(text[start:end]))]
         return list(dict.fromkeys(known))
     if exact := described(text):
         return exact
-    asked = frozenset(_words(text)) & _RARITY.keys()
-    if not asked:
+    query = frozenset(_words(text)) & _IDF.keys()
+    if not query:
         return []
-    norm = math.sqrt(sum(_RARITY[word] ** 2 for word in asked))
+    query_norm = math.sqrt(sum(_IDF[word] ** 2 for word in query))
     scores = []
-    for rank, (code, own) in enumerate(_SETS.items()):
-        shared = sum(_RARITY[word] ** 2 for word in asked & own)
+    for rank, (code, words) in enumerate(_WORD_SETS.items()):
+        shared = sum(_IDF[word] ** 2 for word in query & words)
         if shared:
-            length = math.sqrt(sum(_RARITY[word] ** 2 for word in own))
-            scores.append((-shared / (norm * length), not is_billable(code), rank, code))
+            norm = math.sqrt(sum(_IDF[word] ** 2 for word in words))
+            scores.append((-shared / (query_norm * norm), not is_billable(code), rank, code))
     return [code for *_, code in sorted(scores)[:limit]]

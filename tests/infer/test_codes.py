@@ -1,4 +1,4 @@
-"""The ICD-10-CM table and the way from a text to a code."""
+"""The ICD-10-CM table and lookup of codes by text."""
 
 import pytest
 

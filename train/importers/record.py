@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from infer.codes import canonical, describe, described, written
+from infer.codes import canonical, code_spans, describe, described
 from infer.extract.places import occurrences
 from infer.tasks import DIAGNOSIS_QUESTION, PHENOTYPES, parse_answer
 from model.support.cli import UserError, nearest
@@ -52,7 +52,7 @@ def place(text: str, answer: str) -> Record:
 def diagnosis(answer: str, where: str) -> Record:
     """Description and ICD-10-CM code of an answer that holds one code of C00-D49 anywhere, in any case, or is a code's
     description word for word. A written code is never replaced: one that is not known, and several, are refused."""
-    found = {canonical(answer[start:end]) or answer[start:end]: (start, end) for start, end in written(answer)}
+    found = {canonical(answer[start:end]) or answer[start:end]: (start, end) for start, end in code_spans(answer)}
     if len(found) > 1:
         raise UserError(f"{where}: the diagnosis holds several codes ({', '.join(found)}); give one")
     if found:
