@@ -16,8 +16,7 @@ def causal(
     """Attention of T queries at positions position, position + 1, … → out_THK, in blocks of queries.
 
     `key_position_S` is ascending and on the host; the last T keys are the queries' own. bf16 on a CPU uses explicit
-    matrix products instead of SDPA: they run on the CPU's bf16 instructions in half the time of torch's fused kernel,
-    which multiplies in fp32.
+    matrix products: they use the CPU's bf16 instructions and take half the time of SDPA, which multiplies in fp32.
     """
     T, S = q_HTK.shape[1], len(key_position_S)
     if S == T and (window is None or window >= T) and not uses_products(q_HTK):

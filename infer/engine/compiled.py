@@ -1,11 +1,11 @@
-"""A decode step as one function of tensors, compiled: `python -m infer.generate --compile`.
+"""A compiled decode step over a static KV cache: `python -m infer.generate --compile`.
 
-    tokens_B, positions_B, keys and values of every layer  →  x_BD, and the new keys and values in their slots
+    tokens_B, position_B, keys and values of every layer  →  x_BD; the new keys and values are written to their slots
 
-Python reads no value of a tensor in it: rows and slots come in powers of two, a token's slot is its position, and who
-sees whom is a mask of positions. So torch.compile takes it whole, and a token is one call in place of some 600 small
-ones. Compiling takes about a minute and a half on two cores (torch keeps the result for later processes), which pays
-from some 26,000 tokens on. The prompts are read as always (cache.py), and their keys are copied into the slots.
+Numbers of rows and slots are powers of two, a token's slot is its position, and attention is masked by position, so the
+step never reads a tensor's value on the host. torch.compile takes it as one graph: one call per step instead of about
+600 dispatches. Compiling takes about a minute and a half on two cores (torch caches the result across processes) and
+pays from about 26,000 tokens on. Prefill is not compiled: cache.py computes it, and its keys and values are copied.
 """
 
 from __future__ import annotations
@@ -21,11 +21,12 @@ from infer.engine.cache import Cache
 from infer.engine.forward import Engine
 from kernels.launch import power_of_2
 
-Layers = list[Tensor]  # one tensor for each layer
+Layers = list[Tensor]  # one tensor per layer
 
 
 def decode_step(engine: Engine) -> Callable[[Tensor, Tensor, Layers, Layers], Tensor]:
-    """step(tokens_B, position_B, keys, values) → x_BD, for keys and values (B, G, S, K) whose slots are positions."""
+    """Returns step(tokens_B, position_B, keys, values) → x_BD. Keys and values are (B, G, S, K) per layer, in slot
+    order, and are updated in place."""
 
     def step(tokens_B: Tensor, position_B: Tensor, keys: Layers, values: Layers) -> Tensor:
         B, G, S, K = keys[0].shape
@@ -48,18 +49,17 @@ def decode_step(engine: Engine) -> Callable[[Tensor, Tensor, Layers, Layers], Te
 
 
 class StaticCache:
-    """Keys and values of requests in slots of fixed number, in the place of their Cache once the prompts are read.
+    """A KV cache of fixed size, filled from the Cache of a prefill, for at most `new` further tokens per request.
 
-    `new` tokens of each will follow at most. If the step cannot be compiled, one line on stderr says so and it runs
-    uncompiled.
+    If the step cannot be compiled, it runs uncompiled, with one line on stderr.
     """
 
     def __init__(self, engine: Engine, cache: Cache, new: int) -> None:
         self.engine, self.next_B = engine, cache.start_B + cache.length_B
-        self.row_B = torch.arange(len(self.next_B))  # each request's row of the buffers
+        self.row_B = torch.arange(len(self.next_B))  # row of each request in the buffers
         self.function = decode_step(engine)
-        how: dict[str, Any] = {"cpp_wrapper": engine.device.type == "cpu"}  # saves a tenth of Python's calls' time
-        self.run = torch.compile(self.function, fullgraph=True, dynamic=False, options=how)
+        options: dict[str, Any] = {"cpp_wrapper": engine.device.type == "cpu"}  # a tenth less time than Python wrappers
+        self.run = torch.compile(self.function, fullgraph=True, dynamic=False, options=options)
         slots = power_of_2(int(self.next_B.max()) + new)
         shape = (power_of_2(len(self.next_B)), engine.groups, slots, engine.head_dim)
         self.keys, self.values = (
@@ -67,37 +67,36 @@ class StaticCache:
             for _ in range(2)
         )
         for layer in range(len(engine.layers)):
-            keys, values = (
-                [level.keys[layer] for level in cache.levels],
-                [level.values[layer] for level in cache.levels],
-            )
-            copy_branches(self.keys[layer], cache, keys, cache.keys[layer].mT)
-            copy_branches(self.values[layer], cache, values, cache.values[layer])
+            level_keys = [level.keys[layer] for level in cache.levels]
+            level_values = [level.values[layer] for level in cache.levels]
+            copy_to_slots(self.keys[layer], cache, level_keys, cache.keys[layer].mT)
+            copy_to_slots(self.values[layer], cache, level_values, cache.values[layer])
 
     def step(self, tokens_B1: Tensor, count_B: Tensor) -> Tensor:
-        """Enter a token of every request → x_B1D."""
+        """Decodes one token of every request → x_B1D."""
         size = len(self.keys[0])
         tokens, position = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
         tokens[self.row_B], position[self.row_B] = tokens_B1[:, 0].cpu(), self.next_B
         exc = torch._dynamo.exc  # loaded by torch.compile
-        given = tokens.to(self.engine.device), position.to(self.engine.device), self.keys, self.values
+        inputs = tokens.to(self.engine.device), position.to(self.engine.device), self.keys, self.values
         try:
-            x_bD = self.run(*given)
-        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:  # the latter: the ninth size
+            x_bD = self.run(*inputs)
+        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:  # the latter: at the ninth shape
             reason = str(error).strip().splitlines()[0]
-            print(f"--compile: the step cannot be compiled and runs as it is ({reason})", file=sys.stderr)
+            print(f"--compile: the step cannot be compiled and runs uncompiled ({reason})", file=sys.stderr)
             self.run = self.function
-            x_bD = self.run(*given)
+            x_bD = self.run(*inputs)
         self.next_B = self.next_B + count_B
         return x_bD[self.row_B.to(x_bD.device), None]
 
     def retain(self, rows: list[int]) -> None:
-        """Drop all other requests. Their rows are computed on: smaller buffers would be compiled anew."""
+        """Drops all other requests. Their rows stay in the buffers: another shape would be compiled again."""
         self.row_B, self.next_B = self.row_B[rows], self.next_B[rows]
 
 
-def copy_branches(slots_BGSK: Tensor, cache: Cache, levels: Sequence[Tensor], own_BGCK: Tensor) -> None:
-    """A layer's keys or values, the prefixes' of each level (P, G, S, K) and the branches' own, to their slots."""
+def copy_to_slots(slots_BGSK: Tensor, cache: Cache, levels: Sequence[Tensor], own_BGCK: Tensor) -> None:
+    """Copies one layer's keys or values, those of the prefixes (a (P, G, S, K) per level) and of the branches, to their
+    slots."""
     for level, held_PGSK in zip(cache.levels, levels, strict=True):
         kept = zip(level.prefixes, level.first_P.tolist(), level.length_P.tolist(), held_PGSK, strict=True)
         for prefix, first, length, held_GSK in kept:

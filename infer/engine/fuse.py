@@ -1,16 +1,15 @@
-"""The model with its kernels switched on: blocks are replaced, weights and their names stay.
+"""A model's blocks on the Triton kernels; weights and their names stay.
 
     fuse(model)                     norm with q, k, v, and norm with gate, up and SwiGLU, in two launches each
-    fuse(model, four_bit=True)      the same over int4 weights (model/quantize's int4-64), inference only
-    DecodeStep(model, batch, slots) one token a row as a function of tensors alone: what a CUDA graph captures
+    fuse(model, four_bit=True)      the same with int4 weights (model/quantize's int4-64), inference only
+    DecodeStep(model, batch, slots) one token per row with static shapes, for a CUDA graph
 
-A fused block computes what `model.transformer.Block` computes. On a CPU, in fp64, and wherever else a kernel does not
-run, the kernels' PyTorch definitions are computed. Nothing is fused unless somebody calls `fuse`. What stays as it is:
-experts (Mixtral's), int8 and nf4 layers, adapters with dropout while training. Attention of many queries, with packed
-documents or under autograd is torch's SDPA.
+A fused block computes what `model.transformer.Block` computes. Where a kernel does not run (CPU, fp64), its PyTorch
+definition does. Not fused: experts (Mixtral), int8 and nf4 layers, adapters with dropout in training. Attention with
+many queries, packed documents or autograd is torch's SDPA.
 
-`infer.Generator` takes a fused model as it is: forward.py computes its blocks by `project`, `add_attention` and
-`add_feed_forward`, cache.py attends over the tree of prompts by `read_attention` and `tree_attention`.
+`infer.Generator` runs a fused model by the blocks' `project`, `add_attention` and `add_feed_forward` (forward.py) and
+by `read_attention` and `tree_attention` (cache.py).
 """
 
 from __future__ import annotations
@@ -31,13 +30,13 @@ from model.mask import Visible
 from model.quantize.linear import QuantizedWeight
 from model.transformer import Block, RMSNorm, Transformer
 
-SPLIT = 64  # queries a row up to which attention is split over the cache (kernels/attention.py)
+SPLIT = 64  # maximum number of queries per row for split-KV attention (kernels/attention.py)
 INT4 = "int4-64"
-INT4_WIDTH = 64  # columns that the kernel's words come in
+INT4_WIDTH = 64  # columns per group of the kernel's layout
 
 
 class Int4Linear(nn.Module):
-    """A linear layer in int4, its codes in the kernel's order, with the adapter that was active on it."""
+    """A linear layer with int4 weights in the kernel's layout, and its active adapter."""
 
     words: Tensor
     scales_GO: Tensor
@@ -66,7 +65,7 @@ class Int4Linear(nn.Module):
 
 
 def adapter(linear: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tensor | None, float]:
-    """(A, B, scale) of the adapter that is active and not merged, in `dtype`; (None, None, 1) without one."""
+    """(A, B, scale) of the active, unmerged adapter in `dtype`; (None, None, 1) if there is none."""
     if not isinstance(linear, LoRALinear) or linear.active is None or linear.original is not None:
         return None, None, 1.0
     name = linear.active
@@ -74,7 +73,7 @@ def adapter(linear: nn.Module, dtype: torch.dtype) -> tuple[Tensor | None, Tenso
 
 
 def fusible(linear: nn.Module) -> bool:
-    """Whether lora_linear computes this module: a plain or adapted layer without dropout now."""
+    """True if kernels.lora_linear can compute this module: unquantized, and without active dropout."""
     if type(linear) not in (nn.Linear, LoRALinear):
         return False
     if isinstance(linear, LoRALinear):
@@ -84,7 +83,7 @@ def fusible(linear: nn.Module) -> bool:
 
 
 def add_product(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
-    """residual + linear(x), by the kernel where it can."""
+    """residual + linear(x), fused if possible."""
     if isinstance(linear, Int4Linear):
         return linear(x, residual)
     if not fusible(linear):
@@ -93,7 +92,7 @@ def add_product(residual: Tensor, x: Tensor, linear: nn.Module) -> Tensor:
 
 
 def normed_products(x: Tensor, norm: RMSNorm, linears: Sequence[nn.Module], gated: bool = False) -> Sequence[Tensor]:
-    """linear(norm(x)) of up to three layers, jointly where all of them allow it; `gated`: [silu(first) · second]."""
+    """linear(norm(x)) of up to three layers, in one kernel if all are fusible; `gated`: [silu(first) · second]."""
     biases = [linear.bias for linear in linears]
     if all(isinstance(linear, Int4Linear) for linear in linears):
         a, b, scales = (list(part) for part in zip(*(linear.adapter for linear in linears), strict=True))
@@ -112,19 +111,19 @@ def normed_products(x: Tensor, norm: RMSNorm, linears: Sequence[nn.Module], gate
 
 
 class KernelAttend(FastAttend):
-    """Few queries by the kernel that splits the cache; many, packed ones and training as FastAttend has them."""
+    """Split-KV kernel for few queries; FastAttend for many queries, packed documents and training."""
 
     def forward(self, q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, visible: Visible, window: int | None) -> Tensor:
-        trained = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BHTK, k_BGSK, v_BGSK))
+        needs_grad = torch.is_grad_enabled() and any(t.requires_grad for t in (q_BHTK, k_BGSK, v_BGSK))
         packed = visible.layout is not None and visible.key_layout is not None
-        if trained or packed or q_BHTK.shape[2] > SPLIT:
+        if needs_grad or packed or q_BHTK.shape[2] > SPLIT:
             return super().forward(q_BHTK, k_BGSK, v_BGSK, visible, window)
         k_BGSK, v_BGSK = k_BGSK.to(q_BHTK.dtype), v_BGSK.to(q_BHTK.dtype)
         return kernels.tree_attention(q_BHTK, k_BGSK, v_BGSK, visible.position_BT, visible.key_position_BS, window)
 
 
 class FusedBlock(Block):
-    """A block's own modules under their own names, computed by kernels."""
+    """A block computed by kernels, with the same modules under the same names."""
 
     def __init__(self, block: Block) -> None:
         nn.Module.__init__(self)
@@ -138,12 +137,12 @@ class FusedBlock(Block):
         return self.self_attn.window
 
     def products(self, x: Tensor) -> Sequence[Tensor]:
-        """q, k and v of x (…, D), the norm before them included."""
+        """q, k and v of x (…, D), with the input norm."""
         own = self.self_attn
         return normed_products(x, self.input_layernorm, [own.q_proj, own.k_proj, own.v_proj])
 
     def project(self, x_ND: Tensor) -> Tensor:
-        """q, k and v side by side."""
+        """q, k and v of x_ND, concatenated."""
         return torch.cat(tuple(self.products(x_ND)), dim=-1)
 
     def add_attention(self, x: Tensor, out: Tensor) -> Tensor:
@@ -173,7 +172,7 @@ class FusedBlock(Block):
 def masked_attention(
     q_NHTK: Tensor, k_NGSK: Tensor, v_NGSK: Tensor, position_NT: Tensor, key_position_NS: Tensor, window: int | None
 ) -> Tensor:
-    """Attention of many queries by torch's SDPA, masked by absolute positions."""
+    """torch's SDPA with a mask from absolute positions; key positions of −1 are padding."""
     distance_NTS = position_NT[:, :, None] - key_position_NS[:, None, :]
     seen_NTS = (distance_NTS >= 0) & (key_position_NS >= 0)[:, None]
     if window is not None:
@@ -187,8 +186,9 @@ def read_attention(
 ) -> Tensor:
     """Attention of T tokens of one prompt at positions position, position + 1, … → out_THK."""
     q_1HTK = q_THK.transpose(0, 1)[None]
-    place_1T = torch.arange(position, position + len(q_THK), device=q_THK.device)[None]
-    return masked_attention(q_1HTK, k_GSK[None], v_GSK[None], place_1T, key_position_S[None], window)[0].transpose(0, 1)
+    position_1T = torch.arange(position, position + len(q_THK), device=q_THK.device)[None]
+    out_1HTK = masked_attention(q_1HTK, k_GSK[None], v_GSK[None], position_1T, key_position_S[None], window)
+    return out_1HTK[0].transpose(0, 1)
 
 
 def tree_attention(
@@ -200,9 +200,9 @@ def tree_attention(
     window: int | None,
     levels: Sequence[kernels.Level],
 ) -> Tensor:
-    """Attention of N leaves over their own keys and over the levels of prefixes above them, a launch a level."""
+    """Attention of N branches over their own keys and the levels of prefixes above them, one launch per level."""
     dtype = q_NHTK.dtype
-    if q_NHTK.shape[2] > SPLIT and not levels:  # a prompt that shares nothing is being read
+    if q_NHTK.shape[2] > SPLIT and not levels:  # prefill of prompts without a common prefix
         return masked_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window)
     levels = [replace(level, k_MGPK=level.k_MGPK.to(dtype), v_MGPK=level.v_MGPK.to(dtype)) for level in levels]
     k_NGSK, v_NGSK = k_NGSK.to(dtype), v_NGSK.to(dtype)
@@ -210,11 +210,11 @@ def tree_attention(
 
 
 class DecodeStep(nn.Module):
-    """One token of each row through a fused model: tokens_B and their positions_B (int64) → logits_BV, fp32.
+    """Decode step of a fused model: tokens_B and positions_B (int64) → logits_BV, at least fp32.
 
-    Caches, key positions and the rotary tables are buffers of fixed size on the model's device; a position's slot is
-    position modulo `slots`, so a window that is no wider than `slots` rolls. Which kernels run follows from shapes
-    alone and nothing is read back to the host: the step can be exported, and captured as one CUDA graph.
+    Caches, key positions and rotary tables are buffers of fixed size on the model's device. A position's slot is
+    position modulo `slots`: a rolling cache for windows of at most `slots`. The step never synchronizes with the host
+    and its kernels depend on shapes only, so it can be exported and captured as one CUDA graph.
     """
 
     cos_PK: Tensor
@@ -227,15 +227,15 @@ class DecodeStep(nn.Module):
     def __init__(self, model: Transformer, batch: int, slots: int, longest: int | None = None) -> None:
         super().__init__()
         self.model, config = model, model.config
-        narrow = [window for window in config.windows if window is None or window > slots]
-        if narrow and (longest or slots) > slots:
+        too_wide = any(window is None or window > slots for window in config.windows)
+        if too_wide and (longest or slots) > slots:
             raise ValueError(f"{longest} positions need as many slots, or a window of at most {slots}")
-        place_1P = torch.arange(longest or slots, device=model.device)[None]
-        for name, table_1PK in zip(("cos_PK", "sin_PK"), model.model.rotary(place_1P, model.dtype), strict=True):
+        position_1P = torch.arange(longest or slots, device=model.device)[None]
+        for name, table_1PK in zip(("cos_PK", "sin_PK"), model.model.rotary(position_1P, model.dtype), strict=True):
             self.register_buffer(name, table_1PK[0].clone(), persistent=False)
-        kept = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
+        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
         for name in ("keys_LBGSK", "values_LBGSK"):
-            self.register_buffer(name, torch.zeros(kept, dtype=model.dtype, device=model.device), persistent=False)
+            self.register_buffer(name, torch.zeros(shape, dtype=model.dtype, device=model.device), persistent=False)
         empty_BS = torch.full((batch, slots), -1, dtype=torch.int32, device=model.device)
         self.register_buffer("key_position_BS", empty_BS, persistent=False)
         self.register_buffer("row_B", torch.arange(batch, device=model.device), persistent=False)
@@ -267,11 +267,11 @@ class DecodeStep(nn.Module):
 
 
 def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
-    """Replace every block by a fused one, in place; returns the model.
+    """Replaces every block by a fused one, in place; returns the model.
 
-    `four_bit` also rounds each block's linear layers to int4 (widths that are no multiple of 64 stay as they are);
-    layers that are int4 already (model/quantize/linear.py) keep their codes, int8 and nf4 ones compute themselves.
-    Adapters stay exact beside them, and such a model neither trains nor saves.
+    int4 layers (model/quantize/linear.py) are repacked for the kernel; int8 and nf4 layers are called as they are.
+    `four_bit` also quantizes the blocks' other linear layers to int4, if their width is a multiple of 64. Adapters stay
+    unmerged. A model with int4 layers can neither train nor be saved.
     """
     layers = model.model.layers
     for number, block in enumerate(layers):
@@ -281,9 +281,9 @@ def fuse(model: Transformer, four_bit: bool = False) -> Transformer:
                 if not isinstance(linear, nn.Linear):
                     continue
                 quantized = getattr(linear, "quantized", None)
-                held = quantized is not None and quantized.kind == "int4" and not quantized.packed
+                is_int4 = quantized is not None and quantized.kind == "int4" and not quantized.packed
                 wide = type(linear) in (nn.Linear, LoRALinear) and quantized is None and linear.weight is not None
-                if (held or (four_bit and wide)) and linear.in_features % INT4_WIDTH == 0:
-                    setattr(part, name, Int4Linear(linear, dtype=model.dtype if held else None))
+                if (is_int4 or (four_bit and wide)) and linear.in_features % INT4_WIDTH == 0:
+                    setattr(part, name, Int4Linear(linear, dtype=model.dtype if is_int4 else None))
         layers[number] = fused
     return model

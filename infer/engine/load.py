@@ -1,4 +1,4 @@
-"""A model ready for inference: weights, adapters, tokenizer."""
+"""Loads a model for inference: weights, adapters, tokenizer."""
 
 from __future__ import annotations
 
@@ -42,16 +42,15 @@ def load(
     form: str = "wide",
     fused: bool = False,
 ) -> tuple[Transformer, Tokenizer]:
-    """The model with its adapters merged in the order given (each may have been trained on the merged ones before it),
-    and its tokenizer. The last adapter stays beside the weights, exact, where they are narrower than fp32.
+    """The model with its adapters merged in the order given (each may have been trained on the ones before it), and its
+    tokenizer. If the weights are narrower than fp32, the last adapter stays unmerged, to be exact.
 
-    `form` ("wide", or a name of FORMATS) keeps the linear layers' weights in 8 or 4 bits, the head's too,
-    quantized as it is read; the rest is in `dtype`. `fused`: the GPU's kernels in the blocks' place
-    (infer/engine/fuse.py), for int4's codes as they are. Raises UserError for files that are missing or
-    belong to another model, for an unknown dtype or format, and for w8a8 where integers are not multiplied fast.
+    `form` is the format of the linear layers' weights, the head's included: "wide" (in `dtype`) or one of FORMATS,
+    quantized while reading. `fused` uses the kernels (fuse.py). Raises UserError for missing files, files of another
+    model, an unknown dtype or format, and w8a8 on a machine without fast int8 GEMMs.
     """
     if dtype not in DTYPES:
-        raise UserError(f"dtype {dtype!r} is not covered; covered are {', '.join(DTYPES)}")
+        raise UserError(f"dtype {dtype!r} is not supported; supported are {', '.join(DTYPES)}")
     device = device or device_here()
     check_format(form, device)
     check_adapters(weights, adapters)
@@ -72,14 +71,14 @@ def load(
             merge_lora(model, keep=False)
     if fused:
         for name, parameter in model.named_parameters():
-            if ".lora_" in name:  # else each product casts it anew
+            if ".lora_" in name:  # cast once, not in every GEMM
                 parameter.data = parameter.data.to(DTYPES[dtype])
         fuse(model)
     return model.requires_grad_(False).eval(), tokenizer
 
 
 def check_adapters(weights: str | Path, adapters: Sequence[str | Path]) -> None:
-    """What can be seen of adapters before the weights are read. Raises UserError where one is missing or another's."""
+    """Checks adapters before the weights are read. Raises UserError if one is missing or was made for another model."""
     for adapter in adapters:
         if not (Path(adapter) / "adapter_config.json").is_file():
             raise UserError(f"{adapter}: no adapter_config.json there; give the folder of a LoRA adapter")
@@ -87,11 +86,11 @@ def check_adapters(weights: str | Path, adapters: Sequence[str | Path]) -> None:
 
 
 def check_format(form: str, device: str, processor: str | None = None) -> None:
-    """Raises UserError for a format that is unknown, or that this machine (or the `processor` described) has no
-    products for."""
-    if form not in ("wide", *FORMATS):
-        known = ("wide", *FORMATS)
-        raise UserError(f"format {form!r} is not covered{nearest(form, known)}; there are {', '.join(known)}")
+    """Raises UserError for an unknown format, and for w8a8 if this machine has no fast int8 GEMM. `processor` may give
+    another CPU's flags."""
+    known = ("wide", *FORMATS)
+    if form not in known:
+        raise UserError(f"format {form!r} is not supported{nearest(form, known)}; supported are {', '.join(known)}")
     if form == "w8a8" and not int8_products(device, processor):
         raise UserError(f"format w8a8: {NO_INT8_PRODUCTS}; take int8 or int4")
 
@@ -99,47 +98,50 @@ def check_format(form: str, device: str, processor: str | None = None) -> None:
 def load_quantized(
     weights: str | Path, merged: Sequence[str | Path], form: str, dtype: torch.dtype, device: str
 ) -> Transformer:
-    """A checkpoint read into quantized weights, a few megabytes of wide ones at a time; `merged` adapters are added in
-    fp32 to what is read. Memory grows by the quantized model and about one quantized matrix besides.
-    w8a8: the model is rotated as it is read, for which a matrix is held twice in fp32; adapters loaded on it turn.
+    """Quantizes a checkpoint while reading it, a few megabytes at a time, with the `merged` adapters added in fp32.
+    Peak memory is the quantized model plus about one quantized matrix.
+
+    w8a8 also rotates the model (model/quantize/rotation.py), which holds one matrix twice in fp32; adapters loaded
+    later are rotated too.
     """
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_pretrained(weights))
     checkpoint = merged_checkpoint(model, weights, merged)
     rotation = Rotation(model.config, cache(checkpoint.read)) if form == "w8a8" else None
 
-    def keep(path: str, pieces: Iterator[tuple[slice, Tensor]]) -> nn.Module | None:
+    def replacement(path: str, chunks: Iterator[tuple[slice, Tensor]]) -> nn.Module | None:
         module = model.get_submodule(path)
-        in_order = (piece for _, piece in pieces)
+        in_order = (chunk for _, chunk in chunks)
         if isinstance(module, nn.Embedding):
             return embedding(path, module, in_order)
         if not (isinstance(module, nn.Linear) and is_quantizable(path)):
             return None
         return quantized(path, in_order, (module.out_features, module.in_features))
 
-    def quantized(path: str, pieces: Iterable[Tensor], shape: tuple[int, int]) -> QuantizedLinear:
+    def quantized(path: str, chunks: Iterable[Tensor], shape: tuple[int, int]) -> QuantizedLinear:
         mixed = rotation is not None and mixes_inputs(path)
-        turned = pieces if rotation is None else rotated(rotation, path, pieces, shape)
-        return QuantizedLinear(QuantizedWeight.quantize(turned, shape, form, mixed).to(device).pack())
+        if rotation is not None:
+            chunks = rotated(rotation, path, chunks, shape)
+        return QuantizedLinear(QuantizedWeight.quantize(chunks, shape, form, mixed).to(device).pack())
 
-    def embedding(path: str, module: nn.Embedding, pieces: Iterator[Tensor]) -> nn.Module:
-        """Its rows are looked up one by one, so bf16 costs no time; a tied model's head is quantized on the way."""
+    def embedding(path: str, module: nn.Embedding, chunks: Iterator[Tensor]) -> nn.Module:
+        """The embedding in bf16 (fp64 if `dtype` is); in a tied model, the same chunks are quantized as the head."""
         rows: list[Tensor] = []
 
-        def kept() -> Iterator[Tensor]:
-            for piece in pieces:
-                turned = piece if rotation is None else rotation.columns(path, piece)
-                rows.append(turned.to(dtype if dtype == torch.float64 else torch.bfloat16))
-                yield piece
+        def collected() -> Iterator[Tensor]:
+            for chunk in chunks:
+                row_MD = chunk if rotation is None else rotation.columns(path, chunk)
+                rows.append(row_MD.to(dtype if dtype == torch.float64 else torch.bfloat16))
+                yield chunk
 
         if model.lm_head is None:
-            model.lm_head = quantized("lm_head", kept(), (module.num_embeddings, module.embedding_dim))
+            model.lm_head = quantized("lm_head", collected(), (module.num_embeddings, module.embedding_dim))
         else:
-            for _ in kept():
+            for _ in collected():
                 pass
         return CastEmbedding(torch.cat(rows).to(device), dtype)
 
-    load_weights(model, checkpoint, dtype, device, keep)
+    load_weights(model, checkpoint, dtype, device, replacement)
     if rotation is not None:
         rotation.finish(model)
     return model
@@ -148,9 +150,10 @@ def load_quantized(
 def merged_checkpoint(
     model: Transformer, weights: str | Path, adapters: Sequence[str | Path], dtype: torch.dtype | None = None
 ) -> Checkpoint:
-    """The checkpoint of a model, with adapters merged in the order given as it is read: of the weights in `dtype`,
-    rounded to it, or of the file's, unrounded (None). Raises UserError where an adapter is another model's."""
-    from lora.merge import merge_checkpoint  # a program too, whose command line a bare CUDA image cannot read
+    """A checkpoint whose tensors have the adapters merged, in the order given, when they are read. With a `dtype`, the
+    weights are rounded to it before and after each merge; with None, the file's weights are merged without rounding.
+    Raises UserError for an adapter of another model."""
+    from lora.merge import merge_checkpoint  # imports tyro, which a bare CUDA image may lack
 
     checkpoint = open_checkpoint(weights)
     if adapters and dtype is not None:
@@ -166,27 +169,27 @@ def cast(stored: Stored, dtype: torch.dtype) -> Stored:
     return replace(stored, read=lambda rows: stored.read(rows).to(dtype))
 
 
-def rotated(rotation: Rotation, path: str, pieces: Iterable[Tensor], shape: tuple[int, int]) -> Iterator[Tensor]:
-    """A matrix's pieces, rotated: the whole at once where its rows are mixed."""
-    turned = (rotation.columns(path, piece) for piece in pieces)
+def rotated(rotation: Rotation, path: str, chunks: Iterable[Tensor], shape: tuple[int, int]) -> Iterator[Tensor]:
+    """The chunks of a matrix, rotated; the whole matrix as one chunk if the rotation mixes its rows."""
+    rotated_chunks = (rotation.columns(path, chunk) for chunk in chunks)
     if not mixes_rows(path):
-        yield from turned
+        yield from rotated_chunks
         return
-    yield rotation.rows(path, gathered(turned, shape))
+    yield rotation.rows(path, concatenated(rotated_chunks, shape))
 
 
-def gathered(pieces: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
-    """Rows in order as one fp32 matrix."""
+def concatenated(chunks: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
+    """Chunks of rows as one fp32 matrix, without holding all chunks beside it."""
     whole_OD, start = torch.empty(shape), 0
-    for piece_MD in pieces:
-        whole_OD[start : start + len(piece_MD)] = piece_MD
-        start += len(piece_MD)
+    for chunk_MD in chunks:
+        whole_OD[start : start + len(chunk_MD)] = chunk_MD
+        start += len(chunk_MD)
     return whole_OD
 
 
 def plan_for(options: Any, asked: Requests) -> Plan:
-    """How to run with a program's options (weights, adapter, dtype, format, memory, batch), said on stderr where a
-    memory is given. Raises UserError for a memory that cannot be read or is not enough."""
+    """The plan for a program's options (ModelOptions) and requests; within --memory if given, and then printed to
+    stderr. Raises UserError for a --memory that cannot be parsed or is not enough."""
     dtype = DTYPES.get(options.dtype, torch.float32)
     if not options.memory:
         return Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
@@ -194,7 +197,8 @@ def plan_for(options: Any, asked: Requests) -> Plan:
     device = device_here()
     if options.fuse and device == "cpu":
         raise UserError(
-            "--fuse computes the kernels' definitions on a CPU, in more memory than --memory plans; leave one out"
+            "on a CPU, --fuse runs the kernels' PyTorch definitions, which take more memory than --memory plans; "
+            "leave one out"
         )
     plan = fit(options.weights, options.adapter, budget, asked, options.format, dtype, device)
     if int(os.environ.get("RANK", 0)) == 0:
@@ -203,10 +207,10 @@ def plan_for(options: Any, asked: Requests) -> Plan:
 
 
 def dtype_for(options: Any, calls: Sequence[tuple[int, int]], known: str | None = None) -> str:
-    """A program's dtype; "auto" (and "default" where there is a GPU) is chosen here and said on stderr: fp32 beside
-    int8, int4 and nf4 weights (whose products choose for themselves), else what the job's products are fastest in (w8a8
-    too: attention's are most of its time): `calls` are (rows, how many products of so many rows). `known`: what a job
-    that goes on had chosen."""
+    """The dtype of a program's options. "auto" (and "default" on a GPU) is resolved and printed to stderr: fp32 for
+    int8, int4 and nf4 weights (whose GEMMs choose their own dtype); else the dtype in which the job's GEMMs are
+    fastest, for w8a8 too, whose time is mostly attention. `calls` are (rows, number of GEMMs with that many rows);
+    `known` is the dtype that a resumed job began with."""
     device = device_here()
     if options.dtype == "default" and device == "cpu":
         return "float32"
@@ -216,10 +220,9 @@ def dtype_for(options: Any, calls: Sequence[tuple[int, int]], known: str | None 
         print(f"dtype auto: {known}, as this job began", file=sys.stderr)
         return known
     if options.format not in ("auto", "wide", "w8a8"):
-        print(f"dtype auto: float32 beside {options.format} weights", file=sys.stderr)
+        print(f"dtype auto: float32 for {options.format} weights", file=sys.stderr)
         return "float32"
     chosen = str(fastest_dtype(tuple(calls), device)).removeprefix("torch.")
-    print(
-        f"dtype auto: {chosen}, the fastest for products of {', '.join(str(r) for r, _ in calls)} rows", file=sys.stderr
-    )
+    sizes = ", ".join(str(rows) for rows, _ in calls)
+    print(f"dtype auto: {chosen}, the fastest for GEMMs of {sizes} rows", file=sys.stderr)
     return chosen

@@ -1,17 +1,17 @@
-"""The best way to run a job within a memory: format, batch, cache and chunk, chosen before loading.
+"""Plans a job within a memory budget: chooses format, batch, cache dtype and chunk before the model is loaded.
 
     --memory 6GB      →  plan for 6.0 GB: int4-64, batch 8, cache float16, chunks of 512: weights 4.36 + cache 0.39 + …
 
-The bytes are those of lora/memory.py. Ways are tried from the best answers to the least memory: wide weights before
-quantized ones, and with each, a full batch before a smaller one. A plan is a function of its arguments alone, so that a
-job that goes on after a kill goes on with the same one.
+lora/memory.py estimates the bytes. Plans are tried in order of preference: unquantized weights first, then with each
+format a full batch before smaller ones. A plan depends on its arguments only, so a resumed job gets the same one.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
@@ -21,12 +21,13 @@ from model import ModelConfig
 from model.support.cli import UserError
 
 UNITS = {"": 1, "B": 1, "KB": 1e3, "MB": 1e6, "GB": 1e9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-FORMATS = ("wide", "int8", "int4-32", "int4-64", "int4-128")  # from the best answers to the least memory
+FORMATS = ("wide", "int8", "int4-32", "int4-64", "int4-128")  # in order of preference, for --format auto
+CHUNKS = (2048, 512, 256)  # tokens per step of a prefill
 
 
 @dataclass(frozen=True)
 class Plan:
-    """How to run, and the bytes that it takes."""
+    """Format, batch, cache dtype and chunk of a job, and the bytes of each part."""
 
     form: str
     batch: int
@@ -65,27 +66,31 @@ def fit(
     dtype: torch.dtype,
     device: str = "cpu",
 ) -> Plan:
-    """The best plan within `budget` bytes; `form` "auto" tries every format. Raises UserError where none fits."""
+    """The preferred plan of at most `budget` bytes; `form` "auto" tries all formats. Raises UserError if none fits."""
     config = ModelConfig.from_pretrained(weights)
-    least = None
+    tried = []
     for chosen in FORMATS if form == "auto" else (form,):
         fixed = {"weights": weight_bytes(config, chosen, dtype), "adapter": adapter_bytes(config, adapters, chosen)}
-        for cache in dict.fromkeys((dtype, torch.float16 if dtype.itemsize > 2 else dtype)):
-            batch = job.batch
-            while batch:
-                for chunk in (2048, 512, 256):
-                    parts = fixed | inference(config, job, batch, cache, chunk, dtype, device, chosen)
-                    plan = Plan(chosen, batch, cache, chunk, parts)
-                    if plan.total <= budget:
-                        return plan
-                    least = plan if least is None or plan.total < least.total else least
-                batch //= 2
-    assert least is not None
+        caches = dict.fromkeys((dtype, torch.float16 if dtype.itemsize > 2 else dtype))
+        for cache, batch, chunk in product(caches, halvings(job.batch), CHUNKS):
+            parts = fixed | inference(config, job, batch, cache, chunk, dtype, device, chosen)
+            plan = Plan(chosen, batch, cache, chunk, parts)
+            if plan.total <= budget:
+                return plan
+            tried.append(plan)
+    least = min(tried, key=lambda plan: plan.total)
     raise UserError(
         f"{weights}: --memory {budget / 1e9:.2f} GB is not enough: the least is {least.total / 1e9:.2f} GB "
         f"({least.form}, batch {least.batch}, {job.tokens} tokens a prompt); give more memory, a smaller model"
         f"{' or --format auto' if form != 'auto' else ''}"
     )
+
+
+def halvings(batch: int) -> Iterator[int]:
+    """batch, batch // 2, … 1."""
+    while batch:
+        yield batch
+        batch //= 2
 
 
 def notes_at_once(
@@ -98,18 +103,19 @@ def notes_at_once(
     device: str = "cpu",
     ranks: int = 1,
 ) -> int:
-    """The most requests at once, of `job.batch` or half as many, and so on, for which `free` bytes are enough, beside a
-    model of which each of `ranks` processes holds a part. Raises UserError where a GPU has no room for one."""
+    """Number of notes to answer at once: the largest of `job.batch`, half of it, … that fits into `free` bytes per
+    rank, with the model split over `ranks` ranks. Raises UserError if a GPU cannot hold one; on a CPU that gives 1,
+    since other processes may free memory."""
     config = ModelConfig.from_pretrained(weights)
     fixed = weight_bytes(config, form, dtype) + adapter_bytes(config, adapters, form)
-    batch = job.batch
-    while True:
-        need = (fixed + sum(inference(config, job, batch, dtype, 2048, dtype, device, form).values())) / ranks
-        if need <= free or (batch == 1 and device == "cpu"):  # a CPU's memory can be given back by others
+    need = 0.0
+    for batch in halvings(job.batch):
+        need = (fixed + sum(inference(config, job, batch, dtype, CHUNKS[0], dtype, device, form).values())) / ranks
+        if need <= free:
             return batch
-        if batch == 1:
-            raise UserError(
-                f"{weights}: {need / 1e9:.1f} GB are needed for one note, {free / 1e9:.1f} GB of the GPU are free; "
-                "give --format int8 or int4, or --memory"
-            )
-        batch //= 2
+    if device == "cpu":
+        return 1
+    raise UserError(
+        f"{weights}: one note needs {need / 1e9:.1f} GB, and {free / 1e9:.1f} GB of the GPU are free; "
+        "give --format int8 or int4, or --memory"
+    )

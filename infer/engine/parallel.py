@@ -1,16 +1,15 @@
-"""A model over several devices: torch's tensor parallelism, each rank reading no more than its own part of the files.
+"""Tensor parallelism with torch's DTensor; each rank reads only its own shard of the files.
 
     torchrun --nproc-per-node 8 -m infer.extract --tensor-parallel 8 …
 
-Of a block's two pairs of products the first is split by its outputs (heads, hidden units) and the second by its inputs,
-so a block adds up over the ranks twice (arXiv 1909.08053, section 3):
+In attention and in the MLP, the first projections are sharded by outputs (heads, hidden units) and the last by inputs,
+so a block needs two all-reduces (arXiv 1909.08053, section 3):
 
-    q k v, gate up    y = x · W_rᵀ         each rank has its heads, its units      (ColwiseParallel)
-    o, down           Σ_r x_r · W_rᵀ       summed over the ranks                   (RowwiseParallel)
+    q k v, gate up    y_r = x · W_rᵀ           each rank has its heads, its units      (ColwiseParallel)
+    o, down           y = Σ_r x_r · W_rᵀ       all-reduce                              (RowwiseParallel)
 
-Embedding, norms and output matrix are replicated on every rank, so all ranks see the same logits and take the same
-token.
-Adapters are merged on the way in. `torch.distributed` is imported here alone.
+Embedding, norms and output matrix are replicated, so all ranks compute the same logits and choose the same tokens.
+Adapters are merged while the weights are read.
 """
 
 from __future__ import annotations
@@ -38,8 +37,8 @@ OUTPUTS, INPUTS = ("q_proj", "k_proj", "v_proj", "gate_proj", "up_proj", "w1", "
 
 
 def join() -> None:
-    """Enter torchrun's processes, once; each takes a GPU where there are some. A rank may wait for long: others may
-    have more notes left."""
+    """Initializes torchrun's process group, once; each rank gets a GPU if there are any. The timeout is long because
+    ranks with fewer notes wait for the others."""
     if dist.is_initialized():
         return
     backend = "gloo"
@@ -51,13 +50,14 @@ def join() -> None:
 
 
 def wait() -> None:
-    """Wait for the other ranks."""
+    """Barrier over all ranks."""
     join()
     dist.all_reduce(torch.zeros(1))
 
 
 def of_first(choice: int, together: int = 0) -> int:
-    """The first rank's choice, on every rank; with `together`, the first's of those that hold one model."""
+    """Broadcasts the first rank's choice to all ranks; with `together`, within each group of that many ranks that hold
+    one model."""
     join()
     held, group = torch.tensor(int(choice)), model_mesh(together).get_group() if together else None
     dist.broadcast(held, group=group, group_src=0)
@@ -66,7 +66,7 @@ def of_first(choice: int, together: int = 0) -> int:
 
 @cache
 def model_mesh(size: int) -> DeviceMesh:
-    """The ranks that hold one model together: `size` neighbours."""
+    """The mesh of this rank and the `size` − 1 adjacent ones that hold one model."""
     join()
     device = "cuda" if torch.cuda.is_available() else "cpu"
     shape = (dist.get_world_size() // size, size)
@@ -74,14 +74,14 @@ def model_mesh(size: int) -> DeviceMesh:
 
 
 def check_divides(config: ModelConfig, size: int) -> None:
-    """Raise UserError where `size` ranks cannot share the heads and the hidden units evenly."""
+    """Raises UserError if `size` ranks cannot share heads and hidden units evenly."""
     for name in ("num_attention_heads", "num_key_value_heads", "intermediate_size"):
         if getattr(config, name) % size:
             raise UserError(f"--tensor-parallel {size} does not divide the model's {name}, {getattr(config, name)}")
 
 
 def shard(model: Transformer, mesh: DeviceMesh) -> Transformer:
-    """Split the blocks' linear layers over the mesh, in place; the model may be on meta. Returns it."""
+    """Shards the blocks' linear layers over the mesh, in place; the model may be on meta. Returns the model."""
     check_divides(model.config, mesh.size())
     for block in model.model.layers:
         plan: dict[str, ParallelStyle] = {}
@@ -96,7 +96,7 @@ def shard(model: Transformer, mesh: DeviceMesh) -> Transformer:
 def load_parallel(
     weights: str | Path, adapters: Sequence[str | Path], dtype: str, size: int
 ) -> tuple[Transformer, Tokenizer]:
-    """This rank's part of a model that `size` ranks hold, its adapters merged in the order given, and the tokenizer.
+    """This rank's shard of a model on `size` ranks, with adapters merged in the order given, and the tokenizer.
 
     Raises UserError for files that are missing or belong to another model.
     """
@@ -109,29 +109,29 @@ def load_parallel(
     shard(model, mesh)
     device = torch.device(mesh.device_type)
     for name, parameter in list(model.named_parameters()):
-        place, _, leaf = name.rpartition(".")
-        setattr(model.get_submodule(place), leaf, read_part(checkpoint, name, parameter, kind, device))
+        path, _, leaf = name.rpartition(".")
+        setattr(model.get_submodule(path), leaf, read_shard(checkpoint, name, parameter, kind, device))
     return model.requires_grad_(False).eval(), tokenizer
 
 
-def read_part(
+def read_shard(
     checkpoint: Checkpoint, name: str, parameter: Tensor, dtype: torch.dtype, device: torch.device
 ) -> nn.Parameter:
-    """This rank's part of one tensor, a few megabytes at a time; split ones come as DTensors."""
-    whole = list(checkpoint.tensors[name].shape)
-    part = [slice(0, size) for size in whole]
+    """This rank's shard of one tensor as a DTensor (an unsharded one whole), read a few megabytes at a time."""
+    shape = list(checkpoint.tensors[name].shape)
+    part = [slice(0, size) for size in shape]
     if isinstance(parameter, DTensor):
         (placement,) = parameter.placements
         if isinstance(placement, Shard):
-            size = whole[placement.dim] // parameter.device_mesh.size()
+            size = shape[placement.dim] // parameter.device_mesh.size()
             start = parameter.device_mesh.get_local_rank() * size
             part[placement.dim] = slice(start, start + size)
-    held = torch.empty([s.stop - s.start for s in part], dtype=dtype, device=device)
-    for rows, piece in checkpoint.stream(name):
+    local = torch.empty([s.stop - s.start for s in part], dtype=dtype, device=device)
+    for rows, chunk in checkpoint.stream(name):
         begin, end = max(rows.start, part[0].start), min(rows.stop, part[0].stop)
         if begin < end:
             inside = (slice(begin - rows.start, end - rows.start), *part[1:])
-            held[begin - part[0].start : end - part[0].start].copy_(piece[inside])
+            local[begin - part[0].start : end - part[0].start].copy_(chunk[inside])
     if isinstance(parameter, DTensor):
-        held = DTensor.from_local(held, parameter.device_mesh, parameter.placements, run_check=False)
-    return nn.Parameter(held, requires_grad=False)
+        local = DTensor.from_local(local, parameter.device_mesh, parameter.placements, run_check=False)
+    return nn.Parameter(local, requires_grad=False)

@@ -9,7 +9,7 @@ from typing import Any
 
 from model.support.cli import UserError
 
-with contextlib.suppress(ImportError):  # only the command line reads these annotations; a bare CUDA image lacks it
+with contextlib.suppress(ImportError):  # tyro reads these annotations; a bare CUDA image may lack it
     import tyro
 
 

@@ -269,7 +269,7 @@ def test_the_job_says_which_dtype_it_chose_and_keeps_it(weights, tmp_path, capsy
     assert main(Options(out=out, dtype="auto", **options)) == 0
     said = capsys.readouterr().err
     chosen = json.loads((tmp_path / "o.jsonl.job.json").read_text())["dtype"]
-    assert f"dtype auto: {chosen}, the fastest for products of 512, 72, 4 rows" in said and chosen in (
+    assert f"dtype auto: {chosen}, the fastest for GEMMs of 512, 72, 4 rows" in said and chosen in (
         "float32",
         "bfloat16",
     )
@@ -282,7 +282,7 @@ def test_the_job_says_which_dtype_it_chose_and_keeps_it(weights, tmp_path, capsy
         assert main(Options(out=path, dtype="auto", **options)) == 0  # finished: the same job
         assert f"dtype auto: {dtype}, as this job began" in capsys.readouterr().err
     assert main(Options(out=tmp_path / "q.jsonl", dtype="auto", format="int8", **options)) == 0
-    assert "dtype auto: float32 beside int8 weights" in capsys.readouterr().err
+    assert "dtype auto: float32 for int8 weights" in capsys.readouterr().err
 
 
 def test_notes_at_once_are_halved_until_they_fit(tmp_path):
@@ -300,6 +300,6 @@ def test_notes_at_once_are_halved_until_they_fit(tmp_path):
 
     assert [fitting(need(n)) for n in (64, 32, 1)] == [64, 32, 1] and fitting(need(64) - 1) == 32
     assert fitting(need(64) / 2, ranks=2) == 64
-    with pytest.raises(UserError, match="are needed for one note, .* of the GPU are free; give --format int8"):
+    with pytest.raises(UserError, match="one note needs .* of the GPU are free; give --format int8"):
         fitting(need(1) - 1)
     assert notes_at_once(weights, (), 0.0, job, "wide", dtype) == 1
