@@ -1,8 +1,8 @@
-"""Three sample notes answered by the released adapter: `make quick`.
+"""Answers three sample notes with the released adapter: `make quick`.
 
     python -m infer.quick [--notes my-notes/]
 
-Prints each note's answers with the words that they stand on, and writes answers.jsonl and the page of infer.view.
+Prints each note's answers with their context in the note, and writes answers.jsonl and the page of infer.view.
 """
 
 from __future__ import annotations
@@ -17,20 +17,20 @@ from infer.extract.notes import read_notes
 from model.support.cli import UserError, python_here, run
 from model.support.files import check_not_read, write_jsonl
 
-AROUND = 4  # words of the note on each side of a value
+CONTEXT = 4  # words of the note shown on each side of a value
 
 
 @dataclass(frozen=True)
 class Options:
-    """Answer three sample notes, or a few of your own, with the released adapter."""
+    """Answer three sample notes, or your own, with the released adapter."""
 
     notes: Path = released.SAMPLES
     """JSON lines, a table, or a folder of .txt files."""
     out: Path | None = None
-    """Where answers.jsonl and page.html go (default: runs/quick, or runs/quick-NAME for notes of that name); these two
-    are replaced."""
+    """Folder for answers.jsonl and page.html, which are replaced (default: runs/quick, or runs/quick-NAME for --notes
+    NAME)."""
     adapter: Path | None = None
-    """Another adapter on the released one's base (a PEFT folder)."""
+    """Another adapter for the same base model (a PEFT folder)."""
 
 
 def main(options: Options) -> int:
@@ -52,29 +52,29 @@ def main(options: Options) -> int:
         print("\n".join(table(note.id, note.text, record)), flush=True)
     write_jsonl(answers, records)
     view.main(view.Options(answers, options.notes, page, overwrite=True))
-    own = f"{python_here()} -m infer.quick --notes my-notes/"
-    print(f"\nopen {page} in a browser; your own notes: {own}, or make serve")
+    command = f"{python_here()} -m infer.quick --notes my-notes/"
+    print(f"\nopen {page} in a browser; your own notes: {command}, or make serve")
     return int(any("error" in record for record in records))
 
 
 def table(name: str, text: str, record: dict[str, Any]) -> list[str]:
-    """A note's answers as lines: question, answer, probability, and where in the note it was read."""
+    """A note's answers as lines: question, answer, probability, and context in the note."""
     if "error" in record:
         return [f"\n{name}: {record['error'].removeprefix(f'{name}: ')}"]
     lines = [f"\n{name}: {' '.join(text[:200].split())[: width() - len(name) - 4]} …"]
     for row in view.answer_rows(record, {}):
         answer = "; ".join(value["text"] for value in row["values"]) or row["said"]
-        sure = "" if row["p"] is None else f"{100 * row['p']:.0f} %"
-        places = [value["places"][0] for value in row["values"] if value["places"]]
-        line = f"  {row['name'].replace('_', ' '):24} {answer:34} {sure:>6}  "
-        lines.append(line + " | ".join(around(text, *place) for place in dict.fromkeys(map(tuple, places))))
+        probability = "" if row["p"] is None else f"{100 * row['p']:.0f} %"
+        spans = [value["places"][0] for value in row["values"] if value["places"]]
+        line = f"  {row['name'].replace('_', ' '):24} {answer:34} {probability:>6}  "
+        lines.append(line + " | ".join(in_context(text, *span) for span in dict.fromkeys(map(tuple, spans))))
     return [line[: width()].rstrip() for line in lines]
 
 
-def around(text: str, start: int, end: int) -> str:
-    """The words that a value stands on, in brackets, among their neighbours."""
+def in_context(text: str, start: int, end: int) -> str:
+    """A span of the note in brackets, with CONTEXT words before and after it."""
     before, after = text[:start].split(" "), text[end:].split(" ")
-    return " ".join(f"{' '.join(before[-AROUND:])}[{text[start:end]}]{' '.join(after[:AROUND])}".split())
+    return " ".join(f"{' '.join(before[-CONTEXT:])}[{text[start:end]}]{' '.join(after[:CONTEXT])}".split())
 
 
 def width() -> int:

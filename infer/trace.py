@@ -1,11 +1,11 @@
-"""See inside one forward pass: a self-contained page about a prompt, a model, and what the model answered.
+"""Shows one forward pass as a self-contained HTML page: attention, logit lens, attribution, adapter, experts.
 
     python -m infer.trace --weights DIR [--adapter DIR] --prompt TEXT --out trace.html
     python -m infer.trace --weights DIR --adapter DIR --note note.txt --ask tumor_size --out trace.html
 
-The answer is generated greedily; then one plain pass over prompt and answer is recorded (infer/inspect/recording.py)
-and written as one HTML file. With an adapter, the page also shows the base on the same tokens; `--compare` shows
-another model or adapter instead. The file holds the prompt's text, so only its owner may read it.
+The answer is generated greedily; then one pass over prompt and answer is recorded (infer/inspect/recording.py). With an
+adapter, the page also shows the model without it on the same tokens; `--compare` shows another model or adapter
+instead. The file holds the prompt's text, so only its owner may read it.
 """
 
 from __future__ import annotations
@@ -34,54 +34,53 @@ from model.support.cli import UserError, nearest, run
 from model.support.files import write_text
 from model.support.lock import output
 
-ROWS = 640  # tokens up to which every position's attention is kept
-LIMIT = 8_000_000  # bytes of a page
+MAX_ROWS = 640  # longer texts keep the attention of the answer's positions only
+MAX_BYTES = 8_000_000  # size of a page
 
 
 @dataclass(frozen=True, kw_only=True)
 class Options(WeightOptions):
-    """Trace one prompt through a model and write a page about it; the last adapter is compared with the model without
-    it."""
+    """Write a page about one forward pass of a model; with an adapter, compare it with the model without it."""
 
     out: Path
     """The page (HTML); it holds the prompt's text and is readable by its owner only."""
     overwrite: bool = False
-    """Replace a page that is there."""
+    """Replace an existing page."""
     prompt: str | None = None
-    """The text to read."""
+    """The prompt's text."""
     note: Path | None = None
-    """A note instead (a .txt file, or JSON lines with `id` and `text`), asked as infer.extract asks."""
+    """Instead of a prompt, a note (a .txt file, or JSON lines with `id` and `text`), asked as infer.extract does."""
     id: str | None = None
-    """Which record of the notes (default: the first)."""
+    """Id of the note to take (default: the first)."""
     ask: str = "tumor_size"
     """What to ask about the note: a phenotype's name, "diagnosis", or a question in words."""
     form: Literal["template", "chat"] = "template"
-    """The tuned template, or the model's own chat form (for --prompt: the text itself, or as a user's turn)."""
+    """The template of tuned models, or the model's chat template (for --prompt: the text itself, or a user's turn)."""
     grounded: bool = False
     """Constrain a note's answer as infer.extract --grounded does."""
     compare: str | None = None
     """Another model, or another adapter on the same weights, to compare with."""
     max_new_tokens: int = 50
-    """At most so many tokens of answer; 0: the prompt only."""
+    """Maximum number of tokens of the answer; 0: the prompt only."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"  # type: ignore[assignment]
-    """What the model computes in."""
+    """Dtype of the computation."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """A model to look into: its name, tokenizer, and a context in which the model is that one."""
+    """One model of the page. `activated` is a context in which its adapter is active, or inactive."""
 
     name: str
     model: Transformer
     tokenizer: Tokenizer
-    chosen: Callable[[], Any]
+    activated: Callable[[], Any]
 
 
 def main(options: Options) -> int:
     check(options)
     read = [options.weights, *options.adapter, *([] if options.note is None else [str(options.note)])]
     with output(options.out, options.overwrite, *read):
-        text, data = traced(options, None if options.note is None else note_of(options))
+        text, data = traced(options, None if options.note is None else selected_note(options))
         write_text(options.out, text, mode=0o600)
     for line in data["notices"]:
         print(line)
@@ -89,12 +88,15 @@ def main(options: Options) -> int:
         error = one["attribution"]["logit"]["sum_error"]
         print(f"{one['name']}: contributions sum to the logit within {error:.1e}")
     size = len(text) / 1e6
-    print(f"{options.out}: {size:.1f} MB; it holds the text that was read, readable by its owner only (0600)")
+    print(f"{options.out}: {size:.1f} MB; it holds the prompt's text, readable by its owner only (0600)")
     return 0
 
 
-def traced(options: Options, note: Note | None) -> tuple[str, dict[str, Any]]:
-    """The page about the options' prompt, or about a note, and its data."""
+def traced(
+    options: Options, note: Note | None, max_rows: int = MAX_ROWS, max_bytes: int = MAX_BYTES
+) -> tuple[str, dict[str, Any]]:
+    """The page about the options' prompt, or about a note, and its data. Attention maps are left out where they exceed
+    the limits. Raises UserError if the page exceeds `max_bytes` even so."""
     data: dict[str, Any] = {
         "title": f"Trace: {Path(options.weights).name}",
         "runs": [],
@@ -104,23 +106,23 @@ def traced(options: Options, note: Note | None) -> tuple[str, dict[str, Any]]:
     ids: list[int] = []
     start, first = 0, None
     for side in sides(options):
-        with side.chosen(), torch.no_grad():
+        with side.activated(), torch.no_grad():
             side.tokenizer.put_begin(options.bos)
             generator = Generator(side.model, side.tokenizer, lookup=False, max_length=options.max_length)
             prompt = prompt_ids(options, generator, note)
             answer = answer_ids(options, generator, prompt, note)
             same = first is None or (prompt == ids[:start] and same_tokens(first, side, ids))
-            if first is None or not same:  # a comparison reads the first one's tokens wherever it has the same ones
+            if first is None or not same:  # else the second model is run on the first one's tokens
                 ids, start = [*prompt, *answer], len(prompt)
             if not same:
-                data["notices"].append("The two models tokenize the text differently: each is shown on its own.")
-            data["runs"].append(one_run(side, ids, start, answer, data["notices"]))
+                data["notices"].append("The two models tokenize the text differently: each is shown on its own tokens.")
+            data["runs"].append(run_data(side, ids, start, answer, data["notices"], max_rows))
         first = first or side
-    return fitted(data), data
+    return page_within(data, max_bytes), data
 
 
 def check(options: Options) -> None:
-    """The mistakes that can be seen before a model is loaded."""
+    """Checks options before a model is loaded. Raises UserError."""
     if (options.prompt is None) == (options.note is None):
         raise UserError("give either --prompt TEXT or --note FILE")
     if options.max_new_tokens < 0:
@@ -133,40 +135,40 @@ def check(options: Options) -> None:
 
 
 def sides(options: Options) -> Iterator[Side]:
-    """The models of the page, loaded one after the other: the model of the options, then the one to compare with."""
+    """Loads the models of the page: that of the options, then the one to compare it with."""
     model, tokenizer = load(options.weights, options.adapter[:-1], options.dtype)
-    if adapted(model):  # in a dtype narrower than fp32 `load` leaves the last one unmerged
+    if adapted(model):  # below fp32, `load` leaves the last adapter unmerged
         merge_lora(model, keep=False)
     base, other = Path(options.weights).name, options.compare
     if options.adapter:
         load_adapter(model, options.adapter[-1])
-        named = f"{base} + {path_name(options.adapter[-1])}"
-        yield Side(named, model, tokenizer, lambda: adapter_on(model, "default"))
+        name = f"{base} + {short_path(options.adapter[-1])}"
+        yield Side(name, model, tokenizer, lambda: active_adapter(model, "default"))
     else:
         yield Side(base, model, tokenizer, contextlib.nullcontext)
     if other is None and options.adapter:
         yield Side(f"{base} without it", model, tokenizer, lambda: no_adapter(model))
     elif other is not None and (Path(other) / "adapter_config.json").is_file():
         load_adapter(model, other, "compared")
-        yield Side(f"{base} + {path_name(other)}", model, tokenizer, lambda: adapter_on(model, "compared"))
+        yield Side(f"{base} + {short_path(other)}", model, tokenizer, lambda: active_adapter(model, "compared"))
     elif other is not None:
-        second, their = load(other, (), options.dtype)
-        yield Side(Path(other).name, second, their, contextlib.nullcontext)
+        other_model, other_tokenizer = load(other, (), options.dtype)
+        yield Side(Path(other).name, other_model, other_tokenizer, contextlib.nullcontext)
 
 
-def path_name(adapter: str) -> str:
-    """An adapter's folder by its last two names: runs/demo/tuned/adapter is tuned/adapter."""
+def short_path(adapter: str) -> str:
+    """The last two parts of a path: runs/demo/tuned/adapter → tuned/adapter."""
     return "/".join(Path(adapter).resolve().parts[-2:])
 
 
 @contextlib.contextmanager
-def adapter_on(model: Transformer, name: str) -> Iterator[None]:
+def active_adapter(model: Transformer, name: str) -> Iterator[None]:
     set_adapter(model, name)
     yield
 
 
 def same_tokens(one: Side, other: Side, ids: list[int]) -> bool:
-    """Whether these ids spell the same text in both tokenizers, and the other model has them all."""
+    """True if the ids are the same pieces in both tokenizers, and within the other model's vocabulary."""
     if max(ids) >= other.model.config.vocab_size:
         return False
     wanted = set(ids)
@@ -189,8 +191,8 @@ def prompt_ids(options: Options, generator: Generator, note: Note | None) -> lis
     return asker.prompt(note.text, options.ask if options.ask in names else "", question)
 
 
-def note_of(options: Options) -> Note:
-    """The note that the options name."""
+def selected_note(options: Options) -> Note:
+    """The note of `--note` and `--id`. Raises UserError if there is none, or if it cannot be read."""
     assert options.note is not None
     note = next((n for n in read_notes(options.note) if options.id is None or n.id == options.id), None)
     if note is None:
@@ -201,10 +203,10 @@ def note_of(options: Options) -> Note:
 
 
 def answer_ids(options: Options, generator: Generator, prompt: list[int], note: Note | None) -> list[int]:
-    """The greedy answer's tokens, the one that ended it included."""
+    """The greedy answer's tokens, including the end token. Raises UserError for an empty or too long prompt."""
     limit = generator.max_length
     if not prompt:
-        raise UserError("the prompt has no token; give a text")
+        raise UserError("the prompt is empty: it has no token; give a text")
     if len(prompt) + options.max_new_tokens > limit:
         raise UserError(
             f"the prompt has {len(prompt)} tokens; with {options.max_new_tokens} new ones that exceeds the "
@@ -219,36 +221,42 @@ def answer_ids(options: Options, generator: Generator, prompt: list[int], note: 
             note.text, edges(note.text)
         )
         constraint = Grounded(grammars[options.ask if options.ask in grammars else ""])
-    chosen = Settings(options.max_new_tokens, stop=stop, stop_cycles=True, constraint=constraint)
-    (out,) = generator.generate([prompt], chosen)
+    settings = Settings(options.max_new_tokens, stop=stop, stop_cycles=True, constraint=constraint)
+    (out,) = generator.generate([prompt], settings)
     return out.tokens
 
 
-def one_run(side: Side, ids: list[int], start: int, own: list[int], notices: list[str]) -> dict[str, Any]:
-    """A side's values; of a long text only the positions that wrote the answer keep their attention (a notice)."""
+def run_data(
+    side: Side, ids: list[int], start: int, own: list[int], notices: list[str], max_rows: int
+) -> dict[str, Any]:
+    """The page's data of one model. Above `max_rows` tokens, only the positions that predicted the answer's tokens keep
+    their attention and experts, and a notice says so."""
     rows = list(range(len(ids)))
-    if len(ids) > ROWS:
+    if len(ids) > max_rows:
         rows = rows[start - 1 : -1] if start < len(ids) else rows[-1:]
         line = (
-            f"The text has {len(ids)} tokens. Attention and experts are kept for the {len(rows)} positions "
-            f"that wrote the answer; those of the others are left out (a page keeps all up to {ROWS} tokens)."
+            f"The text has {len(ids)} tokens. Attention and experts are kept for the {len(rows)} positions that "
+            f"predicted the answer's tokens; those of the others are left out (texts up to {max_rows} tokens keep all)."
         )
         notices += [line] if line not in notices else []
     return trace_page.run_values(side.name, side.model, side.tokenizer, ids, start, own, rows)
 
 
-def fitted(data: dict[str, Any]) -> str:
-    """The page, at most LIMIT bytes of it: what does not fit is left out, the last run's attention first."""
+def page_within(data: dict[str, Any], max_bytes: int) -> str:
+    """The page, without attention maps (the last run's first) as far as needed for at most `max_bytes`. Raises
+    UserError if that is not enough."""
     text = trace_page.page(data)
     for one in reversed(data["runs"]):
-        if len(text) > LIMIT:
+        if len(text) > max_bytes:
             one["attention"] = None
-            data["notices"].append(f"The attention maps of {one['name']} are left out: the page would exceed 8 MB.")
+            data["notices"].append(
+                f"The attention maps of {one['name']} are left out: the page would exceed {max_bytes / 1e6:.0f} MB."
+            )
             text = trace_page.page(data)
-    if len(text) > LIMIT:
+    if len(text) > max_bytes:
         raise UserError(
-            f"the page would take {len(text) / 1e6:.1f} MB (at most {LIMIT / 1e6:.0f}): give a shorter text, or fewer "
-            "--max-new-tokens"
+            f"the page would take {len(text) / 1e6:.1f} MB (maximum {max_bytes / 1e6:.0f}): give a shorter text, or "
+            "fewer --max-new-tokens"
         )
     return text
 

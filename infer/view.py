@@ -1,10 +1,10 @@
-"""Answers marked in their notes' own text: a self-contained page about a job of infer.extract.
+"""Marks the answers of an infer.extract job in the text of their notes, as a self-contained page.
 
     python -m infer.view answers.jsonl --notes notes.jsonl --out page.html
 
-Each phenotype has a colour and a letter. Notes may carry the right answers (`phenotypes` and `diagnosis`, as
-train.clinic writes them); the page then shows them beside the model's and can show the wrong ones alone. It holds the
-notes' text, so only its owner may read it.
+Each phenotype has a colour and a letter. If the notes carry gold answers (`phenotypes` and `diagnosis`, as train.clinic
+writes them), the page shows them beside the model's and can filter for wrong answers. It holds the notes' text, so only
+its owner may read it.
 """
 
 from __future__ import annotations
@@ -36,17 +36,17 @@ class Options:
     """Write a page that shows a job's answers in their notes."""
 
     answers: Annotated[Path, tyro.conf.Positional]
-    """What infer.extract wrote (JSON lines)."""
+    """The output of infer.extract (JSON lines)."""
     notes: Path
-    """The notes it read: JSON lines, a table, or a folder of .txt files."""
+    """The notes of that job: JSON lines, a table, or a folder of .txt files."""
     out: Path
     """The page (HTML); it holds the notes and is readable by its owner only."""
     overwrite: bool = False
-    """Replace a page that is there."""
+    """Replace an existing page."""
     text_column: str = "text"
-    """The column or field that holds a note's text."""
+    """Column or field of a note's text."""
     id_column: str = "id"
-    """The column or field that holds a note's id."""
+    """Column or field of a note's id."""
 
 
 def main(options: Options) -> int:
@@ -59,34 +59,34 @@ def main(options: Options) -> int:
 
 
 def page(title: str, shown: list[Json]) -> str:
-    """The HTML of notes with their answers (`entry`)."""
+    """The HTML page of notes with their answers, each an `entry`."""
     data = {"notes": shown, "letters": LETTERS}
     return build("view.html", STYLES, ("elements.js", "note.js", "view.js"), title, data)
 
 
 def entries(options: Options) -> Iterator[Json]:
-    """Each record with its note. Raises UserError where they do not belong together."""
+    """The page's entry for each record, in order. Raises UserError if records and notes do not match."""
     notes = notes_with_gold(options)
     for number, record in read_jsonl(options.answers, ("id",)):
         where = f"{options.answers}:{number}"
         note, gold = next(notes, (None, {}))
         if note is None:
-            raise UserError(f"{where}: {options.notes} has no note for it; give the notes that were asked about")
+            raise UserError(f"{where}: {options.notes} has no note for it; give the notes of that job")
         if note.id != record["id"]:
             raise UserError(
-                f"{where}: is about note {record['id']!r}, and {options.notes} has {note.id!r} in its place; give the "
-                "notes that were asked about"
+                f"{where}: is about note {record['id']!r}, but the note at this place in {options.notes} is "
+                f"{note.id!r}; give the notes of that job"
             )
         try:
             yield entry(note, record, gold)
         except (KeyError, TypeError, ValueError, AttributeError) as error:
             raise UserError(
-                f"{where}: no record of infer.extract about this note; give its output and the notes that it read"
+                f"{where}: is not a record of infer.extract for this note; give its output and the notes of that job"
             ) from error
 
 
 def notes_with_gold(options: Options) -> Iterator[tuple[Note, Json]]:
-    """The notes in their order, each with the record that it came in (JSON lines alone may hold right answers)."""
+    """Each note, in order, with its gold answers; only JSON lines can hold them."""
     columns = (options.text_column, options.id_column)
     if not options.notes.name.lower().removesuffix(".gz").endswith((".jsonl", ".ndjson")):
         yield from ((note, {}) for note in read_notes(options.notes, *columns))
@@ -97,12 +97,13 @@ def notes_with_gold(options: Options) -> Iterator[tuple[Note, Json]]:
 
 
 def entry(note: Note, record: Json, gold: Json | None = None) -> Json:
-    """A note as the page shows it: its text, a row for each answer, and what it can be filtered by."""
+    """The page's data of one note: text, one row per answer, and the values of the filters. Raises ValueError for a
+    span outside the note."""
     rows = answer_rows(record, gold or {})
     for row in rows:
         for start, end in (*row["gold_places"], *(place for value in row["values"] for place in value["places"])):
             if not 0 <= start < end <= len(note.text):
-                raise ValueError("a place outside the note")
+                raise ValueError("a span outside the note")
     return {
         "id": note.id,
         "text": note.text,
@@ -115,8 +116,8 @@ def entry(note: Note, record: Json, gold: Json | None = None) -> Json:
 
 
 def answer_rows(record: Json, gold: Json) -> list[Json]:
-    """Each answer of a record for the page: values with places (where it was read, then where it may have been),
-    probability, and whether it is right where `gold` says what is."""
+    """One row per answer of a record: values with their spans (where it was read, then other possible places),
+    probability, and correctness if `gold` has the question."""
     rows = [row(name, answer, gold.get("phenotypes")) for name, answer in record.get("phenotypes", {}).items()]
     rows += [row(answer["question"], answer, None) for answer in record.get("answers", ())]
     if "diagnosis" in record:
@@ -128,17 +129,17 @@ def row(name: str, answer: Json, gold: Any) -> Json:
     right = gold[name] if isinstance(gold, dict) and name in gold else None
     closed = name in PHENOTYPES and bool(PHENOTYPES[name].values)
     values = [shown_value(value, closed) for value in answer["answers"]]
-    said = NOT_RELEVANT if answer["not_relevant"] else answer.get("raw", "")
+    otherwise = NOT_RELEVANT if answer["not_relevant"] else answer.get("raw", "")
     spans = [span if isinstance(span, dict) else {"text": span} for span in right or ()]
     texts = [span["text"] for span in spans]
     return {
         "name": name,
         "values": values,
-        "said": "" if values else said,
+        "said": "" if values else otherwise,
         "p": confidence(answer, [value["logprob"] for value in answer["answers"]]),
         "gold": None if right is None else texts or [NOT_RELEVANT],
         "gold_places": [[span["start"], span["end"]] for span in spans if span.get("start") is not None],
-        "right": None if right is None else plain([value["text"] for value in values]) == plain(texts),
+        "right": None if right is None else normalized([value["text"] for value in values]) == normalized(texts),
     }
 
 
@@ -165,15 +166,15 @@ def diagnosis_row(answer: Json, gold: Any) -> Json:
 
 
 def confidence(answer: Json, logprobs: list[float] | None = None) -> float | None:
-    """The probability that an answer is right where it is calibrated, else its own; None where it has none."""
+    """Probability of an answer: the calibrated one if there is one, else the model's; None if it has neither."""
     if "probability" in answer:
         return answer["probability"]
     logprob = answer.get("logprob", sum(logprobs) if logprobs else None)
     return None if logprob is None else math.exp(logprob)
 
 
-def plain(texts: list[str]) -> set[str]:
-    """Values to compare: letters' case and white space aside."""
+def normalized(texts: list[str]) -> set[str]:
+    """Values for comparison: without case and white space."""
     return {"".join(text.casefold().split()) for text in texts}
 
 

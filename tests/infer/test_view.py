@@ -128,10 +128,13 @@ def test_own_questions_and_the_first_notes_alone_are_shown(tmp_path):
     ("record", "said"),
     [
         ({**RECORD, "id": "b"}, "is about note 'b'"),
-        ({"id": "a", "phenotypes": {"tumor_size": answer(value("2.5 cm", 12, 99))}}, "no record of infer.extract"),
-        ({"id": "a", "phenotypes": {"tumor_size": {"answers": "2.5 cm"}}}, "no record of infer.extract"),
-        ({"id": "a", "phenotypes": ["tumor_size"]}, "no record of infer.extract"),
-        ({"id": "a", "diagnosis": "C50"}, "no record of infer.extract"),
+        (
+            {"id": "a", "phenotypes": {"tumor_size": answer(value("2.5 cm", 12, 99))}},
+            "not a record of infer.extract",
+        ),
+        ({"id": "a", "phenotypes": {"tumor_size": {"answers": "2.5 cm"}}}, "not a record of infer.extract"),
+        ({"id": "a", "phenotypes": ["tumor_size"]}, "not a record of infer.extract"),
+        ({"id": "a", "diagnosis": "C50"}, "not a record of infer.extract"),
     ],
 )
 def test_answers_that_are_not_of_these_notes_are_refused_and_nothing_is_written(tmp_path, record, said):

@@ -197,23 +197,17 @@ def test_models_of_other_tokens_are_shown_each_on_its_own(made, tmp_path):
     assert a["start"] < b["start"] == 11 and "tokenize the text differently" in data_of(out)["notices"][0]
 
 
-def test_a_long_text_says_what_was_left_out(made, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(trace, "ROWS", 20)
-    out = tmp_path / "page.html"
-    trace.main(trace.Options(weights=made.weights, out=out, prompt="size 2.5 cm " * 5, max_new_tokens=3))
-    (run,) = data_of(out)["runs"]
+def test_what_exceeds_the_limits_is_left_out_with_a_notice(made, tmp_path):
+    options = trace.Options(weights=made.weights, out=tmp_path / "p", prompt="size 2.5 cm " * 5, max_new_tokens=3)
+    page, data = trace.traced(options, None, max_rows=20)
+    (run,) = data["runs"]
     assert run["rows"] == run["steps"] and len(run["predictions"]) == len(run["ids"])
-    assert "are left out" in capsys.readouterr().out and "are left out" in data_of(out)["notices"][0]
-    monkeypatch.setattr(trace, "LIMIT", len(out.read_text()) - 50)
-    trace.main(
-        trace.Options(weights=made.weights, out=out, prompt="size 2.5 cm " * 5, max_new_tokens=3, overwrite=True)
-    )
-    assert data_of(out)["runs"][0]["attention"] is None and "attention maps" in capsys.readouterr().out
-    before = out.read_text()
-    monkeypatch.setattr(trace, "LIMIT", 10)
+    assert run["attention"] and [notice for notice in data["notices"] if "are left out" in notice]
+    smaller, data = trace.traced(options, None, max_rows=20, max_bytes=len(page) - 50)
+    assert len(smaller) < len(page) and data["runs"][0]["attention"] is None
+    assert "attention maps" in data["notices"][-1] and "attention maps" in smaller
     with pytest.raises(UserError, match="give a shorter text"):
-        trace.main(trace.Options(weights=made.weights, out=out, prompt="size", max_new_tokens=1, overwrite=True))
-    assert out.read_text() == before
+        trace.traced(options, None, max_bytes=10)
 
 
 @pytest.mark.parametrize(
@@ -221,7 +215,7 @@ def test_a_long_text_says_what_was_left_out(made, tmp_path, monkeypatch, capsys)
     [
         ({"prompt": None}, "either --prompt TEXT or --note"),
         ({"prompt": "x" * 5000}, "give a shorter one"),
-        ({"prompt": ""}, "has no token"),
+        ({"prompt": ""}, "the prompt is empty"),
         ({"max_new_tokens": -1}, "at least 0"),
         ({"adapter": ("nowhere",)}, "no adapter_config.json"),
         ({"compare": "nowhere"}, "takes a model or an adapter"),
