@@ -17,9 +17,10 @@ class Options(ModelOptions):
     prompt: str
     """The text to continue, or with --chat the user's message."""
     chat: bool = False
-    """Ask in the model's own chat form."""
+    """Use the model's chat template."""
     compile: bool = False
-    """Compile the step of a token: a minute or more, for a quarter less time a token; pays from 26,000 tokens on."""
+    """Compile the decode step: takes a minute or more, saves a quarter of the time per token, pays from 26,000 tokens
+    on."""
     settings: Settings = Settings()
     json: bool = False
     """Print one JSON object: text, tokens, logprobs, finish_reason."""
@@ -32,14 +33,14 @@ def main(options: Options) -> int:
 
     settings = options.settings
     if options.compile and options.fuse:
-        raise UserError("--compile is for the plain blocks, --fuse computes them by kernels; leave one out")
+        raise UserError("--compile cannot compile the kernels of --fuse; leave one out")
     if options.compile and options.memory:
-        raise UserError("--compile keeps a larger cache than --memory plans; leave one out")
-    size = len(options.prompt.encode("utf-8", "replace"))  # no token is shorter than a byte
-    calls = [(min(512, 1 + size // 4), 1), (1, settings.max_new_tokens)]  # the prompt, about, and each token
+        raise UserError("--compile needs a larger cache than --memory plans; leave one out")
+    size = len(options.prompt.encode("utf-8", "replace"))  # at least the number of tokens
+    calls = [(min(512, 1 + size // 4), 1), (1, settings.max_new_tokens)]  # estimated: prefill, decode
     options = replace(options, dtype=dtype_for(options, calls))  # type: ignore[arg-type]
-    how = plan_for(options, Requests(size + 64, settings.max_new_tokens))
-    generator = generator_for(options, how)
+    plan = plan_for(options, Requests(size + 64, settings.max_new_tokens))
+    generator = generator_for(options, plan)
     prompt: str | list[int] = options.prompt
     if options.chat:
         prompt = generator.tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
