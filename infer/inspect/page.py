@@ -1,7 +1,7 @@
-"""The trace page: values and attention packed into one HTML file that needs nothing else.
+"""The data and HTML of the trace page.
 
-Attention is kept in 16 shades, evenly spaced in √weight (the finest is 0.004; the page says so), a byte each, over the
-keys that a position can see, deflated a layer at a time; the page inflates a layer when it is shown.
+Attention weights are quantized to 16 levels, evenly spaced in √weight (the smallest above 0 is 0.004), one byte per
+(head, row, key ≤ row), and deflated per layer. The page inflates a layer when it is shown.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 import torch
 
 from infer.extract.grounded import token_bytes
-from infer.inspect import values as run_measures
+from infer.inspect import values
 from infer.inspect.html import build
 from infer.inspect.recording import Tape
 from lora.layer import LoRALinear
@@ -27,7 +27,8 @@ SHADES = 15
 
 
 def pack_attention(patterns: Tape, rows: Sequence[int]) -> list[str]:
-    """For each layer: of every head and kept row, its weights over the keys 0 … row; √weight in 1/15, deflated."""
+    """For each layer, the levels round(15 · √weight) of every head and row of `rows` over keys 0 … row, deflated, in
+    base64."""
     packed = []
     for name in patterns:
         pattern_HRT = patterns[name][0].float().cpu()
@@ -38,24 +39,24 @@ def pack_attention(patterns: Tape, rows: Sequence[int]) -> list[str]:
 
 
 def vocabulary(tokenizer: Tokenizer, ids: set[int]) -> dict[str, list[Any]]:
-    """Of each id: its bytes in hexadecimal, or (null, the special token's name)."""
+    """For each id, [bytes in hexadecimal], or [None, name] for a special token."""
     found: dict[str, list[Any]] = {}
     for i in sorted(ids):
-        inside = i < tokenizer.vocab_size
-        spelling, name = (token_bytes(tokenizer, i), tokenizer.piece(i)) if inside else (None, None)
+        known = i < tokenizer.vocab_size
+        spelling, name = (token_bytes(tokenizer, i), tokenizer.piece(i)) if known else (None, None)
         found[str(i)] = [None, name or f"id {i}"] if spelling is None else [spelling.hex()]
     return found
 
 
 def used_ids(run: dict[str, Any]) -> set[int]:
-    """Every token id that a run's values name."""
+    """All token ids that occur in a run's data."""
     ids = {*run["ids"], *run["targets"], *run["attribution"]["rival"], *run["own"]}
     ids |= {level[0] for step in run["lens"] for level in step}
-    return ids | {best[0] for one in run["predictions"] if one for best in one["best"]}
+    return ids | {best[0] for prediction in run["predictions"] if prediction for best in prediction["best"]}
 
 
 def code() -> dict[str, dict[str, Any]]:
-    """Where each thing on the page is computed: file, line and the line itself."""
+    """The file, line and code that compute each figure of the page."""
     return {
         "attention": place(attention.Pattern.forward, "F.softmax"),
         "z": place(attention.PlainAttend.forward, "return torch.matmul(pattern_BHTS"),
@@ -63,15 +64,17 @@ def code() -> dict[str, dict[str, Any]]:
         "lens": place(transformer.Transformer.head, "self.lm_head"),
         "experts": place(transformer.Experts.forward, "torch.topk"),
         "lora": place(LoRALinear.forward, "addmm_"),
-        "attribution": place(run_measures.components, "into_NHK = "),
+        "attribution": place(values.components, "into_NHK = "),
     }
 
 
 def run_values(
     name: str, model: Transformer, tokenizer: Tokenizer, ids: list[int], start: int, own: list[int], rows: list[int]
 ) -> dict[str, Any]:
-    """One model's part of the page. `own` is its own answer; `ids` may be another run's text."""
-    values, patterns = run_measures.measure(model, ids, start, rows)
+    """The data of one model. `ids` are the tokens of prompt and answer, `start` is the index of the answer's first
+    token, `own` the model's own answer (not in `ids` if another model's text is compared), `rows` the positions whose
+    attention is kept."""
+    measured, patterns = values.measure(model, ids, start, rows)
     layers = model.config.num_hidden_layers
     run = {
         "name": name,
@@ -85,11 +88,11 @@ def run_values(
         "own": own,
         "rows": rows,
         "attention": pack_attention(patterns, rows),
-        **values,
+        **measured,
     }
     return {**run, "vocabulary": vocabulary(tokenizer, used_ids(run))}
 
 
 def page(data: dict[str, Any]) -> str:
-    """The HTML of a trace."""
+    """The HTML of the trace page."""
     return build("trace.html", ("page.css", "trace.css"), SCRIPTS, data["title"], data)

@@ -1,4 +1,4 @@
-"""Every value of a forward pass has a name: record it, or overwrite it.
+"""Records or overwrites named values of a forward pass.
 
     from infer import patch, record
 
@@ -9,13 +9,12 @@
     with patch(model, {"layers.5.resid_mid[:, -1]": 0.0, "layers.*.attn.z[:, 2]": lambda z: z.mean()}):
         model(tokens_BT)
 
-`print(record.names(model))` lists the names with their shapes and meaning. Values are picked up by hooks from the
-modules that compute them; outside a recording there is no hook, so the model pays nothing.
+`print(record.names(model))` lists the names with their shapes and meaning. Hooks on the modules take the values;
+outside `record` and `patch` there are no hooks and no cost.
 
-`tape[name]` is the value of the only pass; of several, for example a generation token by token, each has its own in
-`tape.passes`. Fused blocks, and attention on its fast path, run on the plain path where a name of theirs is recorded.
-What a recording cannot see raises: the generation engine (infer/engine/forward.py) bypasses the modules, so their hooks
-never run.
+`tape[name]` is the value if there was one forward pass; with several, for example token-by-token generation, use
+`tape.passes`. Blocks and attention with a recorded value run on the plain path instead of a fused or fast one. The
+generation engine (infer/engine/forward.py) bypasses the modules, so hooks never fire: `record` raises.
 """
 
 from __future__ import annotations
@@ -39,13 +38,13 @@ from model.transformer import Block
 
 
 def choose(model: Transformer, patterns: str | Sequence[str]) -> list[Point]:
-    """The points that some pattern names (`*` stands for anything). Raises UserError where a pattern names none."""
+    """The points matched by any of the patterns (`*` matches anything). Raises UserError if a pattern matches none."""
     if not isinstance(model, Transformer):
         raise UserError(f"recording needs a model.Transformer, not a {type(model).__name__}")
     known = points(model)
-    wanted = patterns.split(",") if isinstance(patterns, str) else list(patterns)
     chosen: dict[str, Point] = {}
-    for pattern in (one.strip() for one in wanted):
+    for pattern in patterns.split(",") if isinstance(patterns, str) else patterns:
+        pattern = pattern.strip()
         matched = {name: point for name, point in known.items() if fnmatchcase(name, pattern)}
         if not matched:
             near = get_close_matches(re.sub(r"\*", "0", pattern), known, n=3, cutoff=0.3)
@@ -56,7 +55,7 @@ def choose(model: Transformer, patterns: str | Sequence[str]) -> list[Point]:
 
 
 class Tape(Mapping[str, Tensor]):
-    """What was recorded. `passes` holds each forward pass's values by name; `tape[name]` is that of the only pass."""
+    """Recorded values. `passes` holds the values of each forward pass by name; `tape[name]` requires a single pass."""
 
     def __init__(self, chosen: Sequence[Point]) -> None:
         self.shapes = {point.name: point.shape for point in chosen}
@@ -78,10 +77,11 @@ class Tape(Mapping[str, Tensor]):
 
 @contextlib.contextmanager
 def record(model: Transformer, names: str | Sequence[str], *, positions: Sequence[int] | None = None) -> Iterator[Tape]:
-    """Keep the named values of the passes run inside: a list, or a text with commas; `*` matches anything.
+    """Records the named values of the forward passes run inside. `names` is a list or comma-separated; `*` matches
+    anything.
 
-    `positions` are the tokens to keep, as indices into each pass (-1: its last one). Raises UserError for names that
-    the model does not have, or that no pass computed.
+    `positions` are the token positions to keep, as indices into each pass (-1: the last one). Raises UserError for
+    names that the model does not have, or that a pass did not compute.
     """
     chosen = choose(model, names)
     tape = Tape(chosen)
@@ -112,15 +112,15 @@ def record(model: Transformer, names: str | Sequence[str], *, positions: Sequenc
             added = module.register_forward_pre_hook if point.side == "in" else module.register_forward_hook
             stack.callback(added(hook(point)).remove)
         yield tape
-    missing = [point.name for point in chosen if any(point.name not in one for one in tape.passes)]
+    missing = [point.name for point in chosen if any(point.name not in values for values in tape.passes)]
     if not tape.passes:
         raise UserError("nothing was recorded: no forward pass of this model was run inside the recording")
     if missing:
-        raise UserError(f"nothing was recorded for {missing[0]} ({len(missing)} such): the pass did not compute it")
+        raise UserError(f"nothing was recorded for {missing[0]}: a pass did not compute it")
 
 
 def names(model: Transformer) -> Names:
-    """Every name that `record` and `patch` take, with its shape (the legend is in model/README.md) and meaning."""
+    """All names that `record` and `patch` accept, with shapes (legend in model/README.md) and meaning."""
     return Names({name: f"{point.shape}  {point.what}" for name, point in points(model).items()})
 
 
@@ -129,25 +129,25 @@ record.names = names  # type: ignore[attr-defined]
 
 @contextlib.contextmanager
 def patch(model: Transformer, changes: Mapping[str, Tensor | float | Callable[[Tensor], Tensor]]) -> Iterator[None]:
-    """Overwrite named values in every pass run inside: {"layers.5.resid_mid[:, -1]": value}.
+    """Overwrites named values in all forward passes run inside: {"layers.5.resid_mid[:, -1]": value}.
 
-    The index after a name is Python's (integers, slices, `...`). A value is a tensor that broadcasts to what it
-    replaces, a number, or a function of the value before. A recording inside or around sees what the model used.
-    Raises UserError for names that the model does not have or that are only derived, for a value of another shape, and
-    where no pass used the change.
+    A name may be followed by an index (integers, slices, `...`). A value is a number, a tensor that broadcasts to what
+    it replaces, or a function of the old value. `record`, inside or around, records the new value. Raises UserError for
+    names that the model does not have or that are derived, for a value that does not broadcast, and for a change that
+    no pass used.
     """
-    used: dict[str, bool] = {}
-    wanted = [(key, *_parse(key), value) for key, value in changes.items()]
-    chosen = [(key, index, value, choose(model, [name])) for key, name, index, value in wanted]
+    used: set[str] = set()
+    parsed = [(key, *_parse(key), value) for key, value in changes.items()]
+    chosen = [(key, index, value, choose(model, [name])) for key, name, index, value in parsed]
 
     def hook(key: str, index: Any, value: Any, point: Point) -> Callable[..., Any]:
         def changed(module: nn.Module, inputs: tuple[Any, ...], output: Any = None) -> Any:
-            before = inputs[0] if point.side == "in" else output
-            after = before.clone()
-            place = after if point.view is None else point.view(_viewer(model, point, module), after)
-            _overwrite(key, place, index, value)
-            used[key] = True
-            return (after, *inputs[1:]) if point.side == "in" else after
+            old = inputs[0] if point.side == "in" else output
+            new = old.clone()
+            target = new if point.view is None else point.view(_viewer(model, point, module), new)
+            _overwrite(key, target, index, value)
+            used.add(key)
+            return (new, *inputs[1:]) if point.side == "in" else new
 
         return changed
 
@@ -156,18 +156,18 @@ def patch(model: Transformer, changes: Mapping[str, Tensor | float | Callable[[T
         for key, index, value, matched in chosen:
             for point in matched:
                 if point.derived:
-                    raise UserError(f"{point.name} is derived from other values; overwrite what it is computed from")
+                    raise UserError(f"{point.name} is derived from other values; overwrite those instead")
                 module = model.get_submodule(point.module)
                 added = module.register_forward_pre_hook if point.side == "in" else module.register_forward_hook
                 stack.callback(added(hook(key, index, value, point), prepend=True).remove)
         yield
     for key in changes:
         if key not in used:
-            raise UserError(f"{key} overwrote nothing: no forward pass inside computed it")
+            raise UserError(f"{key} overwrote nothing: no forward pass run inside computed it")
 
 
 def _viewer(model: Transformer, point: Point, module: nn.Module) -> nn.Module:
-    """The module whose settings a view needs: a block's attention for its parts, else the module itself."""
+    """The module to pass to `point.view`: the attention module for its submodules, else the module itself."""
     at, found, _ = point.module.partition(".self_attn")
     return model.get_submodule(at + found) if found else module
 
@@ -188,54 +188,65 @@ def _parse(key: str) -> tuple[str, Any]:
             else:
                 index.append(int(part))
         except (TypeError, ValueError) as error:
-            raise UserError(f"{key!r}: {part!r} is no index; integers, slices and ... are") from error
+            raise UserError(f"{key!r}: {part!r} is not an index; use integers, slices or ...") from error
     return found[1], tuple(index)
 
 
-def _overwrite(key: str, place: Tensor, index: Any, value: Any) -> None:
+def _overwrite(key: str, target: Tensor, index: Any, value: Any) -> None:
+    """target[index] = value, where `value` may be a function of target[index]. Raises UserError if shapes differ."""
     try:
-        old = place[index]
+        old = target[index]
     except IndexError as error:
-        raise UserError(f"{key}: the index does not fit a value of shape {list(place.shape)}") from error
+        raise UserError(f"{key}: the index does not fit a value of shape {list(target.shape)}") from error
     new = value(old.clone()) if callable(value) else value
-    new = torch.as_tensor(new, dtype=place.dtype, device=place.device)
+    new = torch.as_tensor(new, dtype=target.dtype, device=target.device)
     try:
         new = new.expand(old.shape)
     except RuntimeError as error:
-        raise UserError(f"{key}: {list(new.shape)} given for a value of shape {list(old.shape)}") from error
-    place[index] = new
+        raise UserError(f"{key}: a value of shape {list(new.shape)} cannot replace {list(old.shape)}") from error
+    target[index] = new
 
 
 @contextlib.contextmanager
 def _plain_path(model: Transformer, chosen: Sequence[Point]) -> Iterator[None]:
-    """Blocks of which a value is named run as model/transformer.py defines them, attention too where one of its values
-    is; the generation engine, which bypasses the modules, raises."""
+    """Runs blocks with a chosen value by Block.forward, and attention with one by PlainAttend. Raises in the generation
+    engine."""
     with contextlib.ExitStack() as stack:
         for number, block in enumerate(model.model.layers):
-            own = [point for point in chosen if (point.module + ".").startswith(f"model.layers.{number}.")]
-            if own and type(block) is not Block and "forward" not in vars(block):
+            inside = [point for point in chosen if (point.module + ".").startswith(f"model.layers.{number}.")]
+            if inside and type(block) is not Block and "forward" not in vars(block):
                 block.forward = MethodType(Block.forward, block)  # type: ignore[method-assign]
                 stack.callback(delattr, block, "forward")
             attention = block.self_attn
-            asked = any(".attend" in point.module for point in own)
-            if asked and type(attention.attend) is not PlainAttend:
+            needs_plain = any(".attend" in point.module for point in inside)
+            if needs_plain and type(attention.attend) is not PlainAttend:
                 stack.callback(setattr, attention, "attend", attention.attend)
                 attention.attend = PlainAttend()
-        running = [False]
+        stack.enter_context(_no_engine(model))
+        yield
 
-        def enter(*_: Any) -> None:
-            running[0] = True
 
-        def leave(*_: Any) -> None:
-            running[0] = False
+@contextlib.contextmanager
+def _no_engine(model: Transformer) -> Iterator[None]:
+    """Raises UserError if the generation engine runs inside: it calls embed_tokens without calling model.model."""
+    running = False
 
-        def guard(*_: Any) -> None:
-            if not running[0]:
-                raise UserError(
-                    "the generation engine does not run the model's modules, so it cannot be recorded or overwritten; "
-                    "generate with model(tokens, cache=KVCache(model.config)), or run one pass over the finished text"
-                )
+    def enter(*_: Any) -> None:
+        nonlocal running
+        running = True
 
+    def leave(*_: Any) -> None:
+        nonlocal running
+        running = False
+
+    def guard(*_: Any) -> None:
+        if not running:
+            raise UserError(
+                "the generation engine does not run the model's modules, so it cannot be recorded or overwritten; "
+                "generate with model(tokens, cache=KVCache(model.config)), or run one pass over the finished text"
+            )
+
+    with contextlib.ExitStack() as stack:
         stack.callback(model.model.register_forward_pre_hook(enter).remove)
         stack.callback(model.model.register_forward_hook(leave, always_call=True).remove)
         stack.callback(model.model.embed_tokens.register_forward_pre_hook(guard).remove)
@@ -244,11 +255,11 @@ def _plain_path(model: Transformer, chosen: Sequence[Point]) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _passes(model: Transformer, tape: Tape) -> Iterator[None]:
-    """A new set of values for each forward pass."""
+    """Begins a new dict in `tape.passes` at each forward pass."""
 
     def begin(*_: Any) -> None:
         if model.model.checkpoint_blocks and torch.is_grad_enabled():
-            raise UserError("blocks that are computed twice (checkpoint_blocks) would be recorded twice; switch it off")
+            raise UserError("activation checkpointing computes blocks twice; switch checkpoint_blocks off to record")
         tape.passes.append({})
 
     handle = model.model.register_forward_pre_hook(begin)

@@ -184,9 +184,9 @@ def test_a_name_that_names_nothing_lists_the_nearest(names, said):
     [
         ("layers.0.resid_mid[:, -1", 0.0, "not a name with an index"),
         ("layers.0.resid_mid[a]", 0.0, "not a name with an index"),
-        ("layers.0.resid_mid[1-2]", 0.0, "is no index"),
+        ("layers.0.resid_mid[1-2]", 0.0, "is not an index"),
         ("layers.0.resid_mid[:, 99]", 0.0, "does not fit"),
-        ("layers.0.resid_mid[:, -1]", torch.zeros(5), r"\[5\] given for a value of shape \[2, 32\]"),
+        ("layers.0.resid_mid[:, -1]", torch.zeros(5), r"shape \[5\] cannot replace \[2, 32\]"),
         ("layers.0.resid_mdi", 0.0, "nearest: layers.0.resid_mid"),
     ],
 )
