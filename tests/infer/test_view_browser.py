@@ -70,11 +70,11 @@ def test_the_least_sure_come_first_where_that_is_asked(driver, page):
 
 def test_a_value_is_marked_at_its_place_with_its_letter_and_shown_when_chosen(driver, page):
     opened(driver, page)
-    pieces = driver.find_elements("css selector", "#note .piece")
-    assert [piece.text for piece in pieces] == ["Z2.5 cm", "Z2.5 cm"] and "maybe" in pieces[1].get_attribute("class")
+    marks = driver.find_elements("css selector", "#note .marked")
+    assert [mark.text for mark in marks] == ["Z2.5 cm", "Z2.5 cm"] and "maybe" in marks[1].get_attribute("class")
     assert one(driver, "#note").get_attribute("textContent").replace("Z", "") == TEXT
     one(driver, "#answers button").click()
-    assert "chosen" in pieces[0].get_attribute("class") and "chosen" not in pieces[1].get_attribute("class")
+    assert "chosen" in marks[0].get_attribute("class") and "chosen" not in marks[1].get_attribute("class")
 
 
 def test_a_hostile_note_is_shown_and_never_run(driver, page):
@@ -83,7 +83,7 @@ def test_a_hostile_note_is_shown_and_never_run(driver, page):
     assert driver.title.startswith("Answers") and not driver.find_elements("css selector", "main img")
     shown = one(driver, "#note").get_attribute("textContent")
     assert "onerror=" in shown and "U+202E" in shown and "\u202e" not in shown
-    assert one(driver, "#note .piece").text == "Z2.5 cm"  # places count characters, also after an emoji
+    assert one(driver, "#note .marked").text == "Z2.5 cm"  # places count characters, also after an emoji
 
 
 @pytest.mark.parametrize(("width", "scheme"), [(390, "light"), (1300, "dark")])

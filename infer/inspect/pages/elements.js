@@ -1,5 +1,5 @@
 "use strict";
-// Elements of a page. Text from the data reaches it as text nodes only, never as markup.
+// Builds DOM elements. Text from the data is inserted as text nodes, never as markup.
 
 const $ = (id) => document.getElementById(id);
 
@@ -15,17 +15,18 @@ function el(tag, attributes, ...children) {
   return node;
 }
 
-// A character that would act instead of being seen is written as what it is.
+// Text with control, format and unassigned characters replaced by visible symbols.
 function visible(text) {
   const parts = [];
-  for (const letter of text) {
-    const code = letter.codePointAt(0);
-    if (letter === "\n") parts.push(el("span", { class: "odd" }, "⏎"), "\n");
-    else if (letter === "\t") parts.push(el("span", { class: "odd" }, "⇥"), "\t");
-    else if (code < 32 || code === 127) parts.push(el("span", { class: "odd" }, String.fromCodePoint(code === 127 ? 0x2421 : 0x2400 + code)));
-    else if (/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cn}]/u.test(letter)) parts.push(el("span", { class: "odd" }, "U+" + code.toString(16).toUpperCase().padStart(4, "0")));
-    else if (typeof parts.at(-1) === "string") parts.push(parts.pop() + letter);
-    else parts.push(letter);
+  const symbol = (string) => el("span", { class: "odd" }, string);
+  for (const character of text) {
+    const code = character.codePointAt(0);
+    if (character === "\n") parts.push(symbol("⏎"), "\n");
+    else if (character === "\t") parts.push(symbol("⇥"), "\t");
+    else if (code < 32 || code === 127) parts.push(symbol(String.fromCodePoint(code === 127 ? 0x2421 : 0x2400 + code)));
+    else if (/[\p{Cc}\p{Cf}\p{Zl}\p{Zp}\p{Co}\p{Cn}]/u.test(character)) parts.push(symbol("U+" + code.toString(16).toUpperCase().padStart(4, "0")));
+    else if (typeof parts.at(-1) === "string") parts.push(parts.pop() + character);
+    else parts.push(character);
   }
   return parts;
 }

@@ -1,9 +1,9 @@
 "use strict";
-// Attention out of its packing, and the figures: grids of layers, the attention map.
+// Unpacks attention weights and draws the figures: grids over layers, the attention map.
 
 const SHADES = 15;
 
-// A layer's weights, inflated once: a byte each, √weight in fifteenths, of every head and kept row over keys 0 … row.
+// A layer's attention, inflated once: round(15 · √weight), a byte per (head, kept row, key ≤ row); see page.py.
 async function layerOf(run, layer) {
   run.inflated = run.inflated || new Map();
   if (!run.inflated.has(layer)) {
@@ -22,7 +22,7 @@ function offsets(run) {
   return run.offsets;
 }
 
-// The shades of one position under one head, for keys 0 … position; null where they were not kept.
+// The shades of one head and query position over keys 0 … position; null if they were not kept.
 async function shadesOf(run, layer, head, position) {
   const row = run.rows.indexOf(position);
   if (row < 0 || !run.attention) return null;
@@ -33,14 +33,14 @@ const weightOf = (shade) => (shade / SHADES) ** 2;
 
 const colour = (name) => getComputedStyle(document.documentElement).getPropertyValue(name).trim();
 
-// Layers across, things down; a cell's strength is its share of the largest one, its colour its sign.
+// A grid of values(layer, row): opacity is √(|value| / largest), colour the sign. `pick` is called for a chosen cell.
 function grid({ name, columns, rows, rowName, value, describe, chosen, pick, unit }) {
   const top = 14, left = 46, cell = 15, width = left + columns * cell + 2, height = top + rows * cell + 2;
   let most = 0;
   for (let c = 0; c < columns; c++) for (let r = 0; r < rows; r++) most = Math.max(most, Math.abs(value(c, r) || 0));
   const readout = el("p", { class: "hint", "aria-live": "polite" });
   const at = chosen ? [...chosen] : [0, 0];
-  const say = () => readout.replaceChildren(describe(at[0], at[1]));
+  const showReadout = () => readout.replaceChildren(describe(at[0], at[1]));
   const svg = el("svg", { class: "figure", viewBox: `0 0 ${width} ${height}`, tabindex: 0, role: "group", "aria-label": name, style: `max-width:${width * 1.6}px` });
   for (let c = 0; c < columns; c += columns > 16 ? 4 : 2) svg.append(el("text", { x: left + c * cell + cell / 2, y: 10, "text-anchor": "middle" }, String(c)));
   for (let r = 0; r < rows; r++) svg.append(el("text", { x: left - 4, y: top + r * cell + 11, "text-anchor": "end" }, rowName(r)));
@@ -57,7 +57,7 @@ function grid({ name, columns, rows, rowName, value, describe, chosen, pick, uni
   }
   const frame = el("rect", { width: cell, height: cell, style: "fill:none;stroke:var(--chosen);stroke-width:1.8;pointer-events:none" });
   svg.append(frame);
-  const move = () => { frame.setAttribute("x", left + at[0] * cell - 0.5); frame.setAttribute("y", top + at[1] * cell - 0.5); say(); };
+  const move = () => { frame.setAttribute("x", left + at[0] * cell - 0.5); frame.setAttribute("y", top + at[1] * cell - 0.5); showReadout(); };
   const act = () => { move(); if (pick) pick(at[0], at[1]); };
   svg.addEventListener("keydown", (event) => {
     const step = { ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1] }[event.key];
@@ -71,20 +71,21 @@ function grid({ name, columns, rows, rowName, value, describe, chosen, pick, uni
     event.stopPropagation();
   });
   move();
-  return [svg, el("p", { class: "hint" }, unit || "", " Layers across; ", el("kbd", {}, "Enter"), pick ? " chooses a cell." : " reads a cell."), readout];
+  return [svg, el("p", { class: "hint" }, unit || "", " Columns are layers; ", el("kbd", {}, "Enter"), pick ? " chooses a cell." : " shows a cell's value."), readout];
 }
 
-// Rows: positions that read; columns: keys. Draws the window's edge, the answer's beginning and the chosen position.
+// Rows are query positions, columns key positions. Lines mark the window's edge, the first row that predicts an answer token, and
+// the chosen position.
 async function attentionMap(run, layer, head, query, choose) {
-  if (!run.attention) return [el("p", { class: "hint" }, "This model's attention maps were left out (see above).")];
+  if (!run.attention) return [el("p", { class: "hint" }, "This model's attention maps were left out (see the notice above).")];
   const data = await layerOf(run, layer), at = offsets(run), T = run.ids.length, R = run.rows.length, window_ = run.windows[layer];
   const canvas = el("canvas", { width: T, height: R, role: "img", "aria-label": `attention of layer ${layer}, head ${head}`, "data-head": `${layer}.${head}` });
   const pixels = new ImageData(T, R), seen = colour("--seen").split(" ").map(Number);
   for (let r = 0; r < R; r++) {
     const begin = head * at.at(-1) + at[r], last = run.rows[r];
     for (let k = 0; k < T; k++) {
-      const out = k > last || (window_ != null && k <= last - window_), p = 4 * (r * T + k);
-      if (out) pixels.data.set([128, 128, 128, 46], p);
+      const masked = k > last || (window_ != null && k <= last - window_), p = 4 * (r * T + k);
+      if (masked) pixels.data.set([128, 128, 128, 46], p);
       else pixels.data.set([seen[0], seen[1], seen[2], (255 * data[begin + k]) / SHADES], p);
     }
   }
@@ -96,8 +97,8 @@ async function attentionMap(run, layer, head, query, choose) {
   canvas.addEventListener("click", (event) => choose(run.rows[place(event)[1]]));
   canvas.addEventListener("mousemove", (event) => {
     const [k, r] = place(event), q = run.rows[r], near = { left: event.clientX + 8, top: event.clientY, bottom: event.clientY + 8 };
-    const weight = k > q ? "not seen: it comes later" : window_ != null && k <= q - window_ ? "not seen: beyond the window" : `weight ≈ ${number(weightOf(data[head * at.at(-1) + at[r] + k]))}`;
-    showTip(near, [el("div", {}, `${q} `, chip(run, run.ids[q]), ` reads ${k} `, chip(run, run.ids[k])), el("div", {}, weight)]);
+    const weight = k > q ? "masked: later than the query" : window_ != null && k <= q - window_ ? "masked: outside the window" : `weight ≈ ${number(weightOf(data[head * at.at(-1) + at[r] + k]))}`;
+    showTip(near, [el("div", {}, `${q} `, chip(run, run.ids[q]), ` attends to ${k} `, chip(run, run.ids[k])), el("div", {}, weight)]);
   });
   canvas.addEventListener("mouseleave", hideTip);
   const over = el("svg", { viewBox: `0 0 ${T} ${R}`, preserveAspectRatio: "none" });

@@ -1,23 +1,23 @@
-// Asks the server about the note and shows the answers as they come.
+// Sends the note to the server and shows the answers as they are generated.
 
-const token = location.hash.slice(1); // not sent with addresses, so in no log
+const token = location.hash.slice(1); // a fragment is not sent with the URL, so it is in no log
 const headers = { "Content-Type": "application/json", ...(token ? { Authorization: `Bearer ${token}` } : {}) };
 const UNSURE = 0.5;
 let running = null;
 
 async function post(path, body) {
-  const answer = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal: running.signal });
-  if (answer.ok) return answer;
-  throw new Error((await answer.json().catch(() => ({}))).error || `the server answered ${answer.status}`);
+  const response = await fetch(path, { method: "POST", headers, body: JSON.stringify(body), signal: running.signal });
+  if (response.ok) return response;
+  throw new Error((await response.json().catch(() => ({}))).error || `the server answered ${response.status}`);
 }
 
-// The events of a stream: [name, value], one after the other.
-async function* eventsOf(answer) {
-  const reader = answer.body.pipeThrough(new TextDecoderStream()).getReader();
-  let held = "";
+// The server-sent events of a response, as [name, value].
+async function* eventsOf(response) {
+  const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
+  let incomplete = "";
   for (let part = await reader.read(); !part.done; part = await reader.read()) {
-    const blocks = (held + part.value).split("\n\n");
-    held = blocks.pop();
+    const blocks = (incomplete + part.value).split("\n\n");
+    incomplete = blocks.pop();
     for (const block of blocks) {
       const [, name, value] = /^event: (.*)\ndata: (.*)$/.exec(block);
       yield [name, JSON.parse(value)];
@@ -32,7 +32,7 @@ async function askOne(id, text, adapter) {
   const draw = () => {
     drawNote(note, text, [...rows.values()]);
     const shown = [...names, "diagnosis"].map((name) => rows.get(name)).filter(Boolean);
-    drawAnswers(card.querySelector(".table"), shown, note, UNSURE, (row) => el("button", { class: "look", onclick: () => look(text, row, adapter) }, "what it looked at"));
+    drawAnswers(card.querySelector(".table"), shown, note, UNSURE, (row) => el("button", { class: "look", onclick: () => showTrace(text, row, adapter) }, "trace"));
   };
   draw();
   for await (const [name, value] of eventsOf(await post("/api/stream", { text, adapter }))) {
@@ -42,22 +42,22 @@ async function askOne(id, text, adapter) {
   }
 }
 
-async function look(text, row, adapter) {
-  await busy(`Reading again for ${words(row.name)} …`, async () => {
+async function showTrace(text, row, adapter) {
+  await busy(`Tracing ${words(row.name)} …`, async () => {
     const page = await (await post("/api/trace", { text, adapter, ask: row.name })).text();
     $("trace").hidden = false;
-    $("trace").querySelector("h2").textContent = `What the model looked at: ${words(row.name)}`;
+    $("trace").querySelector("h2").textContent = `Trace: ${words(row.name)}`;
     $("trace").querySelector("iframe").srcdoc = page;
     $("trace").scrollIntoView();
   });
 }
 
-// One thing at a time. What goes wrong is said, and the note stays where it is.
-async function busy(said, work) {
+// Runs one task at a time: aborts the running one, and shows status and errors.
+async function busy(status, work) {
   if (running) running.abort();
   const mine = (running = new AbortController());
   $("status").className = "";
-  $("status").textContent = said;
+  $("status").textContent = status;
   $("stop").disabled = false;
   try {
     await work();

@@ -17,7 +17,7 @@ function decoded(bytes) {
   }
 }
 
-// The nodes that spell a token: its text, its bytes where they are a part of a letter, a special token's name.
+// A token's nodes: its text; its bytes if they are an incomplete UTF-8 sequence; the name of a special token.
 function spelling(run, id) {
   const bytes = bytesOf(run, id), text = bytes && decoded(bytes);
   if (bytes == null) return [el("span", { class: "odd" }, ...visible(run.vocabulary[id][1]))];
@@ -26,7 +26,7 @@ function spelling(run, id) {
 }
 const hexadecimal = (bytes) => [...bytes].map((b) => b.toString(16).toUpperCase().padStart(2, "0")).join(" ");
 
-// The spelling of a whole text: a letter whose bytes lie in several tokens is shown in the first, dots in the others.
+// The spellings of all tokens of a run. A character whose bytes span several tokens is shown in the first, as "·" in the others.
 function spellings(run) {
   const found = [];
   while (found.length < run.ids.length) {
@@ -42,12 +42,13 @@ function spellings(run) {
   return found;
 }
 
+// A token as an inline element.
 function chip(run, id, attributes, spelt) {
   const special = run.vocabulary[id][0] == null;
   return el("span", { ...attributes, class: `token ${special ? "special" : ""} ${(attributes || {}).class || ""}` }, spelt || spelling(run, id));
 }
 
-// The prediction of token i: that of the position before it.
+// The prediction of token i, made at position i − 1.
 const predicted = (run, i) => (i > 0 ? run.predictions[i - 1] : null);
 
 function tokenTip(data, run, i) {
@@ -58,12 +59,12 @@ function tokenTip(data, run, i) {
     ["bytes", bytes == null ? "none: a special token" : hexadecimal(bytes)],
   ];
   for (const one of data.runs.filter((other) => other === run || sameText(run, other))) {
-    const its = predicted(one, i), where = data.runs.length > 1 ? ` (${one.name})` : "";
-    rows.push(["probability" + where, its == null ? "none: it is the first" : `${number(its.p)}, rank ${its.rank}`]);
+    const other = predicted(one, i), name = data.runs.length > 1 ? ` (${one.name})` : "";
+    rows.push(["probability" + name, other == null ? "none: the first token" : `${number(other.p)}, rank ${other.rank}`]);
   }
   const table = el("table", {}, rows.map(([name, value]) => el("tr", {}, el("th", {}, name), el("td", {}, value))));
   const best = prediction == null ? [] : prediction.best.map(([other, p]) => el("tr", {}, el("td", {}, chip(run, other)), el("td", { class: "n" }, number(p)), el("td", {}, el("span", { class: "bar", style: `width:${Math.round(p * 80)}px` }))));
-  return [el("div", {}, chip(run, id)), table, best.length ? el("div", { class: "hint" }, "likeliest here") : null, el("table", {}, best)];
+  return [el("div", {}, chip(run, id)), table, best.length ? el("div", { class: "hint" }, "likeliest tokens here") : null, el("table", {}, best)];
 }
 
 const sameText = (a, b) => a.start === b.start && a.ids.length === b.ids.length && a.ids.every((id, i) => id === b.ids[i]);

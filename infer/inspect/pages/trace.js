@@ -1,5 +1,5 @@
 "use strict";
-// What is chosen, and the page redrawn around it.
+// The page's state (model, token, layer, head), and the cards drawn from it.
 
 const data = JSON.parse($("data").textContent);
 const runs = data.runs;
@@ -14,10 +14,11 @@ const numbers = (select, count) =>
   select.replaceChildren(...Array.from({ length: count }, (_, i) => el("option", { value: i }, String(i))));
 const add = (values) => values.flat().reduce((total, value) => total + value, 0);
 
-// The position that is studied: an answer's token was written by the position before it, a token of the prompt reads.
+// The query position of a token: for an answer's token the position before, which predicted it; else its own.
 const queryOf = (run, token) => (token >= run.start ? token - 1 : token);
 
-// A run's place: its query, its step (-1: none), its kept row (-1: none). Runs of other tokens follow by answer token.
+// The chosen position in a run: token, query, step and row (-1 if there is none). Runs with other tokens are aligned at the
+// start of the answer.
 function place(run) {
   let token = state.token;
   if (run !== active() && !sameText(run, active())) {
@@ -38,7 +39,7 @@ function choose(changes) {
   render();
 }
 
-// What `draw` makes of every run, under its name where there are two.
+// draw(run, place) for every run side by side, with names if there are two.
 const perRun = (draw) =>
   el("div", { class: "runs" }, runs.map((run) => {
     const at = place(run);
@@ -46,7 +47,7 @@ const perRun = (draw) =>
     return el("div", {}, runs.length > 1 ? el("h3", {}, run.name) : null, content);
   }));
 const perStep = (draw) =>
-  perRun((run, at) => (at.step < 0 ? hint("Choose a token of the answer.") : draw(run, at)));
+  perRun((run, at) => (at.step < 0 ? hint("Choose a token of the answer to see this.") : draw(run, at)));
 
 function pressed(event) {
   if (event.key !== "Enter" && event.key !== " ") return;
@@ -59,8 +60,8 @@ function pressed(event) {
 
 function described(run) {
   const windows = [...new Set(run.windows)].map((size) => size ?? "none").join(", ");
-  const size = `${run.layers} layers of ${run.heads} heads (${run.groups} for keys and values), window ${windows}`;
-  return `${run.name}: ${run.family}, ${size}, ${run.start} tokens read, ${run.ids.length - run.start} of answer`;
+  const size = `${run.layers} layers, ${run.heads} heads (${run.groups} key/value heads), window ${windows}`;
+  return `${run.name}: ${run.family}, ${size}, ${run.start} prompt tokens, ${run.ids.length - run.start} answer tokens`;
 }
 
 function head() {
@@ -81,7 +82,7 @@ function head() {
 
 // ---- answers and text -------------------------------------------------------------------------------------------
 
-// The first answer token in which the two runs differ; -1 where they are alike.
+// Index of the first answer token in which the two runs differ; -1 if there is none.
 function firstDifference() {
   const [a, b] = runs.map((run) => run.own.map((id) => JSON.stringify(run.vocabulary[id])));
   const longer = b && b.length > a.length ? b : a;
@@ -91,12 +92,12 @@ function firstDifference() {
 function answers() {
   const changed = firstDifference();
   const column = (run, index) => {
-    const read = run.own.findIndex((id, i) => id !== run.ids[run.start + i]);  // others are not in this run's text
+    const absent = run.own.findIndex((id, i) => id !== run.ids[run.start + i]);  // from here on not in this run's text
     const chips = run.own.map((id, i) => {
       const token = run.start + i;
       const chosen = state.run === index && state.token === token;
       const attributes = { "data-answer": `${index}.${i}`, class: i === changed ? "changed" : "" };
-      if (read >= 0 && i >= read) return chip(run, id, { ...attributes, title: "not read here" });
+      if (absent >= 0 && i >= absent) return chip(run, id, { ...attributes, title: "not in the traced text" });
       return chip(run, id, {
         ...attributes,
         ...tipped(() => tokenTip(data, run, token)),
@@ -108,11 +109,11 @@ function answers() {
         onkeydown: pressed,
       });
     });
-    const none = "No answer was generated: the next token's prediction is studied.";
+    const none = "No answer was generated; the page shows the prediction of the next token.";
     const name = runs.length > 1 ? el("h3", {}, run.name) : null;
     return el("div", {}, name, el("div", { class: "chips" }, chips.length ? chips : none));
   };
-  const differ = changed < 0 ? "Both give the same answer." : `They first differ at answer token ${changed + 1}.`;
+  const differ = changed < 0 ? "Both models give the same answer." : `The answers first differ at token ${changed + 1}.`;
   show("answers", el("div", { class: "runs" }, runs.map(column)), runs.length > 1 ? el("p", {}, differ) : []);
 }
 
@@ -158,13 +159,13 @@ async function markTokens() {
     node.setAttribute("tabindex", i === at.token ? 0 : -1);
     node.setAttribute("aria-pressed", String(i === at.token));
   });
-  const marked = bySource ? "Orange: added to the margin over the best other token, blue: took from it."
+  const legend = bySource ? "Orange raised the margin over the likeliest other token, blue lowered it."
     : shades ? `Orange: attention of head ${state.layer}.${state.head}.` : "";
-  const written = [" wrote answer token ", chip(run, run.ids[at.token])];
+  const predicts = [" predicted answer token ", chip(run, run.ids[at.token])];
   $("query").replaceChildren(
-    `Position ${at.query} `, chip(run, run.ids[at.query]), ...(at.token >= run.start ? written : [" reads"]),
-    `. ${marked}`,
-    oldest > 0 ? " The bar is the window's edge: what stands before it is not seen." : "",
+    `Position ${at.query} `, chip(run, run.ids[at.query]), ...(at.token >= run.start ? predicts : [" is the query"]),
+    `. ${legend}`,
+    oldest > 0 ? " The bar is the window's edge; tokens before it are masked." : "",
   );
 }
 
@@ -172,7 +173,7 @@ async function markTokens() {
 
 function headsCard() {
   show("heads", perStep((run, { step }) => {
-    const its = run.attribution.margin, heads = its.heads[step], mlps = its.mlps[step], index = runs.indexOf(run);
+    const margin = run.attribution.margin, heads = margin.heads[step], mlps = margin.mlps[step], index = runs.indexOf(run);
     const isHead = (h) => h < run.heads;
     const name = (l, h) => (isHead(h) ? `head ${l}.${h}` : `MLP ${l}`);
     const value = (l, h) => (isHead(h) ? heads[l][h] : mlps[l]);
@@ -180,22 +181,22 @@ function headsCard() {
     const all = heads.flatMap((row, l) => [...row.keys(), run.heads].map((h) => [l, h]));
     all.sort(([l, h], [m, g]) => Math.abs(value(m, g)) - Math.abs(value(l, h)));
     const line = ([l, h]) => {
-      const read = isHead(h) ? its.read[step][l][h] : null;
-      const most = read == null ? "" : [chip(run, run.ids[read]), ` at ${read}`];
+      const read = isHead(h) ? margin.read[step][l][h] : null;
+      const source = read == null ? "" : [chip(run, run.ids[read]), ` at ${read}`];
       return el("tr", {
         "data-head": `${l}.${h}`,
         class: l === state.layer && h === state.head ? "chosen" : "",
         tabindex: 0,
         onclick: () => take(l, h),
         onkeydown: pressed,
-      }, cell(name(l, h)), cell(signed(value(l, h)), "n"), cell(most));
+      }, cell(name(l, h)), cell(signed(value(l, h)), "n"), cell(source));
     };
     const strongest = all.filter(([, h]) => isHead(h)).slice(0, 8);
     strongest.push(...all.filter(([, h]) => !isHead(h)).slice(0, 3));
     return [
-      table(["strongest", "adds", "reads most"], strongest.map(line)),
+      table(["strongest", "adds", "mostly from"], strongest.map(line)),
       grid({
-        name: "what each head and MLP adds",
+        name: "contribution of each head and MLP",
         columns: run.layers,
         rows: run.heads + 1,
         rowName: (h) => (isHead(h) ? String(h) : "MLP"),
@@ -203,13 +204,13 @@ function headsCard() {
         describe: (l, h) => `${name(l, h)}: ${signed(value(l, h))}`,
         chosen: [state.layer, state.head],
         pick: take,
-        unit: "Orange adds, blue takes.",
+        unit: "Orange is positive, blue negative.",
       }),
       el("p", { class: "hint check" },
-        `embedding ${signed(its.embed[step])}, heads ${signed(add(heads))}, MLPs ${signed(add(mlps))}, ` +
-        `biases ${signed(its.bias[step])}: together ${its.sum[step].toFixed(4)}; the margin is ` +
-        `${its.value[step].toFixed(4)} (largest difference over the answer ${its.sum_error.toExponential(1)}). ` +
-        "Best other token: ", chip(run, run.attribution.rival[step])),
+        `embedding ${signed(margin.embed[step])}, heads ${signed(add(heads))}, MLPs ${signed(add(mlps))}, ` +
+        `biases ${signed(margin.bias[step])}: together ${margin.sum[step].toFixed(4)}; the margin is ` +
+        `${margin.value[step].toFixed(4)} (largest difference over the answer ${margin.sum_error.toExponential(1)}). ` +
+        "Likeliest other token: ", chip(run, run.attribution.rival[step])),
     ];
   }));
 }
@@ -232,12 +233,12 @@ function lensCard() {
   show("lens", perStep((run, { step }) => {
     const levels = run.lens[step];
     const settled = levels.findLastIndex(([, , , rank]) => rank !== 1) + 1;
-    const line = ([best, p, its, rank], n) => el("tr", {
+    const line = ([best, p, pToken, rank], n) => el("tr", {
       class: n === settled ? "first" : n - 1 === state.layer ? "chosen" : "",
       tabindex: 0,
       onclick: () => choose({ layer: Math.max(0, n - 1) }),
       onkeydown: pressed,
-    }, cell(n ? `layer ${n - 1}` : "embedding"), cell(chip(run, best)), cell(number(p), "n"), cell(number(its), "n"),
+    }, cell(n ? `layer ${n - 1}` : "embedding"), cell(chip(run, best)), cell(number(p), "n"), cell(number(pToken), "n"),
     cell(String(rank), "n"));
     const shown = table(["after", "predicts", "p", "p(token)", "rank"], levels.map(line));
     return el("div", { class: "scroll", tabindex: 0 }, shown);
@@ -257,13 +258,13 @@ function loraCard() {
     const here = (one) => (step >= 0 && one.steps ? one.steps[step] : one.all);
     const at = (l, k) => modules.get(`${l} ${rows[k]}`);
     return grid({
-      name: "the adapter's part by module",
+      name: "adapter update by module",
       columns: run.layers,
       rows: rows.length,
       rowName: (k) => rows[k].replace(/_proj$/, "").replace("experts.", ""),
       value: (l, k) => (at(l, k) ? here(at(l, k)) : null),
       describe: (l, k) => (at(l, k) ? `${at(l, k).module}: ${number(here(at(l, k)))}` : "no adapter here"),
-      unit: step >= 0 ? "At the position that wrote the token." : "Over the whole text.",
+      unit: step >= 0 ? "At the position that predicted the token." : "Over the whole text.",
     });
   }));
 }
@@ -274,15 +275,15 @@ function expertsCard() {
     if (!run.experts) return hint("This model has no experts.");
     if (row < 0) return hint("Not kept for this position.");
     const weight = (l, e) => (run.experts[l][row].find(([expert]) => expert === e) || [])[1];
-    const said = (x) => (x == null ? "not chosen" : `weight ${number(x)}`);
+    const shown = (x) => (x == null ? "not chosen" : `weight ${number(x)}`);
     return grid({
-      name: "the experts that each layer's router chose",
+      name: "experts chosen in each layer",
       columns: run.layers,
       rows: 1 + Math.max(...run.experts.flat(2).map(([expert]) => expert)),
       rowName: (e) => `expert ${e}`,
       value: weight,
-      describe: (l, e) => `layer ${l}, expert ${e}: ${said(weight(l, e))}`,
-      unit: "For the position that reads.",
+      describe: (l, e) => `layer ${l}, expert ${e}: ${shown(weight(l, e))}`,
+      unit: "At the query position.",
     });
   }));
 }
@@ -303,7 +304,7 @@ function render() {
   });
 }
 
-// ---- keys, and the beginning ------------------------------------------------------------------------------------
+// ---- keys and initial state -------------------------------------------------------------------------------------
 
 const KEYS = {
   ArrowRight: () => ({ token: state.token + 1 }),
@@ -330,9 +331,9 @@ document.addEventListener("keydown", (event) => {
 matchMedia("(prefers-color-scheme: dark)").addEventListener("change", render);
 
 head();
-// Begin at the first answer token that can be seen, and at the head that did most for it.
-const isSeen = (id) => /\S/.test(new TextDecoder().decode(bytesOf(first, id) || new Uint8Array()));
-state.token += Math.max(0, first.own.findIndex(isSeen));
+// Start at the first answer token that is not white space, and at the head with the largest contribution.
+const isVisible = (id) => /\S/.test(new TextDecoder().decode(bytesOf(first, id) || new Uint8Array()));
+state.token += Math.max(0, first.own.findIndex(isVisible));
 const heads = first.attribution.margin.heads[Math.max(0, first.steps.indexOf(queryOf(first, state.token)))];
 const best = Math.max(...heads.flat());
 const layer = heads.findIndex((row) => row.includes(best));

@@ -1,4 +1,4 @@
-// Which notes are shown, and which of them now.
+// Filters and orders the notes, and shows one at a time.
 
 let chosen = [], at = 0;
 const limit = () => Number($("limit").value) / 100;
@@ -17,13 +17,13 @@ function choose() {
 
 function go(to) {
   at = Math.max(0, Math.min(to, chosen.length - 1));
-  const note = chosen[at], few = chosen.length < data.notes.length ? ` (${data.notes.length} in all)` : "";
+  const note = chosen[at], total = chosen.length < data.notes.length ? ` (${data.notes.length} in all)` : "";
   $("at").value = chosen.length ? at + 1 : 0;
   $("at").max = chosen.length;
-  $("count").textContent = `of ${chosen.length}${few}`;
+  $("count").textContent = `of ${chosen.length}${total}`;
   $("back").disabled = at <= 0;
   $("next").disabled = at >= chosen.length - 1;
-  $("id").textContent = note ? note.id : "No note is like that";
+  $("id").textContent = note ? note.id : "No note passes the filter";
   drawNote($("note"), note ? note.text : "", note ? note.rows : []);
   if (note && note.error) $("answers").replaceChildren(el("p", { class: "warning" }, note.error));
   else drawAnswers($("answers"), note ? note.rows : [], $("note"), limit());
