@@ -1,8 +1,9 @@
 """Low-rank adapters on linear layers."""
 
 from lora.adapter import LoRAConfig, add_lora, no_adapter, set_adapter
+from lora.dropout import DropoutPlan
 from lora.fold import merge_lora, unmerge_lora
-from lora.layer import DropoutPlan, LoRALinear
+from lora.layer import LoRALinear
 from lora.peft import load_adapter, save_adapter
 
 __all__ = [

@@ -16,7 +16,7 @@ from torch import nn
 
 from lora import add_lora
 from lora.adapter import adapted, pattern_value
-from lora.layer import MASKS
+from lora.dropout import MASKS
 from lora.merge import merge_folders
 from lora.origin import check_origin
 from lora.peft import AdapterFile, check_tensors, fitted, read_config, write_adapter

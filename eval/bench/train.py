@@ -23,8 +23,8 @@ import torch
 
 from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
+from lora import DropoutPlan
 from lora.adapter import adapted
-from lora.layer import DropoutPlan
 from model import ModelConfig, Transformer
 from model.support.cli import UserError
 from model.support.hardware import product_rate

@@ -25,6 +25,7 @@ from lora.adapter import adapted
 from lora.audit import Options as AuditOptions
 from lora.audit import audit, draw
 from lora.audit import main as audit_main
+from lora.dropout import DRAWS
 from lora.merge import Options, main
 from model import Transformer
 from model.support.cli import UserError
@@ -310,3 +311,16 @@ def test_dropouts_masks_are_of_the_token_and_of_nothing_beside_it():
     for name, mask_TD in unlike.items():
         assert abs(float((kept & mask_TD).double().mean()) - 0.75**2) < 3 * spread, name
     assert torch.equal(kept.double().mean(0) > 0.6, torch.ones(210, dtype=torch.bool)), "no column is dropped for all"
+
+
+def test_a_branch_longer_than_the_table_of_draws_repeats_no_mask():
+    plan, width = DropoutPlan(seed=3), DRAWS // 4  # two tokens are read from one place
+    plan.begin(1, [[("a", 0, 3), ("b", 0, 2)]])
+    mask = plan.mask(torch.ones(1, 5, width, dtype=torch.bfloat16), 0.25, "q")[0] > 0
+    plan.begin(1, [[("b", 0, 2), ("a", 0, 3)]])
+    other = plan.mask(torch.ones(1, 5, width, dtype=torch.bfloat16), 0.25, "q")[0] > 0
+    assert torch.equal(mask[:3], other[2:]) and torch.equal(mask[3:], other[:2])
+    for one in range(5):
+        for two in range(one):
+            both = float((mask[one] & mask[two]).double().mean())
+            assert abs(both - 0.75**2) < 0.01, (one, two)

@@ -154,9 +154,9 @@ def test_a_run_with_dropout_goes_on_only_with_the_masks_that_it_began_with(optio
     begun = {dropout: str(tmp_path / f"run-{dropout}") for dropout in (0.0, 0.1)}
     for dropout, out in begun.items():
         train(as_recipe(options, out=out, steps=1, dropout=dropout), "instruct")
-    monkeypatch.setattr("train.session.MASKS", 3)
+    monkeypatch.setattr("train.session.MASKS", 4)
     train(as_recipe(options, out=begun[0.0], steps=1, dropout=0.0), "instruct")
-    with pytest.raises(UserError, match="was made by another run: dropout_masks was 2, is 3"):
+    with pytest.raises(UserError, match="was made by another run: dropout_masks was 3, is 4"):
         train(as_recipe(options, out=begun[0.1], steps=1, dropout=0.1), "instruct")
 
 

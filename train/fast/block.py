@@ -29,7 +29,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from infer.engine.fuse import fuse as kernel_blocks
-from lora.layer import LoRALinear, keep_bits, with_zeros
+from lora.dropout import TokenMasks
+from lora.layer import LoRALinear
 from model.cache import KVCache
 from model.mask import Visible
 from model.quantize.linear import QuantizedWeight
@@ -113,14 +114,17 @@ class JoinedLinears:
     """LoRA layers that share an input, as one layer whose output is theirs side by side; no autograd inside.
 
     Their A matrices are stacked, and s · B of each lies on the diagonal of a block matrix, so that all adapters
-    together take two products. `adapters` is `adapter_matrices(linears)`; `key_N` the tokens' dropout keys (None: no
-    dropout).
+    together take two products. `adapters` is `adapter_matrices(linears)`; `masks` are dropout's (None: no dropout).
     """
 
     def __init__(
-        self, linears: Sequence[nn.Linear], adapters: Sequence[Tensor | None], dtype: torch.dtype, key_N: Tensor | None
+        self,
+        linears: Sequence[nn.Linear],
+        adapters: Sequence[Tensor | None],
+        dtype: torch.dtype,
+        masks: TokenMasks | None,
     ) -> None:
-        self.linears, self.adapters, self.key_N = linears, adapters, key_N
+        self.linears, self.adapters, self.masks = linears, adapters, masks
         self.parts: list[tuple[int, slice, slice]] = []  # (layer, its outputs, its ranks) of each adapter
         output, rank = 0, 0
         for n, (linear, a_RD) in enumerate(zip(linears, adapters[::2], strict=True)):
@@ -138,14 +142,12 @@ class JoinedLinears:
     def scale(self, n: int) -> float:
         """s of layer n's adapter; s / (1 − p) with dropout."""
         linear: Any = self.linears[n]
-        return linear.scale[linear.active] / (1.0 if self.key_N is None else 1 - linear.dropout[linear.active])
+        return linear.scale[linear.active] / (1.0 if self.masks is None else 1 - linear.dropout[linear.active])
 
-    def keep_masks(self) -> Tensor:
-        """Dropout masks of each adapter's input, keep_NMD for M adapters (lora/layer.py)."""
-        assert self.key_N is not None
-        adapted: list[Any] = [self.linears[n] for n, _, _ in self.parts]
-        paths, p = tuple(one.path for one in adapted), adapted[0].dropout[adapted[0].active]
-        return keep_bits(self.key_N, paths, adapted[0].in_features, p)
+    def dropped(self, n: int) -> tuple[float, str]:
+        """(dropout's p, name) of layer n."""
+        linear: Any = self.linears[n]
+        return linear.dropout[linear.active], linear.path
 
     def forward(self, n_ND: Tensor) -> tuple[Tensor, Tensor | None]:
         """(y_NO, low_NR), where low is n Aᵀ of all adapters (None without one)."""
@@ -158,14 +160,10 @@ class JoinedLinears:
             y_NO = torch.cat([linear_forward(n_ND, *pair) for pair in zip(weights, biases, strict=True)], 1)
         if self.a_RD is None or self.b_OR is None:
             return y_NO, None
-        if self.key_N is None:
+        if self.masks is None:
             low_NR = F.linear(n_ND, self.a_RD)
         else:  # each adapter drops other inputs, so each multiplies its own
-            keep_NMD = self.keep_masks()
-            low = [
-                F.linear(with_zeros(n_ND, keep_NMD[:, m]), self.a_RD[ranks])
-                for m, (_, _, ranks) in enumerate(self.parts)
-            ]
+            low = [F.linear(self.masks.zero(n_ND, *self.dropped(n)), self.a_RD[ranks]) for n, _, ranks in self.parts]
             low_NR = torch.cat(low, 1)
         return y_NO.addmm_(low_NR, self.b_OR.t()), low_NR
 
@@ -192,16 +190,16 @@ class JoinedLinears:
     def a_gradient(self, dlow_NR: Tensor, n_ND: Tensor, dn_ND: Tensor | None) -> Tensor:
         """dA of the stacked A matrices; adds the adapters' share of dn to `dn_ND` if given."""
         assert self.a_RD is not None
-        if self.key_N is None:
+        if self.masks is None:
             da_RD = dlow_NR.t() @ n_ND
             if dn_ND is not None:
                 dn_ND.addmm_(dlow_NR, self.a_RD)
             return da_RD
-        keep_NMD, da_RD = self.keep_masks(), torch.empty_like(self.a_RD)
-        for m, (_, _, ranks) in enumerate(self.parts):
-            torch.mm(dlow_NR[:, ranks].t(), with_zeros(n_ND, keep_NMD[:, m]), out=da_RD[ranks])
+        da_RD = torch.empty_like(self.a_RD)
+        for n, _, ranks in self.parts:
+            torch.mm(dlow_NR[:, ranks].t(), self.masks.zero(n_ND, *self.dropped(n)), out=da_RD[ranks])
             if dn_ND is not None:
-                dn_ND.add_(with_zeros(dlow_NR[:, ranks] @ self.a_RD[ranks], keep_NMD[:, m]))
+                self.masks.add(dn_ND, dlow_NR[:, ranks] @ self.a_RD[ranks], *self.dropped(n))
         return da_RD
 
 
@@ -232,11 +230,11 @@ class NormLinears(torch.autograd.Function):
         residual_NO: Tensor | None,
         norm: RMSNorm | None,
         linears: Sequence[nn.Linear],
-        key_N: Tensor | None,
+        masks: TokenMasks | None,
         *adapters: Tensor | None,
     ) -> Tensor:
         n_ND, inverse_N1 = rms_norm(x_ND, norm)
-        ctx.norm, ctx.joined = norm, (linears, adapters, x_ND.dtype, key_N)  # rebuilt in backward, to keep less
+        ctx.norm, ctx.joined = norm, (linears, adapters, x_ND.dtype, masks)  # rebuilt in backward, to keep less
         y_NO, low_NR = JoinedLinears(*ctx.joined).forward(n_ND)
         ctx.save_for_backward(x_ND, inverse_N1, low_NR)
         return y_NO if residual_NO is None else y_NO.add_(residual_NO)
@@ -260,12 +258,12 @@ class FeedForward(torch.autograd.Function):
         x_ND: Tensor,
         norm: RMSNorm,
         linears: Sequence[nn.Linear],
-        key_N: Tensor | None,
+        masks: TokenMasks | None,
         *adapters: Tensor | None,
     ) -> Tensor:
         n_ND, _ = rms_norm(x_ND, norm)
         ctx.norm = norm
-        ctx.joined = (linears[:2], adapters[:4], x_ND.dtype, key_N), (linears[2:], adapters[4:], x_ND.dtype, key_N)
+        ctx.joined = (linears[:2], adapters[:4], x_ND.dtype, masks), (linears[2:], adapters[4:], x_ND.dtype, masks)
         gate_up, down = (JoinedLinears(*layer) for layer in ctx.joined)
         y_N2F, low_NR = gate_up.forward(n_ND)
         gate_NF, up_NF = y_N2F.chunk(2, 1)
@@ -358,8 +356,8 @@ class FastBlock(Block):
         if cache is not None or any(linear.plan is None for linear in dropping):
             return super().forward(x_BTD, rotary, visible, cache)
         attention, (B, T, _), x_ND = self.self_attn, x_BTD.shape, x_BTD.flatten(0, 1)
-        key_N = dropping[0].plan.keys(B, T, x_ND.device).flatten() if dropping else None
-        y_NO = NormLinears.apply(x_ND, None, self.input_layernorm, qkv, key_N, *adapter_matrices(qkv))
+        masks = dropping[0].plan.masks(B, T) if dropping else None
+        y_NO = NormLinears.apply(x_ND, None, self.input_layernorm, qkv, masks, *adapter_matrices(qkv))
         q_BHTK, k_BGTK, v_BGTK = RotaryQKV.apply(
             y_NO.view(B, T, -1, attention.head_dim), attention.q_proj.out_features // attention.head_dim, *rotary
         )
@@ -368,10 +366,10 @@ class FastBlock(Block):
         wanted_N = visible.layout.wanted_N if self.last and visible.layout is not None else None
         if wanted_N is not None:
             a_ND, x_ND = a_ND[wanted_N], x_ND[wanted_N]
-            key_N = None if key_N is None else key_N[wanted_N]
-        x_ND = NormLinears.apply(a_ND, x_ND, None, o, key_N, *adapter_matrices(o))
+            masks = None if masks is None else masks.choose(wanted_N)
+        x_ND = NormLinears.apply(a_ND, x_ND, None, o, masks, *adapter_matrices(o))
         mlp = [*gate_up, *down]
-        x_ND = FeedForward.apply(x_ND, self.post_attention_layernorm, mlp, key_N, *adapter_matrices(mlp))
+        x_ND = FeedForward.apply(x_ND, self.post_attention_layernorm, mlp, masks, *adapter_matrices(mlp))
         if wanted_N is not None:
             x_ND = x_ND.new_zeros(B * T, x_ND.shape[1]).index_copy(0, wanted_N, x_ND)
         # not view(): FSDP2 warns of a block whose output is a view, and torch's matmul reshapes its output this way too
