@@ -45,4 +45,9 @@ def integer_product(a_ND: Tensor, b_OD: Tensor) -> Tensor:
 def pad_for_int_mm(a_ND: Tensor, b_OD: Tensor) -> tuple[Tensor, Tensor]:
     """Pad with zeros as torch._int_mm requires on CUDA: more than 16 rows of a, D and O multiples of 8."""
     D = -a_ND.shape[1] % 8
-    return F.pad(a_ND, (0, D, 0, max(0, 17 - len(a_ND)))), F.pad(b_OD, (0, D, 0, -len(b_OD) % 8))
+    return pad(a_ND, max(0, 17 - len(a_ND)), D), pad(b_OD, -len(b_OD) % 8, D)
+
+
+def pad(matrix: Tensor, rows: int, columns: int) -> Tensor:
+    """`matrix` with rows and columns of zeros added; itself if there are none (F.pad would copy it)."""
+    return F.pad(matrix, (0, columns, 0, rows)) if rows or columns else matrix

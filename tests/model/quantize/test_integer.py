@@ -40,6 +40,13 @@ def test_sums_are_exact(N, O, D, seed, extreme):
     assert torch.equal(torch._int_mm(padded_a, padded_b.t())[:N, :O].double(), truth_NO)
 
 
+def test_a_weight_that_needs_no_padding_is_not_copied():
+    a_ND, b_OD = codes(20, 64, 0), codes(24, 64, 1)
+    kept = [padded.data_ptr() for padded in pad_for_int_mm(a_ND, b_OD)]
+    assert kept == [a_ND.data_ptr(), b_OD.data_ptr()]
+    assert pad_for_int_mm(a_ND[:1], b_OD)[1].data_ptr() == b_OD.data_ptr()
+
+
 @exact_here
 @pytest.mark.parametrize("stride", [0, 1, 512])
 def test_the_stride_of_a_single_row_does_not_matter(stride):
