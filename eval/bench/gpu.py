@@ -26,11 +26,10 @@ from typing import Any
 
 import torch
 
-from eval.bench import gpu_cases
-from eval.bench.gpu_cases import BF16, reached, sections, us, verify
+from eval.bench.gpu_cases import BF16, Setup, reached, sections, us, verify
 from eval.bench.row import Row, table
 from kernels import launch
-from kernels.proof.cases import Case, Make, cases
+from kernels.proof.cases import Case, Make
 from model.support.cli import UserError
 from model.support.files import write_json, write_text
 from model.support.lock import output
@@ -44,6 +43,11 @@ def what_is_missing() -> str | None:
         return "Triton is not installed; pip install triton"
     if not torch.cuda.is_available() or launch.INTERPRETED:
         return "no CUDA device (or TRITON_INTERPRET is set); run it on a machine that has one"
+    return missing_build_tool()
+
+
+def missing_build_tool() -> str | None:
+    """What Triton's first launch needs and this machine lacks, with the remedy; None if nothing."""
     if not (os.environ.get("CC") or any(map(shutil.which, ("cc", "gcc", "clang")))):
         return "no C compiler, which Triton needs at its first launch; apt-get install gcc, or set CC"
     header = Path(sysconfig.get_path("include")) / "Python.h"
@@ -52,20 +56,20 @@ def what_is_missing() -> str | None:
     return None
 
 
-def prepare(weights: str) -> int:
-    """Write INPUTS: a base as safetensors in bf16, and the token ids of synthetic notes and of the questions."""
+def prepare(weights: str, setup: Setup) -> int:
+    """Write `setup.inputs`: a base as safetensors in bf16, token ids of synthetic notes and of the questions."""
     from infer import tasks
     from infer.engine.load import load
     from train.clinic.program import patient_notes
 
     model, tokenizer = load(weights, dtype="bfloat16", device="cpu")
-    model.save_pretrained(gpu_cases.INPUTS)
+    model.save_pretrained(setup.inputs)
     asked = [*(phenotype.question for phenotype in tasks.PHENOTYPES.values()), tasks.DIAGNOSIS_QUESTION]
-    texts = [next(patient_notes("gpu", number, 1))["text"] for number in range(gpu_cases.NOTES)]
+    texts = [next(patient_notes("gpu", number, 1))["text"] for number in range(setup.notes)]
     notes = [tokenizer.encode(tasks.prefix(text), bos=True) for text in texts]
     inputs = {"notes": notes, "questions": [tokenizer.encode(tasks.branch(question)) for question in asked]}
-    write_json(gpu_cases.INPUTS / "tokens.json", inputs)
-    say(f"{gpu_cases.INPUTS} is written; carry it to the machine with the GPU, beside the repository's files")
+    write_json(setup.inputs / "tokens.json", inputs)
+    say(f"{setup.inputs} is written; carry it to the machine with the GPU, beside the repository's files")
     return 0
 
 
@@ -108,12 +112,15 @@ def summary(result: dict[str, Any]) -> str:
     return "\n".join([rows, "", right, *(f"- {note}" for note in result["notes"])])
 
 
-def tune(minutes: float) -> int:
+def tune(
+    minutes: float, setup: Setup, path: Path = CONFIGS, cost_of: Callable[[list[Case]], float] | None = None
+) -> int:
     """Tune each configuration by coordinate search: try half and twice each number and keep what is faster. Writes the
-    configurations after each class of shapes."""
-    every = cases(BF16) + cases(torch.float32)
+    configurations to `path` after each class of shapes. The cost of cases is their time, or `cost_of`."""
+    cost_of = cost_of or partial(cost, setup)
+    every = setup.kernel_cases(BF16) + setup.kernel_cases(torch.float32)
     end, configs = time.monotonic() + minutes * 60, launch.CONFIGS
-    capability, sms = launch.card(torch.device(gpu_cases.DEVICE, 0))
+    capability, sms = launch.card(torch.device(setup.device, 0))
     for kernel, classes in configs.items():
         for shape_class in [name for name in classes if " sm_" not in name]:
             launch.used_configs.clear()
@@ -128,7 +135,7 @@ def tune(minutes: float) -> int:
             tiles = classes[f"{shape_class} sm_{capability} {sms}"] = launch.tiles_of(
                 kernel, shape_class, (capability, sms)
             )
-            best = cost(mine)
+            best = cost_of(mine)
             for name, before in list(tiles.items()):
                 if (kernel, name) == ("int4", "BD"):  # fixed by the layout of the weights
                     continue
@@ -136,14 +143,14 @@ def tune(minutes: float) -> int:
                     (before + 1, before - 1) if name in ("num_stages", "RESIDENT") else (before * 2, before // 2)
                 ):
                     kept, tiles[name] = tiles[name], max(tried, 1)
-                    now = cost(mine)
+                    now = cost_of(mine)
                     if now < best * 0.98:  # less is noise
                         say(f"{kernel} {shape_class}: {name} {kept} → {tiles[name]}, {best:.0f} → {now:.0f} us")
                         best = now
                     else:
                         tiles[name] = kept
-            write_text(CONFIGS, layout(configs))
-    say("kernels/configs.json is written; now `python -m kernels.proof.machine_code`, then the tests")
+            write_text(path, layout(configs))
+    say(f"{path} is written; now `python -m kernels.proof.machine_code`, then the tests")
     return 0
 
 
@@ -156,19 +163,21 @@ def layout(configs: dict[str, dict[str, dict[str, int]]]) -> str:
     return "{\n" + ",\n".join(parts) + "\n}\n"
 
 
-def ours(case: Case) -> Callable[[], Any]:
-    return case.build(Make(gpu_cases.DEVICE, case.dtype))[0]
+def ours(case: Case, device: str) -> Callable[[], Any]:
+    return case.build(Make(device, case.dtype))[0]
 
 
-def cost(some: list[Case]) -> float:
+def cost(setup: Setup, some: list[Case]) -> float:
     """Microseconds of these cases together, in CUDA graphs over inputs larger than L2; infinite if one does not
     compile, does not fit or is wrong."""
     total = 0.0
     for case in some:
         try:
-            if not verify(case)["right"]:
+            if not verify(case, setup.device)["right"]:
                 return float("inf")
-            total += us(partial(ours, case), 2**23)  # bytes of the smallest weight, that of o in int4
+            total += us(
+                setup, partial(ours, case, setup.device), 2**23
+            )  # bytes of the smallest weight, that of o in int4
         except Exception as error:  # a configuration that cannot run is rejected
             say(f"{case.name}: {type(error).__name__}")
             return float("inf")
@@ -192,23 +201,23 @@ def main(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--prepare",
         metavar="BASE",
-        help=f"write {gpu_cases.INPUTS} from a base's folder or GGUF file, for the extraction case",
+        help=f"write {Setup.inputs} from a base's folder or GGUF file, for the extraction case",
     )
-    options = parser.parse_args(argv)
+    options, setup = parser.parse_args(argv), Setup()
     if options.prepare:
-        return prepare(options.prepare)
+        return prepare(options.prepare, setup)
     missing = what_is_missing()
     if missing is not None:
         raise UserError(missing)
     if options.tune:
-        return tune(options.minutes)
+        return tune(options.minutes, setup, CONFIGS, partial(cost, setup))
     with output(options.json, overwrite=False):
-        return measure(options.minutes, options.json)
+        return measure(options.minutes, options.json, setup)
 
 
-def measure(minutes: float, out: Path | None) -> int:
+def measure(minutes: float, out: Path | None, setup: Setup) -> int:
     """Run all sections and print their table. Returns 1 if a kernel is wrong or a case failed."""
-    limits = reached()
+    limits = reached(setup)
     host = {
         "device": torch.cuda.get_device_name(),
         "torch": torch.__version__,
@@ -218,7 +227,7 @@ def measure(minutes: float, out: Path | None) -> int:
         "reached": limits,
     }
     started: dict[str, Any] = {"host": host, "rows": [], "correct": [], "notes": []}
-    result = run(sections(limits), minutes, out, started)
+    result = run(sections(setup, limits), minutes, out, started)
     print(summary(result))
     failed = any("error" in r for r in result["rows"]) or not all(p["right"] for p in result["correct"])
     return int(failed)

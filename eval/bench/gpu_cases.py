@@ -10,6 +10,7 @@ import contextlib
 import json
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -18,20 +19,52 @@ import torch
 import torch.nn.functional as F
 
 from eval.bench.row import Row
-from kernels.proof.cases import EPS, FFN, GROUPS, HEAD, HEADS, QKV, VOCAB, WIDTH, Case, Make, cases, int4, linear
+from kernels.proof.cases import EPS, FFN, GROUPS, HEAD, HEADS, VOCAB, WIDTH, Case, Make, cases, int4, linear
 
-DEVICE = "cuda"
-INPUTS = Path("runs/gpu-inputs")  # written by --prepare: a base as safetensors, and token ids of notes
 BF16 = torch.bfloat16
-DEPTH = 32
-BATCHES = (1, 8, 64)
-REPEATS = 5  # least number of repeats of a measurement
-HELD = 512  # tokens of context in the whole-model cases
-SLOTS = 1024
-# extraction from random notes
-NOTES, NOTE_TOKENS, QUESTIONS, QUESTION_TOKENS, NEW_TOKENS = 32, 400, 9, 20, 12
-ROW_TOKENS = 2048  # tokens of a training step
-LAYERS = {"q, k, v": (QKV, WIDTH), "o": ((WIDTH,), WIDTH), "gate, up": ((FFN, FFN), WIDTH), "down": ((WIDTH,), FFN)}
+
+
+@dataclass(frozen=True)
+class Setup:
+    """Device and sizes of the benchmark: by default Mistral-7B's shape on a GPU. Tests pass small ones on a CPU."""
+
+    device: str = "cuda"
+    # the model
+    width: int = WIDTH
+    ffn: int = FFN
+    vocab: int = VOCAB
+    heads: int = HEADS
+    groups: int = GROUPS
+    head: int = HEAD
+    depth: int = 32
+    # whole-model decoding
+    batches: tuple[int, ...] = (1, 8, 64)
+    held: int = 512  # tokens of context
+    slots: int = 1024
+    # extraction; random notes unless `inputs` was written by --prepare: a base as safetensors, and token ids of notes
+    inputs: Path = Path("runs/gpu-inputs")
+    notes: int = 32
+    note_tokens: int = 400
+    questions: int = 9
+    question_tokens: int = 20
+    new_tokens: int = 12
+    # training
+    row_tokens: int = 2048
+    # measuring
+    repeats: int = 5  # at least
+    read_numbers: int = 2**30  # of fp32, to measure the read rate
+    gemm_size: int = 8192
+    kernel_cases: Callable[[torch.dtype], list[Case]] = cases
+
+    def layers(self) -> dict[str, tuple[tuple[int, ...], int]]:
+        """The linear layers of a block that share an input: (output widths, input width)."""
+        q, kv = self.heads * self.head, self.groups * self.head
+        return {
+            "q, k, v": ((q, kv, kv), self.width),
+            "o": ((self.width,), q),
+            "gate, up": ((self.ffn, self.ffn), self.width),
+            "down": ((self.width,), self.ffn),
+        }
 
 
 def captured(functions: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
@@ -49,11 +82,11 @@ def captured(functions: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
     return graph
 
 
-def seconds(call: Callable[[], Any], budget: float = 0.3) -> float:
+def seconds(setup: Setup, call: Callable[[], Any], budget: float = 0.3) -> float:
     """Median time of a call on the device."""
     times: list[float] = []
     call()
-    while sum(times) < budget or len(times) < REPEATS:
+    while sum(times) < budget or len(times) < setup.repeats:
         start, stop = (torch.cuda.Event(enable_timing=True) for _ in range(2))
         start.record()
         call()
@@ -63,21 +96,22 @@ def seconds(call: Callable[[], Any], budget: float = 0.3) -> float:
     return sorted(times)[len(times) // 2]
 
 
-def us(build: Callable[[], Callable[[], Any]], bytes_: int) -> float:
+def us(setup: Setup, build: Callable[[], Callable[[], Any]], bytes_: int) -> float:
     """Microseconds of a call in a CUDA graph that cycles through enough copies of its inputs (of `bytes_` each) to
     exceed L2."""
     cache = torch.cuda.get_device_properties(0).L2_cache_size
     functions = [build() for _ in range(min(max(2, -(-3 * cache // bytes_)), 64))]
-    return seconds(captured(functions).replay) / len(functions) * 1e6
+    return seconds(setup, captured(functions).replay) / len(functions) * 1e6
 
 
-def reached() -> dict[str, float]:
+def reached(setup: Setup) -> dict[str, float]:
     """The rates that this device reaches: bytes/s of a read, operations/s of a bf16 GEMM."""
-    big = torch.ones(2**30, dtype=torch.float32, device=DEVICE)
-    a, b = (torch.randn(8192, 8192, device=DEVICE, dtype=BF16) for _ in range(2))
+    big = torch.ones(setup.read_numbers, dtype=torch.float32, device=setup.device)
+    size = setup.gemm_size
+    a, b = (torch.randn(size, size, device=setup.device, dtype=BF16) for _ in range(2))
     return {
-        "bytes/s": big.nbytes / seconds(big.sum),
-        "operations/s": 2 * 8192**3 / seconds(lambda: a @ b),
+        "bytes/s": big.nbytes / seconds(setup, big.sum),
+        "operations/s": 2 * size**3 / seconds(setup, lambda: a @ b),
     }
 
 
@@ -89,14 +123,14 @@ def rms_error(value: torch.Tensor, truth: torch.Tensor) -> float:
     return float((value.detach().double() - truth.detach()).pow(2).mean().sqrt())
 
 
-def verify(case: Case) -> dict[str, Any]:
+def verify(case: Case, device: str = "cuda") -> dict[str, Any]:
     """RMS error of ours and of PyTorch against fp64, of the worst output; right if ours ≤ 2 × PyTorch's for each.
 
     The device's sqrt, division and exp2 are approximate (2 ulp in PTX's documentation), which matters in fp32: if
     PyTorch happens to be closer, an error of four such operations (8 ulp of the largest value) is accepted.
     """
     torch.manual_seed(0)
-    ours, plain, truth = case.build(Make(DEVICE, case.dtype))
+    ours, plain, truth = case.build(Make(device, case.dtype))
     worst, right = (0.0, 0.0), True
     for mine, theirs, exact in zip(flat(ours()), flat(plain()), flat(truth()), strict=True):
         a, b = rms_error(mine, exact), rms_error(theirs, exact)
@@ -111,37 +145,37 @@ def verify(case: Case) -> dict[str, Any]:
 
 
 @contextlib.contextmanager
-def in_bf16() -> Iterator[None]:
+def in_bf16(device: str) -> Iterator[None]:
     """Create tensors in bf16 on the device; creating a 7B in fp32 or on the host would take minutes."""
     torch.set_default_dtype(BF16)
     try:
-        with torch.device(DEVICE):
+        with torch.device(device):
             yield
     finally:
         torch.set_default_dtype(torch.float32)
 
 
-def shape_7b() -> dict[str, Any]:
-    """Mistral-7B's sizes, with the keys of config.json."""
+def model_shape(setup: Setup) -> dict[str, Any]:
+    """The model's sizes, with the keys of config.json."""
     return {
-        "hidden_size": WIDTH,
-        "intermediate_size": FFN,
-        "num_hidden_layers": DEPTH,
-        "num_attention_heads": HEADS,
-        "num_key_value_heads": GROUPS,
-        "head_dim": HEAD,
-        "vocab_size": VOCAB,
+        "hidden_size": setup.width,
+        "intermediate_size": setup.ffn,
+        "num_hidden_layers": setup.depth,
+        "num_attention_heads": setup.heads,
+        "num_key_value_heads": setup.groups,
+        "head_dim": setup.head,
+        "vocab_size": setup.vocab,
     }
 
 
-def random_7b(rank: int = 0) -> Any:
-    """A model of Mistral-7B's shape with random bf16 weights on the device, and adapters if `rank` > 0."""
+def random_model(setup: Setup, rank: int = 0) -> Any:
+    """A Mistral of the setup's shape with random bf16 weights on the device, and adapters if `rank` > 0."""
     from lora import LoRAConfig, add_lora
     from model import ModelConfig, Transformer
 
     more = {"rms_norm_eps": EPS, "rope_theta": 10000.0, "sliding_window": 4096, "max_position_embeddings": 32768}
-    config = ModelConfig.from_dict({"model_type": "mistral", **shape_7b(), **more})
-    with in_bf16():
+    config = ModelConfig.from_dict({"model_type": "mistral", **model_shape(setup), **more})
+    with in_bf16(setup.device):
         model = Transformer(config).requires_grad_(False).eval()
     for weight in model.parameters():
         weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
@@ -153,53 +187,54 @@ def random_7b(rank: int = 0) -> Any:
     return model
 
 
-def products_alone(model: Any, batch: int) -> float:
+def gemms_alone(setup: Setup, model: Any, batch: int) -> float:
     """Tokens per second of the model's GEMMs alone, by `torch.mm`: the peer of the decode rows."""
     weights = [p for p in model.parameters() if p.dim() == 2 and min(p.shape) >= 1024]
     weights = [w for w in weights if w is not model.model.embed_tokens.weight]
-    x = {w.shape[1]: torch.randn(batch, w.shape[1], device=DEVICE, dtype=BF16) for w in weights}
-    return batch / seconds(captured([partial(torch.mm, x[w.shape[1]], w.t()) for w in weights]).replay)
+    x = {w.shape[1]: torch.randn(batch, w.shape[1], device=setup.device, dtype=BF16) for w in weights}
+    return batch / seconds(setup, captured([partial(torch.mm, x[w.shape[1]], w.t()) for w in weights]).replay)
 
 
 @torch.inference_mode()
-def decode_speeds(model: Any, batch: int) -> tuple[float, float]:
-    """Tokens per second (in a CUDA graph, eager) of a fused model's decode step after HELD tokens."""
+def decode_speeds(setup: Setup, model: Any, batch: int) -> tuple[float, float]:
+    """Tokens per second (in a CUDA graph, eager) of a fused model's decode step after `held` tokens."""
     from infer.engine.fuse import DecodeStep
 
-    step = DecodeStep(model, batch, SLOTS)
-    step.key_position_BS[:, :HELD] = torch.arange(HELD, device=DEVICE)
-    tokens = torch.zeros(batch, dtype=torch.int64, device=DEVICE)
-    call = partial(step, tokens, torch.full_like(tokens, HELD))
-    return batch / seconds(captured([call]).replay), batch / seconds(call)
+    step = DecodeStep(model, batch, setup.slots)
+    step.key_position_BS[:, : setup.held] = torch.arange(setup.held, device=setup.device)
+    tokens = torch.zeros(batch, dtype=torch.int64, device=setup.device)
+    call = partial(step, tokens, torch.full_like(tokens, setup.held))
+    return batch / seconds(setup, captured([call]).replay), batch / seconds(setup, call)
 
 
-def transformers_7b() -> Any:
+def transformers_model(setup: Setup) -> Any:
     """transformers' model of the same shape with random bf16 weights on the device. Raises ImportError without it."""
     from transformers import MistralConfig, MistralForCausalLM
 
-    with in_bf16():
-        return MistralForCausalLM(MistralConfig(**shape_7b(), sliding_window=None))
+    with in_bf16(setup.device):
+        return MistralForCausalLM(MistralConfig(**model_shape(setup), sliding_window=None))
 
 
 @torch.inference_mode()
-def transformers_speed(batch: int) -> float:
+def transformers_speed(setup: Setup, batch: int) -> float:
     """Tokens per second of transformers' Mistral with a static cache, compiled."""
     from transformers import StaticCache
 
-    model = transformers_7b().eval()
-    cache = StaticCache(config=model.config, max_cache_len=SLOTS)
-    model(torch.zeros(batch, HELD, dtype=torch.int64, device=DEVICE), past_key_values=cache)
+    model = transformers_model(setup).eval()
+    cache = StaticCache(config=model.config, max_cache_len=setup.slots)
+    model(torch.zeros(batch, setup.held, dtype=torch.int64, device=setup.device), past_key_values=cache)
     step = torch.compile(model, mode="reduce-overhead", fullgraph=True)
-    token = torch.zeros(batch, 1, dtype=torch.int64, device=DEVICE)
-    place = torch.tensor([HELD], device=DEVICE)
-    return batch / seconds(lambda: step(token, past_key_values=cache, cache_position=place))
+    token = torch.zeros(batch, 1, dtype=torch.int64, device=setup.device)
+    place = torch.tensor([setup.held], device=setup.device)
+    return batch / seconds(setup, lambda: step(token, past_key_values=cache, cache_position=place))
 
 
 class Models:
     """Caches the 7B model on the device, one at a time, and the rates of its bare GEMMs, which are the peers of the
     int4 rows too."""
 
-    def __init__(self) -> None:
+    def __init__(self, setup: Setup) -> None:
+        self.setup = setup
         self.key: tuple[int, str] | None = None
         self.model: Any = None
         self.alone: dict[int, float] = {}
@@ -211,7 +246,7 @@ class Models:
             if self.key != (rank, "bf16"):
                 self.model = None
                 torch.cuda.empty_cache()
-                self.model = fuse(random_7b(rank))
+                self.model = fuse(random_model(self.setup, rank))
             if form == "int4":
                 self.model = fuse(self.model, four_bit=True)
             self.key = rank, form
@@ -219,13 +254,13 @@ class Models:
 
 
 def decode_rows(models: Models, limits: dict[str, float], rank: int, form: str, batch: int) -> list[Row]:
-    model = models.fused(rank, form)
+    setup, model = models.setup, models.fused(rank, form)
     if form == "bf16" and batch not in models.alone:
-        models.alone[batch] = products_alone(model, batch)
-    graph, eager = decode_speeds(model, batch)
+        models.alone[batch] = gemms_alone(setup, model, batch)
+    graph, eager = decode_speeds(setup, model, batch)
     read = sum(t.nbytes for t in [*model.parameters(), *model.buffers()]) - model.model.embed_tokens.weight.nbytes
     name = f"Mistral-7B decode, {form}{', LoRA r 16 unmerged' * bool(rank)}, batch {batch}"
-    setting, limit = f"{HELD} tokens of context, random weights", batch * limits["bytes/s"] / read
+    setting, limit = f"{setup.held} tokens of context, random weights", batch * limits["bytes/s"] / read
     return [
         Row(name, graph, models.alone.get(batch), "bare torch.mm of the bf16 weights", "tok/s", setting, limit),
         Row(name, graph, eager, "the same without a graph", "tok/s", setting, limit),
@@ -233,17 +268,18 @@ def decode_rows(models: Models, limits: dict[str, float], rank: int, form: str, 
 
 
 def transformers_rows(models: Models) -> list[Row]:
-    graph, _ = decode_speeds(models.fused(0, "bf16"), 1)
-    peer = transformers_speed(1)
+    setup = models.setup
+    graph, _ = decode_speeds(setup, models.fused(0, "bf16"), 1)
+    peer = transformers_speed(setup, 1)
     name = "Mistral-7B decode, bf16, batch 1"
-    return [Row(name, graph, peer, "transformers, static cache, compiled", "tok/s", f"{HELD} tokens of context")]
+    return [Row(name, graph, peer, "transformers, static cache, compiled", "tok/s", f"{setup.held} tokens of context")]
 
 
-def whole_model(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]]:
-    models = Models()
+def whole_model(setup: Setup, limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]]:
+    models = Models(setup)
     for rank in (0, 16):
         for form in ("bf16", "int4"):
-            for batch in BATCHES:
+            for batch in setup.batches:
                 name = f"whole model, rank {rank}, {form}, batch {batch}"
                 yield name, partial(decode_rows, models, limits, rank, form, batch)
     yield "whole model, transformers", partial(transformers_rows, models)
@@ -256,16 +292,16 @@ def layer_bytes(sizes: tuple[int, ...], width: int, bits: float) -> int:
     return int(sum(sizes) * width * bits / 8)
 
 
-def kernel_rows(limits: dict[str, float], name: str, kind: str, rank: int, rows: int) -> list[Row]:
+def kernel_rows(setup: Setup, limits: dict[str, float], name: str, kind: str, rank: int, rows: int) -> list[Row]:
     """One linear layer of a block against F.linear, and torch.compile or torch's packed int4."""
-    sizes, width = LAYERS[name]
-    make, normed, gated = Make(DEVICE, BF16), name in ("q, k, v", "gate, up"), name == "gate, up"
+    sizes, width = setup.layers()[name]
+    make, normed, gated = Make(setup.device, BF16), name in ("q, k, v", "gate, up"), name == "gate, up"
     given: dict[str, Any] = dict(rows=rows, sizes=sizes, rank=rank, normed=normed, gated=gated, width=width)
     case = partial(linear, make, **given) if kind == "bf16" else partial(int4, make, group=64, **given)
     bits = 16.0 if kind == "bf16" else 4.5
     bytes_ = layer_bytes(sizes, width, bits) + 2 * rank * (width * len(sizes) + sum(sizes))
     limit = bytes_ / limits["bytes/s"] * 1e6
-    ours = us(lambda: case()[0], bytes_)
+    ours = us(setup, lambda: case()[0], bytes_)
     label, setting = f"{name}, {kind}, rank {rank}, {rows} rows", "bf16, Mistral-7B's shapes, graph"
 
     def plain() -> Callable[[], Any]:
@@ -273,14 +309,14 @@ def kernel_rows(limits: dict[str, float], name: str, kind: str, rank: int, rows:
         weights = [make.normal(size, width) for size in sizes]
         return lambda: [F.linear(x, w) for w in weights]
 
-    peers = {"F.linear in bf16, no norm, no adapter": us(plain, layer_bytes(sizes, width, 16.0))}
+    peers = {"F.linear in bf16, no norm, no adapter": us(setup, plain, layer_bytes(sizes, width, 16.0))}
     if kind == "bf16":
         torch._dynamo.reset()
         compiled = torch.compile(linear(make, **given)[1])
-        peers["torch.compile (one set of inputs)"] = us(lambda: compiled, 2**40)
+        peers["torch.compile (one set of inputs)"] = us(setup, lambda: compiled, 2**40)
     else:
         packed = partial(torch_int4, make, rows, sizes, width)
-        peers["torch's packed int4, no norm, no adapter"] = us(packed, bytes_)
+        peers["torch's packed int4, no norm, no adapter"] = us(setup, packed, bytes_)
     return [Row(label, ours, taken, peer, "us", setting, limit) for peer, taken in peers.items()]
 
 
@@ -293,9 +329,9 @@ def torch_int4(make: Make, rows: int, sizes: tuple[int, ...], width: int) -> Cal
     return lambda: [torch._weight_int4pack_mm(x, words, 64, steps) for words, steps in weights]
 
 
-def attention_rows(case: Case) -> list[Row]:
-    ours, plain, _ = case.build(Make(DEVICE, BF16))
-    a, b = (us(partial(lambda f: f, f), 2**40) for f in (ours, plain))
+def attention_rows(setup: Setup, case: Case) -> list[Row]:
+    ours, plain, _ = case.build(Make(setup.device, BF16))
+    a, b = (us(setup, partial(lambda f: f, f), 2**40) for f in (ours, plain))
     return [Row(case.name, a, b, "eager PyTorch", "us", "bf16, inputs in L2")]
 
 
@@ -312,37 +348,40 @@ class Ids:
         return ""
 
 
-def extraction_rows(prepared: bool) -> list[Row]:
-    """Notes per hour with nine questions each and NEW_TOKENS tokens per answer: the base and notes of INPUTS if
+def extraction_rows(setup: Setup, prepared: bool) -> list[Row]:
+    """Notes per hour with nine questions each and `new_tokens` tokens per answer: the base and notes of `inputs` if
     `prepared`, else a 7B and notes of random tokens."""
     from infer.engine.fuse import fuse
     from infer.engine.generate import Generator
     from model import Transformer
 
     if prepared:
-        name, model = "the prepared base", Transformer.from_pretrained(INPUTS, dtype=BF16, device=DEVICE)
-        inputs = json.loads((INPUTS / "tokens.json").read_text())
+        name, model = "the prepared base", Transformer.from_pretrained(setup.inputs, dtype=BF16, device=setup.device)
+        inputs = json.loads((setup.inputs / "tokens.json").read_text())
     else:
-        name, model = "Mistral-7B's shape", random_7b()
+        name, model = "Mistral-7B's shape", random_model(setup)
         drawn = torch.Generator().manual_seed(0)
-        of_length = {"notes": (NOTES, NOTE_TOKENS), "questions": (QUESTIONS, QUESTION_TOKENS)}
-        inputs = {key: torch.randint(3, VOCAB, size, generator=drawn).tolist() for key, size in of_length.items()}
+        sizes = {
+            "notes": (setup.notes, setup.note_tokens),
+            "questions": (setup.questions, setup.question_tokens),
+        }
+        inputs = {key: torch.randint(3, setup.vocab, size, generator=drawn).tolist() for key, size in sizes.items()}
     generator = Generator(fuse(model.requires_grad_(False).eval()), Ids(), lookup=False)  # type: ignore[arg-type]
-    generator.stop_ids = frozenset()  # every answer has NEW_TOKENS tokens
+    generator.stop_ids = frozenset()  # every answer has `new_tokens` tokens
     prompts = [note + question for note in inputs["notes"] for question in inputs["questions"]]
-    generator.generate(prompts[: 2 * len(inputs["questions"])], max_new_tokens=NEW_TOKENS)  # compiles
+    generator.generate(prompts[: 2 * len(inputs["questions"])], max_new_tokens=setup.new_tokens)  # compiles
     began = time.perf_counter()
-    generator.generate(prompts, max_new_tokens=NEW_TOKENS)  # returns Python lists, so it has synchronized
+    generator.generate(prompts, max_new_tokens=setup.new_tokens)  # returns Python lists, so it has synchronized
     speed = len(inputs["notes"]) / (time.perf_counter() - began) * 3600
     tokens = sum(map(len, inputs["notes"])) / len(inputs["notes"])
-    setting = f"{len(inputs['notes'])} notes of {tokens:.0f} tokens, {NEW_TOKENS} new a question, bf16, eager"
+    setting = f"{len(inputs['notes'])} notes of {tokens:.0f} tokens, {setup.new_tokens} new a question, bf16, eager"
     return [Row(f"extraction, {name}", speed, None, None, "notes/h", setting)]
 
 
 # ---- (d) training -------------------------------------------------------------------------------------------------
 
 
-def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
+def training_rows(setup: Setup, limits: dict[str, float], recompute: bool) -> list[Row]:
     """LoRA r 16 on a frozen 7B: tokens per second of forward and backward, and memory, against peft if installed."""
     from infer.engine.fuse import fuse
     from kernels import linear_cross_entropy
@@ -354,10 +393,10 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
             loss(model).backward()
             model.zero_grad(set_to_none=True)
 
-        return ROW_TOKENS / seconds(step, 2.0), torch.cuda.max_memory_allocated() / 2**30
+        return setup.row_tokens / seconds(setup, step, 2.0), torch.cuda.max_memory_allocated() / 2**30
 
-    tokens = torch.randint(0, VOCAB, (1, ROW_TOKENS), device=DEVICE)
-    model = random_7b(16)
+    tokens = torch.randint(0, setup.vocab, (1, setup.row_tokens), device=setup.device)
+    model = random_model(setup, 16)
     for name, parameter in model.named_parameters():
         parameter.requires_grad_("lora_" in name)
     model = fuse(model.train())
@@ -373,7 +412,8 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
     speed, memory = measured(model, loss)
     limit = limits["operations/s"] / (4 * size)  # 4 FLOP per parameter and token: frozen weights need no gradient
     setting = (
-        f"1 × {ROW_TOKENS} tokens, bf16, {memory:.1f} GB, share of the limit = MFU at 4 FLOP a parameter and token"
+        f"1 × {setup.row_tokens} tokens, bf16, {memory:.1f} GB, "
+        "share of the limit = MFU at 4 FLOP a parameter and token"
     )
     name = f"LoRA r 16 training of Mistral-7B's shape{', blocks recomputed' * recompute}"
     del model
@@ -381,7 +421,7 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
     try:
         from peft import LoraConfig, get_peft_model
 
-        theirs = transformers_7b()
+        theirs = transformers_model(setup)
     except ImportError:
         return [Row(name, speed, limit, "products alone at this device's rate", "tok/s", setting, limit)]
     theirs = get_peft_model(theirs, LoraConfig(r=16, lora_alpha=32, target_modules="all-linear"))
@@ -395,19 +435,19 @@ def training_rows(limits: dict[str, float], recompute: bool) -> list[Row]:
 # ---- the run ------------------------------------------------------------------------------------------------------
 
 
-def sections(limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]]:
+def sections(setup: Setup, limits: dict[str, float]) -> Iterator[tuple[str, Callable[[], Any]]]:
     """(name, function that returns rows or a proof of correctness), the most important first."""
-    yield from whole_model(limits)
-    for name in LAYERS:
+    yield from whole_model(setup, limits)
+    for name in setup.layers():
         for kind, rank, rows in (("bf16", 16, 1), ("int4", 16, 1), ("bf16", 0, 1), ("int4", 0, 1), ("bf16", 16, 8)):
-            yield f"{name}, {kind}, rank {rank}", partial(kernel_rows, limits, name, kind, rank, rows)
-    for case in cases(BF16):
+            yield f"{name}, {kind}, rank {rank}", partial(kernel_rows, setup, limits, name, kind, rank, rows)
+    for case in setup.kernel_cases(BF16):
         if case.kernel in ("tree_attention", "rms_norm", "swiglu"):
-            yield case.name, partial(attention_rows, case)
-    for prepared in (True, False) if (INPUTS / "tokens.json").is_file() else (False,):
-        yield f"extraction, prepared {prepared}", partial(extraction_rows, prepared)
+            yield case.name, partial(attention_rows, setup, case)
+    for prepared in (True, False) if (setup.inputs / "tokens.json").is_file() else (False,):
+        yield f"extraction, prepared {prepared}", partial(extraction_rows, setup, prepared)
     for recompute in (False, True):
-        yield f"training, recompute {recompute}", partial(training_rows, limits, recompute)
+        yield f"training, recompute {recompute}", partial(training_rows, setup, limits, recompute)
     for dtype in (BF16, torch.float16, torch.float32):
-        for case in cases(dtype):
-            yield f"correct: {case.name}", partial(verify, case)
+        for case in setup.kernel_cases(dtype):
+            yield f"correct: {case.name}", partial(verify, case, setup.device)

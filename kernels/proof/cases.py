@@ -92,8 +92,8 @@ def norm(make: Make, rows: int, width: int, add: bool, back: bool) -> Trio:
     return trio(partial(kernels.rms_norm, eps=EPS), partial(rms_norm_definition, eps=EPS), (x, g), (0, 1) * back)
 
 
-def swiglu(make: Make, rows: int, back: bool) -> Trio:
-    return trio(kernels.swiglu, swiglu_definition, (make.normal(rows, FFN), make.normal(rows, FFN)), (0, 1) * back)
+def swiglu(make: Make, rows: int, back: bool, width: int = FFN) -> Trio:
+    return trio(kernels.swiglu, swiglu_definition, (make.normal(rows, width), make.normal(rows, width)), (0, 1) * back)
 
 
 def layer(make: Make, rows: int, width: int, sizes: tuple[int, ...], rank: int, normed: bool) -> tuple:
@@ -162,21 +162,29 @@ def int4(
     return trio(ours, plain, layer(make, rows, width, sizes, rank, normed))
 
 
-def loss(make: Make, rows: int) -> Trio:
-    x, w = make.normal(rows, WIDTH), make.normal(VOCAB, WIDTH, std=WIDTH**-0.5)
-    inputs = (x, w, make.integers(0, VOCAB, rows))
+def loss(make: Make, rows: int, width: int = WIDTH, vocab: int = VOCAB) -> Trio:
+    x, w = make.normal(rows, width), make.normal(vocab, width, std=width**-0.5)
+    inputs = (x, w, make.integers(0, vocab, rows))
     return trio(kernels.linear_cross_entropy, linear_cross_entropy_definition, inputs, (0, 1))
 
 
 def attention(
-    make: Make, rows: int, own: int, prefix: int = 0, window: int | None = 4096, head: int = HEAD, queries: int = 1
+    make: Make,
+    rows: int,
+    own: int,
+    prefix: int = 0,
+    window: int | None = 4096,
+    queries: int = 1,
+    heads: int = HEADS,
+    groups: int = GROUPS,
+    head: int = HEAD,
 ) -> Trio:
     """Rows with `own` cache slots each, and two prefixes of `prefix` tokens, each shared by half of the rows."""
-    q = make.normal(rows, HEADS, queries, head)
-    k, v = make.normal(rows, GROUPS, own, head), make.normal(rows, GROUPS, own, head)
+    q = make.normal(rows, heads, queries, head)
+    k, v = make.normal(rows, groups, own, head), make.normal(rows, groups, own, head)
     levels: tuple[Level, ...] = ()
     if prefix:
-        k_MGPK, v_MGPK = make.normal(2, GROUPS, prefix, head), make.normal(2, GROUPS, prefix, head)
+        k_MGPK, v_MGPK = make.normal(2, groups, prefix, head), make.normal(2, groups, prefix, head)
         half = make.steps(rows // 2, rows // 2 + 1, 2)[:, 0].contiguous()
         first = (make.steps(0, 2, 1)[0] * (rows // 2)).int()
         levels = (Level(k_MGPK, v_MGPK, make.steps(0, prefix, 2), first, half, rows // 2),)

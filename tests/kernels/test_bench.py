@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from eval.bench import gpu
+from eval.bench.gpu_cases import Setup
 from eval.bench.row import Row
 
 ROOT = Path(gpu.__file__).parents[2]
@@ -30,16 +31,17 @@ sys.meta_path[sys.meta_path.index(PathFinder)] = Bare
 """
 MODELS = """
 import torch
-from eval.bench import gpu, gpu_cases
+from eval.bench import gpu
+from eval.bench.gpu_cases import Ids, Setup, random_model
 from infer.engine.fuse import DecodeStep, fuse
 from infer.engine.generate import Generator
 
-gpu_cases.DEVICE = "meta"
-names = [name for name, _ in gpu.sections({"bytes/s": 1.0, "operations/s": 1.0})]
-model = fuse(gpu_cases.random_7b(16))
+setup = Setup(device="meta")
+names = [name for name, _ in gpu.sections(setup, {"bytes/s": 1.0, "operations/s": 1.0})]
+model = fuse(random_model(setup, 16))
 with torch.no_grad():
     logits = DecodeStep(model, 2, 32)(torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
-Generator(model, gpu_cases.Ids(), lookup=False)
+Generator(model, Ids(), lookup=False)
 print(names[0], len(names), tuple(logits.shape), sum(p.numel() for p in model.parameters()) // 10**8)
 """  # noqa: E501
 
@@ -64,18 +66,14 @@ def test_it_says_in_one_line_that_it_needs_a_gpu():
 
 
 def test_it_names_a_missing_compiler_or_header(monkeypatch, tmp_path):
-    """Looked for before anything is launched, where all else is there."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(gpu.launch, "INTERPRETED", False)
-    monkeypatch.setattr(gpu.launch, "triton", object())
     monkeypatch.delenv("CC", raising=False)
     monkeypatch.setenv("PATH", str(tmp_path))
-    assert "C compiler" in gpu.what_is_missing()
+    assert "C compiler" in gpu.missing_build_tool()
     monkeypatch.setenv("CC", "cc")
     monkeypatch.setattr(gpu.sysconfig, "get_path", lambda name: str(tmp_path))
-    assert "Python.h" in gpu.what_is_missing()
+    assert "Python.h" in gpu.missing_build_tool()
     (tmp_path / "Python.h").write_text("")
-    assert gpu.what_is_missing() is None
+    assert gpu.missing_build_tool() is None
 
 
 def test_an_error_is_a_row_and_the_file_is_written_after_each_case(tmp_path):
@@ -122,7 +120,7 @@ def test_compiled_code_is_dropped_before_each_case(monkeypatch):
 
 
 def test_the_order_is_what_a_reader_wants_first():
-    names = [name for name, _ in gpu.sections({"bytes/s": 1.0, "operations/s": 1.0})]
+    names = [name for name, _ in gpu.sections(Setup(), {"bytes/s": 1.0, "operations/s": 1.0})]
     begins = ("whole model", "q, k, v", "extraction", "training", "correct")
     firsts = [next(i for i, name in enumerate(names) if name.startswith(begin)) for begin in begins]
     assert firsts == sorted(firsts) and firsts[0] == 0

@@ -5,35 +5,28 @@ and nothing is timed. That a step reads nothing back is tested on the meta devic
 """
 
 import contextlib
+import inspect
 import json
 from copy import deepcopy
+from dataclasses import replace
 from functools import partial
 from types import SimpleNamespace
 
 import pytest
 import torch
 from answering_models import write_model
+from torch.overrides import TorchFunctionMode
 
-from eval.bench import gpu, gpu_cases
+from eval.bench import gpu
+from eval.bench.gpu_cases import Setup, random_model
 from kernels import launch
-from kernels.proof import cases as work
+from kernels.proof.cases import Case, cases
 from model import Transformer
 from model.support.init import init_weights
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device: run the benchmark itself")
-SIZES = {"WIDTH": 128, "FFN": 128, "VOCAB": 64, "HEADS": 4, "GROUPS": 2, "HEAD": 32, "QKV": (128, 64, 64)}
-FEWER = {"rows": 3, "width": 128, "own": 40, "prefix": 20}  # a case's sizes, where it has them
-SMALL = {
-    "DEPTH": 1,
-    "BATCHES": (3,),
-    "REPEATS": 1,
-    "HELD": 8,
-    "SLOTS": 16,
-    "NOTES": 2,
-    "NOTE_TOKENS": 9,
-    "QUESTION_TOKENS": 4,
-    "NEW_TOKENS": 2,
-}
+SHAPE = {"width": 128, "vocab": 64, "heads": 4, "groups": 2, "head": 32}
+FEWER = {"rows": 3, "own": 40, "prefix": 20}  # a case's sizes, where it has them
 
 
 class Stream:
@@ -42,8 +35,10 @@ class Stream:
 
 
 class Graph:
+    replays = 0
+
     def replay(self):
-        pass
+        Graph.replays += 1
 
 
 class Event:
@@ -54,37 +49,45 @@ class Event:
         return 1000.0  # the least repetitions
 
 
+def small_cases(dtype):
+    """The cases, a few numbers wide."""
+    found = []
+    for case in cases(dtype):
+        if "rank 64" in case.name or case.name.endswith(", 8 rows"):  # the same Python as rank 16 and one row
+            continue
+        given, taken = case.build.keywords, inspect.signature(case.build.func).parameters
+        fewer = {key: FEWER[key] for key in given if key in FEWER}
+        shape = {key: size for key, size in SHAPE.items() if key in taken}
+        sizes = {"sizes": tuple(min(o, 128) for o in given["sizes"])} if "sizes" in given else {}
+        two = {"rows": 2} if "prefix" in given else {}  # half of the rows below each prefix
+        small = partial(case.build.func, **{**given, **fewer, **shape, **sizes, **two})
+        found.append(Case(case.name, case.kernel, dtype, small))
+    return found
+
+
+SMALL = Setup(
+    device="cpu",
+    ffn=128,
+    depth=1,
+    batches=(3,),
+    held=8,
+    slots=16,
+    notes=2,
+    note_tokens=9,
+    question_tokens=4,
+    new_tokens=2,
+    row_tokens=12,
+    repeats=1,
+    read_numbers=1000,
+    gemm_size=16,
+    kernel_cases=small_cases,
+    **SHAPE,
+)
+
+
 @pytest.fixture
-def small(monkeypatch):
-    """The benchmark's model and cases, a few numbers wide."""
-    for name, value in SIZES.items():
-        monkeypatch.setattr(work, name, value)
-        if hasattr(gpu_cases, name):
-            monkeypatch.setattr(gpu_cases, name, value)
-    for name, value in {**SMALL, "ROW_TOKENS": 12}.items():
-        monkeypatch.setattr(gpu_cases, name, value)
-    layers = {"q, k, v": ((128, 64, 64), 128), "o": ((128,), 128), "gate, up": ((128, 128), 128), "down": ((128,), 128)}
-    monkeypatch.setattr(gpu_cases, "LAYERS", layers)
-
-    def few(dtype):
-        for case in work.cases(dtype):
-            if "rank 64" in case.name or case.name.endswith(", 8 rows"):  # the same Python as rank 16 and one row
-                continue
-            given = case.build.keywords
-            fewer = {key: FEWER[key] for key in given if key in FEWER}
-            sizes = {"sizes": tuple(min(o, 128) for o in given["sizes"])} if "sizes" in given else {}
-            two = {"rows": 2} if "prefix" in given else {}  # half of the rows below each prefix
-            yield work.Case(
-                case.name, case.kernel, dtype, partial(case.build.func, **{**given, **fewer, **sizes, **two})
-            )
-
-    for module in (gpu, gpu_cases):
-        monkeypatch.setattr(module, "cases", lambda dtype: list(few(dtype)))
-
-
-@pytest.fixture
-def stand_in(small, monkeypatch):
-    """torch.cuda as far as the benchmark calls it; the CPU in the device's place, a card of one SM."""
+def stand_in(monkeypatch):
+    """torch.cuda as far as the benchmark calls it: a card of one SM."""
     nothing = contextlib.nullcontext
     for name, value in {
         "Stream": Stream,
@@ -102,22 +105,28 @@ def stand_in(small, monkeypatch):
     monkeypatch.setattr(torch, "compile", lambda function, **options: function)
     monkeypatch.setattr(torch, "_convert_weight_to_int4pack", lambda codes, tiles: codes)
     monkeypatch.setattr(torch, "_weight_int4pack_mm", lambda x, words, group, steps: x[:, :1])
-    monkeypatch.setattr(gpu_cases, "DEVICE", "cpu")
-    monkeypatch.setattr(gpu, "what_is_missing", lambda: None)
-    monkeypatch.setattr(gpu, "reached", lambda: {"bytes/s": 1e9, "operations/s": 1e9})
     with launch.assume_card(80, 1):
         yield
 
 
+@pytest.fixture
+def kept_configs():
+    """The tuned configurations are put back afterwards."""
+    before = deepcopy(launch.CONFIGS)
+    yield
+    launch.CONFIGS.clear()
+    launch.CONFIGS.update(before)
+
+
 @pytest.mark.slow
-def test_every_case_runs_and_is_right(stand_in, tmp_path, monkeypatch, capsys):
+def test_every_case_runs_and_is_right(stand_in, tmp_path, capsys):
     pytest.importorskip("peft", reason="needs peft: make test installs it")
-    inputs = tmp_path / "inputs"
-    monkeypatch.setattr(gpu_cases, "INPUTS", inputs)
-    init_weights(gpu_cases.random_7b(), 1).save_pretrained(inputs)
-    (inputs / "tokens.json").write_text(json.dumps({"notes": [[5, 6, 7], [5, 6, 8]], "questions": [[9], [10, 11]]}))
+    setup = replace(SMALL, inputs=tmp_path / "inputs")
+    init_weights(random_model(setup), 1).save_pretrained(setup.inputs)
+    ids = {"notes": [[5, 6, 7], [5, 6, 8]], "questions": [[9], [10, 11]]}
+    (setup.inputs / "tokens.json").write_text(json.dumps(ids))
     out = tmp_path / "f.json"
-    code = gpu.main(["--json", str(out), "--minutes", "60"])
+    code = gpu.measure(60, out, setup)
     result = json.loads(out.read_text())
     assert [row for row in result["rows"] if "error" in row] == []
     assert [proof for proof in result["correct"] if not proof["right"]] == []
@@ -129,53 +138,55 @@ def test_every_case_runs_and_is_right(stand_in, tmp_path, monkeypatch, capsys):
     assert "extraction" in capsys.readouterr().out
 
 
-def test_what_is_prepared_is_what_the_extraction_case_reads(tmp_path, monkeypatch):
-    base = write_model(tmp_path / "base")
-    monkeypatch.setattr(gpu_cases, "INPUTS", tmp_path / "inputs")
-    monkeypatch.setattr(gpu_cases, "NOTES", 2)
-    assert gpu.main(["--prepare", str(base)]) == 0
-    inputs = json.loads((tmp_path / "inputs" / "tokens.json").read_text())
-    model = Transformer.from_pretrained(tmp_path / "inputs", dtype=torch.bfloat16)
-    assert (len(inputs["notes"]), len(inputs["questions"])) == (2, gpu_cases.QUESTIONS)
+def test_what_is_prepared_is_what_the_extraction_case_reads(tmp_path):
+    setup = replace(SMALL, inputs=tmp_path / "inputs")
+    assert gpu.prepare(str(write_model(tmp_path / "base")), setup) == 0
+    inputs = json.loads((setup.inputs / "tokens.json").read_text())
+    model = Transformer.from_pretrained(setup.inputs, dtype=torch.bfloat16)
+    assert (len(inputs["notes"]), len(inputs["questions"])) == (2, setup.questions)
     assert all(0 <= token < model.config.vocab_size for ids in sum(inputs.values(), []) for token in ids)
 
 
-def test_tuning_writes_after_each_class_and_leaves_the_layout_of_int4(stand_in, tmp_path, monkeypatch):
-    """Three classes of sizes, of which smaller tiles are taken where they are sooner."""
-    kept = {kernel: deepcopy(launch.CONFIGS[kernel]) for kernel in ("swiglu", "int4", "softmax")}
-    monkeypatch.setattr(launch, "CONFIGS", {**launch.CONFIGS, **kept})
-    monkeypatch.setattr(gpu, "CONFIGS", tmp_path / "configs.json")
-    written = []
-    monkeypatch.setattr(gpu, "write_text", lambda path, text: written.append(json.loads(text)))
-    monkeypatch.setattr(
-        gpu, "cost", lambda some: float(sum(launch.CONFIGS["swiglu"].get("any sm_80 1", {"BLOCK": 1024}).values()))
-    )
-    assert gpu.main(["--tune"]) == 0
-    assert len(written) >= 6
-    assert written[0]["rms_norm"] and "any sm_80 1" in written[-1]["swiglu"]
-    assert launch.CONFIGS["int4"]["128 sm_80 1"]["BD"] == 128 and written[-1]["swiglu"]["any sm_80 1"]["BLOCK"] == 512
+def test_tuning_writes_after_each_class_and_leaves_the_layout_of_int4(stand_in, kept_configs, tmp_path):
+    """At a cost that falls with swiglu's tile, smaller tiles are kept."""
+    path, written = tmp_path / "configs.json", []
+
+    def cost_of(some):
+        if path.exists() and (text := path.read_text()) not in written:
+            written.append(text)
+        return float(sum(launch.CONFIGS["swiglu"].get("any sm_80 1", {"BLOCK": 1024}).values()))
+
+    assert gpu.tune(4, SMALL, path, cost_of) == 0
+    assert len(written) >= 5
+    first, last = json.loads(written[0]), json.loads(path.read_text())
+    assert "any sm_80 1" not in first["swiglu"] and last["swiglu"]["any sm_80 1"]["BLOCK"] == 512
+    assert last["int4"]["128 sm_80 1"]["BD"] == 128
 
 
-def test_tuning_times_graphs_and_refuses_what_is_wrong_or_fails(stand_in, monkeypatch):
+def test_tuning_times_graphs_and_refuses_what_is_wrong_or_fails(stand_in):
     """A launch takes less time than the Python before it, which a graph leaves out."""
-    replayed = []
-    monkeypatch.setattr(Graph, "replay", lambda self: replayed.append(1))
-    one = [case for case in gpu.cases(torch.bfloat16) if case.kernel == "swiglu"]
-    assert 0 < gpu.cost(one) < float("inf") and replayed
-    monkeypatch.setattr(gpu, "verify", lambda case: {"right": False})
-    assert gpu.cost(one) == float("inf")
-    monkeypatch.setattr(gpu, "verify", lambda case: 1 / 0)
-    assert gpu.cost(one) == float("inf")
+    (right,) = (case for case in small_cases(torch.bfloat16) if case.kernel == "swiglu")
+
+    def wrong(make):
+        ours, plain, truth = right.build(make)
+        return lambda: [2 * part for part in ours()], plain, truth
+
+    def fails(make):
+        raise RuntimeError("out of resource")
+
+    before = Graph.replays
+    assert 0 < gpu.cost(SMALL, [right]) < float("inf") and Graph.replays > before
+    assert gpu.cost(SMALL, [replace(right, build=wrong)]) == float("inf")
+    assert gpu.cost(SMALL, [replace(right, build=fails)]) == float("inf")
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
-def test_a_7bs_step_reads_nothing_back_and_launches_what_is_counted(four_bit, monkeypatch):
+def test_a_7bs_step_reads_nothing_back_and_launches_what_is_counted(four_bit):
     """All of Mistral-7B on the meta device, its launches recorded: an operation that reads a tensor's value raises."""
     from infer.engine.fuse import DecodeStep, fuse
 
-    monkeypatch.setattr(gpu_cases, "DEVICE", "meta")
     with launch.recording() as launches, torch.inference_mode():
-        step = DecodeStep(fuse(gpu_cases.random_7b(16), four_bit), 8, 1024)
+        step = DecodeStep(fuse(random_model(Setup(device="meta"), 16), four_bit), 8, 1024)
         tokens = torch.zeros(8, dtype=torch.int64, device="meta")
         logits = step(tokens, tokens + 512)
     assert logits.shape == (8, 32000) and logits.device.type == "meta"
@@ -184,16 +195,25 @@ def test_a_7bs_step_reads_nothing_back_and_launches_what_is_counted(four_bit, mo
     assert names == sorted(a_layer * 32 + ["_products", "_epilogue"])
 
 
-def test_a_training_step_reads_nothing_back_but_the_positions(monkeypatch):
+class TrueWhereRead(TorchFunctionMode):
+    """Answers bool(tensor) with True, which a meta tensor cannot, and counts it."""
+
+    reads = 0
+
+    def __torch_function__(self, function, types, args=(), kwargs=None):
+        if function is torch.Tensor.__bool__:
+            self.reads += 1
+            return True
+        return function(*args, **(kwargs or {}))
+
+
+def test_a_training_step_reads_nothing_back_but_the_positions():
     """Forward and backward of one block of a 7B with adapters on every layer; the launches are recorded."""
     from infer.engine.fuse import fuse
     from kernels import linear_cross_entropy
 
-    monkeypatch.setattr(gpu_cases, "DEVICE", "meta")
-    monkeypatch.setattr(gpu_cases, "DEPTH", 1)
-    monkeypatch.setattr("model.fast_attention.contiguous", lambda visible: True)  # reads positions, once a pass
     with launch.recording() as launches:
-        model = gpu_cases.random_7b(16)
+        model = random_model(Setup(device="meta", depth=1), 16)
         for name, parameter in model.named_parameters():
             parameter.requires_grad_("lora_" in name)
         tokens = torch.zeros(1, 2048, dtype=torch.int64, device="meta")
@@ -201,7 +221,8 @@ def test_a_training_step_reads_nothing_back_but_the_positions(monkeypatch):
         def loss(x_BTD, head):
             return linear_cross_entropy(x_BTD[0, :-1], model.lm_head.weight, tokens[0, 1:])
 
-        fuse(model.train())(tokens, readout=loss).backward()
+        with TrueWhereRead() as read:
+            fuse(model.train())(tokens, readout=loss).backward()
         grads = [parameter.grad.device.type for name, parameter in model.named_parameters() if "lora_" in name]
-    assert grads == ["meta"] * 14
+    assert grads == ["meta"] * 14 and read.reads == 1
     assert {"_forward", "_backward", "_softmax_loss"} == {one.kernel.__name__ for one in launches}
