@@ -1,5 +1,9 @@
 """The step over static slots equals the plain model, eagerly and compiled; a compiler that fails costs one line."""
 
+import contextlib
+import inspect
+import textwrap
+
 import pytest
 import torch
 from answering_models import plain_greedy, tiny_model
@@ -7,6 +11,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer import generate
+from infer.engine import compiled
 from infer.engine.generate import Generator
 from infer.engine.settings import Settings
 from model.support.cli import UserError
@@ -42,6 +47,42 @@ def test_the_step_over_static_slots_is_the_plain_models(kind, sizes, tokenizer):
     """Rows that end leave it. The function runs eagerly here."""
     with torch.compiler.set_stance("force_eager"):
         check(kind, [size for size, _ in sizes], [new for _, new in sizes], tokenizer)
+
+
+MISTAKES = {  # of decode_step, StaticCache or copy_to_slots
+    "a key's slot off by one": ("decode_step", "k_BGSK[row_B, :, position_B]", "k_BGSK[row_B, :, position_B - 1]"),
+    "a value's slot off by one": ("decode_step", "v_BGSK[row_B, :, position_B]", "v_BGSK[row_B, :, position_B - 1]"),
+    "an empty slot is seen": ("decode_step", "slot_S <= position_B[:, None]", "slot_S <= position_B[:, None] + 1"),
+    "the mask of another row": (
+        "decode_step",
+        "slot_S <= position_B[:, None]",
+        "slot_S <= position_B[:, None].roll(1, 0)",
+    ),
+    "the window is ignored": ("decode_step", "if window is None", "if True"),
+    "the window is wider by one": ("decode_step", "- window", "- window - 1"),
+    "a position used twice": ("step", "self.next_B + count_B", "self.next_B"),
+    "the slots of an ended request": ("retain", "self.row_B[rows]", "self.row_B[: len(rows)]"),
+    "the position of an ended request": ("retain", "self.next_B[rows]", "self.next_B[: len(rows)]"),
+    "a prefix's slots off by one": ("copy_to_slots", "first : first + length]", "first + 1 : first + 1 + length]"),
+    "another branch's keys": ("copy_to_slots", "own_BGCK[row,", "own_BGCK[row - 1,"),
+}
+
+
+@pytest.mark.parametrize("mistake", [None, *MISTAKES])
+def test_a_mistake_in_the_step_is_noticed(mistake, tokenizer, monkeypatch):
+    if mistake is None:
+        seen = contextlib.nullcontext()
+    else:
+        name, right, wrong = MISTAKES[mistake]
+        owner = compiled if hasattr(compiled, name) else compiled.StaticCache
+        source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+        assert source.count(right) == 1
+        scope = dict(vars(compiled))
+        exec(source.replace(right, wrong), scope)
+        monkeypatch.setattr(owner, name, scope[name])
+        seen = pytest.raises(AssertionError)
+    with torch.compiler.set_stance("force_eager"), seen:
+        check("mixed", [3, 30, 5], [9, 4, 9], tokenizer)
 
 
 @pytest.mark.parametrize("other", [{"fuse": True}, {"memory": "6GB"}])
