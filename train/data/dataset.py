@@ -1,4 +1,4 @@
-"""A token store cut into the rows of a recipe; a row is built when it is asked for."""
+"""The training rows of a token store under a recipe, each built on access."""
 
 from __future__ import annotations
 
@@ -15,29 +15,29 @@ from train.data.rows import ANSWER, IGNORE, Document, Row, note_document, pack, 
 from train.data.store import TokenStore
 from train.recipe import Recipe
 
-Made = TypeVar("Made")
+Result = TypeVar("Result")
 
 
 class Rows:
-    """`rows[i]` is row i; `len(rows)` their number. What is in a row is a function of the store and the recipe.
+    """Sequence of rows; a row's content is a function of the store and the recipe.
 
     The index is three int32 arrays: `first[record]` is the record's first document, `documents` lists the documents row
-    by row, `row_ends` says where each row ends in that list. Texts that are run together need `text_ends` alone.
+    by row, and row i is documents[row_ends[i]:row_ends[i + 1]]. Concatenated texts need only `text_ends`.
     """
 
     def __init__(self, store: TokenStore, recipe: Recipe, stage: str) -> None:
         self.store, self.recipe, self.stage = store, recipe, stage
-        self.running_on = stage == "pretrain" and recipe.packing == "concatenate"
-        if self.running_on:
+        self.concatenated = stage == "pretrain" and recipe.packing == "concatenate"
+        if self.concatenated:
             self.text_ends = array("q", [0])
             for size in store.text_lengths():
                 self.text_ends.append(self.text_ends[-1] + size[0])
-            self.count = self.text_ends[-1] // recipe.block  # no tail
+            self.count = self.text_ends[-1] // recipe.block  # the tail is dropped
         else:
-            self.first, lengths = self.cut(store.text_lengths())
-            alone = ([document] for document in range(len(lengths)))
+            self.first, lengths = self.document_lengths(store.text_lengths())
+            one_each = ([document] for document in range(len(lengths)))
             self.documents, self.row_ends = array("i"), array("i", [0])
-            for row in alone if recipe.packing == "none" else pack(np.asarray(lengths), recipe.block):
+            for row in one_each if recipe.packing == "none" else pack(np.asarray(lengths), recipe.block):
                 self.documents.extend(row)
                 self.row_ends.append(len(self.documents))
             self.count = len(self.row_ends) - 1
@@ -51,30 +51,31 @@ class Rows:
         return self.count
 
     def __getitem__(self, index: int) -> Row:
-        if self.running_on:
-            return Row((self.running(index),))
-        held = self.documents[self.row_ends[index] : self.row_ends[index + 1]]
-        return Row(tuple(self.document(number) for number in held))
+        if self.concatenated:
+            return Row((self.concatenated_document(index),))
+        numbers = self.documents[self.row_ends[index] : self.row_ends[index + 1]]
+        return Row(tuple(self.document(number) for number in numbers))
 
-    def cut(self, sizes: Iterable[list[int]]) -> tuple[array[int], array[int]]:
-        """(where each record's documents begin, every document's length)."""
+    def document_lengths(self, sizes: Iterable[list[int]]) -> tuple[array[int], array[int]]:
+        """(each record's first document, each document's number of tokens), from the lengths of each record's texts."""
         block, first, lengths = self.recipe.block, array("i", [0]), array("i")
         for record, size in enumerate(sizes):
             if self.stage == "pretrain":
-                found = [min(block, size[0] - 1 - start) for start in range(0, size[0] - 1, block)]
+                new = [min(block, size[0] - 1 - start) for start in range(0, size[0] - 1, block)]
             else:
                 branches = [prompt + answer - 1 for prompt, answer in zip(size[1::2], size[2::2], strict=True)]
-                found = [size[0] + sum(branches)] if self.recipe.share_prefix else [size[0] + b for b in branches]
-                if max(found) > block:
+                new = [size[0] + sum(branches)] if self.recipe.share_prefix else [size[0] + b for b in branches]
+                if max(new) > block:
                     raise UserError(
-                        f"record {self.store[record][0]!r} takes {max(found)} tokens, more than block = {block}; "
+                        f"record {self.store[record][0]!r} takes {max(new)} tokens, more than block = {block}; "
                         "raise block, or leave the record out"
                     )
-            lengths.extend(found)
+            lengths.extend(new)
             first.append(len(lengths))
         return first, lengths
 
     def document(self, number: int) -> Document:
+        """Document `number` of the store, built from its record."""
         record = bisect_right(self.first, number) - 1
         part = number - self.first[record]
         name, texts = self.store[record]
@@ -85,8 +86,8 @@ class Rows:
             return note_document(name, texts, self.recipe.loss_on, note_loss)
         return question_documents(name, texts, self.recipe.loss_on, note_loss)[part]
 
-    def running(self, row: int) -> Document:
-        """The faithful row: texts run together and cut at `block`, one document, positions run on."""
+    def concatenated_document(self, row: int) -> Document:
+        """Row of packing = "concatenate": `block` tokens of the joined texts as one document, with no mask between."""
         start, stop = row * self.recipe.block, (row + 1) * self.recipe.block
         parts, branches = [], []
         record = bisect_right(self.text_ends, start) - 1
@@ -104,15 +105,15 @@ class Rows:
         return Document(branches[0][0], tokens, np.arange(n), np.zeros(n, np.int64), target, kind, tuple(branches))
 
 
-def read_ahead(read: Callable[[int], Made]) -> Callable[[int], Made]:
-    """`read(step)`, by a thread that then reads the next step while the caller works on this one."""
+def read_ahead(read: Callable[[int], Result]) -> Callable[[int], Result]:
+    """Returns `read(step)` with prefetching: a thread reads step + 1 while the caller works on `step`."""
     thread = ThreadPoolExecutor(1)
-    begun: dict[int, Future[Made]] = {}
+    pending: dict[int, Future[Result]] = {}
 
-    def found(step: int) -> Made:
+    def prefetched(step: int) -> Result:
         for number in (step, step + 1):
-            if number not in begun:
-                begun[number] = thread.submit(read, number)
-        return begun.pop(step).result()
+            if number not in pending:
+                pending[number] = thread.submit(read, number)
+        return pending.pop(step).result()
 
-    return found
+    return prefetched

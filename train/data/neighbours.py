@@ -1,12 +1,13 @@
-"""Training notes with their neighbours, so that a model learns to read them as it will be asked with them:
+"""Adds similar notes ("neighbours") to training records, so that a model is tuned on the prompts of
+infer.extract --retriever:
 
     python -m infer.retrieval.index --notes train.jsonl --out INDEX
     python -m train.data.neighbours --data train.jsonl --index INDEX --tokenizer MODEL --out train-near.jsonl
     python -m train.instruct RECIPE.toml --data train-near.jsonl …
 
-Each record gains `neighbours`, [{"id", "text"}, …]: what infer.extract --retriever would show with its diagnosis
-question (train.data.records puts the texts there). The guard of infer.retrieval.index holds for training notes too:
-none is shown itself, its patient's other notes, or a near-duplicate, so no answer is given away.
+Each record gains `neighbours`, [{"id", "text"}, …]: what infer.extract --retriever would show before its diagnosis
+question (train.data.records encodes them there). As in infer.retrieval.index, a note is never shown itself, another
+note of its patient, or a near-duplicate, so that no answer leaks.
 """
 
 from __future__ import annotations
@@ -24,12 +25,12 @@ from model.support.files import read_jsonl, write_jsonl
 from model.support.lock import output
 from model.text.tokenizer import Tokenizer
 
-BUDGET = 1000  # tokens of all neighbours of a note together (infer.extract gives them what its limit leaves)
+BUDGET = 1000  # tokens of all neighbours of a note together (in infer.extract: what the prompt limit leaves)
 
 
 @dataclass(frozen=True)
 class Options:
-    """Put each note's neighbours from an index beside it."""
+    """Add to each note its nearest neighbours in an index."""
 
     data: Path
     """JSON lines of annotated notes."""
@@ -40,16 +41,17 @@ class Options:
     out: Path
     """JSON lines: the same records with `neighbours`."""
     encoder_weights: Path | None = None
-    """The index's encoder folder (none for bm25)."""
+    """Folder of the index's encoder (not needed for bm25)."""
     neighbours: int = 3
-    """How many, as infer.extract's option."""
+    """Number of neighbours, as in infer.extract."""
     neighbour_tokens: int = 64
-    """Tokens of each neighbour's text, as infer.extract's option."""
+    """Tokens per neighbour, as in infer.extract."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
 
 
-def beside(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator[dict[str, object]]:
+def with_neighbours(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator[dict[str, object]]:
+    """Yields the records of `options.data` with `neighbours` added."""
     for number, record in tqdm(read_jsonl(options.data, ("id", "text")), unit="note", disable=None):
         if not isinstance(record["text"], str):
             raise UserError(f"{options.data}:{number}: 'text' is not text")
@@ -63,7 +65,7 @@ def main(options: Options) -> None:
         near = Neighbours(
             Index(options.index, weights=options.encoder_weights), options.neighbours, options.neighbour_tokens
         )
-        count = write_jsonl(options.out, beside(options, near, Tokenizer.from_pretrained(options.tokenizer)))
+        count = write_jsonl(options.out, with_neighbours(options, near, Tokenizer.from_pretrained(options.tokenizer)))
     print(f"{options.out}: {count} notes, {near.index.manifest['encoder']}")
 
 

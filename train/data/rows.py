@@ -1,5 +1,4 @@
-"""Rows: what one line of a batch holds. Texts become documents (one text, or a note with its questions), documents are
-packed into rows, rows are padded into a batch.
+"""Rows of a training batch: texts → documents (one text, or a note with its questions) → packed rows → padded batch.
 
 A document with a shared prefix holds the note once (branch 0) and each question as a branch whose positions continue
 the note's; model/mask.py lets a branch see the note and itself. A worked example, note "a b c", questions "p q"
@@ -26,13 +25,13 @@ from torch import Tensor
 
 from model.mask import Layout
 
-IGNORE = -100  # no target here
-ANSWER, NOTE = 1, 2  # kinds of target; each kind's loss is a mean of its own
+IGNORE = -100  # position without a target
+ANSWER, NOTE = 1, 2  # kinds of target; the loss is averaged over each kind separately
 
 
 @dataclass(frozen=True)
 class Document:
-    """int64 arrays of one length T: tokens, positions, branch, target (IGNORE: none) and the target's kind."""
+    """int64 arrays (T,): tokens, positions, branch, target (IGNORE: none) and the target's kind."""
 
     record: str
     tokens: np.ndarray
@@ -45,7 +44,7 @@ class Document:
 
 @dataclass(frozen=True)
 class Row:
-    """Documents side by side."""
+    """One or more documents, concatenated."""
 
     documents: tuple[Document, ...]
 
@@ -56,13 +55,13 @@ class Row:
         return int(sum((document.kind == kind).sum() for document in self.documents))
 
     def pairs(self) -> int:
-        """Tokens and the tokens that they see, without a window: a token at position p of a document sees p + 1."""
+        """Number of (query, key) pairs in attention without a window: a token at position p sees p + 1 tokens."""
         return int(sum((document.positions + 1).sum() for document in self.documents))
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Rows padded to one length: int64 tensors (B, T). Padding is document −1 with no target."""
+    """Rows padded to one length: int64 tensors (B, T). Padding has document number −1 and no target."""
 
     tokens: Tensor
     positions: Tensor
@@ -78,7 +77,7 @@ class Batch:
 
 
 def text_documents(record: str, ids: np.ndarray, block: int) -> list[Document]:
-    """A text as documents of at most `block` tokens. Every token but the first is a target exactly once."""
+    """Splits a text into documents of at most `block` tokens. Every token but the first is a target exactly once."""
     documents = []
     for start in range(0, len(ids) - 1, block):
         part = ids[start : start + block + 1]
@@ -92,7 +91,7 @@ def text_documents(record: str, ids: np.ndarray, block: int) -> list[Document]:
 def note_document(
     record: str, texts: Sequence[np.ndarray], loss_on: str = "answer", note_loss: bool = False
 ) -> Document:
-    """A note once, with all of its questions as branches."""
+    """The note once, with all of its questions as branches. `texts`: [note, prompt 1, answer 1, prompt 2, …]."""
     prefix, n = texts[0], len(texts[0])
     target, kind = np.full(n, IGNORE), np.zeros(n, np.int64)
     if n > 1 and (note_loss or loss_on == "all"):
@@ -107,6 +106,7 @@ def note_document(
 
 
 def branch_columns(prompt: np.ndarray, answer: np.ndarray, start: int, number: int, loss_on: str) -> tuple:
+    """(tokens, positions, branch, target, kind) of one question; positions continue at `start`."""
     whole = np.concatenate([prompt, answer])
     m = len(whole) - 1
     target = whole[1:].copy()
@@ -119,39 +119,40 @@ def branch_columns(prompt: np.ndarray, answer: np.ndarray, start: int, number: i
 def question_documents(
     record: str, texts: Sequence[np.ndarray], loss_on: str = "answer", note_loss: bool = False
 ) -> list[Document]:
-    """The same questions, each in a document of its own that repeats the note (its own loss then counts once each)."""
+    """One document per question, each with the note repeated (with `note_loss` the note is trained on in each)."""
     documents = []
     for number in range(1, len(texts) // 2 + 1):
-        alone = note_document(record, [texts[0], *texts[2 * number - 1 : 2 * number + 1]], loss_on, note_loss)
-        branches = tuple((record, number if branch else 0, length) for _, branch, length in alone.branches)
-        documents.append(replace(alone, branches=branches))
+        single = note_document(record, [texts[0], *texts[2 * number - 1 : 2 * number + 1]], loss_on, note_loss)
+        branches = tuple((record, number if branch else 0, length) for _, branch, length in single.branches)
+        documents.append(replace(single, branches=branches))
     return documents
 
 
 def pack(lengths: np.ndarray, block: int, window: int = 1024) -> Iterator[list[int]]:
-    """Which documents share a row of at most `block` tokens: best fit, longest first, within windows of the order.
+    """Packs documents into rows of at most `block` tokens (best-fit decreasing). Yields each row's document indices.
 
-    Nothing is cut and nothing is dropped. Windows keep the cost linear; documents of one row lie near each other.
+    Nothing is cut or dropped. Each `window` consecutive documents are packed on their own: the cost stays linear, and
+    the documents of a row are close together in the store.
     """
     for start in range(0, len(lengths), window):
         part = np.arange(start, min(start + window, len(lengths)))
-        free: list[tuple[int, int]] = []  # (tokens left, row), in order
-        held: list[list[int]] = []
+        free: list[tuple[int, int]] = []  # (free tokens, row), sorted
+        rows: list[list[int]] = []
         for document in part[np.argsort(-lengths[part], kind="stable")]:
             size = int(lengths[document])
-            place = bisect_left(free, (size, 0))
-            if place < len(free):
-                left, row = free.pop(place)
+            fit = bisect_left(free, (size, 0))
+            if fit < len(free):
+                left, row = free.pop(fit)
             else:
-                left, row = block, len(held)
-                held.append([])
-            held[row].append(int(document))
+                left, row = block, len(rows)
+                rows.append([])
+            rows[row].append(int(document))
             insort(free, (left - size, row))
-        yield from held
+        yield from rows
 
 
 def collate(rows: Sequence[Row]) -> Batch:
-    """Rows side by side, padded to the longest."""
+    """Stacks rows into a batch, padded to the longest."""
     longest = max(max((len(row) for row in rows), default=0), 1)
     shape = (len(rows), longest)
     names = ("tokens", "positions", "branch", "target", "kind")
@@ -173,20 +174,20 @@ def collate(rows: Sequence[Row]) -> Batch:
 
 
 def order(seed: int, step: int, rows: int, batch: int) -> list[int]:
-    """The rows of one optimizer step: a function of (seed, step), whatever came before.
+    """Indices of the rows of one optimizer step: a function of (seed, step) only, so a resumed run needs no state.
 
-    Passes over the data follow each other without a gap; each is a permutation drawn from (seed, pass).
+    Every epoch is a permutation drawn from (seed, epoch); a step may span two epochs.
     """
-    return [shuffled(seed, place // rows, rows)[place % rows] for place in range(step * batch, (step + 1) * batch)]
+    return [permutation(seed, i // rows, rows)[i % rows] for i in range(step * batch, (step + 1) * batch)]
 
 
 @lru_cache(maxsize=1)
-def shuffled(seed: int, turn: int, rows: int) -> np.ndarray:
-    """The permutation of one pass; the last one is kept."""
-    return np.random.default_rng([seed, turn]).permutation(rows).astype(np.int32)
+def permutation(seed: int, epoch: int, rows: int) -> np.ndarray:
+    """Order of the rows in one epoch (cached for the last epoch asked for)."""
+    return np.random.default_rng([seed, epoch]).permutation(rows).astype(np.int32)
 
 
 def count(rows: Iterable[Row]) -> dict[int, int]:
-    """Targets of each kind over the rows."""
-    held = list(rows)
-    return {kind: sum(row.targets(kind) for row in held) for kind in (ANSWER, NOTE)}
+    """Number of targets of each kind."""
+    rows = list(rows)
+    return {kind: sum(row.targets(kind) for row in rows) for kind in (ANSWER, NOTE)}

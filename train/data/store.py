@@ -1,9 +1,16 @@
 """Token stores: records tokenised once, read from memory-mapped shards.
 
-A store is a folder: `manifest.json` (what it was made from: hashes of sources and tokenizer, the encoding's options,
-counts), `rejects.jsonl` (file, line and reason of each bad record), and for each shard `N.tokens.npy` (ids),
-`N.texts.npy` (where each text of tokens ends), `N.records.npy` (where each record's texts end), `N.names.npy` (the
-records' names in UTF-8, one behind the other) and `N.name_ends.npy`. All of them are memory-mapped.
+A store is a folder:
+
+    manifest.json     identity (hashes of sources and tokenizer, the encoding's options) and counts
+    rejects.jsonl     file, line and reason of each bad record
+    N.tokens.npy      shard N: token ids of all texts, concatenated
+    N.texts.npy       offsets of each text in tokens
+    N.records.npy     offsets of each record in texts
+    N.names.npy       record ids in UTF-8, concatenated
+    N.name_ends.npy   offsets of each id in names
+
+Arrays of offsets begin with 0, so entry i spans offsets[i]:offsets[i + 1].
 """
 
 from __future__ import annotations
@@ -32,15 +39,15 @@ from model.support.files import (
 )
 from train.data.records import Texts, document_texts, note_texts
 
-SHARD = 20_000  # records a shard
-REJECTS = 0.01  # more bad records than this share stop the run
+SHARD_RECORDS = 20_000
+OPEN_SHARDS = 180  # each keeps five files open; the usual limit is 1,024 per process
+MAX_REJECTED = 0.01  # a larger share of bad records stops the run
 ARRAYS = ("tokens", "texts", "records", "names", "name_ends")
-OPEN = 180  # shards held open at once: each keeps five files open, and systems allow 1,024
 
 
 @dataclass(frozen=True)
 class Encoding:
-    """How records become ids; part of a store's identity."""
+    """How records are encoded as token ids; part of a store's identity."""
 
     stage: str
     tokenizer: str
@@ -65,20 +72,22 @@ def build_store(
     limit: int = 0,
     workers: int = 0,
     identity: dict[str, Any] | None = None,
+    shard_records: int = SHARD_RECORDS,
 ) -> TokenStore:
-    """Tokenise JSON-lines files into a store at `out`, unless a store of just these contents is there already.
+    """Tokenises JSON-lines files into a store at `out`, unless a store with this identity exists there.
 
-    Records that cannot be used go to rejects.jsonl; more than 1 % of them raise a UserError that names the first, and
-    so do more than half of those read so far: such a file is of the other stage, and need not be read to its end.
-    `limit` takes the first so many records; `workers` processes share the work (0: as many as there are CPUs);
-    `identity` is what identity_of gave (None: the files are hashed here).
+    `limit`: use only the first so many records (0: all). `workers`: number of processes (0: one per CPU). `identity`:
+    the result of identity_of, if already computed.
+
+    Records that cannot be used are listed in rejects.jsonl. Raises UserError naming the first of them if they are more
+    than 1 %, or more than half of those read after any shard: a file of the other stage is not read to its end.
     """
     out = Path(out)
     identity = identity or identity_of(files, encoding, limit)
     if (out / "manifest.json").is_file() and read_json(out / "manifest.json").get("identity") == identity:
         return TokenStore(out)
     with atomic_folder(out) as folder:
-        shards, rejects = encode_shards(files, encoding, folder, limit, workers)
+        shards, rejects = encode_shards(files, encoding, folder, limit, workers, shard_records)
         records = sum(shard["records"] for shard in shards)
         check_rejects(rejects, records, out)
         write_jsonl(folder / "rejects.jsonl", rejects)
@@ -92,7 +101,7 @@ def build_store(
 
 
 def identity_of(files: Sequence[str], encoding: Encoding, limit: int) -> dict[str, Any]:
-    """What a store's contents are a function of. Raises UserError where a file is missing."""
+    """Everything that a store's contents depend on. Raises UserError if a file is missing or not JSON lines."""
     for file in files:
         if Path(file).is_dir():
             raise UserError(f"{file}: is a folder; give JSON lines")
@@ -109,7 +118,7 @@ def identity_of(files: Sequence[str], encoding: Encoding, limit: int) -> dict[st
 
 
 def tokenizer_hash(path: str) -> str:
-    """The hash of a tokenizer's files (those of a model's folder that say how text becomes ids)."""
+    """Hash of a tokenizer's files. `path`: a folder with a tokenizer (a model's folder), or a GGUF file."""
     folder = Path(path)
     names = sorted(file for file in folder.iterdir() if is_tokenizer_file(file)) if folder.is_dir() else [folder]
     if not names or not names[0].is_file():
@@ -122,24 +131,25 @@ def is_tokenizer_file(file: Path) -> bool:
 
 
 def encode_shards(
-    files: Sequence[str], encoding: Encoding, folder: Path, limit: int, workers: int
+    files: Sequence[str], encoding: Encoding, folder: Path, limit: int, workers: int, shard_records: int
 ) -> tuple[list[dict[str, int]], list[dict[str, Any]]]:
+    """Writes all shards. Returns (their manifest entries, rejects)."""
     all_lines = ((str(file), number, line) for file in files for number, line in numbered_lines(file))
     lines = itertools.islice(all_lines, limit or None)
-    chunks = enumerate(iter(lambda: list(itertools.islice(lines, SHARD)), []))
+    chunks = enumerate(iter(lambda: list(itertools.islice(lines, shard_records)), []))
     first = list(itertools.islice(chunks, 2))
     encode, jobs = partial(encode_shard, encoding, folder), itertools.chain(first, chunks)
-    if len(first) < 2 or workers == 1:  # one shard: another process would only cost its start
-        return gathered(map(encode, jobs))
+    if len(first) < 2 or workers == 1:  # for one shard a process pool costs more than it gains
+        return collect(map(encode, jobs))
     with multiprocessing.get_context("spawn").Pool(workers or os.cpu_count()) as pool:
-        return gathered(tqdm(pool.imap(encode, jobs), desc="tokenising", unit=" shards", disable=None))
+        return collect(tqdm(pool.imap(encode, jobs), desc="tokenising", unit=" shards", disable=None))
 
 
-def gathered(done: Iterable[tuple[dict[str, int], list[dict[str, Any]]]]) -> tuple[list[dict[str, int]], list[dict]]:
-    """All shards and all rejects, or those up to where more than half of the records are rejects."""
+def collect(results: Iterable[tuple[dict[str, int], list[dict[str, Any]]]]) -> tuple[list[dict[str, int]], list[dict]]:
+    """(shards, rejects) of the results; stops early once more than half of the records are rejects."""
     shards: list[dict[str, int]] = []
     rejects: list[dict[str, Any]] = []
-    for shard, bad in done:
+    for shard, bad in results:
         shards.append(shard)
         rejects += bad
         if len(rejects) > sum(each["records"] for each in shards):
@@ -150,7 +160,7 @@ def gathered(done: Iterable[tuple[dict[str, int], list[dict[str, Any]]]]) -> tup
 def encode_shard(
     encoding: Encoding, folder: Path, numbered: tuple[int, Sequence[tuple[str, int, bytes]]]
 ) -> tuple[dict[str, int], list[dict[str, Any]]]:
-    """Write a shard, given its number and lines (file, number, line): (its entry in the manifest, rejects)."""
+    """Writes one shard from (shard number, [(file, line number, line), …]). Returns (its manifest entry, rejects)."""
     encode, (number, lines) = encoding.encoder(), numbered
     tokens: Texts = []
     text_ends, record_ends, names, rejects = [0], [0], [], []
@@ -168,41 +178,42 @@ def encode_shard(
         record_ends.append(record_ends[-1] + len(texts))
         names.append(str(record["id"]).encode("utf-8", "surrogatepass"))
     flat = np.concatenate(tokens) if tokens else np.zeros(0, np.int64)
-    narrow = np.uint16 if len(flat) == 0 or flat.max() < 2**16 else np.uint32
-    texts, records = np.asarray(text_ends), np.asarray(record_ends)
-    joined, name_ends = np.asarray(bytearray(b"".join(names))), np.cumsum([0, *map(len, names)])
-    arrays = (flat.astype(narrow), texts, records, joined, name_ends)
+    token_dtype = np.uint16 if len(flat) == 0 or flat.max() < 2**16 else np.uint32
+    name_bytes, name_ends = np.asarray(bytearray(b"".join(names))), np.cumsum([0, *map(len, names)])
+    arrays = (flat.astype(token_dtype), np.asarray(text_ends), np.asarray(record_ends), name_bytes, name_ends)
     for name, array in zip(ARRAYS, arrays, strict=True):
         np.save(folder / f"{number}.{name}.npy", array)
     return {"records": len(names), "tokens": len(flat), "largest": int(flat.max(initial=0))}, rejects
 
 
 def check_rejects(rejects: list[dict[str, Any]], good: int, out: Path) -> None:
-    if len(rejects) > REJECTS * (good + len(rejects)):
+    """Raises UserError if too many records are bad; their list is written beside `out`, which is then not made."""
+    if len(rejects) > MAX_REJECTED * (good + len(rejects)):
         listed = out.with_name(f"{out.name}-rejects.jsonl")
         write_jsonl(listed, rejects)
-        worst = rejects[0]
-        where = "" if worst["reason"].startswith(worst["file"]) else f"{worst['file']}:{worst['line']}: "
+        first = rejects[0]
+        where = "" if first["reason"].startswith(first["file"]) else f"{first['file']}:{first['line']}: "
         raise UserError(
-            f"{where}{worst['reason']}; {len(rejects)} of {good + len(rejects)} records read "
+            f"{where}{first['reason']}; {len(rejects)} of {good + len(rejects)} records read "
             f"cannot be used, more than 1 %: correct the file ({listed} lists them)"
         )
 
 
 class TokenStore:
-    """A store opened for reading. `store[i]` gives record i's (name, texts)."""
+    """A store opened for reading. `store[i]` is (id, texts) of record i. At most `open_shards` shards are open."""
 
-    def __init__(self, path: str | Path) -> None:
+    def __init__(self, path: str | Path, open_shards: int = OPEN_SHARDS) -> None:
         self.path = Path(path)
         self.manifest = read_json(self.path / "manifest.json")
         counts = [shard["records"] for shard in self.manifest["shards"]]
-        self.first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)
-        self.shard = lru_cache(OPEN)(self.open_shard)
+        self.first = np.concatenate([[0], np.cumsum(counts)]).astype(np.int64)  # first record of each shard
+        self.shard = lru_cache(open_shards)(self.open_shard)
 
     def __len__(self) -> int:
         return int(self.first[-1])
 
     def open_shard(self, number: int) -> tuple:
+        """The shard's arrays, in the order of ARRAYS, memory-mapped."""
         try:
             return tuple(np.load(self.path / f"{number}.{name}.npy", mmap_mode="r") for name in ARRAYS)
         except (ValueError, EOFError, OSError) as error:
@@ -212,13 +223,13 @@ class TokenStore:
         number = int(np.searchsorted(self.first, index, side="right")) - 1
         tokens, texts, records, names, name_ends = self.shard(number)
         local = index - int(self.first[number])
-        ends = texts[records[local] : records[local + 1] + 1]
-        found = [np.asarray(tokens[a:b], dtype=np.int64) for a, b in itertools.pairwise(ends)]
+        offsets = texts[records[local] : records[local + 1] + 1]
+        ids = [np.asarray(tokens[a:b], dtype=np.int64) for a, b in itertools.pairwise(offsets)]
         name = names[name_ends[local] : name_ends[local + 1]].tobytes()
-        return name.decode("utf-8", "surrogatepass"), found
+        return name.decode("utf-8", "surrogatepass"), ids
 
     def text_lengths(self) -> Iterator[list[int]]:
-        """The lengths of each record's texts, one record after the other."""
+        """Yields, for each record, the number of tokens of each of its texts."""
         for number in range(len(self.manifest["shards"])):
             _, texts, records, _, _ = self.open_shard(number)
             sizes = np.diff(texts).tolist()

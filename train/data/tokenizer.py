@@ -1,10 +1,10 @@
-"""Train a SentencePiece tokenizer like Mistral's on JSON-lines texts: BPE, byte fallback, identity normaliser.
+"""Trains a SentencePiece tokenizer like Mistral's on JSON-lines texts: BPE, byte fallback, identity normaliser.
 
     python -m train.data.tokenizer --texts general.jsonl pretrain.jsonl --vocab 2048 --out tokenizer/
 
-Digits are split into single pieces, as Mistral's tokenizer splits them, unless `--no-split-digits`: then "2.5" may
-become one piece, which a very small model copies more easily and which cannot spell a number it never met in one step.
-The same texts and options give the same file.
+Each digit is a piece, as in Mistral's tokenizer. With `--no-split-digits` "2.5" may become one piece, which a very
+small model copies more easily; an unseen number is then spelled with several pieces. The same texts and options give
+the same file.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from model.support.cli import UserError, run
 from model.support.files import atomic_folder, read_jsonl, write_json
 from model.support.lock import output
 
-SPECIAL = 3 + 256  # unknown, begin, end, and a piece for every byte
+SPECIAL = 3 + 256  # UNK, BOS, EOS, and one piece per byte
 
 
 @dataclass(frozen=True)
@@ -29,16 +29,17 @@ class Options:
     texts: tuple[str, ...]
     """JSON-lines files whose records have a "text"."""
     out: str
-    """The tokenizer's folder: tokenizer.model and tokenizer_config.json."""
+    """Folder for tokenizer.model and tokenizer_config.json."""
     vocab: int = 2048
-    """Number of pieces, the 259 special and byte pieces among them."""
+    """Number of pieces, including the 259 special and byte pieces."""
     split_digits: bool = True
-    """Every digit is a piece of its own."""
+    """Make each digit a piece of its own."""
     overwrite: bool = False
-    """Replace a tokenizer that is there."""
+    """Replace an existing tokenizer."""
 
 
 def texts_of(files: tuple[str, ...]) -> Iterator[str]:
+    """Yields the non-blank lines of all texts."""
     for file in files:
         for number, record in read_jsonl(file, ("text",)):
             if not isinstance(record["text"], str):
@@ -47,14 +48,14 @@ def texts_of(files: tuple[str, ...]) -> Iterator[str]:
 
 
 def template_lines() -> list[str]:
-    """The task template's own words, so that questions do not fall to single letters."""
+    """Lines of the task template: trained on too, so that questions are not spelled letter by letter."""
     asked = [*(phenotype.question for phenotype in tasks.PHENOTYPES.values()), tasks.DIAGNOSIS_QUESTION]
     lines = [line for question in asked for line in tasks.branch(question).splitlines()]
     return [tasks.NOTE.rstrip(), *(line + tasks.answer([]) * line.endswith("Answer:") for line in lines)]
 
 
 def train_tokenizer(options: Options) -> Path:
-    """Write the tokenizer's folder. Raises UserError where files, fields or the vocabulary's size do not do."""
+    """Writes the tokenizer's folder. Raises UserError for bad input files or an impossible vocabulary size."""
     import sentencepiece
 
     if options.vocab <= SPECIAL:
@@ -62,11 +63,11 @@ def train_tokenizer(options: Options) -> Path:
     lines = list(texts_of(options.texts))
     lines += template_lines() * (len(lines) // 200 + 1)
     longest = max(len(line.encode()) for line in lines)
-    made = io.BytesIO()
+    model = io.BytesIO()
     try:
         sentencepiece.SentencePieceTrainer.train(
             sentence_iterator=iter(lines),
-            model_writer=made,
+            model_writer=model,
             model_type="bpe",
             vocab_size=options.vocab,
             byte_fallback=True,
@@ -84,11 +85,11 @@ def train_tokenizer(options: Options) -> Path:
             max_sentence_length=max(longest + 1, 4192),
             minloglevel=2,
         )
-    except RuntimeError as error:  # its message quotes source lines: keep what it asks for only
-        reason = str(error).rpartition("] ")[2] or "the texts do not do"
+    except RuntimeError as error:  # the message begins with source lines of SentencePiece: keep the last part
+        reason = str(error).rpartition("] ")[2] or "the texts cannot be used"
         raise UserError(f"--vocab {options.vocab}: SentencePiece says: {reason}") from error
     with atomic_folder(options.out, keep_others=True) as folder:
-        (folder / "tokenizer.model").write_bytes(made.getvalue())
+        (folder / "tokenizer.model").write_bytes(model.getvalue())
         names = {"tokenizer_class": "LlamaTokenizer", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
         write_json(folder / "tokenizer_config.json", {**names, "add_bos_token": True, "add_eos_token": False})
     return Path(options.out)

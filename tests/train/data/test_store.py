@@ -27,15 +27,13 @@ def test_data_of_the_other_stage_and_broken_lines_are_named(data, tmp_path):
     assert [row["line"] for row in rejects] == list(range(1, 24)) and "phenotypes" in rejects[0]["reason"]
 
 
-def test_data_of_the_other_stage_is_refused_after_its_first_shard(data, tmp_path, monkeypatch):
-    """In shards of four records."""
-    monkeypatch.setattr(stores, "SHARD", 4)
+def test_data_of_the_other_stage_is_refused_after_its_first_shard(data, tmp_path):
     documents, notes = (str(data / f"{name}.jsonl") for name in ("documents", "notes"))
     encoding = Encoding("instruct", str(data / "tok"))
     with pytest.raises(UserError, match="documents.jsonl:1: lacks 'phenotypes'.*; 4 of 4 records read cannot be used"):
-        build_store([documents], encoding, tmp_path / "a", workers=1)
+        build_store([documents], encoding, tmp_path / "a", workers=1, shard_records=4)
     with pytest.raises(UserError, match="; 14 of 24 records read cannot be used"):  # ten notes come before them
-        build_store([notes, documents], encoding, tmp_path / "a", workers=1)
+        build_store([notes, documents], encoding, tmp_path / "a", workers=1, shard_records=4)
 
 
 def test_some_unanswered_questions_are_left_out_and_never_an_answered_one(data, tmp_path):
@@ -96,17 +94,17 @@ def test_an_empty_file_and_one_too_short_for_a_row_are_named(tmp_path, data):
         Rows(store, replace(RECIPE, packing="concatenate"), "pretrain")
 
 
-def test_two_workers_and_many_shards_hold_what_one_process_writes(data, tmp_path, monkeypatch):
+def test_two_workers_and_many_shards_hold_what_one_process_writes(data, tmp_path):
     """Twenty-three documents in shards of four, two of them open at a time."""
     encoding, files = Encoding("pretrain", str(data / "tok")), [str(data / "documents.jsonl")]
     one = build_store(files, encoding, tmp_path / "one")
-    monkeypatch.setattr(stores, "SHARD", 4)
-    monkeypatch.setattr(stores, "OPEN", 2)
-    made = [build_store(files, encoding, tmp_path / str(workers), workers=workers) for workers in (1, 2)]
+    for workers in (1, 2):
+        build_store(files, encoding, tmp_path / str(workers), workers=workers, shard_records=4)
     names = sorted(path.name for path in (tmp_path / "1").iterdir())
     assert len(names) == 6 * 5 + 2 and names == sorted(path.name for path in (tmp_path / "2").iterdir())
     assert all((tmp_path / "1" / name).read_bytes() == (tmp_path / "2" / name).read_bytes() for name in names)
-    for store in made:
+    for workers in (1, 2):
+        store = TokenStore(tmp_path / str(workers), open_shards=2)
         assert len(store) == len(one) == 23 and list(store.text_lengths()) == list(one.text_lengths())
         for index in np.random.default_rng(1).permutation(23):
             (name, pieces), (same, others) = store[index], one[index]
@@ -139,18 +137,18 @@ print(len(rows), max(taken), own() - before)
 def test_the_papers_millions_of_documents_take_little_memory_of_a_rank(tmp_path, packing):
     """160 shards, each the same 20,000 documents of 600 tokens on average, of which no file has a byte on the disk."""
     rng = np.random.default_rng(0)
-    ends = np.concatenate([[0], np.cumsum(rng.integers(20, 1180, stores.SHARD))])
-    names = [f"document-{n}".encode() for n in range(stores.SHARD)]
+    ends = np.concatenate([[0], np.cumsum(rng.integers(20, 1180, stores.SHARD_RECORDS))])
+    names = [f"document-{n}".encode() for n in range(stores.SHARD_RECORDS)]
     tokens = np.lib.format.open_memmap(tmp_path / "0.tokens.npy", "w+", np.uint16, (int(ends[-1]),))
     del tokens
     name_ends = np.cumsum([0, *map(len, names)])
-    arrays = (ends, np.arange(stores.SHARD + 1), bytearray(b"".join(names)), name_ends)
+    arrays = (ends, np.arange(stores.SHARD_RECORDS + 1), bytearray(b"".join(names)), name_ends)
     for name, array in zip(stores.ARRAYS[1:], arrays, strict=True):
         np.save(tmp_path / f"0.{name}.npy", array)
     for number in range(1, 160):
         for name in stores.ARRAYS:
             (tmp_path / f"{number}.{name}.npy").hardlink_to(tmp_path / f"0.{name}.npy")
-    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"records": stores.SHARD}] * 160}))
+    (tmp_path / "manifest.json").write_text(json.dumps({"shards": [{"records": stores.SHARD_RECORDS}] * 160}))
     command = [sys.executable, "-c", MEASURE, str(tmp_path), packing]
     done = subprocess.run(command, capture_output=True, text=True, check=True, env=os.environ | {"PYTHONPATH": "."})
     rows, longest, grown = map(int, done.stdout.split())
