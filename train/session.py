@@ -1,4 +1,4 @@
-"""From a recipe to a run: data, model and trainer put together, and what is left in the run's folder."""
+"""Runs a recipe: builds data, model and trainer, trains, and writes the adapter or model and the run card."""
 
 from __future__ import annotations
 
@@ -39,33 +39,33 @@ from train.loop import Trainer
 from train.recipe import Recipe, encoding_of, lora_config, parameter_dtype, parse
 from train.report.card import code_hash, peak_memory, write_card
 
-# Options that may differ between a run and its resumption.
-UNIMPORTANT = set(
+# Options that do not change a run's numbers, or only its length: a resumed run may change them.
+MAY_CHANGE = set(
     "out resume allow_changed save_every keep_last device threads on_bad_step micro_rows checkpoint_blocks compile "
     "fuse sharded".split()
 )
 
 
 def program(stage: str) -> None:
-    """The command line of train.pretrain and train.instruct."""
+    """Command line of train.pretrain and train.instruct."""
 
     def main() -> int:
         try:
-            made = train(parse(None, stage), stage)
-        except UserError:  # it is raised on every rank, so one of each machine says it
+            result = train(parse(None, stage), stage)
+        except UserError:  # raised on every rank: print it once per machine
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 raise
             return 2
         if os.environ.get("RANK", "0") == "0":
-            print(made)
+            print(result)
         return 0
 
     raise SystemExit(guard(main, f"train.{stage}"))
 
 
 def train(recipe: Recipe, stage: str) -> Path:
-    """Run a recipe to its end. Returns the adapter's folder (or the model's, in full training)."""
-    began = time.monotonic()
+    """Runs a recipe to its end. Returns the adapter's folder (the model's, in full training)."""
+    started = time.monotonic()
     ranks = Ranks.join(recipe.device)
     if recipe.threads:
         torch.set_num_threads(recipe.threads)
@@ -73,11 +73,11 @@ def train(recipe: Recipe, stage: str) -> Path:
         ranks.run_on_first(lambda: stack.enter_context(hold(recipe.out)))
         trainer = prepare(recipe, stage, ranks)
         trainer.run()
-        return finish(trainer, stage, began)
+        return finish(trainer, started)
 
 
 def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
-    """Everything up to the first step, cheap checks before costly ones."""
+    """Builds the trainer, cheap checks first. Raises UserError, mostly before anything is written."""
     ranks.assert_same({"stage": stage, "recipe": asdict(recipe), "code": code_hash(), "torch": torch.__version__})
     if stage == "pretrain" and recipe.template == "faithful":
         raise UserError("recipe: template = 'faithful' belongs to train.instruct; here it is packing = 'concatenate'")
@@ -93,12 +93,12 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     empty = ranks.run_on_all(lambda: empty_model(recipe, config))
     sources = sources_of(recipe, encoding, ranks)
     run = identity(recipe, stage, sources)
-    if recipe.resume:  # before any store is made: a run that is refused keeps the other run's
+    if recipe.resume:  # before any store is written: a refused resume leaves the other run's store intact
         ranks.run_on_all(lambda: check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed))
-    ranks.run_on_first(lambda: take(Path(recipe.out), list(sources)))
-    rows, valid = stores(recipe, stage, encoding, ranks, sources)
-    recipe.steps_of(len(rows))
-    for store in [part.store for part in (rows, valid) if part is not None]:
+    ranks.run_on_first(lambda: claim_out(Path(recipe.out), list(sources)))
+    rows, valid = load_rows(recipe, stage, encoding, ranks, sources)
+    recipe.steps_of(len(rows))  # raises where the warm-up is longer than the run
+    for store in [split.store for split in (rows, valid) if split is not None]:
         largest = max(shard["largest"] for shard in store.manifest["shards"])
         if largest >= config.vocab_size:
             raise UserError(
@@ -109,46 +109,48 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     return Trainer(recipe, model, rows, valid, ranks, run, base)
 
 
-def take(out: Path, parts: list[str]) -> None:
-    """Refuse a folder that holds anything but a training run; remove what killed calls left in it, and the tokens of
-    notes that this run does not read."""
+def claim_out(out: Path, stores: list[str]) -> None:
+    """Claims the run's folder. Deletes temporary files of killed processes, and token stores not named in `stores`.
+
+    Raises UserError if the folder holds anything but a training run.
+    """
     out.mkdir(parents=True, exist_ok=True)
     claim(out, out / "made-of.json", {"program": "train"}, begun=not is_empty(out))
     sweep(out)
-    for left in (out / "tokens").glob("*"):
-        if left.name not in parts:
-            shutil.rmtree(left) if left.is_dir() else left.unlink()
+    for old in (out / "tokens").glob("*"):
+        if old.name not in stores:
+            shutil.rmtree(old) if old.is_dir() else old.unlink()
 
 
 def check_weights(recipe: Recipe) -> None:
-    """Raises UserError where the weights are not there, or are not those that `adapter` was trained on."""
-    if recipe.weights and not merged_before(recipe):
+    """Raises UserError if the weights are missing, or are not those that `adapter` was trained on."""
+    if recipe.weights and not is_merged(recipe):
         open_checkpoint(recipe.weights)
         check_origin(recipe.weights, [recipe.adapter] if recipe.adapter else [])
 
 
-def parts(recipe: Recipe, encoding: Encoding) -> dict[str, tuple[tuple[str, ...], Encoding, int]]:
-    """(files, encoding, records) of each token store; the smaller, held-out one first, for an early error."""
-    whole = replace(encoding, empty_kept=1.0)  # held-out loss is on all questions, so that recipes compare
-    held_out = {"valid": (recipe.valid_data, whole, 0)} if recipe.valid_data else {}
-    return held_out | {"train": (recipe.data, encoding, recipe.records)}
+def splits(recipe: Recipe, encoding: Encoding) -> dict[str, tuple[tuple[str, ...], Encoding, int]]:
+    """(files, encoding, limit of records) of each token store. "valid", the smaller, comes first: errors show early."""
+    all_questions = replace(encoding, empty_kept=1.0)  # makes held-out losses comparable between recipes
+    valid = {"valid": (recipe.valid_data, all_questions, 0)} if recipe.valid_data else {}
+    return valid | {"train": (recipe.data, encoding, recipe.records)}
 
 
 def sources_of(recipe: Recipe, encoding: Encoding, ranks: Ranks) -> dict[str, dict[str, Any]]:
-    """What each token store is a function of, as the first rank finds it."""
-    return ranks.of_first(lambda: {name: identity_of(*part) for name, part in parts(recipe, encoding).items()})
+    """The identity of each token store, computed on the first rank."""
+    return ranks.of_first(lambda: {name: identity_of(*split) for name, split in splits(recipe, encoding).items()})
 
 
-def stores(
+def load_rows(
     recipe: Recipe, stage: str, encoding: Encoding, ranks: Ranks, sources: dict[str, dict[str, Any]]
 ) -> tuple[Rows, Rows | None]:
-    """The rows to train on and the held-out ones. The first rank tokenises; the others open what it has made."""
+    """(training rows, held-out rows). The first rank tokenises; the others open its stores."""
     folder = Path(recipe.out) / "tokens"
 
     def build() -> dict[str, TokenStore]:
         built = {
-            name: build_store(files, how, folder / name, limit, identity=sources[name])
-            for name, (files, how, limit) in parts(recipe, encoding).items()
+            name: build_store(files, split_encoding, folder / name, limit, identity=sources[name])
+            for name, (files, split_encoding, limit) in splits(recipe, encoding).items()
         }
         for store in built.values():
             if bad := store.manifest["rejects"]:
@@ -159,82 +161,79 @@ def stores(
                 )
         return built
 
-    made = ranks.run_on_first(build) or {}
-    manifests = ranks.gather({name: store.manifest for name, store in made.items()})[0]
+    built = ranks.run_on_first(build) or {}
+    manifests = ranks.gather({name: store.manifest for name, store in built.items()})[0]
 
-    def see() -> dict[str, Rows]:
-        seen = made or {name: TokenStore(folder / name) for name in manifests}
-        if {name: store.manifest for name, store in seen.items()} != manifests:
-            raise UserError(f"{folder}: not what the first rank has made; out must be a folder that all ranks share")
-        return {name: Rows(store, recipe, stage) for name, store in seen.items()}
+    def open_stores() -> dict[str, Rows]:
+        stores = built or {name: TokenStore(folder / name) for name in manifests}
+        if {name: store.manifest for name, store in stores.items()} != manifests:
+            raise UserError(f"{folder}: not the first rank's token store; out must be a folder that all ranks share")
+        return {name: Rows(store, recipe, stage) for name, store in stores.items()}
 
-    rows = ranks.run_on_all(see)
+    rows = ranks.run_on_all(open_stores)
     return rows["train"], rows.get("valid")
 
 
 def load_model(
     recipe: Recipe, config: ModelConfig, ranks: Ranks, empty: tuple[Transformer, AdapterFile | None]
 ) -> tuple[Transformer, str]:
-    """The model with its adapter (or all of it trainable), and the place of its base weights.
+    """Shards the `empty` model (see empty_model) and loads it. Returns (model, path of its base weights).
 
-    It is sharded while it is `empty` (see empty_model); then each rank reads its rows (sharded_load.py).
+    Each rank reads only its own rows of the weights (sharded_load.py).
     """
     base = merged_base(recipe, ranks) if recipe.merge_adapter else recipe.weights
     model, adapter = empty
     if recipe.base == "nf4" and ranks.first:
-        layers = adapted(model)
-        if odd := [path for path, layer in layers.items() if layer.quantized and layer.quantized.kind != "nf4"]:
-            print(
-                f"base = nf4: {len(odd)} of {len(layers)} matrices are kept in int8, since 64 does not divide their "
-                f"width: {odd[0]}",
-                file=sys.stderr,
-            )
-    holders = ranks if recipe.sharded else Ranks(device=ranks.device)  # who hold the weights together
+        report_int8_layers(model)
+    weight_ranks = ranks if recipe.sharded else Ranks(device=ranks.device)  # the ranks that one copy is divided over
     shapes = base_shapes(model)
     read = ranks.run_on_all(
         lambda: (
-            from_checkpoint(open_checkpoint(base), shapes, holders)
+            from_checkpoint(open_checkpoint(base), shapes, weight_ranks)
             if base
             else fresh(recipe.seed, shapes, config.num_hidden_layers)
         )
     )
-    compute = getattr(torch, recipe.dtype)
-    sharded = holders.world > 1 or parameter_dtype(recipe) != compute
+    compute_dtype = getattr(torch, recipe.dtype)
+    sharded = weight_ranks.world > 1 or parameter_dtype(recipe) != compute_dtype
     if sharded:
-        shard(model, ranks, compute if recipe.full else None)
+        shard(model, ranks, compute_dtype if recipe.full else None)
     model.to_empty(device=ranks.device)
-    load_sharded(model, holders, read, adapter, recipe.seed)
+    load_sharded(model, weight_ranks, read, adapter, recipe.seed)
     if not sharded:
         join_weights(model)
     return model, base
 
 
-def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, AdapterFile | None]:
-    """(the model on the meta device, with adapters, base packed; the tensors of an adapter to continue).
+def report_int8_layers(model: Transformer) -> None:
+    """Prints which matrices of an NF4 base are int8, because their width is not a multiple of the NF4 block."""
+    layers = adapted(model)
+    if odd := [path for path, layer in layers.items() if layer.quantized and layer.quantized.kind != "nf4"]:
+        print(
+            f"base = nf4: {len(odd)} of {len(layers)} matrices are kept in int8, since 64 does not divide their "
+            f"width: {odd[0]}",
+            file=sys.stderr,
+        )
 
-    Raises UserError where the adapter is not there, or where layers are asked for that the model has not.
+
+def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, AdapterFile | None]:
+    """(the model on the meta device with its adapters and quantized base; the tensors of an adapter to continue).
+
+    Raises UserError if the adapter is missing or does not fit the model.
     """
     with torch.device("meta"):
         model = Transformer(config).to(parameter_dtype(recipe))
-    if recipe.merge_adapter and not merged_before(recipe):
+    if recipe.merge_adapter and not is_merged(recipe):
         check_tensors(model, AdapterFile(recipe.adapter), read_config(recipe.adapter), recipe.adapter)
     tensors = None
     if recipe.full:
         model.requires_grad_(True)
-    elif recipe.adapter and not recipe.merge_adapter:
-        chosen, tensors = fitted(read_config(recipe.adapter), model), AdapterFile(recipe.adapter)
-        check_tensors(model, tensors, chosen, recipe.adapter)
-        add_lora(model, chosen)
     else:
-        chosen = lora_config(recipe, config)
-        add_lora(model, chosen)
-        for pattern in (*chosen.rank_pattern, *chosen.alpha_pattern):
-            if not any(pattern_value({pattern: True}, path, False) for path in adapted(model)):
-                raise UserError(f"recipe: rank_pattern or alpha_pattern {pattern!r} fits no layer that has an adapter")
+        tensors = add_adapters(model, recipe, config)
     if recipe.base:
         for layer in adapted(quantize_base(model, recipe.base)).values():
             assert layer.quantized is not None
-            codes = layer.quantized.codes  # a parameter: these are what is sharded
+            codes = layer.quantized.codes  # as a parameter, because FSDP shards parameters only
             del layer.quantized.codes
             layer.quantized.register_parameter("codes", nn.Parameter(codes, requires_grad=False))
     model.model.checkpoint_blocks = recipe.checkpoint_blocks
@@ -244,26 +243,41 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, Adapt
     return model, tensors
 
 
-def merged_before(recipe: Recipe) -> bool:
-    """Whether a resumed run finds its merged base in out/base."""
+def add_adapters(model: Transformer, recipe: Recipe, config: ModelConfig) -> AdapterFile | None:
+    """Adds the recipe's adapters, in place. Returns the tensors of an adapter to continue (None for a new one)."""
+    if recipe.adapter and not recipe.merge_adapter:
+        lora, tensors = fitted(read_config(recipe.adapter), model), AdapterFile(recipe.adapter)
+        check_tensors(model, tensors, lora, recipe.adapter)
+        add_lora(model, lora)
+        return tensors
+    lora = lora_config(recipe, config)
+    add_lora(model, lora)
+    for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
+        if not any(pattern_value({pattern: True}, path, False) for path in adapted(model)):
+            raise UserError(f"recipe: rank_pattern or alpha_pattern {pattern!r} fits no layer that has an adapter")
+    return None
+
+
+def is_merged(recipe: Recipe) -> bool:
+    """True if the run resumes and its merged base is in out/base."""
     out = Path(recipe.out)
     return recipe.resume and bool(steps_saved(out / "checkpoints")) and (out / "base" / "config.json").is_file()
 
 
 def merged_base(recipe: Recipe, ranks: Ranks) -> str:
-    """out/base: the weights with `adapter` merged in."""
+    """Merges `adapter` into the weights, once. Returns the merged weights' folder, out/base."""
     folder = Path(recipe.out) / "base"
 
     def merge() -> None:
         merge_folders(recipe.weights, recipe.adapter, str(folder), getattr(torch, recipe.dtype), recipe.tokenizer)
 
-    ranks.run_on_first(lambda: None if merged_before(recipe) else merge())
+    ranks.run_on_first(lambda: None if is_merged(recipe) else merge())
     return str(folder)
 
 
 def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """What a run's numbers are a function of; a resume compares it."""
-    options = {key: value for key, value in asdict(recipe).items() if key not in UNIMPORTANT}
+    """Everything that a run's numbers depend on; a resume compares it."""
+    options = {key: value for key, value in asdict(recipe).items() if key not in MAY_CHANGE}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     held_out = {"valid_data": sources["valid"]} if "valid" in sources else {}
     masks = {"dropout_masks": MASKS} if recipe.dropout else {}
@@ -271,27 +285,27 @@ def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]]) -> 
 
 
 def save_model(state: dict[str, torch.Tensor], config: ModelConfig, path: Path, tokenizer: str) -> None:
-    """A model's folder as transformers and this repository load it, with the tokenizer's files."""
+    """Writes a model's folder in Hugging Face's form, with the tokenizer's files."""
     with new_checkpoint(path) as folder:
         save_weights(state, config.to_dict(), folder, 5 * 2**30)
         copy_tokenizer(tokenizer, folder)
 
 
-def finish(trainer: Trainer, stage: str, began: float) -> Path:
-    """Write the final adapter or model, and the run card."""
+def finish(trainer: Trainer, started: float) -> Path:
+    """Writes the final adapter or model and the run card. Returns the folder of the former."""
     recipe, out = trainer.recipe, trainer.out
     final = out / ("model" if recipe.full else "adapter")
     peaks = trainer.ranks.gather(peak_memory(trainer.ranks.device))
-    held, _ = snapshot(trainer.model, [], keep=trainer.ranks.first)
+    params, _ = snapshot(trainer.model, [], keep=trainer.ranks.first)
 
     def write() -> None:
         if recipe.full:
-            narrow = {name: value.to(getattr(torch, recipe.dtype)) for name, value in held.items()}
-            save_model(narrow, trainer.model.config, final, recipe.tokenizer or recipe.weights)
+            state = {name: value.to(getattr(torch, recipe.dtype)) for name, value in params.items()}
+            save_model(state, trainer.model.config, final, recipe.tokenizer or recipe.weights)
         else:
             with atomic_folder(final, keep_others=True) as folder:
-                write_adapter(folder, *trainer.adapter(held))  # type: ignore[misc]
-        write_card(trainer, time.monotonic() - began, peaks)
+                write_adapter(folder, *trainer.adapter(params))  # type: ignore[misc]
+        write_card(trainer, time.monotonic() - started, peaks)
 
     trainer.ranks.run_on_first(write)
     return final

@@ -97,7 +97,7 @@ def test_a_mistake_in_rows_or_layers_is_noticed(name, mistake, notes, documents)
         (
             "the optimizer's state not restored",
             {},
-            ("train.distributed.checkpoint", "restore", "if held:", "if False:"),
+            ("train.distributed.checkpoint", "restore", "if saved:", "if False:"),
         ),
         (
             "bf16 weights restored in the masters' place",

@@ -14,7 +14,9 @@ import pytest
 import torch
 from tiny_runs import as_recipe, ends
 
+from lora.dropout import MASKS
 from model.support.cli import UserError, guard
+from model.support.files import read_json, sha256_file, write_json
 from train.distributed.checkpoint import find_corruption, steps_saved
 from train.optim.optimizer import named_trainable
 from train.recipe import Recipe
@@ -150,14 +152,21 @@ def test_a_resume_with_another_recipe_or_other_data_lists_what_changed(options, 
         train(as_recipe(options, out=out, steps=2, data=[str(other)]), "instruct")
 
 
-def test_a_run_with_dropout_goes_on_only_with_the_masks_that_it_began_with(options, tmp_path, monkeypatch):
-    begun = {dropout: str(tmp_path / f"run-{dropout}") for dropout in (0.0, 0.1)}
-    for dropout, out in begun.items():
-        train(as_recipe(options, out=out, steps=1, dropout=dropout), "instruct")
-    monkeypatch.setattr("train.session.MASKS", 4)
-    train(as_recipe(options, out=begun[0.0], steps=1, dropout=0.0), "instruct")
-    with pytest.raises(UserError, match="was made by another run: dropout_masks was 3, is 4"):
-        train(as_recipe(options, out=begun[0.1], steps=1, dropout=0.1), "instruct")
+def test_a_run_with_dropout_resumes_only_with_the_version_of_masks_that_it_began_with(options, tmp_path):
+    """A checkpoint of a run with dropout is rewritten as one of an earlier version."""
+    identities = {}
+    for dropout in (0.0, 0.1):
+        recipe = as_recipe(options, out=str(tmp_path / f"run-{dropout}"), steps=1, dropout=dropout)
+        train(recipe, "instruct")
+        checkpoint = steps_saved(Path(recipe.out) / "checkpoints")[-1]
+        identities[dropout] = read_json(checkpoint / "state.json")["identity"]
+    assert identities[0.1]["dropout_masks"] == MASKS and "dropout_masks" not in identities[0.0]
+    state, manifest = read_json(checkpoint / "state.json"), read_json(checkpoint / "manifest.json")
+    state["identity"]["dropout_masks"] = MASKS - 1
+    write_json(checkpoint / "state.json", state)
+    write_json(checkpoint / "manifest.json", manifest | {"state.json": sha256_file(checkpoint / "state.json")})
+    with pytest.raises(UserError, match=f"was made by another run: dropout_masks was {MASKS - 1}, is {MASKS}"):
+        train(recipe, "instruct")
 
 
 def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_begins_again(options, tmp_path, capsys):

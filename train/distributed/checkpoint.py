@@ -1,14 +1,14 @@
-"""Checkpoints that are whole or not there.
+"""Atomic, checksummed checkpoints.
 
     checkpoints/step-000020/
-        trainable.safetensors   every trained parameter, whole, by name
-        optimizer.safetensors   "parameter|key" → state, whole
+        trainable.safetensors   every trained parameter, unsharded, by name
+        optimizer.safetensors   "parameter|key" → state, unsharded
         adapter/                the adapter in PEFT's form (LoRA runs)
-        state.json              step, tokens seen, best held-out loss, steps skipped
-        manifest.json           the SHA-256 of each file above, written last
+        state.json              step, tokens seen, best held-out loss, skipped steps, the run's identity
+        manifest.json           SHA-256 of each file above
 
-The folder is written beside its name and renamed. Reading takes the newest folder whose manifest and hashes hold; a
-corrupt one is named and skipped. Tensors are stored whole, so a run may resume on another number of ranks.
+A checkpoint is written to a temporary folder and renamed. A run resumes from the newest one whose hashes match; corrupt
+ones are named and skipped. Tensors are unsharded, so a run may resume on another number of ranks.
 """
 
 from __future__ import annotations
@@ -42,9 +42,9 @@ class Progress:
 
 
 def whole(tensor: Tensor, keep: bool = True) -> Tensor:
-    """A sharded tensor gathered from all ranks (every rank has to call it); others as they are. On the CPU.
+    """A copy of the tensor on the CPU, gathered from all ranks if it is sharded (a collective: every rank calls it).
 
-    `keep` false: take part in the gathering, and free the result.
+    `keep=False`: only takes part in the collective; returns an empty tensor.
     """
     if hasattr(tensor, "full_tensor"):
         tensor = tensor.full_tensor()
@@ -54,8 +54,10 @@ def whole(tensor: Tensor, keep: bool = True) -> Tensor:
 def snapshot(
     model: nn.Module, optimizers: list[torch.optim.Optimizer], keep: bool = True
 ) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """Whole copies of (trained parameters by name, optimizer state by "name|key"). Every rank has to call it; only
-    those that `keep` hold more than one tensor at a time, so a machine's memory does not fill with a copy a rank."""
+    """Unsharded copies on the CPU of (trained parameters by name, optimizer state by "name|key"). A collective.
+
+    Ranks with `keep=False` hold one tensor at a time and return two empty dicts: one copy per run, not one per rank.
+    """
     params = {name: whole(p, keep) for name, p in named_trainable(model).items()}
     state = {f"{name}|{key}": whole(value, keep) for name, key, value in state_tensors(model, optimizers)}
     return (params, state) if keep else ({}, {})
@@ -69,22 +71,23 @@ def save_checkpoint(
     adapter: tuple[Any, dict[str, Tensor], str] | None,
     identity: dict[str, Any],
 ) -> Path:
-    """Write one checkpoint under `folder`. `adapter` is (config, tensors, base) for a LoRA run."""
+    """Writes one checkpoint under `folder`. `adapter`: (config, tensors, base path) of a LoRA run."""
     path = folder / f"step-{progress.step:06d}"
-    with atomic_folder(path) as beside:
-        save_tensors(beside / "trainable.safetensors", params)
-        save_tensors(beside / "optimizer.safetensors", state)
+    with atomic_folder(path) as temporary:
+        save_tensors(temporary / "trainable.safetensors", params)
+        save_tensors(temporary / "optimizer.safetensors", state)
         if adapter is not None:
-            (beside / "adapter").mkdir()
-            write_adapter(beside / "adapter", *adapter)
-        write_json(beside / "state.json", {**asdict(progress), "identity": identity})
-        files = sorted(file for file in beside.rglob("*") if file.is_file())
-        write_json(beside / "manifest.json", {str(file.relative_to(beside)): sha256_file(file) for file in files})
+            (temporary / "adapter").mkdir()
+            write_adapter(temporary / "adapter", *adapter)
+        write_json(temporary / "state.json", {**asdict(progress), "identity": identity})
+        files = sorted(file for file in temporary.rglob("*") if file.is_file())
+        hashes = {str(file.relative_to(temporary)): sha256_file(file) for file in files}
+        write_json(temporary / "manifest.json", hashes)
     return path
 
 
 def find_corruption(path: Path, quickly: bool = False) -> str | None:
-    """What is wrong with a checkpoint, or None where it is whole. `quickly` leaves out the tensors' hashes."""
+    """Describes what is wrong with a checkpoint; None if it is intact. `quickly` does not hash the tensors."""
     try:
         manifest = read_json(path / "manifest.json")
         for name, digest in manifest.items():
@@ -99,8 +102,8 @@ def find_corruption(path: Path, quickly: bool = False) -> str | None:
 
 def steps_saved(folder: Path) -> list[Path]:
     """The checkpoints in a folder, oldest first."""
-    found = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
-    return sorted(found, key=step_of)
+    checkpoints = [path for path in folder.glob("step-*") if path.is_dir() and path.name[5:].isdecimal()]
+    return sorted(checkpoints, key=step_of)
 
 
 def step_of(path: Path) -> int:
@@ -108,17 +111,18 @@ def step_of(path: Path) -> int:
 
 
 def newest_whole(folder: Path) -> Path | None:
-    """The newest checkpoint that is whole; corrupt ones are named on stderr and skipped."""
+    """The newest intact checkpoint; corrupt ones are named on stderr and skipped."""
     for path in reversed(steps_saved(folder)):
-        wrong = find_corruption(path)
-        if wrong is None:
+        corruption = find_corruption(path)
+        if corruption is None:
             return path
-        print(f"checkpoint {path} skipped: {wrong}", file=sys.stderr)
+        print(f"checkpoint {path} skipped: {corruption}", file=sys.stderr)
     return None
 
 
 def prune(folder: Path, last: int, best: int | None, stale: list[Path]) -> None:
-    """Remove all but the last `last` checkpoints and the best one, and `stale` ones, corrupt or of an abandoned run."""
+    """Deletes the `stale` checkpoints (corrupt, or of an abandoned run) and all others but the last `last` and the best
+    one."""
     for path in stale:
         shutil.rmtree(path, ignore_errors=True)
     for path in steps_saved(folder)[:-last]:
@@ -127,7 +131,7 @@ def prune(folder: Path, last: int, best: int | None, stale: list[Path]) -> None:
 
 
 def check_unchanged(folder: Path, identity: dict[str, Any], allowed: bool) -> None:
-    """Refuse, before the model is read, to resume from another run's newest checkpoint."""
+    """Raises UserError if the newest checkpoint is another run's. Cheap, for a check before the model is loaded."""
     saved = steps_saved(folder)
     if saved and find_corruption(saved[-1], quickly=True) is None:
         refuse_changes(saved[-1], read_json(saved[-1] / "state.json").get("identity", {}), identity, allowed)
@@ -149,9 +153,9 @@ def restore(
     identity: dict[str, Any],
     allowed: bool = False,
 ) -> Progress:
-    """Put a checkpoint's parameters and optimizer state in place; each rank reads its rows. Returns the progress.
+    """Loads a checkpoint's parameters and optimizer state; each rank reads its own rows. Returns the progress.
 
-    Raises UserError, before anything is changed, where another run made it (unless `allowed`) or its shapes differ.
+    Raises UserError, with nothing changed, if another run made it (unless `allowed`) or its shapes differ.
     """
     raw = read_json(path / "state.json")
     refuse_changes(path, raw.pop("identity"), identity, allowed)
@@ -162,25 +166,25 @@ def restore(
         raise UserError(f"{path}: holds other parameters than this run trains; give another out folder")
     with torch.no_grad():
         for name, param in trainable.items():
-            local(param).copy_(rows_like(params[name], param))
+            local(param).copy_(read_rows(params[name], param))
     names = {p: name for name, p in trainable.items()}
     for optimizer in optimizers:
         for group in optimizer.param_groups:
             for param in group["params"]:
                 prefix = f"{names[param]}|"
-                held = {key[len(prefix) :]: stored for key, stored in state.items() if key.startswith(prefix)}
-                if held:
-                    optimizer.state[param] = {key: as_state(stored, param) for key, stored in held.items()}
+                saved = {key[len(prefix) :]: stored for key, stored in state.items() if key.startswith(prefix)}
+                if saved:
+                    optimizer.state[param] = {key: read_state(stored, param) for key, stored in saved.items()}
     return Progress(**raw)
 
 
-def rows_like(stored: Stored, param: Tensor) -> Tensor:
-    """The rows of a stored tensor that this rank holds of `param`."""
+def read_rows(stored: Stored, param: Tensor) -> Tensor:
+    """Reads this rank's rows of a tensor that is sharded as `param` is."""
     return stored.read(rows_of(param, stored.shape[0]) if stored.shape else None)
 
 
-def as_state(stored: Stored, param: Tensor) -> Tensor:
-    """A stored optimizer tensor on `param`'s device, sharded as `param` is; single numbers stay on the CPU."""
+def read_state(stored: Stored, param: Tensor) -> Tensor:
+    """Reads an optimizer tensor onto `param`'s device, sharded as `param` is; scalars stay on the CPU."""
     if not stored.shape:
         return stored.read(None)
-    return sharded_like(rows_like(stored, param).to(local(param).device), param, stored.shape)
+    return sharded_like(read_rows(stored, param).to(local(param).device), param, stored.shape)

@@ -1,9 +1,9 @@
-"""A model put into memory row by row: built on the meta device, sharded while it is empty, then filled.
+"""Loads a model that was built on the meta device and sharded while empty.
 
-Each rank reads its own rows of each tensor and no others, so a node reads the checkpoint once whatever the number of
-its ranks, and no rank holds a whole tensor of it. A packed base's codes are rows of whole quantization blocks, so its
-shards end on blocks; its scales, which are small, are whole on every rank. Fresh weights are drawn whole, from (seed,
-name), and cut: drawing each rank's rows apart would give all ranks the same numbers.
+Each rank reads only its own rows of each tensor, in pieces: all ranks together read the checkpoint once, and none holds
+a whole tensor. In a quantized base no block spans two rows, so the codes shard by rows; the scales are small and
+replicated. Fresh weights are drawn in full from (seed, name) and then cut, so that they do not depend on the number of
+ranks.
 """
 
 from __future__ import annotations
@@ -30,9 +30,12 @@ Read = Callable[[str, slice], Tensor]  # (a weight's name in the checkpoint, row
 
 @torch.no_grad()
 def load_sharded(model: nn.Module, ranks: Ranks, read: Read, adapter: Mapping[str, Tensor] | None, seed: int) -> None:
-    """Fill every parameter of an empty model: weights from `read`, adapters from PEFT's tensors or freshly drawn."""
-    dtype = next(model.parameters()).dtype  # the embedding's: the base's
-    packed = {f"{path}.quantized.codes": layer for path, layer in adapted(model).items() if layer.quantized is not None}
+    """Fills every parameter of an empty model: weights by `read`, adapters from `adapter` (PEFT's names) or initialised
+    from `seed`."""
+    dtype = next(model.parameters()).dtype  # of the embedding, hence of the base
+    by_codes = {
+        f"{path}.quantized.codes": layer for path, layer in adapted(model).items() if layer.quantized is not None
+    }
     for name, param in tqdm(
         list(model.named_parameters()),
         desc="loading",
@@ -40,46 +43,51 @@ def load_sharded(model: nn.Module, ranks: Ranks, read: Read, adapter: Mapping[st
         leave=False,
         disable=None if ranks.first else True,
     ):
-        mine, into = ranks.rows(len(param)), local(param)
-        assert len(into) == mine.stop - mine.start, name
+        mine, target = ranks.rows(len(param)), local(param)
+        assert len(target) == mine.stop - mine.start, name
         if ".lora_A." in name or ".lora_B." in name:
-            into.copy_(adapter_rows(name, param, adapter, seed)[mine])
+            target.copy_(adapter_matrix(name, param, adapter, seed)[mine])
             continue
-        layer = packed.get(name)
+        layer = by_codes.get(name)
         quantized = layer.quantized if layer else None
         weight, shape = (f"{layer.path}.weight", quantized.shape) if layer and quantized else (name, param.shape)
         step = max(1, PIECE // max(1, math.prod(shape[1:])))
         scales = []
         for start in range(mine.start, mine.stop, step):
             rows = slice(start, min(start + step, mine.stop))
-            piece, place_of = finite(weight, read(weight, rows)), into[start - mine.start : rows.stop - mine.start]
+            piece = warn_if_not_finite(weight, read(weight, rows))
+            target_rows = target[start - mine.start : rows.stop - mine.start]
             if quantized is not None:
                 codes, absmax = quantized.codes_of(piece.to(dtype))
-                place_of.copy_(codes.view_as(place_of))
+                target_rows.copy_(codes.view_as(target_rows))
                 scales.append(absmax.to(torch.float32))
             else:
-                place_of.copy_(piece)
+                target_rows.copy_(piece)
         if quantized is not None:
-            put_scales(quantized, scales, mine, ranks)
+            set_scales(quantized, scales, mine, ranks)
 
 
-def put_scales(held: QuantizedWeight, scales: list[Tensor], mine: slice, ranks: Ranks) -> None:
-    """A packed weight's scales, whole on every rank: each adds its own to zeros, so none of them is rounded."""
-    whole_OG = torch.zeros(held.shape[0], held.scales.numel() // held.shape[0])
+def set_scales(quantized: QuantizedWeight, scales: list[Tensor], mine: slice, ranks: Ranks) -> None:
+    """Sets a quantized weight's scales, the same on every rank, from each rank's scales of its rows `mine`.
+
+    They are all-reduced as a sum in which every other rank has zeros, so the values are exact.
+    """
+    all_OG = torch.zeros(quantized.shape[0], quantized.scales.numel() // quantized.shape[0])
     if scales:
-        whole_OG[mine] = torch.cat(scales).view(-1, whole_OG.shape[1])
-    whole = whole_OG.flatten()
+        all_OG[mine] = torch.cat(scales).view(-1, all_OG.shape[1])
+    flat = all_OG.flatten()
     if ranks.world > 1:
-        whole = sum_over_ranks(whole.to(ranks.device)).cpu()
-    if held.kind in ("int8", "w8a8"):
-        held.scales.copy_(whole)
+        flat = sum_over_ranks(flat.to(ranks.device)).cpu()
+    if quantized.kind in ("int8", "w8a8"):
+        quantized.scales.copy_(flat)
         return
-    for buffer, value in zip((held.scales, held.scales_absmax, held.scales_mean), quantize_scales(whole), strict=True):
+    buffers = (quantized.scales, quantized.scales_absmax, quantized.scales_mean)
+    for buffer, value in zip(buffers, quantize_scales(flat), strict=True):
         buffer.copy_(value)
 
 
-def adapter_rows(name: str, param: Tensor, adapter: Mapping[str, Tensor] | None, seed: int) -> Tensor:
-    """The whole of one adapter matrix."""
+def adapter_matrix(name: str, param: Tensor, adapter: Mapping[str, Tensor] | None, seed: int) -> Tensor:
+    """One adapter matrix in full, from `adapter` or newly initialised (A random, B zero)."""
     path, kind, _ = name.rsplit(".", 2)
     if adapter is not None:
         return adapter[f"{PREFIX}{path}.{kind}.weight"]
@@ -87,28 +95,27 @@ def adapter_rows(name: str, param: Tensor, adapter: Mapping[str, Tensor] | None,
 
 
 def fresh(seed: int, shapes: dict[str, torch.Size], layers: int) -> Read:
-    """Rows of freshly drawn weights."""
+    """Reads rows of newly initialised weights."""
     return lambda name, rows: first_weight(name, shapes[name], seed, layers)[rows]
 
 
 def from_checkpoint(checkpoint: Checkpoint, shapes: dict[str, torch.Size], ranks: Ranks) -> Read:
-    """Rows of a checkpoint whose names and shapes are the model's. Raises UserError listing what disagrees."""
+    """Reads rows of a checkpoint. Raises UserError listing names and shapes that differ from the model's."""
     head = checkpoint.tensors.get("lm_head.weight")
-    mine = (
-        ranks.rows(head.shape[0]) if head is not None and head.shape else None
-    )  # of a tied one, each looks at its own
-    return select(checkpoint, {name: tuple(shape) for name, shape in shapes.items()}, mine).read
+    # to check that a tied head equals the embedding, each rank compares its own rows
+    head_rows = ranks.rows(head.shape[0]) if head is not None and head.shape else None
+    return select(checkpoint, {name: tuple(shape) for name, shape in shapes.items()}, head_rows).read
 
 
-def finite(name: str, rows: Tensor) -> Tensor:
+def warn_if_not_finite(name: str, rows: Tensor) -> Tensor:
     if rows.numel() and not rows.isfinite().all():
         warnings.warn(f"{name} holds NaN or infinite numbers", stacklevel=2)
     return rows
 
 
 def base_shapes(model: nn.Module) -> dict[str, torch.Size]:
-    """The names and shapes of a model's weights in its checkpoint, with whatever adapters and packing are on it."""
-    own = (".lora_", ".quantized.")
-    shapes = {name: p.shape for name, p in model.named_parameters() if not any(part in name for part in own)}
-    packed = {path: layer.quantized for path, layer in adapted(model).items() if layer.quantized is not None}
-    return shapes | {f"{path}.weight": torch.Size(held.shape) for path, held in packed.items()}
+    """Names and shapes of the base weights as a checkpoint stores them: without adapters, not quantized."""
+    added = (".lora_", ".quantized.")
+    shapes = {name: p.shape for name, p in model.named_parameters() if not any(part in name for part in added)}
+    quantized = {path: layer.quantized for path, layer in adapted(model).items() if layer.quantized is not None}
+    return shapes | {f"{path}.weight": torch.Size(weight.shape) for path, weight in quantized.items()}

@@ -1,9 +1,9 @@
-"""AdamW whose two averages are kept in blocks of 8 bits (arXiv 2110.02861), in plain PyTorch.
+"""AdamW with blockwise 8-bit moments (arXiv 2110.02861), in plain PyTorch.
 
-Each step widens a parameter's state, takes AdamW's step, and narrows it again. A block is 256 values of one row of a
-matrix, or what is left of the row: where rows are multiples of 256 wide these are bitsandbytes' blocks, and a block
-never lies on two ranks, so that sharding by rows changes no bit. Vectors, and matrices of fewer than 4,096 values, keep
-fp32 state. Paging the state to the host's memory is not done here.
+Each step dequantizes a parameter's moments, takes AdamW's step in fp32, and quantizes them again. A block is 256
+consecutive values of one row (fewer at a row's end). If the width is a multiple of 256 these are bitsandbytes' blocks.
+No block spans two rows, so sharding by rows changes no bit. Vectors, and matrices of fewer than 4,096 values, keep fp32
+moments. The state is not paged to host memory.
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from torch import Tensor
 from model.quantize.blockwise import dequantize, dynamic_table, quantize
 from train.distributed.sharding import local, sharded_like
 
-BLOCK = 256
-SMALL = 4096
+BLOCK = 256  # values that share one absmax
+MIN_QUANTIZED = 4096  # matrices with fewer values keep fp32 moments
 
 
 class AdamW8bit(torch.optim.Optimizer):
-    """torch.optim.AdamW with 8-bit state (decoupled weight decay, eps 1e-8 outside the root)."""
+    """torch.optim.AdamW with 8-bit moments (decoupled weight decay, eps outside the square root)."""
 
     def __init__(self, params: Any, lr: float, betas: tuple[float, float] = (0.9, 0.999), eps: float = 1e-8) -> None:
         super().__init__(params, {"lr": lr, "betas": betas, "eps": eps, "weight_decay": 0.0})
@@ -35,7 +35,7 @@ class AdamW8bit(torch.optim.Optimizer):
                     self.update(param, group)
 
     def update(self, param: Tensor, group: dict[str, Any]) -> None:
-        """One parameter's step, on this rank's rows of it."""
+        """AdamW's step on this rank's rows of one parameter."""
         state, mine = self.state[param], local(param)
         mean, square = self.read(state, "mean", mine), self.read(state, "square", mine)
         state["step"] = state.get("step", torch.zeros(())) + 1
@@ -51,29 +51,30 @@ class AdamW8bit(torch.optim.Optimizer):
         self.write(state, "square", square, param)
 
     def read(self, state: dict[str, Any], name: str, mine: Tensor) -> Tensor:
-        """The wide average of this rank's rows."""
+        """The moment `name` of this rank's rows in fp32 (zeros before the first step)."""
         if name in state:
             return local(state[name])
         if f"{name}_codes" in state:
             codes, absmax = local(state[f"{name}_codes"]), local(state[f"{name}_absmax"])
-            rows, width = len(codes), codes.shape[1]  # whole blocks: the last one of a row is filled up with zeros
+            rows, width = len(codes), codes.shape[1]  # whole blocks: rows are padded with zeros
             flat = dequantize(codes.flatten(), absmax.flatten(), self.tables[name], block_of(mine.shape[1]))
             return flat.view(rows, width)[:, : mine.shape[1]].contiguous()
         return torch.zeros_like(mine, dtype=torch.float32)
 
     def write(self, state: dict[str, Any], name: str, value: Tensor, param: Tensor) -> None:
-        if param.dim() != 2 or param.numel() < SMALL:
+        """Stores the moment `name`: quantized for large matrices, else in fp32."""
+        if param.dim() != 2 or param.numel() < MIN_QUANTIZED:
             state[name] = sharded_like(value, param, param.shape)
             return
         block = block_of(value.shape[1])
-        filled = torch.nn.functional.pad(value, (0, -value.shape[1] % block))
-        codes, absmax = quantize(filled, self.tables[name], block)
-        blocks = filled.shape[1] // block
-        for kind, held, width in (("codes", codes, filled.shape[1]), ("absmax", absmax, blocks)):
-            rows = held.view(len(value), width)
+        padded = torch.nn.functional.pad(value, (0, -value.shape[1] % block))
+        codes, absmax = quantize(padded, self.tables[name], block)
+        blocks = padded.shape[1] // block
+        for kind, flat, width in (("codes", codes, padded.shape[1]), ("absmax", absmax, blocks)):
+            rows = flat.view(len(value), width)
             state[f"{name}_{kind}"] = sharded_like(rows, param, (param.shape[0], width))
 
 
 def block_of(columns: int) -> int:
-    """Values a block: 256, or as many as a narrower row has."""
+    """Number of values in a block of a matrix with so many columns."""
     return min(BLOCK, columns)

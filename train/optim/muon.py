@@ -1,9 +1,8 @@
-"""torch's Muon (arXiv 2502.16982) where matrices are sharded over ranks.
+"""torch.optim.Muon (arXiv 2502.16982) for matrices that are sharded over ranks.
 
-Its update orthogonalises the whole matrix, which no rank holds. So one matrix at a time is gathered with its gradient
-and momentum, every rank takes torch's own step on the whole, and keeps its rows: the same arithmetic as on one process,
-bit for bit. Memory grows by one matrix at a time; the orthogonalisation is done on every rank, which costs its time
-again but needs no second exchange.
+Muon orthogonalises the update of a whole matrix, and no rank holds one. So each matrix is gathered in turn with its
+gradient and momentum; every rank takes torch's step on it and keeps its own rows. The result is bit-identical to one
+process. The extra memory is one matrix; every rank repeats the orthogonalisation, which saves a second communication.
 """
 
 from __future__ import annotations
@@ -27,15 +26,15 @@ class ShardedMuon(torch.optim.Muon):
                 if param.grad is not None:
                     self.update(param, options)
 
-    def update(self, param: Any, options: dict) -> None:  # a DTensor, whose gradient torch types as a plain tensor
+    def update(self, param: Any, options: dict) -> None:  # Any: a DTensor, whose .grad torch types as a plain tensor
         whole = nn.Parameter(param.full_tensor().clone())
         whole.grad = param.grad.full_tensor()
-        alone = torch.optim.Muon([whole], **options)
+        muon = torch.optim.Muon([whole], **options)
         if self.state[param]:
-            alone.state[whole] = {key: value.full_tensor().clone() for key, value in self.state[param].items()}
+            muon.state[whole] = {key: value.full_tensor().clone() for key, value in self.state[param].items()}
         with torch.enable_grad():
-            alone.step()
-        mine = rows_of(param, len(whole))
-        local(param).copy_(whole[mine])
-        for key, value in alone.state[whole].items():
-            self.state[param][key] = sharded_like(value[mine].clone(), param, param.shape)
+            muon.step()
+        rows = rows_of(param, len(whole))
+        local(param).copy_(whole[rows])
+        for key, value in muon.state[whole].items():
+            self.state[param][key] = sharded_like(value[rows].clone(), param, param.shape)

@@ -1,7 +1,7 @@
-"""Optimizers for a recipe, and the learning rate over steps.
+"""A recipe's optimizers and learning-rate schedule.
 
-Weight decay falls on matrices only. Muon (arXiv 2502.16982; torch's) takes the matrices of a model trained from
-scratch, but not its embedding or output head; AdamW takes the rest.
+Weight decay applies to matrices only. With Muon (arXiv 2502.16982), it trains the matrices of the decoder layers and
+AdamW everything else: embedding, output head and norms.
 """
 
 from __future__ import annotations
@@ -17,31 +17,31 @@ from train.recipe import Recipe
 
 
 def named_trainable(model: nn.Module) -> dict[str, nn.Parameter]:
-    """The parameters that learn, by name, in the model's order."""
+    """Trainable parameters by name, in the model's order."""
     return {name: p for name, p in model.named_parameters() if p.requires_grad}
 
 
 def make_optimizers(model: nn.Module, recipe: Recipe) -> list[torch.optim.Optimizer]:
-    """The recipe's optimizers over the trainable parameters; each group keeps its peak rate under "peak"."""
+    """The recipe's optimizers over the trainable parameters; group["peak"] is each group's peak learning rate."""
     params = named_trainable(model)
     if recipe.optimizer == "muon":
         matrices = {name: p for name, p in params.items() if p.dim() == 2 and ".layers." in name}
         rest = {name: p for name, p in params.items() if name not in matrices}
-        kind = ShardedMuon if any(hasattr(p, "device_mesh") for p in matrices.values()) else torch.optim.Muon
-        muon = kind(matrices.values(), lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
-        made: list[torch.optim.Optimizer] = [muon, adamw(rest, recipe)]
+        muon_class = ShardedMuon if any(hasattr(p, "device_mesh") for p in matrices.values()) else torch.optim.Muon
+        muon = muon_class(matrices.values(), lr=recipe.muon_rate, weight_decay=recipe.weight_decay)
+        optimizers: list[torch.optim.Optimizer] = [muon, adamw(rest, recipe)]
     elif recipe.optimizer == "sgd":
-        made = [torch.optim.SGD(groups(params, recipe), lr=recipe.learning_rate)]
+        optimizers = [torch.optim.SGD(groups(params, recipe), lr=recipe.learning_rate)]
     elif recipe.optimizer == "adamw8bit":
         from train.optim.adamw8bit import AdamW8bit
 
-        made = [AdamW8bit(groups(params, recipe), lr=recipe.learning_rate, betas=recipe.betas)]
+        optimizers = [AdamW8bit(groups(params, recipe), lr=recipe.learning_rate, betas=recipe.betas)]
     else:
-        made = [adamw(params, recipe)]
-    for optimizer in made:
+        optimizers = [adamw(params, recipe)]
+    for optimizer in optimizers:
         for group in optimizer.param_groups:
             group["peak"] = group["lr"]
-    return made
+    return optimizers
 
 
 def adamw(params: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimizer:
@@ -49,24 +49,29 @@ def adamw(params: dict[str, nn.Parameter], recipe: Recipe) -> torch.optim.Optimi
 
 
 def groups(params: dict[str, nn.Parameter], recipe: Recipe) -> list[dict]:
+    """Parameter groups: matrices with weight decay, vectors without."""
     matrices = [p for p in params.values() if p.dim() >= 2]
     vectors = [p for p in params.values() if p.dim() < 2]
-    made = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
-    return [group for group in made if group["params"]]
+    both = [{"params": matrices, "weight_decay": recipe.weight_decay}, {"params": vectors, "weight_decay": 0.0}]
+    return [group for group in both if group["params"]]
 
 
 def rate(recipe: Recipe, step: int, steps: int) -> float:
-    """The share of the peak learning rate at `step` (from 0): linear warm-up, then the schedule's fall."""
+    """Learning rate at `step` (from 0) as a share of its peak: linear warm-up, then the schedule's decay."""
     warmup = recipe.warmup or math.ceil(recipe.warmup_share * steps)
     if step < warmup:
         return (step + 1) / warmup
-    done = (step - warmup) / max(1, steps - warmup)
-    fall = {"cosine": (1 + math.cos(math.pi * done)) / 2, "linear": 1 - done, "constant": 1.0}[recipe.schedule]
-    return recipe.final_rate + (1 - recipe.final_rate) * fall
+    progress = (step - warmup) / max(1, steps - warmup)
+    decay = {
+        "cosine": (1 + math.cos(math.pi * progress)) / 2,
+        "linear": 1 - progress,
+        "constant": 1.0,
+    }[recipe.schedule]
+    return recipe.final_rate + (1 - recipe.final_rate) * decay
 
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, str, Tensor]]:
-    """(parameter's name, key, tensor) of every optimizer's state."""
+    """Yields (parameter's name, key, tensor) of the optimizers' state."""
     names: dict[Tensor, str] = {p: name for name, p in named_trainable(model).items()}
     for optimizer in optimizers:
         for param, state in optimizer.state.items():
