@@ -1,7 +1,7 @@
-"""A training run as one flat set of options: a TOML file, then `--key value` on the command line.
+"""Options of a training run: a TOML file, overridden by `--key value` on the command line.
 
-Every option is a field of `Recipe`, checked where it is built. The two programs share it; what belongs to one stage
-alone says so.
+Every option is a field of `Recipe`, which checks itself when it is built. Both programs share it; options of only one
+stage are marked "instruct only" or "pretrain only".
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ INTERVALS = {
 
 @dataclass(frozen=True)
 class Recipe:
-    """Train a model or its adapters, by a recipe (TOML) and these options; data and out are needed."""
+    """Train a model or an adapter as a recipe (TOML) and these options say; data and out are required."""
 
     data: tuple[str, ...] = ()
     """JSON-lines files to train on."""
@@ -48,53 +48,53 @@ class Recipe:
     weights: str = ""
     """The base model's folder."""
     init: str = ""
-    """A config.json: train from freshly drawn weights of this shape instead of `weights` (needs full and tokenizer)."""
+    """A config.json: train newly initialised weights of this shape instead of `weights` (needs full and tokenizer)."""
     tokenizer: str = ""
     """The tokenizer's folder (empty: that of the weights)."""
     adapter: str = ""
     """An adapter to continue, with its own rank, scale, dropout and modules (empty: a new one)."""
     merge_adapter: bool = False
-    """Merge `adapter` into the base, write that base to out/base, and train a new adapter on it."""
+    """Merge `adapter` into the base, save the result in out/base, and train a new adapter on it."""
     valid_data: tuple[str, ...] = ()
-    """Held-out files for the validation loss."""
+    """JSON-lines files for the held-out loss."""
     valid_rows: int = 64
-    """At most so many held-out rows."""
+    """Largest number of held-out rows."""
     records: int = 0
-    """Use only the first so many records of the data (0: all)."""
+    """Number of records of the data to use, from the first (0: all)."""
 
     steps: int = 0
     """Optimizer steps (0: as many as `epochs` needs)."""
     epochs: float = 1.0
-    """Passes over the data, where `steps` is 0."""
+    """Passes over the data, if `steps` is 0."""
     batch_rows: int = 4
     """Rows per optimizer step, over all ranks."""
     micro_rows: int = 1
-    """Rows computed at once on one rank; the rest of the batch is accumulated."""
+    """Rows per forward and backward pass on one rank; gradients are accumulated over the batch."""
     sharded: bool = True
-    """Divide the weights over the ranks (FSDP). false: every rank holds them whole, and only the adapters' gradients
-    are sent, which is faster where the model fits."""
+    """Shard the weights over the ranks (FSDP). false: every rank holds all of them and only the adapters' gradients are
+    reduced, which is faster if the model fits."""
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """How the learning rate falls after the warm-up (to `final_rate` of its peak)."""
+    """Decay of the learning rate after the warm-up (to `final_rate` of its peak)."""
     final_rate: float = 0.0
-    """Where the schedule ends, as a share of the peak."""
+    """Learning rate at the end of the schedule, as a share of the peak."""
     warmup: int = 0
     """Steps of linear warm-up."""
     warmup_share: float = 0.0
-    """Warm-up as a share of all steps, where `warmup` is 0."""
+    """Warm-up as a share of all steps, if `warmup` is 0."""
     optimizer: Literal["adamw", "adamw8bit", "muon", "sgd"] = "adamw"
-    """adamw8bit keeps its state in blocks of 8 bits; muon trains matrices by Muon and the rest by AdamW."""
+    """adamw8bit: AdamW with blockwise 8-bit moments. muon: Muon for the layers' matrices, AdamW for the rest."""
     muon_rate: float = 0.02
-    """Muon's peak learning rate for matrices (the rest uses learning_rate)."""
+    """Muon's peak learning rate (AdamW uses learning_rate)."""
     weight_decay: float = 0.01
-    """On matrices only."""
+    """Weight decay, of matrices only."""
     betas: tuple[float, float] = (0.9, 0.999)
-    """AdamW's averaging."""
+    """AdamW's betas."""
     clip: float = 1.0
-    """Largest norm of the whole gradient (0: no clipping)."""
+    """Largest global gradient norm (0: no clipping)."""
     seed: int = 0
-    """Order of the data, start of new weights, dropout."""
+    """Seed of the data order, new weights and dropout."""
 
     full: bool = False
     """Train all weights instead of an adapter."""
@@ -103,65 +103,65 @@ class Recipe:
     alpha: float = 16.0
     """Adapter scale: alpha / r."""
     dropout: float = 0.0
-    """Share of the adapter's inputs dropped."""
+    """Dropout probability of the adapter's inputs."""
     rslora: bool = False
     """Scale by alpha / sqrt(r)."""
     target_modules: tuple[str, ...] = ("all-linear",)
-    """Which linear layers get an adapter."""
+    """Linear layers that get an adapter."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks: a table of regular expressions for the end of a layer's name → rank, for example v_proj = 16."""
+    """Rank of some layers: a table of regular expressions for the end of a layer's name, for example v_proj = 16."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Other alphas, likewise."""
+    """Alpha of some layers, likewise."""
     first_layer: int = 0
-    """Adapters only from this decoder layer on: no gradient flows below it."""
+    """First decoder layer with adapters; no gradient flows below it."""
     base: Literal["", "nf4", "int8", "w8a8"] = ""
-    """Keep the frozen base in this quantized format (empty: in dtype). w8a8: its products are of 8-bit integers both
-    ways, which on a processor with VNNI is faster than fp32's, and not than bf16's."""
+    """Format of the frozen base (empty: dtype). w8a8: int8 GEMMs forward and backward, faster than fp32 on a CPU with
+    VNNI, but no faster than bf16 where the CPU has bf16 instructions."""
 
     block: int = 1024
     """Largest number of tokens in a row."""
     packing: Literal["documents", "none", "concatenate"] = "documents"
-    """documents: several texts a row, masked apart, positions reset. none: one text a row. concatenate (pretrain
-    only, faithful to the paper's scripts): texts run together and cut, no mask, positions run on, the tail dropped."""
+    """documents: several texts per row, masked from each other, positions from 0 in each. none: one text per row.
+    concatenate (pretrain only, as the paper's scripts): texts concatenated and cut, no mask, the tail dropped."""
     template: Literal["note-first", "faithful"] = "note-first"
-    """instruct only: the note before the question, or the paper's scripts' instruction first."""
+    """instruct only. note-first: the note, then the question. faithful: as the paper's scripts, the question first."""
     share_prefix: bool = True
-    """instruct only: one row holds a note once and its questions as branches (note-first only)."""
+    """instruct only: one row holds a note once, and its questions as branches (note-first only)."""
     tasks: Literal["both", "phenotype", "diagnosis"] = "both"
     """instruct only: which questions are trained."""
     loss_on: Literal["answer", "all"] = "answer"
-    """instruct only: the loss counts the answer, or (faithful) the prompt too."""
+    """instruct only: loss on the answer only, or on the prompt too (as the paper's scripts)."""
     append_eos: bool = True
-    """instruct only: the answer ends in the end-of-text token (false: faithful, the model never learns to stop)."""
+    """instruct only: end answers with EOS (false: as the paper's scripts; the model does not learn to stop)."""
     empty_kept: float = 1.0
-    """instruct only: share of the questions answered "not relevant" that are trained; the others are left out."""
+    """instruct only: share of the questions answered "not relevant" to train on."""
     note_loss: float = 0.0
-    """instruct only: weight of the note's own language-model loss beside that of the answers."""
+    """instruct only: weight of the language-model loss on the note itself."""
 
     valid_every: int = 0
-    """Steps between validation losses (0: only at the end)."""
+    """Steps between held-out losses (0: only at the end)."""
     save_every: int = 0
     """Steps between checkpoints (0: only at the end)."""
     keep_last: int = 2
-    """Checkpoints kept, beside the best one."""
+    """Number of checkpoints kept, besides the best one."""
     resume: bool = True
-    """Resume from the newest whole checkpoint in `out`, if there is one."""
+    """Resume from the newest intact checkpoint in `out`, if there is one."""
     allow_changed: bool = False
-    """Resume although the recipe or the data changed."""
+    """Resume even if the recipe or the data changed."""
     on_bad_step: Literal["stop", "skip"] = "stop"
-    """What a loss or gradient that is not finite does."""
+    """What to do if a loss or gradient is not finite."""
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    """auto: cuda where there is one. Under torchrun each rank of a machine takes a GPU of its own."""
+    """auto: cuda if available. Under torchrun each rank of a machine takes a GPU of its own."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
-    """What is computed in, and the dtype of a frozen base. What is trained is kept in at least fp32."""
+    """Dtype of the computation and of a frozen base. Trained parameters are kept in at least fp32."""
     checkpoint_blocks: bool = False
-    """Recompute each block in the backward pass: less memory, a third more time."""
+    """Recompute each block in the backward pass (activation checkpointing): less memory, a third more time."""
     compile: bool = False
-    """Run the model through torch.compile."""
+    """Compile the decoder blocks with torch.compile."""
     fuse: bool = False
-    """On a CUDA device: the Triton kernels' blocks (infer/engine/fuse.py), adapters on a frozen base only."""
+    """On a CUDA device: blocks of Triton kernels (infer/engine/fuse.py), for adapters on a frozen base only."""
     threads: int = 0
-    """CPU threads (0: torch's choice)."""
+    """CPU threads (0: torch's default)."""
 
     def __post_init__(self) -> None:
         for interval, names in INTERVALS.items():
@@ -194,7 +194,7 @@ class Recipe:
             self.steps_of(0)
 
     def steps_of(self, rows: int) -> int:
-        """Optimizer steps of a run over so many rows. Raises UserError where the warm-up is longer."""
+        """Number of optimizer steps of a run over so many rows. Raises UserError if the warm-up is longer."""
         steps = self.steps or max(1, round(self.epochs * rows / self.batch_rows))
         if self.warmup > steps:
             raise UserError(
@@ -205,12 +205,12 @@ class Recipe:
 
 
 def read_toml(path: str | Path) -> dict[str, Any]:
-    """A recipe file's keys. Raises UserError for what is not TOML, not a key of Recipe, or of another type."""
+    """The options in a recipe file. Raises UserError for invalid TOML, an unknown key or a value of the wrong type."""
     if not Path(path).is_file():
         raise UserError(f"{path}: no such file; give a recipe, for example train/recipes/cancerllm.toml")
     try:
         raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # not TOML, not UTF-8, too deep, or a number of thousands of digits
+    except (ValueError, RecursionError) as error:  # bad TOML or UTF-8, nested too deep, or an integer too long
         raise UserError(f"{path}: not a TOML file: {one_line(error)}") from error
     for key, value in raw.items():
         raw[key] = checked(key, value, str(path))
@@ -218,8 +218,8 @@ def read_toml(path: str | Path) -> dict[str, Any]:
 
 
 def checked(key: str, value: Any, where: str) -> Any:
-    """`value` in the type of the option `key`, or a UserError that begins with `where`."""
-    known = {each.name: {} if each.default is MISSING else each.default for each in fields(Recipe)}
+    """`value` converted to the type of the option `key`. Raises UserError beginning with `where` if that fails."""
+    known = {option.name: {} if option.default is MISSING else option.default for option in fields(Recipe)}
     if key not in known:
         raise UserError(f"{where}: unknown key {key!r}{nearest(key, list(known))}")
     hint = get_type_hints(Recipe)[key]
@@ -230,7 +230,7 @@ def checked(key: str, value: Any, where: str) -> Any:
 
 
 def as_type(value: Any, default: Any, where: str) -> Any:
-    """`value` in the type of a default, or a UserError."""
+    """`value` converted to the type of `default`; UserError otherwise."""
     if isinstance(default, tuple):
         items = value if isinstance(value, list) else [value]
         kind: type = type(default[0]) if default else str
@@ -247,7 +247,7 @@ def as_type(value: Any, default: Any, where: str) -> Any:
 
 
 def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
-    """RECIPE.toml [--key value …] as a Recipe. `--help` explains every option."""
+    """Parses RECIPE.toml [--key value …]. `argv` None: the command line."""
     from tyro.conf import FlagConversionOff, OmitArgPrefixes
 
     overrides = list(sys.argv[1:] if argv is None else argv)
@@ -255,19 +255,20 @@ def parse(argv: Sequence[str] | None, stage: str) -> Recipe:
     if file is None and not {"-h", "--help"} & set(overrides):
         raise UserError(f"usage: python -m train.{stage} RECIPE.toml [--key value …]; --help explains every key")
     raw = read_toml(file) if file else {}
-    # the file's values are the defaults; both are checked together, once
-    loose = command.parse(
-        loosened(),
+    # the file's values are the defaults of the command line; the result is checked once, as a whole
+    unchecked = unchecked_recipe()
+    options = command.parse(
+        unchecked,
         with_values(overrides),
         f"python -m train.{stage} RECIPE.toml",
-        default=loosened()(**raw),
+        default=unchecked(**raw),
         config=(OmitArgPrefixes, FlagConversionOff),
     )
-    return Recipe(**asdict(loose))
+    return Recipe(**asdict(options))
 
 
 def with_values(arguments: list[str]) -> list[str]:
-    """`--allow-changed` alone as `--allow-changed True`, for every option that is true or false."""
+    """Expands a bare boolean flag: `--allow-changed` becomes `--allow-changed True`."""
     flags = {f"--{field.name}" for field in fields(Recipe) if isinstance(field.default, bool)}
     result: list[str] = []
     for argument, following in itertools.pairwise([*arguments, "--"]):
@@ -277,19 +278,22 @@ def with_values(arguments: list[str]) -> list[str]:
     return result
 
 
-def loosened() -> type[Recipe]:
-    """Recipe without its checks: the form in which file and command line meet."""
+def unchecked_recipe() -> type[Recipe]:
+    """Recipe without its checks, to merge file and command line in."""
     return type("Options", (Recipe,), {"__post_init__": lambda self: None, "__doc__": Recipe.__doc__})
 
 
 def parameter_dtype(recipe: Recipe) -> torch.dtype:
-    """The dtype of the model's parameters. Full training in bf16 updates fp32 masters: a step at 2e-4 is less than
-    bf16's spacing, and norms would not move."""
+    """Dtype of the model's parameters: at least fp32 in full training.
+
+    In bf16 an update at a learning rate of 2e-4 is smaller than the spacing of values near 1, so norms would not move.
+    """
     dtype = getattr(torch, recipe.dtype)
     return torch.promote_types(dtype, torch.float32) if recipe.full else dtype
 
 
 def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
+    """The configuration of a new adapter. Raises UserError if `first_layer` is not a layer of the model."""
     targets: Any = recipe.target_modules
     if targets == ("all-linear",):
         targets = "all-linear"
@@ -301,7 +305,7 @@ def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
 
 
 def encoding_of(recipe: Recipe, stage: str) -> Encoding:
-    """How a recipe's records become ids."""
+    """The encoding of a recipe's records."""
     return Encoding(
         stage, recipe.tokenizer or recipe.weights, recipe.template, recipe.tasks, recipe.append_eos, recipe.empty_kept
     )

@@ -1,9 +1,8 @@
-"""A run's card: run.json says what was run, on what, and what it cost; loss.png shows how the loss fell.
+"""The run card: run.json (recipe, code, data, machine, cost) and loss.png (the learning curve).
 
-Model FLOP utilisation is the arithmetic that the model asks for (train/report/plan.py; blocks that are computed again
-count once) over what the device could have done in the time: on a CPU at its own rate of matrix products in the run's
-dtype, measured for a tenth of a second when training is over; on a known GPU at its data sheet's bf16 rate. Held-out
-losses and saving are in the time and not in the arithmetic.
+Model FLOP utilisation is the model's FLOPs (train/report/plan.py; recomputed blocks count once) divided by time × peak
+rate. The peak is measured on a CPU (GEMMs in the run's dtype, for a tenth of a second after training) and taken from
+the data sheet (bf16) on a known GPU. The time includes held-out losses and checkpoints, the FLOPs do not.
 """
 
 from __future__ import annotations
@@ -32,10 +31,9 @@ ROOT = Path(__file__).parents[2]
 
 
 def write_card(trainer: Trainer, seconds: float, peaks: list[int]) -> None:
-    """Write run.json and loss.png; `peaks` is each rank's peak memory in bytes. A run that was at its end already
-    keeps the card of the process that brought it there."""
+    """Writes run.json and loss.png. `peaks`: peak memory of each rank in bytes."""
     if not trainer.done["steps"] and (trainer.out / "run.json").is_file():
-        return
+        return  # the run had ended before: keep the card of the process that trained
     write_json(trainer.out / "run.json", run_card(trainer, seconds, peaks))
     try:
         draw_losses(trainer.out)
@@ -44,7 +42,7 @@ def write_card(trainer: Trainer, seconds: float, peaks: list[int]) -> None:
 
 
 def run_card(trainer: Trainer, seconds: float, peaks: list[int]) -> dict[str, Any]:
-    """What was run, on what, and what it cost."""
+    """The content of run.json."""
     progress, done = trainer.progress, trainer.done
     packages = ("cancerllm-reference", "torch", "numpy", "safetensors", "tokenizers", "sentencepiece")
     return {
@@ -61,7 +59,7 @@ def run_card(trainer: Trainer, seconds: float, peaks: list[int]) -> dict[str, An
         "best_step": progress.best_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),
         "parameters": sum(p.numel() for p in trainer.model.parameters()),
-        # what follows is of the process that ended the run: of the steps since it was started or resumed
+        # from here on: only of the process that ended the run, since it started or resumed
         "steps_of_this_process": done["steps"],
         "tokens_of_this_process": done["tokens"],
         "seconds": seconds,
@@ -78,7 +76,7 @@ def run_card(trainer: Trainer, seconds: float, peaks: list[int]) -> dict[str, An
 
 
 def utilisation(trainer: Trainer) -> dict[str, Any]:
-    """{"model_flops", "model_flop_utilisation", "utilisation_of"} of this process's steps; None where not known."""
+    """{"model_flops", "model_flop_utilisation" (None if unknown), "utilisation_of"} of this process's steps."""
     done, recipe, ranks = trainer.done, replace(trainer.recipe, checkpoint_blocks=False), trainer.ranks
     if not done["tokens"] or not trainer.seconds:
         return {"model_flops": 0, "model_flop_utilisation": None, "utilisation_of": "no step was made"}
@@ -97,25 +95,25 @@ def utilisation(trainer: Trainer) -> dict[str, Any]:
 
 
 def sheet_peak(name: str) -> float | None:
-    """Dense bf16 FLOP/s of a GPU by its driver's name ("NVIDIA A100-SXM4-80GB"), or None. An H100 on PCIe is slower
-    than the sheet's, so it is not known."""
+    """Dense bf16 FLOP/s of a GPU by its driver's name ("NVIDIA A100-SXM4-80GB"); None if unknown."""
     words = name.replace("-", " ").split()
     if "H100" in words and ("PCIe" in words or "NVL" in words):
-        return None
+        return None  # slower than the SXM version in SHEETS
     return next((peak for word, peak in SHEETS.items() if word in words), None)
 
 
 def code_version(root: Path) -> dict[str, Any]:
-    """{"hash"} of the programs that train, with {"commit", "dirty"} in a git checkout, else {"version"}."""
-    held: dict[str, Any] = {"hash": code_hash(root)}
+    """{"hash", "commit", "dirty"} in a git checkout, else {"hash", "version"}."""
+    hashed: dict[str, Any] = {"hash": code_hash(root)}
     commands = ("rev-parse --show-toplevel", "rev-parse HEAD", "status --porcelain --untracked-files=no")
     top, commit, changed = (git(root, *command.split()) for command in commands)
     if top is None or commit is None or Path(top).resolve() != root.resolve():
-        return held | {"version": version("cancerllm-reference")}
-    return held | {"commit": commit, "dirty": bool(changed)}
+        return hashed | {"version": version("cancerllm-reference")}
+    return hashed | {"commit": commit, "dirty": bool(changed)}
 
 
 def git(root: Path, *words: str) -> str | None:
+    """Output of a git command in `root`; None if it fails."""
     try:
         done = subprocess.run(["git", "-C", str(root), *words], capture_output=True, text=True, timeout=60)
     except (OSError, subprocess.TimeoutExpired):
@@ -124,7 +122,7 @@ def git(root: Path, *words: str) -> str | None:
 
 
 def code_hash(root: Path = ROOT) -> str:
-    """A hash of the programs that train, by which ranks compare their checkouts."""
+    """Hash of all code that training uses. Ranks compare it to detect different checkouts."""
     files = sorted(file for package in ("model", "lora", "infer", "train") for file in (root / package).rglob("*.py"))
     return hashlib.sha256("".join(sha256_file(file) for file in files).encode()).hexdigest()[:16]
 
@@ -137,7 +135,7 @@ def version(package: str) -> str | None:
 
 
 def peak_memory(device: torch.device) -> int:
-    """Bytes: the GPU's peak allocation, or the process's peak resident memory."""
+    """Peak memory in bytes: allocated on the GPU, or resident in the process."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return int(max_resident_mb(resource.getrusage(resource.RUSAGE_SELF)) * 2**20)
@@ -148,18 +146,19 @@ def device_name(device: torch.device) -> str:
 
 
 def draw_losses(out: Path) -> None:
-    """loss.png: training and held-out loss over steps, from metrics.jsonl. Raises ImportError without matplotlib."""
+    """Draws training and held-out loss over steps, from metrics.jsonl. Raises ImportError without matplotlib."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    held = [line for line in lines if "valid_loss" in line]
+    held_out = [line for line in lines if "valid_loss" in line]
     figure = Figure(figsize=(7, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot(xlabel="step", ylabel="loss: mean of −log p of a supervised token", title=out.name)
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines], linewidth=1, label="training")
-    if held:
-        axes.plot([line["step"] for line in held], [line["valid_loss"] for line in held], "o-", label="held out")
+    if held_out:
+        steps, losses = [line["step"] for line in held_out], [line["valid_loss"] for line in held_out]
+        axes.plot(steps, losses, "o-", label="held out")
     axes.grid(alpha=0.2)
     axes.legend(frameon=False)
     with atomic_file(out / "loss.png") as temporary:

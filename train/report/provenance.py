@@ -1,7 +1,7 @@
-"""Which records made an update: `python -m train.report.provenance RUN --step N`.
+"""Lists the records behind one optimizer step: `python -m train.report.provenance RUN --step N`.
 
-A step's rows are a function of (seed, step) and of the token store, so nothing has to be logged to know them again.
-They must hold as many tokens as the run counted: where data or recipe changed since, they would be other rows.
+A step's rows are a function of (seed, step) and the token store, so nothing is logged during training. Their number of
+tokens must equal the one in metrics.jsonl; it differs if the data or the recipe changed since.
 """
 
 from __future__ import annotations
@@ -25,24 +25,24 @@ from train.recipe import Recipe, checked
 
 @dataclass(frozen=True)
 class Options:
-    """The records behind one optimizer step of a run."""
+    """List the records behind one optimizer step of a run."""
 
     run: Positional[str]
     """The run's folder."""
     step: int
-    """The step, from 1, as metrics.jsonl counts them."""
+    """The step, counted from 1 as in metrics.jsonl."""
     json: bool = False
     """Print JSON instead of a table."""
 
 
 def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
-    """{"record", "tokens", "targets"} of a step, in order. Raises UserError for a step that the run did not make, or
-    made from what is not there any more."""
+    """[{"record", "tokens", "targets"}, …] of a step, in order. Raises UserError if the run has no such step, or if the
+    recipe or data that made it changed."""
     folder = Path(folder)
-    recipe, stage, data = recorded(folder)
-    taken = {line["step"]: line["tokens"] for _, line in read_jsonl(folder / "metrics.jsonl", ("step", "tokens"))}
-    if step not in taken:
-        raise UserError(f"--step {step}: the run {folder} has steps 1 to {max(taken)}")
+    recipe, stage, data = read_run(folder)
+    seen = {line["step"]: line["tokens"] for _, line in read_jsonl(folder / "metrics.jsonl", ("step", "tokens"))}
+    if step not in seen:
+        raise UserError(f"--step {step}: the run {folder} has steps 1 to {max(seen)}")
     store = TokenStore(folder / "tokens" / "train")
     if store.manifest["identity"] != data:
         raise UserError(f"{store.path}: made from other data than the run; tokenise the run's own data again")
@@ -56,7 +56,7 @@ def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
                 tokens[name] += length
                 targets[name] += int((document.kind[start : start + length] == ANSWER).sum())
                 start += length
-    counted = taken[step] - taken.get(step - 1, 0)
+    counted = seen[step] - seen.get(step - 1, 0)  # metrics.jsonl holds running totals
     if counted != sum(tokens.values()):
         raise UserError(
             f"{folder}: step {step} took {counted} tokens, and {sum(tokens.values())} by the run's recipe: "
@@ -65,15 +65,17 @@ def records_of(folder: str | Path, step: int) -> list[dict[str, Any]]:
     return [{"record": name, "tokens": count, "targets": targets[name]} for name, count in tokens.items()]
 
 
-def recorded(folder: Path) -> tuple[Recipe, str, dict[str, Any]]:
-    """(recipe, stage, the data's identity) from run.json, which a run writes at its end; before that from the newest
-    whole checkpoint. Raises UserError where there is neither, or not of this form."""
-    where = folder / "run.json"
-    if where.is_file():
-        card = read_json(where)
-    elif found := newest_whole(folder / "checkpoints"):
-        where = found / "state.json"
-        card = read_json(where)["identity"]
+def read_run(folder: Path) -> tuple[Recipe, str, dict[str, Any]]:
+    """(recipe, stage, identity of the data) from run.json, or of an unfinished run from its newest intact checkpoint.
+
+    Raises UserError if there is neither, or if it is malformed.
+    """
+    file = folder / "run.json"
+    if file.is_file():
+        card = read_json(file)
+    elif checkpoint := newest_whole(folder / "checkpoints"):
+        file = checkpoint / "state.json"
+        card = read_json(file)["identity"]
     else:
         raise UserError(
             f"{folder}: holds neither run.json nor a whole checkpoint; give the folder that a recipe calls "
@@ -85,19 +87,19 @@ def recorded(folder: Path) -> tuple[Recipe, str, dict[str, Any]]:
         and isinstance(card.get("data"), dict)
         and card.get("stage") in ("pretrain", "instruct")
     ):
-        raise UserError(f"{where}: not the card of a training run; give the folder that a recipe calls out")
-    known = {each.name for each in fields(Recipe)}
-    options = {key: checked(key, value, str(where)) for key, value in card["recipe"].items() if key in known}
+        raise UserError(f"{file}: not the card of a training run; give the folder that a recipe calls out")
+    known = {option.name for option in fields(Recipe)}
+    options = {key: checked(key, value, str(file)) for key, value in card["recipe"].items() if key in known}
     return Recipe(**options | {"out": str(folder)}), card["stage"], card["data"]
 
 
 def main(options: Options) -> int:
-    found = records_of(options.run, options.step)
+    records = records_of(options.run, options.step)
     if options.json:
-        print(json.dumps(found, indent=2))
+        print(json.dumps(records, indent=2))
         return 0
-    for row in found:
-        print(f"{row['record']:30} {row['tokens']:7} tokens {row['targets']:6} targets")
+    for record in records:
+        print(f"{record['record']:30} {record['tokens']:7} tokens {record['targets']:6} targets")
     return 0
 
 
