@@ -87,7 +87,7 @@ def test_killed_before_any_write_or_removal_and_resumed_ends_with_the_same_bytes
         made = prepare(as_recipe(options, out=str(state)), "instruct", Ranks())
         made.run()
         if any("adapter" in path.name for path in state.iterdir()):  # killed when training was over
-            finish(made, "instruct", 0.0)
+            finish(made, 0.0)
             same = [*same, "adapter"]
             assert json.loads((state / "run.json").read_text())["steps"] == 3
         ours, theirs = (

@@ -125,7 +125,7 @@ def went_on(options: dict, ranks: Ranks) -> str:
     session.Trainer = kept
     trainer = session.prepare(as_recipe(options), "instruct", ranks)
     trainer.run()
-    session.finish(trainer, "instruct", 0.0)
+    session.finish(trainer, 0.0)
     return saved
 
 
