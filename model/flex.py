@@ -15,6 +15,7 @@ from functools import cache
 from typing import Any
 
 import torch
+import torch._dynamo
 import torch.nn.functional as F
 from torch import Tensor
 from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex_attention
@@ -22,6 +23,7 @@ from torch.nn.attention.flex_attention import BlockMask, create_block_mask, flex
 from model.mask import Layout, Visible
 
 BLOCK = 128  # FlexAttention's default
+SHAPES = 256  # that are compiled: up to 64 lengths, times batch sizes
 
 
 def bucket(length: int) -> int:
@@ -67,8 +69,10 @@ def block_mask(visible: Visible, window: int | None) -> BlockMask:
 
 
 @cache
-def compiled() -> Any:
-    return torch.compile(flex_attention, dynamic=False)
+def compiled(backend: Any = "inductor") -> Any:
+    """flex_attention, compiled once per shape. Past dynamo's limit of 8 it runs uncompiled, with T × S scores."""
+    flex = torch.compile(flex_attention, dynamic=False, backend=backend)
+    return torch._dynamo.config.patch(recompile_limit=SHAPES)(flex)
 
 
 def attend(
@@ -83,7 +87,9 @@ def attend(
     T, S = q_BHTK.shape[2], k_BGSK.shape[2]
     q_BHTK = F.pad(q_BHTK, (0, 0, 0, bucket(T) - T))
     k_BGSK, v_BGSK = (F.pad(x_BGSK, (0, 0, 0, bucket(S) - S)) for x_BGSK in (k_BGSK, v_BGSK))
-    out_BHTK = (flex or compiled())(
+    if flex is None:  # already part of a graph under torch.compile
+        flex = flex_attention if torch.compiler.is_compiling() else compiled()
+    out_BHTK = flex(
         q_BHTK, k_BGSK, v_BGSK, block_mask=block_mask(visible, window), enable_gqa=q_BHTK.shape[1] != k_BGSK.shape[1]
     )
     return out_BHTK[:, :, :T]
