@@ -8,7 +8,7 @@ are split into chunks of about 128; each chunk attends to the union of the keys 
     a chunk of the prefix       the prefix up to the chunk's end
     some whole branches         the prefix and these branches
 
-For a note of 400 tokens and eight questions of 40 that is 267,904 pairs, of which 214,400 are visible, instead of
+For a note of 400 tokens and eight questions of 40 that is 267,904 pairs, of which 214,760 are visible, instead of
 518,400. Smaller chunks would mask fewer pairs, but larger products are faster. All keys of a query are in one product,
 so no softmax is split; the backward pass recomputes it, so only q, k and v are kept.
 

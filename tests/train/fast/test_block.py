@@ -244,6 +244,17 @@ def test_documents_hold_exactly_the_pairs_that_see_each_other(rows, window):
         assert float((ours - theirs).detach().abs().max()) <= 1e-12 * float(theirs.detach().abs().max())
 
 
+def test_scores_are_computed_up_to_the_chunks_edges_alone():
+    """The docstring's figures: a note of 400 tokens with eight questions of 40 has 720² pairs, 41 % visible."""
+    texts = [np.zeros(400, int), *8 * [np.zeros(38, int), np.zeros(3, int)]]  # an answer's last token is no input
+    batch = collate([Row((note_document("a", texts),))])
+    visible = Visible((batch.positions, batch.layout), (batch.positions, batch.layout), 0)
+    (document,) = find_documents(visible, None)
+    x_1TK = torch.zeros(1, 720, 1)
+    scores = sum(x_1TK[:, chunk.queries].shape[1] * chunk.gather(x_1TK).shape[1] for chunk in document.chunks())
+    assert (scores, int(visible.mask(None).sum())) == (267_904, 214_760)
+
+
 def test_running_rows_are_one_document(documents):
     rows = Rows(documents, replace(RECIPE, packing="concatenate", block=120), "pretrain")
     batch = collate([rows[0]])
