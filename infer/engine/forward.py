@@ -19,7 +19,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 
@@ -40,7 +39,7 @@ class PackedLinear:
         self.modules = modules
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-        self.mesh = getattr(modules[0].weight, "device_mesh", None) if hasattr(modules[0], "weight") else None
+
         self.quantized: QuantizedWeight | None = None
         self.adapter: tuple[Tensor, Tensor] | None = None  # a_DR of all layers concatenated, block-diagonal b_RO
         quantized = [getattr(module, "quantized", None) for module in modules]
@@ -48,22 +47,18 @@ class PackedLinear:
         if len(quantized_weights) == len(modules):
             self.quantized = joined(quantized_weights)
         elif all(type(module) in (nn.Linear, LoRALinear) and module.weight is not None for module in modules):
-            weights = [local(module.weight).detach() for module in modules]
+            weights = [module.weight.detach() for module in modules]
             self.weight = torch.cat(weights) if len(weights) > 1 else weights[0]
         if self.weight is None and self.quantized is None:
             return
         if any(module.bias is not None for module in modules):
-            self.bias = torch.cat([local(m.bias).detach() for m in modules])  # all modules have one or none has
+            self.bias = torch.cat([module.bias.detach() for module in modules])  # all modules have one or none has
         start, adapters = 0, []
         for module in modules:
-            size = module.out_features if self.quantized is not None else local(module.weight).shape[0]
-            rows = slice(start, start + size)
+            rows = slice(start, start + module.out_features)
             start = rows.stop
-            if self.weight is not None and len(modules) > 1:  # a view: no copy
-                if self.mesh is None:
-                    module.weight.data = self.weight[rows]
-                else:
-                    module.weight = nn.Parameter(like(module.weight, self.weight[rows]), requires_grad=False)
+            if self.weight is not None and len(modules) > 1:
+                module.weight.data = self.weight[rows]  # a view: no copy
             if isinstance(module, LoRALinear) and module.active is not None and module.original is None:
                 a_RD, b_OR = module.lora_A[module.active].detach(), module.lora_B[module.active].detach()
                 adapters.append((rows, a_RD.to(dtype), (b_OR * module.scale[module.active]).to(dtype)))
@@ -85,11 +80,7 @@ class PackedLinear:
         return self.adapt(x_ND, product(x_ND, self.weight, self.bias))
 
     def add_to(self, residual_ND: Tensor, x_ND: Tensor) -> Tensor:
-        """residual + y. With tensor parallelism, partial sums are all-reduced and the bias is added once."""
-        if self.weight is not None and self.mesh is not None:
-            y_ND = F.linear(x_ND, self.weight)
-            dist.all_reduce(y_ND, group=self.mesh.get_group())
-            return residual_ND + (y_ND if self.bias is None else y_ND + self.bias)
+        """residual + y."""
         if self.weight is None or self.bias is not None:
             return residual_ND + self(x_ND)
         if use_onednn(x_ND, self.weight):
@@ -111,18 +102,6 @@ def joined(weights: list[QuantizedWeight]) -> QuantizedWeight | None:
         return weights[0]
     same = len({(weight.kind, weight.group, weight.packed) for weight in weights}) == 1
     return QuantizedWeight.join(weights) if same and weights[0].kind != "nf4" else None
-
-
-def local(weight: Tensor) -> Tensor:
-    """This rank's shard of a DTensor; other tensors unchanged."""
-    return weight.to_local() if hasattr(weight, "to_local") else weight
-
-
-def like(weight: Tensor, part: Tensor) -> Tensor:
-    """A rank's shard as a DTensor, sharded as `weight` is."""
-    from torch.distributed.tensor import DTensor
-
-    return DTensor.from_local(part, weight.device_mesh, weight.placements, run_check=False)  # type: ignore
 
 
 class Norm:
@@ -188,11 +167,7 @@ class Engine:
         self.fused = isinstance(model.model.layers[0], FusedBlock)
         self.layers = [block if isinstance(block, FusedBlock) else Layer(block) for block in model.model.layers]
         self.norm = Norm(model.model.norm)
-        first = self.layers[0]
-        # tensor-parallel ranks (parallel.py)
-        self.mesh = first.qkv.mesh if isinstance(first, Layer) else None
-        ranks = 1 if self.mesh is None else self.mesh.size()
-        self.heads, self.groups = model.config.num_attention_heads // ranks, model.config.num_key_value_heads // ranks
+        self.heads, self.groups = model.config.num_attention_heads, model.config.num_key_value_heads
         self.scale = self.head_dim**-0.5
         self.dtype, self.device = model.dtype, model.device
         self.cache_dtype, self.chunk = cache_dtype or model.dtype, chunk

@@ -18,7 +18,6 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from infer.engine.cache import Cache
@@ -66,7 +65,7 @@ class Generator:
         compile: bool = False,
     ) -> None:
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
-        self.compile = compile and self.engine.mesh is None and not self.engine.fused
+        self.compile = compile and not self.engine.fused
         self.lookup, self.row_cost = lookup and not self.compile, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
         self.stop_ids = frozenset(i for i in ends if i < model.config.vocab_size)
@@ -229,8 +228,7 @@ class Generator:
         for row, state in enumerate(active):
             if state.settings.temperature > 0:
                 best_B[row] = draw(masked_BV[row], state)
-        if self.engine.mesh is not None:  # tensor parallelism: all ranks must choose the same token
-            dist.broadcast(best_B, group=self.engine.mesh.get_group(), group_src=0)
+
         logprob_B = logits_BV.gather(1, best_B[:, None])[:, 0] - normal_B
         # one transfer, the step's only synchronization; fp64 represents ids and log-probabilities exactly
         best, logprobs = torch.stack((best_B.double(), logprob_B.double())).tolist()
@@ -285,11 +283,9 @@ class Generator:
         return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt))
 
 
-def generator_for(options: Any, plan: Plan, loaded: tuple[Transformer, Tokenizer] | None = None) -> Generator:
-    """The Generator for a program's options (ModelOptions) and memory plan; loads the model unless it is `loaded`."""
-    if loaded is None:
-        loaded = load(options.weights, options.adapter, options.dtype, form=plan.form, fused=options.fuse)
-    model, tokenizer = loaded
+def generator_for(options: Any, plan: Plan) -> Generator:
+    """The Generator for a program's options (ModelOptions) and memory plan; loads the model."""
+    model, tokenizer = load(options.weights, options.adapter, options.dtype, form=plan.form, fused=options.fuse)
     tokenizer.put_begin(options.bos)
     return Generator(
         model,

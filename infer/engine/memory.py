@@ -101,16 +101,14 @@ def notes_at_once(
     form: str,
     dtype: torch.dtype,
     device: str = "cpu",
-    ranks: int = 1,
 ) -> int:
-    """Number of notes to answer at once: the largest of `job.batch`, half of it, … that fits into `free` bytes per
-    rank, with the model split over `ranks` ranks. Raises UserError if a GPU cannot hold one; on a CPU that gives 1,
-    since other processes may free memory."""
+    """Number of notes to answer at once: the largest of `job.batch`, half of it, … that fits into `free` bytes. Raises
+    UserError if a GPU cannot hold one; on a CPU that gives 1, since other processes may free memory."""
     config = ModelConfig.from_pretrained(weights)
     fixed = weight_bytes(config, form, dtype) + adapter_bytes(config, adapters, form)
     need = 0.0
     for batch in halvings(job.batch):
-        need = (fixed + sum(inference(config, job, batch, dtype, CHUNKS[0], dtype, device, form).values())) / ranks
+        need = fixed + sum(inference(config, job, batch, dtype, CHUNKS[0], dtype, device, form).values())
         if need <= free:
             return batch
     if device == "cpu":

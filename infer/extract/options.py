@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 from infer.engine.options import ModelOptions
+from infer.extract.ranks import of_first
 from infer.tasks import QUESTION
 from model.support.cli import UserError, nearest
 
@@ -41,7 +42,7 @@ class AskOptions(ModelOptions):
 
     def check(self) -> None:
         """Raise UserError for an unknown form, and for a number that is too small."""
-        for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "limit", "tensor_parallel"):
+        for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "limit"):
             least, value = 0 if name == "batch" else 1, getattr(self, name, None)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
@@ -61,11 +62,9 @@ class AskOptions(ModelOptions):
 Asked = TypeVar("Asked", bound=AskOptions)
 
 
-def planned(
-    options: Asked, task: str, known: Mapping[str, Any], rank: int = 0, world: int = 1, together: int = 1
-) -> tuple[Asked, Plan]:
+def planned(options: Asked, task: str, known: Mapping[str, Any], rank: int = 0, world: int = 1) -> tuple[Asked, Plan]:
     """The options with the dtype, format and number of notes that the machine and its memory allow, or that are `known`
-    of a job that goes on; and the plan. The first rank chooses for all; `together` of them hold one model."""
+    of a job that goes on; and the plan. The first rank chooses for all."""
     if options.memory and options.long == "windows":
         raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
     from infer.engine.load import DTYPES, device_here, dtype_for, plan_for
@@ -86,17 +85,9 @@ def planned(
     load = Requests(options.max_input_tokens, new, asked, batch, options.grounded)
     plan = plan_for(options, load)
     if rank == 0 and not (options.batch or known or options.memory):
-        share = (options.weights, options.adapter, free_memory(device), load, plan.form, DTYPES[options.dtype], device)
-        batch = notes_at_once(*share, together)
+        batch = notes_at_once(
+            options.weights, options.adapter, free_memory(device), load, plan.form, DTYPES[options.dtype], device
+        )
     batch = plan.batch if options.memory else of_first(batch, world)
     options = replace(options, format=plan.form, batch=batch)  # type: ignore[arg-type]
     return options, plan
-
-
-def of_first(choice: int, world: int, together: int = 0) -> int:
-    """The first rank's choice, of `world` ranks; with `together`, the first's of those that hold one model."""
-    if world == 1:
-        return choice
-    from infer.engine.parallel import of_first
-
-    return of_first(choice, together)

@@ -29,7 +29,8 @@ from tqdm import tqdm
 from infer.extract.answers import SCHEMA, read_calibration
 from infer.extract.job import EPOCH, Job, Unchanged, begun, epochs, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, ignored_files, read_notes
-from infer.extract.options import AskOptions, of_first, planned
+from infer.extract.options import AskOptions, planned
+from infer.extract.ranks import barrier, ranks
 from infer.retrieval.repair import read_repair
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
@@ -70,8 +71,7 @@ class Options(AskOptions):
     repair: Path | None = None
     """A lexicon (JSON lines whose `text` is spelled well: training notes): correct the notes' spelling and expand their
     abbreviations before reading them. Answers' places are those of the original note; `repairs` says what changed."""
-    tensor_parallel: int = 1
-    """Under torchrun: so many processes hold one model together (for models too large for one device)."""
+
     json: bool = False
     """Print one JSON object (notes, errors, seconds) as the last line."""
 
@@ -80,15 +80,7 @@ def main(options: Options) -> int:
     rank, world = ranks()
     options.check()
     neighbours = open_neighbours(options)
-    together = options.tensor_parallel
-    if world % together:
-        raise UserError(
-            f"--tensor-parallel {together} with {world} process{'es' * (world > 1)}; start a multiple of "
-            f"{together}: torchrun --nproc-per-node {together} -m infer.extract …"
-        )
-    options, plan = planned(options, options.task, begun(options.out), rank, world, together)
-    if together > 1 and (options.format != "wide" or options.memory or options.fuse):
-        raise UserError("--tensor-parallel goes with none of --format, --memory and --fuse; leave it or them out")
+    options, plan = planned(options, options.task, begun(options.out), rank, world)
     own = (options.out, schema_of(options.out), mark_of(options.out))
     if os.path.realpath(options.notes) in map(os.path.realpath, own):
         raise UserError(f"{options.notes}: the notes, and a file that --out {options.out} writes; choose another --out")
@@ -126,16 +118,6 @@ def main(options: Options) -> int:
         done = "already finished" if finished else f"{seconds:.1f} s"
         print(f"{options.out}: {records} notes, {errors} with an error, {done}")
     return 1 if errors else 0
-
-
-def ranks() -> tuple[int, int]:
-    """(rank, number of processes) as torchrun tells them."""
-    given = {name: os.environ.get(name, default) for name, default in (("RANK", "0"), ("WORLD_SIZE", "1"))}
-    rank, world = (int(text) if text.isdecimal() else -1 for text in given.values())
-    if not 0 <= rank < world:
-        values = ", ".join(f"{name}={text}" for name, text in given.items())
-        raise UserError(f"{values} in the environment: not a rank of a world; torchrun sets both, else unset them")
-    return rank, world
 
 
 def schema_of(out: Path) -> Path:
@@ -202,12 +184,7 @@ def extract(options: Options, job: Job, notes: Unchanged, neighbours: Neighbours
     sizes = [len(epoch) for epoch in split(options)]
     done = job.done(sizes)
     repair = None if options.repair is None else read_repair(options.repair)
-    loaded = None
-    if options.tensor_parallel > 1:
-        from infer.engine.parallel import load_parallel
-
-        loaded = load_parallel(options.weights, options.adapter, options.dtype, options.tensor_parallel)
-    generator = generator_for(options, plan, loaded)
+    generator = generator_for(options, plan)
     form = form_for(generator.tokenizer, options.adapter) if options.form == "auto" else options.form
     if form not in ("template", "chat"):
         generator.tokenizer.form, form = form, "chat"
@@ -217,11 +194,10 @@ def extract(options: Options, job: Job, notes: Unchanged, neighbours: Neighbours
     shown = {"total": sum(sizes), "initial": sum(sizes[epoch] for epoch in done), "unit": "note", "desc": "extracting"}
     with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
         for epoch, held in enumerate(split(options)):
-            if mine(job, epoch, epoch in done, options.tensor_parallel):
+            if epoch not in done and job.take(epoch):
                 records = answered(asker, held, job, bar)
                 notes.check()
-                if job.rank % options.tensor_parallel == 0:
-                    job.write(epoch, records)
+                job.write(epoch, records)
             elif epoch not in done:
                 bar.update(len(held))
     if neighbours is not None and neighbours.index.cut:
@@ -242,8 +218,6 @@ def answered(asker: Asker, notes: list[Note], job: Job, bar: tqdm[Any]) -> list[
         try:
             return asker.records(notes, bar.update)
         except torch.OutOfMemoryError as error:
-            if asker.generator.engine.mesh is not None:  # the other ranks are in the middle of this one's products
-                raise UserError("a device's memory is not enough; give a smaller --batch, or more processes") from error
             if asker.batch == 1:
                 raise UserError("the device's memory is not enough for one note; give --format int8 or int4") from error
         bar.n = before
@@ -251,17 +225,3 @@ def answered(asker: Asker, notes: list[Note], job: Job, bar: tqdm[Any]) -> list[
         asker.batch //= 2
         job.remember("batch now", asker.batch)
         print(f"out of the device's memory: {asker.batch} notes at once from here on", file=sys.stderr)
-
-
-def mine(job: Job, epoch: int, done: bool, together: int) -> bool:
-    """Whether this process answers an epoch; of those that hold one model the first decides for all."""
-    taken = job.rank % together == 0 and not done and job.take(epoch)
-    return bool(of_first(taken, together, together))
-
-
-def barrier(world: int) -> None:
-    """Wait for the other processes."""
-    if world > 1:
-        from infer.engine.parallel import wait
-
-        wait()

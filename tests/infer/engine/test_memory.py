@@ -286,8 +286,8 @@ def test_the_job_says_which_dtype_it_chose_and_keeps_it(weights, tmp_path, capsy
 
 
 def test_notes_at_once_are_halved_until_they_fit(tmp_path):
-    """As many as `inference` says fit beside the weights; ranks that hold a model together share it; a GPU without room
-    for one note is refused before anything is loaded."""
+    """As many as `inference` says fit beside the weights; a GPU without room for one note is refused before anything is
+    loaded."""
     weights, config, dtype = write_model(tmp_path / "model"), CONFIG, torch.float32
     job = Requests(300, 100, 9, 64, True)
 
@@ -295,11 +295,10 @@ def test_notes_at_once_are_halved_until_they_fit(tmp_path):
         fixed = weight_bytes(config, "wide", dtype)
         return fixed + sum(inference(config, job, batch, dtype, 2048, dtype, "cuda").values())
 
-    def fitting(free, **options):
-        return notes_at_once(weights, (), free, job, "wide", dtype, "cuda", **options)
+    def fitting(free):
+        return notes_at_once(weights, (), free, job, "wide", dtype, "cuda")
 
     assert [fitting(need(n)) for n in (64, 32, 1)] == [64, 32, 1] and fitting(need(64) - 1) == 32
-    assert fitting(need(64) / 2, ranks=2) == 64
     with pytest.raises(UserError, match="one note needs .* of the GPU are free; give --format int8"):
         fitting(need(1) - 1)
     assert notes_at_once(weights, (), 0.0, job, "wide", dtype) == 1
