@@ -1,10 +1,9 @@
-"""A page to paste a note into, answered as it is read, and the same as a JSON API: `make serve`.
+"""Serves a page that answers pasted notes, and the same as a JSON API: `make serve`.
 
     python -m infer.serve [--weights DIR --adapter DIR] [--port 8017]
 
-Without weights it asks the released adapter. It listens on this machine alone; with `--host ADDRESS` others may
-connect, and then every request needs the token that is printed. Notes are held in memory while they are answered, and
-nowhere else.
+The default model is the released adapter. By default only this machine can connect; with `--host ADDRESS` others can,
+and every request needs the token that is printed. Notes are held in memory while they are answered, and not stored.
 """
 
 from __future__ import annotations
@@ -22,20 +21,20 @@ from model.support.cli import UserError, run
 
 @dataclass(frozen=True)
 class Options:
-    """Serve a page and an API that answer notes."""
+    """Serve a page and a JSON API that answer notes."""
 
     weights: Path | None = None
     """A model's folder or GGUF file (default: the released adapter's base)."""
     adapter: Path | None = None
-    """A LoRA adapter (PEFT folder) on these weights (default: the released one, where no weights are given)."""
+    """A LoRA adapter (PEFT folder) for these weights (default: the released one, if no weights are given)."""
     host: str = "127.0.0.1"
-    """The address to listen on, which is also the one that clients use. Beyond this machine a token is asked for."""
+    """Address to listen on, as clients write it. Except for loopback addresses, requests need a token."""
     port: int = 8017
-    """The port; 0: any that is free."""
+    """The port; 0: any free one."""
     waiting: int = 8
-    """Requests at most, one of which is answered at a time; further ones get 503 and when to retry."""
+    """Maximum number of requests, of which one is answered at a time; further ones get status 503."""
     seconds: int = 120
-    """The longest that a request may take once it has its turn."""
+    """Maximum time to answer a request, without its time in the queue."""
 
 
 def main(options: Options) -> int:
@@ -52,11 +51,11 @@ def main(options: Options) -> int:
     adapter = options.adapter if options.adapter or options.weights else released.adapter()
     listening = listen(options.host, options.port)
     models = Models(weights, adapter)
-    models.extractor(adapter is not None)  # what is wrong with them is said now
+    models.extractor(adapter is not None)  # load now, to report errors before serving
     port = listening.getsockname()[1]
     app = make_app(models, options.host, port, token, options.waiting, options.seconds)
     shown = f"[{options.host}]" if ":" in options.host else options.host
-    print(f"http://{shown}:{port}/{'#' + token if token else ''}  (Ctrl-C ends it)", flush=True)
+    print(f"http://{shown}:{port}/{'#' + token if token else ''}  (Ctrl-C stops it)", flush=True)
     quiet = {"log_level": "warning", "access_log": False, "server_header": False}
     config = uvicorn.Config(app, **quiet, ws="none", lifespan="off", timeout_keep_alive=5, limit_concurrency=512)  # type: ignore[arg-type]
     uvicorn.Server(config).run(sockets=[listening])
@@ -64,6 +63,7 @@ def main(options: Options) -> int:
 
 
 def is_loopback(host: str) -> bool:
+    """True for localhost and loopback addresses. Raises UserError for 0.0.0.0 and ::, which clients cannot use."""
     if host == "localhost":
         return True
     try:
@@ -71,11 +71,12 @@ def is_loopback(host: str) -> bool:
     except ValueError:
         return False
     if address.is_unspecified:
-        raise UserError(f"--host {host} is no address that a client can name; give the one that they use")
+        raise UserError(f"--host {host} is not an address that clients can use; give the one that they connect to")
     return address.is_loopback
 
 
 def listen(host: str, port: int) -> socket.socket:
+    """A listening socket. Raises UserError if it cannot be opened."""
     try:
         return socket.create_server((host, port), family=socket.AF_INET6 if ":" in host else socket.AF_INET)
     except (OSError, OverflowError) as error:

@@ -1,4 +1,4 @@
-"""The application of infer.serve: what a request must be, whose turn it is, and the answers."""
+"""The ASGI application of infer.serve: checks requests, queues them, and answers them."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ from infer.inspect import page as trace_page
 from infer.inspect.html import build, joined, policy
 from model.support.cli import UserError, one_line
 
-MOST = 100_000  # bytes of a request
-TOO_MUCH = f"the request has more than {MOST:,} bytes; divide the note"
-BODY_SECONDS = 10  # in which it must have come
+MAX_BYTES = 100_000  # size of a request's body
+TOO_LARGE = f"the request has more than {MAX_BYTES:,} bytes; divide the note"
+BODY_SECONDS = 10  # time to receive a request's body
 SCRIPTS = ("elements.js", "note.js", "serve.js")
-POLICY = f"{policy(SCRIPTS, trace_page.SCRIPTS)}; connect-src 'self'"  # a trace is shown inside the page, under it too
+POLICY = f"{policy(SCRIPTS, trace_page.SCRIPTS)}; connect-src 'self'"  # also for the trace page, shown in an iframe
 HEADERS = {
     "Content-Security-Policy": f"{POLICY}; base-uri 'none'; form-action 'none'; frame-ancestors 'none'",
     "X-Content-Type-Options": "nosniff",
@@ -39,24 +39,24 @@ HEADERS = {
     "Cache-Control": "no-store",
 }
 Json = dict[str, Any]
-END = object()
+END = object()  # next(steps, END) when there are no more
 
 
 class Asked(BaseModel):
     """A note to answer."""
 
     text: str = Field(description="the note")
-    adapter: bool = Field(True, description="with the adapter; false: by the model without it")
+    adapter: bool = Field(True, description="use the adapter; false: the model without it")
 
 
 class Traced(Asked):
-    """A note and one of its questions."""
+    """A note and the question whose answer is traced."""
 
     ask: str = Field(description="a phenotype's name, or diagnosis")
 
 
 class Models:
-    """The model with its adapter and, once it is asked for, the model without it: each takes its own memory."""
+    """The model with its adapter and the model without it, each loaded on first use, in its own memory."""
 
     def __init__(self, weights: Path, adapter: Path | None) -> None:
         self.weights, self.adapter = weights, adapter
@@ -71,52 +71,56 @@ class Models:
             return self.loaded[adapted]
 
     def stream(self, asked: Asked) -> Iterator[Json]:
+        """Yields the note's record as it grows, {} first."""
         yield {}
         yield from self.extractor(asked.adapter).stream(asked.text)
 
     def trace(self, asked: Traced) -> Iterator[str]:
-        """The page of infer.trace about one answer, made from the model and the note as they are."""
+        """Yields the page of infer.trace about one answer."""
         if asked.ask not in (*tasks.PHENOTYPES, "diagnosis"):
-            raise UserError(f"'ask' is no question of ours; known are {', '.join(tasks.PHENOTYPES)} and diagnosis")
+            raise UserError(f"'ask' is not a known question; known are {', '.join(tasks.PHENOTYPES)} and diagnosis")
         asker = self.extractor(asked.adapter).asker
         if len(asker.parts(Note("", asked.text))) > 1:
-            raise UserError("the note was read in windows, whose answers are not traced; give a shorter one")
+            raise UserError("the note is read in windows, whose answers cannot be traced; give a shorter note")
         adapter = (str(self.adapter),) if asked.adapter and self.adapter else ()
-        how: Json = {"form": asker.form, "adapter": adapter, "grounded": True, "max_new_tokens": 64}
-        options = trace.Options(weights=str(self.weights), out=Path(), ask=asked.ask, **how)
+        more: Json = {"form": asker.form, "adapter": adapter, "grounded": True, "max_new_tokens": 64}
+        options = trace.Options(weights=str(self.weights), out=Path(), ask=asked.ask, **more)
         yield trace.traced(options, Note("", asked.text))[0]
 
 
-class Turns:
-    """One job at a time. It is left between two steps when its client has gone or its time is over."""
+class Queue:
+    """Runs one job at a time. A job is a blocking iterator, stepped in a thread; it is stopped between steps when its
+    client disconnects or its time is over."""
 
     def __init__(self, seconds: float) -> None:
-        self.turn, self.seconds = asyncio.Lock(), seconds
+        self.lock, self.seconds = asyncio.Lock(), seconds
 
     async def run(self, steps: Iterator[Any]) -> AsyncIterator[Any]:
-        async with self.turn:
-            until = time.monotonic() + self.seconds
+        """Yields the job's items. Raises UserError after `seconds`."""
+        async with self.lock:
+            deadline = time.monotonic() + self.seconds
             while True:
                 step = asyncio.ensure_future(asyncio.to_thread(next, steps, END))
                 try:
-                    made = await asyncio.shield(step)
+                    item = await asyncio.shield(step)
                 except asyncio.CancelledError:
-                    await asyncio.wait([step])  # no other job begins before it has ended
+                    await asyncio.wait([step])  # the thread must end before the next job starts
                     raise
-                if made is END:
+                if item is END:
                     return
-                if time.monotonic() > until:
+                if time.monotonic() > deadline:
                     raise UserError(f"the note took more than {self.seconds:g} seconds; give a shorter one")
-                yield made
+                yield item
 
 
 class Guard:
-    """Refuses what must not reach the application, before it is read: other hosts and origins (a page elsewhere, a name
-    that was pointed here), a wrong token, a large or slow body, and more jobs than may wait."""
+    """ASGI middleware that refuses requests before the application reads them: other hosts (DNS rebinding) or origins,
+    a wrong token, a body that is too large or too slow, and more than `waiting` jobs at once."""
 
-    def __init__(self, app: Any, hosts: set[str], token: str | None, waiting: int) -> None:
+    def __init__(self, app: Any, hosts: set[str], token: str | None, waiting: int, body_seconds: float) -> None:
         self.app, self.hosts, self.token, self.waiting = app, hosts, token, waiting
-        self.jobs = 0
+        self.body_seconds = body_seconds
+        self.jobs = 0  # number of POST requests that are waiting or being answered
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
         async def with_headers(message: Any) -> None:
@@ -125,50 +129,52 @@ class Guard:
             await send(message)
 
         headers = {name.decode("latin-1"): value.decode("latin-1") for name, value in scope["headers"]}
-        status, said = self.refusal(scope, headers)
-        if said:
-            await refused(status, said)(scope, receive, with_headers)
+        if refusal := self.refusal(scope, headers):
+            await refusal(scope, receive, with_headers)
             return
-        self.jobs += scope["method"] == "POST"
+        is_job = scope["method"] == "POST"
+        self.jobs += is_job
         try:
-            body, (status, said) = await self.body(receive)
-            if said:
-                await refused(status, said)(scope, receive, with_headers)
+            body = await self.body(receive)
+            if isinstance(body, bytes):
+                await self.app(scope, self.replayed(body, receive), with_headers)
             else:
-                await self.app(scope, self.again(body, receive), with_headers)
+                await body(scope, receive, with_headers)
         finally:
-            self.jobs -= scope["method"] == "POST"
+            self.jobs -= is_job
 
-    def refusal(self, scope: Any, headers: dict[str, str]) -> tuple[int, str]:
+    def refusal(self, scope: Any, headers: dict[str, str]) -> JSONResponse | None:
+        """The response to a request that is refused by its headers, or None."""
         host, origin = headers.get("host", ""), headers.get("origin")
         if host not in self.hosts:
-            return 421, "this server has another name; use the address that it printed"
+            return refused(421, "this server has another name; use the address that it printed")
         if origin is not None and origin != f"http://{host}":
-            return 403, "the request comes from a page of another origin"
+            return refused(403, "the request comes from a page of another origin")
         if self.token is not None and scope["path"] not in ("/", "/docs"):
             given = headers.get("authorization", "").removeprefix("Bearer ")
             if not secrets.compare_digest(given.encode(), self.token.encode()):
-                return 401, "the token is missing or another: Authorization: Bearer TOKEN"
-        if headers.get("content-length", "0").isdecimal() and int(headers.get("content-length", "0")) > MOST:
-            return 413, TOO_MUCH
+                return refused(401, "the token is missing or wrong; send the header Authorization: Bearer TOKEN")
+        length = headers.get("content-length", "0")
+        if length.isdecimal() and int(length) > MAX_BYTES:
+            return refused(413, TOO_LARGE)
         if scope["method"] == "POST" and self.jobs >= self.waiting:
-            return 503, "others are being answered, and as many wait as may; come again"
-        return 200, ""
+            return refused(503, "the queue is full; try again later")
+        return None
 
-    async def body(self, receive: Any) -> tuple[bytes, tuple[int, str]]:
-        """The body, and why it is refused ("" where it is not)."""
+    async def body(self, receive: Any) -> bytes | JSONResponse:
+        """The request's body, or the response that refuses it."""
         body, more = b"", True
         try:
-            async with asyncio.timeout(BODY_SECONDS):
-                while more and len(body) <= MOST:
+            async with asyncio.timeout(self.body_seconds):
+                while more and len(body) <= MAX_BYTES:
                     message = await receive()
                     body, more = body + message.get("body", b""), message.get("more_body", False)
         except TimeoutError:
-            return b"", (408, f"the request did not come within {BODY_SECONDS} seconds")
-        return body, (413, TOO_MUCH) if len(body) > MOST else (200, "")
+            return refused(408, f"the request's body was not received within {self.body_seconds:g} seconds")
+        return refused(413, TOO_LARGE) if len(body) > MAX_BYTES else body
 
-    def again(self, body: bytes, receive: Any) -> Callable[[], Any]:
-        """A `receive` that gives the body that was read, and then what comes after it."""
+    def replayed(self, body: bytes, receive: Any) -> Callable[[], Any]:
+        """A `receive` that returns the body that was read, then further messages."""
         first = iter([{"type": "http.request", "body": body, "more_body": False}])
 
         async def receive_again() -> Any:
@@ -177,57 +183,59 @@ class Guard:
         return receive_again
 
 
-def refused(status: int, said: str) -> JSONResponse:
-    return JSONResponse({"error": said}, status, {"Retry-After": "5"} if status == 503 else None)
+def refused(status: int, error: str) -> JSONResponse:
+    return JSONResponse({"error": error}, status, {"Retry-After": "5"} if status == 503 else None)
 
 
 def event(name: str, value: Any) -> str:
-    """A server-sent event. JSON has no line end of its own, so the value is one line."""
+    """A server-sent event. json.dumps writes no line ends, so the value is one line."""
     return f"event: {name}\ndata: {json.dumps(value)}\n\n"
 
 
-def make_app(models: Models, host: str, port: int, token: str | None, waiting: int = 8, seconds: float = 120) -> Guard:
-    """The ASGI application. `token`: what requests must carry, None on loopback."""
-    app = FastAPI(title="CancerLLM: answers about notes", version="1", docs_url=None, redoc_url=None)
-    turns = Turns(seconds)
+def add_error_handlers(app: FastAPI) -> None:
+    """Errors as {"error": line}."""
 
     @app.exception_handler(UserError)
-    async def mistake(request: Request, error: UserError) -> Response:
+    async def user_error(request: Request, error: UserError) -> Response:
         return refused(400, one_line(error))
 
     @app.exception_handler(HTTPException)
-    async def no_page(request: Request, error: HTTPException) -> Response:
-        what = f"{request.method} {request.url.path}: {error.detail}"
-        return refused(error.status_code, f"{what}; /docs describes requests")
+    async def http_error(request: Request, error: HTTPException) -> Response:
+        where = f"{request.method} {request.url.path}"
+        return refused(error.status_code, f"{where}: {error.detail}; /docs describes requests")
 
     @app.exception_handler(RequestValidationError)
-    async def no_request(request: Request, error: RequestValidationError) -> Response:
+    async def invalid_request(request: Request, error: RequestValidationError) -> Response:
         if any(one["type"] == "json_invalid" for one in error.errors()):
             return refused(422, "the body is not JSON; /docs describes requests")
         wrong = ", ".join(".".join(map(str, one["loc"][1:])) or "the body" for one in error.errors())
-        return refused(422, f"not a request of this API ({wrong}); /docs describes them")
+        return refused(422, f"the request has a missing or wrong field ({wrong}); /docs describes requests")
+
+
+def add_api(app: FastAPI, models: Models, queue: Queue) -> None:
+    """The routes /api/answers, /api/stream and /api/trace."""
 
     @app.post(
         "/api/answers", summary="A note's record", response_model=None, responses={200: {"description": "A record"}}
     )
     async def answers(asked: Asked, request: Request) -> Response:
-        """The eight phenotypes and the diagnosis, with places and probabilities: a line of infer.extract without its
+        """The eight phenotypes and the diagnosis, with places and probabilities: a record of infer.extract without its
         id."""
         parts = []
-        async for part in turns.run(models.stream(asked)):
+        async for part in queue.run(models.stream(asked)):
             parts.append(part)
             if await request.is_disconnected():
                 break
         return JSONResponse(parts[-1])
 
-    @app.post("/api/stream", summary="The same as it comes", response_model=None)
+    @app.post("/api/stream", summary="A note's record, streamed", response_model=None)
     async def stream(asked: Asked) -> StreamingResponse:
-        """Server-sent events: `rows` (answers that have ended), at last `record`, or `error`."""
+        """Server-sent events: `rows` (the finished answers so far), and at the end `record` or `error`."""
 
         async def events() -> AsyncIterator[str]:
             record: Json = {}
             try:
-                async for record in turns.run(models.stream(asked)):
+                async for record in queue.run(models.stream(asked)):
                     if rows := view.answer_rows(record, {}):
                         yield event("rows", rows)
                 yield event("record", record)
@@ -236,10 +244,26 @@ def make_app(models: Models, host: str, port: int, token: str | None, waiting: i
 
         return StreamingResponse(events(), media_type="text/event-stream")
 
-    @app.post("/api/trace", summary="What the model looked at", response_class=HTMLResponse)
+    @app.post("/api/trace", summary="Trace of an answer", response_class=HTMLResponse)
     async def traced(asked: Traced) -> str:
-        """The page of infer.trace about one answer: the same question asked again, and every value of that pass."""
-        return [made async for made in turns.run(models.trace(asked))][-1]
+        """The page of infer.trace about one answer, which is generated again."""
+        return [page async for page in queue.run(models.trace(asked))][-1]
+
+
+def make_app(
+    models: Models,
+    host: str,
+    port: int,
+    token: str | None,
+    waiting: int = 8,
+    seconds: float = 120,
+    body_seconds: float = BODY_SECONDS,
+) -> Guard:
+    """The ASGI application. Requests must carry `token` unless it is None (on loopback)."""
+    app = FastAPI(title="CancerLLM: answers about notes", version="1", docs_url=None, redoc_url=None)
+    queue = Queue(seconds)
+    add_error_handlers(app)
+    add_api(app, models, queue)
 
     @app.get("/", include_in_schema=False)
     async def page() -> HTMLResponse:
@@ -252,16 +276,16 @@ def make_app(models: Models, host: str, port: int, token: str | None, waiting: i
 
     shown = f"[{host}]" if ":" in host else host
     names = {shown} if token else {shown, "localhost", "127.0.0.1", "[::1]"}
-    return Guard(app, {f"{name}:{port}" for name in names}, token, waiting)
+    return Guard(app, {f"{name}:{port}" for name in names}, token, waiting, body_seconds)
 
 
 def api_page(api: Json) -> str:
-    """The API's description as a page without scripts."""
+    """The OpenAPI description as an HTML page without scripts."""
     parts = [f"<h1>{html.escape(api['info']['title'])}</h1><p>The same as JSON: <code>/openapi.json</code></p>"]
     for path, methods in api["paths"].items():
-        for method, one in methods.items():
-            parts.append(f"<section class=card><h2>{method.upper()} {path}: {html.escape(one['summary'])}</h2>")
-            parts.append(f"<p>{html.escape(one['description'])}</p></section>")
+        for method, route in methods.items():
+            parts.append(f"<section class=card><h2>{method.upper()} {path}: {html.escape(route['summary'])}</h2>")
+            parts.append(f"<p>{html.escape(route['description'])}</p></section>")
     parts.append("<h2>Requests</h2><pre>" + html.escape(json.dumps(api["components"]["schemas"], indent=2)) + "</pre>")
     parts.append("<h2>A record</h2><pre>" + html.escape(json.dumps(SCHEMA, indent=2)) + "</pre>")
     style = joined(("page.css",))

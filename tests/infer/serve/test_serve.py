@@ -16,8 +16,7 @@ pytest.importorskip("fastapi", reason="needs the extra serve")
 from fastapi.testclient import TestClient  # noqa: E402
 from serving import NOTE, served  # noqa: E402
 
-from infer.serve import app as application  # noqa: E402
-from infer.serve.app import MOST, Models, make_app  # noqa: E402
+from infer.serve.app import MAX_BYTES, Models, make_app  # noqa: E402
 
 
 @pytest.fixture(scope="module")
@@ -61,15 +60,15 @@ def test_a_trace_is_the_page_of_the_same_answer(models):
     runs = json.loads(page.split('id="data">')[1].split("</script>")[0])["runs"]
     assert len(runs) == 2 and runs[1]["name"].endswith("without it")
     refused = client(models).post("/api/trace", json={"text": NOTE, "ask": "tumour_size"})
-    assert refused.status_code == 400 and "no question of ours" in refused.json()["error"]
+    assert refused.status_code == 400 and "not a known question" in refused.json()["error"]
 
 
 @pytest.mark.parametrize(
     ("body", "status", "said"),
     [
         ({"text": " "}, 400, "the note is empty"),
-        ({"note": NOTE}, 422, "not a request of this API (text)"),
-        ({"text": "x" * MOST}, 413, "more than 100,000 bytes"),
+        ({"note": NOTE}, 422, "a missing or wrong field (text)"),
+        ({"text": "x" * MAX_BYTES}, 413, "more than 100,000 bytes"),
     ],
 )
 def test_a_note_that_cannot_be_answered_is_one_line_without_its_text(models, body, status, said):
@@ -88,8 +87,7 @@ def test_a_body_without_a_length_is_bounded_too(models):
     assert client(models).post("/api/answers", content=parts).status_code == 413
 
 
-def test_a_body_that_does_not_come_is_given_up(models, monkeypatch):
-    monkeypatch.setattr(application, "BODY_SECONDS", 0)
+def test_a_body_that_does_not_come_is_given_up(models):
     sent = []
 
     async def never():
@@ -99,7 +97,7 @@ def test_a_body_that_does_not_come_is_given_up(models, monkeypatch):
         sent.append(message)
 
     scope = {"type": "http", "method": "POST", "path": "/api/answers", "headers": [(b"host", b"127.0.0.1:80")]}
-    asyncio.run(make_app(models, "127.0.0.1", 80, None)(scope, never, send))
+    asyncio.run(make_app(models, "127.0.0.1", 80, None, body_seconds=0)(scope, never, send))
     assert sent[0]["status"] == 408
 
 
@@ -175,7 +173,7 @@ def test_a_client_that_hangs_up_leaves_its_turn_and_no_text_in_the_log(weights, 
 @pytest.mark.parametrize(
     ("options", "said"),
     [
-        ({"host": "0.0.0.0"}, "no address that a client can name"),
+        ({"host": "0.0.0.0"}, "not an address that clients can use"),
         ({"waiting": 0}, "at least 1"),
         ({"port": 99999}, "cannot listen there"),
         ({"adapter": "none"}, "no adapter_config.json there"),
