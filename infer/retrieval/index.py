@@ -1,13 +1,12 @@
-"""An index of notes on disk. Vectors are written batch by batch, and an interrupted build continues.
+"""An index of notes on disk: build it, or search it.
 
     python -m infer.retrieval.index --encoder contriever --weights DIR --notes train.jsonl --out DIR
     python -m infer.retrieval.index --encoder bm25 --notes train.jsonl --out DIR
-    python -m infer.retrieval.index --out DIR --ask "left breast mass, HER2 positive" [--weights DIR]      asks a
-    finished index
+    python -m infer.retrieval.index --out DIR --ask "left breast mass, HER2 positive" [--weights DIR]
 
-DIR holds vectors.npy (memory-mapped; none for BM25), notes.jsonl (a copy of the records, readable by you alone) and
-manifest.json, which names the encoder and hashes its files and the notes; an index is refused with another encoder.
-The notes' texts are kept in memory, in building and in asking; vectors are not.
+DIR holds vectors.npy (memory-mapped; not for BM25), notes.jsonl (a copy of the records, mode 0600) and manifest.json
+with the encoder's name and hashes of its files and of the notes, so that another encoder is refused. Vectors are
+written batch by batch, and an interrupted build continues. The notes' texts are held in memory, vectors are not.
 """
 
 from __future__ import annotations
@@ -37,7 +36,7 @@ BATCH = 64
 
 @dataclass(frozen=True)
 class Options:
-    """Build an index of notes, or ask one."""
+    """Build an index of notes, or search one."""
 
     out: Path
     """The index's folder."""
@@ -46,13 +45,13 @@ class Options:
     weights: Path | None = None
     """The encoder's folder (none for bm25)."""
     notes: Path | None = None
-    """JSON lines with `id` and `text` (and `title`, `patient`, `diagnosis` where known)."""
+    """JSON lines with `id` and `text` (and optionally `title`, `patient`, `diagnosis`)."""
     ask: str | None = None
     """Instead of building, print the notes nearest to this text."""
     k: int = 5
-    """How many notes to print."""
+    """Number of notes to print."""
     overwrite: bool = False
-    """Replace an index that is there, once the new one is whole."""
+    """Replace an existing index, once the new one is complete."""
 
     def __post_init__(self) -> None:
         if self.k < 1:
@@ -60,7 +59,7 @@ class Options:
 
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
-    """The notes to index, each with `id` and `text`. Raises UserError for a repeated id."""
+    """The notes to index, each with `id` and `text`. Raises UserError for a duplicate id."""
     seen = set()
     for where, record in read_jsonl(path, ("id", "text")):
         if record["id"] in seen:
@@ -70,29 +69,29 @@ def records(path: Path) -> Iterator[dict[str, Any]]:
 
 
 def hash_files(path: Path) -> str:
-    """One hash of an encoder's model and tokenizer files."""
-    found = [f"{file.relative_to(path)} {sha256_file(file)}" for file in files(path)]
-    return hashlib.sha256("\n".join(found).encode()).hexdigest()
+    """One hash of all model and tokenizer files of an encoder."""
+    lines = [f"{file.relative_to(path)} {sha256_file(file)}" for file in files(path)]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
 
 
 def build(options: Options) -> dict[str, Any]:
-    """Write the index; returns its manifest. An older index at `out` stays until the new one is whole."""
+    """Builds the index and returns its manifest. An existing index at `out` stays until the new one is complete."""
     if options.notes is None:
-        raise UserError("--notes is missing: give the notes to index, or --ask TEXT to ask a finished index")
+        raise UserError("--notes is missing: give the notes to index, or --ask TEXT to search an existing index")
     out = options.out
     if out.exists() and not (out / "manifest.json").exists():
-        raise UserError(f"{out}: exists and is no index; choose another --out")
+        raise UserError(f"{out}: exists and is not an index; choose another --out")
     dense = options.encoder != "bm25"
     if dense and options.weights is None:
         raise UserError(f"--encoder {options.encoder}: weights not given; give its folder with --weights")
     if not dense and options.weights is not None:
-        raise UserError("--encoder bm25 has no weights; leave --weights out, or name the encoder that they are of")
+        raise UserError("--encoder bm25 has no weights; leave --weights out, or give their --encoder")
     with output(out, options.overwrite):
         return write_index(options, list(records(options.notes)))
 
 
 def write_index(options: Options, found: list[dict[str, Any]]) -> dict[str, Any]:
-    """Encode the records and give the index its name."""
+    """Encodes the records and moves the complete index to `out`."""
     dense = options.encoder != "bm25"
     lines = "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in found).encode()
     manifest: dict[str, Any] = {
@@ -102,28 +101,28 @@ def write_index(options: Options, found: list[dict[str, Any]]) -> dict[str, Any]
         "notes_sha256": hashlib.sha256(lines).hexdigest(),
         "encoder_sha256": hash_files(options.weights) if dense and options.weights else None,
     }
-    name = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
-    raw = options.out.with_name(f".{options.out.name}.{name}.vectors")  # the vectors that are done, and of which job
-    for left in options.out.parent.iterdir():
-        if left != raw and re.fullmatch(rf"\.{re.escape(options.out.name)}\.[0-9a-f]{{16}}\.vectors", left.name):
-            left.unlink()  # another job's of this output, which was interrupted and given up
+    build_id = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
+    raw = options.out.with_name(f".{options.out.name}.{build_id}.vectors")  # finished vectors of this build
+    for file in options.out.parent.iterdir():
+        if file != raw and re.fullmatch(rf"\.{re.escape(options.out.name)}\.[0-9a-f]{{16}}\.vectors", file.name):
+            file.unlink()  # of an interrupted build with other inputs
     if dense:
-        vectors_ND, made = embed(options, found, raw)
+        vectors_ND, properties = embed(options, found, raw)
     else:
-        BM25([record["text"] for record in found])  # raises where there is nothing to index
+        BM25([record["text"] for record in found])  # raises if there is nothing to index
     with atomic_folder(options.out) as folder:
         with open(folder / "notes.jsonl", "wb", opener=lambda name, flags: os.open(name, flags, 0o600)) as file:
             file.write(lines)
         if dense:
             np.save(folder / "vectors.npy", vectors_ND)
-            manifest |= made | {"vectors_sha256": sha256_file(folder / "vectors.npy")}
+            manifest |= properties | {"vectors_sha256": sha256_file(folder / "vectors.npy")}
         write_json(folder / "manifest.json", manifest)
     raw.unlink(missing_ok=True)
     return manifest
 
 
 def embed(options: Options, found: list[dict[str, Any]], raw: Path) -> tuple[np.memmap, dict[str, Any]]:
-    """Encode what `raw` does not yet hold, batch by batch: (all vectors, the manifest's entries for them)."""
+    """Appends the missing vectors to `raw`, batch by batch. Returns all vectors and their manifest entries."""
     assert options.weights is not None
     encoder = Encoder.from_pretrained(options.weights, options.encoder)
     width = len(encoder.encode(["width"])[0])
@@ -132,7 +131,7 @@ def embed(options: Options, found: list[dict[str, Any]], raw: Path) -> tuple[np.
     done = raw.stat().st_size // row_bytes // BATCH * BATCH if raw.exists() else 0
     texts = [(record["title"], record["text"]) if record.get("title") else record["text"] for record in found]
     for text in texts[:done]:
-        encoder.tokens(text, query=False)  # counts those that an interrupted run cut
+        encoder.tokens(text, query=False)  # for encoder.cut
     with (
         open(raw, "ab") as data,
         tqdm(total=len(found), initial=done, unit="note", desc="indexing", disable=None) as bar,
@@ -145,15 +144,15 @@ def embed(options: Options, found: list[dict[str, Any]], raw: Path) -> tuple[np.
             bar.update(len(vectors_ND))
         os.fsync(data.fileno())
     if encoder.cut:
-        print(f"{encoder.cut} notes are longer than {options.encoder} reads and were cut at its limit", file=sys.stderr)
+        print(f"{encoder.cut} notes were truncated to the limit of {options.encoder}", file=sys.stderr)
     vectors_ND = np.memmap(raw, dtype=np.float32, mode="r", shape=(len(found), width))
     return vectors_ND, {"width": width, "similarity": encoder.similarity, "cut": encoder.cut}
 
 
 class Index:
-    """A finished index: `search(text, k)` and `neighbours(note, k)`.
+    """An existing index: `search(text, k)` and `neighbours(note, k)`.
 
-    Raises UserError where the folder is no index, is corrupt, or was built by another encoder.
+    Raises UserError if the folder is not an index, is corrupt, or was built by another encoder.
     """
 
     def __init__(self, path: Path, encoder: str | None = None, weights: Path | None = None) -> None:
@@ -161,10 +160,12 @@ class Index:
             raise UserError(f"{path}: no such index; build it with python -m infer.retrieval.index")
         manifest = read_json(path / "manifest.json")
         if not isinstance(manifest, dict) or manifest.get("version") != 1:
-            raise UserError(f"{path}: no index of this version; build it again with python -m infer.retrieval.index")
+            raise UserError(
+                f"{path}: not an index of this version; build it again with python -m infer.retrieval.index"
+            )
         if encoder is not None and encoder != manifest["encoder"]:
             raise UserError(
-                f"{path}: was built by {manifest['encoder']}, not {encoder}; build one or name that encoder"
+                f"{path}: was built by {manifest['encoder']}, not {encoder}; give that encoder, or build another index"
             )
         if sha256_file(path / "notes.jsonl") != manifest["notes_sha256"]:
             raise UserError(f"{path}: its notes.jsonl was changed since; build the index again")
@@ -184,7 +185,7 @@ class Index:
 
     @property
     def cut(self) -> int:
-        """Queries so far that were longer than the encoder reads."""
+        """Number of queries so far that were truncated to the encoder's limit."""
         return 0 if self.manifest["encoder"] == "bm25" else self.encoder.cut
 
     def search(self, text: str, k: int) -> list[tuple[dict[str, Any], float]]:
@@ -198,8 +199,8 @@ class Index:
     def neighbours(
         self, note: Mapping[str, Any], k: int, wanted: Callable[[dict[str, Any]], bool] = lambda record: True
     ) -> list[dict[str, Any]]:
-        """The k nearest `wanted` records that may be shown with `note` (see `retrieval.search.allowed`), best first;
-        none for a note without a word."""
+        """The k nearest `wanted` records that may be shown with `note` (search.allowed), nearest first; [] for a note
+        without words."""
         if not words(note["text"]):
             return []
         depth = 4 * k + 16
@@ -212,7 +213,7 @@ class Index:
 
 
 def diagnosis_text(diagnosis: Any) -> str:
-    """A record's diagnosis for a line of text, whether it is a text or {"text", "code"}."""
+    """The text of a record's diagnosis, given as a text or {"text", "code"}; "" for anything else."""
     text = diagnosis.get("text") if isinstance(diagnosis, Mapping) else diagnosis
     return text if isinstance(text, str) else ""
 

@@ -1,6 +1,6 @@
-"""Exact nearest vectors by blocked products, and the guard that keeps a note's own answer out of its neighbours.
+"""Exact nearest-neighbour search in blocks, and the guard against leaking a note's own diagnosis (`allowed`).
 
-Exact search is one pass over the vectors (3 GB for a million of 768 numbers) for every batch of queries.
+A search reads all vectors once per batch of queries: 3 GB for a million vectors of 768 numbers.
 """
 
 from __future__ import annotations
@@ -11,32 +11,32 @@ from typing import Any
 
 import numpy as np
 
-BLOCK = 65_536  # rows a product takes at a time
-SHINGLE, NEAR = 5, 0.6  # words of a run; share of common runs from which two notes are near-duplicates
+BLOCK = 65_536  # rows per matrix product
+SHINGLE = 5  # words per shingle
+NEAR = 0.6  # share of common shingles from which two notes are near-duplicates
 
 
 def top_k(
-    query_QD: np.ndarray, matrix_ND: np.ndarray, k: int, similarity: str = "dot"
+    query_QD: np.ndarray, matrix_ND: np.ndarray, k: int, similarity: str = "dot", block: int = BLOCK
 ) -> tuple[np.ndarray, np.ndarray]:
-    """(rows_QK, scores_QK) of the k most similar rows, best first, ties to the lower row; exact.
+    """(rows_QK, scores_QK) of the k most similar rows, best first; exact, ties go to the lower row.
 
-    `similarity` is dot, cosine (rows and queries are taken at length 1) or euclidean (the score is minus the squared
-    distance, and the squared length of the query is left out as it orders nothing). `matrix_ND` may be memory-mapped
-    float32 or float16; products are float32.
+    `similarity` is "dot", "cosine" or "euclidean": the score is then 2 q·x − ‖x‖², the negative squared distance up to
+    the constant ‖q‖². `matrix_ND` may be memory-mapped, float32 or float16; products are float32.
     """
     query_QD = np.asarray(query_QD, dtype=np.float32)
     if not np.isfinite(query_QD).all():
-        raise ValueError("a query vector holds NaN or infinity")
+        raise ValueError("a query vector contains NaN or infinity")
     if similarity == "cosine":
         query_QD = query_QD / np.maximum(np.linalg.norm(query_QD, axis=1, keepdims=True), 1e-12)
     k = min(k, len(matrix_ND))
     rows = [np.empty(0, np.int64)] * len(query_QD)
     best = [np.empty(0, np.float32)] * len(query_QD)
-    for start in range(0, len(matrix_ND), BLOCK):
-        block_ND = np.asarray(matrix_ND[start : start + BLOCK], dtype=np.float32)
+    for start in range(0, len(matrix_ND), block):
+        block_ND = np.asarray(matrix_ND[start : start + block], dtype=np.float32)
         scores_QN = similarities(query_QD, block_ND, similarity)
         for q, scores_N in enumerate(scores_QN):
-            # Later rows lose ties, so only what beats the k-th best so far matters: few rows after the first block.
+            # later rows lose ties, so only rows better than the k-th best so far matter: few after the first block
             hits = np.flatnonzero(scores_N > best[q][-1]) if len(best[q]) == k else np.arange(len(scores_N))
             if not len(hits):
                 continue
@@ -59,17 +59,17 @@ def similarities(query_QD: np.ndarray, block_ND: np.ndarray, similarity: str) ->
 
 
 def shingles(text: str) -> frozenset[tuple[str, ...]]:
-    """The runs of SHINGLE words of a text (all of its words as one run where it is shorter)."""
+    """The runs of SHINGLE words of a text; of a shorter text, all its words as one run."""
     words = re.findall(r"\w+", text.lower())
     return frozenset(tuple(words[i : i + SHINGLE]) for i in range(max(1, len(words) - SHINGLE + 1)))
 
 
 def allowed(note: Mapping[str, Any], other: Mapping[str, Any]) -> bool:
-    """Whether `other` may be shown with `note`: not the note itself, no note of the same patient, and no
-    near-duplicate (a share of at least NEAR of the shorter text's runs of words is in the other one)."""
+    """True if `other` may be shown with `note`: it is not the same note, of the same patient, or a near-duplicate (at
+    least NEAR of the shorter text's shingles occur in the longer one)."""
     if str(note["id"]) == str(other["id"]) or note["text"] == other["text"]:
         return False
-    if note.get("patient") not in (None, "") and str(note["patient"]) == str(other.get("patient")):  # 7 is "7"
+    if note.get("patient") not in (None, "") and str(note["patient"]) == str(other.get("patient")):  # 7 equals "7"
         return False
     a, b = shingles(note["text"]), shingles(other["text"])
     return len(a & b) < NEAR * min(len(a), len(b))
