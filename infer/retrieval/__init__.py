@@ -1,1 +1,1 @@
-"""Retrievers: BM25 over words and public dense encoders, written out by hand."""
+"""Retrieval: BM25, public dense encoders in plain PyTorch, exact search, and spelling repair."""

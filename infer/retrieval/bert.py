@@ -1,7 +1,7 @@
-"""BERT's encoder (Devlin et al., 2019), post-norm, with optional bottleneck adapters after each feed-forward block.
+"""BERT's encoder (Devlin et al., 2019): post-norm, with optional bottleneck adapters after each feed-forward block.
 
-Module names are the public checkpoints' names, so their tensors load without a mapping. B batch, T tokens, D width,
-H heads, K head size. The arithmetic follows transformers' eager path operation by operation.
+Module names are those of the public checkpoints, so that their tensors load without a mapping. B batch, T tokens,
+D width, H heads, K head size. Bit-identical to transformers' eager path: the same operations in the same order.
 """
 
 from __future__ import annotations
@@ -48,7 +48,7 @@ class SelfAttention(nn.Module):
 
 
 class Bottleneck(nn.Module):
-    """A "Pfeiffer" adapter: up(relu(down(x))), its residual and norms being the layer's (`Output`)."""
+    """A "Pfeiffer" adapter: up(relu(down(x))). Residual and norms are in `Output`."""
 
     def __init__(self, width: int, inner: int) -> None:
         super().__init__()
@@ -60,8 +60,8 @@ class Bottleneck(nn.Module):
 
 
 class Output(nn.Module):
-    """dense → residual → norm; with an adapter the norm is applied before it and once more after its residual:
-    h = dense(y), out = norm(adapter(norm(h + x)) + h + x) (the adapters library's `seq_bn`)."""
+    """norm(h + x) with h = dense(y); with an adapter norm(adapter(norm(h + x)) + h + x), the adapters library's
+    `seq_bn`."""
 
     def __init__(self, inner: int, config: Mapping[str, Any]) -> None:
         super().__init__()
@@ -91,7 +91,7 @@ class Layer(nn.Module):
 
 
 class Bert(nn.Module):
-    """tokens_BT, mask_BT (True where a token is real), types_BT → the last layer's hidden states, (B, T, D)."""
+    """tokens_BT, mask_BT (False for padding), types_BT → the last layer's hidden states x_BTD."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

@@ -1,9 +1,9 @@
-"""BM25 in the Okapi form, equal to rank_bm25's BM25Okapi and faster: each query reads only its words' postings.
+"""Okapi BM25 over an inverted index. Scores are bit-identical to rank_bm25's BM25Okapi.
 
     score(d, q) = Σ_w idf(w) · f (k1 + 1) / (f + k1 (1 − b + b |d| / mean |d|)),    f = count of w in d
 
-idf(w) = log(N − n + ½) − log(n + ½) for a word in n of N texts; where that is negative (a word of more than half of
-the texts) it is ε times the mean idf of all words. k1, b and ε are rank_bm25's defaults.
+idf(w) = log(N − n + ½) − log(n + ½) for a word in n of N texts. If that is negative (a word of more than half of the
+texts), it is ε times the mean idf of all words. k1, b and ε are rank_bm25's defaults.
 """
 
 from __future__ import annotations
@@ -22,12 +22,12 @@ _WORD = re.compile(r"\w+")
 
 
 def words(text: str) -> list[str]:
-    """The lower-cased words of a text, in order."""
+    """The words of a text in lower case, in order."""
     return _WORD.findall(text.lower())
 
 
 class BM25:
-    """An index of `texts`. Raises UserError where there is no text, or no word in any of them."""
+    """An inverted index of `texts`. Raises UserError if they hold no word."""
 
     def __init__(self, texts: Sequence[str]) -> None:
         counts = [Counter(words(text)) for text in texts]
@@ -35,7 +35,7 @@ class BM25:
         lengths = np.array([sum(count.values()) for count in counts], dtype=np.float64)
         if not lengths.sum():
             raise UserError("BM25 has no word to index; give at least one text that is not empty")
-        # The order of the operations is rank_bm25's, so that the scores are its bits.
+        # rank_bm25's order of operations, here and below, for bit-identical scores
         self._norm = K1 * (1 - B + B * lengths / (int(lengths.sum()) / self.size))
         postings: dict[str, tuple[list[int], list[int]]] = {}
         for row, count in enumerate(counts):
@@ -47,12 +47,12 @@ class BM25:
         idf, total = {}, 0.0
         for word, (held, _) in self._postings.items():
             idf[word] = math.log(self.size - len(held) + 0.5) - math.log(len(held) + 0.5)
-            total += idf[word]  # Python's sum() rounds otherwise
+            total += idf[word]  # not sum(), which compensates for rounding
         floor = EPSILON * (total / len(idf))
         self._idf = {word: floor if value < 0 else value for word, value in idf.items()}
 
     def scores(self, query: str) -> np.ndarray:
-        """The score of every text, float64; a word that is twice in the query counts twice."""
+        """The score of every text (float64). A word that occurs twice in the query counts twice."""
         total = np.zeros(self.size)
         for word in words(query):
             if word in self._postings:
@@ -61,9 +61,9 @@ class BM25:
         return total
 
     def search(self, query: str, k: int) -> list[tuple[int, float]]:
-        """[(index, score), …] of the k best texts, best first, ties to the lower index.
+        """[(index, score), …] of the k best texts, best first; ties go to the lower index.
 
-        Raises UserError for a query without a word.
+        Raises UserError for a query without words.
         """
         if not words(query):
             raise UserError("the query is empty: it holds no word to search for")

@@ -1,14 +1,14 @@
-"""Public dense encoders behind one call: `Encoder.from_pretrained(path, kind).encode(texts)`.
+"""Public dense encoders with one interface: `Encoder.from_pretrained(path, kind).encode(texts)`.
 
-contriever: one BERT; mean over the real tokens; dot product; 512 tokens of "title text".
-medcpt: two BERTs in `query/` and `document/`; first token; dot product; 64 tokens of a query, 512 of a document, which
-    is a pair [CLS] title [SEP] text [SEP].
-specter2: a BERT in `base/` with adapters in `proximity/` (documents) and `adhoc_query/`; first token; Euclidean
-    distance; 512 tokens of title [SEP] text.
-sgpt: GPT-Neo; mean weighted by position; cosine; 300 tokens, then "[" … "]" around a query, "{" … "}" around a
-    document.
-sentence-transformers: any BERT in that library's form; its own files say how it pools, how much it reads, and whether
-    its vectors have length 1 (`sentence_kind`).
+    kind         model                             input (tokens)                            pooling        similarity
+    contriever   BERT                              title text (512)                          mean           dot
+    medcpt       BERTs in query/, document/        query (64), [CLS] title [SEP] text (512)  first token    dot
+    specter2     BERT in base/, adapters in        title [SEP] text (512)                    first token    euclidean
+                 proximity/ (documents) and
+                 adhoc_query/
+    sgpt         GPT-Neo                           [query], {document} (300, without the     mean weighted  cosine
+                                                   brackets)                                 by position
+    sentence-transformers: any BERT in that library's format; its files set length and pooling (`sentence_kind`)
 
 A folder holds config.json, model.safetensors and tokenizer.json (or vocab.txt).
 Contriever: Izacard et al. 2021; MedCPT: Jin et al. 2023; SPECTER2: Singh et al. 2022; SGPT: Muennighoff 2022;
@@ -41,8 +41,8 @@ Text = str | tuple[str, str]
 
 @dataclass(frozen=True)
 class Kind:
-    """What sets one public encoder apart. `limit` and `query_limit` are in tokens, special ones included (SGPT's
-    brackets not included). `unit`: vectors are scaled to length 1."""
+    """Properties of a public encoder. `limit` (of documents) and `query_limit` are in tokens, including special ones
+    but not SGPT's brackets. `folders` are those of the document and the query model. `unit`: vectors are normalized."""
 
     family: str
     pooling: str
@@ -65,9 +65,9 @@ BRACKETS = {False: ("{", "}"), True: ("[", "]")}
 
 
 class Encoder:
-    """One retriever: its document and its query model (often the same one), tokenizer and rules.
+    """A document model and a query model (often the same one) with their tokenizers.
 
-    `cut` counts the texts that were longer than the encoder reads and were cut at its limit.
+    `cut` is the number of texts so far that were truncated to the encoder's limit.
     """
 
     def __init__(
@@ -81,17 +81,18 @@ class Encoder:
 
     @classmethod
     def from_pretrained(cls, path: str | Path, kind: str) -> Encoder:
-        """Load a public encoder's folder. Raises UserError for an unknown kind, another family, or missing files."""
+        """Loads an encoder from its folder. Raises UserError for an unknown kind, another architecture, or missing
+        files."""
         path, known = Path(path), (*KINDS, SENTENCES)
         if kind not in known:
-            raise UserError(f"{kind!r} is no encoder; there are {', '.join(known)}")
+            raise UserError(f"{kind!r} is not a supported encoder; supported are {', '.join(known)}")
         if not path.is_dir():
-            raise UserError(f"{path}: no such folder; give {kind}'s (see infer/retrieval/README.md)")
+            raise UserError(f"{path}: no such folder; give the folder of {kind} (see infer/retrieval/README.md)")
         rule = sentence_kind(path) if kind == SENTENCES else KINDS[kind]
         bases = ("base", "base") if kind == "specter2" else rule.folders
         for name in {*bases, *rule.folders}:
             if not (path / name).is_dir():
-                raise UserError(f"{path}: lacks the folder {name}/, a part of {kind} (see infer/retrieval/README.md)")
+                raise UserError(f"{path}: lacks the folder {name}/ of {kind} (see infer/retrieval/README.md)")
         models: list[Bert | GPTNeo] = []
         for base, part in zip(bases, rule.folders, strict=True):
             if models and (base, part) == (bases[0], rule.folders[0]):
@@ -105,7 +106,7 @@ class Encoder:
 
     @torch.inference_mode()
     def encode(self, texts: Sequence[Text], query: bool = False, batch: int = 32) -> np.ndarray:
-        """A float32 array (len(texts), width). Texts of similar length share a batch, so little is padding.
+        """Vectors of texts, float32 (len(texts), width). Texts of similar length share a batch, to save padding.
 
         Raises UserError for an empty query.
         """
@@ -117,55 +118,55 @@ class Encoder:
         width = next(model.parameters()).shape[1]
         out_ND = np.empty((len(rows), width), dtype=np.float32)
         for start in range(0, len(order), batch):
-            part = order[start : start + batch]
-            tokens_BT, mask_BT, types_BT = pad([rows[i] for i in part])
+            chosen = order[start : start + batch]
+            tokens_BT, mask_BT, types_BT = pad([rows[i] for i in chosen])
             vectors_BD = pool(model(tokens_BT, mask_BT, types_BT), mask_BT, self.kind.pooling)
-            out_ND[part] = (F.normalize(vectors_BD) if self.kind.unit else vectors_BD).numpy()
+            out_ND[chosen] = (F.normalize(vectors_BD) if self.kind.unit else vectors_BD).numpy()
         return out_ND
 
     def tokens(self, text: Text, query: bool) -> tuple[list[int], list[int]]:
-        """The token ids and segment ids that the encoder reads of a text."""
+        """Token ids and segment ids of a text, truncated to the encoder's limit."""
         tokenizer = self.tokenizers[query]
-        most = self.kind.query_limit if query else self.kind.limit
+        limit = self.kind.query_limit if query else self.kind.limit
         title, body = text if isinstance(text, tuple) else ("", text)
 
-        def ids(piece: str) -> list[int]:
-            return tokenizer.encode(piece, add_special_tokens=False).ids
+        def ids(string: str) -> list[int]:
+            return tokenizer.encode(string, add_special_tokens=False).ids
 
         if self.kind.family == "gpt_neo":
             opening, closing = (ids(mark) for mark in BRACKETS[query])
-            inner = self.clip(ids(joined(title, body)), most)
+            inner = self.clip(ids(joined(title, body)), limit)
             return [*opening, *inner, *closing], [0] * (len(inner) + 2)
         first, last = special(tokenizer, "[CLS]"), special(tokenizer, "[SEP]")
         if self.name == "medcpt" and not query:
-            a, b = longest_first(ids(title), ids(body), most - 3)
+            a, b = longest_first(ids(title), ids(body), limit - 3)
             self.cut += len(a) + len(b) < len(ids(title)) + len(ids(body))
             return [first, *a, last, *b, last], [0] * (len(a) + 2) + [1] * (len(b) + 1)
         inner = ids(joined(title, body))
         if self.name == "specter2" and title:
             inner = [*ids(title), last, *ids(body)]
-        inner = self.clip(inner, most - 2)
+        inner = self.clip(inner, limit - 2)
         return [first, *inner, last], [0] * (len(inner) + 2)
 
-    def clip(self, ids: list[int], most: int) -> list[int]:
-        self.cut += len(ids) > most
-        return ids[:most]
+    def clip(self, ids: list[int], limit: int) -> list[int]:
+        self.cut += len(ids) > limit
+        return ids[:limit]
 
 
 def joined(title: str, body: str) -> str:
     return f"{title} {body}" if title else body
 
 
-def longest_first(a: list[int], b: list[int], most: int) -> tuple[list[int], list[int]]:
-    """A pair cut to `most` ids by shortening the longer one, as tokenizers' `longest_first` does."""
-    short = min(len(a), len(b))
-    if len(a) + len(b) <= most:
+def longest_first(a: list[int], b: list[int], limit: int) -> tuple[list[int], list[int]]:
+    """Truncates a pair to `limit` ids in total, the longer one first, like the tokenizers library's `longest_first`."""
+    if len(a) + len(b) <= limit:
         return a, b
-    keep = min(short, most // 2)
-    return (a[:keep], b[: most - keep]) if len(a) <= len(b) else (a[: most - keep], b[:keep])
+    keep = min(len(a), len(b), limit // 2)  # length of the shorter one
+    return (a[:keep], b[: limit - keep]) if len(a) <= len(b) else (a[: limit - keep], b[:keep])
 
 
 def special(tokenizer: Tokenizer, token: str) -> int:
+    """Id of a special token. Raises UserError if the tokenizer lacks it."""
     found = tokenizer.token_to_id(token)
     if found is None:
         raise UserError(f"the tokenizer has no {token}: not a BERT tokenizer; give the encoder's own folder")
@@ -185,7 +186,7 @@ def pad(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Te
 
 
 def pool(x_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
-    """Hidden states as one vector a text: the first token, the mean, or the mean weighted by position 1 … n."""
+    """One vector per text: the first token's, the mean, or the mean weighted by position 1 … n."""
     if pooling == "first":
         return x_BTD[:, 0]
     mask_BT1 = mask_BT.unsqueeze(-1)
@@ -197,39 +198,41 @@ def pool(x_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:
 
 
 def sentence_kind(path: Path) -> Kind:
-    """The rules in a sentence-transformers folder: modules.json names the transformer, its pooling and perhaps the
-    scaling to length 1. Raises UserError for other modules or poolings, and for prompts put before texts."""
+    """Reads the Kind of a sentence-transformers folder: modules.json lists the transformer, pooling and, optionally,
+    normalization. Raises UserError for other modules or poolings, and for prompts before texts."""
     try:
         modules = read_json(path / "modules.json")
         names = [module["type"].rsplit(".", 1)[-1] for module in modules]
         if names not in (["Transformer", "Pooling"], ["Transformer", "Pooling", "Normalize"]):
-            raise UserError(f"{path}: covered are Transformer, Pooling and Normalize, not {', '.join(names)}")
-        folder, pooling = (module["path"] or "." for module in modules[:2])
-        pooled = read_json(path / pooling / "config.json")
-        modes = [key.removeprefix("pooling_mode_") for key, value in pooled.items() if "mode_" in key and value]
-        modes = modes or [pooled["pooling_mode"]]  # as later versions of the library write it
+            raise UserError(f"{path}: supported are Transformer, Pooling and Normalize, not {', '.join(names)}")
+        folder, pooling_folder = (module["path"] or "." for module in modules[:2])
+        pooling = read_json(path / pooling_folder / "config.json")
+        modes = [key.removeprefix("pooling_mode_") for key, value in pooling.items() if "mode_" in key and value]
+        modes = modes or [pooling["pooling_mode"]]  # the format of later versions
         if len(modes) != 1 or modes[0] not in POOLINGS:
-            raise UserError(f"{path}: pooling by {' and '.join(modes)} is not covered; mean and first token are")
-        reads = read_json(path / folder / "sentence_bert_config.json")["max_seq_length"]
-        most = min(reads, read_json(path / folder / "config.json")["max_position_embeddings"])
-        own = read_json(path / "config_sentence_transformers.json")
-        if any((own.get("prompts") or {}).values()):
-            raise UserError(f"{path}: puts prompts before texts, which is not covered")
+            raise UserError(f"{path}: pooling by {' and '.join(modes)} is not supported; mean and first token are")
+        limit = min(
+            read_json(path / folder / "sentence_bert_config.json")["max_seq_length"],
+            read_json(path / folder / "config.json")["max_position_embeddings"],
+        )
+        options = read_json(path / "config_sentence_transformers.json")
+        if any((options.get("prompts") or {}).values()):
+            raise UserError(f"{path}: it puts prompts before texts, which is not supported")
     except (AttributeError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: its files are not sentence-transformers'; copy the whole folder again") from error
-    similarity = own.get("similarity_fn_name") or "cosine"
-    return Kind("bert", POOLINGS[modes[0]], similarity, most, most, (folder, folder), unit=len(names) == 3)
+        raise UserError(f"{path}: is not a sentence-transformers model; copy the whole folder again") from error
+    similarity = options.get("similarity_fn_name") or "cosine"
+    return Kind("bert", POOLINGS[modes[0]], similarity, limit, limit, (folder, folder), unit=len(names) == 3)
 
 
 def load_model(folder: Path, family: str) -> Bert | GPTNeo:
-    """An encoder from config.json and model.safetensors. Heads that it does not use (pooler, lm_head) are left out."""
+    """Loads an encoder from config.json and model.safetensors, without unused heads (pooler, lm_head)."""
     config = read_json(folder / "config.json")
     found = config.get("model_type") if isinstance(config, dict) else None
     if found != family:
         raise UserError(f"{folder / 'config.json'}: model_type {found!r}, but this encoder is a {family!r}")
     activation = config.get("hidden_act" if family == "bert" else "activation_function")
     if activation != ("gelu" if family == "bert" else "gelu_new"):
-        raise UserError(f"{folder / 'config.json'}: activation {activation!r} is not covered")
+        raise UserError(f"{folder / 'config.json'}: activation {activation!r} is not supported")
     try:
         model: Bert | GPTNeo = Bert(config) if family == "bert" else GPTNeo(config)
     except KeyError as error:
@@ -239,31 +242,31 @@ def load_model(folder: Path, family: str) -> Bert | GPTNeo:
 
 
 def tensors(folder: Path, name: str, prefix: str) -> dict[str, Tensor]:
-    """The tensors of a file by name, less a prefix that some public files have."""
+    """The tensors of a file by name, without a prefix that some public files have."""
     if not (folder / name).exists():
-        raise UserError(f"{folder}: no {name}; turn a .bin into one (infer/retrieval/README.md)")
+        raise UserError(f"{folder}: no {name}; if there is a .bin, convert it (see infer/retrieval/README.md)")
     stored = open_safetensors(folder / name)
     return {key.removeprefix(prefix): value.read(None).float() for key, value in stored.items()}
 
 
-def fill(model: nn.Module, found: dict[str, Tensor], where: Path) -> None:
-    """Copy tensors into the model's parameters; every one of them must be there with its shape."""
+def fill(model: nn.Module, state: dict[str, Tensor], where: Path) -> None:
+    """Copies tensors into the model's parameters. Raises UserError if one is missing or has another shape."""
     for name, parameter in model.named_parameters():
-        if name not in found:
+        if name not in state:
             raise UserError(f"{where}: lacks the tensor {name}")
-        if found[name].shape != parameter.shape:
-            raise UserError(f"{where}: {name} has shape {tuple(found[name].shape)}, not {tuple(parameter.shape)}")
-        parameter.data.copy_(found[name])
+        if state[name].shape != parameter.shape:
+            raise UserError(f"{where}: {name} has shape {tuple(state[name].shape)}, not {tuple(parameter.shape)}")
+        parameter.data.copy_(state[name])
 
 
 def add_adapters(model: Bert, folder: Path) -> None:
-    """Put a folder's bottleneck adapters (the adapters library's files) behind the feed-forward blocks.
+    """Loads a folder's bottleneck adapters (in the adapters library's format) into the feed-forward blocks.
 
-    Raises UserError where they are of another form than SPECTER2's.
+    Raises UserError for adapters that are not configured like SPECTER2's.
     """
-    given: Any = read_json(folder / "adapter_config.json")
-    config = given.get("config", {}) if isinstance(given, dict) else {}
-    wanted = {
+    saved: Any = read_json(folder / "adapter_config.json")
+    config = saved.get("config", {}) if isinstance(saved, dict) else {}
+    required = {
         "non_linearity": "relu",
         "mh_adapter": False,
         "output_adapter": True,
@@ -273,28 +276,28 @@ def add_adapters(model: Bert, folder: Path) -> None:
         "ln_before": False,
         "ln_after": False,
     }
-    for key, value in wanted.items():
+    for key, value in required.items():
         if config.get(key, value) != value:
-            raise UserError(f"{folder / 'adapter_config.json'}: {key} is {config[key]!r}; covered is {value!r}")
-    found = tensors(folder, "adapter.safetensors", "bert.")
+            raise UserError(f"{folder / 'adapter_config.json'}: {key} is {config[key]!r}; supported is {value!r}")
+    stored = tensors(folder, "adapter.safetensors", "bert.")
     for number, layer in enumerate(model.layers):
-        start = f"encoder.layer.{number}.output.adapters."
-        own = {key[len(start) :].split(".", 1)[1]: value for key, value in found.items() if key.startswith(start)}
-        if "adapter_up.weight" not in own:
-            raise UserError(f"{folder}: holds no adapter for layer {number}")
-        width, inner = own["adapter_up.weight"].shape
+        prefix = f"encoder.layer.{number}.output.adapters."
+        state = {key[len(prefix) :].split(".", 1)[1]: value for key, value in stored.items() if key.startswith(prefix)}
+        if "adapter_up.weight" not in state:
+            raise UserError(f"{folder}: has no adapter for layer {number}")
+        width, inner = state["adapter_up.weight"].shape
         layer.output.adapter = Bottleneck(width, inner)
-        fill(layer.output.adapter, own, folder)
+        fill(layer.output.adapter, state, folder)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
-    """tokenizer.json, else vocab.txt (WordPiece). A special token's name in a note's text is text."""
-    whole, vocabulary, config = (folder / name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
-    if not (whole.exists() or vocabulary.exists()):
-        raise UserError(f"{folder}: no tokenizer.json or vocab.txt; copy the encoder's own")
+    """Loads tokenizer.json, else vocab.txt (WordPiece). Names of special tokens in a text are encoded as text."""
+    file, vocabulary, config = (folder / name for name in ("tokenizer.json", "vocab.txt", "tokenizer_config.json"))
+    if not (file.exists() or vocabulary.exists()):
+        raise UserError(f"{folder}: no tokenizer.json or vocab.txt; copy the encoder's")
     try:
-        if whole.exists():
-            tokenizer = Tokenizer.from_file(str(whole))
+        if file.exists():
+            tokenizer = Tokenizer.from_file(str(file))
         else:
             lower = bool(read_json(config).get("do_lower_case", True)) if config.exists() else True
             tokenizer = BertWordPieceTokenizer(str(vocabulary), lowercase=lower)._tokenizer
@@ -307,5 +310,5 @@ def load_tokenizer(folder: Path) -> Tokenizer:
 
 
 def files(path: Path) -> Iterator[Path]:
-    """The files that decide an encoder's vectors, in order."""
+    """The files that determine an encoder's vectors, in order."""
     return (file for file in sorted(path.rglob("*")) if file.suffix in (".json", ".safetensors", ".txt"))

@@ -1,7 +1,7 @@
-"""GPT-Neo (Black et al., 2021): pre-norm, learned positions, every second layer sees a window only, scores unscaled.
+"""GPT-Neo (Black et al., 2021): pre-norm, learned positions, local attention in every second layer, unscaled scores.
 
-Module names are the public checkpoint's. A window of W sees W keys, itself included. Scores are fp32 (or wider), as
-in transformers' eager path, which this follows operation by operation.
+Module names are those of the public checkpoint. A window of W sees W keys, the query's own included. Scores are at
+least fp32. Same operations in the same order as transformers' eager path.
 """
 
 from __future__ import annotations
@@ -53,12 +53,12 @@ class Block(nn.Module):
 
 
 def gelu_new(x: Tensor) -> Tensor:
-    """The tanh form of GELU, in the order of operations of the original code."""
+    """GELU's tanh approximation, in the original order of operations."""
     return 0.5 * x * (1.0 + torch.tanh(0.7978845608028654 * (x + 0.044715 * torch.pow(x, 3.0))))
 
 
 class GPTNeo(nn.Module):
-    """tokens_BT, mask_BT (True where a token is real; padding on the right) → hidden states (B, T, D), normed."""
+    """tokens_BT, mask_BT (False for padding, on the right) → normed hidden states x_BTD."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         super().__init__()

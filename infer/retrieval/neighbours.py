@@ -1,10 +1,10 @@
-"""What retrieval puts into a diagnosis prompt: the nearest notes of other patients, shortened, each with its diagnosis.
+"""Retrieved examples for the diagnosis prompt: the nearest notes of other patients, truncated, with their diagnoses.
 
     ### Note: {note}\n\n### Another note: {its beginning}\n### Its diagnosis: … (C50.912)\n\n### Question: …
 
-The neighbours come from an index of training notes (infer/retrieval/index.py) through its guard. They get the tokens
-that the note and the question leave of the limit: the note is never cut for them. The same text is
-put into training notes by train.data.neighbours, so what a model is tuned on is what it is asked with.
+The neighbours come from an index of training notes (index.py) and pass its guard. They share the tokens that note and
+question leave of the limit; the note is never truncated for them. train.data.neighbours adds the same text to training
+notes, so that a model is tuned on the prompts that it gets.
 """
 
 from __future__ import annotations
@@ -17,11 +17,11 @@ from infer.retrieval.index import Index
 from model.support.cli import UserError
 from model.text.tokenizer import Tokenizer, to_characters
 
-LEAST = 16  # tokens of a neighbour's text: with less of it, it is left out
+LEAST = 16  # minimum number of tokens of a neighbour's text
 
 
 class Neighbours:
-    """The `count` nearest answered notes of an index, each cut after `tokens` of its text."""
+    """The `count` nearest notes with a diagnosis in an index, each truncated to `tokens` tokens of text."""
 
     def __init__(self, index: Index, count: int = 3, tokens: int = 64) -> None:
         if count < 1 or tokens < LEAST:
@@ -31,22 +31,22 @@ class Neighbours:
         self.index, self.count, self.tokens = index, count, tokens
 
     def of(self, note: Mapping[str, Any]) -> list[dict[str, Any]]:
-        """The records to show with a note (`id`, `text`, `patient` where known), best first."""
+        """The records to show with a note (`id`, `text` and, if known, `patient`), nearest first."""
         return self.index.neighbours(note, self.count, lambda record: bool(answer_of(record)))
 
     def shown(self, tokenizer: Tokenizer, found: list[dict[str, Any]], budget: int) -> list[tuple[str, str]]:
-        """(id, text) of as many of the records as fit into `budget` tokens together; the last may be cut shorter."""
-        parts: list[tuple[str, str]] = []
+        """(id, example text) of as many records as fit into `budget` tokens together; the last may be shorter."""
+        examples: list[tuple[str, str]] = []
         for record in found:
             text = self.fitted(tokenizer, record, budget)
             if text is None:
                 break
             budget -= len(tokenizer.encode(text))
-            parts.append((record["id"], text))
-        return parts
+            examples.append((record["id"], text))
+        return examples
 
     def fitted(self, tokenizer: Tokenizer, record: dict[str, Any], budget: int) -> str | None:
-        """A record as an example of at most `budget` tokens, or None where too little of it would be left."""
+        """A record as an example of at most `budget` tokens; None if less than LEAST tokens of text would fit."""
         most = self.tokens
         while most >= LEAST:
             text = tasks.example(beginning(tokenizer, record["text"], most), answer_of(record))
@@ -58,17 +58,19 @@ class Neighbours:
 
 
 def answer_of(record: Mapping[str, Any]) -> str:
-    """A record's diagnosis as the diagnosis task answers it; "" where it has none."""
-    given = record.get("diagnosis")
-    if isinstance(given, str) and given.strip():
-        return f" {' '.join(given.split())}"
-    if not isinstance(given, Mapping) or not given.get("text"):
+    """A record's diagnosis in the form of the diagnosis task's answer; "" if it has none."""
+    diagnosis = record.get("diagnosis")
+    if isinstance(diagnosis, str) and diagnosis.strip():
+        return f" {' '.join(diagnosis.split())}"
+    if not isinstance(diagnosis, Mapping) or not diagnosis.get("text"):
         return ""
-    return tasks.diagnosis_answer(given["text"], given["code"]) if given.get("code") else f" {given['text']}"
+    if not diagnosis.get("code"):
+        return f" {diagnosis['text']}"
+    return tasks.diagnosis_answer(diagnosis["text"], diagnosis["code"])
 
 
 def beginning(tokenizer: Tokenizer, text: str, tokens: int) -> str:
-    """The first tokens of a text, whole characters only."""
+    """The text of the first `tokens` tokens, cut between characters."""
     ids, spans = tokenizer.encode(text, offsets=True)
     if len(ids) <= tokens:
         return text

@@ -258,7 +258,7 @@ def test_wrong_folders_are_named_in_one_line(tmp_path):
         Encoder.from_pretrained(tmp_path / "bert", "sgpt")
     with pytest.raises(UserError, match="lacks the folder"):
         Encoder.from_pretrained(tmp_path / "bert", "medcpt")
-    with pytest.raises(UserError, match="is no encoder"):
+    with pytest.raises(UserError, match="is not a supported encoder"):
         Encoder.from_pretrained(tmp_path / "bert", "bert")
     with pytest.raises(UserError, match="query is empty"):
         Encoder.from_pretrained(tmp_path / "bert", "contriever").encode(["  "], query=True)
