@@ -1,25 +1,24 @@
-"""Spelling normalisation and abbreviation expansion before inference, as the paper suggests (section on failures).
+"""Spelling correction and abbreviation expansion before inference, as the paper suggests (section on failures).
 
     python -m infer.extract … --repair train.jsonl
 
-The lexicon is text that is spelled well: training notes. A word is corrected only where the lexicon (and the ICD-10-CM
-descriptions) do not know it and it is one edit, not of its first letter, away from words that are in it:
+The lexicon is well-spelled text: training notes. A word is corrected if neither the lexicon nor the ICD-10-CM
+descriptions contain it, and it is one edit, not of its first letter, away from words of the lexicon (candidates):
 
-* by its neighbours: one of these occurs three times or more between such neighbours ("lft breast":
-  "left"), and clearly more often than the others;
-* else without them, where it is long enough to be unambiguous (two letters swapped: 5, one missing: 6, one
-  too many: 7, one wrong: 8), the edit is not of its last letter, and one candidate is clearly the commonest.
+* by context: one candidate occurs at least three times in the lexicon next to the word's neighbours ("lft breast" →
+  "left"), and at least five times as often there as the next candidate;
+* else by frequency: one candidate is at least five times as common as the next, the edit is not of the last letter, and
+  the word is long enough to be unambiguous (letters: 5 for a transposition, 6 for a missing letter, 7 for an extra one,
+  8 for a wrong one).
 
-Candidates come from symmetric deletion (Garbe's SymSpell): two words one edit apart share a form with at most one
-letter deleted. There is no list of mistakes and no map of keys or sounds here; a word of medicine that is one edit from
-another (TWINS: macroscopic, microscopic) is taken as meant.
+Candidates are found by symmetric deletion (Garbe's SymSpell): words one edit apart share a form with at most one letter
+deleted. Medical words that are one edit apart (TWINS: macroscopic, microscopic) are never corrected.
 
-Abbreviations are expanded by abbreviations.tsv, ambiguous ones only in their context. One that the lexicon itself
-uses stays: a model tuned on those notes has learnt to read it, and answers with it as written.
+Abbreviations are expanded with abbreviations.tsv, ambiguous ones only in a matching context. Those that the lexicon
+uses stay: a model tuned on these notes can read them and answers as written.
 
-Nothing with a digit or a sign in it, and no word next to such a sign, is ever corrected, and a word with two capitals
-only in a line of capitals, towards a word that the lexicon writes so: numbers, units, doses, TNM, genes, receptors
-and codes stay as they are. The original note is kept with the repaired one.
+Numbers, units, doses, TNM, genes, receptors and codes stay: words that contain or touch a digit or sign are never
+corrected, and words with two capitals only in a line of capitals, to a word that the lexicon has in capitals.
 """
 
 from __future__ import annotations
@@ -34,7 +33,7 @@ from pathlib import Path
 from infer.codes import CODES
 from model.support.files import read_jsonl
 
-# Words of medicine that are one edit apart and mean something else: a note that writes one means it.
+# Medical words that are one edit apart but differ in meaning
 TWINS = frozenset(
     "macroscopic microscopic macroscopically microscopically macrocytic microcytic macroscopy microscopy ileum ilium "
     "ileal iliac dysphagia dysphasia dysplasia dyskinesia aphasia aphagia perineal peroneal perineum peritoneum "
@@ -46,12 +45,12 @@ TWINS = frozenset(
 _WORD = re.compile(r"(?<![\w.+/-])[A-Za-z]+(?![\w+/]|[-.]\w)")  # letters only, not part of a code, unit or dose
 _TOKEN = re.compile(r"[A-Za-z]+|\d[\d.,]*|[^\w\s]")
 _LINE = re.compile(r"[^\n]+")
-ENOUGH = 3  # times that the lexicon must hold a word or a pair
-CLEARLY = 5  # times as common as the next candidate
+MIN_COUNT = 3  # occurrences of a word or a pair in the lexicon
+MIN_RATIO = 5  # count of the best candidate relative to the next one
 
 
 def read_abbreviations(path: Path) -> dict[str, tuple[str, frozenset[str]]]:
-    """{abbreviation: (expansion, words of which the note must hold one)}."""
+    """{abbreviation: (expansion, context words of which the note must contain one; empty: no condition)}."""
     found = {}
     for line in path.read_text(encoding="utf-8").splitlines():
         if line and not line.startswith("#"):
@@ -72,7 +71,7 @@ _SHORT = re.compile(
 
 @dataclass(frozen=True)
 class Change:
-    """One repair: the place in the original text, the text before and after."""
+    """One repair: the span in the original text, and the text before and after."""
 
     start: int
     end: int
@@ -81,70 +80,70 @@ class Change:
 
 
 class Repair:
-    """A corrector towards the words of `texts` (the lexicon)."""
+    """Corrects texts, given the lexicon `texts`."""
 
     def __init__(self, texts: Iterable[str]) -> None:
-        seen: Counter[str] = Counter()
-        self.pairs: Counter[tuple[str, str]] = Counter()
+        counts: Counter[str] = Counter()
+        pairs: Counter[tuple[str, str]] = Counter()
         capitals: Counter[str] = Counter()
-        short: set[str] = set()
+        self.kept: set[str] = set()  # abbreviations that the lexicon uses
         for text in texts:
             tokens = _TOKEN.findall(text)
-            seen.update(token.lower() for token in tokens if token.isalpha())
+            counts.update(token.lower() for token in tokens if token.isalpha())
             capitals.update(token.lower() for token in tokens if token.isupper() and len(token) > 1)
-            self.pairs.update(pairwise(map(context, tokens)))
-            short.update(match[0] for match in _SHORT.finditer(text))
-        self.pairs = Counter({pair: count for pair, count in self.pairs.items() if "" not in pair})
-        self.counts = {word: count for word, count in seen.items() if count >= ENOUGH and len(word) >= 4}
-        self.known = {word for word, count in seen.items() if count > 1}
+            pairs.update(pairwise(map(context, tokens)))
+            self.kept.update(match[0] for match in _SHORT.finditer(text))
+        self.pairs = Counter({pair: count for pair, count in pairs.items() if "" not in pair})
+        self.counts = {word: count for word, count in counts.items() if count >= MIN_COUNT and len(word) >= 4}
+        self.known = {word for word, count in counts.items() if count > 1}
         for description in CODES.values():
             self.known.update(word.lower() for word in _WORD.findall(description))
         self.known |= SHORT_FORMS
-        self.capitals = {word for word, count in capitals.items() if count >= ENOUGH}
-        self.kept = short
+        self.capitals = {word for word, count in capitals.items() if count >= MIN_COUNT}
         self.by_deletion: dict[str, list[str]] = defaultdict(list)
         for word in self.counts:
             for form in deletions(word):
                 self.by_deletion[form].append(word)
 
-    def correct(self, word: str, before: str = "", after: str = "", shouted: bool = False) -> str:
-        """The word, or the known word that it most likely was meant to be, in the word's own capitals. `before` and
-        `after` are the tokens next to it, `shouted` says that its whole line is in capitals."""
+    def correct(self, word: str, before: str = "", after: str = "", in_capitals: bool = False) -> str:
+        """The word's correction in the word's own case, or the word itself. `before` and `after` are the tokens next to
+        it; `in_capitals` is True if its whole line is in capitals."""
         small = word.lower()
         upper = len(word) > 1 and word.isupper()
         if len(small) < 3 or small in self.known or small in TWINS:
             return word
-        if sum(map(str.isupper, word)) > 1 and not (upper and shouted):
+        if sum(map(str.isupper, word)) > 1 and not (upper and in_capitals):
             return word
         near = {known for form in deletions(small) for known in self.by_deletion.get(form, ())}
         near = {known for known in near if known[0] == small[0] and one_edit(small, known)}
         if upper:
             near = {known for known in near if known in self.capitals and min(len(known), len(small)) >= 5}
-        if len(small) == 3:  # an abbreviation, more often than a word's beginning
+        if len(small) == 3:  # three letters are more often an abbreviation than a word without its last letter
             near = {known for known in near if known[:-1] != small}
-        adjacent = {known: self.pairs[context(before), known] + self.pairs[known, context(after)] for known in near}
-        chosen = clearly(adjacent) or clearly({known: self.counts[known] for known in near if plain(small, known)})
+        in_context = {known: self.pairs[context(before), known] + self.pairs[known, context(after)] for known in near}
+        alone = {known: self.counts[known] for known in near if is_unambiguous(small, known)}
+        chosen = dominant(in_context) or dominant(alone)
         if not chosen:
             return word
         return chosen.upper() if upper else chosen.capitalize() if word[0].isupper() else chosen
 
     def changes(self, text: str) -> list[Change]:
-        """The repairs of a text, in order, none overlapping another."""
+        """The repairs of a text, in order, without overlaps."""
         words = {word.lower() for word in re.findall(r"[A-Za-z]+", text)}
         found = []
         for match in _SHORT.finditer(text):
             change = expand(match, words) if match[0] not in self.kept else None
             if change is not None:
                 found.append(change)
-        taken = {place for change in found for place in range(change.start, change.end)}
+        expanded = {i for change in found for i in range(change.start, change.end)}
         tokens = list(_TOKEN.finditer(text))
-        adjacent = {token.start(): place for place, token in enumerate(tokens)}
-        shouted = {place for line in _LINE.finditer(text) if line[0].isupper() for place in range(*line.span())}
+        index_at = {token.start(): index for index, token in enumerate(tokens)}
+        in_capitals = {i for line in _LINE.finditer(text) if line[0].isupper() for i in range(*line.span())}
         for match in _WORD.finditer(text):
-            place = adjacent.get(match.start(), 0)
-            before, after = (tokens[i][0] if 0 <= i < len(tokens) else "" for i in (place - 1, place + 1))
-            corrected = self.correct(match[0], before, after, match.start() in shouted)
-            if corrected != match[0] and match.start() not in taken:
+            index = index_at.get(match.start(), 0)
+            before, after = (tokens[i][0] if 0 <= i < len(tokens) else "" for i in (index - 1, index + 1))
+            corrected = self.correct(match[0], before, after, match.start() in in_capitals)
+            if corrected != match[0] and match.start() not in expanded:
                 found.append(Change(match.start(), match.end(), match[0], corrected))
         return sorted(found, key=lambda change: change.start)
 
@@ -154,31 +153,31 @@ class Repair:
 
 
 def apply(text: str, changes: Iterable[Change]) -> str:
-    """`text` with its changes made."""
-    parts, at = [], 0
+    """`text` with the changes applied."""
+    parts, end = [], 0
     for change in changes:
-        parts += [text[at : change.start], change.after]
-        at = change.end
-    return "".join([*parts, text[at:]])
+        parts += [text[end : change.start], change.after]
+        end = change.end
+    return "".join([*parts, text[end:]])
 
 
 def context(token: str) -> str:
-    """A token as a neighbour: its letters' case and a number's value do not matter; a sign is no context ("")."""
+    """A token as a context: words in lower case, "0" for all numbers, "" for signs."""
     return "0" if token[:1].isdigit() else token.lower() if token.isalpha() else ""
 
 
-def clearly(counts: dict[str, int]) -> str:
-    """The key that is counted often enough and clearly more often than the next; "" where there is none."""
+def dominant(counts: dict[str, int]) -> str:
+    """The key with a count of at least MIN_COUNT and MIN_RATIO times the next count; "" if there is none."""
     ranked = sorted(counts, key=lambda key: (-counts[key], key))
-    if not ranked or counts[ranked[0]] < ENOUGH:
+    if not ranked or counts[ranked[0]] < MIN_COUNT:
         return ""
-    return ranked[0] if len(ranked) == 1 or counts[ranked[0]] >= CLEARLY * counts[ranked[1]] else ""
+    return ranked[0] if len(ranked) == 1 or counts[ranked[0]] >= MIN_RATIO * counts[ranked[1]] else ""
 
 
 def expand(match: re.Match[str], words: set[str]) -> Change | None:
-    """An abbreviation's expansion, or None where it is ambiguous in this note or may be a name or a unit.
+    """Expands an abbreviation; None if its context words are not among the note's `words`, or its case differs.
 
-    One with capitals is read only in those capitals ("SOB", not "sob"); a lower-case one also at a sentence's start.
+    An abbreviation with capitals must match exactly ("SOB", not "sob"); a lower-case one may also begin a sentence.
     """
     short = match[0]
     key = short if short in ABBREVIATIONS else short[0].lower() + short[1:]
@@ -196,10 +195,9 @@ def deletions(word: str) -> set[str]:
     return {word, *(word[:i] + word[i + 1 :] for i in range(len(word)))}
 
 
-def plain(word: str, known: str) -> bool:
-    """Whether a word is corrected without asking its neighbours. Short words have neighbours that are words: a "chance"
-    is no "change", "tests" no "testis", a "dermoid" no "desmoid"; and an edit of the last letter is more often another
-    inflection (node, nodes) than a mistake."""
+def is_unambiguous(word: str, known: str) -> bool:
+    """True if `word` may be corrected to `known` without context. Short words may be other words (chance/change,
+    tests/testis, dermoid/desmoid), and an edit of the last letter is often an inflection (node/nodes)."""
     if known[:-1] in (word, word[:-1]) or known == word[:-1]:
         return False
     if len(word) != len(known):
@@ -208,7 +206,7 @@ def plain(word: str, known: str) -> bool:
 
 
 def one_edit(a: str, b: str) -> bool:
-    """Whether one insertion, deletion, substitution or swap of neighbours makes a into b."""
+    """True if one insertion, deletion, substitution or transposition makes a into b (or they are equal)."""
     i = 0
     while i < min(len(a), len(b)) and a[i] == b[i]:
         i += 1
@@ -217,10 +215,10 @@ def one_edit(a: str, b: str) -> bool:
 
 
 def read_lexicon(lexicon: Path) -> list[str]:
-    """The texts of a JSON-lines file. Raises UserError for a line without one."""
+    """The texts of a JSON-lines file. Raises UserError for a line without `text`."""
     return [record["text"] for _, record in read_jsonl(lexicon, ("text",))]
 
 
 def read_repair(lexicon: Path) -> Repair:
-    """A corrector whose lexicon are the texts of a JSON-lines file."""
+    """A Repair with the texts of a JSON-lines file as its lexicon."""
     return Repair(read_lexicon(lexicon))
