@@ -103,9 +103,9 @@ def write_index(options: Options, found: list[dict[str, Any]]) -> dict[str, Any]
     }
     build_id = hashlib.sha256(json.dumps(manifest).encode()).hexdigest()[:16]
     raw = options.out.with_name(f".{options.out.name}.{build_id}.vectors")  # finished vectors of this build
-    for file in options.out.parent.iterdir():
-        if file != raw and re.fullmatch(rf"\.{re.escape(options.out.name)}\.[0-9a-f]{{16}}\.vectors", file.name):
-            file.unlink()  # of an interrupted build with other inputs
+    for path in options.out.parent.iterdir():
+        if path != raw and re.fullmatch(rf"\.{re.escape(options.out.name)}\.[0-9a-f]{{16}}\.vectors", path.name):
+            path.unlink()  # of an interrupted build with other inputs
     if dense:
         vectors_ND, properties = embed(options, found, raw)
     else:
