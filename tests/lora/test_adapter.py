@@ -324,3 +324,18 @@ def test_a_branch_longer_than_the_table_of_draws_repeats_no_mask():
         for two in range(one):
             both = float((mask[one] & mask[two]).double().mean())
             assert abs(both - 0.75**2) < 0.01, (one, two)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_a_gpu_drops_what_a_cpu_drops(dtype):
+    plan, found = DropoutPlan(seed=3), []
+    plan.begin(1, [[("a", 0, 300), ("a", 1, 100)]])
+    for device in ("cpu", "cuda"):
+        x_ND = torch.ones(450, 512, dtype=dtype, device=device)
+        sum_ND = torch.zeros_like(x_ND)
+        plan.masks(1, 450).add(sum_ND, x_ND, 0.05, "q")
+        found.append([plan.masks(1, 450).zero(x_ND, 0.05, "q").cpu(), sum_ND.cpu()])
+        found[-1].append((plan.mask(x_ND[None], 0.05, "q")[0] > 0).to("cpu", dtype))
+    assert all(torch.equal(mask_ND, found[0][0]) for each in found for mask_ND in each)
