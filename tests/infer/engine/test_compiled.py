@@ -3,6 +3,7 @@
 import contextlib
 import inspect
 import textwrap
+from copy import deepcopy
 
 import pytest
 import torch
@@ -14,7 +15,10 @@ from infer import generate
 from infer.engine import compiled
 from infer.engine.generate import Generator
 from infer.engine.settings import Settings
+from lora import LoRAConfig, add_lora
+from model.quantize.linear import QuantizedLinear, quantize_model
 from model.support.cli import UserError
+from model.support.hardware import int8_products
 
 KINDS = {
     "full": tiny_model(),
@@ -95,6 +99,64 @@ def test_options_that_do_not_go_together_are_refused(other):
 @pytest.mark.parametrize("kind", ["full", "mixed"])
 def test_the_compiled_step_is_the_plain_models(kind, tokenizer):
     check(kind, [3, 70, 5], [9, 4, 9], tokenizer)
+
+
+FORMS = ("wide", "int8", "int4", "w8a8")
+PROMPTS = [[*range(20), *range(100, 105 + 20 * row)] for row in range(3)]
+
+
+def adapted_model(form, dtype):
+    """One layer with a window, quantized and packed as load_quantized does it, and an adapter on top."""
+    widths = {"hidden_size": 64, "intermediate_size": 128, "head_dim": 16}
+    model = tiny_model(windows=(6,), num_hidden_layers=1, dtype=dtype, **widths)
+    for module in () if form == "wide" else quantize_model(model, form).modules():
+        if isinstance(module, QuantizedLinear):
+            module.quantized.pack()
+    for name, parameter in add_lora(model, LoRAConfig(r=4, alpha=8), seed=1).named_parameters():
+        if "lora_B" in name:
+            parameter.data.normal_(std=0.1, generator=torch.Generator().manual_seed(2))
+    return model.requires_grad_(False)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", FORMS)
+def test_the_compiled_step_gives_the_eager_ones_tokens(form, tokenizer, capsys):
+    """In fp64, with an adapter: greedy, sampled, and up to a stop string."""
+    torch.compiler.reset()
+    model = adapted_model(form, torch.float64)
+    text = Generator(model, tokenizer).generate(PROMPTS[2:], max_new_tokens=12)[0].text
+    each = [Settings(12), Settings(12, temperature=1.0, top_p=0.9, seed=5), Settings(12, stop=(text[3:5],))]
+    eager, ours = (Generator(model, tokenizer, compile=how).generate(PROMPTS, each) for how in (False, True))
+    assert ours[2].finish_reason == "stop_string"
+    for one, other in zip(ours, eager, strict=True):
+        assert (one.tokens, one.text, one.finish_reason) == (other.tokens, other.text, other.finish_reason)
+        assert torch.allclose(torch.tensor(one.logprobs), torch.tensor(other.logprobs), rtol=0, atol=1e-9)
+    assert not capsys.readouterr().err  # it was compiled
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    ("form", "dtype"), [*((form, torch.float32) for form in FORMS), ("wide", torch.bfloat16), ("w8a8", torch.bfloat16)]
+)
+def test_the_compiled_step_errs_at_most_twice_as_much_as_the_eager_one(form, dtype, tokenizer, capsys):
+    """The error of the answers' log-probabilities against fp64, root mean square."""
+    if form == "w8a8" and not int8_products():
+        pytest.skip("this processor's sums of 8-bit products saturate")
+    torch.compiler.reset()
+    model = adapted_model(form, dtype)
+    exact = deepcopy(model).double()
+    errors = []
+    for how in (True, False):
+        outs = Generator(model, tokenizer, compile=how).generate(PROMPTS, max_new_tokens=24)
+        squares = []
+        for prompt, out in zip(PROMPTS, outs, strict=True):
+            ids, answer = torch.tensor([prompt + out.tokens]), slice(len(prompt) - 1, -1)
+            truth_TV = exact(ids)[0, answer].log_softmax(-1)
+            truth_T = truth_TV.gather(-1, torch.tensor(out.tokens)[:, None])[:, 0]
+            squares.append((torch.tensor(out.logprobs, dtype=torch.float64) - truth_T).square())
+        errors.append(float(torch.cat(squares).mean().sqrt()))
+    assert 0 < errors[0] <= 2 * errors[1]
+    assert not capsys.readouterr().err  # it was compiled
 
 
 @pytest.mark.slow
