@@ -168,7 +168,7 @@ def model_shape(setup: Setup) -> dict[str, Any]:
     }
 
 
-def random_model(setup: Setup, rank: int = 0) -> Any:
+def random_model(setup: Setup, rank: int = 0, dropout: float = 0.0) -> Any:
     """A Mistral of the setup's shape with random bf16 weights on the device, and adapters if `rank` > 0."""
     from lora import LoRAConfig, add_lora
     from model import ModelConfig, Transformer
@@ -180,7 +180,7 @@ def random_model(setup: Setup, rank: int = 0) -> Any:
     for weight in model.parameters():
         weight.normal_(0, 0.02) if weight.dim() > 1 else weight.fill_(1)
     if rank:
-        add_lora(model, LoRAConfig(r=rank, alpha=2 * rank, dropout=0.0, target_modules="all-linear"))
+        add_lora(model, LoRAConfig(r=rank, alpha=2 * rank, dropout=dropout, target_modules="all-linear"))
         for name, parameter in model.named_parameters():
             if "lora_" in name:
                 parameter.data = (torch.randn_like(parameter.data, dtype=torch.float32) * 0.02).to(BF16)
@@ -381,25 +381,60 @@ def extraction_rows(setup: Setup, prepared: bool) -> list[Row]:
 # ---- (d) training -------------------------------------------------------------------------------------------------
 
 
+def training_speed(setup: Setup, model: Any, loss: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
+    """(tokens per second of forward and backward, peak memory in GiB)."""
+    torch.cuda.reset_peak_memory_stats()
+
+    def step() -> None:
+        loss(model).backward()
+        model.zero_grad(set_to_none=True)
+
+    return setup.row_tokens / seconds(setup, step, 2.0), torch.cuda.max_memory_allocated() / 2**30
+
+
+def trainable(model: Any) -> Any:
+    """The model with trainable adapters and frozen weights, in training mode."""
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_("lora_" in name)
+    return model.train()
+
+
+def recipe_rows(setup: Setup, limits: dict[str, float]) -> list[Row]:
+    """The paper's recipe on the training blocks (train/fast): LoRA r 16 with dropout on a frozen 7B, four documents
+    packed into a row, whose attention is FlexAttention."""
+    import numpy as np
+
+    from lora import DropoutPlan
+    from lora.adapter import adapted
+    from train.data import rows as data
+    from train.fast.block import fast_blocks
+    from train.loss import batch_loss
+
+    length = setup.row_tokens // 4
+    ids = np.random.default_rng(0).integers(0, setup.vocab, (4, length + 1))
+    row = data.Row(tuple(data.text_documents(str(n), one, length)[0] for n, one in enumerate(ids)))
+    batch, counts = data.collate([row]).to(torch.device(setup.device)), data.count([row])
+    model = fast_blocks(trainable(random_model(setup, 16, dropout=0.05)))
+    plan = DropoutPlan()
+    plan.begin(0, batch.branches)
+    for layer in adapted(model).values():
+        layer.plan = plan
+    size = sum(p.numel() for p in model.parameters())
+    speed, memory = training_speed(setup, model, lambda model: batch_loss(model, batch, counts)[0])
+    limit = limits["operations/s"] / (4 * size)  # 4 FLOP per parameter and token: frozen weights need no gradient
+    setting = f"4 × {length} tokens in a row, bf16, dropout 0.05, {memory:.1f} GB"
+    name = "LoRA r 16 training of Mistral-7B's shape by train/fast"
+    return [Row(name, speed, limit, "products alone at this device's rate", "tok/s", setting, limit)]
+
+
 def training_rows(setup: Setup, limits: dict[str, float], recompute: bool) -> list[Row]:
-    """LoRA r 16 on a frozen 7B: tokens per second of forward and backward, and memory, against peft if installed."""
+    """LoRA r 16 on a frozen 7B with `--fuse`: tokens per second of forward and backward, and memory, against peft if
+    installed."""
     from infer.engine.fuse import fuse
     from kernels import linear_cross_entropy
 
-    def measured(model: Any, loss: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
-        torch.cuda.reset_peak_memory_stats()
-
-        def step() -> None:
-            loss(model).backward()
-            model.zero_grad(set_to_none=True)
-
-        return setup.row_tokens / seconds(setup, step, 2.0), torch.cuda.max_memory_allocated() / 2**30
-
     tokens = torch.randint(0, setup.vocab, (1, setup.row_tokens), device=setup.device)
-    model = random_model(setup, 16)
-    for name, parameter in model.named_parameters():
-        parameter.requires_grad_("lora_" in name)
-    model = fuse(model.train())
+    model = fuse(trainable(random_model(setup, 16)))
     model.model.checkpoint_blocks = recompute
     size = sum(p.numel() for p in model.parameters())
 
@@ -409,7 +444,7 @@ def training_rows(setup: Setup, limits: dict[str, float], recompute: bool) -> li
 
         return model(tokens, readout=readout)
 
-    speed, memory = measured(model, loss)
+    speed, memory = training_speed(setup, model, loss)
     limit = limits["operations/s"] / (4 * size)  # 4 FLOP per parameter and token: frozen weights need no gradient
     setting = (
         f"1 × {setup.row_tokens} tokens, bf16, {memory:.1f} GB, "
@@ -428,7 +463,7 @@ def training_rows(setup: Setup, limits: dict[str, float], recompute: bool) -> li
     if recompute:
         theirs.gradient_checkpointing_enable()
         theirs.enable_input_require_grads()
-    peers, more = measured(theirs, lambda model: model(input_ids=tokens, labels=tokens).loss)
+    peers, more = training_speed(setup, theirs, lambda model: model(input_ids=tokens, labels=tokens).loss)
     return [Row(name, speed, peers, f"peft ({more:.1f} GB)", "tok/s", setting, limit)]
 
 
@@ -448,6 +483,7 @@ def sections(setup: Setup, limits: dict[str, float]) -> Iterator[tuple[str, Call
         yield f"extraction, prepared {prepared}", partial(extraction_rows, setup, prepared)
     for recompute in (False, True):
         yield f"training, recompute {recompute}", partial(training_rows, setup, limits, recompute)
+    yield "training by the recipe", partial(recipe_rows, setup, limits)
     for dtype in (BF16, torch.float16, torch.float32):
         for case in setup.kernel_cases(dtype):
             yield f"correct: {case.name}", partial(verify, case, setup.device)

@@ -132,7 +132,12 @@ def test_every_case_runs_and_is_right(stand_in, tmp_path, capsys):
     assert [proof for proof in result["correct"] if not proof["right"]] == []
     assert code == 0 and not result["notes"]
     names = [row["name"] for row in result["rows"]]
-    for part in ("decode, int4, LoRA r 16 unmerged, batch 3", "extraction, the prepared base", "blocks recomputed"):
+    for part in (
+        "decode, int4, LoRA r 16 unmerged, batch 3",
+        "extraction, the prepared base",
+        "blocks recomputed",
+        "train/fast",
+    ):
         assert any(part in name for name in names), part
     assert {row["peer_name"].split(" (")[0] for row in result["rows"] if row["peer_name"]} >= {"peft", "torch.compile"}
     assert "extraction" in capsys.readouterr().out
