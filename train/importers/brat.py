@@ -1,11 +1,11 @@
-"""Your own labelled set from brat's standoff files: `python -m train.importers.brat --folder DIR --out my.jsonl`.
+"""Makes records of brat's standoff files: `python -m train.importers.brat --folder DIR --out my.jsonl`.
 
-Every NAME.txt with its NAME.ann, in sub-folders too, makes one record. Entities ("T1<TAB>TumorSize 19 25<TAB>2.5 cm")
-are answers; their type is a phenotype's name in any spelling (tumor_size, TumorSize) or is mapped: `--types
-Size=tumor_size Dx=diagnosis`. Every phenotype that is annotated anywhere in the folder is asked of every text: where a
-text has none of it, the answer is "not relevant". Of several diagnoses in a text the first is asked for, the others are
-kept beside it. A discontinuous entity is its parts joined by spaces; where more than white space lies between them, its
-place is `fragments`, [[start, end], …]. Other annotations (relations, events, attributes, notes) are counted.
+Every NAME.txt with a NAME.ann, in sub-folders too, becomes one record. Entities ("T1<TAB>TumorSize 19 25<TAB>2.5 cm")
+become answers. Their type is a phenotype's name in any spelling (tumor_size, TumorSize), or is mapped: `--types
+Size=tumor_size Dx=diagnosis`. Every phenotype that is annotated anywhere in the folder is asked of every text, with the
+answer "not relevant" where a text has none. Of several diagnoses in a text the first is asked for; the others are kept
+as `further_diagnoses`. The parts of a discontinuous entity are joined by spaces; if other text lies between them, the
+answer has `fragments`, [[start, end], …]. Other annotations (relations, events, attributes, notes) are only counted.
 """
 
 from __future__ import annotations
@@ -22,23 +22,23 @@ from model.support.lock import output
 from train.importers.record import Record, diagnosis, label, read_text, write
 
 _ENTITY = re.compile(r"(T\d+)\t(\S+) (\d{1,12} \d{1,12}(?:;\d{1,12} \d{1,12})*)\t(.*)")
-OTHER = "annotations that are no entities, not read"
+OTHER = "annotations that are not entities, not read"
 LINE_ENDS = r"texts whose offsets count \r\n as one character: their records have \n"
 MARK = "texts whose offsets do not count the byte order mark"
 
 
 @dataclass(frozen=True)
 class Options:
-    """Make records of a folder of brat annotations."""
+    """Make records from a folder of brat annotations."""
 
     folder: Path
-    """Folder that holds NAME.txt and NAME.ann, or sub-folders of them."""
+    """Folder with NAME.txt and NAME.ann, in sub-folders too."""
     out: Path
     """JSON-lines file to write."""
     types: tuple[str, ...] = ()
-    """Entity types and what they are, as TYPE=phenotype, TYPE=diagnosis, or TYPE= to ignore a type."""
+    """Meaning of entity types: TYPE=phenotype, TYPE=diagnosis, or TYPE= to ignore a type."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
 
     def __post_init__(self) -> None:
         for pair in self.types:
@@ -48,7 +48,7 @@ class Options:
 
 @dataclass(frozen=True)
 class Entity:
-    """A line of an .ann file; `where` names the file and line for errors."""
+    """An entity of an .ann file; `where` is its file and line, for error messages."""
 
     where: str
     name: str
@@ -57,6 +57,7 @@ class Entity:
     text: str
 
     def fits(self, note: str) -> bool:
+        """True if the note has the entity's words at its offsets."""
         inside = all(0 <= start < end <= len(note) for start, end in self.spans)
         return inside and self.words(note) == self.text.split()
 
@@ -71,7 +72,7 @@ class Entity:
 
 
 def entities(path: Path, notices: Counter[str]) -> list[Entity]:
-    """The entities of an .ann file, in the text's order."""
+    """The entities of an .ann file in order of their offsets; other lines are counted in `notices`."""
     found = []
     for number, line in enumerate(read_text(path).split("\n"), 1):
         if not line.startswith("T"):
@@ -85,8 +86,8 @@ def entities(path: Path, notices: Counter[str]) -> list[Entity]:
     return sorted(found, key=lambda entity: entity.spans)
 
 
-def annotated(path: Path, found: list[Entity], notices: Counter[str]) -> str:
-    """The text that the offsets are of: the file's, or with "\\n" for "\\r\\n", or without its byte order mark."""
+def annotated_text(path: Path, found: list[Entity], notices: Counter[str]) -> str:
+    """The text that the offsets refer to: the file unchanged, with "\\n" for "\\r\\n", or without byte order mark."""
     raw = read_text(path, keep_mark=True)
     unix = raw.replace("\r\n", "\n")
     for text in (raw, unix, raw.removeprefix("\ufeff"), unix.removeprefix("\ufeff")):
@@ -94,12 +95,12 @@ def annotated(path: Path, found: list[Entity], notices: Counter[str]) -> str:
             notices[LINE_ENDS] += text.count("\r") < raw.count("\r")
             notices[MARK] += raw[:1] == "\ufeff" != text[:1]
             return text
-    wrong = next(entity for entity in found if not entity.fits(raw))
-    raise UserError(f"{wrong.where}: {wrong.name} is not the text at its offsets; is {path} what was annotated?")
+    misfit = next(entity for entity in found if not entity.fits(raw))
+    raise UserError(f"{misfit.where}: {misfit.name} is not the text at its offsets; is {path} what was annotated?")
 
 
 def pairs(folder: Path) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
-    """(text, annotation) of every name that has both, and the folder's other files by kind."""
+    """([(.txt, .ann), …] of every name that has both, names of the folder's other files by kind)."""
     files = sorted(path for path in folder.rglob("*") if not path.is_dir())
     visible = [path for path in files if path.name[0] != "."]
     texts = {path.with_suffix(""): path for path in visible if path.suffix.lower() == ".txt"}
@@ -115,7 +116,10 @@ def pairs(folder: Path) -> tuple[list[tuple[Path, Path]], dict[str, list[str]]]:
 
 
 def records(folder: Path, types: dict[str, str], notices: Counter[str] | None = None) -> list[Record]:
-    """One record a text, in the order of their names; `notices` counts what was not read or was read differently."""
+    """One record per text, in the order of their names; `notices` counts what was not read or was read differently.
+
+    Raises UserError, naming file and line, for malformed annotations and unknown types.
+    """
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder")
     both, _ = pairs(folder)
@@ -123,31 +127,36 @@ def records(folder: Path, types: dict[str, str], notices: Counter[str] | None = 
         raise UserError(f"{folder}: holds no NAME.txt with a NAME.ann beside it")
     types = {name: label(kind, f"--types {name}={kind}") if kind else "" for name, kind in types.items()}
     notices = Counter() if notices is None else notices
-    made, asked = [], set()
+    found = []
     for text_path, ann_path in both:
-        found = entities(ann_path, notices)
-        text = annotated(text_path, found, notices)
+        marked = entities(ann_path, notices)
+        text = annotated_text(text_path, marked, notices)
         name = text_path.relative_to(folder).with_suffix("").as_posix()
         record: Record = {"id": name, "patient": name, "style": "", "text": text, "phenotypes": {}}
-        for entity in found:
-            kind = types.get(entity.type)
-            if kind is None:
-                spelled = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", entity.type)
-                kind = label(spelled, f"{entity.where} (or say what it is: --types {entity.type}=…)")
-            one = entity.answer(text)
-            if kind == "diagnosis":
-                code = diagnosis(one["text"], f"{entity.where} (or ignore its type: --types {entity.type}=)")
-                if record.setdefault("diagnosis", code) != code:
-                    record.setdefault("further_diagnoses", []).append(code)
-            elif kind:
-                asked.add(kind)
-                given = record["phenotypes"].setdefault(kind, [])
-                if one["text"] not in [other["text"] for other in given]:
-                    given.append(one)
-        made.append(record)
-    for record in made:
-        record["phenotypes"] = {name: record["phenotypes"].get(name, []) for name in sorted(asked)}
-    return made
+        for entity in marked:
+            add_answer(record, entity, types)
+        found.append(record)
+    asked = sorted({name for record in found for name in record["phenotypes"]})
+    for record in found:
+        record["phenotypes"] = {name: record["phenotypes"].get(name, []) for name in asked}
+    return found
+
+
+def add_answer(record: Record, entity: Entity, types: dict[str, str]) -> None:
+    """Adds an entity to its record, as a diagnosis or as an answer of its phenotype (once per text)."""
+    kind = types.get(entity.type)
+    if kind is None:
+        spelled = re.sub(r"(?<=[a-z])(?=[A-Z])", "_", entity.type)
+        kind = label(spelled, f"{entity.where} (or say what it is: --types {entity.type}=…)")
+    answer = entity.answer(record["text"])
+    if kind == "diagnosis":
+        code = diagnosis(answer["text"], f"{entity.where} (or ignore its type: --types {entity.type}=)")
+        if record.setdefault("diagnosis", code) != code:
+            record.setdefault("further_diagnoses", []).append(code)
+    elif kind:
+        answers = record["phenotypes"].setdefault(kind, [])
+        if answer["text"] not in [other["text"] for other in answers]:
+            answers.append(answer)
 
 
 def main(options: Options) -> None:

@@ -1,16 +1,16 @@
-"""Questions from any named-entity corpus: `python -m train.importers.conll --iob F.tsv --out F.jsonl`.
+"""Makes question records of a named-entity corpus: `python -m train.importers.conll --iob F.tsv --out F.jsonl`.
 
-The file is CoNLL's: one token and its tag a line (first and last column, divided by tabs where the file has any, else
-by spaces), a blank line between sentences, "-DOCSTART-" or "# newdoc" between documents; other lines that begin with
-"#" are comments. Tags are IO, IOB1, BIO (IOB2), BIOES or BILOU, of several entity types. Three consecutive sentences of
-a document make a record, and every entity type of the file one question about it; the answer is all mentions of that
-type, or "not relevant" where there is none:
+The file has CoNLL's format: one token and its tag per line (first and last column, separated by tabs if the file has
+any, else by spaces), a blank line between sentences, "-DOCSTART-" or "# newdoc" between documents; other lines that
+begin with "#" are comments. Tags are IO, IOB1, BIO (IOB2), BIOES or BILOU, of any number of entity types. Three
+consecutive sentences of a document make a record, with one question for each entity type of the file; the answer is all
+mentions of that type, or "not relevant":
 
     {"id": "test-7", "text": "…", "questions": [{"question": "Which disease names are mentioned?",
      "answers": [{"text": "colorectal cancer", "start": 52, "end": 69}, …]}]}
 
-Tokens are joined back into text by the rules of English print, and spans are kept. The records serve train.instruct
-and infer.extract.
+Tokens are joined into text with spaces as in printed English; answers keep their spans in it. The records are for
+train.instruct, infer.extract and eval.run.
 """
 
 from __future__ import annotations
@@ -33,18 +33,18 @@ CLOSES, OPENS, TIGHT = set(",.;:!?)]}%"), set("([{$"), set("-/'’–")
 
 @dataclass(frozen=True)
 class Options:
-    """Make question records of an IOB file."""
+    """Make question records from an IOB file."""
 
     iob: Path
-    """One token and its tag a line, a blank line between sentences."""
+    """File with one token and its tag per line and a blank line between sentences."""
     out: Path
     """JSON-lines file to write."""
     sentences: int = 3
-    """Sentences a record."""
+    """Sentences per record."""
     limit: int = 0
-    """Only the first records (0: all)."""
+    """Number of records to write, from the first (0: all)."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
 
     def __post_init__(self) -> None:
         if self.sentences < 1 or self.limit < 0:
@@ -58,8 +58,10 @@ def main(options: Options) -> None:
 
 
 def records(path: Path, size: int = 3) -> Iterator[Record]:
-    """Question records of groups of `size` sentences of a document. Raises UserError naming file and line for what is
-    not IOB."""
+    """Yields a question record for every `size` sentences of a document.
+
+    Raises UserError, naming file and line, if the file is not IOB.
+    """
     documents = read_iob(path)
     tags = {tag for sentences in documents for sentence in sentences for _, tag in sentence}
     types = sorted({tag[2:] or "entity" for tag in tags - {"O"}})
@@ -80,8 +82,8 @@ def question(kind: str) -> str:
 
 
 def read_iob(path: Path) -> list[list[Sentence]]:
-    """Documents of sentences of (token, tag)."""
-    lines = re.split(r"\r\n|\r|\n", read_text(path))  # a token may hold any other separator of Unicode
+    """The file's documents, each a list of sentences of (token, tag)."""
+    lines = re.split(r"\r\n|\r|\n", read_text(path))  # not splitlines: a token may hold Unicode's other line separators
     tokens = [line for line in lines if line.strip(" \t") and not line.startswith(("#", "-DOCSTART-"))]
     tabs = any("\t" in line for line in tokens)
 
@@ -106,22 +108,22 @@ def read_iob(path: Path) -> list[list[Sentence]]:
 
 
 def group(sentences: Sequence[Sequence[Token]]) -> tuple[str, list[tuple[int, int, str]]]:
-    """(text, [(start, end, type), …]) of some sentences, joined by spaces."""
+    """Joins sentences. Returns (text, [(start, end, type), …] of its entities)."""
     text, spans = "", []
     for sentence in sentences:
         text += " " if text else ""
-        places = []
+        offsets = []
         for (before, _), (token, _) in zip([("", ""), *sentence], sentence, strict=False):
             text += " " if before and spaced(before, token, text) else ""
-            places.append((len(text), len(text) + len(token)))
+            offsets.append((len(text), len(text) + len(token)))
             text += token
         for first, last, kind in entities([tag for _, tag in sentence]):
-            spans.append((places[first][0], places[last][1], kind))
+            spans.append((offsets[first][0], offsets[last][1], kind))
     return text, spans
 
 
 def spaced(before: str, token: str, text: str) -> bool:
-    """Whether a space is printed between two tokens. A quotation mark opens after an even number of them."""
+    """True if a space belongs between two tokens. A quotation mark opens if the text so far has an even number."""
     if token in CLOSES or before in OPENS:
         return False
     if '"' in (token, before):
@@ -132,17 +134,19 @@ def spaced(before: str, token: str, text: str) -> bool:
 
 
 def entities(tags: Sequence[str]) -> Iterator[tuple[int, int, str]]:
-    """(first, last, type) of each entity, in any of the schemes: B, S and U begin one, and so does what follows another
-    type, O or an end (IO, IOB1); E, L, S and U end one."""
+    """Yields (first, last, type) of each entity, in any of the schemes.
+
+    B, S and U start an entity, and so does any tag after O, another type or an end (IO, IOB1); E, L, S and U end one.
+    """
     first, kind = 0, ""
     for index, tag in enumerate([*tags, "O"]):
-        mark, now = tag[0], "" if tag == "O" else tag[2:] or "entity"
-        if kind and (mark in "BSU" or now != kind):
+        prefix, tag_type = tag[0], "" if tag == "O" else tag[2:] or "entity"
+        if kind and (prefix in "BSU" or tag_type != kind):
             yield first, index - 1, kind
             kind = ""
-        if now and not kind:
-            first, kind = index, now
-        if kind and mark in "ELSU":
+        if tag_type and not kind:
+            first, kind = index, tag_type
+        if kind and prefix in "ELSU":
             yield first, index, kind
             kind = ""
 

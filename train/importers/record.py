@@ -1,4 +1,4 @@
-"""What the importers share: a question's name, a diagnosis, an answer's place, and the file that they write."""
+"""Shared by the importers: names of phenotypes, ICD-10-CM diagnoses, spans of answers, and the output file."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ Record = dict[str, Any]
 
 
 def read_text(path: Path, keep_mark: bool = False) -> str:
-    """A file's text unchanged, line ends included; with `keep_mark` a byte order mark too."""
+    """A UTF-8 file's text with its line ends unchanged. `keep_mark`: keep a byte order mark too."""
     check_regular(path)
     try:
         return path.read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
@@ -27,7 +27,10 @@ def read_text(path: Path, keep_mark: bool = False) -> str:
 
 
 def label(name: str, where: str) -> str:
-    """The phenotype that a type or question names ("Tumor Size", "What is the tumor size?"), or "diagnosis"."""
+    """The phenotype that a type or question names ("Tumor Size", "What is the tumor size?"), or "diagnosis".
+
+    Raises UserError, with `where` at its start, for any other name.
+    """
     known = {"diagnosis": "diagnosis", _plain(DIAGNOSIS_QUESTION): "diagnosis"}
     for phenotype in PHENOTYPES.values():
         known |= {phenotype.name: phenotype.name, _plain(phenotype.question): phenotype.name}
@@ -43,20 +46,20 @@ def _plain(text: str) -> str:
 
 
 def place(text: str, answer: str) -> Record:
-    """The answer and where it first occurs in the text (in its own case, else in any); null where it does not."""
+    """The answer with the span where it first occurs in the text (case-sensitively, else in any case), or null."""
     found = occurrences(answer, text) or occurrences(answer, text, ignore_case=True)
     start, end = found[0] if found else (None, None)
     return {"text": answer, "start": start, "end": end}
 
 
 def diagnosis(answer: str, where: str) -> Record:
-    """Description and ICD-10-CM code of an answer that holds one code of C00-D49 anywhere, in any case, or is a code's
-    description word for word. A written code is never replaced: one that is not known, and several, are refused."""
-    found = {canonical(answer[start:end]) or answer[start:end]: (start, end) for start, end in code_spans(answer)}
-    if len(found) > 1:
-        raise UserError(f"{where}: the diagnosis holds several codes ({', '.join(found)}); give one")
-    if found:
-        code, (start, end) = found.popitem()
+    """{"text", "code"} of an answer that contains one ICD-10-CM code of C00-D49, in any case, or is the exact
+    description of one. Raises UserError for no code, several or an unknown one; a code is never corrected."""
+    codes = {canonical(answer[start:end]) or answer[start:end]: (start, end) for start, end in code_spans(answer)}
+    if len(codes) > 1:
+        raise UserError(f"{where}: the diagnosis holds several codes ({', '.join(codes)}); give one")
+    if codes:
+        code, (start, end) = codes.popitem()
         if canonical(code) is None:
             raise UserError(f"{where}: {code} is not an ICD-10-CM code of C00-D49 (release of April 2026); correct it")
         return {"text": _without(answer, start, end) or describe(code), "code": code}
@@ -66,7 +69,7 @@ def diagnosis(answer: str, where: str) -> Record:
 
 
 def _without(text: str, start: int, end: int) -> str:
-    """A diagnosis without its code and the code's brackets."""
+    """`text` without its code, text[start:end], and the brackets around it."""
     before, after = text[:start].rstrip(), text[end:].lstrip()
     if before[-1:] in ("(", "[") and after[:1] in (")", "]"):
         before, after = before[:-1], after[1:]
@@ -77,14 +80,14 @@ def _without(text: str, start: int, end: int) -> str:
 
 
 def write(records: list[Record], out: Path, notices: Mapping[str, int] | None = None, unread: str = "") -> None:
-    """Write the records and print their number, what training cannot learn to copy, and what was not read."""
+    """Writes the records, and prints their counts (see remarks), the notices and the unread files or columns."""
     write_jsonl(out, records)
     counted = [f"{count} {what}" for what, count in (notices or {}).items() if count]
     print(f"{out}: {'; '.join(filter(None, (remarks(records), *counted, unread)))}")
 
 
 def remarks(records: list[Record]) -> str:
-    """The counts of records, answers and questions, and of answers that training or scoring treats differently."""
+    """Counts of records, answers and questions, and of answers that training or scoring treats differently, as text."""
     counts = Counter({"answers": 0, "questions not relevant": 0, "diagnoses": 0})
     for record in records:
         asked = [(PHENOTYPES[name].values, answers) for name, answers in record.get("phenotypes", {}).items()]

@@ -1,20 +1,27 @@
-"""Your own labelled set from a table: `python -m train.importers.table --table my.csv --out my.jsonl`.
+"""Makes records of a labelled table: `python -m train.importers.table --table my.csv --out my.jsonl`.
 
-The table is CSV (comma, semicolon or tab) with a header; one row is one answer to one question about one text:
+The table is CSV (comma, semicolon or tab) with a header; each row is one answer to one question about one text:
 
     text,type,answer
     "Left breast mass, 2.5 cm, grade 2",tumor_size,2.5 cm
     "Left breast mass, 2.5 cm, grade 2",tumor_laterality,left
     "Left breast mass, 2.5 cm, grade 2",cancer_stage,not relevant
 
-Columns: `text`; `type` (a phenotype's name) or `question` (its question), or "diagnosis"; `answer` (empty or "not
-relevant": the text does not say). A cell is one answer, commas and all; `--separator ";"` divides it. `id` and
-`patient` where there are any: rows of one id, else of one text, make one record; without `patient` every text counts as
-a patient of its own, which makes intervals too narrow where patients have several texts. A question that has no row is
-not asked. The records are train.clinic's and serve `eval.score`, `eval.run` and `train.instruct`.
+Columns:
 
-A diagnosis holds its ICD-10-CM code, or is a code's description word for word. A code that is written is never
-replaced: another chapter's, a mistyped one and several in one cell are refused, with their line.
+    text                  the note
+    type (or question)    a phenotype's name (or its question), or "diagnosis"
+    answer                empty or "not relevant": the text does not say. A cell is one answer, including its commas;
+                          `--separator ";"` splits it
+    id, patient           optional. Rows with the same id, else with the same text, make one record. Without `patient`
+                          each text is a patient of its own; confidence intervals are then too narrow if patients have
+                          several texts
+
+A question without a row is not asked. The records have train.clinic's form, for `eval.score`, `eval.run` and
+`train.instruct`.
+
+A diagnosis contains its ICD-10-CM code or is the exact description of one. A code is never corrected: an unknown code,
+one of another chapter, or several in one cell raise an error that names the line.
 """
 
 from __future__ import annotations
@@ -35,24 +42,27 @@ COLUMNS = ("id", "patient", "text", "type", "question", "answer")
 
 @dataclass(frozen=True)
 class Options:
-    """Make records of a labelled table: a row an answer, in the columns text, type (tumor_size, …) and answer."""
+    """Make records from a labelled table with an answer per row: columns text, type (tumor_size, …) and answer."""
 
     table: Path
-    """CSV file with a header: text, type or question, answer; id and patient where there are any."""
+    """CSV file with a header: text, type or question, answer; optionally id and patient."""
     out: Path
     """JSON-lines file to write."""
     overwrite: bool = False
-    """Replace a file that is there."""
+    """Replace an existing file."""
     separator: str = ""
-    """What divides several answers in one cell, for example ";"; without it a cell is one answer."""
+    """Separator of several answers in one cell, for example ";" (empty: a cell is one answer)."""
 
 
 def records(path: Path, separator: str = "", notices: Counter[str] | None = None) -> list[Record]:
-    """The records of a table, in the order of their first rows; `notices` counts the diagnoses that are not asked."""
+    """The records of a table, in the order of their first rows; `notices` counts rows without a diagnosis.
+
+    Raises UserError, naming file and line, for a malformed table.
+    """
     notices = Counter() if notices is None else notices
     table = Table(path)
     if not {"text", "answer"} <= set(table.columns) or not {"type", "question"} & set(table.columns):
-        known = ", ".join(name for name in COLUMNS if name in table.columns)  # the line may be a note's text
+        known = ", ".join(name for name in COLUMNS if name in table.columns)  # never the line: it may be a note's text
         raise UserError(
             f"{path}: its first line names {known or 'no column'}; a header needs text, answer, and type or question: "
             "a row for each answer, not a column"

@@ -102,7 +102,7 @@ def test_every_file_is_read_or_counted_with_a_name(tmp_path, capsys):
     made = [json.loads(line) for line in (tmp_path / "o.jsonl").read_text().splitlines()]
     assert [record["id"] for record in made] == ["B", "a", "x/y/a"]
     said = capsys.readouterr().out
-    assert "4 annotations that are no entities, not read" in said and said.endswith(
+    assert "4 annotations that are not entities, not read" in said and said.endswith(
         "not read: 2 texts without an .ann (c.txt, …), 1 annotations without a .txt (e.ann), 1 hidden files (._a.txt), "
         "1 other files (README), 1 .conf files (tools.conf)\n"
     )
