@@ -1,26 +1,26 @@
-"""The clinic: synthetic cancer notes with their truth, because no open corpus matches the two tasks.
+"""Generates synthetic cancer notes with their annotations (no open corpus matches the two tasks).
 
     python -m train.clinic --patients 300 --seed 0 --out runs/clinic
 
-writes into `--out`, the same bytes for the same options:
+Files in `--out`, byte-identical for the same options:
 
-    train, valid, heldout.jsonl   annotated notes in the training styles; a patient's notes stay in one file; train
-                                  also holds `--clinical` notes as clinics write them (clinical.py)
-    unseen.jsonl                  other patients, in styles and wordings that training never saw
-    pretrain.jsonl                text alone: the training notes, notes of further patients, MTS-Dialog sections
-    pretrain_valid.jsonl          text alone, for held-out bits per byte
-    general.jsonl                 text alone: MTS-Dialog and notes of people without cancer
+    train, valid, heldout.jsonl   annotated notes in the training styles, split by patient; train also has the
+                                  `--clinical` notes (clinical.py)
+    unseen.jsonl                  other patients, in styles and wordings that training has not seen
+    pretrain.jsonl                plain text: the training notes, notes of further patients, MTS-Dialog sections
+    pretrain_valid.jsonl          plain text, for held-out bits per byte
+    general.jsonl                 plain text: MTS-Dialog and notes of people without cancer
     manifest.json                 the options, counts and each file's SHA-256
 
 An annotated note is {"id", "patient", "style", "text", "phenotypes", "diagnosis"}. `phenotypes` has all eight names of
 infer.tasks.PHENOTYPES, each with a list of {"text", "start", "end"}; an empty list means "not relevant". For the
 open ones (size, site, histology, stage) text is note[start:end]; for the closed ones text is a value of the closed list
-and note[start:end] the words that show it. `diagnosis` is {"text", "code"}: the ICD-10-CM description and code.
+and note[start:end] the words that state it. `diagnosis` is {"text", "code"}: the ICD-10-CM description and code.
 
-The annotation rules, by which every note can be decided from its text alone:
+Annotation rules. They determine every answer from the note's text:
 
 - The *index cancer* is the one that the note is about. A relative's cancer, an earlier or other cancer of the patient,
-  a benign lesion and a diagnosis that was considered and dropped are never answers.
+  a benign lesion and a diagnosis that was considered and rejected are never answers.
 - tumor_size: the index tumour's size as written, all dimensions and the unit. The pathologist's beats imaging, the
   latest beats an older one, and of several index tumours the largest counts. Not: margins, nodes, specimens, scars.
 - tumor_site: the most specific place of the index tumour as written, without its side ("upper lobe"); the organ where
@@ -39,10 +39,10 @@ The annotation rules, by which every note can be decided from its text alone:
   unless in-situ hybridisation decides it.
 - diagnosis: the most specific ICD-10-CM code that the note supports; what it does not say is "unspecified".
 
-Only in pretrain.jsonl notes (those of further patients) end in their encounter diagnosis with its code, as clinic notes
-do: that is what continued pre-training can teach. The annotated notes never show a code. Of the notes to train on two
-in five draw their wording from varied.py, and no other annotated note does; three in ten are printed in
-capitals, because one of the four unseen styles is wholly in capitals, and no note of valid and heldout is.
+Only in pretrain.jsonl do notes (those of further patients) end in their encounter diagnosis with its code, so that
+continued pre-training can teach the codes; annotated notes never contain one. Of the training notes two in five have a
+wording drawn by varied.py, and three in ten are in capitals, because one of the four unseen styles is. No note of valid
+or heldout is either.
 """
 
 from __future__ import annotations
@@ -67,28 +67,28 @@ from train.clinic.varied import varied
 
 SHARES = {"train": 0.64, "valid": 0.06, "heldout": 0.15, "unseen": 0.15}
 CODED = 1.0  # share of the further patients' notes that end in their encounter diagnosis
-VARIED = 0.4  # share of the notes to train on whose very wording is drawn (varied.py)
-CAPITALS = 0.3  # share of the notes to train on that are printed in capitals, as some record systems print everything
+VARIED = 0.4  # share of the training notes whose wording is drawn (varied.py)
+CAPITALS = 0.3  # share of the training notes in capitals, as some record systems print them
 
 
 @dataclass(frozen=True)
 class Options:
-    """Write the clinic's synthetic notes, their truth and the text for pre-training."""
+    """Generate synthetic cancer notes, their annotations, and text for pre-training."""
 
     out: Path
     """Folder for the files."""
     overwrite: bool = False
-    """Write although the folder is not empty."""
+    """Write even if the folder is not empty."""
     patients: int = 300
-    """Annotated patients: 64 % to train, 6 % to valid, 15 % each to heldout and unseen; one to three notes each."""
+    """Number of annotated patients, one to three notes each: 64 % train, 6 % valid, 15 % heldout, 15 % unseen."""
     seed: int = 0
-    """Seed of everything that is drawn: the same seed gives the same bytes."""
+    """Random seed; the same options give the same bytes."""
     further_patients: int = 600
-    """Patients outside all annotated files whose notes are text for continued pre-training."""
+    """Number of other patients, whose notes are text for continued pre-training."""
     clinical: int = 0
-    """Notes to train on that are written as clinics write (clinical.py), one in ten without cancer."""
+    """Number of further training notes in the manner of real clinic notes (clinical.py), one in ten without cancer."""
     healthy: int = 600
-    """Notes of people without cancer in general.jsonl."""
+    """Number of notes of people without cancer in general.jsonl."""
 
     def __post_init__(self) -> None:
         if self.patients < 20:
@@ -98,14 +98,16 @@ class Options:
 
 
 def styles_for(case: Case, styles: tuple[Style, ...], rng: random.Random, count: int) -> list[Style]:
-    """`count` different styles that suit the case (no surgical pathology where nothing is cut out)."""
+    """At most `count` different styles that suit the case (no surgical pathology without surgery)."""
     fit = [style for style in styles if case.cancer.surgical or not style.pathology]
     return rng.sample(fit, min(count, len(fit)))
 
 
 def patient_notes(series: str, number: int, seed: int, source: Source = TRAINING, vary: bool = False) -> Iterator[dict]:
-    """The annotated notes of patient `number` of a series ("p" or "x"), drawn from the seed and these two alone.
-    `vary`: some of them in a wording of their own."""
+    """The annotated notes of patient `number` of a series ("p" or "x"), a function of these two and the seed.
+
+    `vary`: the share VARIED of them has a wording drawn by varied.py.
+    """
     patient = f"{series}{number:05d}"
     rng = random.Random(f"{seed}/{patient}")
     case = draw_case(rng, quantile(number, random.Random(f"{seed}/{series}").random()))
@@ -116,25 +118,27 @@ def patient_notes(series: str, number: int, seed: int, source: Source = TRAINING
         yield {"id": f"{patient}-n{number}", "patient": patient, "style": style.name, "text": text, **truth}
 
 
-def printed(notes: Iterable[dict], seed: int) -> Iterator[dict]:
-    """Some of the notes in capitals: a model that met none reads hardly any. Places stay; open answers are capitals
-    too, since they are the note's own words. A function of (seed, the note's id)."""
+def some_in_capitals(notes: Iterable[dict], seed: int) -> Iterator[dict]:
+    """Puts the share CAPITALS of the notes in capitals: a model trained on none of these can hardly read them.
+
+    The choice is a function of (seed, note id). Spans are unchanged; open answers are in capitals too.
+    """
     for note in notes:
         if random.Random(f"{seed}/capitals/{note['id']}").random() < CAPITALS:
             text = note["text"].upper()
             assert len(text) == len(note["text"]), note["id"]
-            found = {name: capitals(name, answers) for name, answers in note["phenotypes"].items()}
-            note = note | {"text": text, "phenotypes": found}
+            phenotypes = {name: in_capitals(name, answers) for name, answers in note["phenotypes"].items()}
+            note = note | {"text": text, "phenotypes": phenotypes}
         yield note
 
 
-def capitals(name: str, answers: list[dict]) -> list[dict]:
-    """A phenotype's answers about a note in capitals; a value of a closed list stays as it is."""
+def in_capitals(name: str, answers: list[dict]) -> list[dict]:
+    """A phenotype's answers in capitals; values of a closed list are unchanged."""
     return answers if PHENOTYPES[name].values else [answer | {"text": answer["text"].upper()} for answer in answers]
 
 
 def annotated(options: Options) -> dict[str, list[dict]]:
-    """The four annotated splits: runs of consecutive patients, each with the cancers in their proportions."""
+    """The four annotated splits: ranges of consecutive patients, each with the cancers in their proportions."""
     splits: dict[str, list[dict]] = {}
     bar = tqdm(total=options.patients, desc="patients", unit="patient", disable=None)
     start = 0
@@ -144,7 +148,7 @@ def annotated(options: Options) -> dict[str, list[dict]]:
         source = UNSEEN if split == "unseen" else TRAINING
         for number in range(start, end):
             notes = patient_notes("p", number, options.seed, source, vary=split == "train")
-            splits[split].extend(printed(notes, options.seed) if split == "train" else notes)
+            splits[split].extend(some_in_capitals(notes, options.seed) if split == "train" else notes)
             bar.update()
         start = end
     bar.close()
@@ -153,10 +157,10 @@ def annotated(options: Options) -> dict[str, list[dict]]:
 
 
 def further_notes(options: Options) -> Iterator[dict]:
-    """Text of patients outside the annotated files, some with their encounter diagnosis below."""
+    """Notes of patients outside the annotated files, the share CODED of them with its encounter diagnosis appended."""
     rng = random.Random(f"{options.seed}/coded")
     for number in range(options.further_patients):
-        for note in printed(patient_notes("x", number, options.seed, vary=True), options.seed):
+        for note in some_in_capitals(patient_notes("x", number, options.seed, vary=True), options.seed):
             text = note["text"]
             if rng.random() < CODED:
                 label = rng.choice(("Encounter diagnosis", "ICD-10-CM", "Billing diagnosis", "Visit diagnosis"))
@@ -165,17 +169,17 @@ def further_notes(options: Options) -> Iterator[dict]:
 
 
 def documents(options: Options, train: list[dict]) -> dict[str, list[dict]]:
-    """The three files of text alone. Every twentieth further patient and MTS-Dialog section is held out."""
+    """The three files of plain text. Every twentieth further patient and MTS-Dialog section is held out."""
     mts = [{"id": row["id"], "patient": row["id"], "text": row["text"]} for _, row in read_jsonl(MTS_DIALOG)]
     notes = list(further_notes(options))
-    held_patients = {f"x{number:05d}" for number in range(0, options.further_patients, 20)}
-    held_mts = {row["id"] for row in mts[::20]}
+    valid_patients = {f"x{number:05d}" for number in range(0, options.further_patients, 20)}
+    valid_mts, train_mts = mts[::20], [row for index, row in enumerate(mts) if index % 20]
     pretrain = [{"id": note["id"], "patient": note["patient"], "text": note["text"]} for note in train]
-    pretrain += [note for note in notes if note["patient"] not in held_patients]
-    pretrain += [row for row in mts if row["id"] not in held_mts]
-    valid = [note for note in notes if note["patient"] in held_patients] + [row for row in mts if row["id"] in held_mts]
+    pretrain += [note for note in notes if note["patient"] not in valid_patients]
+    pretrain += train_mts
+    valid = [note for note in notes if note["patient"] in valid_patients] + valid_mts
     rng = random.Random(f"{options.seed}/general")
-    general = [row for row in mts if row["id"] not in held_mts]
+    general = list(train_mts)
     for number in range(options.healthy):
         name = f"g{number:05d}"
         general.append({"id": f"{name}-n1", "patient": name, "text": general_note(rng)})
@@ -191,7 +195,7 @@ def main(options: Options) -> None:
 
 
 def write_files(options: Options, folder: Path) -> dict[str, int]:
-    """The files of all splits and their manifest; returns how many records each holds."""
+    """Writes all files and the manifest. Returns the number of records of each file."""
     splits = annotated(options)
     files = splits | documents(options, splits["train"])
     counts = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in files.items()}

@@ -1,6 +1,7 @@
 """The clinic's files: truth that stands in the text, patients in one split, the same bytes for the same seed."""
 
 import re
+import resource
 import statistics
 from collections import Counter, defaultdict
 from pathlib import Path
@@ -173,20 +174,21 @@ def test_notes_are_as_long_as_the_demo_plans_for(notes):
     assert min(lengths) >= 30 and max(lengths) <= 400
 
 
-def test_a_write_that_fails_leaves_the_old_files_or_none(tmp_path, monkeypatch):
+def test_a_write_that_fails_leaves_the_old_files_or_none(tmp_path):
+    """The system refuses files larger than half of pretrain.jsonl (RLIMIT_FSIZE)."""
     small = {"patients": 20, "further_patients": 2, "healthy": 2}
     main(Options(tmp_path / "old", **small))
     before = {file: file.read_bytes() for file in (tmp_path / "old").iterdir()}
     (tmp_path / "old" / "my own.txt").write_text("kept")
 
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    with monkeypatch.context() as patched:
-        patched.setattr(clinic, "write_json", full)
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before[tmp_path / "old" / "pretrain.jsonl"]) // 2, hard))
+    try:
         for name in ("old", "new"):
-            with pytest.raises(OSError, match="No space"):
+            with pytest.raises(OSError, match="File too large"):
                 main(Options(tmp_path / name, seed=1, overwrite=True, **small))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
     assert {file: file.read_bytes() for file in before} == before and not (tmp_path / "new").exists()
     main(Options(tmp_path / "old", seed=1, overwrite=True, **small))
     assert all(file.read_bytes() != old for file, old in before.items() if file.stem in ("train", "manifest"))
