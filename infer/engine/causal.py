@@ -11,7 +11,13 @@ PRODUCT_BLOCK = 128  # queries per explicit product, which materializes the scor
 
 
 def causal(
-    q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, position: int, key_position_S: Tensor, window: int | None
+    q_HTK: Tensor,
+    k_GSK: Tensor,
+    v_GSK: Tensor,
+    position: int,
+    key_position_S: Tensor,
+    window: int | None,
+    block_size: int = BLOCK,
 ) -> Tensor:
     """Attention of T queries at positions position, position + 1, … → out_THK, in blocks of queries.
 
@@ -25,7 +31,7 @@ def causal(
         out_1HTK = F.scaled_dot_product_attention(q_1HTK, k_1GSK, v_1GSK, is_causal=True, enable_gqa=True)
         return out_1HTK[0].transpose(0, 1)
     outs = []
-    size = PRODUCT_BLOCK if uses_products(q_HTK) else BLOCK
+    size = PRODUCT_BLOCK if uses_products(q_HTK) else block_size
     for start in range(0, T, size):
         stop = min(start + size, T)
         query_T1 = torch.arange(position + start, position + stop, device=q_HTK.device)[:, None]

@@ -247,8 +247,7 @@ def test_a_request_whose_guesses_fail_stops_and_one_whose_guesses_come_true_goes
     assert lookup.rate > 0.8 and best_guess_count([lookup.rate], [len(lookup.guess(4))], 1 / 8) > 0
 
 
-def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):
-    monkeypatch.setattr("infer.engine.causal.BLOCK", 5)
+def test_prompts_longer_than_a_chunk(tokenizer):
     for kind in ("full", "window", "mixed"):
         prompts = [[(7 * i + n) % 200 for i in range(100)] for n in range(3)]
         outs = Generator(MODELS[kind], tokenizer, chunk=16).generate(prompts, max_new_tokens=6)
@@ -257,8 +256,13 @@ def test_prompts_longer_than_a_chunk(tokenizer, monkeypatch):
 
 
 @settings(deadline=None, max_examples=40)
-@given(before=st.integers(0, 150), new=st.integers(1, 300), window=st.sampled_from([None, 1, 9, 130, 1000]))
-def test_reading_in_blocks_is_attention(before, new, window):
+@given(
+    before=st.integers(0, 150),
+    new=st.integers(1, 300),
+    window=st.sampled_from([None, 1, 9, 130, 1000]),
+    block_size=st.sampled_from([5, 64, 512]),
+)
+def test_reading_in_blocks_is_attention(before, new, window, block_size):
     """causal() against the definition: to 1e-12 in fp64, in bf16 within twice the definition's own error there."""
     S, draw = before + new, torch.Generator().manual_seed(before * 1000 + new)
     q_HTK, k_GSK, v_GSK = (torch.randn(n, t, 8, generator=draw).bfloat16() for n, t in ((4, new), (2, S), (2, S)))
@@ -268,7 +272,8 @@ def test_reading_in_blocks_is_attention(before, new, window):
     def both(dtype):
         q, k, v = (x.to(dtype) for x in (q_HTK, k_GSK, v_GSK))
         plain_HTK = PlainAttend()(q[None], k[None], v[None], visible, window)[0]
-        return plain_HTK.double(), causal(q, k, v, 7 + before, position_1S[0], window).transpose(0, 1).double()
+        out_THK = causal(q, k, v, 7 + before, position_1S[0], window, block_size)
+        return plain_HTK.double(), out_THK.transpose(0, 1).double()
 
     plain_HTK, ours_HTK = both(torch.float64)
     assert torch.allclose(ours_HTK, plain_HTK, rtol=0, atol=1e-12 * float(plain_HTK.abs().max()))

@@ -1,7 +1,6 @@
 """From generated tokens to a record: values with their log-probabilities, why an answer ended, windows merged."""
 
 from dataclasses import replace
-from typing import ClassVar
 
 import pytest
 import torch
@@ -15,7 +14,7 @@ from infer.extract.answers import SCHEMA, best_diagnosis, diagnosis_record, merg
 from infer.extract.ask import Answer, Asker, Limits
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
-from infer.extract.schedule import Work
+from infer.extract.schedule import Schedule, Work
 from model.support.cli import UserError
 
 NOTE = "Left breast, 2.5 cm; the right one is clear. 2.5  CM again"
@@ -133,10 +132,11 @@ def test_windows_hold_all_of_a_long_note_overlap_and_keep_to_the_limit(pieces, l
 
 
 class Counting(RequestBatch):
-    """Notes what is added, and how many requests are under way then."""
+    """Records the prompts that are added, and the number of active requests after each addition."""
 
-    added: ClassVar[list[list[int]]]
-    at_once: ClassVar[list[int]]
+    def __init__(self, generator):
+        super().__init__(generator)
+        self.added, self.at_once = [], []
 
     def add(self, states):
         self.added += [list(state.prompt) for state in states]
@@ -144,14 +144,13 @@ class Counting(RequestBatch):
         super().add(states)
 
 
-def asked_in(batch, notes, tokenizer, monkeypatch, task="both", limit=200):
-    """(the prompts asked, the most requests at once, the records) of notes, `batch` at once, in windows of `limit`
-    tokens."""
-    monkeypatch.setattr("infer.extract.ask.RequestBatch", Counting)
-    Counting.added, Counting.at_once = [], []
-    generator = Generator(tiny_model(), tokenizer)
-    records = Asker(generator, task, "template", Limits(limit, 4, 6), "windows", batch=batch).records(notes)
-    return sorted(Counting.added), Counting.at_once, records
+def asked_in(batch, notes, tokenizer, task="both", limit=200):
+    """(prompts, numbers of active requests, records) of notes, `batch` at once, in windows of `limit` tokens."""
+    asker = Asker(Generator(tiny_model(), tokenizer), task, "template", Limits(limit, 4, 6), "windows", batch=batch)
+    requests = Counting(asker.generator)
+    schedule = Schedule(requests, asker.batch, asker.max_questions, lambda: None)
+    records = schedule.results(Work(asker.work(note)) for note in notes)
+    return sorted(requests.added), requests.at_once, records
 
 
 @given(st.text(" \n\tLeft breast, 2.5 cm µ癌", min_size=1, max_size=40).filter(str.strip))
@@ -170,31 +169,27 @@ def test_a_diagnosis_that_is_not_relevant_or_empty_has_no_code(tokenizer, text):
 
 
 @pytest.mark.parametrize("task", ["both", "phenotype", "diagnosis"])
-def test_windows_are_asked_no_more_at_once_than_the_batch_s_notes(task, tokenizer, monkeypatch):
+def test_windows_are_asked_no_more_at_once_than_the_batch_s_notes(task, tokenizer):
     notes = [Note("long", "Left breast, 2.5 cm. " * 50), Note("bad", error="unread"), Note("short", NOTE)]
-    whole, at_once, expected = asked_in(100, notes, tokenizer, monkeypatch, task)
+    whole, at_once, expected = asked_in(100, notes, tokenizer, task)
     questions = {"both": 9, "phenotype": 8, "diagnosis": 1}[task]
     assert expected[0]["long"]["windows"] > 5 and at_once[0] == (expected[0]["long"]["windows"] + 1) * questions
-    asked, at_once, records = asked_in(2, notes, tokenizer, monkeypatch, task)
+    asked, at_once, records = asked_in(2, notes, tokenizer, task)
     assert records == expected and asked == whole
     assert max(at_once) == 2 * questions
 
 
-def test_own_questions_are_asked_no_more_at_once_than_a_batch_s_task_has(tokenizer, monkeypatch):
+def test_own_questions_are_asked_no_more_at_once_than_a_batch_s_task_has(tokenizer):
     """What --memory plans with: as many answers, and as many tokens of questions."""
     short, long = tuple(f"Is it {n}?" for n in range(40)), tuple(f"{n} " + "x y " * 30 for n in range(5))
     notes = [Note("n", NOTE, questions=short), Note("m", NOTE, questions=(*long, "Which?")), Note("o", NOTE)]
-    whole, _, expected = asked_in(100, notes, tokenizer, monkeypatch, limit=400)
-    asked, at_once, records = asked_in(1, notes, tokenizer, monkeypatch, limit=400)
+    whole, _, expected = asked_in(100, notes, tokenizer, limit=400)
+    asked, at_once, records = asked_in(1, notes, tokenizer, limit=400)
     assert records == expected and asked == whole
-    assert at_once == [9, 9, 9, 9, 4, 4, 2, 9]  # a long question has the room of two
-    asked, at_once, records = asked_in(
-        2, [Note("w", "Left breast, 2.5 cm. " * 50, questions=("Which?",))], tokenizer, monkeypatch
-    )
+    assert at_once == [9, 9, 9, 9, 4, 4, 2, 9]  # a long question counts as two
+    asked, at_once, records = asked_in(2, [Note("w", "Left breast, 2.5 cm. " * 50, questions=("Which?",))], tokenizer)
     assert records[0]["long"]["windows"] > 5 and max(at_once) == 2
-    _, at_once, _ = asked_in(
-        2, [Note(name, NOTE, questions=short[:12]) for name in "pq"], tokenizer, monkeypatch, limit=400
-    )
+    _, at_once, _ = asked_in(2, [Note(name, NOTE, questions=short[:12]) for name in "pq"], tokenizer, limit=400)
     assert at_once == [12, 12]  # not 18 and 6: a note's are asked together
 
 
@@ -230,13 +225,13 @@ def test_an_answer_that_one_window_cut_short_says_so(reasons, kept):
     assert merge([window(reason=reason) for reason in reasons.split()])["finish_reason"] == kept
 
 
-def test_the_diagnosis_is_the_likeliest_window_s_and_says_which(tokenizer, monkeypatch):
+def test_the_diagnosis_is_the_likeliest_window_s_and_says_which(tokenizer):
     outs = [Generation(text, [1, 2], [-logprob, -0.2], "stop") for text, logprob in (("a", 3), ("b", 1), ("c", 2))]
     found = best_diagnosis(outs, tokenizer.decode)
     assert (found["text"], found["window"]) == ("b", 1)
     assert "window" not in best_diagnosis(outs[:1], tokenizer.decode)
     note = Note("n", "Left breast, 2.5 cm. " * 50)
-    *_, (record,) = asked_in(8, [note], tokenizer, monkeypatch, "diagnosis")
+    *_, (record,) = asked_in(8, [note], tokenizer, "diagnosis")
     assert 0 <= record["diagnosis"]["window"] < record["long"]["windows"]
     assert set(record["diagnosis"]) <= set(SCHEMA["properties"]["diagnosis"]["properties"])
 
