@@ -1,4 +1,4 @@
-"""Many notes side by side: requests that have ended make room for those of the next notes.
+"""Continuous batching of notes: finished requests are replaced by those of the next notes.
 
 Answering one note is a Python generator: it yields the requests that it waits for, and returns the note's record. A
 thread prepares the next notes meanwhile (tokens, grammars). What is added when depends on the notes and their answers
@@ -21,7 +21,7 @@ Made = TypeVar("Made")
 
 @dataclass(eq=False)
 class Group:
-    """Requests about one text, which are read at once. They are as long as so many of a plan's `questions`."""
+    """Requests about one text, prefilled together. `questions` is their size in units of tasks.QUESTION tokens."""
 
     states: list[State]
     questions: int
@@ -48,7 +48,8 @@ class Work:
 
 
 class Schedule:
-    """Does works side by side, so many texts and questions at once. `ended` is called when one has its result."""
+    """Runs works concurrently, at most `texts` texts and `questions` questions at once. `ended` is called for each work
+    that has its result."""
 
     def __init__(self, batch: RequestBatch, texts: int, questions: int, ended: Callable[[], object]) -> None:
         self.batch, self.texts, self.questions, self.ended = batch, texts, questions, ended
@@ -70,7 +71,7 @@ class Schedule:
             self.retire()
 
     def refill(self, works: Iterator[Work]) -> Iterator[Group]:
-        """The groups for which there is room now: those that have waited longest, then those of works that begin."""
+        """The groups that fit now: those that have waited longest, then those of new works."""
         while True:
             group = next((group for group in self.waiting if self.has_room(group)), None)
             if group is not None:
@@ -105,7 +106,7 @@ class Schedule:
 
 
 def ahead(make: Callable[[Item], Made], items: Iterable[Item], most: int) -> Iterator[Made]:
-    """`map`, by a thread that is at most `most` items ahead."""
+    """`map` in a thread, at most `most` items ahead."""
     made: deque[Future[Made]] = deque()
     with ThreadPoolExecutor(1) as thread:
         for item in items:
