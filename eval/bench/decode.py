@@ -12,6 +12,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Mapping
+from copy import deepcopy
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -25,7 +26,7 @@ from infer.engine.generate import Generator
 from infer.engine.load import load
 from model import ModelConfig, Transformer
 from model.quantize.linear import quantize_model
-from model.support.hardware import int8_products, read_rate
+from model.support.hardware import compute_dtype, int8_products, read_rate
 from model.support.init import init_weights
 
 SIZES = (8, 72)  # rows of a note's questions, and of eight notes'
@@ -63,13 +64,16 @@ def rows(
     forms: tuple[str, ...] = ("int8", "w8a8", "int4", "int4-32", "int4-128", "nf4"),
     compiled: tuple[str, ...] = (),
 ) -> list[Row]:
-    """Greedy decoding, batch 1, and a few batch sizes. `large` includes the 500M model (2 GB in fp32, twice). w8a8 is
-    skipped if this machine has no int8 GEMM for it. `compiled`: forms that are also measured with torch.compile (90
-    seconds each)."""
+    """Greedy decoding, batch 1, and a few batch sizes. `large` includes the 500M model (2 GB in fp32, twice). Besides
+    fp32 and `forms`, bf16 is measured if this machine's GEMMs are faster in it; w8a8 is skipped if this machine has no
+    int8 GEMM for it. `compiled`: forms that are also measured with torch.compile (90 seconds each)."""
     forms = tuple(form for form in forms if form != "w8a8" or int8_products())
     prompt = [100 + n % 150 for n in range(prompt_tokens)]
     model, tokenizer = load(weights)
-    models = {"fp32": model} | {form: load(weights, form=form)[0] for form in forms}
+    models = {"fp32": model}
+    if compute_dtype() == torch.bfloat16:
+        models["bf16"] = load(weights, dtype="bfloat16")[0]
+    models |= {form: load(weights, form=form)[0] for form in forms}
     is_gguf = Path(weights).suffix == ".gguf"
     name = "SmolLM2-135M" if is_gguf else Path(weights).name
     peer = llama.installed() if is_gguf else None
@@ -90,6 +94,8 @@ def rows(
         with torch.device("meta"):
             model = Transformer(ModelConfig.from_dict(HALF_BILLION))
         models = {"fp32": init_weights(model.to_empty(device="cpu"), 0).requires_grad_(False).eval()}
+        if compute_dtype() == torch.bfloat16:
+            models["bf16"] = deepcopy(models["fp32"]).to(torch.bfloat16)
         for form in [form for form in ("int8", "w8a8", "int4") if form in forms]:
             base = init_weights(Transformer(model.config), 0).requires_grad_(False).eval()
             models[form] = quantize_model(base, form)

@@ -54,7 +54,7 @@ def block_matrices(config: ModelConfig) -> list[tuple[int, ...]]:
 
 
 def read_bytes(config: ModelConfig, form: str) -> int:
-    """Bytes of weights that decoding a token reads (the blocks and the head) in a format, "fp32", or "wide" (bf16)."""
+    """Bytes of weights that decoding a token reads (the blocks and the head) in a format, "fp32" or "bf16"."""
     matrices = [*block_matrices(config), (config.vocab_size, config.hidden_size)]
-    width = {"fp32": 4, "wide": 2}.get(form)
+    width = {"fp32": 4, "bf16": 2}.get(form)
     return sum(width * a * b if width else bytes_of(form, a, b) for a, b in matrices)

@@ -153,6 +153,6 @@ def measure(scratch: Path, tokens: int, new: int, memory: str) -> dict[str, Any]
         "prefill_limit": operations / (product_rate(torch.bfloat16) * 1e9),
         "threads": torch.get_num_threads(),
         "decode": count / decoded,
-        "decode_limit": read_rate() * 1e9 / (read_bytes(config, plan.form) + cached),
+        "decode_limit": read_rate() * 1e9 / (read_bytes(config, "fp32" if plan.form == "wide" else plan.form) + cached),
         "kept": sum(kept.values()) / 1e6,
     }

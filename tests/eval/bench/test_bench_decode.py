@@ -27,11 +27,12 @@ def model():
 @pytest.mark.slow
 def test_a_row_for_every_format_and_peer():
     pytest.importorskip("transformers", reason="needs transformers: make test installs it")
-    models = {"fp32": model(), "int4": quantize_model(model(), "int4")}
+    models = {"fp32": model(), "bf16": model().bfloat16(), "int4": quantize_model(model(), "int4")}
     rows = compare("tiny", models, NoText(), {"constant": lambda: 1.0}, [5, 6, 7], 4, 1)
     assert [(row.name.split()[-1], row.peer_name.split()[0]) for row in rows] == [
-        (form, peer) for form in ("fp32", "int4") for peer in ("transformers", "constant")
+        (form, peer) for form in models for peer in ("transformers", "constant")
     ]
+    assert rows[2].limit == pytest.approx(2 * rows[0].limit)  # bf16 reads half of fp32's bytes
     assert all(row.ours > 0 and row.share_of_limit == row.ours / row.limit for row in rows)
 
 
