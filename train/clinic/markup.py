@@ -1,4 +1,4 @@
-"""Sentences with choices and marks: `[a|b]` chooses, `{slot}` is filled, marks carry the truth through to the text.
+"""Templates with choices `[a|b]`, slots `{slot}` and marks, which carry the annotations into the text.
 
 A mark is `mark("tumor_size", "2.5 cm")` or, where the answer differs from the words that show it,
 `mark("tumor_laterality", "Lt", "left")`. Marks nest ("left upper lobe" holds a side and a site) and are invisible in

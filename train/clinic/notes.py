@@ -1,4 +1,4 @@
-"""From a case and a style to a note: which facts it states, in which words, among which distractions."""
+"""Writes a note from a case and a style: selects the facts it states, their wording, and distractors."""
 
 from __future__ import annotations
 
@@ -14,23 +14,23 @@ from train.clinic.terms import GRADES, Site, Stage, Style, Wording
 from train.clinic.varied import filled, graded, placed, reshaped
 
 FACTS = {"dx", "hist", "site", "side", "size", "grade", "stage", "rec"}
-TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states it once
-SHOWN = {"size": 0.88, "grade": 0.85, "stage": 0.75, "rec": 0.85}  # chance that a note states a fact of its case
-SIDE_SHOWN = 0.8  # where the code does not hang on the side; else it is always stated
-SAME_ORGAN = 0.4  # chance that the other cancers of a note may sit in the organ of its own
-RIVAL_SIDED = 0.6  # chance that another cancer is at least one with a side
-RIVAL_FACTS = (2, 2, 3)  # how many facts of another cancer are stated
+TELLING = ("size", "grade", "stage", "rec", "hist", "dx")  # slots that state a fact; a note states each fact once
+SHOWN = {"size": 0.88, "grade": 0.85, "stage": 0.75, "rec": 0.85}  # probability that a note states a fact of its case
+SIDE_SHOWN = 0.8  # the same for the side; it is always stated if the ICD-10-CM code depends on it
+SAME_ORGAN = 0.4  # probability that other cancers in a note may be in the index cancer's organ
+RIVAL_SIDED = 0.6  # probability that another cancer must have a side
+RIVAL_FACTS = (2, 2, 3)  # number of facts stated about another cancer
 KIN = (("small cell", "oat", "neuroendocrine"), ("squamous",), ("melanoma",), ("sarcoma",), ("lymphoma",), ("in situ",))
 NEAR = {"kidney": "renal", "liver": "hepatic", "lymph nodes": "node", "ovary": "ovarian", "stomach": "gastric"}
-OWN = ("family", "benign", "other_hist")  # the world's tables that have a slot of their own
+OWN = ("family", "benign", "other_hist")  # tables of `world` with a slot_ method of their own
 _GROUP = re.compile(r"<(~?)(\|?)([^<>~|]+)>")
-_STOPS = re.compile(rf"(\w\.(?:{TAG})*)\.(?=\s|$)", re.M)  # an abbreviation's stop that ends its sentence too
+_STOPS = re.compile(rf"(\w\.(?:{TAG})*)\.(?=\s|$)", re.M)  # two full stops, of an abbreviation and of the sentence
 _A = re.compile(rf"\b([Aa]) ((?:{TAG})*(?:[aeio](?!ne\b)|un(?!i)))")  # "a adenoma" is "an adenoma"
 
 
 @dataclass
 class Writer:
-    """The state of one note while it is written. `shown` facts are to be stated, `stated` ones have been."""
+    """State of a note while it is written. `shown`: facts to state; `stated`: facts stated so far."""
 
     case: Case
     style: Style
@@ -60,7 +60,7 @@ class Writer:
         self.op = choose(self.wording(case.cancer.operation), rng)
 
     def body(self) -> str:
-        """The whole note, marked."""
+        """The whole note, with marks."""
         text = _GROUP.sub(self.group, self.rng.choice(self.style.layouts))
         lines = [" ".join(line.split()) for line in fill(choose(text, self.rng), self.slot).splitlines()]
         kept = "\n".join(line for line in lines if line and not re.fullmatch(r"[^.:]{1,40}[:|]", line))
@@ -75,14 +75,14 @@ class Writer:
         return ("\n" if match[2] else " ").join(one for one in sentences if one)
 
     def tell(self, key: str) -> str:
-        """A sentence for the key, or '' where it is left out or its fact has been stated."""
+        """A sentence for the key; '' if it is left out or its fact has been stated."""
         if key.endswith("?"):
             if self.rng.random() < 0.5:
                 return ""
             key = key[:-1]
         fact = key.removeprefix("l_")
         if key in ("size", "d_size", "stage", "d_stage") and not self.case.size:
-            return ""  # a leukemia has neither size, margin nor TNM, and nobody writes that they are missing
+            return ""  # a leukemia has no size, margin or TNM, and notes do not say so
         if fact in FACTS:
             if fact in self.stated:
                 return ""
@@ -101,11 +101,11 @@ class Writer:
         return sentence(text)
 
     def possible(self, key: str) -> list[str]:
-        """The templates of a key whose facts can be stated now and that the note has not used."""
+        """The unused templates of a key whose facts can be stated now."""
         return [t for t in self.style.bank[key] if t not in self.used and self.fits(t)]
 
     def fits(self, template: str) -> bool:
-        """Whether every slot of the template can be filled; `{need_…}` slots are conditions and fill with nothing."""
+        """True if every slot of the template can be filled; `{need_…}` slots are conditions, filled with ''."""
         case = self.case
         nodes = bool(case.stage and case.stage.n not in ("N0", "-"))
         staged = "stage" in self.shown and case.stage is not None and case.stage.t != "-"
@@ -140,7 +140,7 @@ class Writer:
         return [] if named else [g for g in GRADES.get(self.case.cancer.grading, ()) if g != self.case.grade]
 
     def other_sites(self) -> list[Site]:
-        """The places of the same organ where the tumour is not; none where the organ is all that is said."""
+        """Other places in the tumour's organ; none if its site is the whole organ."""
         own = self.case.site
         if not self.case.cancer.surgical or own.whole:
             return []
@@ -413,7 +413,7 @@ class Writer:
         return self.rng.choice(self.style.words["left" if self.case.side == "right" else "right"])
 
     def slot_other_hist(self) -> str:
-        """A type that the index tumour is not: none that shares a telling word with its own."""
+        """A type that the index tumour does not have, and that shares no word of KIN with its type."""
         own = self.case.histology.names
         said = f"{own.full} {own.new_full} {'in situ' * (self.case.cancer.name == 'breast cancer')}"
         kin = [group for group in KIN if any(word in said for word in group)]
@@ -428,9 +428,11 @@ def write_note(
     rng: random.Random,
     finish: Callable[[str], str] = str,
 ) -> tuple[str, dict]:
-    """A note's text and its truth: {"phenotypes": …, "diagnosis": …} as in a record. `finish` changes the marked text,
-    as a scanner does. Raises AssertionError where the style leaves out the diagnosis or a fact it was to state (a
-    mistake in the style)."""
+    """A note's text and its annotations, {"phenotypes": …, "diagnosis": …} as in a record.
+
+    `finish` transforms the marked text, for example into a scan with errors. Raises AssertionError if the style left
+    out the diagnosis or a fact that it had to state (a mistake in the style).
+    """
     writer = Writer(case, style, rng, world)
     marked = finish(writer.body())
     if style.capitals:

@@ -12,7 +12,7 @@ from train.clinic.terms import CANCERS, SIDE_DIGIT, Cancer, Histology, Site, Sta
 
 @dataclass(frozen=True)
 class Case:
-    """A patient with one index cancer. Size in mm (0: it has none); receptors name -> '+', '-' or ' equivocal'."""
+    """A patient with one index cancer. Size in mm (0: none); receptors: (name, '+', '-' or ' equivocal') pairs."""
 
     sex: str
     age: int
@@ -27,7 +27,7 @@ class Case:
 
     @property
     def coded_by_side(self) -> bool:
-        """Whether the code differs between left and right."""
+        """True if the ICD-10-CM code depends on the side."""
         return self.site.code.endswith("#") and not self.histology.code
 
     def code(self, sided: bool) -> str:

@@ -36,7 +36,7 @@ class Site:
 
     @property
     def whole(self) -> bool:
-        """Whether this is the organ itself and not a place in it."""
+        """True if this is the organ itself and not a place in it."""
         return self.names.full in ("breast", "liver", "kidney")
 
 
