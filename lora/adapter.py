@@ -1,4 +1,4 @@
-"""Adapters in a model: which linear layers get one, several loaded and one active. PEFT's files are in lora/peft.py."""
+"""Adapters in a model: choose the linear layers, add adapters, switch between them. PEFT's files: lora/peft.py."""
 
 from __future__ import annotations
 
@@ -14,31 +14,31 @@ from lora.layer import LoRALinear
 from model.support.checks import inside, positive, whole
 from model.support.cli import UserError, nearest
 
-MATCH_SECONDS = 0.1  # of processor time for one regular expression on one module's name: they come in untrusted files
+MATCH_SECONDS = 0.1  # time limit of one regular expression on one module name: patterns come from untrusted files
 
 
 @dataclass(frozen=True)
 class LoRAConfig:
-    """Which linear layers get an adapter and of what size. Raises UserError for impossible values."""
+    """Which linear layers get an adapter, and its rank and scale. Raises UserError for impossible values."""
 
     r: int = 8
     """Rank."""
     alpha: float = 16.0
     """The update is scaled by alpha / r."""
     dropout: float = 0.0
-    """Share of the adapter's inputs dropped in training."""
+    """Dropout probability of the adapter's input in training."""
     target_modules: str | tuple[str, ...] = "all-linear"
-    """Names that modules end in, or "all-linear" (every linear layer but the output head)."""
+    """Suffixes of module names, a regular expression for whole names, or "all-linear" (all but the output head)."""
     layers: tuple[int, ...] | None = None
     """Only these decoder layers (None: all)."""
     rslora: bool = False
     """Scale by alpha / sqrt(r) instead."""
     rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Other ranks: regular expression for the end of a module's name → rank."""
+    """Ranks that differ from r: regular expression for a suffix of the module name → rank."""
     alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Other alphas, likewise."""
+    """Alphas that differ from alpha, in the same form."""
     exclude_modules: str | tuple[str, ...] = ()
-    """Names that modules end in which get none, or a regular expression for whole names."""
+    """Modules without an adapter: suffixes of their names, or a regular expression for whole names."""
 
     def __post_init__(self) -> None:
         for name, rank in {"r": self.r, **self.rank_pattern}.items():
@@ -54,9 +54,9 @@ class LoRAConfig:
             raise UserError('lora: target_modules is empty; name modules, or say "all-linear"')
 
     def wants(self, path: str) -> bool:
-        """Whether the linear layer with this name gets an adapter."""
+        """True if the linear layer of this name gets an adapter."""
         if path == "lm_head":
-            return False  # training and decoding take its weight past the module
+            return False  # training and decoding use lm_head.weight without calling the module
         if selects(self.exclude_modules, path):
             return False
         if self.layers is not None:
@@ -74,7 +74,7 @@ class LoRAConfig:
 
 
 def selects(names: str | tuple[str, ...], path: str) -> bool:
-    """Whether a regular expression for whole names, or one of several ends of names, selects a module."""
+    """True if `names` selects the module: a regular expression for whole names (str), or suffixes (tuple)."""
     return matches(names, path) if isinstance(names, str) else any(ends_in(path, name) for name in names)
 
 
@@ -83,7 +83,7 @@ def ends_in(path: str, name: str) -> bool:
 
 
 def check_expression(pattern: str) -> None:
-    import regex  # only here and below: the GPU's benchmark runs where it is not installed
+    import regex  # imported where used: the GPU benchmark runs without it
 
     try:
         regex.compile(pattern)
@@ -92,7 +92,7 @@ def check_expression(pattern: str) -> None:
 
 
 def matches(pattern: str, path: str) -> bool:
-    """Whether a regular expression matches a whole name. Raises UserError where that takes more than MATCH_SECONDS."""
+    """True if a regular expression matches the whole name. Raises UserError after MATCH_SECONDS."""
     import regex
 
     try:
@@ -102,7 +102,7 @@ def matches(pattern: str, path: str) -> bool:
 
 
 def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
-    """The value whose pattern matches the end of `path`, as PEFT matches rank_pattern; the first one wins."""
+    """The value of the first pattern that matches a suffix of `path` (PEFT's rule for rank_pattern), or `default`."""
     for pattern, value in patterns.items():
         if matches(rf"(.*\.)?({pattern})", path):
             return value
@@ -110,20 +110,20 @@ def pattern_value(patterns: dict[str, Any], path: str, default: Any) -> Any:
 
 
 def adapted(model: nn.Module) -> dict[str, LoRALinear]:
-    """The layers that can carry an adapter, by name."""
+    """The model's LoRALinear layers by name."""
     return {name: module for name, module in model.named_modules() if isinstance(module, LoRALinear)}
 
 
 def add_lora(model: nn.Module, config: LoRAConfig, name: str = "default", seed: int = 0) -> nn.Module:
     """Add a new adapter to `model` in place, make it active, and freeze everything else. Returns the model.
 
-    Raises UserError where no module fits, a named target fits none, or an adapter of this name is there already.
+    Raises UserError if no module is selected, a target name matches no module, or the adapter's name is taken.
     """
     linears = {p: m for p, m in model.named_modules() if isinstance(m, nn.Linear)}
     chosen = [path for path in linears if config.wants(path)]
     check_targets(config, list(linears), chosen)
     if not name or "." in name:
-        raise UserError(f"lora: {name!r} cannot be an adapter's name: it is part of its parameters' names, so no dots")
+        raise UserError(f"lora: {name!r} cannot be an adapter's name: it becomes part of parameter names; use no dots")
     refuse_merged(model)
     if any(name in layer.scale for layer in adapted(model).values()):
         raise UserError(f"lora: the model already has an adapter called {name!r}; choose another name")
@@ -145,7 +145,7 @@ def check_targets(config: LoRAConfig, linears: list[str], chosen: list[str]) -> 
         leaves = sorted({path.rpartition(".")[2] for path in linears})
         for target in config.target_modules:
             if target == "lm_head":
-                raise UserError("lora: an adapter on lm_head is not covered; leave it out of target_modules")
+                raise UserError("lora: an adapter on lm_head is not supported; leave it out of target_modules")
             if not any(ends_in(path, target) for path in linears):
                 known = f"{nearest(target, leaves)}; it has {', '.join(leaves)}"
                 raise UserError(f"lora: target module {target!r} is not in this model{known}")
@@ -154,7 +154,7 @@ def check_targets(config: LoRAConfig, linears: list[str], chosen: list[str]) -> 
 
 
 def set_adapter(model: nn.Module, name: str | None) -> None:
-    """Make one adapter active and trainable (None: none). Raises UserError where no adapter has this name."""
+    """Make one adapter active and trainable (None: no adapter). Raises UserError for an unknown name."""
     layers = adapted(model).values()
     known = sorted({key for layer in layers for key in layer.scale})
     if name is not None and name not in known:
@@ -168,14 +168,14 @@ def set_adapter(model: nn.Module, name: str | None) -> None:
 
 
 def refuse_merged(model: nn.Module) -> None:
-    """Merged weights hold the adapter that was active then: choosing another one would not take it out."""
+    """Raises UserError while an adapter is merged: activating another would leave the merged one in the weights."""
     if any(layer.original is not None for layer in adapted(model).values()):
         raise UserError("lora: an adapter is merged into the weights; call unmerge_lora first")
 
 
 @contextlib.contextmanager
 def no_adapter(model: nn.Module) -> Iterator[None]:
-    """Within this context the model is its base. Raises UserError while an adapter is merged."""
+    """Context in which no adapter is active. Raises UserError while an adapter is merged."""
     refuse_merged(model)
     before = {layer: layer.active for layer in adapted(model).values()}
     for layer in before:

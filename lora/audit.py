@@ -1,8 +1,8 @@
-"""What an adapter does to each layer: `python -m lora.audit --adapter DIR [--weights DIR]`.
+"""Report what an adapter changes in each layer: `python -m lora.audit --adapter DIR [--weights DIR]`.
 
-Of ΔW = s·B A, from QR of both factors (nothing of W's size is decomposed): its norm, its largest singular values, and
-its effective rank exp(−Σ p ln p) with p = σ/Σσ (Roy & Vetterli 2007). With the base's weights also ‖ΔW‖/‖W‖, and the
-distortion of merging in bf16: ‖bf16(W + ΔW) − (bf16(W) + ΔW)‖/‖ΔW‖.
+For ΔW = s·B A: its norm, its largest singular values, and its effective rank exp(−Σ p ln p) with p = σ/Σσ (Roy &
+Vetterli 2007). They come from QR decompositions of A and B; ΔW itself is not decomposed. With the base's weights also
+‖ΔW‖/‖W‖, and the error of a merge in bf16: ‖bf16(W + ΔW) − (bf16(W) + ΔW)‖/‖ΔW‖.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ class Options:
     adapter: str
     """The adapter's folder."""
     weights: str = ""
-    """The base it was trained on (empty: only figures of the adapter alone)."""
+    """The base it was trained on (empty: report on the adapter alone)."""
     heat_map: str = ""
-    """Write the norms (relative ones, where weights are given) over layers × modules as a PNG."""
+    """Write a heat map of the norms (with --weights: ‖ΔW‖/‖W‖), layers × modules, as a PNG."""
     overwrite: bool = False
     """Replace a picture that is there."""
     json: bool = False
@@ -41,19 +41,19 @@ class Options:
 
 
 def singular_values(a_RD: Tensor, b_OR: Tensor, scale: float) -> Tensor:
-    """Of s·B A, R of them, in fp64: those of the small matrix R_B R_Aᵀ."""
+    """The R singular values of s·B A in fp64: with B = Q_B R_B and Aᵀ = Q_A R_A, those of s·R_B R_Aᵀ (R × R)."""
     r_b = torch.linalg.qr(b_OR.double()).R
     r_a = torch.linalg.qr(a_RD.double().T).R
     return torch.linalg.svdvals(r_b @ r_a.T) * scale
 
 
 def effective_rank(sigma_R: Tensor) -> float:
-    share = sigma_R[sigma_R > 0] / sigma_R.sum()
-    return float(torch.exp(-(share * share.log()).sum())) if len(share) else 0.0
+    p_R = sigma_R[sigma_R > 0] / sigma_R.sum()
+    return float(torch.exp(-(p_R * p_R.log()).sum())) if len(p_R) else 0.0
 
 
 def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
-    """One row a module. Raises UserError where files are missing, corrupt, or do not belong together."""
+    """One row for each module, in order of layers. Raises UserError if files are missing, corrupt or mismatched."""
     config, tensors = read_config(adapter), AdapterFile(adapter)
     base = open_checkpoint(weights) if weights else None
     rows = []
@@ -72,19 +72,19 @@ def audit(adapter: str, weights: str = "") -> list[dict[str, Any]]:
             "top": [float(value) for value in sigma_R[:4]],
         }
         if base is not None:
-            row |= against(base, f"{module}.weight", a_RD, b_OR, config.scale(module))
+            row |= compare_with_base(base, f"{module}.weight", a_RD, b_OR, config.scale(module))
         rows.append(row)
     if not rows:
         raise UserError(f"{adapter}: holds no adapter's matrices; it is empty")
-    place = re.compile(r"\.(\d+)\.")
-    return sorted(rows, key=lambda row: (int((place.search(row["module"]) or [0, -1])[1]), row["module"]))
+    layer_number = re.compile(r"\.(\d+)\.")
+    return sorted(rows, key=lambda row: (int((layer_number.search(row["module"]) or [0, -1])[1]), row["module"]))
 
 
-def against(base: Checkpoint, name: str, a_RD: Tensor, b_OR: Tensor, scale: float) -> dict[str, float | None]:
-    """‖ΔW‖/‖W‖ (None for W = 0) and the distortion of a bf16 merge, over rows of W as they are read."""
+def compare_with_base(base: Checkpoint, name: str, a_RD: Tensor, b_OR: Tensor, scale: float) -> dict[str, float | None]:
+    """‖ΔW‖/‖W‖ (None if W = 0) and the error of a bf16 merge; W is streamed."""
     if name not in base.tensors or base.tensors[name].shape != (len(b_OR), a_RD.shape[1]):
         raise UserError(f"{base.path}: lacks {name} of the adapter's shape; the adapter was made for another model")
-    weight, update, lost = 0.0, 0.0, 0.0  # sums of squares
+    weight, update, lost = 0.0, 0.0, 0.0  # sums of squares: W, ΔW, rounding error of the merge
     for rows, piece in base.stream(name):
         delta_PD = update_rows(a_RD, b_OR, scale, rows, torch.float32)
         exact_PD = piece.bfloat16().float() + delta_PD
@@ -111,7 +111,7 @@ def table(rows: list[dict[str, Any]]) -> str:
 
 
 def draw(rows: list[dict[str, Any]], path: str) -> None:
-    """The heat map: layers down, modules across."""
+    """Write the heat map: a row for each layer, a column for each kind of module."""
     try:
         import matplotlib
 
@@ -122,7 +122,7 @@ def draw(rows: list[dict[str, Any]], path: str) -> None:
 
     found = [(int(m[1]), m[2], row) for row in rows if (m := re.search(r"\.layers\.(\d+)\.(.+)", row["module"]))]
     if not found:
-        raise UserError(f"{path}: no heat map: none of the adapter's modules lies in a numbered layer")
+        raise UserError(f"{path}: no heat map: none of the adapter's modules is in a numbered layer")
     layers, kinds = sorted({layer for layer, _, _ in found}), sorted({kind for _, kind, _ in found})
     values = torch.full((len(layers), len(kinds)), float("nan"))
     for layer, kind, row in found:

@@ -1,8 +1,7 @@
 """Merge an adapter into a checkpoint on disk: `python -m lora.merge --weights DIR --adapter DIR --out DIR`.
 
-Both are streamed: rows of W + s·B A, a few megabytes at a time, are summed in fp32, rounded to the file's dtype and
-written; a layer's adapter matrices are read with it. Memory holds a few megabytes of one tensor, however many layers
-and shards there are. The base's files are not changed: they are the originals that an in-memory merge keeps (fold.py).
+Base and adapter are streamed: rows of W + s·B A, a few megabytes at a time, are summed in fp32, rounded to the file's
+dtype and written. Peak memory does not depend on the number of layers and shards. The base's files are not changed.
 """
 
 from __future__ import annotations
@@ -16,7 +15,15 @@ from torch import Tensor
 
 from lora.adapter import LoRAConfig
 from lora.origin import check_origin, note_merge
-from lora.peft import AdapterFile, adapted_modules, check_tensors, fitted, matrices, read_config, update_rows
+from lora.peft import (
+    AdapterFile,
+    adapted_modules,
+    check_tensors,
+    drop_absent_targets,
+    matrices,
+    read_config,
+    update_rows,
+)
 from model.checkpoints.convert import add_tokenizer
 from model.checkpoints.safetensors import Stored
 from model.checkpoints.weights import Checkpoint, config_dict, new_checkpoint, open_checkpoint, select, write_checkpoint
@@ -43,7 +50,7 @@ class Options:
 def merged_rows(
     stored: Stored, adapter: Mapping[str, Tensor], module: str, scale: float, dtype: torch.dtype | None
 ) -> Stored:
-    """A tensor on disk plus its layer's update, made row by row as it is read; in `dtype`, or unrounded (None)."""
+    """A tensor on disk with its layer's update added as rows are read; in `dtype` (None: in at least fp32)."""
 
     def read(rows: slice | None) -> Tensor:
         base = stored.read(rows)
@@ -57,7 +64,7 @@ def merged_rows(
 def merge_checkpoint(
     checkpoint: Checkpoint, config: LoRAConfig, adapter: Mapping[str, Tensor], dtype: torch.dtype | None = None
 ) -> Checkpoint:
-    """The checkpoint with every adapted tensor replaced by its merged rows; nothing is read yet."""
+    """The checkpoint with every adapted weight merged; lazy, nothing is read yet."""
     tensors = dict(checkpoint.tensors)
     for module in adapted_modules(adapter):
         name = f"{module}.weight"
@@ -66,14 +73,14 @@ def merge_checkpoint(
 
 
 def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | None = None, tokenizer: str = "") -> None:
-    """Write the base at `weights` with the adapter merged in to `out`, in `dtype` (None: as the base's files are), and
-    a tokenizer (empty: the base's)."""
+    """Merge the adapter into the base at `weights` and write the model to `out`, in `dtype` (None: the base's), with a
+    tokenizer (empty: the base's)."""
     if Path(out).resolve() == Path(weights).resolve():
         raise UserError(f"--out {out}: the base itself; choose another folder")
     raw = config_dict(weights)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
-    config, tensors = fitted(read_config(adapter), model), AdapterFile(adapter)
+    config, tensors = drop_absent_targets(read_config(adapter), model), AdapterFile(adapter)
     check_origin(weights, [adapter])
     base = select(open_checkpoint(weights), {name: tuple(p.shape) for name, p in model.named_parameters()})
     check_tensors(model, tensors, config, adapter, base)

@@ -1,9 +1,9 @@
-"""What an adapter was trained on, so that another base is refused where its shapes alone would fit.
+"""Record the base that an adapter was trained on, and refuse another base of the same shapes.
 
-`trained_on.json` beside PEFT's two files (which PEFT leaves alone) holds a hash of the base's norm weights and one of
-each adapter that had been merged into it. Norms are in every format of a checkpoint, none packs them, and full training
-moves them; they are compared in bf16, which published weights are in, so a converted base is the same base. Adapters
-from elsewhere have no such file, and only their shapes are checked.
+`trained_on.json` lies beside PEFT's two files; PEFT ignores it. It holds a hash of the base's norm weights and a hash
+of each adapter merged into that base. Norm weights serve because every checkpoint format stores them unquantized and
+full training changes them. They are hashed in bf16, the dtype of published weights, so a converted base has the same
+hash. Adapters without the file are checked by their shapes alone.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ OTHER_FORMATS = {
 
 
 def norms(weights: str | os.PathLike[str]) -> str:
-    """A hash of a checkpoint's norm weights in bf16, whatever its format."""
+    """SHA-256 of a checkpoint's norm weights in bf16; the same in every checkpoint format."""
     checkpoint, digest = open_checkpoint(weights), hashlib.sha256()
     for name in sorted(name for name in checkpoint.tensors if name.endswith("norm.weight")):
         digest.update(name.encode() + checkpoint.read(name).bfloat16().view(torch.int16).numpy().tobytes())
@@ -40,7 +40,7 @@ def norms(weights: str | os.PathLike[str]) -> str:
 
 
 def adapter_file(path: str | os.PathLike[str]) -> Path:
-    """The file of a PEFT folder's tensors. Raises UserError where there is none."""
+    """A PEFT folder's adapter_model.safetensors. Raises UserError if it is missing, naming another format's file."""
     where = Path(path) / "adapter_model.safetensors"
     for name, remedy in OTHER_FORMATS.items():
         if not where.exists() and (Path(path) / name).exists():
@@ -55,24 +55,27 @@ def digest_of(adapter: str | os.PathLike[str]) -> str:
 
 
 def merged_into(weights: str | os.PathLike[str]) -> list[str]:
-    """The adapters that were merged into a base by lora.merge, first to last."""
+    """Hashes of the adapters that lora.merge merged into a base, in order."""
     mark = Path(weights) / MERGED
     return list(read_json(mark)) if mark.is_file() else []
 
 
 def note_merge(out: Path, weights: str | os.PathLike[str], adapter: str | os.PathLike[str]) -> None:
-    """Note in a merged base's folder what is in it."""
+    """Record in the folder of a merged model which adapters it contains."""
     write_json(out / MERGED, [*merged_into(weights), digest_of(adapter)])
 
 
 def origin(base: str | os.PathLike[str]) -> dict[str, Any]:
-    """trained_on.json's content for an adapter on this base."""
+    """The content of trained_on.json for an adapter on this base."""
     return {"norms": norms(base), "merged": merged_into(base)}
 
 
 def check_origin(weights: str | os.PathLike[str], adapters: Sequence[str | os.PathLike[str]]) -> None:
-    """Raises UserError where one of these adapters, merged in this order, was trained on another base or on other
-    adapters than come before it. Adapters without the file pass."""
+    """Check that these adapters, applied in this order, belong on this base.
+
+    Raises UserError if an adapter was trained on another base, or after other adapters than those before it. Adapters
+    without trained_on.json pass.
+    """
     here: dict[str, Any] | None = None
     for number, adapter in enumerate(adapters):
         mark = Path(adapter) / TRAINED_ON

@@ -1,9 +1,8 @@
 """PEFT's two files, `adapter_config.json` and `adapter_model.safetensors`, in both directions.
 
 Keys are `base_model.model.` + the module's name + `.lora_A.weight` (R × in) or `.lora_B.weight` (out × R). PEFT loads
-them non-strictly; here a missing, surplus or misshapen tensor is an error, and a config field that asks for other
-arithmetic is refused by name. Copies of the base's own weights, and target names that the model lacks, change nothing
-and are skipped.
+them non-strictly. Here a missing, unexpected or misshapen tensor is an error, and so is a config field that would
+change the arithmetic. Unchanged copies of base weights and target names that the model lacks are ignored.
 """
 
 from __future__ import annotations
@@ -28,8 +27,8 @@ from model.support.files import atomic_folder, read_json, write_json
 
 PREFIX = "base_model.model."
 Model = TypeVar("Model", bound=nn.Module)
-LONGEST_CONFIG = 2**20  # bytes of adapter_config.json
-# What PEFT 0.21 may write: fields that are read; that have no effect on loaded tensors; that are refused unless empty.
+MAX_CONFIG_BYTES = 2**20  # of adapter_config.json
+# Fields that PEFT 0.21 may write: read; without effect on loaded tensors; refused unless empty.
 READ = set(
     "peft_type r lora_alpha lora_dropout target_modules exclude_modules use_rslora rank_pattern alpha_pattern "
     "layers_to_transform modules_to_save".split()
@@ -43,12 +42,16 @@ REFUSED = set(
     "monteclora_config layer_replication lora_bias target_parameters use_bdlora arrow_config kasa_config "
     "loftq_config corda_config lora_ga_config".split()
 )
-# Starts that leave the base's weights as they are. The others (pissa, olora, corda, loftq, lora_ga, mica) train beside
-# a changed base, so that their A and B mean nothing beside the original one.
-STARTS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Initializations that do not change the base weights. The others (pissa, olora, corda, loftq, lora_ga, mica) do, so
+# that their A and B are wrong for the original base.
+INITIALIZATIONS = (None, True, False, "gaussian", "eva", "orthogonal")
+# Field → (supported values, what to do about any other).
 LIMITED: dict[str, tuple[tuple[Any, ...], str]] = {
     "bias": ((None, "none", "all", "lora_only"), "train the adapter with bias 'none'"),
-    "init_lora_weights": (STARTS, "it changes the base's weights too; save the adapter converted to plain LoRA"),
+    "init_lora_weights": (
+        INITIALIZATIONS,
+        "it changes the base weights; save the adapter converted to plain LoRA",
+    ),
     "layers_pattern": ((None, "", "layers", [], ["layers"]), "the layers of these models are called 'layers'"),
 }
 
@@ -56,7 +59,7 @@ LIMITED: dict[str, tuple[tuple[Any, ...], str]] = {
 def adapter_state(
     model: nn.Module, name: str = "default", params: Mapping[str, Tensor] | None = None
 ) -> dict[str, Tensor]:
-    """An adapter's tensors under PEFT's keys; `params`: the parameters by name, where the model's are sharded."""
+    """An adapter's tensors under PEFT's keys. `params`: gathered parameters by name, if the model's are sharded."""
     held = dict(model.named_parameters()) if params is None else params
     return {
         f"{PREFIX}{path}.{kind}.weight": held[f"{path}.{kind}.{name}"].detach()
@@ -67,9 +70,9 @@ def adapter_state(
 
 
 def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dict[str, Any]:
-    """adapter_config.json's content, for an adapter on these modules."""
+    """The content of adapter_config.json for an adapter on these modules."""
     targets, layers, exclude = config.target_modules, config.layers, config.exclude_modules
-    if isinstance(targets, str) and layers is not None:  # PEFT takes layers only beside a list of names
+    if isinstance(targets, str) and layers is not None:  # PEFT accepts layers only with a list of names
         targets = tuple(sorted({module.rpartition(".")[2] for module in modules}))
     return {
         "peft_type": "LORA",
@@ -96,8 +99,8 @@ def peft_config(config: LoRAConfig, base: str | None, modules: list[str]) -> dic
 def save_adapter(
     model: nn.Module, path: str | os.PathLike[str], name: str = "default", base: str | os.PathLike[str] | None = None
 ) -> None:
-    """Write an adapter as PEFT does, atomically; a folder that is there keeps its other files. `base` is the weights'
-    place, written down for the reader."""
+    """Write an adapter as PEFT does, atomically; other files in an existing folder stay. `base`: the path of the base
+    weights, recorded in the config."""
     configs = model.__dict__.get("lora_configs", {})
     if name not in configs:
         raise UserError(f"lora: the model has no adapter called {name!r}{nearest(name, list(configs))}")
@@ -108,7 +111,7 @@ def save_adapter(
 def write_adapter(
     folder: Path, config: LoRAConfig, state: dict[str, Tensor], base: str | os.PathLike[str] | None = None
 ) -> None:
-    """PEFT's two files in a folder that is there, and what the adapter was trained on where `base` is at hand."""
+    """Write PEFT's two files into an existing folder, and trained_on.json if `base` exists."""
     tensors = {key: tensor.cpu().contiguous() for key, tensor in sorted(state.items())}
     save_tensors(folder / "adapter_model.safetensors", tensors)
     modules = adapted_modules(tensors)
@@ -118,29 +121,29 @@ def write_adapter(
 
 
 def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
-    """The LoRAConfig of a PEFT folder. Raises UserError for what is missing, or asks for other arithmetic."""
+    """The LoRAConfig of a PEFT folder. Raises UserError for missing fields and fields that change the arithmetic."""
     where = Path(path) / "adapter_config.json"
-    raw = read_json(where, LONGEST_CONFIG) if where.exists() else {}
+    raw = read_json(where, MAX_CONFIG_BYTES) if where.exists() else {}
     if not isinstance(raw, dict):
         raise UserError(f"{where}: not a JSON object; the adapter is corrupt")
     if raw.get("peft_type") != "LORA":
         if "peft_type" not in raw:
-            adapter_file(path)  # refuses other programs' adapters by name
-        raise UserError(f"{where}: peft_type is not LORA; only LoRA adapters are covered")
+            adapter_file(path)  # names the format if it is another program's adapter
+        raise UserError(f"{where}: peft_type is not LORA; only LoRA adapters are supported")
     for key, value in raw.items():
         if key in LIMITED:
             values, remedy = LIMITED[key]
             if value not in values:
-                raise UserError(f"{where}: {key} {value!r} is not covered; {remedy}")
+                raise UserError(f"{where}: {key} {value!r} is not supported; {remedy}")
         elif key in REFUSED:
             if value:
-                raise UserError(f"{where}: {key} is not covered; it changes what the adapter computes")
+                raise UserError(f"{where}: {key} is not supported; it changes what the adapter computes")
         elif key in READ or key in HARMLESS or value in (None, False, {}, []):
             continue
-        elif isinstance(value, (int, float)) and not isinstance(value, bool):  # a later PEFT writes its defaults too
+        elif isinstance(value, (int, float)) and not isinstance(value, bool):  # a default of a newer PEFT
             warnings.warn(f"{where}: unknown field {key!r} = {value!r} is ignored, as PEFT does", stacklevel=2)
         else:
-            raise UserError(f"{where}: unknown field {key!r}; what it asks for is not covered")
+            raise UserError(f"{where}: unknown field {key!r} is not supported")
     if missing := [key for key in ("r", "lora_alpha", "target_modules") if raw.get(key) is None]:
         raise UserError(f"{where}: lacks {', '.join(missing)}")
     try:
@@ -148,11 +151,11 @@ def read_config(path: str | os.PathLike[str]) -> LoRAConfig:
     except UserError as error:
         raise UserError(f"{where}: {error}") from error
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{where}: a field holds another kind of value than PEFT writes ({error})") from error
+        raise UserError(f"{where}: a field has the wrong type ({error}); the adapter is corrupt") from error
 
 
 def config_from(raw: dict[str, Any]) -> LoRAConfig:
-    """The LoRAConfig of adapter_config.json's fields."""
+    """The LoRAConfig of an adapter_config.json."""
     targets, layers = raw["target_modules"], raw.get("layers_to_transform")
     exclude = raw.get("exclude_modules") or ()
     return LoRAConfig(
@@ -169,17 +172,17 @@ def config_from(raw: dict[str, Any]) -> LoRAConfig:
 
 
 class AdapterFile(Mapping[str, Tensor]):
-    """The tensors of a PEFT folder by PEFT's keys, each read when it is asked for and not kept.
+    """The tensors of a PEFT folder by PEFT's keys, each read from disk on access.
 
-    Raises UserError where the file is missing or corrupt. Keys that kept the adapter's name (`lora_A.default.weight`)
-    are without it.
+    The adapter's name is removed from keys (`lora_A.default.weight` → `lora_A.weight`). Raises UserError for a missing
+    or corrupt file.
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
         found = open_safetensors(adapter_file(path))
         self.stored = {re.sub(r"\.(lora_[AB])\.default\.", r".\1.", key): value for key, value in found.items()}
         if len(self.stored) != len(found):
-            raise UserError(f"{path}: holds a matrix with and without the adapter's name; the file is corrupt")
+            raise UserError(f"{path}: a key occurs with and without the adapter's name; the file is corrupt")
 
     def shape(self, key: str) -> tuple[int, ...]:
         return self.stored[key].shape
@@ -206,13 +209,13 @@ def matrices(tensors: Mapping[str, Tensor], module: str) -> tuple[Tensor, Tensor
 
 
 def update_rows(a_RD: Tensor, b_OR: Tensor, scale: float, rows: slice | None, dtype: torch.dtype) -> Tensor:
-    """Rows of s·B A in `dtype`, all of them for None."""
+    """Rows (None: all) of s·B A in `dtype`."""
     b_PR = b_OR if rows is None else b_OR[rows]
     return (b_PR.to(dtype) @ a_RD.to(dtype)).mul_(scale)
 
 
-def fitted(config: LoRAConfig, model: nn.Module) -> LoRAConfig:
-    """The config of an adapter that was loaded, without target names that this model lacks."""
+def drop_absent_targets(config: LoRAConfig, model: nn.Module) -> LoRAConfig:
+    """The config without target names that match no linear layer of `model`."""
     if isinstance(config.target_modules, str):
         return config
     linears = [path for path, module in model.named_modules() if isinstance(module, nn.Linear) and path != "lm_head"]
@@ -223,9 +226,9 @@ def fitted(config: LoRAConfig, model: nn.Module) -> LoRAConfig:
 def load_adapter(model: Model, path: str | os.PathLike[str], name: str = "default") -> Model:
     """Load PEFT's files onto `model` in place as an active, trainable adapter. Returns the model.
 
-    Raises UserError where the files are corrupt, belong to another model, or ask for what is not covered.
+    Raises UserError if the files are corrupt, belong to another model, or use an unsupported option.
     """
-    config, tensors = fitted(read_config(path), model), AdapterFile(path)
+    config, tensors = drop_absent_targets(read_config(path), model), AdapterFile(path)
     check_tensors(model, tensors, config, path)
     add_lora(model, config, name)
     with torch.no_grad():
@@ -247,25 +250,22 @@ def check_tensors(
     path: str | os.PathLike[str],
     base: Checkpoint | None = None,
 ) -> None:
-    """Every adapter tensor has its module, every module its tensors, all shapes agree and all numbers are finite; else
-    a UserError. Shapes come before any reading: a file may claim any size. A copy of a weight of the base has to be
-    that weight, in `base` or, without it, in the model."""
-    expected = {}
-    for module, linear in model.named_modules():
-        if isinstance(linear, nn.Linear) and config.wants(module):
-            rank = config.rank(module)
-            expected[f"{PREFIX}{module}.lora_A.weight"] = (rank, linear.in_features)
-            expected[f"{PREFIX}{module}.lora_B.weight"] = (linear.out_features, rank)
-    surplus, missing = sorted(tensors.keys() - expected.keys()), sorted(expected.keys() - tensors.keys())
-    copies = {}
-    for key in surplus:
+    """Check an adapter's tensors against the model. Raises UserError for the first problem.
+
+    Exactly the tensors that `config` selects must be there, with the right shapes and finite values. Shapes are checked
+    before anything is read, since a file may claim any size. A copy of a base weight must equal that weight in `base`
+    or, if None, in the model.
+    """
+    expected = expected_shapes(model, config)
+    copies = {}  # key → name of the base weight
+    for key in sorted(tensors.keys() - expected.keys()):
         if ".lm_head.lora_" in key:
-            raise UserError(f"{path}: holds {key!r}, and an adapter on lm_head is not covered; merge it with peft")
-        name = copied_name(model, key)
+            raise UserError(f"{path}: holds {key!r}, and an adapter on lm_head is not supported; merge it with peft")
+        name = copied_weight(model, key)
         if ".lora_" in key or weight_shape(model, base, name) != tensors.shape(key):
             raise UserError(f"{path}: holds {key!r}, which this model has no place for; it was made for another model")
         copies[key] = name
-    if missing:
+    if missing := sorted(expected.keys() - tensors.keys()):
         raise UserError(f"{path}: lacks {missing[0]!r}; it was made for another model or other target modules")
     for key, shape in expected.items():
         if tensors.shape(key) != shape:
@@ -277,19 +277,30 @@ def check_tensors(
         if weight.is_meta or not torch.equal(tensors[key].to(weight.device, weight.dtype), weight):
             raise UserError(
                 f"{path}: {key} is not the base's {name}: it was trained too (modules_to_save or biases), "
-                "which is not covered; merge the adapter with peft"
+                "which is not supported; merge the adapter with peft"
             )
 
 
-def copied_name(model: nn.Module, key: str) -> str:
-    """The weight of the base that a key without lora_A or lora_B names."""
+def expected_shapes(model: nn.Module, config: LoRAConfig) -> dict[str, tuple[int, int]]:
+    """The shapes of an adapter's tensors by PEFT's keys."""
+    shapes = {}
+    for module, linear in model.named_modules():
+        if isinstance(linear, nn.Linear) and config.wants(module):
+            rank = config.rank(module)
+            shapes[f"{PREFIX}{module}.lora_A.weight"] = (rank, linear.in_features)
+            shapes[f"{PREFIX}{module}.lora_B.weight"] = (linear.out_features, rank)
+    return shapes
+
+
+def copied_weight(model: nn.Module, key: str) -> str:
+    """The name of the base weight that an adapter file's key without lora_A or lora_B is a copy of."""
     name = re.sub(r"\.(base_layer|modules_to_save)(\.default)?\.", ".", key.removeprefix(PREFIX))
     is_tied = getattr(model, "lm_head", model) is None
     return "model.embed_tokens.weight" if is_tied and name == "lm_head.weight" else name
 
 
 def weight_shape(model: nn.Module, base: Checkpoint | None, name: str) -> tuple[int, ...] | None:
-    """The shape of a weight of the base, None where it has none of this name."""
+    """The shape of a weight of `base` (None: of the model), or None if it has no weight of this name."""
     if base is not None:
         return base.tensors[name].shape if name in base.tensors else None
     found = dict(model.named_parameters()).get(name)

@@ -19,7 +19,7 @@ from lora.adapter import adapted, pattern_value
 from lora.dropout import MASKS
 from lora.merge import merge_folders
 from lora.origin import check_origin
-from lora.peft import AdapterFile, check_tensors, fitted, read_config, write_adapter
+from lora.peft import AdapterFile, check_tensors, drop_absent_targets, read_config, write_adapter
 from lora.quantized import quantize_base
 from model.checkpoints.weights import config_dict, new_checkpoint, open_checkpoint, save_weights
 from model.config import ModelConfig
@@ -246,7 +246,7 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, Adapt
 def add_adapters(model: Transformer, recipe: Recipe, config: ModelConfig) -> AdapterFile | None:
     """Adds the recipe's adapters, in place. Returns the tensors of an adapter to continue (None for a new one)."""
     if recipe.adapter and not recipe.merge_adapter:
-        lora, tensors = fitted(read_config(recipe.adapter), model), AdapterFile(recipe.adapter)
+        lora, tensors = drop_absent_targets(read_config(recipe.adapter), model), AdapterFile(recipe.adapter)
         check_tensors(model, tensors, lora, recipe.adapter)
         add_lora(model, lora)
         return tensors

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 
 from lora.adapter import LoRAConfig, adapted, add_lora, no_adapter
 from lora.fold import merge_lora, merged_weight, unmerge_lora
-from lora.layer import LoRALinear, first_a
+from lora.layer import LoRALinear, init_a
 from lora.peft import AdapterFile, load_adapter, save_adapter
 from model import ModelConfig, Transformer
 from model.support.init import init_weights
@@ -32,7 +32,7 @@ tokens_1T = torch.tensor([list(b"Left breast: invasive ductal carcinoma, 2.5 cm.
 # %%
 with torch.no_grad(), no_adapter(model):
     base_1TV = model(tokens_1T)
-show(first_a, "uniform_", W=weight_OD, A=a_RD, B=b_OR, learned=a_RD.numel() + b_OR.numel(), frozen=weight_OD.numel())
+show(init_a, "uniform_", W=weight_OD, A=a_RD, B=b_OR, learned=a_RD.numel() + b_OR.numel(), frozen=weight_OD.numel())
 check("s = α / R", alpha / R, layer.scale["default"])
 check("logits that a new adapter changes", 0, (model(tokens_1T) != base_1TV).sum())
 

@@ -207,7 +207,7 @@ def test_audit_agrees_with_the_whole_matrices(weights, tmp_path):
         save_file(empty, tmp_path / "empty" / "adapter_model.safetensors")
         with pytest.raises(UserError, match=said):
             audit(str(tmp_path / "empty"))
-    with pytest.raises(UserError, match="none of the adapter's modules lies in a numbered layer"):
+    with pytest.raises(UserError, match="none of the adapter's modules is in a numbered layer"):
         draw([{"module": "head", "norm": 1.0}], str(tmp_path / "none.png"))
     draw(list(rows.values()), str(tmp_path / "map.png"))
     assert (tmp_path / "map.png").read_bytes()[:4] == b"\x89PNG"
@@ -257,7 +257,7 @@ def corrupt(folder, how):
 @pytest.mark.parametrize(
     ("how", "said"),
     [
-        ("dora", "use_dora is not covered"),
+        ("dora", "use_dora is not supported"),
         ("unknown", "unknown field 'use_magic'"),
         ("rank", "whole number from 1"),
         ("missing", "lacks"),

@@ -10,7 +10,7 @@ from tiny_adapters import CONFIG, TOKENS, base, trained
 
 from lora import LoRAConfig, load_adapter, save_adapter
 from lora.adapter import adapted
-from lora.peft import HARMLESS, LIMITED, READ, REFUSED, STARTS, read_config
+from lora.peft import HARMLESS, INITIALIZATIONS, LIMITED, READ, REFUSED, read_config
 from model.support.cli import UserError
 
 peft = pytest.importorskip("peft", reason="needs peft: make test installs it")
@@ -35,17 +35,17 @@ def write(folder, **fields):
 def test_what_peft_writes_by_default_is_read_and_each_refused_field_is_named(tmp_path):
     assert read_config(write(tmp_path)) == LoRAConfig(r=4, alpha=8.0, target_modules=("q_proj",))
     for key in REFUSED:
-        with pytest.raises(UserError, match=f"{key} is not covered"):
+        with pytest.raises(UserError, match=f"{key} is not supported"):
             read_config(write(tmp_path, **{key: {"some": 1}}))
     for start in ("pissa", "pissa_niter_4", "olora", "corda", "loftq", "mica", "lora_ga"):
-        with pytest.raises(UserError, match=f"init_lora_weights '{start}' is not covered; it changes the base"):
+        with pytest.raises(UserError, match=f"init_lora_weights '{start}' is not supported; it changes the base"):
             read_config(write(tmp_path, init_lora_weights=start))
-    assert all(read_config(write(tmp_path, init_lora_weights=start)).r == 4 for start in STARTS)
+    assert all(read_config(write(tmp_path, init_lora_weights=start)).r == 4 for start in INITIALIZATIONS)
     for wrong, said in (
         ({"bias": "some"}, "bias 'some'"),
         ({"layers_pattern": "blocks"}, "layers_pattern 'blocks'"),
-        ({"lora_alpha": [2]}, "another kind of value"),
-        ({"target_modules": [1, "a"]}, "another kind"),
+        ({"lora_alpha": [2]}, "has the wrong type"),
+        ({"target_modules": [1, "a"]}, "has the wrong type"),
         ({"lora_alpha": 0}, "above 0"),
         ({"rank_pattern": {"(": 2}}, "not a regular expression"),
         ({"peft_type": "IA3"}, "only LoRA"),

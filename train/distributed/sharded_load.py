@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from lora.adapter import adapted
-from lora.layer import first_a
+from lora.layer import init_a
 from lora.peft import PREFIX
-from model.checkpoints.weights import PIECE, Checkpoint, select
+from model.checkpoints.weights import STREAM_NUMEL, Checkpoint, select
 from model.quantize.blockwise import quantize_scales
 from model.quantize.linear import QuantizedWeight
 from model.support.init import first_weight
@@ -51,7 +51,7 @@ def load_sharded(model: nn.Module, ranks: Ranks, read: Read, adapter: Mapping[st
         layer = by_codes.get(name)
         quantized = layer.quantized if layer else None
         weight, shape = (f"{layer.path}.weight", quantized.shape) if layer and quantized else (name, param.shape)
-        step = max(1, PIECE // max(1, math.prod(shape[1:])))
+        step = max(1, STREAM_NUMEL // max(1, math.prod(shape[1:])))
         scales = []
         for start in range(mine.start, mine.stop, step):
             rows = slice(start, min(start + step, mine.stop))
@@ -91,7 +91,7 @@ def adapter_matrix(name: str, param: Tensor, adapter: Mapping[str, Tensor] | Non
     path, kind, _ = name.rsplit(".", 2)
     if adapter is not None:
         return adapter[f"{PREFIX}{path}.{kind}.weight"]
-    return first_a(param.shape, param.dtype, seed, path) if kind == "lora_A" else torch.zeros(param.shape)
+    return init_a(param.shape, param.dtype, seed, path) if kind == "lora_A" else torch.zeros(param.shape)
 
 
 def fresh(seed: int, shapes: dict[str, torch.Size], layers: int) -> Read:
