@@ -1,8 +1,7 @@
-"""config.json in both directions: its keys to the fields of a ModelConfig, and back.
+"""Convert config.json to the fields of a ModelConfig, and back.
 
-Two things are refused rather than guessed, because public readers guess them differently: a missing `sliding_window`
-in a mistral or mixtral config (4,096 to some readers, none to others) and a missing `rms_norm_eps` (1e-6 to some, 1e-5
-in Mistral's own files).
+Two keys are required because programs differ in their defaults: `sliding_window` in a mistral or mixtral config (4,096
+or none) and `rms_norm_eps` (1e-6, or 1e-5 as in Mistral's own files).
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from model.support.checks import one_of, positive, whole
 from model.support.cli import UserError
 
 FAMILIES = ("mistral", "llama", "mixtral", "qwen2")
-# Whole numbers from 1 to sanity limits against corrupt files, which must not fill the memory.
+# Upper bounds of sizes (the lower is 1): a corrupt file must not make us allocate all memory.
 UPPER_BOUNDS = {
     "vocab_size": 2**31,
     "hidden_size": 2**20,
@@ -28,7 +27,7 @@ UPPER_BOUNDS = {
 }
 EXPERTS = ("num_local_experts", "num_experts_per_tok")
 REQUIRED = (*list(UPPER_BOUNDS)[:5], "rms_norm_eps")
-# Any other value of these keys would change the arithmetic, or is not JSON's true or false.
+# Supported values of keys that change the arithmetic.
 SUPPORTED: dict[str, tuple[Any, ...]] = {
     "hidden_act": (None, "silu"),
     "quantization_config": (None, {}),
@@ -37,7 +36,7 @@ SUPPORTED: dict[str, tuple[Any, ...]] = {
     "tie_word_embeddings": (None, False, True),
     "use_sliding_window": (None, False, True),
 }
-# What each kind of rotary scaling needs beside its type, and what it may have.
+# Rotary scaling: type → (required fields, optional fields).
 ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
     "default": ((), ()),
     "linear": (("factor",), ("original_max_position_embeddings",)),
@@ -51,17 +50,17 @@ ROPE_FIELDS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
 
 
 def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """The fields of ModelConfig that config.json's keys describe.
+    """The fields of ModelConfig from the content of a config.json.
 
-    Raises UserError for what is missing, impossible or not covered.
+    Raises UserError for missing keys and for impossible or unsupported values.
     """
     family = one_of("model_type", raw.get("model_type"), FAMILIES)
     required = (*REQUIRED, *EXPERTS) if family == "mixtral" else REQUIRED
     missing = [name for name in required if raw.get(name) is None]
-    if family != "llama" and "num_key_value_heads" not in raw:  # 8, 32 or all of them, by the reader's default
+    if family != "llama" and "num_key_value_heads" not in raw:  # programs differ in the default
         missing.append("num_key_value_heads")
     if missing:
-        raise UserError(f"config lacks {', '.join(missing)}; add what the model was trained with")
+        raise UserError(f"config lacks {', '.join(missing)}; add the values that the model was trained with")
     for name, values in SUPPORTED.items():
         one_of(name, raw.get(name), values)
     if raw.get("attention_bias") and family in ("mistral", "mixtral"):
@@ -70,7 +69,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
     sizes = {name: whole(name, raw[name], 1, most) for name, most in UPPER_BOUNDS.items() if name in required}
     width, heads, layers = (sizes[name] for name in ("hidden_size", "num_attention_heads", "num_hidden_layers"))
     if "head_dim" not in given and width % heads:
-        raise UserError(f"config lacks head_dim, and hidden_size {width} is no multiple of {heads} heads")
+        raise UserError(f"config lacks head_dim, and hidden_size {width} is not a multiple of {heads} heads")
     theta, scaling = _rope(raw)
     eos = raw.get("eos_token_id")
     eos_ids = [_token("eos_token_id", value) for value in (eos if isinstance(eos, list) else [eos])]
@@ -83,7 +82,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
         "windows": _windows(raw, layers),
         "model_type": family,
         "max_position_embeddings": given.get("max_position_embeddings", 32768),
-        # transformers writes only what differs from its family default, which is untied for all four
+        # transformers omits values that equal the family's default, which is untied for all four families
         "tie_word_embeddings": bool(raw.get("tie_word_embeddings")),
         "qkv_bias": family == "qwen2" or bool(raw.get("attention_bias")),
         "o_bias": family == "llama" and bool(raw.get("attention_bias")),
@@ -94,7 +93,7 @@ def read_fields(raw: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json as transformers reads it, in both rotary spellings, from the fields of ModelConfig."""
+    """The content of config.json for transformers from the fields of ModelConfig, with old and new rotary keys."""
     renamed = {"windows", "qkv_bias", "o_bias", *EXPERTS}
     raw = {name: value for name, value in fields.items() if name not in renamed}
     family, windows, eos = fields["model_type"], list(fields["windows"]), list(fields["eos_token_id"])
@@ -123,12 +122,12 @@ def write_fields(fields: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def _token(name: str, value: Any) -> int | None:
-    """A token's id; null, and the negative ids of some old files, mean none."""
+    """A token id, or None for null and for the negative ids of some old files."""
     return value if value is not None and whole(name, value, -(2**31), 2**31) >= 0 else None
 
 
 def _windows(raw: Mapping[str, Any], layers: int) -> tuple[int | None, ...]:
-    """Each layer's window. Qwen2's first `max_window_layers` layers see everything."""
+    """Each layer's window (None: full attention). Qwen2's first `max_window_layers` layers have none."""
     family, window = raw["model_type"], raw.get("sliding_window")
     if family == "llama" or family == "qwen2" and not raw.get("use_sliding_window"):
         return (None,) * layers
@@ -155,7 +154,7 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
         raise UserError("config: rope_scaling and rope_parameters must be objects or null")
     theta = new.get("rope_theta", raw.get("rope_theta"))
     if theta is None and raw["model_type"] == "llama":
-        theta = 1e4  # Llama-2's own config.json leaves it out, and every reader takes the paper's
+        theta = 1e4  # Llama-2's own config.json omits it; every program uses the paper's value
     if theta is None:
         raise UserError("config lacks rope_theta (1e4 for Mistral v0.1, 1e6 for v0.2, v0.3 and Mixtral)")
     if raw.get("rope_theta") not in (None, theta):
@@ -163,12 +162,12 @@ def _rope(raw: Mapping[str, Any]) -> tuple[float, RopeScaling | None]:
     theta, spec, trained = positive("rope_theta", theta), {**old, **new}, raw.get("max_position_embeddings")
     kind = one_of("rope_type", spec.get("rope_type", spec.get("type", "default")), list(ROPE_FIELDS))
     if spec.get("partial_rotary_factor", 1.0) != 1.0:
-        raise UserError("config: partial_rotary_factor other than 1 is not covered")
+        raise UserError("config: partial_rotary_factor other than 1 is not supported")
     if kind == "default":
         return theta, None
     if kind == "dynamic" and trained is None:
         raise UserError("rope scaling 'dynamic' needs max_position_embeddings, the length the model was trained on")
-    if kind in ("llama3", "yarn"):  # transformers falls back to the model's own length
+    if kind in ("llama3", "yarn"):  # the default in transformers too
         spec.setdefault("original_max_position_embeddings", trained)
     needed, optional = ROPE_FIELDS[kind]
     known = {name: spec[name] for name in (*needed, *optional) if spec.get(name) is not None}

@@ -1,12 +1,12 @@
-"""Between checkpoint formats, and out of pickles, one tensor at a time.
+"""Convert a checkpoint to safetensors or Mistral's native files, one tensor at a time.
 
     python -m model.checkpoints.convert SRC DST [--to safetensors|native] [--dtype …]
 
-SRC may be what `Transformer.from_pretrained` loads (safetensors, Mistral's native files, GGUF), a folder of
-`pytorch_model*.bin` (BioMistral and ClinicalCamel are published so), `consolidated.00.pth` with params.json (Mistral's
-first files), an adapter's `adapter_model.bin`, or Qwen-7B's first version (`c_attn`, `w1`, `w2`, `qwen.tiktoken`).
-A .bin or .pth file is opened with `torch.load(weights_only=True, mmap=True)`: no code in it runs, and only the tensor
-in hand is in memory. DST gets its name once all of it is written, the tokenizer too.
+SRC may be anything that `Transformer.from_pretrained` loads (safetensors, Mistral's native files, GGUF), and also a
+folder of `pytorch_model*.bin` (as BioMistral and ClinicalCamel are published), `consolidated.00.pth` with params.json
+(Mistral's first files), an adapter's `adapter_model.bin`, or the first version of Qwen-7B (`c_attn`, `w1`, `w2`,
+`qwen.tiktoken`). A .bin or .pth file is opened with `torch.load(weights_only=True, mmap=True)`, so no code in it runs
+and only one tensor is in memory. DST appears once everything is written, including the tokenizer.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ from torch import Tensor
 
 from model.checkpoints.mistral import from_native, native_params, to_native
 from model.checkpoints.qwen1 import from_qwen, qwen2_config
-from model.checkpoints.safetensors import NAMES, PLAIN_NAME, Stored, in_memory, merge_disjoint, save_tensors
+from model.checkpoints.safetensors import DTYPE_NAMES, PLAIN_NAME, Stored, in_memory, merge_disjoint, save_tensors
 from model.checkpoints.weights import (
     MERGED,
     Checkpoint,
@@ -59,11 +59,11 @@ class Options:
     to: Literal["safetensors", "native"] = "safetensors"
     """Hugging Face's files, or Mistral's own consolidated.safetensors and params.json."""
     dtype: Literal["as-is", "float32", "bfloat16", "float16"] = "as-is"
-    """What to keep the weights in. Quantized blocks become float32 where nothing is asked for."""
+    """Dtype of the weights (as-is: the source's; float32 if the source is quantized)."""
     max_shard_gb: float = 5.0
-    """The most a file of weights may hold, in gigabytes (2**30 bytes)."""
+    """Largest size of a file of weights, in GiB (2**30 bytes)."""
     overwrite: bool = False
-    """Replace a model that is there; the folder's other files stay."""
+    """Replace an existing model; the folder's other files stay."""
 
 
 def main(options: Options) -> None:
@@ -95,21 +95,21 @@ def convert(options: Options, source: Path, target: Path) -> None:
 
 
 def add_tokenizer(source: str | Path, folder: Path, target: str | Path) -> None:
-    """Put `source`'s tokenizer beside the weights in `folder`, which will be called `target`. One that is missing or
-    cannot be read is a line on stderr: the weights are whole without it."""
+    """Copy `source`'s tokenizer into `folder`, which will be renamed to `target`. A missing or unreadable tokenizer is
+    reported on stderr and is not an error."""
     try:
         if (Path(source) / "qwen.tiktoken").is_file():
             open_qwen(Path(source)).save(folder)
         else:
             copy_tokenizer(source, folder)
-        Tokenizer.from_pretrained(folder)  # files are copied unread
+        Tokenizer.from_pretrained(folder)  # check the copied files
     except UserError as error:
         message = str(error).replace(str(folder), str(target))
         print(f"without a tokenizer that can be read: {message}", file=sys.stderr)
 
 
 def convert_adapter(source: Path, target: Path) -> None:
-    """adapter_model.bin as adapter_model.safetensors, with the folder's other files as they are."""
+    """Convert adapter_model.bin to adapter_model.safetensors and copy adapter_config.json."""
     tensors = {name: stored.read(None) for name, stored in open_bins(source, [source / "adapter_model.bin"]).items()}
     if not (source / "adapter_config.json").is_file():
         raise UserError(f"{source}: lacks adapter_config.json, which belongs to adapter_model.bin")
@@ -120,7 +120,7 @@ def convert_adapter(source: Path, target: Path) -> None:
 
 
 def open_any(source: Path) -> tuple[Checkpoint, ModelConfig]:
-    """Any checkpoint's tensors under transformers' names, checked against its config as loading would."""
+    """Open any source of main(); tensors are under transformers' names and checked against the config."""
     if (source / "config.json").is_file() and config_dict(source).get("model_type") == "qwen":
         raw = config_dict(source)
         checkpoint, config = from_qwen(open_source(source), raw), ModelConfig.from_dict(qwen2_config(raw))
@@ -133,7 +133,7 @@ def open_any(source: Path) -> tuple[Checkpoint, ModelConfig]:
 
 
 def open_source(source: Path) -> Checkpoint:
-    """What can be loaded, or else the tensors of pickled files."""
+    """Open a checkpoint that can be loaded, or else .bin or .pth files."""
     try:
         find_format(source)
     except UserError:
@@ -141,8 +141,8 @@ def open_source(source: Path) -> Checkpoint:
         native = sorted(source.glob("consolidated*.pth"))
         if len(native) > 1:
             raise UserError(
-                f"{source}: {len(native)} parts of matrices that were split over as many devices "
-                "(consolidated.*.pth); give the model in Hugging Face's files"
+                f"{source}: tensor-parallel shards for {len(native)} devices (consolidated.*.pth) are not supported; "
+                "give the model in Hugging Face's files"
             ) from None
         if bins:
             return Checkpoint(source, "bin", open_bins(source, bins))
@@ -154,27 +154,28 @@ def open_source(source: Path) -> Checkpoint:
 
 
 def open_bins(folder: Path, files: list[Path]) -> dict[str, Stored]:
-    """The tensors of .bin files, mapped and not read. Raises UserError where a file is corrupt or holds more than
-    tensors (then reading it would run code)."""
+    """The tensors of .bin or .pth files, memory-mapped. Raises UserError for a corrupt file, or one with objects other
+    than tensors (unpickling them could run code)."""
     index = folder / "pytorch_model.bin.index.json"
     listed = read_json(index) if index.is_file() else {}
     places = listed.get("weight_map") if isinstance(listed, dict) else None
     names = {str(name) for name in places.values()} if isinstance(places, dict) else set()
     if missing := sorted(names - {file.name for file in files}):
         raise UserError(f"{folder}: lacks {', '.join(missing)}, which its index names")
-    return merge_disjoint((file, _stored(file)) for file in files)
+    return merge_disjoint((file, _open_bin(file)) for file in files)
 
 
-def _stored(file: Path) -> dict[str, Stored]:
-    """The tensors of one .bin file, each checked."""
+def _open_bin(file: Path) -> dict[str, Stored]:
+    """The tensors of one .bin file. Raises UserError for bad names and for anything but dense tensors."""
     tensors: dict[str, Stored] = {}
     for name, tensor in _load_bin(file).items():
         if not isinstance(name, str) or not isinstance(tensor, Tensor):
             raise UserError(f"{file}: holds {type(tensor).__name__} {name!r} where a weight should be")
         if not PLAIN_NAME.fullmatch(name):
             raise UserError(f"{file}: {name!r} is not a tensor's name (letters, digits, _ and - between dots)")
-        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in NAMES:
-            raise UserError(f"{file}: {name!r} is of {tensor.dtype}, {tensor.layout}, {tensor.device}: no dense weight")
+        if tensor.layout != torch.strided or tensor.is_meta or tensor.dtype not in DTYPE_NAMES:
+            kind = f"{tensor.dtype}, {tensor.layout}, {tensor.device}"
+            raise UserError(f"{file}: {name!r} is not a dense weight ({kind})")
         tensors[name] = replace(in_memory(tensor), where=file.name)
     return tensors
 
@@ -185,10 +186,10 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
     try:
         try:
             found = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError:  # the format before torch 1.6 cannot be mapped
+        except RuntimeError:  # files of torch before 1.6 cannot be mapped
             found = torch.load(file, map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as error:
-        raise UserError(f"{file}: holds more than tensors, so reading it could run code; it is refused") from error
+        raise UserError(f"{file}: holds objects other than tensors; reading them could run code") from error
     except PermissionError:
         raise
     except (RuntimeError, EOFError, ValueError, KeyError, OSError) as error:
@@ -199,17 +200,19 @@ def _load_bin(file: Path) -> Mapping[str, Any]:
 
 
 def _check_archive(file: Path) -> None:
-    """A .bin is a zip archive of uncompressed members, so that a tensor can be mapped. A compressed one would be mapped
-    as noise, or unpacked to any size; public readers do not check."""
+    """Raises UserError unless the zip archive's members are stored uncompressed, as torch writes them.
+
+    torch.load does not check: mapping a compressed member gives garbage, and unpacking one may fill the memory.
+    """
     try:
         with zipfile.ZipFile(file) as archive:
             members = archive.infolist()
-    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):  # of torch before 1.6, or corrupt
+    except (zipfile.BadZipFile, ValueError, EOFError, NotImplementedError):  # a file of torch before 1.6, or corrupt
         return
     if any(member.compress_type != zipfile.ZIP_STORED or member.flag_bits & 1 for member in members):
-        raise UserError(f"{file}: its members are packed (compressed or encrypted); it is refused")
+        raise UserError(f"{file}: archive members are compressed or encrypted; torch writes neither")
     if len({member.filename for member in members}) != len(members):
-        raise UserError(f"{file}: holds two members of one name; the file is corrupt")
+        raise UserError(f"{file}: two archive members have the same name; the file is corrupt")
 
 
 if __name__ == "__main__":

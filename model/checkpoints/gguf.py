@@ -1,9 +1,9 @@
-"""GGUF files (llama.cpp's format): header, config, tensors under transformers' names, dequantized as they are read.
+"""GGUF files (llama.cpp's format): config, and tensors under transformers' names, dequantized when read.
 
-A file is a header of typed key/value pairs (config and tokenizer), a table of tensors, then their bytes in blocks: Q4_1
-keeps 32 numbers as 4-bit steps with one scale and one minimum. The `gguf` package turns blocks into fp32; the header is
-read here, because it is untrusted and every length in it has to fit the file. A model may be split into several files:
-the first has the fields of all.
+A file is a header of typed key/value pairs (config and tokenizer), a table of tensors, then their data in blocks; a
+Q4_1 block is 32 numbers of 4 bits with one scale and one minimum. The `gguf` package dequantizes blocks. The header is
+untrusted, so it is parsed here and every length in it is checked against the file's size. A model may be split into
+several files; the first has the fields of the whole model.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ PLAIN = {
     gguf.GGMLQuantizationType.BF16: torch.bfloat16,
     gguf.GGMLQuantizationType.F64: torch.float64,
 }
-FAMILIES = ("llama", "qwen2")  # llama.cpp files Mistral and Mixtral under llama
+FAMILIES = ("llama", "qwen2")  # llama.cpp writes Mistral and Mixtral as llama
 NAMES = {
     "token_embd": "model.embed_tokens",
     "output": "lm_head",
@@ -53,7 +53,7 @@ NAMES = {
     "ffn_gate_inp": "block_sparse_moe.gate",
 }
 EXPERT = {"gate": "w1", "down": "w2", "up": "w3"}
-# config.json's keys from the architecture's; the first five are required.
+# config.json's key → the header's key without the architecture's prefix; the first five are required.
 CONFIG = {
     "hidden_size": "embedding_length",
     "num_hidden_layers": "block_count",
@@ -74,7 +74,7 @@ ROPE = {
     "beta_fast": "rope.scaling.yarn_beta_fast",
     "beta_slow": "rope.scaling.yarn_beta_slow",
 }
-# What else is read, or does not affect the arithmetic; any other key of the architecture is refused.
+# Keys that are read or do not affect the arithmetic; any other key with the architecture's prefix is an error.
 KEYS = {*CONFIG.values(), *ROPE.values(), "vocab_size", "tensor_data_layout", "attention.value_length"}
 KEYS |= {"attention.layer_norm_epsilon", "attention.causal", "rope.dimension_count", "rope.scale_linear"}
 KEYS |= {"rope.scaling.type", "rope.scaling.attn_factor", "rope.scaling.finetuned"}
@@ -82,7 +82,7 @@ KEYS |= {"rope.scaling.type", "rope.scaling.attn_factor", "rope.scaling.finetune
 
 @dataclass(frozen=True)
 class GGUF:
-    """A file's metadata (arrays of numbers as NumPy arrays, of strings as lists) and tensors under the file's names."""
+    """A file's key/value pairs (arrays of numbers are NumPy arrays) and its tensors under their names in the file."""
 
     path: Path
     fields: dict[str, Any]
@@ -90,15 +90,15 @@ class GGUF:
 
 
 class _Header:
-    """Reads the header's values one after the other; none may reach past the end of the file."""
+    """Parses the header's values in order. Raises UserError for a value that reaches past the end of the file."""
 
     def __init__(self, path: Path, file: BinaryIO) -> None:
         self.path, self.file = path, file
-        self.left = os.fstat(file.fileno()).st_size
+        self.remaining = os.fstat(file.fileno()).st_size
 
     def take(self, count: int) -> bytes:
-        self.left -= count
-        data = self.file.read(count) if self.left >= 0 else b""
+        self.remaining -= count
+        data = self.file.read(count) if self.remaining >= 0 else b""
         if len(data) != count:
             raise UserError(f"{self.path}: the header reaches past the end of the file; it is truncated or corrupt")
         return data
@@ -115,23 +115,25 @@ class _Header:
         if kind == STRING:
             return self.text()
         if kind != ARRAY:
-            raise UserError(f"{self.path}: unknown kind of value {kind} in the header; the file is corrupt")
-        inner, count = self.number("I"), self.number("Q")
-        if inner == ARRAY:
-            raise UserError(f"{self.path}: an array of arrays in the header; no covered model has one")
-        if inner in SCALARS:
-            dtype = np.dtype("<" + SCALARS[inner])
+            raise UserError(f"{self.path}: unknown value type {kind} in the header; the file is corrupt")
+        item, count = self.number("I"), self.number("Q")
+        if item == ARRAY:
+            raise UserError(f"{self.path}: an array of arrays in the header, which is not supported")
+        if item in SCALARS:
+            dtype = np.dtype("<" + SCALARS[item])
             return np.frombuffer(self.take(count * dtype.itemsize), dtype)
-        if count > self.left:  # a string takes at least its length's eight bytes
+        if count > self.remaining:  # each string takes at least the eight bytes of its length
             raise UserError(f"{self.path}: an array longer than the file in the header; the file is corrupt")
-        return [self.value(inner) for _ in range(count)]
+        return [self.value(item) for _ in range(count)]
 
 
 def open_gguf(path: Path) -> GGUF:
-    """Parse the header of a file, or of all files of a split model, given its first one. Raises UserError where one is
-    missing, corrupt, contradicts its own length, or is not GGUF."""
+    """Parse the header of a file, or of all parts of a split model, given its first part.
+
+    Raises UserError for a missing, corrupt or truncated file, and for a file that is not GGUF.
+    """
     first = _open_file(path)
-    count, whole = first.fields.get("split.count", 1), first.fields.get("split.tensors.count")
+    count, total = first.fields.get("split.count", 1), first.fields.get("split.tensors.count")
     if not isinstance(count, int) or count <= 1:
         return first
     named = re.fullmatch(r"(.+)-00001-of-\d{5}\.gguf", path.name)
@@ -146,8 +148,8 @@ def open_gguf(path: Path) -> GGUF:
             raise UserError(f"{part.path}: is not part {number} of {count} of the model that {path.name} begins")
         parts.append(part)
     tensors = merge_disjoint((part.path, part.tensors) for part in parts)
-    if whole is not None and whole != len(tensors):
-        raise UserError(f"{path}: its {count} parts hold {len(tensors)} tensors, not {whole}; one is of another model")
+    if total is not None and total != len(tensors):
+        raise UserError(f"{path}: its {count} parts hold {len(tensors)} tensors, not {total}; one is of another model")
     return GGUF(path, first.fields, tensors)
 
 
@@ -155,22 +157,22 @@ def _open_file(path: Path) -> GGUF:
     check_regular(path)
     with open(path, "rb") as file:
         header = _Header(path, file)
-        if header.left < 24 or header.take(4) != b"GGUF":
+        if header.remaining < 24 or header.take(4) != b"GGUF":
             raise UserError(f"{path}: not a GGUF file, or truncated; download it again")
         if (version := header.number("I")) not in (2, 3):
-            raise UserError(f"{path}: GGUF version {version} (or big-endian); versions 2 and 3 are covered")
+            raise UserError(f"{path}: GGUF version {version} (or big-endian); versions 2 and 3 are supported")
         tensor_count, field_count = header.number("Q"), header.number("Q")
         fields: dict[str, Any] = {}
         for _ in range(field_count):
             key = header.text()
             if key in fields:
-                raise UserError(f"{path}: {key!r} is there twice in the header; the file is corrupt")
+                raise UserError(f"{path}: {key!r} occurs twice in the header; the file is corrupt")
             fields[key] = header.value(header.number("I"))
         table = {}
         for _ in range(tensor_count):
             name = header.text()
             if name in table:
-                raise UserError(f"{path}: {name!r} is there twice in the header; the file is corrupt")
+                raise UserError(f"{path}: {name!r} occurs twice in the header; the file is corrupt")
             dims = [header.number("Q") for _ in range(min(header.number("I"), 5))]
             table[name] = (tuple(reversed(dims)), header.number("I"), header.number("Q"))
         alignment = fields.get("general.alignment", 32)
@@ -182,7 +184,7 @@ def _open_file(path: Path) -> GGUF:
 
 
 def _stored(path: Path, name: str, shape: tuple[int, ...], code: int, offset: int, start: int, size: int) -> Stored:
-    """One tensor of the table, its place checked against the file's size."""
+    """A tensor of the table. Raises UserError for an unknown type, or data beyond the file's `size`."""
     try:
         kind = gguf.GGMLQuantizationType(code)
         block, block_bytes = gguf.GGML_QUANT_SIZES[kind]
@@ -202,13 +204,13 @@ def _stored(path: Path, name: str, shape: tuple[int, ...], code: int, offset: in
 def _reader(
     path: Path, kind: gguf.GGMLQuantizationType, shape: tuple[int, ...], begin: int, row_bytes: int
 ) -> Callable[[slice | None], Tensor]:
-    """Rows of the first dimension, as the file's own floats or as fp32 out of its blocks."""
+    """A function that reads the tensor, or rows of its first dimension; quantized types are dequantized to fp32."""
     if kind in PLAIN:
         return reader(path, PLAIN[kind], shape, begin)
     read_blocks = reader(path, torch.uint8, (*shape[:-1], row_bytes), begin)
 
     def read(rows: slice | None) -> Tensor:
-        if len(shape) == 1 and rows is not None:  # blocks run along the only dimension: take all of it
+        if len(shape) == 1 and rows is not None:  # blocks lie along the only dimension: dequantize all of it
             return read(None)[rows]
         return torch.from_numpy(gguf.dequantize(read_blocks(rows).numpy(), kind))
 
@@ -216,14 +218,14 @@ def _reader(
 
 
 def gguf_config(file: GGUF) -> dict[str, Any]:
-    """The header under config.json's keys. llama.cpp keeps no window for Mistral: its files are llamas here too."""
+    """The config under config.json's keys. llama.cpp stores no window for Mistral, so its files are read as llama."""
     family = one_of("the GGUF architecture", file.fields.get("general.architecture"), FAMILIES)
     found = {key.removeprefix(f"{family}."): v for key, v in file.fields.items() if key.startswith(f"{family}.")}
     for key, value in sorted(found.items()):
         if key not in KEYS:
-            raise UserError(f"{family}.{key} = {value!r} may change what the model computes and is not covered")
+            raise UserError(f"{family}.{key} = {value!r} may change what the model computes and is not supported")
         if isinstance(value, (list, np.ndarray)):
-            raise UserError(f"{family}.{key} differs by layer, which is not covered")
+            raise UserError(f"{family}.{key} has a value for each layer, which is not supported")
     missing = [key for key in list(CONFIG.values())[:5] if key not in found]
     if missing or "token_embd.weight" not in file.tensors:
         raise UserError(f"the header lacks {', '.join(missing) or 'token_embd.weight'}; the file is corrupt")
@@ -254,15 +256,15 @@ def gguf_config(file: GGUF) -> dict[str, Any]:
 
 
 def _rope_scaling(file: GGUF, found: Mapping[str, Any]) -> dict[str, Any] | None:
-    """As llama.cpp reads it: a factor without a type is linear, 2023's files call it scale_linear, and attn_factor
-    multiplies YaRN's own gain on cosine and sine."""
+    """Rotary scaling as llama.cpp reads it: a factor without a type is linear, files of 2023 call it scale_linear, and
+    attn_factor multiplies YaRN's own factor on cosine and sine."""
     scaling = {name: found[key] for name, key in ROPE.items() if key in found}
     factor = scaling["factor"] = scaling.get("factor") or found.get("rope.scale_linear")
     attention = found.get("rope.scaling.attn_factor", 1.0)
     kind = found.get("rope.scaling.type", "linear" if factor else "none")
     one_of("rope.scaling.type", kind, ("none", "linear", "yarn"))
     if kind != "yarn" and attention != 1.0:
-        raise UserError(f"rope.scaling.attn_factor {attention!r} beside rope scaling {kind!r} is not covered")
+        raise UserError(f"rope.scaling.attn_factor {attention!r} with rope scaling {kind!r} is not supported")
     if kind == "none" or kind == "linear" and factor in (None, 1.0):
         return _llama3(file, found) if "rope_freqs.weight" in file.tensors else None
     if attention != 1.0:
@@ -272,15 +274,15 @@ def _rope_scaling(file: GGUF, found: Mapping[str, Any]) -> dict[str, Any] | None
 
 
 def _llama3(file: GGUF, found: Mapping[str, Any]) -> dict[str, Any]:
-    """Llama-3's scaling from the divisors that the file keeps per rotary pair, or a UserError where they are others.
+    """Llama-3's rotary scaling from the frequency divisors that the file stores for each rotary pair.
 
-    The file holds the result and not the rule; the rule's bounds (1 and 4 wavelengths of 8,192) are those of every
-    published Llama-3.1 to 3.3, and they are accepted only where they give the file's numbers.
+    The file does not store the scaling's parameters. Those of all published Llama-3.1 to 3.3 models are assumed, and
+    UserError is raised if they do not reproduce the file's divisors.
     """
     from model.rotary import RopeScaling, frequencies
 
     divisor = file.tensors["rope_freqs.weight"].read(None).double()
-    rule: dict[str, Any] = {
+    scaling: dict[str, Any] = {
         "rope_type": "llama3",
         "factor": float(divisor.max()),
         "low_freq_factor": 1.0,
@@ -288,34 +290,34 @@ def _llama3(file: GGUF, found: Mapping[str, Any]) -> dict[str, Any]:
         "original_max_position_embeddings": 8192,
     }
     theta, size = found.get("rope.freq_base", 10000.0), 2 * len(divisor)
-    scaled, _ = frequencies(size, theta, RopeScaling(**rule), torch.float64)
+    scaled, _ = frequencies(size, theta, RopeScaling(**scaling), torch.float64)
     plain, _ = frequencies(size, theta, None, torch.float64)
     if not torch.allclose(plain / scaled, divisor, rtol=1e-4):
-        raise UserError("rope_freqs.weight holds a rotary scaling other than Llama-3's, which is not covered")
-    return rule
+        raise UserError("rope_freqs.weight holds a rotary scaling other than Llama-3's, which is not supported")
+    return scaling
 
 
 def from_gguf(file: GGUF, config: Mapping[str, Any]) -> dict[str, Stored]:
-    """Tensors under transformers' names; llama files keep q and k in pairs, qwen2 files in halves."""
-    pairs = file.fields["general.architecture"] == "llama"
+    """Tensors under transformers' names and in its rotary layout."""
+    interleaved = file.fields["general.architecture"] == "llama"  # qwen2 files store halves, as transformers does
     out: dict[str, Stored] = {}
     for name, stored in file.tensors.items():
         if name == "rope_freqs.weight":
             continue
         layer, stem, leaf = split_name(name, "blk")
-        if (merged := re.fullmatch(r"ffn_(gate|up|down)_exps", stem)) and len(stored.shape) == 3:
+        if (stacked := re.fullmatch(r"ffn_(gate|up|down)_exps", stem)) and len(stored.shape) == 3:
             for expert in range(stored.shape[0]):
-                out[f"{layer}block_sparse_moe.experts.{expert}.{EXPERT[merged[1]]}.{leaf}"] = _one_of(stored, expert)
+                out[f"{layer}block_sparse_moe.experts.{expert}.{EXPERT[stacked[1]]}.{leaf}"] = _expert(stored, expert)
             continue
         single = re.fullmatch(r"ffn_(gate|up|down)\.(\d+)", stem)
         known = f"block_sparse_moe.experts.{single[2]}.{EXPERT[single[1]]}" if single else NAMES.get(stem)
         hf = f"{layer}{known}.{leaf}" if known else name
-        out[hf] = permuted(stored, config["head_dim"], to_halves) if pairs and is_rotary(hf) else stored
+        out[hf] = permuted(stored, config["head_dim"], to_halves) if interleaved and is_rotary(hf) else stored
     return out
 
 
-def _one_of(stored: Stored, expert: int) -> Stored:
-    """One expert's matrix of a tensor that stacks all of them (E, F, D)."""
+def _expert(stored: Stored, expert: int) -> Stored:
+    """One expert's (F, D) matrix of the stacked tensor (E, F, D)."""
     _, F, D = stored.shape
 
     def read(rows: slice | None) -> Tensor:

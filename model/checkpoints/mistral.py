@@ -1,8 +1,8 @@
-"""Mistral's own files: `params.json`, `consolidated*.safetensors`, their names and their rotary layout.
+"""Mistral's native files: `params.json` and `consolidated*.safetensors`, with their own names and rotary layout.
 
-The rotary layout is the trap. Native files (and GGUF's llama files) keep a head's rotary pairs side by side
-(0 0' 1 1' 2 2'), transformers' files keep halves (0 1 2 0' 1' 2'). So rows of q and k move, head by head, each with
-its own number of heads: k permuted with q's head count gives a model that runs and is wrong.
+Native files (and GGUF's llama files) store a head's rotary pairs interleaved (0 0' 1 1' 2 2'), transformers stores
+them as halves (0 1 2 0' 1' 2'). So the rows of q and k are permuted within each head. k has fewer heads than q:
+permuting it with q's head count gives a model that runs and is wrong.
 """
 
 from __future__ import annotations
@@ -32,12 +32,12 @@ NAMES = {
     "feed_forward.w3": "mlp.up_proj",
     "feed_forward.gate": "block_sparse_moe.gate",
 }
-BACK = {hf: native for native, hf in NAMES.items()}
+NATIVE_NAMES = {hf: native for native, hf in NAMES.items()}
 
 
 def split_name(name: str, layers: str) -> tuple[str, str, str]:
-    """With layers = "blk": `blk.3.attn_q.weight` → (`model.layers.3.`, `attn_q`, `weight`). Without a layer the first
-    part is empty; of a name of another form only the second is not."""
+    """With layers = "blk": `blk.3.attn_q.weight` → (`model.layers.3.`, `attn_q`, `weight`), `output.weight` → (``,
+    `output`, `weight`). A name that ends in neither weight nor bias gives (``, name, ``)."""
     found = re.fullmatch(rf"(?:{layers}\.(\d+)\.)?(.+)\.(weight|bias)", name)
     if not found:
         return "", name, ""
@@ -45,7 +45,7 @@ def split_name(name: str, layers: str) -> tuple[str, str, str]:
 
 
 def to_hf_name(name: str) -> str:
-    """`layers.0.attention.wq.weight` → `model.layers.0.self_attn.q_proj.weight`; an unknown name stays."""
+    """`layers.0.attention.wq.weight` → `model.layers.0.self_attn.q_proj.weight`; unknown names are unchanged."""
     layer, stem, leaf = split_name(name, "layers")
     stem = re.sub(r"^feed_forward(\.experts\.\d+\.w[123])$", r"block_sparse_moe\1", stem)
     hf = stem if stem.startswith("block_sparse_moe") else NAMES.get(stem)
@@ -53,29 +53,29 @@ def to_hf_name(name: str) -> str:
 
 
 def to_native_name(name: str) -> str:
-    """The other way; raises UserError for a tensor that native files have no name for."""
+    """The inverse of `to_hf_name`. Raises UserError for a tensor that native files have no name for."""
     layer, stem, leaf = split_name(name, r"model\.layers")
     stem = re.sub(r"^block_sparse_moe(\.experts\.\d+\.w[123])$", r"feed_forward\1", stem)
-    native = stem if stem.startswith("feed_forward") else BACK.get(stem)
+    native = stem if stem.startswith("feed_forward") else NATIVE_NAMES.get(stem)
     if not native:
         raise UserError(f"Mistral's native files have no name for {name!r}")
     return f"{layer.removeprefix('model.')}{native}.{leaf}"
 
 
 def to_halves(x_ND: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k (or of a bias, or of a LoRA B) from pairs side by side to halves; whole heads only."""
+    """Permute rows of q or k (or their bias, or a LoRA B) from interleaved pairs to halves; whole heads only."""
     heads = x_ND.shape[0] // head_dim
     return x_ND.view(heads, head_dim // 2, 2, *x_ND.shape[1:]).transpose(1, 2).reshape(x_ND.shape)
 
 
 def to_pairs(x_ND: Tensor, head_dim: int) -> Tensor:
-    """Rows of q or k from halves to pairs side by side: the inverse of `to_halves`."""
+    """Permute rows of q or k from halves to interleaved pairs: the inverse of `to_halves`."""
     heads = x_ND.shape[0] // head_dim
     return x_ND.view(heads, 2, head_dim // 2, *x_ND.shape[1:]).transpose(1, 2).reshape(x_ND.shape)
 
 
 def permuted(stored: Stored, head_dim: int, permute: Callable[[Tensor, int], Tensor]) -> Stored:
-    """A stored tensor whose rows come out permuted within each head, also when only some rows are asked for."""
+    """A stored tensor whose rows are permuted within each head when read, whole or in part."""
 
     def read(rows: slice | None) -> Tensor:
         if rows is None:
@@ -88,7 +88,7 @@ def permuted(stored: Stored, head_dim: int, permute: Callable[[Tensor, int], Ten
 
 
 def is_rotary(name: str) -> bool:
-    """Whether a tensor's rows (under its transformers name) carry the rotary layout."""
+    """True if the rows of the tensor (under its transformers name) are in rotary layout: q and k."""
     return re.search(r"\.self_attn\.[qk]_proj\.(weight|bias)$", name) is not None
 
 
@@ -102,13 +102,13 @@ def from_native(files: Mapping[str, Stored], config: Mapping[str, Any]) -> dict[
 
 
 def head_size(width: Any, heads: Any) -> int:
-    """A head's size where a file leaves it out. Raises UserError where the width does not divide."""
+    """The default head_dim, width / heads. Raises UserError if it is not a whole number."""
     if not isinstance(width, int) or not isinstance(heads, int) or heads < 1 or width % heads:
-        raise UserError(f"a width of {width!r} does not divide by {heads!r} heads; the config is corrupt")
+        raise UserError(f"a width of {width!r} is not divisible by {heads!r} heads; the config is corrupt")
     return width // heads
 
 
-# params.json's keys by config.json's; the first six are required.
+# config.json's key → params.json's key; the first six are required.
 PARAMS = {
     "hidden_size": "dim",
     "num_hidden_layers": "n_layers",
@@ -123,13 +123,13 @@ PARAMS = {
     "max_position_embeddings": "max_position_embeddings",
 }
 REQUIRED = list(PARAMS.values())[:6]
-# Keys that are read, or that do not affect the arithmetic; others are refused unless they are empty.
+# Keys that are read or do not affect the arithmetic; any other key must be empty.
 KEYS = {*PARAMS.values(), "tied_embeddings", "moe", "causal", "max_seq_len", "max_batch_size", "model_type"}
 MOE_KEYS = {"num_experts", "num_experts_per_tok"}
 
 
 def native_config(params: Mapping[str, Any]) -> dict[str, Any]:
-    """params.json under config.json's keys. A native file without a window has none; nothing else is guessed."""
+    """Convert params.json to config.json's keys. Without `sliding_window` the model has no window."""
     if missing := [key for key in REQUIRED if key not in params]:
         raise UserError(f"params.json lacks {', '.join(missing)}")
     moe = params.get("moe") or {}
@@ -138,9 +138,9 @@ def native_config(params: Mapping[str, Any]) -> dict[str, Any]:
             raise UserError(f"params.json: {where[:-1]} is {found!r}; it must be an object")
         for key, value in found.items():
             if key not in known and value not in (None, False, {}, []):
-                raise UserError(f"params.json: {where + key!r} may change what the model computes; it is not covered")
+                raise UserError(f"params.json: {where + key!r} may change what the model computes; it is not supported")
     if params.get("causal") not in (None, True):
-        raise UserError("params.json: causal = false is not covered")
+        raise UserError("params.json: causal = false is not supported")
     if moe and (lacking := sorted(MOE_KEYS - moe.keys())):
         raise UserError(f"params.json: moe lacks {lacking[0]}")
     raw: dict[str, Any] = {
@@ -160,7 +160,8 @@ def native_config(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def native_params(config: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json (as ModelConfig.to_dict writes it) under params.json's keys, or a UserError for what they lack."""
+    """Convert config.json (of ModelConfig.to_dict) to params.json's keys. Raises UserError for a model that
+    params.json cannot describe."""
     if config["model_type"] not in ("mistral", "mixtral"):
         raise UserError(f"Mistral's native files hold mistral and mixtral models, not {config['model_type']}")
     if config.get("rope_scaling"):
@@ -175,7 +176,7 @@ def native_params(config: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def to_native(state: Mapping[str, Stored], head_dim: int) -> dict[str, Stored]:
-    """Tensors under transformers' names as native ones, in the native rotary layout."""
+    """Tensors under native names and in the native rotary layout: the inverse of `from_native`."""
     out = {}
     for name, stored in state.items():
         out[to_native_name(name)] = permuted(stored, head_dim, to_pairs) if is_rotary(name) else stored

@@ -1,4 +1,4 @@
-"""Qwen-7B's first version: GPT-2's module names, q, k and v in one matrix, gate and up called w2 and w1."""
+"""The first version of Qwen-7B: GPT-2's module names, a joint qkv matrix, gate and up named w2 and w1."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ RENAMED = {"layer_norm_epsilon": "rms_norm_eps", "rotary_emb_base": "rope_theta"
 
 
 def from_qwen(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Checkpoint:
-    """Its tensors under Qwen2's names; an unknown name stays, to be listed as unexpected."""
+    """The checkpoint under Qwen2's names. Unknown names are kept, so that they are reported as unexpected."""
     third = raw.get("kv_channels", 128) * raw.get("num_attention_heads", 0)
     out: dict[str, Stored] = {}
     for name, stored in checkpoint.tensors.items():
@@ -45,7 +45,7 @@ def from_qwen(checkpoint: Checkpoint, raw: Mapping[str, Any]) -> Checkpoint:
 
 
 def _rows(stored: Stored, first: int, count: int) -> Stored:
-    """Some rows of a stored tensor, as a stored tensor."""
+    """A stored tensor's rows `first` to `first + count` as a Stored."""
 
     def read(rows: slice | None) -> Tensor:
         rows = slice(0, count) if rows is None else rows
@@ -56,11 +56,11 @@ def _rows(stored: Stored, first: int, count: int) -> Stored:
 
 
 def qwen2_config(raw: Mapping[str, Any]) -> dict[str, Any]:
-    """Qwen-7B's config.json under Qwen2's keys. Its gate and up are each half of `intermediate_size`."""
+    """Convert Qwen-7B's config.json to Qwen2's keys. Its `intermediate_size` is the width of gate and up together."""
     if missing := [name for name in (*SAME, *RENAMED) if raw.get(name) is None]:
-        raise UserError(f"config lacks {', '.join(missing)}, which Qwen's first version says")
+        raise UserError(f"config lacks {', '.join(missing)}; the config of Qwen's first version has them")
     if raw.get("rotary_pct", 1.0) != 1.0 or not raw.get("no_bias", True):
-        raise UserError("config: Qwen with partial rotary positions or biases throughout is not covered")
+        raise UserError("config: Qwen with partial rotary embedding, or with biases on all layers, is not supported")
     return {
         "model_type": "qwen2",
         **{name: raw[name] for name in SAME},

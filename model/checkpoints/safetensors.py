@@ -1,9 +1,8 @@
-"""The safetensors format, validated before reading and written one tensor at a time.
+"""The safetensors format: the header is validated before any tensor is read; files are written tensor by tensor.
 
-A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. Public
-readers accept a name that is there twice and names such as `../../x`; here every entry of the header is checked
-against the file's size before a byte of a tensor is read. Bytes are read into the tensor, never mapped, so that
-resident memory is what was asked for.
+A file is 8 bytes of header length, a JSON header {name: {dtype, shape, data_offsets}}, then the tensors' bytes. The
+public reader accepts duplicate names and names such as `../../x`; here they are errors, and every offset is checked
+against the file's size. Tensors are read into memory rather than mapped, so that peak memory is predictable.
 """
 
 from __future__ import annotations
@@ -39,18 +38,18 @@ DTYPES: dict[str, torch.dtype] = {
     "F8_E4M3": torch.float8_e4m3fn,
     "F8_E5M2": torch.float8_e5m2,
 }
-NAMES = {dtype: name for name, dtype in DTYPES.items()}
-LONGEST_HEADER = 100_000_000  # bytes; the public reader's own limit
+DTYPE_NAMES = {dtype: name for name, dtype in DTYPES.items()}
+MAX_HEADER_BYTES = 100_000_000  # the public reader's limit
 PLAIN_NAME = re.compile(r"[A-Za-z0-9_\-|:]+(\.[A-Za-z0-9_\-|:]+)*")
 
-assert sys.byteorder == "little", "the format is little-endian, and bytes are read into tensors as they are"
+assert sys.byteorder == "little", "the format is little-endian, and bytes are read into tensors unconverted"
 
 
 @dataclass(frozen=True)
 class Stored:
-    """A tensor that is in a file: its shape, the file's name for its dtype, and how to read it.
+    """A tensor in a file: shape, the format's name for its dtype, the file's name, and a function that reads it.
 
-    `read(None)` gives all of it, `read(slice(a, b))` the rows a to b of its first dimension.
+    `read(None)` returns the whole tensor, `read(slice(a, b))` rows a to b of its first dimension.
     """
 
     shape: tuple[int, ...]
@@ -60,16 +59,16 @@ class Stored:
 
 
 def in_memory(tensor: Tensor) -> Stored:
-    """A tensor in memory, for use where one in a file is."""
+    """A tensor in memory as a Stored."""
 
     def read(rows: slice | None) -> Tensor:
         return tensor if rows is None else tensor[rows]
 
-    return Stored(tuple(tensor.shape), NAMES.get(tensor.dtype, str(tensor.dtype)), "memory", read)
+    return Stored(tuple(tensor.shape), DTYPE_NAMES.get(tensor.dtype, str(tensor.dtype)), "memory", read)
 
 
 def merge_disjoint(parts: Iterable[tuple[Path, Mapping[str, Stored]]]) -> dict[str, Stored]:
-    """The tensors of several files, or a UserError where a name is in two of them."""
+    """The tensors of several files. Raises UserError for a name that is in two of them."""
     tensors: dict[str, Stored] = {}
     for file, found in parts:
         for name in found.keys() & tensors.keys():
@@ -79,37 +78,37 @@ def merge_disjoint(parts: Iterable[tuple[Path, Mapping[str, Stored]]]) -> dict[s
 
 
 def open_safetensors(path: Path) -> dict[str, Stored]:
-    """The tensors of one file, by name, none of them read. Raises UserError for a corrupt or contradictory header."""
+    """The tensors of one file by name, not read yet. Raises UserError for a corrupt header."""
     check_regular(path)
     with open(path, "rb") as file:
         size = os.fstat(file.fileno()).st_size
         start = 8 + int.from_bytes(file.read(8), "little")
-        if start > min(size, LONGEST_HEADER):
+        if start > min(size, MAX_HEADER_BYTES):
             raise UserError(f"{path}: not a safetensors file, or truncated; download it again")
         raw = file.read(start - 8)
     header = parse_json(path, raw.decode("utf-8", errors="replace"), unique=True)
     if not isinstance(header, dict):
         raise UserError(f"{path}: the header is not a JSON object; the file is corrupt")
     header.pop("__metadata__", None)
-    stored, spans = {}, []
+    stored, offsets = {}, []
     for name, entry in header.items():
         shape, dtype, (begin, end) = _check_entry(f"{path}: {name!r}", name, entry)
-        spans.append((begin, end, name))
+        offsets.append((begin, end, name))
         stored[name] = Stored(shape, dtype, path.name, reader(path, DTYPES[dtype], shape, start + begin))
-    reached = 0
-    for begin, end, name in sorted(spans):
-        if begin != reached:
+    previous_end = 0
+    for begin, end, name in sorted(offsets):
+        if begin != previous_end:
             raise UserError(f"{path}: {name!r} does not begin where the tensor before it ends; the header is corrupt")
         if start + end > size:
             raise UserError(f"{path}: {name!r} reaches past the end of the file; it is truncated")
-        reached = end
-    if start + reached != size:
-        raise UserError(f"{path}: {size - start - reached} bytes after the last tensor; the file is corrupt")
+        previous_end = end
+    if start + previous_end != size:
+        raise UserError(f"{path}: {size - start - previous_end} bytes after the last tensor; the file is corrupt")
     return stored
 
 
 def _check_entry(where: str, name: str, entry: Any) -> tuple[tuple[int, ...], str, tuple[int, int]]:
-    """One header entry as (shape, dtype, (begin, end)), each checked."""
+    """A header entry as (shape, dtype, (begin, end)). Raises UserError if it is inconsistent."""
     if not PLAIN_NAME.fullmatch(name):
         raise UserError(f"{where} is not a tensor's name (letters, digits, _ and - between dots)")
     try:
@@ -119,16 +118,16 @@ def _check_entry(where: str, name: str, entry: Any) -> tuple[tuple[int, ...], st
     one_of(f"{where}: dtype", dtype, list(DTYPES))
     numbers = [*shape, begin, end] if isinstance(shape, list) else [None]
     if not all(isinstance(n, int) and not isinstance(n, bool) and n >= 0 for n in numbers):
-        raise UserError(f"{where} has an impossible shape or place; the header is corrupt")
-    if math.prod(n or 1 for n in shape) >= 2**48:  # also beside a 0, where it takes no bytes
+        raise UserError(f"{where} has impossible shape or data_offsets; the header is corrupt")
+    if math.prod(n or 1 for n in shape) >= 2**48:  # zeros count as 1: a tensor of no bytes may have huge dimensions
         raise UserError(f"{where} has the impossible shape {shape}; the header is corrupt")
     if end - begin != math.prod(shape) * DTYPES[dtype].itemsize:
-        raise UserError(f"{where} holds {end - begin} bytes, not what shape {shape} in {dtype} takes")
+        raise UserError(f"{where} has {end - begin} bytes, which do not match shape {shape} in {dtype}")
     return tuple(shape), dtype, (begin, end)
 
 
 def reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -> Callable[[slice | None], Tensor]:
-    """How to read a tensor whose bytes are at `begin` of a file: all of it, or rows of its first dimension."""
+    """A function that reads the tensor whose bytes begin at offset `begin`: all of it, or rows of dimension 0."""
 
     def read(rows: slice | None) -> Tensor:
         first, wanted = (0, shape) if rows is None else (rows.start, (rows.stop - rows.start, *shape[1:]))
@@ -143,12 +142,12 @@ def reader(path: Path, dtype: torch.dtype, shape: tuple[int, ...], begin: int) -
 
 
 def fill(path: Path, file: BinaryIO, tensor: Tensor) -> None:
-    """Read the next bytes of a file into a contiguous tensor, as they are."""
+    """Read the next bytes of a file into a contiguous tensor."""
     if not tensor.numel():
         return
     view = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())  # type: ignore[arg-type]
     done = 0
-    while done < len(view):  # one read gives at most 2 GiB
+    while done < len(view):  # one read returns at most 2 GiB
         count = file.readinto(view[done:])  # type: ignore[attr-defined]
         if not count:
             raise UserError(f"{path}: ended while being read; it is truncated")
@@ -158,16 +157,16 @@ def fill(path: Path, file: BinaryIO, tensor: Tensor) -> None:
 def write_safetensors(
     path: Path, tensors: Mapping[str, tuple[tuple[int, ...], torch.dtype]], produce: Callable[[str], Iterator[Tensor]]
 ) -> None:
-    """Write a file of tensors whose shapes and dtypes are known before their bytes.
+    """Write a file. `tensors`: name → (shape, dtype).
 
-    `produce(name)` yields the tensor in pieces, in order (whole, or rows at a time), so a checkpoint larger than memory
+    `produce(name)` yields the tensor's rows in order, in one piece or several, so that a checkpoint larger than memory
     can be converted.
     """
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     begin = 0
     for name, (shape, dtype) in tensors.items():
         end = begin + math.prod(shape) * dtype.itemsize
-        header[name] = {"dtype": NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
+        header[name] = {"dtype": DTYPE_NAMES[dtype], "shape": list(shape), "data_offsets": [begin, end]}
         begin = end
     raw = json.dumps(header, separators=(",", ":")).encode()
     raw += b" " * (-len(raw) % 8)
@@ -185,7 +184,7 @@ def write_safetensors(
 
 
 def save_tensors(path: Path, tensors: Mapping[str, Tensor]) -> None:
-    """Write tensors in memory to a file; wide dtypes first, so that every one lies at a multiple of its width."""
+    """Write tensors in memory to a file, larger dtypes first, so that each is aligned to its element size."""
     order = sorted(tensors, key=lambda name: -tensors[name].element_size())
     plan = {name: (tuple(tensors[name].shape), tensors[name].dtype) for name in order}
     write_safetensors(path, plan, lambda name: iter([tensors[name]]))

@@ -1,13 +1,12 @@
-"""Checkpoints on disk: what a path holds, streamed into a model, and written back as transformers reads it.
+"""Open checkpoints of any supported format, stream them into a model, and save them as transformers does.
 
-    open_checkpoint(path) → Checkpoint      names, shapes and reads under transformers' names, whatever the format
-    config_dict(path)                       its config under config.json's keys
-    load_weights(model, path, …)            one tensor in flight, cast on the way
+    open_checkpoint(path) → Checkpoint      tensors under transformers' names, not read yet
+    config_dict(path)                       the config under config.json's keys
+    load_weights(model, path, …)            reads and casts one tensor at a time
     save_weights(state, config, path, …)    model.safetensors, or shards and their index
 
-A path is a folder (Hugging Face safetensors, Mistral's native files, or one GGUF model, in parts or whole), a .gguf
-file or a config.json. No pickle is opened: `python -m model.checkpoints.convert` turns .bin and .pth files into
-safetensors.
+A path is a folder (Hugging Face safetensors, Mistral's native files, or one GGUF model, whole or split) or a .gguf
+file. Pickles are not opened: `python -m model.checkpoints.convert` turns .bin and .pth files into safetensors.
 """
 
 from __future__ import annotations
@@ -39,24 +38,24 @@ from model.checkpoints.safetensors import (
 from model.support.cli import UserError, nearest
 from model.support.files import atomic_folder, read_json
 
-PIECE = 8 * 2**20  # numbers that are read and cast at a time
-LISTED = 100  # names in one message: a config of another model makes thousands
-Keep = Callable[[str, Iterator[tuple[slice, Tensor]]], "nn.Module | None"]
-MERGED = "merged.json"  # beside weights with adapters merged in: which ones (lora/origin.py)
-# What a new checkpoint removes from an older folder: its weights and config, in any number of shards.
+STREAM_NUMEL = 8 * 2**20  # numbers that are read and cast at a time
+MAX_LISTED = 100  # tensor names in one error message; another model's config would list thousands
+Replace = Callable[[str, Iterator[tuple[slice, Tensor]]], "nn.Module | None"]
+MERGED = "merged.json"  # lists the adapters that are merged into the weights (lora/origin.py)
+# Files of an older checkpoint that a new one in the same folder replaces.
 WEIGHTS = re.compile(
     r"(model|consolidated)([-.]\d+(-of-\d+)?)?\.safetensors(\.index\.json)?|(config|params|merged)\.json"
 )
-# Buffers that older files carry and that are computed, not learnt.
+# Rotary buffers that older files store; they are computed from the config.
 COMPUTED = re.compile(r"model\.layers\.\d+\.self_attn\.rotary_emb\.inv_freq|model\.rotary_emb\.inv_freq")
 
 
 @dataclass(frozen=True)
 class Checkpoint:
-    """Tensors that a path holds, under transformers' names, none of them read yet.
+    """The tensors of a checkpoint under transformers' names; each is read from disk on request.
 
-    `tensors[name].shape` and `.dtype` are the file's; `read(name)` gives the tensor in the file's own float dtype
-    (fp32 out of quantized blocks), `read(name, rows=slice(a, b))` only those rows, for a rank's shard.
+    `tensors[name].shape` and `.dtype` are the file's. `read(name)` returns the tensor in the file's dtype (fp32 if it
+    is quantized), `read(name, rows=slice(a, b))` only those rows, for a rank's shard.
     """
 
     path: Path
@@ -73,19 +72,19 @@ class Checkpoint:
         return stored.read(rows)
 
     def stream(self, name: str) -> Iterator[tuple[slice, Tensor]]:
-        """(rows, their values), a few megabytes at a time, in order."""
+        """Yields (rows, values) in order, a few megabytes at a time."""
         shape = self.tensors[name].shape
         if not shape:
             yield slice(0, 1), self.read(name).reshape(1)
             return
-        step = max(1, PIECE // max(1, math.prod(shape[1:])))
+        step = max(1, STREAM_NUMEL // max(1, math.prod(shape[1:])))
         for start in range(0, shape[0], step):
             rows = slice(start, min(start + step, shape[0]))
             yield rows, self.read(name, rows)
 
 
 def find_format(path: str | os.PathLike[str]) -> tuple[str, Path]:
-    """("safetensors" | "native" | "gguf", the folder or file), or a UserError that says what the path lacks."""
+    """("safetensors" | "native" | "gguf", the folder or .gguf file). Raises UserError if the path holds no weights."""
     path = Path(path)
     if path.is_file() and path.suffix == ".gguf":
         return "gguf", first_part(path)
@@ -110,13 +109,13 @@ def find_format(path: str | os.PathLike[str]) -> tuple[str, Path]:
 
 
 def first_part(file: Path) -> Path:
-    """The first file of a GGUF model that is split (NAME-00002-of-00003.gguf), or the file itself."""
+    """The first part of a split GGUF model (NAME-00002-of-00003.gguf → NAME-00001-of-…), or the file itself."""
     found = re.fullmatch(r"(.+)-\d{5}-of-(\d{5})\.gguf", file.name)
     return file.with_name(f"{found[1]}-00001-of-{found[2]}.gguf") if found else file
 
 
 def config_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
-    """The config under config.json's keys. A folder with a config.json and no weights, or the file itself, will do."""
+    """The config under config.json's keys. `path` may also be a config.json, or a folder with one and no weights."""
     path = Path(path)
     if path.suffix == ".json" and not path.is_dir():
         raw = read_json(path)
@@ -137,7 +136,7 @@ def config_dict(path: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
-    """Open whatever format `path` holds. Raises UserError for files that are missing, corrupt or contradictory."""
+    """Open a checkpoint of any supported format. Raises UserError for missing, corrupt or contradictory files."""
     kind, where = find_format(path)
     if kind == "gguf":
         from model.checkpoints.gguf import from_gguf, gguf_config, open_gguf
@@ -151,8 +150,10 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
 
 
 def fingerprint(path: str | os.PathLike[str]) -> str:
-    """A name for the weights at `path`, whatever their format: a hash of every tensor's name, shape and first row in
-    fp32. Cheap (no tensor is read whole), and another as soon as training has moved any first row."""
+    """A hash of every tensor's name, shape and first row in fp32, the same in every file format.
+
+    Cheap, since only first rows are read; training that changes any first row changes it.
+    """
     checkpoint, digest = open_checkpoint(path), hashlib.sha256()
     for name, stored in sorted(checkpoint.tensors.items()):
         if not COMPUTED.fullmatch(name):
@@ -162,18 +163,18 @@ def fingerprint(path: str | os.PathLike[str]) -> str:
 
 
 def _open_files(folder: Path, stem: str, files: list[Path]) -> dict[str, Stored]:
-    """The tensors of these files, or of the shards that an index names; each name in exactly one place."""
+    """The tensors of the shards that the index lists, or of `files` if there is no index."""
     index = folder / f"{stem}.safetensors.index.json"
     listed = _read_index(index) if index.exists() else None
     if listed is not None:
         single, files = folder / f"{stem}.safetensors", [folder / file for file in sorted(set(listed.values()))]
         if single not in files and single.exists():
             raise UserError(
-                f"{folder}: two models: {single.name}, and {files[0].name} … that {index.name} names; public readers "
-                "take the one or the other, so remove the one that is not meant"
+                f"{folder}: two models: {single.name}, and {files[0].name} … of {index.name}; programs differ in "
+                "which they load, so remove one"
             )
     tensors = merge_disjoint((file, open_safetensors(file)) for file in files)
-    if listed is not None:  # writers have listed tied heads and rotary buffers without writing them, and the other way
+    if listed is not None:  # some writers list tied heads and rotary buffers that they do not write, or the reverse
         for name, file in listed.items():
             if (name in tensors or not _is_optional(name)) and (name not in tensors or tensors[name].where != file):
                 raise UserError(f"{index}: {name!r} is not in {file}")
@@ -184,12 +185,12 @@ def _open_files(folder: Path, stem: str, files: list[Path]) -> dict[str, Stored]
 
 
 def _is_optional(name: str) -> bool:
-    """Whether a model may lack it: a tied head, or a buffer that is computed."""
+    """True for a tensor that a checkpoint may lack: a tied head or a rotary buffer."""
     return name == "lm_head.weight" or COMPUTED.fullmatch(name) is not None
 
 
 def _read_index(index: Path) -> dict[str, str]:
-    """{tensor: file}, every file a plain name."""
+    """The index's {tensor name: file name}; raises UserError for a file outside the folder."""
     found = read_json(index, unique=True)
     listed = found.get("weight_map") if isinstance(found, dict) else None
     if not isinstance(listed, dict) or not listed:
@@ -205,16 +206,16 @@ def load_weights(
     source: str | os.PathLike[str] | Checkpoint,
     dtype: torch.dtype = torch.float32,
     device: str | torch.device = "cpu",
-    keep: Keep | None = None,
+    replace_layer: Replace | None = None,
 ) -> None:
-    """Give a model (built on meta or not) the checkpoint's weights, one tensor in flight, cast to `dtype` on the way.
+    """Load a checkpoint into a model (on meta or not), one tensor at a time, cast to `dtype`.
 
-    `keep(name, pieces)` may quantize a matrix as it is read: it gets the layer's name and its rows in order, a few
-    megabytes at a time, and returns the module that replaces the layer, or None without reading.
+    `replace_layer(name, pieces)` may quantize a matrix while it is read: it gets the layer's name and an iterator of
+    (rows, values) in order, and returns the module that replaces the layer, or None, without reading, to load the layer
+    as it is.
 
-    Resident memory grows by the model in `dtype` and at most the largest tensor besides. Raises UserError listing every
-    missing and unexpected name and every shape that disagrees; warns of tensors that hold NaN or infinity, in the file
-    or once they are in `dtype`.
+    Peak memory is the model in `dtype` plus the largest tensor. Raises UserError listing every missing and unexpected
+    name and every wrong shape; warns of NaN and infinite values, in the file or after the cast.
     """
     wanted = dict(model.named_parameters())
     opened = source if isinstance(source, Checkpoint) else open_checkpoint(source)
@@ -222,21 +223,21 @@ def load_weights(
     from tqdm import tqdm
 
     for name in tqdm(checkpoint.tensors, desc="loading", unit="tensor", disable=None, leave=False):
-        path_of_layer, _, leaf = name.rpartition(".")
-        layer, module = model.get_submodule(path_of_layer), None
-        if keep is not None and leaf == "weight" and wanted[name].dim() == 2:
-            module = keep(path_of_layer, _pieces(checkpoint, name))
+        layer_name, _, leaf = name.rpartition(".")
+        layer, module = model.get_submodule(layer_name), None
+        if replace_layer is not None and leaf == "weight" and wanted[name].dim() == 2:
+            module = replace_layer(layer_name, _pieces(checkpoint, name))
         if module is None:
             tensor = _read_into(checkpoint, name, dtype, torch.device(device))
             setattr(layer, leaf, nn.Parameter(tensor, requires_grad=wanted[name].requires_grad))
             continue
         if isinstance(module, nn.Linear):
             module.bias = layer.bias  # type: ignore[assignment]
-        model.set_submodule(path_of_layer, module)
+        model.set_submodule(layer_name, module)
 
 
 def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]:
-    """A tensor's rows in order, a few megabytes at a time; warns once of a tensor that is not finite."""
+    """Checkpoint.stream, with a warning at the end if the tensor holds NaN or infinite values."""
     finite = True
     for rows, piece in checkpoint.stream(name):
         finite = finite and _is_finite(piece)
@@ -246,7 +247,7 @@ def _pieces(checkpoint: Checkpoint, name: str) -> Iterator[tuple[slice, Tensor]]
 
 
 def _read_into(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-    """The whole tensor in `dtype`, cast piece by piece."""
+    """The whole tensor, read and cast to `dtype` piece by piece."""
     stored = checkpoint.tensors[name]
     tensor, overflow = torch.empty(stored.shape, dtype=dtype, device=device), 0
     for rows, piece in _pieces(checkpoint, name):
@@ -254,35 +255,35 @@ def _read_into(checkpoint: Checkpoint, name: str, dtype: torch.dtype, device: to
         overflow += lost
         (tensor if stored.shape else tensor.view(1))[rows].copy_(part)
     if overflow:
-        warnings.warn(f"{checkpoint.path}: {name} {overflow_of(overflow, dtype)}", stacklevel=4)
+        warnings.warn(f"{checkpoint.path}: {name} {overflow_message(overflow, dtype)}", stacklevel=4)
     return tensor
 
 
 def cast(x: Tensor, dtype: torch.dtype) -> tuple[Tensor, int]:
-    """(x in `dtype`, how many of its finite numbers are not finite there)."""
+    """(x in `dtype`, number of its finite values that overflow)."""
     y = x.to(dtype)
     if y.dtype == x.dtype or _is_finite(y):
         return y, 0
     return y, int((x.isfinite() & ~y.isfinite()).sum())
 
 
-def overflow_of(count: int, dtype: torch.dtype) -> str:
+def overflow_message(count: int, dtype: torch.dtype) -> str:
     return f"has {count} numbers beyond {str(dtype).removeprefix('torch.')}'s largest, {torch.finfo(dtype).max:g}"
 
 
 def _is_finite(tensor: Tensor) -> bool:
-    """Whether every number is finite: the extremes suffice (NaN is both), in one pass without a copy."""
+    """True if all values are finite. aminmax takes one pass and no copy, and propagates NaN."""
     if not tensor.numel():
         return True
-    least, largest = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
-    return bool(least.isfinite() & largest.isfinite())
+    smallest, largest = torch.aminmax(tensor.float() if tensor.dtype.itemsize == 1 else tensor)
+    return bool(smallest.isfinite() & largest.isfinite())
 
 
 def select(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], rows: slice | None = None) -> Checkpoint:
-    """The checkpoint with exactly the tensors of a model whose parameters have these names and shapes.
+    """The checkpoint with exactly the tensors `wanted` (a model's parameters: name → shape).
 
-    A tied one may hold its one matrix as the embedding, as the head, or as both if they are equal (`rows`: only these
-    rows are compared, for a rank). Raises UserError listing every disagreement.
+    A tied model's file may hold the matrix as the embedding, as the head, or as both if they are equal (`rows`: compare
+    these rows only). Raises UserError listing every missing, unexpected or misshapen tensor.
     """
     tensors = {name: stored for name, stored in checkpoint.tensors.items() if not COMPUTED.fullmatch(name)}
     head = tensors.pop("lm_head.weight", None) if "lm_head.weight" not in wanted else None
@@ -297,7 +298,7 @@ def select(checkpoint: Checkpoint, wanted: Mapping[str, tuple[int, ...]], rows: 
 
 
 def _is_tied(checkpoint: Checkpoint, rows: slice | None) -> bool:
-    """Whether the output matrix is the embedding."""
+    """True if lm_head.weight equals the embedding."""
     head, embedding = checkpoint.tensors["lm_head.weight"], checkpoint.tensors["model.embed_tokens.weight"]
     if head.shape != embedding.shape:
         return False
@@ -308,21 +309,21 @@ def _is_tied(checkpoint: Checkpoint, rows: slice | None) -> bool:
 
 
 def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: Mapping[str, tuple[int, ...]]) -> None:
-    """Compare what is there with what the config asks for; every disagreement goes into one UserError."""
+    """Raises one UserError that lists every missing, unexpected, misshapen or quantized tensor."""
     wrong = []
     for name in sorted(wanted.keys() - tensors.keys()):
         tied = " (tie_word_embeddings = true, if the model has no output matrix)" if name == "lm_head.weight" else ""
         wrong.append(f"missing {name}{tied}")
     for number, name in enumerate(sorted(tensors.keys() - wanted.keys())):
-        wrong.append(f"unexpected {name}{nearest(name, list(wanted)) if number < LISTED else ''}")
+        wrong.append(f"unexpected {name}{nearest(name, list(wanted)) if number < MAX_LISTED else ''}")
     for name in sorted(wanted.keys() & tensors.keys()):
         stored = tensors[name]
         if stored.shape != wanted[name]:
             wrong.append(f"{name} has shape {list(stored.shape)}, but the config asks for {list(wanted[name])}")
         elif checkpoint.format != "gguf" and not DTYPES[stored.dtype].is_floating_point:
-            wrong.append(f"{name} is {stored.dtype}, not floating point: quantized files are not covered")
-    if len(wrong) > LISTED:
-        wrong[LISTED:] = [f"and {len(wrong) - LISTED} more"]
+            wrong.append(f"{name} is {stored.dtype}, not floating point: quantized files are not supported")
+    if len(wrong) > MAX_LISTED:
+        wrong[MAX_LISTED:] = [f"and {len(wrong) - MAX_LISTED} more"]
     if wrong:
         raise UserError(f"{checkpoint.path}: the weights are not those of the config: " + "; ".join(wrong))
 
@@ -330,10 +331,10 @@ def check_names(checkpoint: Checkpoint, tensors: Mapping[str, Stored], wanted: M
 def save_weights(
     state: Mapping[str, Tensor], config: Mapping[str, Any], path: str | os.PathLike[str], max_shard_bytes: int
 ) -> None:
-    """Write tensors and config.json as transformers loads them: model.safetensors, or shards and their index.
+    """Write tensors and config.json for transformers: model.safetensors, or shards and their index.
 
-    The folder takes its name only when it is whole; a folder that was there keeps its other files (the tokenizer's)
-    and loses its old weights. A shard holds at least one tensor, so one may be larger than `max_shard_bytes`.
+    The folder is replaced atomically; an existing one keeps its other files (the tokenizer's) and loses its old
+    weights. A tensor larger than `max_shard_bytes` gets a shard of its own.
     """
     checkpoint = Checkpoint(Path(path), "memory", {name: in_memory(tensor) for name, tensor in state.items()})
     with new_checkpoint(path) as folder:
@@ -341,8 +342,8 @@ def save_weights(
 
 
 def new_checkpoint(path: str | os.PathLike[str]) -> contextlib.AbstractContextManager[Path]:
-    """A folder to write a checkpoint and its tokenizer into, which then takes `path`'s place. An older one keeps its
-    other files and loses its weights and config."""
+    """Context with a temporary folder to write a checkpoint into, which then replaces `path`. An existing folder's
+    weights and config are removed, its other files stay."""
     return atomic_folder(path, keep_others=True, drop=WEIGHTS)
 
 
@@ -355,9 +356,9 @@ def write_checkpoint(
     stem: str = "model",
     config_name: str = "config.json",
 ) -> None:
-    """Stream a checkpoint into a folder, in `dtype` (None: as it is; quantized blocks become fp32).
+    """Stream a checkpoint into a folder in `dtype` (None: the file's; quantized tensors become fp32).
 
-    Raises UserError where finite numbers would become infinite in their new dtype.
+    Raises UserError if finite values overflow in `dtype`.
     """
     plan = {
         name: (stored.shape, dtype or DTYPES.get(stored.dtype, torch.float32))
@@ -373,7 +374,8 @@ def write_checkpoint(
             overflow += lost
             yield part
         if overflow:
-            raise UserError(f"{checkpoint.path}: {name} {overflow_of(overflow, kind)}; write it in bfloat16 or float32")
+            message = overflow_message(overflow, kind)
+            raise UserError(f"{checkpoint.path}: {name} {message}; write it in bfloat16 or float32")
 
     from tqdm import tqdm
 
@@ -391,7 +393,7 @@ def write_checkpoint(
 
 
 def split_shards(sizes: Mapping[str, int], most: int) -> list[list[str]]:
-    """Names in order, in shards of at most `most` bytes (a larger tensor gets a shard of its own)."""
+    """Names in order, split into shards of at most `most` bytes; a larger tensor gets a shard of its own."""
     if most < 1:
         raise UserError(f"max_shard_bytes is {most}; it must be at least 1")
     shards: list[list[str]] = [[]]

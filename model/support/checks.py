@@ -16,7 +16,7 @@ def one_of(name: str, value: Any, known: Sequence[Any]) -> Any:
         names = [choice for choice in known if isinstance(choice, str)]
         hint = nearest(value, names) if isinstance(value, str) else ""
         choices = ", ".join(choice if isinstance(choice, str) else json.dumps(choice) for choice in known)
-        raise UserError(f"{name} is {value!r}, which is not covered{hint}; covered: {choices}")
+        raise UserError(f"{name} is {value!r}, which is not supported{hint}; supported: {choices}")
     return value
 
 

@@ -141,7 +141,7 @@ HOSTILE = {
         header(text(b"a") + struct.pack("<I", 9) + struct.pack("<IQ", 9, 1) * 5000),
         "array of arrays",
     ),
-    "unknown kind": (header(text(b"a") + struct.pack("<I", 99)), "kind of value"),
+    "unknown kind": (header(text(b"a") + struct.pack("<I", 99)), "value type"),
     "field twice": (header(*[text(b"a") + struct.pack("<II", 4, 1)] * 2), "twice"),
     "alignment 0": (header(text(b"general.alignment") + struct.pack("<II", 4, 0)), "alignment"),
     "tensor past the end": (
@@ -185,7 +185,7 @@ def test_any_damage_is_refused_or_changes_only_values(whole, data, tmp_path):
 
 def test_values_that_differ_by_layer_are_refused(tmp_path):
     path = write_gguf(tiny("llama", torch.float32), tmp_path / "m.gguf", "llama", expert_count=[1, 2, 3])
-    with pytest.raises(UserError, match="llama.expert_count differs by layer"):
+    with pytest.raises(UserError, match="llama.expert_count has a value for each layer"):
         Transformer.from_pretrained(path)
 
 
