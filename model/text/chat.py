@@ -1,18 +1,18 @@
-"""Chat forms: a conversation as token ids, ready for the model's next turn.
+"""Chat formats: a conversation as token ids, ready for the model's next turn.
 
-Messages are {"role": "system" | "user" | "assistant", "content": …}. A model's own template, the Jinja text of its
-files, is rendered in a sandbox as transformers renders it. Three forms that a user may name are templates too
-(llama-2, chatml, alpaca). Mistral's own SentencePiece files have no template; mistral-common's code is their form:
+Messages are {"role": "system" | "user" | "assistant", "content": …}. The model's own Jinja template is rendered in a
+sandbox with transformers' settings. A user may name another format. llama-2, chatml and alpaca are templates too; the
+mistral formats, for SentencePiece files, which have no template, follow mistral-common's code:
 
-    mistral-v1   <s>[INST] S\\n\\nU [/INST] A</s>[INST] U [/INST]          one text a turn; the system text in the first
-    mistral-v2   <s>[INST] U [/INST] A </s>[INST] S\\n\\nU [/INST]         ids 3 and 4; the system text in the last
+    mistral-v1   <s>[INST] S\\n\\nU [/INST] A</s>[INST] U [/INST]          [INST] as text; system text in the first turn
+    mistral-v2   <s>[INST] U [/INST] A </s>[INST] S\\n\\nU [/INST]         [INST] as ids; system text in the last turn
     mistral-v3   as v2
-    mistral-v7   <s>[SYSTEM_PROMPT] S [/SYSTEM_PROMPT][INST] U [/INST]   the system text in a turn of its own
+    mistral-v7   <s>[SYSTEM_PROMPT] S [/SYSTEM_PROMPT][INST] U [/INST]   system text before the first turn
 
-A content never becomes a control token, whatever the template. It is rendered twice, the second time with marks in the
-contents' place; that shows which parts of the text are contents, trimmed or not. Where a template changes contents in
-another way, and one of them names a control token, the conversation is refused. (Mistral v1's and Llama-2's "[INST]"
-are plain text and no control tokens: there a content can write what a turn looks like.)
+No message content becomes a control token. To find the contents in the rendered text, the template is rendered a
+second time with a unique marker in place of each content; templates may trim contents. If a template changes contents
+in another way, and a content names a control token, the conversation is refused. ("[INST]" is plain text in mistral-v1
+and llama-2, so there a content can imitate a turn.)
 """
 
 from __future__ import annotations
@@ -25,9 +25,9 @@ from model.support.cli import UserError, nearest
 from model.text.engines import Span
 from model.text.sandbox import Sandbox, SandboxError, SandboxLimit
 
-OWN = "chat_template"  # the form of a model with a template
+OWN = "chat_template"  # the format of a model with a template
 ROLES = ("system", "user", "assistant")
-# the form's own words; a model tuned on it expects them
+# The format's fixed text.
 ALPACA = "Below is an instruction that describes a task. Write a response that appropriately completes the request."
 TURNS = "{% for m in messages if m.role != 'system' %}{% if m.role == 'user' %}"
 NAMED = {
@@ -56,8 +56,8 @@ SANDBOX = Sandbox()
 
 
 def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], form: str) -> list[int]:
-    """Ids of a conversation: in the model's own template (OWN, or a name that it gives one of several), or in one of
-    FORMS. Raises UserError for an unknown form, and for messages that the form has no place for."""
+    """Ids of a conversation. `form`: OWN (the model's default template), the name of one of its templates, or one of
+    FORMS. Raises UserError for an unknown form, and for messages that do not fit it."""
     messages = checked(messages)
     templates = tokenizer.templates
     if form == OWN or form in templates:
@@ -67,7 +67,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], form: str
         return render(tokenizer, templates[name], messages)
     if form not in FORMS:
         known = (*FORMS, *templates)
-        raise UserError(f"chat form {form!r} is not covered{nearest(form, known)}; covered are {', '.join(known)}")
+        raise UserError(f"chat form {form!r} is not supported{nearest(form, known)}; covered are {', '.join(known)}")
     system, turns = split_turns(messages)
     if form not in NAMED:
         return _mistral(tokenizer, system, turns, form)
@@ -79,84 +79,87 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], form: str
 
 
 def checked(messages: Sequence[Mapping[str, str]]) -> list[dict[str, str]]:
-    """The messages, each with a known role and a text, the user's last."""
+    """The messages' roles and contents. Raises UserError unless roles are known and the last is the user's."""
     found = []
     for number, message in enumerate(messages, start=1):
         role, content = message.get("role"), message.get("content")
         if not isinstance(role, str) or not isinstance(content, str):
-            raise UserError(f"chat message {number} lacks a role or content, both texts")
+            raise UserError(f"chat message {number}: role and content must both be text")
         if role not in ROLES:
             raise UserError(f"chat message {number} has role {role!r}; roles are {', '.join(ROLES)}")
         try:
             content.encode()
         except UnicodeEncodeError as error:
-            raise UserError(f"chat message {number}: half a surrogate pair; the text is not Unicode") from error
+            raise UserError(f"chat message {number}: not Unicode text: half a surrogate pair") from error
         found.append({"role": role, "content": content})
     if not found or found[-1]["role"] != "user":
-        raise UserError("chat: the last message has to be the user's")
+        raise UserError("chat: the last message must be the user's")
     return found
 
 
 def render(tokenizer: Any, template: str, messages: Sequence[Mapping[str, str]]) -> list[int]:
-    """Ids of what a template writes of the messages, no content forming a control token."""
+    """Ids of the messages rendered by a template; no content becomes a control token."""
     contents = [message["content"] for message in messages]
-    letters = set("".join(contents))
-    free = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in letters)  # for private use
-    marks = [f"{free}{number}{free}" for number in range(len(messages))]
-    marked = [{**message, "content": mark} for message, mark in zip(messages, marks, strict=True)]
-    given = {"tools": None, "documents": None, "add_generation_prompt": True, **tokenizer.names}
+    used = set("".join(contents))
+    free = next(letter for letter in map(chr, range(0xE000, 0xF900)) if letter not in used)  # private use area
+    markers = [f"{free}{number}{free}" for number in range(len(messages))]
+    marked = [{**message, "content": marker} for message, marker in zip(messages, markers, strict=True)]
+    variables = {"tools": None, "documents": None, "add_generation_prompt": True, **tokenizer.names}
     try:
-        inputs = [{"messages": turns, **given} for turns in (messages, marked)]
-        text, frame = SANDBOX.ask(do="render", template=template, inputs=inputs)
+        inputs = [{"messages": turns, **variables} for turns in (messages, marked)]
+        text, marked_text = SANDBOX.ask(do="render", template=template, inputs=inputs)
     except SandboxError as error:
         message = str(error)
-        # ours, or one that the template spells out; any other may quote what a chat says
-        known = isinstance(error, SandboxLimit) or message in template
-        reason = message if known else "it cannot render these messages, or is corrupt"
+        # Other messages may quote the conversation.
+        safe = isinstance(error, SandboxLimit) or message in template
+        reason = message if safe else "it cannot render these messages, or is corrupt"
         raise UserError(f"the model's chat template: {reason}") from error
-    places = locate(text, frame, dict(zip(marks, contents, strict=True)))
-    if places is not None:
-        return tokenizer.engine.rendered(text, places)
+    spans = content_spans(text, marked_text, dict(zip(markers, contents, strict=True)))
+    if spans is not None:
+        return tokenizer.engine.encode_rendered(text, spans)
     normalized = "".join("".join(contents).split()).casefold()
     named = [token for token in tokenizer.engine.controls if "".join(token.split()).casefold() in normalized]
-    if named or tokenizer.engine.written(text) != tokenizer.engine.written(frame):
+    if named or tokenizer.engine.control_tokens(text) != tokenizer.engine.control_tokens(marked_text):
         raise UserError(
             "the model's chat template changes what messages say, so a control token in one looks like "
             "its own; ask with --form template, or take the token out of the message"
         )
-    return tokenizer.engine.rendered(text, ())
+    return tokenizer.engine.encode_rendered(text, ())
 
 
-def locate(text: str, frame: str, contents: Mapping[str, str]) -> list[Span] | None:
-    """Where the contents are in a rendered text, as they are or trimmed, by the `frame` that has marks in their
-    place; None where the text is not that frame around them."""
-    parts = re.split(f"({'|'.join(contents)})", frame)  # literal, mark, literal, mark, …, literal
-    ways: dict[int, list[Span]] = {len(parts[0]): []} if text.startswith(parts[0]) else {}
-    for mark, literal in zip(parts[1::2], parts[2::2], strict=True):
-        further: dict[int, list[Span]] = {}
-        for at, path in ways.items():
-            for content in variants(contents[mark]):
-                end = at + len(content)
-                if text.startswith(content, at) and text.startswith(literal, end):
-                    further.setdefault(end + len(literal), [*path, (at, end)])
-        ways = further
-    return ways.get(len(text))
+def content_spans(text: str, marked_text: str, contents: Mapping[str, str]) -> list[Span] | None:
+    """Character spans of the contents (marker → content) in a rendered text, or None if it changed them.
+
+    `marked_text` is the same rendering with markers as contents. The literals between its markers must follow each
+    other in `text` with a variant of each content between them; `ends` maps each end reached so far to its spans.
+    """
+    parts = re.split(f"({'|'.join(contents)})", marked_text)  # literal, marker, literal, marker, …, literal
+    ends: dict[int, list[Span]] = {len(parts[0]): []} if text.startswith(parts[0]) else {}
+    for marker, literal in zip(parts[1::2], parts[2::2], strict=True):
+        next_ends: dict[int, list[Span]] = {}
+        for start, spans in ends.items():
+            for content in variants(contents[marker]):
+                end = start + len(content)
+                if text.startswith(content, start) and text.startswith(literal, end):
+                    next_ends.setdefault(end + len(literal), [*spans, (start, end)])
+        ends = next_ends
+    return ends.get(len(text))
 
 
 def variants(content: str) -> list[str]:
-    """A content as templates write it: itself, or without white space at its ends."""
+    """The content, and the content without white space at its ends, as templates trim it."""
     return list(dict.fromkeys([content, content.strip(), content.rstrip(), content.lstrip()]))
 
 
 def split_turns(messages: Sequence[Mapping[str, str]]) -> tuple[str | None, list[tuple[str, str | None]]]:
-    """(system text, [(user, assistant), …, (user, None)]). Raises UserError where roles are out of turn."""
+    """(system text, [(user, assistant), …, (user, None)]). Raises UserError unless user and assistant alternate."""
     rest = list(messages)
     system = rest.pop(0)["content"] if rest[0]["role"] == "system" else None
     for number, message in enumerate(rest):
         expected = ("user", "assistant")[number % 2]
         if message["role"] != expected:
             raise UserError(
-                f"chat: a {message['role']!r} message where the {expected}'s turn is; "
+                f"chat: a {message['role']!r} message in the {expected}'s turn; "
                 "give an optional system message, then user and assistant in turns"
             )
     contents: list[str | None] = [message["content"] for message in rest]
@@ -164,6 +167,7 @@ def split_turns(messages: Sequence[Mapping[str, str]]) -> tuple[str | None, list
 
 
 def _mistral(tokenizer: Any, system: str | None, turns: Sequence[tuple[str, str | None]], form: str) -> list[int]:
+    """Ids in one of the mistral formats."""
     ids = [] if tokenizer.bos_id is None else [tokenizer.bos_id]
     end = [] if tokenizer.eos_id is None else [tokenizer.eos_id]
     if form == "mistral-v7" and system is not None:
@@ -179,6 +183,5 @@ def _mistral(tokenizer: Any, system: str | None, turns: Sequence[tuple[str, str 
         else:
             ids += [tokenizer.special_id("[INST]"), *tokenizer.encode(user), tokenizer.special_id("[/INST]")]
         if answer is not None:
-            kept = answer if form == "mistral-v1" else answer.rstrip(" ")  # as mistral-common does
-            ids += tokenizer.encode(kept) + end
+            ids += tokenizer.encode(answer if form == "mistral-v1" else answer.rstrip(" ")) + end  # as mistral-common
     return ids

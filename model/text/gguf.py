@@ -1,7 +1,7 @@
 """The tokenizer inside a GGUF file: byte-level BPE ("gpt2") or SentencePiece's BPE ("llama").
 
-The file lists pieces, merges or scores, and each piece's kind; how text is cut before merging is only named
-(`tokenizer.ggml.pre`), so each name's rule is here as its model's own tokenizer.json has it.
+The file lists pieces, their kinds, and merges or scores. It only names its pre-tokenizer (`tokenizer.ggml.pre`); the
+patterns for the supported names are those of the models' own tokenizer.json.
 """
 
 from __future__ import annotations
@@ -12,24 +12,23 @@ from typing import Any
 
 from model.support.cli import UserError
 from model.text import protobuf
-from model.text.engines import LLAMA3, QWEN2, Engine, Fast, SentencePiece
+from model.text.engines import CONTROL, LLAMA3, QWEN2, USER_DEFINED, Engine, Fast, SentencePiece
 
-CONTROL, USER_DEFINED = 3, 4  # kinds of piece; 1 normal, 2 unknown, 5 unused, 6 byte
 PATTERNS = {"llama-bpe": LLAMA3, "llama3": LLAMA3, "qwen2": QWEN2}
-BEGINS = ("llama-bpe", "llama3")  # cutting rules whose models begin with the begin token where the file is silent
+ADD_BOS = ("llama-bpe", "llama3")  # pre-tokenizers whose models add the begin token if the file does not say
 
 
 def from_gguf(path: Path) -> tuple[Engine, dict[str, int | None], dict[str, str], bool, list[int]]:
-    """(engine, special ids, chat templates by name, whether texts begin with the begin token, ids that end a turn).
+    """(engine, special ids by name, chat templates by name, add_bos_token, ids that end a turn).
 
-    Raises UserError for kinds not covered.
+    Raises UserError for an unsupported kind of tokenizer.
     """
     from model.checkpoints.gguf import open_gguf
 
     fields = open_gguf(path).fields
     kind = fields.get("tokenizer.ggml.model")
     if kind not in ("gpt2", "llama") or "tokenizer.ggml.tokens" not in fields:
-        raise UserError(f"{path}: a tokenizer of kind {kind!r} is not covered; give the model's own tokenizer.json")
+        raise UserError(f"{path}: tokenizer.ggml.model {kind!r} is not supported; give the model's own tokenizer.json")
     key = "tokenizer.chat_template"
     templates = {"default": fields[key]} if isinstance(fields.get(key), str) else {}
     named = {name.removeprefix(f"{key}."): text for name, text in fields.items() if name.startswith(f"{key}.")}
@@ -42,8 +41,8 @@ def from_gguf(path: Path) -> tuple[Engine, dict[str, int | None], dict[str, str]
         return int(value) if value is not None and 0 <= int(value) < size else None
 
     specials = {"bos": token("bos"), "eos": token("eos"), "pad": token("padding"), "unk": token("unknown")}
-    # llama.cpp's rule where the file is silent
-    adds_bos = bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or _rule(path, fields) in BEGINS))
+    # llama.cpp's default
+    adds_bos = bool(fields.get("tokenizer.ggml.add_bos_token", kind == "llama" or _pre(path, fields) in ADD_BOS))
     adds_bos = adds_bos and specials["bos"] is not None
     begin = specials["bos"] if adds_bos else None
     engine: Engine = (
@@ -53,11 +52,12 @@ def from_gguf(path: Path) -> tuple[Engine, dict[str, int | None], dict[str, str]
     return engine, specials, templates, adds_bos, ends
 
 
-def _rule(path: Path, fields: dict[str, Any]) -> str:
-    rule = fields.get("tokenizer.ggml.pre")
-    if not isinstance(rule, str):
-        raise UserError(f"{path}: tokenizer.ggml.pre is missing, so how a text is cut is not known; convert it again")
-    return rule
+def _pre(path: Path, fields: dict[str, Any]) -> str:
+    """The name of the pre-tokenizer."""
+    pre = fields.get("tokenizer.ggml.pre")
+    if not isinstance(pre, str):
+        raise UserError(f"{path}: lacks tokenizer.ggml.pre, the name of the pre-tokenizer; convert the model again")
+    return pre
 
 
 def _byte_level(path: Path, fields: dict[str, Any], begin: int | None, templates: str) -> Engine:
@@ -65,26 +65,29 @@ def _byte_level(path: Path, fields: dict[str, Any], begin: int | None, templates
 
     pieces, merges = fields["tokenizer.ggml.tokens"], fields.get("tokenizer.ggml.merges", [])
     kinds = fields.get("tokenizer.ggml.token_type", [1] * len(pieces))
-    rule = _rule(path, fields)
+    pre = _pre(path, fields)
     tokenizer = Tokenizer(
         models.BPE(
             vocab={piece: i for i, piece in enumerate(pieces)},
             merges=[tuple(merge.split(" ", 1)) for merge in merges],
-            ignore_merges=rule in ("llama-bpe", "llama3"),
+            ignore_merges=pre in ("llama-bpe", "llama3"),
         )
     )
-    last = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=rule not in PATTERNS)
-    if rule == "smollm":
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([pre_tokenizers.Digits(individual_digits=True), last])
-    elif rule in PATTERNS:
-        cut = pre_tokenizers.Split(Regex(PATTERNS[rule]), behavior="isolated")
-        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([cut, last])
-    elif rule == "gpt-2":
-        tokenizer.pre_tokenizer = last
+    byte_level = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=pre not in PATTERNS)
+    if pre == "smollm":
+        digits = pre_tokenizers.Digits(individual_digits=True)
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([digits, byte_level])
+    elif pre in PATTERNS:
+        split = pre_tokenizers.Split(Regex(PATTERNS[pre]), behavior="isolated")
+        tokenizer.pre_tokenizer = pre_tokenizers.Sequence([split, byte_level])
+    elif pre == "gpt-2":
+        tokenizer.pre_tokenizer = byte_level
     else:
-        covered = ", ".join(("gpt-2", "smollm", *PATTERNS))
-        raise UserError(f"{path}: cutting rule {rule!r} is not covered ({covered}); give the model's tokenizer.json")
-    if rule == "qwen2":
+        supported = ", ".join(("gpt-2", "smollm", *PATTERNS))
+        raise UserError(
+            f"{path}: pre-tokenizer {pre!r} is not supported (supported: {supported}); give the model's tokenizer.json"
+        )
+    if pre == "qwen2":
         tokenizer.normalizer = normalizers.NFC()
     tokenizer.decoder = decoders.ByteLevel()
     for kind, special in ((CONTROL, True), (USER_DEFINED, False)):
@@ -98,7 +101,7 @@ def _byte_level(path: Path, fields: dict[str, Any], begin: int | None, templates
 
 
 def _sentencepiece(fields: dict[str, Any], templates: str) -> Engine:
-    """The pieces and scores as a SentencePiece model: BPE, byte fallback, identity normaliser, as llama files mean."""
+    """Build a SentencePiece model from pieces and scores: BPE, byte fallback, no normalizer, as llama.cpp assumes."""
     pieces, scores = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.scores"]
     kinds = fields["tokenizer.ggml.token_type"]
     out = []

@@ -1,7 +1,7 @@
-"""The few parts of protocol buffers that a SentencePiece model file needs.
+"""Protocol buffers, as far as SentencePiece model files need them.
 
-A message is a row of fields: a varint of (number, wire type), then a varint (type 0), eight bytes (1), a length and
-bytes (2), or four bytes (5).
+A message is a sequence of fields: a varint of (field number, wire type), then a varint (type 0), eight bytes (1), a
+length and bytes (2), or four bytes (5).
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def data(field: int, value: bytes) -> bytes:
 
 
 def fields(message: bytes) -> Iterator[tuple[int, int | bytes]]:
-    """(number, value) of every field in order. Raises IndexError or ValueError for what is no message."""
+    """Yields (field number, value) in order. Raises IndexError or ValueError for an invalid message."""
     at = 0
 
     def read() -> int:

@@ -1,9 +1,9 @@
-"""A second process with little time and memory, for what others' files make a program do: chat templates (Jinja, a
-whole language) and a tokenizer.json whose regular expressions are not one of the public ones.
+"""A subprocess with limited time and memory for untrusted files: it renders chat templates (Jinja) and runs a
+tokenizer.json with unknown regular expressions.
 
-`Sandbox.ask` sends one JSON line and waits for one. The kernel ends the process when a request takes more than SECONDS
-of processor time; MEMORY bounds its address space. It opens no file and is ended with the program that started it.
-The lower half of this file is what runs there: it imports neither torch nor the rest of this package.
+`Sandbox.ask` sends a request as a line of JSON and waits for the answer. The kernel kills the process if a request
+takes more than SECONDS of CPU time; MEMORY limits its address space. It writes no files and ends with the parent
+process. The lower half of this file runs in the subprocess; it imports neither torch nor the rest of this package.
 """
 
 from __future__ import annotations
@@ -19,26 +19,27 @@ from typing import Any
 
 SECONDS = 10
 MEMORY = 4 << 30
-CHARACTERS = 1 << 20  # the most that a template may write beside eight times what it was given
+CHARACTERS = 1 << 20  # limit of a template's output, in addition to eight times its input
 
 
 class SandboxError(Exception):
-    """What went wrong there, on one line; it quotes the file's own message and never a text that was encoded."""
+    """A request failed. The message is one line; it may quote the file's error message, never an encoded text."""
 
 
 class SandboxLimit(SandboxError):
-    """A bound of ours was reached; the message is ours, whatever the file says."""
+    """A request exceeded one of our limits; the message contains nothing from the file."""
 
 
 class Sandbox:
-    """One process, started with the first request and again after one that it did not survive."""
+    """One subprocess, started by the first request and restarted after a request that killed it."""
 
     def __init__(self, tokenizer: str | None = None) -> None:
         self.tokenizer, self.lock = tokenizer, threading.Lock()
         self.process: subprocess.Popen[str] | None = None
 
     def ask(self, **request: Any) -> Any:
-        """The answer to a request (the functions of `SERVED`). Raises SandboxError."""
+        """The result of a request: do="…" names a function of `SERVED`, the rest are its arguments. Raises
+        SandboxError."""
         with self.lock:
             if self.process is None:
                 self.process = self._start()
@@ -83,10 +84,10 @@ class Sandbox:
 # What runs in the sandbox.
 
 
-@functools.lru_cache(8)  # every question of every note is rendered by the same template
+@functools.lru_cache(8)  # all questions of all notes use the same template
 def compiled(template: str) -> Any:
-    """A jinja2 template with what transformers gives chat templates: blocks trimmed, `break` and `continue`,
-    `generation` blocks, tojson without HTML escapes, raise_exception and strftime_now."""
+    """A jinja2 template in the environment that transformers gives to chat templates: trimmed blocks, `break` and
+    `continue`, `generation` blocks, tojson without HTML escapes, raise_exception and strftime_now."""
     import datetime
 
     import jinja2
@@ -118,18 +119,18 @@ def compiled(template: str) -> Any:
 
 
 def render(template: str, inputs: list[dict[str, Any]]) -> list[str]:
-    """What a template writes for each of some inputs."""
-    written = []
-    for given in inputs:
-        left = CHARACTERS + 8 * len(json.dumps(given))
+    """The template's output for each of the inputs (its variables)."""
+    rendered = []
+    for variables in inputs:
+        remaining = CHARACTERS + 8 * len(json.dumps(variables))
         pieces = []
-        for piece in compiled(template).generate(**given):
-            left -= len(piece)
-            if left < 0:
-                raise SandboxLimit(f"it writes more than {CHARACTERS} characters beside its messages")
+        for piece in compiled(template).generate(**variables):
+            remaining -= len(piece)
+            if remaining < 0:
+                raise SandboxLimit(f"it writes more than {CHARACTERS} characters in addition to its messages")
             pieces.append(piece)
-        written.append("".join(pieces))
-    return written
+        rendered.append("".join(pieces))
+    return rendered
 
 
 TOKENIZER: Any = None
@@ -153,7 +154,7 @@ def decode(ids: list[int]) -> str:
 
 
 def encoded(tokenizer: Any, text: str, controls: bool) -> tuple[list[int], list[str], list[tuple[int, int]]]:
-    """(ids, pieces, characters) of a text; `controls`: the text of a control token becomes it."""
+    """(ids, pieces, character spans) of a text; `controls`: control tokens in the text become their ids."""
     tokenizer.encode_special_tokens = not controls
     found = tokenizer.encode(text, add_special_tokens=False)
     return found.ids, found.tokens, found.offsets
@@ -166,7 +167,7 @@ def serve() -> None:
     import resource
     import signal
 
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the program, and that ends this process
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C ends the parent, which ends this process
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     resource.setrlimit(resource.RLIMIT_FSIZE, (0, 0))
     resource.setrlimit(resource.RLIMIT_AS, (MEMORY, MEMORY))
@@ -181,7 +182,7 @@ def serve() -> None:
             answer = {"limit": str(error)}
         except (MemoryError, RecursionError) as error:
             answer = {"limit": f"needs too much memory ({type(error).__name__})"}
-        except BaseException as error:  # a panic of the tokenizers library is no Exception
+        except BaseException as error:  # a panic of the tokenizers library is not an Exception
             answer = {"error": " ".join(f"{error or type(error).__name__}".split())[:200]}
         try:
             text = json.dumps(answer)

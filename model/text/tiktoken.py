@@ -1,8 +1,8 @@
-"""`qwen.tiktoken`, the tokenizer of Qwen-7B's first version, as a tokenizer.json.
+"""Convert `qwen.tiktoken`, the tokenizer of Qwen-7B's first version, to a tokenizer.json.
 
-A line is a piece in base64 and its rank. Byte-pair encoding by ranks always joins the neighbours whose joined piece
-has the lowest rank; the tokenizers library wants the pairs themselves. A piece's pair is what encoding by the ranks
-below its own leaves of it: exactly two parts.
+Each line is a piece in base64 and its rank. BPE by ranks repeatedly joins the adjacent pair whose joined piece has the
+lowest rank; the tokenizers library needs the pairs. The pair of a piece is found by encoding it with the lower ranks
+only, which leaves exactly two parts.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from model.text.tokenizer import Tokenizer
 
 SPECIALS = ("<|endoftext|>", "<|im_start|>", "<|im_end|>", *(f"<|extra_{i}|>" for i in range(205)))
 
-# what the chat model's own code writes; its files hold no template
+# The format of the chat model's own code; its files contain no template.
 CHAT = (
     "{% if messages[0].role != 'system' %}"
     "{{ '<|im_start|>system\nYou are a helpful assistant.<|im_end|>\n' }}{% endif %}"
@@ -28,7 +28,7 @@ CHAT = (
 
 
 def open_qwen(folder: Path) -> Tokenizer:
-    """The tokenizer of Qwen-7B's folder: with a chat template where its generation_config.json names ChatML."""
+    """The tokenizer of a Qwen-7B folder; it has a chat template if generation_config.json says chatml."""
     path, settings = folder / "qwen.tiktoken", folder / "generation_config.json"
     engine = Fast(tokenizer_json(path), str(path))
     chats = settings.is_file() and read_json(settings).get("chat_format") == "chatml"
@@ -38,7 +38,7 @@ def open_qwen(folder: Path) -> Tokenizer:
 
 
 def tokenizer_json(path: Path) -> str:
-    """The same tokenizer as tokenizer.json's text. Raises UserError for a corrupt file."""
+    """The content of an equivalent tokenizer.json. Raises UserError for a corrupt file."""
     from tokenizers import AddedToken, Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers
 
     ranks = read_ranks(path)
@@ -49,7 +49,7 @@ def tokenizer_json(path: Path) -> str:
         if len(piece) > 1:
             parts = encode_by_rank(ranks, piece, rank)
             if len(parts) != 2:
-                raise UserError(f"{path}: the piece of rank {rank} cannot be built of two earlier ones; corrupt")
+                raise UserError(f"{path}: the piece of rank {rank} is not a pair of earlier ones; the file is corrupt")
             merges.append((texts[parts[0]], texts[parts[1]]))
     tokenizer = Tokenizer(models.BPE(vocab={texts[piece]: rank for piece, rank in ranks.items()}, merges=merges))
     tokenizer.normalizer = normalizers.NFC()
@@ -61,7 +61,7 @@ def tokenizer_json(path: Path) -> str:
 
 
 def read_ranks(path: Path) -> dict[bytes, int]:
-    """{piece: rank}, in order of rank from 0, with every single byte among them."""
+    """{piece: rank} in order of rank. Raises UserError unless ranks run from 0 without gaps and cover all bytes."""
     ranks: dict[bytes, int] = {}
     for number, line in enumerate(path.read_bytes().splitlines(), start=1):
         if not line.strip():
@@ -77,7 +77,7 @@ def read_ranks(path: Path) -> dict[bytes, int]:
 
 
 def encode_by_rank(ranks: dict[bytes, int], piece: bytes, below: int) -> list[bytes]:
-    """The parts of `piece` when only pieces of a rank lower than `below` may be joined."""
+    """BPE of `piece` with the pieces of rank lower than `below`."""
     parts = [bytes([byte]) for byte in piece]
     while len(parts) > 1:
         joined = [ranks.get(a + b, below) for a, b in zip(parts, parts[1:], strict=False)]

@@ -1,8 +1,8 @@
 """Text to token ids and back: SentencePiece files (Mistral, Llama-2), tokenizer.json, and the tokenizer inside a GGUF.
 
-Two rules hold for every kind. A special token's text inside a text ("</s>", "<|im_end|>") is text and never becomes
-the special id: only `bos`, `eos` and `encode_chat` place those. And a text is encoded unchanged, independent of what
-comes before and after it: ids of several pieces are joined, never merged.
+For every kind, special tokens spelled in a text ("</s>", "<|im_end|>") are encoded as ordinary text; only `bos`, `eos`
+and `encode_chat` produce special ids. Texts are encoded one by one and their ids concatenated: tokens never span two
+texts.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ NAMES = ("bos", "eos", "pad", "unk", "sep", "cls", "mask")
 
 
 class Tokenizer:
-    """`encode`, `decode` and `encode_chat` over one of the engines.
+    """`encode`, `decode` and `encode_chat` over an engine (model/text/engines.py).
 
-    `bos_id`, `eos_id` and `pad_id` are ids or None; `begin` are the ids that a text begins with when a model reads it,
-    none where the tokenizer's own files put none; `stop_ids` are the ids that end generation; `vocab_size` counts the
-    tokenizer's ids (a model's own vocabulary may be padded to more). `templates` are the model's chat templates by
-    name, `names` the special tokens' texts that they are given, `form` how chats are written (model/text/chat.py).
+    `bos_id`, `eos_id`, `pad_id`: special ids, or None. `begin`: the ids that the tokenizer's files put before a text,
+    possibly none. `stop_ids`: ids that end generation. `vocab_size`: number of the tokenizer's ids; a model's embedding
+    may be padded to more. `templates`: the model's chat templates by name. `names`: the special tokens' texts, for the
+    templates. `form`: the default chat format (model/text/chat.py), or None.
     """
 
     def __init__(
@@ -55,10 +55,10 @@ class Tokenizer:
 
     @classmethod
     def from_pretrained(cls, path: str | Path) -> Tokenizer:
-        """The tokenizer of a model's folder, or of one file: tokenizer.json, a SentencePiece .model, a .gguf.
+        """Load the tokenizer of a model's folder, or of a tokenizer.json, SentencePiece .model or .gguf file.
 
-        A folder with several keeps to tokenizer.json, then the newest .model, then the GGUF. Raises UserError where
-        there is none, or it is corrupt.
+        In a folder with several, tokenizer.json comes first, then the newest .model, then the GGUF. Raises UserError
+        if there is none, or it is corrupt.
         """
         path = Path(path)
         file = first_part(path) if path.is_file() else _find(path)
@@ -72,27 +72,27 @@ class Tokenizer:
     def _from_files(cls, file: Path) -> Tokenizer:
         folder = file.parent
         settings, templates = _settings(folder), _templates(folder)
-        names = {f"{name}_token": piece for name in NAMES if (piece := _spelt(settings.get(f"{name}_token")))}
+        names = {f"{name}_token": piece for name in NAMES if (piece := _content(settings.get(f"{name}_token")))}
         listed = settings.get("additional_special_tokens") or settings.get("extra_special_tokens") or []
-        more = [_spelt(token) for token in (listed.values() if isinstance(listed, dict) else listed)]
+        more = [_content(token) for token in (listed.values() if isinstance(listed, dict) else listed)]
         named = dict.fromkeys([*names.values(), *(piece for piece in more if piece)])
         added, template_text = _added(folder, settings, named), "\0".join(templates.values())
         configured = (folder / "tokenizer_config.json").is_file()
         if file.suffix == ".json":
             engine: Engine = Fast(_read_text(file), str(file), added, named, template_text)
         else:
-            # transformers' "legacy"; where no such file says how, the text between added tokens is encoded alone
-            each = bool(settings.get("legacy", not configured))
-            engine = SentencePiece(file.read_bytes(), file.name, added, each, template_text)
+            # transformers' option; without a tokenizer_config.json, segments between added tokens get a space prefix
+            legacy = bool(settings.get("legacy", not configured))
+            engine = SentencePiece(file.read_bytes(), file.name, added, legacy, template_text)
         specials = {name: _special(folder, engine, settings, name) for name in ("bos", "eos", "pad")}
         if isinstance(engine, Fast):
-            begin = engine.begin  # transformers reads no add_bos_token beside a tokenizer.json
+            begin = engine.begin  # with a tokenizer.json transformers ignores add_bos_token
         else:
             adds_bos = bool(settings.get("add_bos_token", not configured))
             begin = (specials["bos"],) if adds_bos and specials["bos"] is not None else ()
             own = {f"{name}_token": engine.piece(i) for name, i in specials.items() if i is not None}
             names = {**{name: piece for name, piece in own.items() if piece}, **names}
-        found = re.search(r"\.model\.v([1237])$", file.name)  # mistral-common's names
+        found = re.search(r"\.model\.v([1237])$", file.name)  # mistral-common's file names
         form = f"mistral-v{found[1]}" if found else None
         return cls(engine, specials, templates, form, begin, _stops(folder), names)
 
@@ -106,12 +106,12 @@ class Tokenizer:
     def encode(
         self, text: str, bos: bool = False, eos: bool = False, offsets: bool = False
     ) -> list[int] | tuple[list[int], list[Span]]:
-        """Ids of a text; with `bos` after what the model's files put before a text, with `eos` the end token after it.
+        """Ids of a text; `bos` prepends `begin`, `eos` appends the end token.
 
-        With `offsets`, also (start, end) of every token in the text's UTF-8 bytes: they follow each other without gaps,
-        but where a normalizer rewrote the text they are the library's own (whole characters). Begin and end tokens get
-        empty spans. `to_characters` turns them into character positions. Raises UserError for text that is not
-        Unicode (half a surrogate pair), or where a regular expression of the tokenizer's file fails on it.
+        With `offsets`, also each token's (start, end) in the text's UTF-8 bytes. They are contiguous, unless a
+        normalizer changed the text; then they are the library's own, in whole characters. Begin and end tokens get
+        empty spans. `to_characters` converts them to character positions. Raises UserError for text that is not
+        Unicode (half a surrogate pair), or if a regular expression of the tokenizer's file fails on it.
         """
         before = list(self.begin) if bos else []
         after = [self.eos_id] if eos and self.eos_id is not None else []
@@ -120,46 +120,43 @@ class Tokenizer:
         except UnicodeEncodeError as error:
             raise UserError(f"half a surrogate pair at character {error.start}: the text is not Unicode") from error
         if not offsets:
-            return before + self.engine.ids(text) + after
-        ids, found = self.engine.spans(text)
+            return before + self.engine.encode(text) + after
+        ids, found = self.engine.encode_with_spans(text)
         return before + ids + after, [(0, 0)] * len(before) + found + [(len(data), len(data))] * len(after)
 
     def decode(self, ids: Sequence[int]) -> str:
-        """The text of some ids; tokens that their file marks special leave nothing.
-
-        Raises UserError for an id out of range.
-        """
+        """The text of the ids, without special tokens. Raises UserError for an id out of range."""
         wrong = next((i for i in ids if not 0 <= i < self.vocab_size), None)
         if wrong is not None:
             raise UserError(f"token id {wrong} is not one of the tokenizer's {self.vocab_size}")
-        return self.engine.text(list(ids))
+        return self.engine.decode(list(ids))
 
     def encode_chat(self, messages: Sequence[Mapping[str, str]], form: str | None = None) -> list[int]:
         """Ids of a conversation, ready for the model's turn (forms: model/text/chat.py; None: the tokenizer's own)."""
         form = form or self.form
         if form is None:
             raise UserError(
-                f"the model has no chat template, so no chat form; give a plain prompt, or name a form that it was "
+                f"the model has no chat template, so no chat form; give a plain prompt, or name the form that it was "
                 f"tuned on: {', '.join(chat.FORMS)}"
             )
         return chat.encode_chat(self, messages, form)
 
     def put_begin(self, how: str) -> None:
-        """`begin` by a user's choice: "yes" the begin token, "no" nothing, "auto" what the files say."""
+        """Set `begin` by the option --bos: "yes" the begin token, "no" nothing, "auto" as the tokenizer's files say."""
         if how == "yes" and self.bos_id is None:
             raise UserError("--bos yes: the tokenizer has no begin token")
         if how != "auto":
             self.begin = (self.bos_id,) if how == "yes" and self.bos_id is not None else ()
 
     def special_id(self, piece: str) -> int:
-        """The id of a special token, or a UserError where the tokenizer has none of that text."""
+        """The id of a special token. Raises UserError if the tokenizer has no such special token."""
         found = self.engine.special(piece)
         if found is None:
-            raise UserError(f"the tokenizer has no special token {piece}; this is not its chat form")
+            raise UserError(f"the tokenizer has no special token {piece}; choose the chat form that it was made for")
         return found
 
     def save(self, folder: str | Path) -> None:
-        """Write the tokenizer's files into a model's folder, so that it is whole by itself."""
+        """Write the tokenizer's files into a model's folder."""
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         names: dict[str, Any] = {}
@@ -178,11 +175,12 @@ class Tokenizer:
             write_json(folder / "generation_config.json", {"eos_token_id": list(self.stop_ids)})
 
     def piece(self, i: int) -> str:
-        """A token as its file spells it: with "Ġ" or "▁" for a space, a special token by its name."""
+        """A token as the vocabulary spells it: "Ġ" or "▁" for a space, special tokens by name."""
         return self.engine.piece(i) or ""
 
 
 def _find(folder: Path) -> Path:
+    """The file to load from a folder."""
     if not folder.is_dir():
         raise UserError(f"{folder}: no such file or folder; give the folder of a model's or tokenizer's files")
     if (folder / "tokenizer.json").is_file():
@@ -194,7 +192,7 @@ def _find(folder: Path) -> Path:
     if len(found) == 1:
         return found[0]
     if (folder / "tekken.json").is_file():
-        raise UserError(f"{folder}: holds only tekken.json, which is not covered; add the model's tokenizer.json")
+        raise UserError(f"{folder}: holds only tekken.json, which is not supported; add the model's tokenizer.json")
     raise UserError(f"{folder}: holds no tokenizer (tokenizer.json, a SentencePiece .model, or one GGUF file)")
 
 
@@ -209,8 +207,8 @@ def _json(file: Path) -> dict[str, Any]:
 
 
 def _settings(folder: Path) -> dict[str, Any]:
-    """tokenizer_config.json, the older special_tokens_map.json over it where transformers reads that, and the special
-    tokens' ids of generation_config.json and config.json."""
+    """tokenizer_config.json, updated from the older special_tokens_map.json if transformers reads that, and the special
+    ids of generation_config.json and config.json."""
     settings = _json(folder / "tokenizer_config.json")
     if "added_tokens_decoder" not in settings:
         settings |= _json(folder / "special_tokens_map.json")
@@ -221,7 +219,7 @@ def _settings(folder: Path) -> dict[str, Any]:
 
 
 def _stops(folder: Path) -> list[int]:
-    """The end tokens that a model's configurations list, all of them."""
+    """All end tokens listed in config.json and generation_config.json."""
     found: list[int] = []
     for name in ("config.json", "generation_config.json"):
         ids = _json(folder / name).get("eos_token_id")
@@ -230,8 +228,8 @@ def _stops(folder: Path) -> list[int]:
 
 
 def _templates(folder: Path) -> dict[str, str]:
-    """The chat templates by name, from the first place that has some: files of their own, then tokenizer_config.json
-    (a text, or a list of names and texts). Transformers' order."""
+    """The chat templates by name: from template files if there are any, else from tokenizer_config.json (one template,
+    or a list of names and templates), as transformers does."""
     files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
     files |= {file.stem: file for file in sorted((folder / TEMPLATES).glob("*.jinja"))}
     if files:
@@ -242,7 +240,7 @@ def _templates(folder: Path) -> dict[str, str]:
     try:
         listed = {one["name"]: one["template"] for one in found} if isinstance(found, list) else found or {}
     except (TypeError, KeyError) as error:
-        raise UserError(f"{folder}: chat_template in tokenizer_config.json lists no names and templates") from error
+        raise UserError(f"{folder}: chat_template in tokenizer_config.json lacks names or templates") from error
     return {str(name): text for name, text in listed.items() if isinstance(text, str)}
 
 
@@ -253,15 +251,15 @@ def _read_text(file: Path) -> str:
         raise UserError(f"{file}: not UTF-8 text; the file is corrupt") from error
 
 
-def _spelt(token: Any) -> str | None:
-    """A special token's text: written plainly, or as an object."""
+def _content(token: Any) -> str | None:
+    """A special token's text; settings give it as a string or an object."""
     token = token.get("content") if isinstance(token, dict) else token
     return token if isinstance(token, str) and token else None
 
 
 def _added(folder: Path, settings: Mapping[str, Any], named: Iterable[str]) -> list[dict[str, Any]]:
-    """Tokens beside the vocabulary, as tokenizer.json lists them: added_tokens_decoder, or the older added_tokens.json
-    (there a token is special if the settings name it)."""
+    """Added tokens in tokenizer.json's form, from added_tokens_decoder or the older added_tokens.json (where a token
+    is special if the settings name it)."""
     special = set(named)
     try:
         if "added_tokens_decoder" in settings:
@@ -275,22 +273,22 @@ def _added(folder: Path, settings: Mapping[str, Any], named: Iterable[str]) -> l
         keys = ("id", "content", "single_word", "lstrip", "rstrip", "normalized", "special")
         found = [{key: token.get(key, key == "normalized") for key in keys} for token in found]
     except (TypeError, ValueError, AttributeError) as error:
-        raise UserError(f"{folder}: added tokens are listed without texts and ids; the files are corrupt") from error
+        raise UserError(f"{folder}: an added token has no text or no id; the files are corrupt") from error
     if any(not isinstance(token["content"], str) or not token["content"] or token["id"] < 0 for token in found):
         raise UserError(f"{folder}: an added token has no text or no id; the files are corrupt")
     return found
 
 
 def _special(folder: Path, engine: Engine, settings: Mapping[str, Any], name: str) -> int | None:
-    """A special token's id: by its text, else by the model config's id, else SentencePiece's own."""
+    """A special token's id: by its text in the settings, else its id in the model's config, else SentencePiece's."""
     key = f"{name}_token"
-    piece = _spelt(settings.get(key))
+    piece = _content(settings.get(key))
     if piece is not None:
         found = engine.id_of(piece)
         if found is None and name == "eos":
             raise UserError(
-                f"{folder}: the vocabulary lacks the eos_token {piece!r} that tokenizer_config.json names, so no text "
-                "would end; use the tokenizer files of one model"
+                f"{folder}: the eos_token {piece!r} of tokenizer_config.json is not in the vocabulary, so generation "
+                "would never end; use the tokenizer files of one model"
             )
         return found
     if key in settings:  # an explicit null
@@ -306,7 +304,7 @@ def _special(folder: Path, engine: Engine, settings: Mapping[str, Any], name: st
 
 
 def to_characters(text: str, spans: Sequence[Span]) -> list[Span]:
-    """Byte spans (of `encode(..., offsets=True)`) as character spans; one that cuts a letter takes it whole."""
+    """Convert byte spans (of `encode(..., offsets=True)`) to character spans; a cut character is included whole."""
     letter_of = []
     for index, letter in enumerate(text):
         letter_of += [index] * len(letter.encode())
@@ -315,7 +313,7 @@ def to_characters(text: str, spans: Sequence[Span]) -> list[Span]:
 
 
 def copy_tokenizer(source: str | Path, folder: str | Path) -> None:
-    """Copy a tokenizer's own files as they are; where they are inside a GGUF, write them out."""
+    """Copy a tokenizer's files unchanged, or write the tokenizer inside a GGUF as files."""
     source, folder = Path(source), Path(folder)
     names = re.compile(r".*\.model(\.v\d+)?|tokenizer\.json|chat_template\.jinja|tekken\.json|added_tokens\.json")
     if not source.is_dir() or not any(names.fullmatch(file.name) for file in source.iterdir()):

@@ -225,7 +225,7 @@ def test_a_folder_of_one_gguf_gives_its_tokenizer_in_however_many_parts(parts, t
 
 def test_a_gguf_without_a_cutting_rule_is_refused(tmp_path):
     path = gguf_file(tmp_path / "m.gguf", "gpt2", None, LETTERS, [1] * 256)
-    with pytest.raises(UserError, match="tokenizer.ggml.pre is missing"):
+    with pytest.raises(UserError, match="lacks tokenizer.ggml.pre"):
         Tokenizer.from_pretrained(path)
 
 
