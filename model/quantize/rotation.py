@@ -1,16 +1,16 @@
-"""Rotations folded into a model's weights: the same function, with activations that are easier to round.
+"""Fold rotations into a model's weights: the same function, with activations that quantize better to 8 bits.
 
-A few channels of the residual stream are far larger than the rest, and a token's scale in 8 bits follows the largest.
-In another orthonormal basis of the stream every coordinate is a mixture of all channels, and no such channels are left
-(QuaRot, arXiv 2404.00456). The algebra, which docs/quantization.md explains:
+A few channels of the residual stream are far larger than the rest, and a token's 8-bit scale follows the largest. In a
+rotated basis every coordinate mixes all channels, so there are no outliers (QuaRot, arXiv 2404.00456). The algebra,
+explained in docs/quantization.md:
 
     gains     W · (g ∘ n)  =  (W diag(g)) · n            a norm's gain g moves into the matrices that read the norm
     stream    x' = x Q     embedding E Q;  readers W diag(g) Q;  writers Qᵀ W;  |x'| = |x|, so norms see no difference
     values    v' = v R     for each key/value head: v_proj's rows Rᵀ W, o_proj's columns W R
-    adapters  W + B A      is turned as W is: A as its columns, B as its rows
+    adapters  W + B A      A is rotated as W's columns, B as W's rows
 
-Q and R are orthogonal matrices that cost little to multiply by: random signs, then a Kronecker product of two Hadamard
-matrices (times a cosine transform, for the odd part of a size).
+Q and R are orthogonal matrices with a fast product: random signs, then a Kronecker product of two Hadamard matrices
+(times a cosine transform, for the odd part of a size).
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ from model.transformer import RMSNorm, Transformer
 
 @cache
 def kronecker_factors(size: int, dtype: torch.dtype, device: torch.device) -> tuple[Tensor, Tensor]:
-    """Orthogonal A (a × a) and B (b × b), a · b = size and as near as they can be, with well spread entries."""
+    """Orthogonal A (a × a) and B (b × b) with a · b = size and a, b as close to each other as possible."""
     a = max(d for d in range(1, math.isqrt(size) + 1) if size % d == 0)
     left, right = (orthogonal(count).to(device, dtype) for count in (a, size // a))
     return left, right
 
 
 def orthogonal(size: int) -> Tensor:
-    """Hadamard's matrix of the largest power of two in `size` ⊗ the cosine transform of the odd part, in fp64."""
+    """Hadamard matrix of the largest power of two in `size` ⊗ cosine transform of the odd part, in fp64."""
     power = size & -size
     return torch.kron(hadamard(power), cosines(size // power))
 
 
 def hadamard(size: int) -> Tensor:
-    """Sylvester's Hadamard matrix of a power of two, over √size."""
+    """Sylvester's Hadamard matrix, normalized by 1/√size; `size` is a power of two."""
     matrix, double = torch.ones(1, 1, dtype=torch.float64), torch.tensor([[1.0, 1.0], [1.0, -1.0]], dtype=torch.float64)
     while len(matrix) < size:
         matrix = torch.kron(matrix, double)
@@ -59,14 +59,14 @@ def cosines(size: int) -> Tensor:
 
 
 def mix(x: Tensor) -> Tensor:
-    """x · (A ⊗ B) over the last dimension, which is Aᵀ X B with x's numbers as the matrix X, a × b: a + b
-    multiplications a number, not a · b."""
+    """x · (A ⊗ B) over the last dimension, computed as Aᵀ X B with x as an a × b matrix X: a + b multiplications for
+    each number instead of a · b."""
     a_aa, b_bb = kronecker_factors(x.shape[-1], x.dtype, x.device)
     return torch.matmul(a_aa.t(), x.unflatten(-1, (len(a_aa), -1)) @ b_bb).flatten(-2)
 
 
 def unmix(x: Tensor) -> Tensor:
-    """x · (A ⊗ B)ᵀ: what undoes `mix`."""
+    """x · (A ⊗ B)ᵀ over the last dimension: the inverse of `mix`."""
     a_aa, b_bb = kronecker_factors(x.shape[-1], x.dtype, x.device)
     return torch.matmul(a_aa, x.unflatten(-1, (len(a_aa), -1)) @ b_bb.t()).flatten(-2)
 
@@ -77,10 +77,10 @@ def turn(x: Tensor, signs: Tensor) -> Tensor:
 
 
 class Rotation:
-    """One rotation of a model. `gain(name)` gives the weight that the norm of that name had.
+    """The rotation of a model. `gain(name)` returns the original weight of the norm of that name.
 
-    A matrix W becomes `rows(path, columns(path, W))`; `columns` treats each row by itself, so that it works on some
-    rows of a matrix too, and `mixes_rows` says for which matrices `rows` needs all of them.
+    The weight W of layer `path` becomes `rows(path, columns(path, W))`. `columns` treats rows independently, so it can
+    be applied to part of a matrix; `rows` needs all rows if `mixes_rows(path)`.
     """
 
     def __init__(self, config: ModelConfig, gain: Callable[[str], Tensor], seed: int = 0) -> None:
@@ -90,8 +90,8 @@ class Rotation:
         self.value_GK = signs((config.num_key_value_heads, config.head_dim), generator)
 
     def columns(self, path: str, weight_MD: Tensor) -> Tensor:
-        """W diag(g) Q for a matrix that reads the stream (E Q for the embedding), W R for o_proj, else W; computed in
-        at least fp32."""
+        """W diag(g) Q for a matrix that reads the stream (E Q for the embedding), W R for o_proj, else W, in at least
+        fp32."""
         wide_MD, leaf = weight_MD.to(torch.promote_types(weight_MD.dtype, torch.float32)), path.rpartition(".")[2]
         if mixes_inputs(path):
             return wide_MD
@@ -111,7 +111,7 @@ class Rotation:
         if path.endswith("v_proj"):
             return turn(weight_OM.t().unflatten(1, self.value_GK.shape), self.value_GK).flatten(1).t()
         turned_OM = torch.empty_like(weight_OM)
-        for columns in range(0, weight_OM.shape[1], 512):  # a part at a time: a large matrix is not held three times
+        for columns in range(0, weight_OM.shape[1], 512):  # in parts, so that temporaries stay small
             part = slice(columns, columns + 512)
             turned_OM[:, part] = turn(weight_OM[:, part].t(), self.stream_D).t()
         return turned_OM
@@ -122,7 +122,7 @@ class Rotation:
 
     @torch.no_grad()
     def finish(self, model: nn.Module) -> None:
-        """What is no quantized matrix: norms' gains become 1, biases of v_proj and o_proj and routers are turned."""
+        """Rotate the parameters that are not quantized (routers, biases of v_proj, o_proj); set norm weights to 1."""
         for path, module in model.named_modules():
             if path.endswith("block_sparse_moe.gate"):
                 module.weight.copy_(self.columns(path, module.weight))
@@ -139,17 +139,17 @@ def signs(shape: tuple[int, ...], generator: torch.Generator) -> Tensor:
 
 
 def mixes_rows(path: str) -> bool:
-    """Whether a layer's output is turned: it writes to the stream, or makes values."""
+    """True if the layer's output is rotated: it writes to the stream or computes values."""
     return path.endswith((".o_proj", ".down_proj", ".w2", ".v_proj"))
 
 
 def mixes_inputs(path: str) -> bool:
-    """Whether a layer reads products of gate and up, whose basis cannot be turned: silu is taken of each number."""
+    """True if the layer reads silu(gate) · up: silu is elementwise, so that basis cannot be rotated."""
     return path.endswith((".down_proj", ".w2"))
 
 
 def norm_before(path: str) -> str | None:
-    """The norm whose output the layer of this name reads; None for the embedding."""
+    """Name of the weight of the norm whose output the layer reads; None for the embedding."""
     if path == "lm_head":
         return "model.norm.weight"
     block = re.match(r"model\.layers\.\d+", path)
@@ -160,10 +160,10 @@ def norm_before(path: str) -> str | None:
 
 @torch.no_grad()
 def rotate(model: Transformer, seed: int = 0) -> Transformer:
-    """Rotate a model in place; returns it. Its function is unchanged up to rounding; a tied head is untied.
+    """Rotate a model in place and return it. Its function is unchanged up to rounding; a tied head is untied.
 
-    Adapters on its layers turn with them, and so does what lora.load_adapter loads on it. Raises ValueError where it is
-    rotated already, or a layer's weight is quantized or holds a merged adapter that could be taken out again.
+    Adapters on its layers are rotated too, now and when lora.load_adapter loads them later. Raises ValueError if the
+    model is already rotated, a layer is quantized, or an adapter is merged that can still be unmerged.
     """
     if getattr(model, "rotation", None) is not None:
         raise ValueError("the model is rotated already")
