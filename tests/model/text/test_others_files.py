@@ -263,7 +263,7 @@ def test_a_post_processor_without_its_tokens_is_named(tmp_path):
     single = [{"SpecialToken": {"id": "x", "type_id": 0}}]
     post = {"type": "TemplateProcessing", "single": single, "pair": [], "special_tokens": {}}
     path.write_text(json.dumps(json.loads(path.read_text()) | {"post_processor": post}))
-    with pytest.raises(UserError, match="tokenizer.json: its post-processor names no token"):
+    with pytest.raises(UserError, match="tokenizer.json: the post-processor's begin token is missing"):
         Tokenizer.from_pretrained(tmp_path / "m")
 
 
