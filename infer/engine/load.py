@@ -189,21 +189,33 @@ def concatenated(chunks: Iterable[Tensor], shape: tuple[int, int]) -> Tensor:
 
 def plan_for(options: Any, asked: Requests) -> Plan:
     """The plan for a program's options (ModelOptions) and requests; within --memory if given, and then printed to
-    stderr. Raises UserError for a --memory that cannot be parsed or is not enough."""
-    dtype = DTYPES.get(options.dtype, torch.float32)
-    if not options.memory:
-        return Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
-    budget = read_size(options.memory)
-    device = device_here()
-    if options.fuse and device == "cpu":
-        raise UserError(
-            "on a CPU, --fuse runs the kernels' PyTorch definitions, which take more memory than --memory plans; "
-            "leave one out"
-        )
-    plan = fit(options.weights, options.adapter, budget, asked, options.format, dtype, device)
+    stderr. A format that only saves memory is reported there too. Raises UserError for a --memory that cannot be parsed
+    or is not enough."""
+    dtype, device, lines = DTYPES.get(options.dtype, torch.float32), device_here(), []
+    if options.memory:
+        budget = read_size(options.memory)
+        if options.fuse and device == "cpu":
+            raise UserError(
+                "on a CPU, --fuse runs the kernels' PyTorch definitions, which take more memory than --memory plans; "
+                "leave one out"
+            )
+        plan = fit(options.weights, options.adapter, budget, asked, options.format, dtype, device)
+        lines.append(plan.describe(budget))
+    else:
+        plan = Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
+    if only_saves_memory(plan.form, device, options.fuse):
+        lines.append(f"format {plan.form} only saves memory here: its weights are dequantized for each GEMM")
     if int(os.environ.get("RANK", 0)) == 0:
-        print(plan.describe(budget), file=sys.stderr)
+        for line in lines:
+            print(line, file=sys.stderr)
     return plan
+
+
+def only_saves_memory(form: str, device: str, fused: bool) -> bool:
+    """True if each GEMM dequantizes the whole matrix, because no kernel takes the format's codes: nf4; on a GPU int8
+    too, and int4 unless `fused`."""
+    kind = form.partition("-")[0]
+    return kind == "nf4" or (device != "cpu" and (kind == "int8" or (kind == "int4" and not fused)))
 
 
 def dtype_for(options: Any, calls: Sequence[tuple[int, int]], known: str | None = None) -> str:
@@ -222,7 +234,9 @@ def dtype_for(options: Any, calls: Sequence[tuple[int, int]], known: str | None 
     if options.format not in ("auto", "wide", "w8a8"):
         print(f"dtype auto: float32 for {options.format} weights", file=sys.stderr)
         return "float32"
-    chosen = str(fastest_dtype(tuple(calls), device)).removeprefix("torch.")
-    sizes = ", ".join(str(rows) for rows, _ in calls)
-    print(f"dtype auto: {chosen}, the fastest for GEMMs of {sizes} rows", file=sys.stderr)
+    fastest, times = fastest_dtype(tuple(calls), device)
+    chosen, sizes = str(fastest).removeprefix("torch."), ", ".join(str(rows) for rows, _ in calls)
+    measured = ", ".join(f"{name} {milliseconds:.0f} ms" for name, milliseconds in times.items())
+    line = f"dtype auto: {chosen}, the fastest for GEMMs of {sizes} rows"
+    print(f"{line} (measured: {measured})" if measured else line, file=sys.stderr)
     return chosen

@@ -29,7 +29,8 @@ class WeightOptions:
 class ModelOptions(WeightOptions):
     format: Literal["auto", "wide", "int8", "int4", "int4-32", "int4-64", "int4-128", "nf4", "w8a8"] = "auto"
     """Format of the linear layers' weights: dtype (wide), 8 or 4 bits (int4-N: N columns share a scale); w8a8: inputs
-    in 8 bits too, for processors and GPUs with fast int8 GEMMs; auto: wide, or what fits --memory."""
+    in 8 bits too, for processors and GPUs with fast int8 GEMMs; auto: wide, or what fits --memory. nf4, and on a GPU
+    int8 and (without --fuse) int4, only save memory: weights are dequantized for each GEMM."""
     memory: str = ""
     """A memory budget, for example 6GB: format, batch, cache and chunk are chosen to fit it, and a model that cannot
     fit is refused before it is loaded. A retriever's encoder and index are not counted."""

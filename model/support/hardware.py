@@ -156,19 +156,19 @@ def compute_dtype(device: str = "cpu") -> torch.dtype:
 
 
 @cache
-def fastest_dtype(calls: tuple[tuple[int, int], ...], device: str = "cpu") -> torch.dtype:
-    """bf16 if a job's GEMMs take less than 0.9 of their time in fp32, else fp32. `calls`: (rows, number of GEMMs with
-    this many rows); some processors are fast in bf16 for many rows and very slow for one. Weights are read from memory,
-    as in a decode step."""
+def fastest_dtype(calls: tuple[tuple[int, int], ...], device: str = "cpu") -> tuple[torch.dtype, dict[str, float]]:
+    """(dtype, {"float32": ms, "bfloat16": ms}): bf16 if a job's GEMMs take less than 0.9 of their time in fp32, else
+    fp32; no times if it is known unmeasured. `calls`: (rows, number of GEMMs with this many rows); some processors are
+    fast in bf16 for many rows and very slow for one. Weights are read from memory, as in a decode step."""
     if device != "cpu":
-        return torch.bfloat16
+        return torch.bfloat16, {}
     if max(rows for rows, _ in calls) >= 64 and compute_dtype() == torch.float32:
-        return torch.float32  # emulated bf16 GEMMs of many rows would take seconds to measure
+        return torch.float32, {}  # emulated bf16 GEMMs of many rows would take seconds to measure
 
     def seconds(dtype: torch.dtype, rows: int) -> float:
         x_ND = torch.ones(rows, 2048, dtype=dtype)
         weights = [torch.ones(4096, 2048, dtype=dtype) for _ in range(2)]  # larger than most caches
         return min(timed(lambda: [product(x_ND, weight_OD) for weight_OD in weights], "cpu", 0.05))
 
-    bf16, fp32 = (sum(n * seconds(dtype, rows) for rows, n in calls) for dtype in (torch.bfloat16, torch.float32))
-    return torch.bfloat16 if bf16 < 0.9 * fp32 else torch.float32
+    fp32, bf16 = (1e3 * sum(n * seconds(dtype, rows) for rows, n in calls) for dtype in (torch.float32, torch.bfloat16))
+    return torch.bfloat16 if bf16 < 0.9 * fp32 else torch.float32, {"float32": fp32, "bfloat16": bf16}
