@@ -3,7 +3,11 @@
 import asyncio
 import json
 import logging
+import re
+import shutil
+import subprocess
 import time
+from pathlib import Path
 
 import pytest
 from answering_models import write_adapter, write_model
@@ -17,6 +21,8 @@ from fastapi.testclient import TestClient  # noqa: E402
 from serving import NOTE, served  # noqa: E402
 
 from infer.serve.app import MAX_BYTES, Models, make_app  # noqa: E402
+
+ROOT = Path(__file__).parents[3]
 
 
 @pytest.fixture(scope="module")
@@ -155,6 +161,17 @@ def test_a_hundred_requests_at_once_are_answered_or_told_to_come_again(weights):
     assert set(statuses) == {200, 503} and statuses.count(200) >= 4
     assert {answer.headers.get("retry-after") for answer in answers if answer.status_code == 503} == {"5"}
     assert len({answer.text for answer in answers if answer.status_code == 200}) == 1
+
+
+@pytest.mark.skipif(shutil.which("curl") is None, reason="needs curl")
+def test_the_readmes_curl_line_answers(weights):
+    (line,) = re.findall(r"^    (curl .*)$", (ROOT / "infer/README.md").read_text(encoding="utf-8"), re.MULTILINE)
+    assert "http://127.0.0.1:8017/" in line and Options().port == 8017
+    with served(weights) as (address, _):
+        command = line.replace("http://127.0.0.1:8017", address)
+        done = subprocess.run(["bash", "-c", f"{command} --silent --noproxy '*'"], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert json.loads(done.stdout) == Extractor(weights).answers("Sigmoid colon adenocarcinoma, 4.2 cm, grade 2.")
 
 
 def test_a_client_that_hangs_up_leaves_its_turn_and_no_text_in_the_log(weights, caplog):

@@ -3,16 +3,19 @@
 import json
 
 import pytest
+from answering_models import write_adapter
 
 pytest.importorskip("fastapi", reason="needs the extra serve")
-from serving import served  # noqa: E402
+from serving import NOTE, served  # noqa: E402
+
+from infer import tasks  # noqa: E402
 
 HOSTILE = '<img src=x onerror="document.title=1"><script>document.title=1</script> Left breast, 2.5 cm.'
 
 
 @pytest.fixture(scope="module")
-def address(weights):
-    with served(weights) as (address, _):
+def address(weights, tmp_path_factory):
+    with served(weights, write_adapter(tmp_path_factory.mktemp("adapter"), weights)) as (address, _):
         yield address
 
 
@@ -55,6 +58,22 @@ def test_a_hostile_note_is_pasted_answered_marked_and_one_answer_traced(driver, 
     sent = [json.loads(entry["message"])["message"] for entry in driver.get_log("performance")]
     asked = {e["params"]["request"]["url"] for e in sent if e["method"] == "Network.requestWillBeSent"}
     assert all(url.startswith((f"{address}/", "about:srcdoc")) for url in asked)
+
+
+def test_answers_with_and_without_the_adapter_stand_side_by_side(driver, address):
+    driver.get(f"{address}/")
+    one(driver, "#compare").click()
+    paste(driver, NOTE)
+    wait_for(driver, "Done")
+    tables = {}
+    for card, title in (("#adapted", " with its adapter"), ("#base", " without its adapter")):
+        assert one(driver, f"{card} h2").text.endswith(title)
+        rows = driver.find_elements("css selector", f"{card} tr.answer")
+        tables[card] = {row.get_attribute("data-name"): row.text for row in rows}
+        assert tables[card].keys() == {*tasks.PHENOTYPES, "diagnosis"}
+    assert tables["#adapted"] != tables["#base"]
+    left, right = (one(driver, card).rect for card in tables)
+    assert left["y"] == right["y"] and left["x"] + left["width"] <= right["x"]
 
 
 def test_a_mistake_is_said_and_the_note_stays(driver, address):
