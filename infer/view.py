@@ -28,6 +28,7 @@ from model.support.lock import output
 LETTERS = dict(zip(PHENOTYPES, "RUZIGHLS", strict=True))
 """R receptors, U their status, Z size, I site, G grade, H histology, L laterality, S stage."""
 STYLES = ("page.css", "answers.css")
+SOME = 0.05  # least probability of an alternative that is shown
 Json = dict[str, Any]
 
 
@@ -137,6 +138,7 @@ def row(name: str, answer: Json, gold: Any) -> Json:
         "values": values,
         "said": "" if values else otherwise,
         "p": confidence(answer, [value["logprob"] for value in answer["answers"]]),
+        "others": others(answer),
         "gold": None if right is None else texts or [NOT_RELEVANT],
         "gold_places": [[span["start"], span["end"]] for span in spans if span.get("start") is not None],
         "right": None if right is None else normalized([value["text"] for value in values]) == normalized(texts),
@@ -156,6 +158,7 @@ def shown_value(value: Json, closed: bool) -> Json:
 def diagnosis_row(answer: Json, gold: Any) -> Json:
     codes = [code["code"] for code in answer["codes"]]
     row = {"name": "diagnosis", "values": [], "said": answer["text"], "p": confidence(answer), "gold_places": []}
+    row["others"] = others(answer)
     if not isinstance(gold, dict):
         return row | {"gold": None, "right": None}
     code = gold.get("code")
@@ -171,6 +174,12 @@ def confidence(answer: Json, logprobs: list[float] | None = None) -> float | Non
         return answer["probability"]
     logprob = answer.get("logprob", sum(logprobs) if logprobs else None)
     return None if logprob is None else math.exp(logprob)
+
+
+def others(answer: Json) -> list[Json]:
+    """The alternatives to an answer that the model gives some probability, which is not calibrated."""
+    found = [{"text": one["text"], "p": math.exp(one["logprob"])} for one in answer.get("alternatives", ())]
+    return [one for one in found if one["p"] >= SOME]
 
 
 def normalized(texts: list[str]) -> set[str]:

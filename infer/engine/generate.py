@@ -40,6 +40,8 @@ class State:
     settings: Settings
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    runner_ups: list[tuple[int, float]] = field(default_factory=list)
+    """With Settings.runner_up: each step's second likeliest token and its log-probability, −∞ if it was not allowed."""
     text: str = ""
     finish: str | None = None
     random: torch.Generator | None = None
@@ -230,11 +232,17 @@ class Generator:
                 best_B[row] = draw(masked_BV[row], state)
 
         logprob_B = logits_BV.gather(1, best_B[:, None])[:, 0] - normal_B
+        columns = [best_B, logprob_B]
+        if any(state.settings.runner_up for state in active):
+            second = masked_BV.scatter(1, best_B[:, None], float("-inf")).max(-1)
+            columns += [second.indices, second.values - normal_B]
         # one transfer, the step's only synchronization; fp64 represents ids and log-probabilities exactly
-        best, logprobs = torch.stack((best_B.double(), logprob_B.double())).tolist()
+        best, logprobs, *seconds = torch.stack([column.double() for column in columns]).tolist()
         best = [int(token) for token in best]
-        for state, token, logprob in zip(active, best, logprobs, strict=True):
-            self.enter(state, token, logprob)
+        for row, state in enumerate(active):
+            if state.settings.runner_up:
+                state.runner_ups.append((int(seconds[0][row]), seconds[1][row]))
+            self.enter(state, best[row], logprobs[row])
         return best
 
     def constrain(self, logits_BV: Tensor, active: list[State]) -> Tensor:

@@ -49,6 +49,8 @@ class Settings:
     each step."""
     hidden: tyro.conf.Suppress[Hidden | None] = None
     """A part of the prompt to mask for the tokens after it."""
+    runner_up: tyro.conf.Suppress[bool] = False
+    """Keep the second likeliest token of each step."""
 
     def __post_init__(self) -> None:
         for name, low, high, kind in (

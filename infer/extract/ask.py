@@ -7,6 +7,7 @@ A note goes through these steps of `Asker`:
     generation  all requests of up to `batch` notes at once (schedule.py); the note is prefilled once for all questions
     places      where in the note each value was read; repeated values are resolved by further requests (evidence.py)
     record      values, spans, log-probabilities and codes, merged over windows (answers.py)
+    others      if asked for, the likeliest other answer to each question (alternatives.py)
 """
 
 from __future__ import annotations
@@ -20,8 +21,9 @@ from pathlib import Path
 from typing import Any
 
 from infer import tasks
-from infer.engine.generate import Generator, RequestBatch
+from infer.engine.generate import Generator, RequestBatch, State
 from infer.engine.settings import Generation, Settings
+from infer.extract.alternatives import alternative, second_choices
 from infer.extract.answers import best_diagnosis, calibrate, merge, phenotype_record, written_values
 from infer.extract.evidence import Reading, decide, hiding, losses
 from infer.extract.grounded import Grounded, Grounding
@@ -105,7 +107,8 @@ class Asker:
 
     `form` is "template" (tasks.py) or "chat" (the model's chat template); `long` says what to do with notes over the
     limit (see LONG); `grounded` constrains decoding (grounded.py); `neighbours` adds retrieved notes to the diagnosis
-    question; `repair` corrects a note's spelling first; `temperatures` are the adapter's calibration.
+    question; `repair` corrects a note's spelling first; `temperatures` are the adapter's calibration; `alternatives`
+    other answers are sought for each question of a note that is read whole.
     """
 
     def __init__(
@@ -120,6 +123,7 @@ class Asker:
         batch: int = 8,
         repair: Repair | None = None,
         temperatures: Mapping[str, float] | None = None,
+        alternatives: int = 0,
     ) -> None:
         self.temperatures = temperatures or {}
         self.generator, self.tokenizer = generator, generator.tokenizer
@@ -127,7 +131,7 @@ class Asker:
         length = generator.max_length
         limits = replace(limits, input=min(limits.input, length - longest))
         self.task, self.form, self.limits, self.long, self.neighbours = task, form, limits, long, neighbours
-        self.batch, self.repair = batch, repair
+        self.batch, self.repair, self.alternatives = batch, repair, alternatives
         self.grounding = Grounding(self.tokenizer, generator.stop_ids, generator.engine.device) if grounded else None
         if form == "chat" and self.tokenizer.form is None:
             raise UserError("the model has no chat template, so no chat form; ask with --form template")
@@ -139,7 +143,9 @@ class Asker:
                 f"length is {length}; ask for fewer new tokens"
             )
         stop = ("\n",) if form == "template" else ()
-        self.settings = Settings(max_new_tokens=limits.phenotype, stop=stop, stop_cycles=True)
+        self.settings = Settings(
+            max_new_tokens=limits.phenotype, stop=stop, stop_cycles=True, runner_up=alternatives > 0
+        )
         self.diagnosis_settings = replace(self.settings, max_new_tokens=limits.diagnosis)
 
     @property
@@ -278,7 +284,27 @@ class Asker:
             for part, groups in zip(parts, groups_of_parts, strict=True)
         ]
         places = iter((yield from self.places([answer for of_part in answers for answer in of_part])))
-        return record | self.record(answers, [[next(places) for _ in of_part] for of_part in answers])
+        record |= self.record(answers, [[next(places) for _ in of_part] for of_part in answers])
+        if self.alternatives and len(parts) == 1:
+            states = [state for group in groups_of_parts[0] for state in group.states]
+            yield from self.add_alternatives(record, answers[0], states)
+        return record
+
+    def add_alternatives(
+        self, record: dict[str, Any], answers: Sequence[Answer], states: Sequence[State]
+    ) -> Steps[list[Group], None, None]:
+        """Adds to each answer of a record the likeliest other ones (alternatives.py), `states` being its requests."""
+        others = [second_choices(self.generator, state, self.alternatives) for state in states]
+        running = [one for of_answer in others for one in of_answer if one.finish is None]
+        size = self.max_questions
+        yield [Group(running[n : n + size], len(running[n : n + size])) for n in range(0, len(running), size)]
+        own = iter(record.get("answers", ()))
+        for answer, of_answer in zip(answers, others, strict=True):
+            outs = [without_partial_value(self.generator.result(one), one.settings) for one in of_answer]
+            found = [alternative(self.generator, answer.name, out) for out in (answer.out, *outs)]
+            entry = record["diagnosis"] if answer.name == "diagnosis" else record.get("phenotypes", {}).get(answer.name)
+            different = {one["text"]: one for one in reversed(found[1:]) if one["text"] not in ("", found[0]["text"])}
+            (entry or next(own))["alternatives"] = sorted(different.values(), key=lambda one: -one["logprob"])
 
     def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:
         """One request per question about a part. The ids of retrieved neighbours are added to `record`."""

@@ -21,15 +21,27 @@ class Extractor:
 
     `weights` is a model's folder or GGUF file, `adapter` a LoRA adapter's folder (PEFT). With `grounded`, decoding is
     constrained: an answer is "not relevant", a value of a closed list, a span of the note, or an ICD-10-CM code.
-    Raises UserError for files that are missing or do not belong together.
+    `alternatives` other answers are sought for each question. Raises UserError for files that are missing or do not
+    belong together.
     """
 
-    def __init__(self, weights: str | Path, adapter: str | Path | None = None, grounded: bool = True) -> None:
+    def __init__(
+        self, weights: str | Path, adapter: str | Path | None = None, grounded: bool = True, alternatives: int = 1
+    ) -> None:
         adapters = () if adapter is None else (adapter,)
         model, tokenizer = load(weights, adapters)
         form = form_for(tokenizer, adapters)
         sure = read_calibration(adapters)
-        self.asker = Asker(Generator(model, tokenizer), "both", form, Limits(), "windows", grounded, temperatures=sure)
+        self.asker = Asker(
+            Generator(model, tokenizer),
+            "both",
+            form,
+            Limits(),
+            "windows",
+            grounded,
+            temperatures=sure,
+            alternatives=alternatives,
+        )
 
     @classmethod
     def released(cls) -> Extractor:
@@ -38,8 +50,8 @@ class Extractor:
 
     def answers(self, text: str) -> dict[str, Any]:
         """A note's record without its id: `phenotypes` and `diagnosis`, each answer with its place in `text` (start
-        and end, in characters), its natural log-probability and, where the adapter is calibrated, its probability of
-        being right, as infer/extract/record.schema.json describes them.
+        and end, in characters), its natural log-probability, where the adapter is calibrated its probability of being
+        right, and the alternatives to it, as infer/extract/record.schema.json describes them.
 
         A note beyond 1,500 tokens is read in overlapping windows. Raises UserError for an empty note.
         """

@@ -39,11 +39,13 @@ class AskOptions(ModelOptions):
     """Notes at once; 0: as many as memory is free for when the job begins, at most 8 on a CPU and 64 on a GPU."""
     limit: int | None = None
     """Only the first notes."""
+    alternatives: int = 0
+    """Also the likeliest other answers to each question, so many (of notes that are read whole)."""
 
     def check(self) -> None:
         """Raise UserError for an unknown form, and for a number that is too small."""
-        for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "limit"):
-            least, value = 0 if name == "batch" else 1, getattr(self, name, None)
+        for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "limit", "alternatives"):
+            least, value = 0 if name in ("batch", "alternatives") else 1, getattr(self, name)
             if value is not None and value < least:
                 raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
         from model.text.chat import FORMS

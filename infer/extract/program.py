@@ -190,7 +190,7 @@ def extract(options: Options, job: Job, notes: Unchanged, neighbours: Neighbours
         generator.tokenizer.form, form = form, "chat"
     batch = begun(options.out).get("batch now", options.batch)
     how = (options.long, options.grounded, neighbours, batch, repair, read_calibration(options.adapter))
-    asker = Asker(generator, options.task, form, options.limits, *how)
+    asker = Asker(generator, options.task, form, options.limits, *how, options.alternatives)
     shown = {"total": sum(sizes), "initial": sum(sizes[epoch] for epoch in done), "unit": "note", "desc": "extracting"}
     with tqdm(disable=None if job.rank == 0 else True, **shown) as bar:
         for epoch, held in enumerate(split(options)):

@@ -68,7 +68,7 @@ function drawAnswers(node, rows, note, unsure, more) {
     return el("tr", { class: "answer", "data-name": row.name },
       el("td", {}, row.name === "diagnosis" || !data.letters[row.name] ? "" : badge(row.name)),
       el("td", {}, words(row.name)),
-      el("td", { class: row.right === false ? "value wrong" : "value" }, values),
+      el("td", {}, el("span", { class: row.right === false ? "value wrong" : "value" }, values), row.others.map((other) => el("div", { class: "hint" }, `or ${other.text} (${percent(other.p)})`))),
       el("td", { class: row.p != null && row.p < unsure ? "n unsure" : "n" }, percent(row.p)),
       gold ? el("td", {}, row.right === false ? "✗ " : row.right ? "✓ " : "", (row.gold || []).join("; ")) : null,
       more ? el("td", {}, more(row)) : null);

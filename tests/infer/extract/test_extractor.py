@@ -25,7 +25,13 @@ def test_the_answers_are_the_programs(weights, adapter, tmp_path, grounded, adap
     chosen = (str(adapter),) if adapted else ()
     main(
         Options(
-            weights=str(weights), notes=tmp_path / "n.jsonl", out=out, adapter=chosen, grounded=grounded, long="windows"
+            weights=str(weights),
+            notes=tmp_path / "n.jsonl",
+            out=out,
+            adapter=chosen,
+            grounded=grounded,
+            long="windows",
+            alternatives=1,
         )
     )
     record = json.loads(out.read_text())
