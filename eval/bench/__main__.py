@@ -71,8 +71,15 @@ def main(argv: list[str]) -> int:
         rows = [row.as_dict() for row in measure(**given)]
         print(table(rows))
         if out is not None:
-            write_json(out, {"host": host(), "rows": rows})
+            write_json(out, result(rows))
     return 0
+
+
+def result(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """The content of --json: the machine, the code's commit, and the rows."""
+    from train.report.card import ROOT, code_version  # imports tyro
+
+    return {"host": host(), "code": code_version(ROOT), "rows": rows}
 
 
 if __name__ == "__main__":

@@ -35,6 +35,7 @@ from infer import released
 from model.support import cli as command
 from model.support.files import read_json, write_json, write_jsonl
 from model.support.hardware import host
+from train.report.card import ROOT, code_version
 
 TESTS = ("heldout", "unseen")
 TITLES = {
@@ -113,6 +114,7 @@ def pipeline(run: Run, scale: Scale) -> None:
             "title": TITLES[run.scale],
             "scale": run.scale,
             "host": host(),
+            "code": code_version(ROOT),
             "steps": run.steps,
             "seconds": run.took(),
             "peak_mb": run.peak(),

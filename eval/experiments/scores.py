@@ -69,12 +69,13 @@ def main(options: Options) -> int:
         sets = {name: f"{name}.jsonl" for name in SETS}
         pairs = [["base", RELEASED], [RELEASED, REPAIRED]]
         pairs += [[name, RELEASED] for name in adapters if name != RELEASED]
-        given = {"title": f"The released adapter on {BASE}", "scale": "released", "host": host(), "seconds": run.took()}
+        made = {"code": code_version(ROOT), "host": host()}
+        given = {"title": f"The released adapter on {BASE}", "scale": "released", **made, "seconds": run.took()}
         given |= {"peak_mb": run.peak(), "systems": entries, "references": sets, "compare": pairs, "curves": {}}
         write_json(run.out / "run.json", given)
         report = write(run.out)
     print(terminal_table(report))
-    scores = {"code": code_version(ROOT), "host": host(), "sets": figures(report)}
+    scores = {**made, "sets": figures(report)}
     write_json(options.out / "scores.json", scores)
     write_text(options.out / "README.md", card(options.adapter, scores, smollm2()))
     if options.release:

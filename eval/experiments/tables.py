@@ -24,6 +24,7 @@ from model.support import cli as command
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
 from model.support.hardware import host
+from train.report.card import ROOT, code_version
 
 
 @dataclass(frozen=True)
@@ -90,6 +91,7 @@ def run_json(run: Run, demo: Demo) -> dict[str, Any]:
         **given,
         "title": f"All tables: {TITLES[demo.scale]}",
         "host": host(),
+        "code": code_version(ROOT),
         "steps": {**given["steps"], **run.steps},
         "seconds": given["seconds"] + run.took(),
         "peak_mb": max(given["peak_mb"], run.peak()),

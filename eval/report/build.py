@@ -2,7 +2,7 @@
 
 RUN_DIR/run.json lists the systems and test sets (paths relative to RUN_DIR):
 
-    {"title", "scale", "seconds", "peak_mb", "host", "references": {"heldout": path, "unseen": path},
+    {"title", "scale", "seconds", "peak_mb", "host", "code", "references": {"heldout": path, "unseen": path},
      "systems": [{"name", "kind": "model"|"base"|"regex"|"majority", "predictions": {"heldout": path, "unseen": path},
                   "notes": number of notes it was given (default: all), "seconds", "peak_mb",
                   "family": systems of one family share errors (default: all models are one family),

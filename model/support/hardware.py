@@ -91,16 +91,27 @@ def processor() -> str:
 
 
 def host() -> dict[str, Any]:
-    """Description of this machine for reports: processor, threads, versions and `probe`'s rates."""
+    """Description of this machine for reports: processor, instruction sets, threads, versions and `probe`'s rates."""
     names = (line.split(":", 1)[1].strip() for line in processor().splitlines() if line.startswith("model name"))
     return {
         "cpu": next(names, platform.processor() or platform.machine()),
+        "instruction_sets": instruction_sets(),
         "cores": os.cpu_count(),
         "threads": torch.get_num_threads(),
         "python": platform.python_version(),
         "torch": torch.__version__,
         **probe(),
     }
+
+
+INSTRUCTION_SETS = ("avx2", "avx512f", "avx_vnni", "avx512_vnni", "avx512_bf16", "amx_bf16", "amx_int8")
+
+
+def instruction_sets(description: str | None = None) -> list[str]:
+    """Those of INSTRUCTION_SETS, on which GEMM rates depend, that a processor has, by its description (None: this
+    machine's)."""
+    flags = set((processor() if description is None else description).split())
+    return [name for name in INSTRUCTION_SETS if name in flags]
 
 
 def max_resident_mb(usage: Any) -> float:
@@ -137,14 +148,13 @@ NO_INT8_PRODUCTS = (  # the message if `int8_products` is False
 )
 
 
-def int8_products(device: str = "cpu", flags_text: str | None = None) -> bool:
-    """True if the device has a fast and exact int8 GEMM: a processor with VNNI or AMX (`flags_text`: its description;
-    None: this one's), or a CUDA device from Turing on. Without VNNI, sums of two products saturate at 16 bits, or slow
+def int8_products(device: str = "cpu", description: str | None = None) -> bool:
+    """True if the device has a fast and exact int8 GEMM: a processor with VNNI or AMX (by its `description`; None: this
+    one's), or a CUDA device from Turing on. Without VNNI, sums of two products saturate at 16 bits, or slow
     reference code computes them."""
     if device.startswith("cuda"):
         return torch.cuda.get_device_capability(device) >= (7, 5)
-    flags = set((processor() if flags_text is None else flags_text).split())
-    return bool(flags & {"avx512_vnni", "avx_vnni", "amx_int8"})
+    return bool({"avx512_vnni", "avx_vnni", "amx_int8"}.intersection(instruction_sets(description)))
 
 
 @cache

@@ -3,7 +3,7 @@
 import pytest
 
 from eval.bench import extract
-from eval.bench.__main__ import options_of
+from eval.bench.__main__ import options_of, result
 from eval.bench.plan import GROUPS, SETTINGS, STEPS, recipe_file, rows
 from eval.bench.train import config_of
 from model.support.cli import UserError
@@ -28,6 +28,11 @@ def test_the_groups_hold_every_category_once():
 def test_an_unknown_setting_is_named():
     with pytest.raises(UserError, match="tuning, fp32"):
         rows(only="tuninng")
+
+
+def test_a_result_names_the_machine_and_the_commit():
+    found = result([{"name": "x"}])
+    assert found["rows"] == [{"name": "x"}] and found["code"]["hash"] and found["host"]["cores"]
 
 
 def test_a_benchmarks_options_are_the_arguments_of_its_rows():

@@ -79,7 +79,7 @@ def test_the_demos_files_are_named_as_seen_from_the_tables(tmp_path):
     given = run_json(Run(out, "tiny", {"s": {"seconds": 2.0, "peak_mb": 9.0}}), Demo(demo, "tiny"))
     assert (out / given["systems"][0]["predictions"]["heldout"]).resolve() == (demo / "p/a.jsonl").resolve()
     assert {key: given[key] for key in PARTS} == {key: f"{folder}/result.json" for key, folder in PARTS.items()}
-    assert given["seconds"] == 3 and given["peak_mb"] == 9
+    assert given["seconds"] == 3 and given["peak_mb"] == 9 and given["code"]["hash"]
 
 
 def test_the_report_shows_and_plots_every_result(tmp_path, parts):

@@ -9,7 +9,7 @@ from model.quantize import integer
 from model.quantize.integer import integer_linear, integer_product, pad_for_int_mm, row_codes
 from model.quantize.linear import QuantizedWeight
 from model.quantize.rotation import mix
-from model.support.hardware import int8_products
+from model.support.hardware import host, instruction_sets, int8_products
 
 exact_here = pytest.mark.skipif(not int8_products(), reason="this processor's sums of 8-bit products saturate")
 
@@ -170,3 +170,9 @@ def test_the_backward_product_is_off_by_half_a_step_of_the_gradient(seed, transp
 )
 def test_only_vnni_and_amx_multiply_integers_fast(said, fast):
     assert int8_products("cpu", said) is fast
+
+
+def test_a_host_names_the_instruction_sets_that_matter():
+    said = "flags : fpu avx avx2 avx512f amx_tile amx_int8 my_avx_vnni_not"
+    assert instruction_sets(said) == ["avx2", "avx512f", "amx_int8"]
+    assert host()["instruction_sets"] == instruction_sets()
