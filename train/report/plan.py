@@ -188,7 +188,8 @@ def given_load(options: Options, recipe: Recipe) -> Load:
     source = f"{options.documents:,} documents of {options.document_tokens:,} tokens (as given)"
     masked = recipe.packing != "concatenate"  # a token then attends to its own document only
     reach = min(options.document_tokens, longest) / 2 if masked else longest / 2
-    return Load(tokens, tokens, longest, math.ceil(tokens / longest), reach, source)
+    rows = options.documents if recipe.packing == "none" else math.ceil(tokens / longest)
+    return Load(tokens, tokens, longest, rows, reach, source)
 
 
 def device(options: Options) -> tuple[float, float, tuple[float, ...], str]:

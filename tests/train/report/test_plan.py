@@ -138,6 +138,10 @@ def test_a_mistake_is_named(changes, said):
         plan(replace(PAPER, **changes))
 
 
+def test_unpacked_documents_are_a_row_each():
+    assert plan(replace(TUNE, recipe="train/recipes/cancerllm-tune.toml"))["steps"] == round(5 * 10_635 / 4)
+
+
 def test_what_a_recipe_of_ones_own_leaves_out_is_asked_for(tmp_path, data):
     """No weights, or data without the tokenizer that would count it."""
     (tmp_path / "mine.toml").write_text(f'data = ["{data / "notes.jsonl"}"]\nsteps = 3\n')
