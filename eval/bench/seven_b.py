@@ -22,7 +22,7 @@ import torch
 from eval.bench.models import block_matrices, generator_of, read_bytes
 from eval.bench.process import in_own_process, resident
 from eval.bench.row import Row
-from infer.engine.load import load, plan_for
+from infer.engine.load import check_format, load, plan_for
 from lora import peft
 from lora.adapter import LoRAConfig
 from lora.memory import Requests
@@ -35,40 +35,52 @@ from model.support.hardware import product_rate, read_rate
 
 SHAPE = Path("train/recipes/mistral-7b.json")
 PAPER = 5550.0  # MB
+FIGURES = (
+    ("peak", "peak resident memory", "MB (limit: weights)"),
+    ("decode", "decode", "tokens/s"),
+    ("prefill", "prefill", "s to the first token"),
+)
 
 
-def rows(layers: int = 32, tokens: int = 1500, new: int = 50, memory: str = "5000MB") -> list[Row]:
-    """Peak memory, time to the first token, and decoding speed, each with its limit. Use fewer `layers` for a trial."""
+def rows(
+    layers: int = 32,
+    tokens: int = 1500,
+    new: int = 50,
+    memory: str = "5000MB",
+    w8a8: str = "",
+    config: Path = SHAPE,
+) -> list[Row]:
+    """Peak memory, time to the first token, and decoding speed, each with its limit. `w8a8`: a memory such as 9GB, to
+    measure w8a8 within it too, against the first run. Use fewer `layers`, or another model's `config`, for a trial."""
+    if w8a8:
+        check_format("w8a8", "cpu")
+    runs = {"auto": memory} | ({"w8a8": w8a8} if w8a8 else {})
     with tempfile.TemporaryDirectory(prefix="seven-b-") as scratch:
-        path = Path(scratch) / "model"
-        size = write(path, layers)
+        path, found = Path(scratch) / "model", []
+        size = write(path, layers, config)
         write_tokenizer(path)
         write_adapter(path, Path(scratch) / "adapter")
-        drop_cache(path)
-        found = in_own_process(measure, Path(scratch), tokens, new, memory)
-    setting = (
-        f"{layers} layers, {size / 1e9:.1f} GB in bf16 streamed into {found['form']} in "
-        f"{found['load']:.0f} s, LoRA r 8 on all linear layers, {tokens} tokens in, {new} out, {found['cache']} cache, "
-        f"chunks of {found['chunk']}, {found['threads']} threads"
-    )
-    return [
-        Row(
-            "peak resident memory",
-            found["peak"],
-            PAPER,
-            "the paper's GPU memory",
-            "MB (limit: weights)",
-            setting,
-            found["kept"],
-        ),
-        Row("decode", found["decode"], None, None, "tokens/s", setting, found["decode_limit"]),
-        Row("prefill", found["prefill"], None, None, "s to the first token", setting, found["prefill_limit"]),
-    ]
+        for form, budget in runs.items():
+            drop_cache(path)
+            found.append(in_own_process(measure, Path(scratch), tokens, new, budget, form))
+    table, peers, peer = [], {"peak": PAPER}, "the paper's GPU memory"
+    for run in found:
+        setting = (
+            f"{layers} layers, {size / 1e9:.1f} GB in bf16 streamed into {run['form']} in {run['load']:.0f} s, LoRA r "
+            f"8 on all linear layers, {tokens} tokens in, {new} out, {run['cache']} cache, chunks of {run['chunk']}, "
+            f"{run['threads']} threads"
+        )
+        for key, name, unit in FIGURES:
+            known = peers.get(key)
+            limit = run[f"{key}_limit"]
+            table.append(Row(f"{name}, {run['form']}", run[key], known, peer if known else None, unit, setting, limit))
+        peers, peer = run, f"ours, {run['form']}"
+    return table
 
 
-def write(path: Path, layers: int) -> int:
+def write(path: Path, layers: int, shape: Path) -> int:
     """Write the checkpoint with one tensor in memory at a time; returns its size in bytes."""
-    config = ModelConfig.from_dict({**read_json(SHAPE), "num_hidden_layers": layers})
+    config = ModelConfig.from_dict({**read_json(shape), "num_hidden_layers": layers})
     with torch.device("meta"):
         shapes = {name: tuple(p.shape) for name, p in Transformer(config).named_parameters()}
     size = sum(2 * torch.Size(shape).numel() for shape in shapes.values())
@@ -122,10 +134,10 @@ def write_adapter(path: Path, out: Path, r: int = 8) -> None:
     peft.write_adapter(out, config, state)
 
 
-def measure(scratch: Path, tokens: int, new: int, memory: str) -> dict[str, Any]:
+def measure(scratch: Path, tokens: int, new: int, memory: str, form: str) -> dict[str, Any]:
     """Plan, load, prefill and decode; call it in a fresh process."""
     path, adapter, asked = str(scratch / "model"), (str(scratch / "adapter"),), Requests(tokens, new)
-    options = SimpleNamespace(weights=path, adapter=adapter, dtype="float32", format="auto", memory=memory, fuse=False)
+    options = SimpleNamespace(weights=path, adapter=adapter, dtype="float32", format=form, memory=memory, fuse=False)
     plan = plan_for(options, asked)
     began = time.perf_counter()
     model, tokenizer = load(path, adapter, "float32", "cpu", plan.form)
@@ -140,7 +152,8 @@ def measure(scratch: Path, tokens: int, new: int, memory: str) -> dict[str, Any]
     decoded = time.perf_counter() - first
     peak = resident(peak=True)
     config = model.config
-    cached = asked.tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim * 2  # in fp16
+    cached = asked.tokens * config.num_hidden_layers * 2 * config.num_key_value_heads * config.head_dim
+    read = read_bytes(config, "fp32" if plan.form == "wide" else plan.form)
     operations = 2 * asked.tokens * sum(map(prod, block_matrices(config)))
     kept = {t.data_ptr(): t.numel() * t.element_size() for t in (*model.parameters(), *model.buffers())}
     return {
@@ -150,9 +163,9 @@ def measure(scratch: Path, tokens: int, new: int, memory: str) -> dict[str, Any]
         "load": loaded,
         "peak": peak,
         "prefill": first - began,
-        "prefill_limit": operations / (product_rate(torch.bfloat16) * 1e9),
+        "prefill_limit": None if form == "w8a8" else operations / (product_rate(torch.bfloat16) * 1e9),
         "threads": torch.get_num_threads(),
         "decode": count / decoded,
-        "decode_limit": read_rate() * 1e9 / (read_bytes(config, "fp32" if plan.form == "wide" else plan.form) + cached),
-        "kept": sum(kept.values()) / 1e6,
+        "decode_limit": read_rate() * 1e9 / (read + cached * plan.cache.itemsize),
+        "peak_limit": sum(kept.values()) / 1e6,
     }
