@@ -2,7 +2,7 @@
 
 A model that reads a few styles learns those styles. Here the kind of note, its structure and every wording are drawn
 from clinical.toml, for cases with more sites and types than cancers.toml has, and the body around the facts comes from
-MTS-Dialog. One note in ten is of a person without cancer, and answers nothing.
+MTS-Dialog. One note in ten is of a person without cancer: its phenotypes and its diagnosis are "not relevant".
 """
 
 from __future__ import annotations

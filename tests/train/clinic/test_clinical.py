@@ -100,12 +100,12 @@ def test_a_size_is_spoken_as_it_is_dictated():
 
 
 def test_nothing_is_taken_from_the_notes_written_by_hand_or_from_the_unseen_styles():
-    """Eight words in a row are shared with no unseen note, and with the written ones only in three stock phrases (a
-    letter's opening, a ratio, a size): of the real prose no test set holds any."""
+    """Eight words in a row are shared with no unseen note, and with the written ones only in a letter's stock opening:
+    of the real prose no test set holds any."""
     drawn = set().union(*(grams(note["text"]) for note in NOTES)) - prose_grams()
     written = [json.loads(line)["text"] for line in WRITTEN.read_text(encoding="utf-8").splitlines()]
     unseen = [note["text"] for number in range(300) for note in patient_notes("p", number, 1, UNSEEN)]
-    assert len(drawn & set().union(*map(grams, written))) <= 3
+    assert drawn & set().union(*map(grams, written)) <= grams("Thank you for asking me to see this")
     assert not drawn & set().union(*map(grams, unseen))
 
 
