@@ -47,6 +47,12 @@ class State:
     random: torch.Generator | None = None
     lookup: Lookup | None = None
 
+    def uniform(self) -> float:
+        """The next random number in [0, 1) of the request's seed."""
+        if self.random is None:
+            self.random = torch.Generator().manual_seed(self.settings.seed)
+        return torch.rand((), dtype=torch.float64, generator=self.random).item()
+
 
 class Generator:
     """Generates text with one model.
@@ -227,9 +233,9 @@ class Generator:
         normal_B = logits_BV.logsumexp(-1)
         masked_BV = self.constrain(logits_BV, active)
         best_B = masked_BV.argmax(-1)  # lowest id among ties
-        for row, state in enumerate(active):
-            if state.settings.temperature > 0:
-                best_B[row] = draw(masked_BV[row], state)
+        sampled = [row for row, state in enumerate(active) if state.settings.temperature > 0]
+        if sampled:
+            best_B[sampled] = draw(masked_BV[sampled], [active[row] for row in sampled])
 
         logprob_B = logits_BV.gather(1, best_B[:, None])[:, 0] - normal_B
         columns = [best_B, logprob_B]
@@ -373,22 +379,27 @@ class RequestBatch:
         self.held = [self.held[row] for row in kept]
 
 
-def draw(logits_V: Tensor, state: State) -> int:
-    """Samples a token from softmax(logits / temperature) after top-k, top-p and min-p, with the request's own rng."""
-    settings = state.settings
-    if state.random is None:
-        state.random = torch.Generator().manual_seed(settings.seed)
-    probability_V, order_V = (logits_V.double() / settings.temperature).softmax(-1).sort(descending=True, stable=True)
-    keep_V = probability_V >= settings.min_p * probability_V[0]
-    if settings.top_k:
-        keep_V[settings.top_k :] = False
-    if settings.top_p < 1:  # the token that crosses top_p is kept
-        keep_V &= probability_V.cumsum(0) - probability_V < settings.top_p
-    keep_V &= probability_V > 0
-    below_V = (probability_V * keep_V).cumsum(0)
-    point = torch.rand((), dtype=torch.float64, generator=state.random).item() * below_V[-1].item()
-    place = int((below_V <= point).sum())
-    return int(order_V[min(place, int(keep_V.nonzero()[-1]))])
+def draw(logits_BV: Tensor, states: Sequence[State]) -> Tensor:
+    """Samples a token_B from softmax(logits / temperature) after top-k, top-p and min-p, each row by its request's
+    settings and rng. The host reads nothing from the device."""
+    device, V = logits_BV.device, logits_BV.shape[1]
+
+    def column(values: Iterable[float]) -> Tensor:
+        return torch.tensor(list(values), dtype=torch.float64, device=device)[:, None]
+
+    each, rank_V = [state.settings for state in states], torch.arange(V, device=device)
+    temperature_B1 = column(settings.temperature for settings in each)
+    probability_BV, order_BV = (logits_BV.double() / temperature_B1).softmax(-1).sort(descending=True, stable=True)
+    keep_BV = probability_BV >= column(settings.min_p for settings in each) * probability_BV[:, :1]
+    keep_BV &= rank_V < column(settings.top_k or V for settings in each)
+    before_BV = probability_BV.cumsum(-1) - probability_BV  # the token that crosses top_p is kept
+    keep_BV &= before_BV < column(settings.top_p if settings.top_p < 1 else float("inf") for settings in each)
+    keep_BV &= probability_BV > 0
+    below_BV = (probability_BV * keep_BV).cumsum(-1)
+    point_B1 = column(state.uniform() for state in states) * below_BV[:, -1:]
+    place_B1 = (below_BV <= point_B1).sum(-1, keepdim=True)
+    last_B1 = (keep_BV * rank_V).amax(-1, keepdim=True)
+    return order_BV.gather(1, torch.minimum(place_B1, last_B1))[:, 0]
 
 
 def cycles(tokens: Sequence[int]) -> bool:

@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from infer.engine.cache import SPARE, Cache
 from infer.engine.causal import causal
-from infer.engine.generate import Generator, RequestBatch, Settings, cycles
+from infer.engine.generate import Generator, RequestBatch, Settings, State, cycles, draw
 from infer.engine.levels import Level
 from infer.engine.lookup import Lookup, best_guess_count
 from infer.engine.settings import Hidden
@@ -304,6 +304,49 @@ def test_sampling_does_not_depend_on_the_batch(kind, prompts, heat, new, seed, t
     together = generator.generate(prompts, each)
     alone = [generator.generate([prompt], own)[0] for prompt, own in zip(prompts, each, strict=True)]
     assert [out.tokens for out in together] == [out.tokens for out in alone]
+
+
+def drawn_alone(logits_V, state):
+    """The definition of sampling, for one row."""
+    one = state.settings
+    probability_V, order_V = (logits_V.double() / one.temperature).softmax(-1).sort(descending=True, stable=True)
+    keep_V = probability_V >= one.min_p * probability_V[0]
+    if one.top_k:
+        keep_V[one.top_k :] = False
+    if one.top_p < 1:
+        keep_V &= probability_V.cumsum(0) - probability_V < one.top_p
+    keep_V &= probability_V > 0
+    below_V = (probability_V * keep_V).cumsum(0)
+    place = int((below_V <= state.uniform() * below_V[-1].item()).sum())
+    return int(order_V[min(place, int(keep_V.nonzero()[-1]))])
+
+
+@settings(deadline=None, max_examples=60)
+@given(
+    each=st.lists(
+        st.builds(
+            Settings,
+            temperature=st.sampled_from([0.01, 0.3, 1.0, 3.0]),
+            top_k=st.sampled_from([0, 1, 5, 1000]),
+            top_p=st.sampled_from([1, 1.0, 0.9, 0.3]),
+            min_p=st.sampled_from([0, 0.01, 0.5, 1.0]),
+            seed=st.integers(0, 99),
+        ),
+        min_size=1,
+        max_size=5,
+    ),
+    steps=st.integers(1, 4),
+    seed=st.integers(0, 99),
+)
+def test_rows_are_drawn_together_as_each_alone(each, steps, seed):
+    """Also where a constraint leaves few tokens, and where probabilities are equal."""
+    random = torch.Generator().manual_seed(seed)
+    together, alone = ([State([1], one) for one in each] for _ in range(2))
+    for _ in range(steps):
+        logits_BV = (4 * torch.randn(len(each), 50, generator=random)).round()
+        logits_BV[0, 3:] = float("-inf")
+        tokens = draw(logits_BV, together).tolist()
+        assert tokens == [drawn_alone(row_V, state) for row_V, state in zip(logits_BV, alone, strict=True)]
 
 
 def test_sampling_depends_on_the_seed(tokenizer):

@@ -40,11 +40,11 @@ class Allowed:
         return self.ids
 
 
-def reads_of_a_step(tokenizer, windows) -> int:
+def reads_of_a_step(tokenizer, windows, **sampling) -> int:
     generator = Generator(tiny_model(windows=windows), tokenizer)
     generator.stop_ids = frozenset()
     prompts = [[5 + note, *range(20, 60 + note), 200 + question, 7] for note in range(3) for question in range(4)]
-    settings = Settings(max_new_tokens=4, constraint=Allowed())
+    settings = Settings(max_new_tokens=4, constraint=Allowed(), **sampling)
     steps = generator.run(generator.states(prompts, settings, {}))
     next(steps)
     with HostReads(generator.engine.model.parameters()) as reads:
@@ -56,3 +56,7 @@ def reads_of_a_step(tokenizer, windows) -> int:
 @pytest.mark.parametrize("windows", [(None, None), (16, 16), (None, 16)])
 def test_a_step_waits_for_its_device_once(windows, tokenizer):
     assert reads_of_a_step(tokenizer, windows) == 1
+
+
+def test_a_sampled_step_waits_for_its_device_once(tokenizer):
+    assert reads_of_a_step(tokenizer, (None, 16), temperature=0.7, top_k=40, top_p=0.9, min_p=0.01) == 1
