@@ -97,11 +97,9 @@ class Trainer:
             while self.progress.step < self.steps:
                 step = self.progress.step
                 loss, norm, tokens = self.gradients(step)
-                if math.isfinite(loss) and math.isfinite(norm):
-                    learning_rate = self.update(step, norm)
-                else:
-                    self.bad_step(step, loss, norm)
-                    learning_rate = 0.0
+                if not (math.isfinite(loss) and math.isfinite(norm)):
+                    raise UserError(self.bad_step(step, loss, norm))
+                learning_rate = self.update(step, norm)
                 self.progress.step += 1
                 self.progress.tokens += tokens
                 self.seconds = time.monotonic() - started
@@ -197,16 +195,14 @@ class Trainer:
             optimizer.step()
         return self.recipe.learning_rate * share
 
-    def bad_step(self, step: int, loss: float, norm: float) -> None:
-        """A loss or gradient that is not finite: raises UserError naming the step's records, or skips the update."""
+    def bad_step(self, step: int, loss: float, norm: float) -> str:
+        """The message for a loss or gradient that is not finite, with the step's records."""
         rows, _ = self.prepared(step)
         names = dict.fromkeys(name for row in rows for document in row.documents for name, _, _ in document.branches)
-        what = f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; its records are {', '.join(names)}"
-        if self.recipe.on_bad_step == "stop":
-            raise UserError(f"{what}; nothing was updated. Look at them, or continue with --on-bad-step skip")
-        self.progress.skipped += 1
-        if self.ranks.first:
-            tqdm.write(f"{what}; skipped", file=sys.stderr)
+        return (
+            f"step {step + 1}: loss {loss}, gradient norm {norm}: not finite; its records are {', '.join(names)}; "
+            "nothing was updated. Look at them, or train with a lower learning rate"
+        )
 
     # validation and metrics
 

@@ -11,14 +11,13 @@ import math
 import sys
 import tomllib
 from collections.abc import Sequence
-from dataclasses import MISSING, asdict, dataclass, field, fields
+from dataclasses import MISSING, asdict, dataclass, fields
 from pathlib import Path
 from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 import torch
 
 from lora import LoRAConfig
-from model.config import ModelConfig
 from model.support import cli as command
 from model.support.checks import inside
 from model.support.cli import UserError, nearest, one_line
@@ -27,9 +26,9 @@ from train.data.store import Encoding
 INTERVALS = {
     "[1, inf)": "batch_rows micro_rows r valid_rows keep_last",
     "[2, inf)": "block",
-    "[0, inf)": "steps warmup valid_every save_every first_layer records seed",
+    "[0, inf)": "steps warmup valid_every save_every records seed",
     "[0, 1024]": "threads",
-    "[0, 1]": "warmup_share final_rate empty_kept",
+    "[0, 1]": "warmup_share empty_kept",
     "[0, 1)": "dropout",
     "(0, inf)": "alpha",
     "(0, 100)": "learning_rate muon_rate",
@@ -76,9 +75,7 @@ class Recipe:
     learning_rate: float = 2e-4
     """Peak learning rate."""
     schedule: Literal["cosine", "linear", "constant"] = "cosine"
-    """Decay of the learning rate after the warm-up (to `final_rate` of its peak)."""
-    final_rate: float = 0.0
-    """Learning rate at the end of the schedule, as a share of the peak."""
+    """Decay of the learning rate after the warm-up."""
     warmup: int = 0
     """Steps of linear warm-up."""
     warmup_share: float = 0.0
@@ -108,12 +105,7 @@ class Recipe:
     """Scale by alpha / sqrt(r)."""
     target_modules: tuple[str, ...] = ("all-linear",)
     """Linear layers that get an adapter."""
-    rank_pattern: dict[str, int] = field(default_factory=dict)
-    """Rank of some layers: a table of regular expressions for the end of a layer's name, for example v_proj = 16."""
-    alpha_pattern: dict[str, float] = field(default_factory=dict)
-    """Alpha of some layers, likewise."""
-    first_layer: int = 0
-    """First decoder layer with adapters; no gradient flows below it."""
+
     base: Literal["", "nf4", "int8", "w8a8"] = ""
     """Format of the frozen base (empty: dtype). w8a8: int8 GEMMs forward and backward, faster than fp32 on a CPU with
     VNNI, but no faster than bf16 where the CPU has bf16 instructions."""
@@ -148,8 +140,7 @@ class Recipe:
     """Resume from the newest intact checkpoint in `out`, if there is one."""
     allow_changed: bool = False
     """Resume even if the recipe or the data changed."""
-    on_bad_step: Literal["stop", "skip"] = "stop"
-    """What to do if a loss or gradient is not finite."""
+
     device: Literal["auto", "cpu", "cuda"] = "auto"
     """auto: cuda if available. Under torchrun each rank of a machine takes a GPU of its own."""
     dtype: Literal["float32", "bfloat16", "float64"] = "float32"
@@ -235,13 +226,11 @@ def as_type(value: Any, default: Any, where: str) -> Any:
         items = value if isinstance(value, list) else [value]
         kind: type = type(default[0]) if default else str
         return tuple(as_type(item, kind(), where) for item in items)
-    if isinstance(default, dict) and isinstance(value, dict):
-        like = 0 if where.endswith(": rank_pattern") else 0.0
-        return {key: as_type(item, like, f"{where}.{key}") for key, item in value.items()}
+
     if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
         return float(value)
     if type(value) is not type(default):
-        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text", dict: "a table"}
+        kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}
         raise UserError(f"{where} is {value!r}; it must be {kinds[type(default)]}")
     return value
 
@@ -292,16 +281,12 @@ def parameter_dtype(recipe: Recipe) -> torch.dtype:
     return torch.promote_types(dtype, torch.float32) if recipe.full else dtype
 
 
-def lora_config(recipe: Recipe, config: ModelConfig) -> LoRAConfig:
-    """The configuration of a new adapter. Raises UserError if `first_layer` is not a layer of the model."""
+def lora_config(recipe: Recipe) -> LoRAConfig:
+    """The configuration of a new adapter."""
     targets: Any = recipe.target_modules
     if targets == ("all-linear",):
         targets = "all-linear"
-    if recipe.first_layer >= config.num_hidden_layers:
-        raise UserError(f"recipe: first_layer {recipe.first_layer}; the model has {config.num_hidden_layers} layers")
-    layers = tuple(range(recipe.first_layer, config.num_hidden_layers)) if recipe.first_layer else None
-    patterns = recipe.rank_pattern, recipe.alpha_pattern
-    return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, layers, recipe.rslora, *patterns)
+    return LoRAConfig(recipe.r, recipe.alpha, recipe.dropout, targets, rslora=recipe.rslora)
 
 
 def encoding_of(recipe: Recipe, stage: str) -> Encoding:

@@ -15,7 +15,7 @@ import torch
 from torch import nn
 
 from lora import add_lora
-from lora.adapter import adapted, pattern_value
+from lora.adapter import adapted
 from lora.dropout import MASKS
 from lora.merge import merge_folders
 from lora.origin import check_origin
@@ -41,7 +41,7 @@ from train.report.card import code_hash, peak_memory, write_card
 
 # Options that do not change a run's numbers, or only its length: a resumed run may change them.
 MAY_CHANGE = set(
-    "out resume allow_changed save_every keep_last device threads on_bad_step micro_rows checkpoint_blocks compile "
+    "out resume allow_changed save_every keep_last device threads micro_rows checkpoint_blocks compile "
     "fuse sharded".split()
 )
 
@@ -229,7 +229,7 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, Adapt
     if recipe.full:
         model.requires_grad_(True)
     else:
-        tensors = add_adapters(model, recipe, config)
+        tensors = add_adapters(model, recipe)
     if recipe.base:
         for layer in adapted(quantize_base(model, recipe.base)).values():
             assert layer.quantized is not None
@@ -243,18 +243,14 @@ def empty_model(recipe: Recipe, config: ModelConfig) -> tuple[Transformer, Adapt
     return model, tensors
 
 
-def add_adapters(model: Transformer, recipe: Recipe, config: ModelConfig) -> AdapterFile | None:
+def add_adapters(model: Transformer, recipe: Recipe) -> AdapterFile | None:
     """Adds the recipe's adapters, in place. Returns the tensors of an adapter to continue (None for a new one)."""
     if recipe.adapter and not recipe.merge_adapter:
         lora, tensors = drop_absent_targets(read_config(recipe.adapter), model), AdapterFile(recipe.adapter)
         check_tensors(model, tensors, lora, recipe.adapter)
         add_lora(model, lora)
         return tensors
-    lora = lora_config(recipe, config)
-    add_lora(model, lora)
-    for pattern in (*lora.rank_pattern, *lora.alpha_pattern):
-        if not any(pattern_value({pattern: True}, path, False) for path in adapted(model)):
-            raise UserError(f"recipe: rank_pattern or alpha_pattern {pattern!r} fits no layer that has an adapter")
+    add_lora(model, lora_config(recipe))
     return None
 
 

@@ -39,7 +39,7 @@ GOOD = {"data": ("x",), "out": "x", "weights": "x"}
         ({"betas": (0.9, 1.0)}, "betas are"),
         ({"betas": (0.9,)}, "betas are"),
         ({"epochs": float("inf")}, "epochs is inf"),
-        ({"final_rate": 2.0}, "final_rate is 2.0; it must lie in .0, 1"),
+        ({"empty_kept": 2.0}, "empty_kept is 2.0; it must lie in .0, 1"),
         ({"learning_rate": float("nan")}, "learning_rate is nan"),
         ({"valid_rows": 0}, "valid_rows is 0"),
         ({"keep_last": 0}, "keep_last is 0"),
@@ -58,21 +58,12 @@ def test_impossible_recipes_are_refused(wrong, said):
         ("r = 'eight'", "r is 'eight'; it must be a whole number"),
         ("r = true", "whole number"),
         ("r = = 2", "not a TOML"),
-        ("rank_pattern = 3", "must be a table"),
-        ("[rank_pattern]\nv_proj = 2.5", "rank_pattern.v_proj is 2.5; it must be a whole number"),
-        ("[alpha_pattern]\nv_proj = true", "alpha_pattern.v_proj is True; it must be a number"),
     ],
 )
 def test_recipe_files_are_checked_key_by_key(tmp_path, text, said):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=said):
         read_toml(tmp_path / "r.toml")
-
-
-def test_a_pattern_s_numbers_are_its_own_wherever_the_file_lies(tmp_path):
-    (tmp_path / "ranks.toml").write_text("[rank_pattern]\nv_proj = 2\n[alpha_pattern]\nv_proj = 2.5\no_proj = 3")
-    found = read_toml(tmp_path / "ranks.toml")
-    assert found == {"rank_pattern": {"v_proj": 2}, "alpha_pattern": {"v_proj": 2.5, "o_proj": 3.0}}
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):
@@ -98,28 +89,6 @@ def test_the_command_line_overrides_the_file(tmp_path):
     assert not parse([str(tmp_path / "r.toml"), "--resume", "False"], "instruct").resume
 
 
-def test_ranks_and_alphas_by_pattern_reach_the_layers(tmp_path):
-    from tiny_runs import CONFIG
-
-    from lora.adapter import adapted
-    from train.session import empty_model
-
-    text = 'data = ["a"]\nout = "o"\nweights = "w"\nr = 4\n[rank_pattern]\nv_proj = 2\n[alpha_pattern]\n'
-    (tmp_path / "r.toml").write_text(text + '"layers.1.*" = 6\n')
-    model, _ = empty_model(parse([str(tmp_path / "r.toml")], "instruct"), CONFIG)
-    found = {
-        path.split("layers.")[1]: (len(layer.lora_A["default"]), layer.scale["default"])
-        for path, layer in adapted(model).items()
-    }
-    assert found["0.self_attn.v_proj"] == (2, 8.0) and found["0.mlp.up_proj"] == (4, 4.0)
-    assert found["1.self_attn.v_proj"] == (2, 3.0) and found["1.mlp.up_proj"] == (4, 1.5)
-    model, _ = empty_model(parse([str(tmp_path / "r.toml"), "--first-layer", "1"], "instruct"), CONFIG)
-    assert len(adapted(model)) == 7 and all(".layers.1." in path for path in adapted(model)), "none below the first"
-    (tmp_path / "r.toml").write_text(text + "k_prj = 2\n")
-    with pytest.raises(UserError, match="'k_prj' fits no layer"):
-        empty_model(parse([str(tmp_path / "r.toml")], "instruct"), CONFIG)
-
-
 def test_an_adapter_that_is_continued_keeps_its_own_rank_scale_and_dropout(tmp_path):
     from tiny_runs import CONFIG
 
@@ -142,9 +111,6 @@ def test_an_adapter_that_is_continued_keeps_its_own_rank_scale_and_dropout(tmp_p
     [
         ({"target_modules": ("q_prj",)}, "target module 'q_prj' is not in this model .did you mean 'q_proj'"),
         ({"target_modules": ()}, "target_modules is empty"),
-        ({"first_layer": 2}, "first_layer 2; the model has 2 layers"),
-        ({"rank_pattern": {"v_proj(": 2}}, "is not a regular expression"),
-        ({"rank_pattern": {"v_proj": 0}}, "the rank for 'v_proj' is 0"),
         ({"adapter": "none"}, "no such file; an adapter is a folder"),
         ({"adapter": "none", "merge_adapter": True}, "none/adapter_model.safetensors: no such file"),
         ({"valid_data": ("none.jsonl",)}, "none.jsonl: no such file"),
@@ -181,11 +147,11 @@ def test_held_out_data_of_the_other_stage_is_refused_before_the_training_data_is
     assert [path.name for path in (tmp_path / "tokens").iterdir()] == ["valid-rejects.jsonl"]
 
 
-def test_the_schedule_warms_up_and_falls_to_its_share():
-    recipe = Recipe(**GOOD, steps=10, warmup=2, final_rate=0.1)
+def test_the_schedule_warms_up_and_falls_to_zero():
+    recipe = Recipe(**GOOD, steps=10, warmup=2)
     rates = [rate(recipe, step, 10) for step in range(11)]
-    assert rates[:3] == [0.5, 1.0, 1.0] and rates[10] == pytest.approx(0.1)
-    shared = Recipe(**GOOD, steps=10, warmup_share=0.15, final_rate=0.1)  # a share of a step is a step
+    assert rates[:3] == [0.5, 1.0, 1.0] and rates[10] == pytest.approx(0.0)
+    shared = Recipe(**GOOD, steps=10, warmup_share=0.15)  # a share of a step is a step
     assert [rate(shared, step, 10) for step in range(11)] == rates
     assert all(a >= b for a, b in zip(rates[2:], rates[3:], strict=False))
 

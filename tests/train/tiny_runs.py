@@ -58,7 +58,7 @@ def tiny(recipe: Recipe, config: ModelConfig = CONFIG, dtype: torch.dtype = torc
     model = init_weights(Transformer(config), 1).to(dtype).use_attention("fast")
     if recipe.full:
         return model.requires_grad_(True)
-    add_lora(model, lora_config(recipe, config), seed=2)
+    add_lora(model, lora_config(recipe), seed=2)
     generator = torch.Generator().manual_seed(3)
     with torch.no_grad():
         for name, param in model.named_parameters():

@@ -4,7 +4,7 @@
         trainable.safetensors   every trained parameter, unsharded, by name
         optimizer.safetensors   "parameter|key" → state, unsharded
         adapter/                the adapter in PEFT's form (LoRA runs)
-        state.json              step, tokens seen, best held-out loss, skipped steps, the run's identity
+        state.json              step, tokens seen, best held-out loss, the run's identity
         manifest.json           SHA-256 of each file above
 
 A checkpoint is written to a temporary folder and renamed. A run resumes from the newest one whose hashes match; corrupt
@@ -36,7 +36,7 @@ class Progress:
 
     step: int = 0
     tokens: int = 0
-    skipped: int = 0
+
     best: float | None = None
     best_step: int | None = None
 

@@ -62,12 +62,11 @@ def rate(recipe: Recipe, step: int, steps: int) -> float:
     if step < warmup:
         return (step + 1) / warmup
     progress = (step - warmup) / max(1, steps - warmup)
-    decay = {
+    return {
         "cosine": (1 + math.cos(math.pi * progress)) / 2,
         "linear": 1 - progress,
         "constant": 1.0,
     }[recipe.schedule]
-    return recipe.final_rate + (1 - recipe.final_rate) * decay
 
 
 def state_tensors(model: nn.Module, optimizers: list[torch.optim.Optimizer]) -> Iterator[tuple[str, str, Tensor]]:

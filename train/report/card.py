@@ -54,7 +54,6 @@ def run_card(trainer: Trainer, seconds: float, peaks: list[int]) -> dict[str, An
         "records": len(trainer.rows.store),
         "rejected_records": trainer.rows.store.manifest["rejects"],
         "tokens": progress.tokens,
-        "skipped_steps": progress.skipped,
         "best_valid_loss": progress.best,
         "best_step": progress.best_step,
         "trained_parameters": sum(p.numel() for p in trainer.model.parameters() if p.requires_grad),

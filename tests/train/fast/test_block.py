@@ -147,7 +147,7 @@ def test_no_gradient_below_the_first_adapter_and_recomputed_blocks_agree(notes):
     batch, counts = batches(notes)
     found = []
     for fast, again in ((False, False), (True, False), (True, True)):
-        model = tiny(replace(RECIPE, first_layer=0))
+        model = tiny(RECIPE)
         for name, p in model.named_parameters():
             if "layers.0." in name:
                 p.requires_grad_(False)

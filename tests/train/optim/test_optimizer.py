@@ -32,9 +32,9 @@ def test_the_averages_are_the_recipes(optimizer):
 
 
 def test_schedules_fall_as_they_are_called():
-    recipe = replace(RECIPE, steps=8, warmup=0, final_rate=0.2)
-    cosine = 0.2 + 0.8 * (2 + 2**0.5) / 4  # (1 + cos 45°) / 2 of the way
-    falls = {"linear": [1.0, 0.8, 0.6, 0.2], "cosine": [1.0, cosine, 0.6, 0.2], "constant": [1.0] * 4}
+    recipe = replace(RECIPE, steps=8, warmup=0)
+    cosine = (2 + 2**0.5) / 4  # (1 + cos 45°) / 2
+    falls = {"linear": [1.0, 0.75, 0.5, 0.0], "cosine": [1.0, cosine, 0.5, 0.0], "constant": [1.0] * 4}
     for schedule, expected in falls.items():
         rates = [rate(replace(recipe, schedule=schedule), step, 8) for step in (0, 2, 4, 8)]
         assert rates == pytest.approx(expected)
