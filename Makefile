@@ -64,6 +64,7 @@ test-gpu: $(VENV)/.all  ## run the tests that need a CUDA device
 
 lint: $(VENV)/.all  ## run ruff and mypy
 	$(PY) -m ruff check --quiet .
+	$(PY) -m ruff format --check --quiet .
 	$(PY) -m mypy
 
 browser:  ## install Chromium for the web pages' tests, by apt-get as root (without it they are skipped)
