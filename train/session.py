@@ -16,7 +16,7 @@ from torch import nn
 
 from lora import add_lora
 from lora.adapter import adapted
-from lora.dropout import MASKS
+from lora.dropout import MASK_VERSION
 from lora.merge import merge_folders
 from lora.origin import check_origin
 from lora.peft import AdapterFile, check_tensors, drop_absent_targets, read_config, write_adapter
@@ -276,7 +276,7 @@ def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]]) -> 
     options = {key: value for key, value in asdict(recipe).items() if key not in MAY_CHANGE}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     held_out = {"valid_data": sources["valid"]} if "valid" in sources else {}
-    masks = {"dropout_masks": MASKS} if recipe.dropout else {}
+    masks = {"dropout_masks": MASK_VERSION} if recipe.dropout else {}
     return {"stage": stage, "recipe": options, "data": sources["train"], **held_out, **masks}
 
 

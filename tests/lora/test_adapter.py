@@ -25,7 +25,7 @@ from lora.adapter import adapted
 from lora.audit import Options as AuditOptions
 from lora.audit import audit, draw
 from lora.audit import main as audit_main
-from lora.dropout import DRAWS
+from lora.dropout import TABLE_SIZE
 from lora.merge import Options, main
 from model import Transformer
 from model.support.cli import UserError
@@ -314,7 +314,7 @@ def test_dropouts_masks_are_of_the_token_and_of_nothing_beside_it():
 
 
 def test_a_branch_longer_than_the_table_of_draws_repeats_no_mask():
-    plan, width = DropoutPlan(seed=3), DRAWS // 4  # two tokens are read from one place
+    plan, width = DropoutPlan(seed=3), TABLE_SIZE // 4  # a window holds two tokens
     plan.begin(1, [[("a", 0, 3), ("b", 0, 2)]])
     mask = plan.mask(torch.ones(1, 5, width, dtype=torch.bfloat16), 0.25, "q")[0] > 0
     plan.begin(1, [[("b", 0, 2), ("a", 0, 3)]])
@@ -335,7 +335,7 @@ def test_a_gpu_drops_what_a_cpu_drops(dtype):
     for device in ("cpu", "cuda"):
         x_ND = torch.ones(450, 512, dtype=dtype, device=device)
         sum_ND = torch.zeros_like(x_ND)
-        plan.masks(1, 450).add(sum_ND, x_ND, 0.05, "q")
-        found.append([plan.masks(1, 450).zero(x_ND, 0.05, "q").cpu(), sum_ND.cpu()])
+        plan.masks(1, 450).add_kept(sum_ND, x_ND, 0.05, "q")
+        found.append([plan.masks(1, 450).drop(x_ND, 0.05, "q").cpu(), sum_ND.cpu()])
         found[-1].append((plan.mask(x_ND[None], 0.05, "q")[0] > 0).to("cpu", dtype))
     assert all(torch.equal(mask_ND, found[0][0]) for each in found for mask_ND in each)

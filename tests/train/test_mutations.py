@@ -52,7 +52,7 @@ MISTAKES = {
         ),
     ),
     "dropout left out of an adapter's gradient": (
-        ("train.fast.block", "JoinedLinears.a_gradient", "self.masks.zero(n_ND, *self.dropped(n)), out", "n_ND, out"),
+        ("train.fast.block", "JoinedLinears.a_gradient", "self.masks.drop(n_ND, *self.dropped(n)), out", "n_ND, out"),
         lambda notes, documents: the_papers_dropout(notes),
     ),
     "the last block's attention taken from the token before": (

@@ -13,7 +13,7 @@ import pytest
 import torch
 from tiny_runs import as_recipe, ends
 
-from lora.dropout import MASKS
+from lora.dropout import MASK_VERSION
 from model.support.cli import UserError, guard
 from model.support.files import read_json, sha256_file, write_json
 from train.distributed.checkpoint import find_corruption, steps_saved
@@ -158,12 +158,13 @@ def test_a_run_with_dropout_resumes_only_with_the_version_of_masks_that_it_began
         train(recipe, "instruct")
         checkpoint = steps_saved(Path(recipe.out) / "checkpoints")[-1]
         identities[dropout] = read_json(checkpoint / "state.json")["identity"]
-    assert identities[0.1]["dropout_masks"] == MASKS and "dropout_masks" not in identities[0.0]
+    assert identities[0.1]["dropout_masks"] == MASK_VERSION and "dropout_masks" not in identities[0.0]
     state, manifest = read_json(checkpoint / "state.json"), read_json(checkpoint / "manifest.json")
-    state["identity"]["dropout_masks"] = MASKS - 1
+    state["identity"]["dropout_masks"] = MASK_VERSION - 1
     write_json(checkpoint / "state.json", state)
     write_json(checkpoint / "manifest.json", manifest | {"state.json": sha256_file(checkpoint / "state.json")})
-    with pytest.raises(UserError, match=f"was made by another run: dropout_masks was {MASKS - 1}, is {MASKS}"):
+    changed = f"dropout_masks was {MASK_VERSION - 1}, is {MASK_VERSION}"
+    with pytest.raises(UserError, match=f"was made by another run: {changed}"):
         train(recipe, "instruct")
 
 

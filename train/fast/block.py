@@ -15,7 +15,7 @@ frozen weights, none below the first adapter. With y = n Wᵀ + s (n Aᵀ) Bᵀ,
 
     dn = g W + s (g B) A        dB = gᵀ l        dA = s (g B)ᵀ n
 
-Dropout masks are recomputed in the backward pass from the tokens' keys (lora/layer.py). Mixture-of-experts blocks and
+Dropout masks are views of one table, read again in the backward pass (lora/dropout.py). Mixture-of-experts blocks and
 blocks whose own weights train keep the plain block.
 """
 
@@ -163,7 +163,7 @@ class JoinedLinears:
         if self.masks is None:
             low_NR = F.linear(n_ND, self.a_RD)
         else:  # each adapter drops other inputs, so each multiplies its own
-            low = [F.linear(self.masks.zero(n_ND, *self.dropped(n)), self.a_RD[ranks]) for n, _, ranks in self.parts]
+            low = [F.linear(self.masks.drop(n_ND, *self.dropped(n)), self.a_RD[ranks]) for n, _, ranks in self.parts]
             low_NR = torch.cat(low, 1)
         return y_NO.addmm_(low_NR, self.b_OR.t()), low_NR
 
@@ -197,9 +197,9 @@ class JoinedLinears:
             return da_RD
         da_RD = torch.empty_like(self.a_RD)
         for n, _, ranks in self.parts:
-            torch.mm(dlow_NR[:, ranks].t(), self.masks.zero(n_ND, *self.dropped(n)), out=da_RD[ranks])
+            torch.mm(dlow_NR[:, ranks].t(), self.masks.drop(n_ND, *self.dropped(n)), out=da_RD[ranks])
             if dn_ND is not None:
-                self.masks.add(dn_ND, dlow_NR[:, ranks] @ self.a_RD[ranks], *self.dropped(n))
+                self.masks.add_kept(dn_ND, dlow_NR[:, ranks] @ self.a_RD[ranks], *self.dropped(n))
         return da_RD
 
 
