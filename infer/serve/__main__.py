@@ -14,6 +14,7 @@ import secrets
 import socket
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from infer import released
 from model.support.cli import UserError, run
@@ -43,8 +44,6 @@ def main(options: Options) -> int:
         raise UserError("--waiting and --seconds must be at least 1")
     if importlib.util.find_spec("fastapi") is None or importlib.util.find_spec("uvicorn") is None:
         raise UserError('infer.serve needs FastAPI and uvicorn: pip install -c constraints.txt -e ".[serve]"')
-    import uvicorn
-
     from infer.serve.app import Models, make_app
 
     weights = options.weights or released.smollm2()
@@ -56,10 +55,38 @@ def main(options: Options) -> int:
     app = make_app(models, options.host, port, token, options.waiting, options.seconds)
     shown = f"[{options.host}]" if ":" in options.host else options.host
     print(f"http://{shown}:{port}/{'#' + token if token else ''}  (Ctrl-C stops it)", flush=True)
-    quiet = {"log_level": "warning", "access_log": False, "server_header": False}
-    config = uvicorn.Config(app, **quiet, ws="none", lifespan="off", timeout_keep_alive=5, limit_concurrency=512)  # type: ignore[arg-type]
-    uvicorn.Server(config).run(sockets=[listening])
+    server_of(app).run(sockets=[listening])
     return 0
+
+
+def server_of(app: Any, idle: int = 5, connections: int = 512) -> Any:
+    """A uvicorn server that closes a connection after `idle` seconds without a request, and answers with a bare 503
+    while `connections` are open."""
+    import uvicorn
+    from uvicorn.protocols.http.h11_impl import H11Protocol
+
+    class Http(H11Protocol):
+        def connection_made(self, transport: Any) -> None:
+            super().connection_made(transport)
+            self.loop.call_later(idle, self.close_without_request)
+
+        def close_without_request(self) -> None:
+            if self.cycle is None:  # no request's headers have arrived
+                self.transport.close()
+
+    return uvicorn.Server(
+        uvicorn.Config(
+            app,
+            http=Http,
+            ws="none",
+            lifespan="off",
+            timeout_keep_alive=idle,
+            limit_concurrency=connections,
+            log_level="warning",
+            access_log=False,
+            server_header=False,
+        )
+    )
 
 
 def is_loopback(host: str) -> bool:

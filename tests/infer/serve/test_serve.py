@@ -1,12 +1,15 @@
 """infer.serve: its answers are the Extractor's; other hosts, origins, tokens, sizes and queues are refused."""
 
 import asyncio
+import contextlib
 import json
 import logging
 import re
 import shutil
+import socket
 import subprocess
 import time
+import urllib.request
 from pathlib import Path
 
 import pytest
@@ -199,3 +202,13 @@ def test_a_client_that_hangs_up_leaves_its_turn_and_no_text_in_the_log(weights, 
 def test_a_start_that_cannot_be_is_one_line(tmp_path, options, said):
     with pytest.raises(UserError, match=said):
         main(Options(write_model(tmp_path / "m"), **({"port": 0} | options)))
+
+
+def test_connections_without_a_request_are_closed_and_make_room(weights):
+    with served(weights, idle=1, connections=4) as (address, _), contextlib.ExitStack() as stack:
+        host, _, port = address.removeprefix("http://").partition(":")
+        idle = [stack.enter_context(socket.create_connection((host, int(port)), timeout=60)) for _ in range(4)]
+        idle[0].sendall(b"GET / HTTP/1.1\r\nHo")  # a request that never ends
+        assert [one.recv(1) for one in idle] == [b""] * 4
+        with urllib.request.urlopen(address, timeout=60) as answer:
+            assert answer.status == 200
