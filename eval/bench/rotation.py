@@ -1,8 +1,8 @@
 """Quantization error with and without rotation, on synthetic notes: of the logits in w8a8, int8 and int4, and of an
 adapter's gradients over a quantized base.
 
-The reference is the same weights, in fp32 for logits and in fp64 for gradients. docs/quantization.md has the tables and
-the algebra.
+The reference is the same weights, in fp32 for logits and in fp64 for gradients. docs/quantization.md has the logits'
+table and the algebra.
 """
 
 from __future__ import annotations
