@@ -1,7 +1,7 @@
 # %% [markdown]
 # # One adapter, step by step
-# y = x Wᵀ + s · (x Aᵀ) Bᵀ: a linear layer keeps its weight W, and two thin matrices beside it learn. How they start,
-# learn, merge and are stored; one number a step is worked by hand in fp64. D: width in, O: width out, R: the rank.
+# y = x Wᵀ + s · (x Aᵀ) Bᵀ: a linear layer's weight W is frozen, and two thin matrices A and B are trained. One number
+# per step is worked by hand in fp64. D: width of the input, O: of the output, R: the rank.
 # %%
 import json
 import tempfile
@@ -26,32 +26,32 @@ weight_OD, a_RD, b_OR = layer.weight, layer.lora_A["default"], layer.lora_B["def
 tokens_1T = torch.tensor([list(b"Left breast: invasive ductal carcinoma, 2.5 cm. ER+")])
 
 # %% [markdown]
-# ## The start
-# A and B have far fewer numbers than W; only they get gradients and AdamW's averages. B is zero, so a new adapter
-# changes no logit, to the bit. A is uniform in ±1/√D: were both zero, neither would learn.
+# ## Initialization
+# A and B have far fewer parameters than W, and only they have gradients and optimizer state. B is zero, so a new
+# adapter leaves the logits bit-identical. A is uniform in ±1/√D: if both were zero, both gradients would be zero.
 # %%
 with torch.no_grad(), no_adapter(model):
     base_1TV = model(tokens_1T)
-show(init_a, "uniform_", W=weight_OD, A=a_RD, B=b_OR, learned=a_RD.numel() + b_OR.numel(), frozen=weight_OD.numel())
+show(init_a, "uniform_", W=weight_OD, A=a_RD, B=b_OR, trained=a_RD.numel() + b_OR.numel(), frozen=weight_OD.numel())
 check("s = α / R", alpha / R, layer.scale["default"])
 check("logits that a new adapter changes", 0, (model(tokens_1T) != base_1TV).sum())
 
 # %% [markdown]
 # ## The first step
-# A's gradient has the factor B, which is zero: the first step moves B alone. After it, A learns too.
+# A's gradient has the factor B, which is zero, so the first step changes only B. From the second step A trains too.
 # %%
 loss = F.cross_entropy(model(tokens_1T)[0, :-1], tokens_1T[0, 1:])
 grad_a, grad_b = torch.autograd.grad(loss, [a_RD, b_OR])
 b_OR.data -= 0.05 * a_RD.data.norm() / grad_b.norm() * grad_b
 second = torch.autograd.grad(F.cross_entropy(model(tokens_1T)[0, :-1], tokens_1T[0, 1:]), a_RD)[0]
 show(LoRALinear.forward, "y_NO.addmm_", first_gradient_of_B=grad_b, second_gradient_of_A=second)
-check("largest number of A's first gradient", 0, grad_a.abs().max())
+check("largest magnitude in A's first gradient", 0, grad_a.abs().max())
 assert second.abs().max() > 0
 
 # %% [markdown]
-# ## One token through it, beside and merged
-# x Aᵀ makes R numbers of D, B spreads them over O; the update B A is never formed. Merged, the layer is a plain one
-# and costs nothing more. The original weight is kept, since subtracting the update again would not be exact.
+# ## One token through the layer, unmerged and merged
+# Unmerged, B A is never computed: x Aᵀ has R numbers per token, and Bᵀ maps them to O. A merged layer costs no more
+# than a plain one. The original weight is kept, because subtracting the update would not restore it exactly.
 # %%
 x_D = torch.randn(layer.in_features, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
 low_R, y_O = (a_RD @ x_D).detach(), layer(x_D[None])[0].detach()
@@ -59,14 +59,14 @@ show(LoRALinear.forward, "low_NR = ", low_R=low_R, y_O=y_O)
 check("x · W[0] + s Σ (x Aᵀ) · B[0]", float(x_D @ weight_OD[0] + alpha / R * low_R @ b_OR.data[0]), y_O[0])
 original_OD, update_OD = weight_OD.detach().clone(), alpha / R * (b_OR @ a_RD).detach()
 merge_lora(model)
-show(merged_weight, "+ delta).to(", off_if_subtracted=int(((layer.weight - update_OD) != original_OD).sum()))
+show(merged_weight, "+ delta).to(", differ_if_subtracted=int(((layer.weight - update_OD) != original_OD).sum()))
 check("W[0, 0] + s (B A)[0, 0]", float(original_OD[0, 0] + update_OD[0, 0]), layer.weight[0, 0])
 unmerge_lora(model)
 check("weights that differ after unmerging", 0, (layer.weight != original_OD).sum())
 
 # %% [markdown]
 # ## On disk
-# PEFT's two files; a key is `base_model.model.` and the module's name. Loaded again: the same logits to the bit.
+# PEFT's two files; keys are `base_model.model.`, the module's name and `lora_A.weight` or `lora_B.weight`.
 # %%
 with tempfile.TemporaryDirectory() as folder:
     save_adapter(model, folder)

@@ -1,7 +1,7 @@
 # %% [markdown]
 # # One extraction, step by step
-# A synthetic note → nine questions → prompts → their tree → answers under a grammar → the note's record. The model of
-# a finished `make demo` answers, or else random weights: wrong, but with spans, closed values and existing codes.
+# A synthetic note → nine questions → prompts → prefix tree → constrained decoding → the note's record. The model is
+# from a finished `make demo`; without one, weights are random and the answers wrong, but still of valid form.
 # %%
 import json
 import tempfile
@@ -41,9 +41,9 @@ else:
 show(patient_notes, "write_note(", model=runs[0] if runs else "random weights", note=written["text"])
 
 # %% [markdown]
-# ## Questions to prompts to a tree
-# Eight phenotypes and the diagnosis. The note comes first, so all nine prompts share it. What they share is computed
-# once: a prefix's keys serve all branches below it.
+# ## Questions, prompts, prefix tree
+# Eight questions ask for phenotypes, one for the diagnosis. The note comes first in all nine prompts, so its prefill
+# runs once: all branches attend to the prefix's keys and values.
 # %%
 generator = Generator(model, tokenizer)
 asker = Asker(generator, "both", "template", Limits(diagnosis=100), grounded=True)
@@ -55,14 +55,14 @@ prefix, branch = tokenizer.encode(tasks.prefix(note.text), bos=True), tokenizer.
 check("tokens of the note + tokens of the first question", len(prefix) + len(branch), len(prompts[0]))
 prefixes, branches = build_tree(prompts)
 computed, whole = sum(len(part.tokens) for part in (*prefixes, *branches)), sum(map(len, prompts))
-show(RequestBatch.add, "build_tree(", branches=len(branches), computed_tokens=f"{computed} in place of {whole}")
-check("tokens that all prompts begin with", len(commonprefix(prompts)), len(prefixes[0].tokens))
+show(RequestBatch.add, "build_tree(", branches=len(branches), computed_tokens=f"{computed} instead of {whole}")
+check("tokens of the longest common prefix", len(commonprefix(prompts)), len(prefixes[0].tokens))
 
 # %% [markdown]
-# ## Answers under a grammar, and the record
-# At every step only the tokens are allowed that keep the answer legal: here a span of the note. The answer's
-# log-probability is the model's own, as if nothing had been forbidden. In the record each value has its place in the
-# note (start, end), and the diagnosis its code.
+# ## Constrained decoding, and the record
+# At every step only tokens that can continue a valid answer are allowed: here a span of the note. The answer's
+# log-probability is that of the unconstrained model. The record has each value's character offsets in the note (start,
+# end) and the code of the diagnosis.
 # %%
 outs = generator.generate(prompts, [request.settings for request in requests])
 number = list(tasks.PHENOTYPES).index("tumor_site")

@@ -1,6 +1,6 @@
 # %% [markdown]
 # # One training step
-# The training loop's own step (`Trainer.gradients`, `Trainer.update`) on a small model in fp64 and two short notes, in
+# One step of the training loop (`Trainer.gradients`, `Trainer.update`) in fp64, on a small model and two short notes in
 # two micro-batches. Worked by hand: the loss from the logits, a gradient by finite differences, AdamW for one weight.
 # %%
 import json
@@ -24,10 +24,10 @@ config = ModelConfig.from_dict(json.loads((ROOT / "train/recipes/tiny.json").rea
 model = init_weights(Transformer(config), 0).double()
 
 # %% [markdown]
-# ## Notes to rows to loss
-# A row holds a note once; its questions are branches that see the note and themselves. Only an answer's tokens and its
-# end (token 0; every other token is a byte) are targets. The loss is the sum of −log p over all targets of the step,
-# divided by their number N, which is known before the first micro-batch: so micro-batches and ranks just add up.
+# ## Notes, rows, loss
+# A row contains a note once; its questions are branches that attend to the note and to themselves. Targets are the
+# answer's tokens and an end token (0; every other token is a byte). The loss is Σ −log p over the step's targets,
+# divided by their number N, which is known before the first micro-batch, so micro-batches and ranks just add up.
 # %%
 notes = {"Left breast, grade 2.": {"Side? ": "left", "Grade? ": "2"}, "Right lung.": {"Side? ": "right"}}
 rows = []
@@ -37,7 +37,7 @@ for note, questions in notes.items():
     rows.append(Row((note_document(f"note-{len(rows)}", pieces),)))
 show(note_document, "branch_columns(", branch=rows[0].documents[0].branch, positions=rows[0].documents[0].positions)
 N = sum(len(answer) + 1 for questions in notes.values() for answer in questions.values())
-check("N, letters of all answers and an end each", N, count(rows)[ANSWER])
+check("N, bytes of all answers and an end token each", N, count(rows)[ANSWER])
 shape = {"steps": 100, "batch_rows": 2, "micro_rows": 1, "learning_rate": 3e-3, "warmup": 0, "clip": 0.5}
 recipe = Recipe(data=("two notes",), out=tempfile.gettempdir(), init="tiny", tokenizer="bytes", full=True, **shape)
 trainer = Trainer(recipe, model, rows, None, Ranks(), {})
@@ -50,13 +50,13 @@ for row in rows:
     for z_V, target in zip(logits_TV.tolist(), batch.target[0].tolist(), strict=True):
         if target != IGNORE:
             nll.append(math.log(math.fsum(math.exp(z) for z in z_V)) - z_V[target])
-show(ChunkedCrossEntropy.forward, "loss_N[part] =", blind_guess=f"log V = {math.log(config.vocab_size):.4f}")
+show(ChunkedCrossEntropy.forward, "loss_N[part] =", uniform_guess=f"log V = {math.log(config.vocab_size):.4f}")
 check("Σ −log p / N", math.fsum(nll) / N, loss)
 
 # %% [markdown]
-# ## One gradient, checked
-# The backward pass says how the loss changes with each weight. For the largest gradient of one matrix we ask the loss:
-# a little more, a little less, and the slope between.
+# ## One gradient by finite differences
+# For the weight with the largest gradient in one matrix, the loss is computed at w + h and w − h; the slope between
+# them must equal the gradient of the backward pass.
 # %%
 weight = model.get_parameter("model.layers.1.mlp.up_proj.weight")
 place = divmod(int(weight.grad.abs().argmax()), weight.shape[1])
@@ -71,9 +71,9 @@ check("(L(w + h) − L(w − h)) / 2h", (losses[0] - losses[1]) / (2 * h), weigh
 
 # %% [markdown]
 # ## Clipping and the update
-# A gradient longer than the limit is scaled down, so one odd batch cannot move the weights far. AdamW divides the
-# average gradient m by the root of the average square v: the first step is the learning rate against the gradient's
-# sign, whatever its size. Weight decay pulls to zero. The same two notes again and again are learned by heart.
+# A gradient whose norm exceeds the limit is scaled down to it. AdamW divides the average gradient m by the root of the
+# average square v, so the first step moves each weight by the learning rate against the gradient's sign. Weight decay
+# pulls weights to zero. Ten steps on the same two notes lower the loss.
 # %%
 squares = math.fsum(float(p.grad.square().sum()) for p in model.parameters())
 show(Trainer.update, "param.grad.mul_(", limit=recipe.clip, factor=min(1.0, recipe.clip / norm))
