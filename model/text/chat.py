@@ -67,7 +67,7 @@ def encode_chat(tokenizer: Any, messages: Sequence[Mapping[str, str]], form: str
         return render(tokenizer, templates[name], messages)
     if form not in FORMS:
         known = (*FORMS, *templates)
-        raise UserError(f"chat form {form!r} is not supported{nearest(form, known)}; covered are {', '.join(known)}")
+        raise UserError(f"chat form {form!r} is not supported{nearest(form, known)}; supported are {', '.join(known)}")
     system, turns = split_turns(messages)
     if form not in NAMED:
         return _mistral(tokenizer, system, turns, form)
