@@ -92,7 +92,8 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
         raise UserError(f'recipe: base = "w8a8": {NO_INT8_PRODUCTS}; take base = "int8", or leave it out')
     empty = ranks.run_on_all(lambda: empty_model(recipe, config))
     sources = sources_of(recipe, encoding, ranks)
-    run = identity(recipe, stage, sources)
+    drops = any(layer.active and layer.dropout[layer.active] > 0 for layer in adapted(empty[0]).values())
+    run = identity(recipe, stage, sources, drops)
     if recipe.resume:  # before any store is written: a refused resume leaves the other run's store intact
         ranks.run_on_all(lambda: check_unchanged(Path(recipe.out) / "checkpoints", run, recipe.allow_changed))
     ranks.run_on_first(lambda: claim_out(Path(recipe.out), list(sources)))
@@ -249,9 +250,15 @@ def add_adapters(model: Transformer, recipe: Recipe) -> AdapterFile | None:
         lora, tensors = drop_absent_targets(read_config(recipe.adapter), model), AdapterFile(recipe.adapter)
         check_tensors(model, tensors, lora, recipe.adapter)
         add_lora(model, lora)
-        return tensors
-    add_lora(model, lora_config(recipe))
-    return None
+    else:
+        lora, tensors = lora_config(recipe), None
+        add_lora(model, lora)
+    if lora.dropout > 0 and any(".experts." in path for path in adapted(model)):
+        raise UserError(
+            f"recipe: dropout {lora.dropout:g} with adapters on experts, whose tokens change places: their masks would "
+            "depend on the batch; set dropout = 0, or target_modules without w1, w2 and w3"
+        )
+    return tensors
 
 
 def is_merged(recipe: Recipe) -> bool:
@@ -271,12 +278,13 @@ def merged_base(recipe: Recipe, ranks: Ranks) -> str:
     return str(folder)
 
 
-def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]]) -> dict[str, Any]:
-    """Everything that a run's numbers depend on; a resume compares it."""
+def identity(recipe: Recipe, stage: str, sources: dict[str, dict[str, Any]], drops: bool) -> dict[str, Any]:
+    """Everything that a run's numbers depend on; a resume compares it. `drops`: the adapters have dropout, which a
+    continued adapter may bring."""
     options = {key: value for key, value in asdict(recipe).items() if key not in MAY_CHANGE}
     options = {key: list(value) if isinstance(value, tuple) else value for key, value in options.items()}
     held_out = {"valid_data": sources["valid"]} if "valid" in sources else {}
-    masks = {"dropout_masks": MASK_VERSION} if recipe.dropout else {}
+    masks = {"dropout_masks": MASK_VERSION} if drops else {}
     return {"stage": stage, "recipe": options, "data": sources["train"], **held_out, **masks}
 
 

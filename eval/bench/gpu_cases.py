@@ -381,15 +381,15 @@ def extraction_rows(setup: Setup, prepared: bool) -> list[Row]:
 # ---- (d) training -------------------------------------------------------------------------------------------------
 
 
-def training_speed(setup: Setup, model: Any, loss: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
-    """(tokens per second of forward and backward, peak memory in GiB)."""
+def training_speed(setup: Setup, model: Any, tokens: int, loss: Callable[[Any], torch.Tensor]) -> tuple[float, float]:
+    """(tokens per second of forward and backward, peak memory in GB)."""
     torch.cuda.reset_peak_memory_stats()
 
     def step() -> None:
         loss(model).backward()
         model.zero_grad(set_to_none=True)
 
-    return setup.row_tokens / seconds(setup, step, 2.0), torch.cuda.max_memory_allocated() / 2**30
+    return tokens / seconds(setup, step, 2.0), torch.cuda.max_memory_allocated() / 1e9
 
 
 def trainable(model: Any) -> Any:
@@ -400,29 +400,33 @@ def trainable(model: Any) -> Any:
 
 
 def recipe_rows(setup: Setup, limits: dict[str, float]) -> list[Row]:
-    """The paper's recipe on the training blocks (train/fast): LoRA r 16 with dropout on a frozen 7B, four documents
-    packed into a row, whose attention is FlexAttention."""
+    """The paper's recipe on the training blocks (train/fast): LoRA r 16 with dropout on a frozen 7B, three notes with
+    their questions packed into a row, whose attention is FlexAttention."""
     import numpy as np
 
     from lora import DropoutPlan
     from lora.adapter import adapted
     from train.data import rows as data
-    from train.fast.block import fast_blocks
+    from train.fast.block import fast_blocks, join_weights
     from train.loss import batch_loss
 
-    length = setup.row_tokens // 4
-    ids = np.random.default_rng(0).integers(0, setup.vocab, (4, length + 1))
-    row = data.Row(tuple(data.text_documents(str(n), one, length)[0] for n, one in enumerate(ids)))
+    rng, asked = np.random.default_rng(0), [setup.question_tokens, setup.new_tokens] * setup.questions
+    notes = [[rng.integers(0, setup.vocab, n) for n in (setup.note_tokens, *asked)] for _ in range(3)]
+    row = data.Row(tuple(data.note_document(str(n), pieces) for n, pieces in enumerate(notes)))
     batch, counts = data.collate([row]).to(torch.device(setup.device)), data.count([row])
     model = fast_blocks(trainable(random_model(setup, 16, dropout=0.05)))
+    join_weights(model)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:
+            parameter.data = parameter.data.float()
     plan = DropoutPlan()
     plan.begin(0, batch.branches)
     for layer in adapted(model).values():
         layer.plan = plan
     size = sum(p.numel() for p in model.parameters())
-    speed, memory = training_speed(setup, model, lambda model: batch_loss(model, batch, counts)[0])
+    speed, memory = training_speed(setup, model, len(row), lambda model: batch_loss(model, batch, counts)[0])
     limit = limits["operations/s"] / (4 * size)  # 4 FLOP per parameter and token: frozen weights need no gradient
-    setting = f"4 × {length} tokens in a row, bf16, dropout 0.05, {memory:.1f} GB"
+    setting = f"three notes, {len(row)} tokens in a row, bf16, dropout 0.05, {memory:.1f} GB"
     name = "LoRA r 16 training of Mistral-7B's shape by train/fast"
     return [Row(name, speed, limit, "products alone at this device's rate", "tok/s", setting, limit)]
 
@@ -444,7 +448,7 @@ def training_rows(setup: Setup, limits: dict[str, float], recompute: bool) -> li
 
         return model(tokens, readout=readout)
 
-    speed, memory = training_speed(setup, model, loss)
+    speed, memory = training_speed(setup, model, setup.row_tokens, loss)
     limit = limits["operations/s"] / (4 * size)  # 4 FLOP per parameter and token: frozen weights need no gradient
     setting = (
         f"1 × {setup.row_tokens} tokens, bf16, {memory:.1f} GB, "
@@ -463,7 +467,9 @@ def training_rows(setup: Setup, limits: dict[str, float], recompute: bool) -> li
     if recompute:
         theirs.gradient_checkpointing_enable()
         theirs.enable_input_require_grads()
-    peers, more = training_speed(setup, theirs, lambda model: model(input_ids=tokens, labels=tokens).loss)
+    peers, more = training_speed(
+        setup, theirs, setup.row_tokens, lambda model: model(input_ids=tokens, labels=tokens).loss
+    )
     return [Row(name, speed, peers, f"peft ({more:.1f} GB)", "tok/s", setting, limit)]
 
 

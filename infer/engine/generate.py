@@ -40,6 +40,8 @@ class State:
     settings: Settings
     tokens: list[int] = field(default_factory=list)
     logprobs: list[float] = field(default_factory=list)
+    given: int = 0
+    """Number of first `tokens` that were given with the request; the prompt ends with them."""
     runner_ups: list[tuple[int, float]] = field(default_factory=list)
     """With Settings.runner_up: each step's second likeliest token and its log-probability, −∞ if it was not allowed."""
     text: str = ""
@@ -185,7 +187,7 @@ class Generator:
         for state in active:
             if state.lookup is None:
                 state.lookup = Lookup(state.prompt)
-            state.lookup.add(state.tokens[len(state.lookup.ids) - len(state.prompt) :])
+            state.lookup.add(state.tokens[len(state.lookup.ids) - len(state.prompt) + state.given :])
             rates.append(state.lookup.rate)
             found.append(state.lookup.guess(state.settings.max_new_tokens - len(state.tokens) - 1))
         k = best_guess_count(rates, [len(guess) for guess in found], self.row_cost)
@@ -294,7 +296,7 @@ class Generator:
 
     def result(self, state: State) -> Generation:
         assert state.finish is not None
-        return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt))
+        return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt) - state.given)
 
 
 def generator_for(options: Any, plan: Plan) -> Generator:
@@ -336,7 +338,7 @@ class RequestBatch:
             return
         assert not isinstance(self.cache, StaticCache)
         generator, hidden = self.generator, [state.settings.hidden for state in states]
-        prefixes, branches = build_tree([state.prompt for state in states], hidden)
+        prefixes, branches = build_tree([state.prompt for state in states], hidden, joins=self.cache is not None)
         cache = Cache(generator.engine, prefixes, branches, hidden, self.cache)
         self._drop_ended()
         added = [states[branch.prompt] for branch in branches]

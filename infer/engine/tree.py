@@ -61,18 +61,21 @@ class Branch:
 
 
 def build_tree(
-    prompts: Sequence[Sequence[int]], hidden: Sequence[Hidden | None] = ()
+    prompts: Sequence[Sequence[int]], hidden: Sequence[Hidden | None] = (), joins: bool = False
 ) -> tuple[list[Prefix], list[Branch]]:
     """The prefix tree of some prompts: prefixes with parents before children, and branches in depth-first order.
 
-    `hidden` gives for each prompt what to mask: the tokens that do not see it all go to the prompt's branch.
+    `hidden` gives for each prompt what to mask: the tokens that do not see it all go to the prompt's branch. `joins`:
+    the tree will join other branches, whose keys take as many slots as the longest branch; so a single prompt too gets
+    a prefix.
     """
     prefixes: list[Prefix] = []
     branches: list[Branch] = []
     if prompts:
         ends = [len(prompt) - 1 for prompt in prompts]  # every branch has at least one token
         ends = [end if one is None else one.after for end, one in zip(ends, hidden or [None] * len(ends), strict=True)]
-        _add_prompts(prompts, ends, prefixes, branches, list(range(len(prompts))), 0, None)
+        alone = len(prompts) == 1 and not joins
+        _add_prompts(prompts, ends, prefixes, branches, list(range(len(prompts))), 0, None, alone)
     return prefixes, branches
 
 
@@ -84,9 +87,10 @@ def _add_prompts(
     indices: list[int],
     depth: int,
     parent: Prefix | None,
+    alone: bool,
 ) -> None:
     """Adds the prompts `indices`, which are identical up to position `depth`, below `parent`. Tokens from a prompt's
-    `ends` on never become part of a prefix."""
+    `ends` on never become part of a prefix. `alone`: one prompt is a branch as a whole."""
     # module-level on purpose: a recursive closure is a reference cycle, which keeps keys and values alive until gc runs
 
     def add(parent: Prefix | None, tokens: Sequence[int], start: int) -> Prefix:
@@ -97,7 +101,7 @@ def _add_prompts(
     if len(indices) == 1:
         end = ends[indices[0]]
         hides = end < len(ids) - 1  # the prefix sees what the end does not, so it can be reused from the cache
-        if end - depth >= OWN and (len(prompts) > 1 or hides):
+        if end - depth >= OWN and (hides or not alone):
             parent = add(parent, ids[depth:end], depth)
             depth = end
             parent.branches = range(len(branches), len(branches) + 1)
@@ -118,7 +122,7 @@ def _add_prompts(
     for group in groups.values():
         has_prefix = len(group) > 1 and min(ends[i] for i in group) >= depth + SHARED
         for part in [group] if has_prefix else [[i] for i in group]:
-            _add_prompts(prompts, ends, prefixes, branches, part, depth, prefix)
+            _add_prompts(prompts, ends, prefixes, branches, part, depth, prefix, alone)
     if prefix is not parent and prefix is not None:
         prefix.branches = range(began, len(branches))
 

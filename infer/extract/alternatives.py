@@ -25,7 +25,7 @@ def second_choices(generator: Generator, state: State, count: int) -> list[State
         if math.isfinite(total):
             one = State(state.prompt, state.settings, state.tokens[:n], state.logprobs[:n])
             generator.enter(one, *state.runner_ups[n])
-            one.prompt = [*one.prompt, *one.tokens]
+            one.prompt, one.given = [*one.prompt, *one.tokens], len(one.tokens)
             found.append(one)
     return found
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import Any
 
 from infer import tasks
-from infer.engine.generate import Generator, RequestBatch, State
+from infer.engine.generate import Generator, RequestBatch
 from infer.engine.settings import Generation, Settings
 from infer.extract.alternatives import alternative, second_choices
 from infer.extract.answers import best_diagnosis, calibrate, merge, phenotype_record, written_values
@@ -285,25 +285,35 @@ class Asker:
         ]
         places = iter((yield from self.places([answer for of_part in answers for answer in of_part])))
         record |= self.record(answers, [[next(places) for _ in of_part] for of_part in answers])
-        if self.alternatives and len(parts) == 1:
-            states = [state for group in groups_of_parts[0] for state in group.states]
-            yield from self.add_alternatives(record, answers[0], states)
+        if self.alternatives and len(parts) == 1 and not parts[0].long:
+            yield from self.add_alternatives(record, answers[0], groups_of_parts[0])
         return record
 
     def add_alternatives(
-        self, record: dict[str, Any], answers: Sequence[Answer], states: Sequence[State]
+        self, record: dict[str, Any], answers: Sequence[Answer], groups: Sequence[Group]
     ) -> Steps[list[Group], None, None]:
-        """Adds to each answer of a record the likeliest other ones (alternatives.py), `states` being its requests."""
-        others = [second_choices(self.generator, state, self.alternatives) for state in states]
-        running = [one for of_answer in others for one in of_answer if one.finish is None]
-        size = self.max_questions
-        yield [Group(running[n : n + size], len(running[n : n + size])) for n in range(0, len(running), size)]
+        """Adds to each answer of a record the likeliest other ones (alternatives.py); `groups` holds its requests.
+
+        One alternative of each question is generated at a time, in the questions' groups, so that memory is that of the
+        answers themselves.
+        """
+        of_groups = [
+            [second_choices(self.generator, state, self.alternatives) for state in group.states] for group in groups
+        ]
+        for n in range(self.alternatives):
+            round_ = [
+                Group([one for found in of_group for one in found[n : n + 1] if one.finish is None], group.questions)
+                for group, of_group in zip(groups, of_groups, strict=True)
+            ]
+            yield [group for group in round_ if group.states]
         own = iter(record.get("answers", ()))
+        others = [found for of_group in of_groups for found in of_group]
         for answer, of_answer in zip(answers, others, strict=True):
             outs = [without_partial_value(self.generator.result(one), one.settings) for one in of_answer]
             found = [alternative(self.generator, answer.name, out) for out in (answer.out, *outs)]
             entry = record["diagnosis"] if answer.name == "diagnosis" else record.get("phenotypes", {}).get(answer.name)
-            different = {one["text"]: one for one in reversed(found[1:]) if one["text"] not in ("", found[0]["text"])}
+            best_last = sorted(found[1:], key=lambda one: one["logprob"])
+            different = {one["text"]: one for one in best_last if one["text"] not in ("", found[0]["text"])}
             (entry or next(own))["alternatives"] = sorted(different.values(), key=lambda one: -one["logprob"])
 
     def requests(self, part: Part, record: dict[str, Any]) -> list[Request]:

@@ -15,7 +15,9 @@ from functools import cached_property
 from typing import Any
 
 from infer.extract.notes import Note
+from infer.extract.places import occurrences
 from infer.retrieval.repair import SHORT_FORMS, Change, Repair, apply
+from infer.tasks import NOT_RELEVANT, parse_answer
 
 
 @dataclass(frozen=True)
@@ -48,6 +50,19 @@ class RepairedNote:
             text = apply(self.original[first:last], shifted)
         return {"text": text, "start": first, "end": last}
 
+    def alternatives(self, question: dict[str, Any]) -> list[dict[str, Any]]:
+        """A question's alternatives as their values are written in the original, without those that are the answer
+        there."""
+        repaired, found = apply(self.original, self.changes), []
+        for one in question["alternatives"]:
+            texts = []
+            for value in parse_answer(one["text"]):
+                spans = occurrences(value, repaired)
+                texts.append(self.answer(*spans[0], value)["text"] if spans else value)
+            found.append({**one, "text": "; ".join(texts) or NOT_RELEVANT})
+        own = "; ".join(value["text"] for value in question["answers"]) or NOT_RELEVANT
+        return [one for one in found if one["text"] != own]
+
     def restore(self, record: dict[str, Any]) -> dict[str, Any]:
         """The record of the repaired note, with places of the original (in place), and its `repairs`."""
         if "error" in record:
@@ -58,6 +73,9 @@ class RepairedNote:
             value |= self.answer(value["start"], value["end"], value["text"])
             if others:
                 value["ambiguous"] = [[other["start"], other["end"]] for other in others]
+        for question in questions:
+            if "alternatives" in question:
+                question["alternatives"] = self.alternatives(question)
         return {**record, "repairs": [[change.start, change.end, change.after] for change in self.changes]}
 
 

@@ -1,6 +1,7 @@
 """A user's mistakes in recipes are one clear line before any work."""
 
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -104,6 +105,19 @@ def test_an_adapter_that_is_continued_keeps_its_own_rank_scale_and_dropout(tmp_p
     for layer in adapted(model).values():
         assert (len(layer.lora_A["default"]), layer.scale["default"], layer.dropout["default"]) == (2, 3.0, 0.25)
     assert all(tensors[key].equal(value) for key, value in adapter_state(held).items())
+
+
+def test_dropout_of_experts_adapters_is_refused():
+    """A token's place among its expert's tokens depends on the batch, so its mask would too."""
+    from tiny_runs import CONFIG
+
+    from train.session import empty_model
+
+    experts = replace(CONFIG, num_local_experts=2, num_experts_per_tok=1)
+    with pytest.raises(UserError, match="dropout 0.1 with adapters on experts"):
+        empty_model(Recipe(**GOOD, dropout=0.1), experts)
+    empty_model(Recipe(**GOOD, dropout=0.1, target_modules=("q_proj",)), experts)
+    empty_model(Recipe(**GOOD), experts)
 
 
 @pytest.mark.parametrize(

@@ -159,6 +159,10 @@ def test_a_run_with_dropout_resumes_only_with_the_version_of_masks_that_it_began
         checkpoint = steps_saved(Path(recipe.out) / "checkpoints")[-1]
         identities[dropout] = read_json(checkpoint / "state.json")["identity"]
     assert identities[0.1]["dropout_masks"] == MASK_VERSION and "dropout_masks" not in identities[0.0]
+    continued = as_recipe(options, out=str(tmp_path / "more"), steps=1, adapter=f"{recipe.out}/adapter")  # its dropout
+    train(continued, "instruct")
+    state = read_json(steps_saved(tmp_path / "more" / "checkpoints")[-1] / "state.json")
+    assert state["identity"]["dropout_masks"] == MASK_VERSION
     state, manifest = read_json(checkpoint / "state.json"), read_json(checkpoint / "manifest.json")
     state["identity"]["dropout_masks"] = MASK_VERSION - 1
     write_json(checkpoint / "state.json", state)

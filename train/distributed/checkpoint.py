@@ -175,6 +175,7 @@ def restore(
                 saved = {key[len(prefix) :]: stored for key, stored in state.items() if key.startswith(prefix)}
                 if saved:
                     optimizer.state[param] = {key: read_state(stored, param) for key, stored in saved.items()}
+    raw.pop("skipped", None)  # of checkpoints of an older version
     return Progress(**raw)
 
 

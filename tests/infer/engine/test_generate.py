@@ -111,7 +111,7 @@ def test_the_end_of_a_prompt_does_not_see_what_is_hidden_from_it(kind, data, pro
 @given(st.data(), trees())
 def test_a_tree_spells_its_prompts(data, prompts):
     hidden = data.draw(hidden_parts(prompts))
-    prefixes, branches = build_tree(prompts, hidden)
+    prefixes, branches = build_tree(prompts, hidden, joins=data.draw(st.booleans()))
     for branch in branches:
         one = hidden[branch.prompt]
         assert one is None or branch.start <= one.after, "tokens that do not see it are shared with some that do"
@@ -128,6 +128,9 @@ def test_questions_share_their_note():
     prefixes, branches = build_tree([note + [7] * i + [9, i] for i in range(9)])
     assert [len(prefix.tokens) for prefix in prefixes][0] == 200
     assert sum(len(prefix.tokens) for prefix in prefixes) + sum(len(branch.tokens) for branch in branches) < 300
+    for joins in (False, True):  # a branch's slots are those of the longest: beside others a single prompt keeps few
+        _, (branch,) = build_tree([note], joins=joins)
+        assert len(branch.tokens) == (1 if joins else 200)
 
 
 @pytest.mark.parametrize("kind", ["full", "window"])

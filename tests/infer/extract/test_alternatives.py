@@ -1,16 +1,18 @@
 """An alternative answer is the second choice at one step and then greedy; asking for it changes no answer."""
 
 import copy
+from dataclasses import replace
 
 import pytest
 import torch
 from answering_models import tiny_model
 
 from infer import tasks
-from infer.engine.generate import Generator, Settings
+from infer.engine.generate import Generator, RequestBatch, Settings
 from infer.extract.alternatives import second_choices
 from infer.extract.ask import Asker, Limits
 from infer.extract.notes import Note
+from infer.extract.schedule import Schedule, Work
 
 NOTES = [Note(str(n), f"Left breast {n}, 2.{n} cm, grade 2. ER positive; PR negative.") for n in range(3)]
 
@@ -76,10 +78,51 @@ def test_a_second_choice_is_the_second_likeliest_token_and_then_greedy(tokenizer
         assert one.tokens == [*forced, *greedy[: 6 - len(forced)]]
 
 
-def test_a_note_read_in_windows_has_no_alternatives(tokenizer):
+class Counting(RequestBatch):
+    """A RequestBatch that keeps the largest number of requests in the cache."""
+
+    most = 0
+
+    def add(self, states):
+        super().add(states)
+        self.most = max(self.most, len(self.held))
+
+
+@pytest.mark.parametrize("questions", [None, [f"What is said {'and ' * 60}of {n}?" for n in range(6)]])
+def test_alternatives_take_no_more_rows_than_the_answers(tokenizer, questions):
+    """Long questions count as several, and each round has at most one diagnosis a note."""
+    most = []
+    for alternatives in (0, 4):
+        generator = Generator(tiny_model(), tokenizer)
+        asker = Asker(
+            generator, "both", "template", Limits(1500, 8, 20), "error", True, batch=1, alternatives=alternatives
+        )
+        batch = Counting(generator)
+        notes = [replace(note, questions=tuple(questions or ())) for note in NOTES]
+        works = (Work(asker.work(note)) for note in notes)
+        records = Schedule(batch, 1, asker.max_questions, lambda: None).results(works)
+        assert not any("error" in record for record in records)
+        most.append(batch.most)
+    assert most[1] <= most[0] and (questions is None or most[0] < 6)
+
+
+def test_drafts_for_an_alternative_know_its_tokens_once(tokenizer):
+    generator = Generator(tiny_model(), tokenizer)
+    (state,) = generator.states([[1, 2, *range(50, 60), 1, 2]], Settings(max_new_tokens=20, runner_up=True), {})
+    for _ in generator.run([state]):
+        pass
+    for one in second_choices(generator, state, 8):
+        if one.finish is None:
+            generator.row_cost = 0.0  # guess always
+            generator.guess([one])
+            assert one.lookup.ids == one.prompt and generator.result(replace(one, finish="stop")).prompt_tokens == 14
+
+
+def test_a_note_that_is_not_read_whole_has_no_alternatives(tokenizer):
     note = Note("long", " ".join(f"word {n}." for n in range(400)))
-    asker = Asker(
-        Generator(tiny_model(), tokenizer), "both", "template", Limits(400, 4, 4), "windows", True, alternatives=1
-    )
-    (record,) = asker.records([note])
-    assert "long" in record and all("alternatives" not in answer for answer in entries(record))
+    for long in ("windows", "truncate"):
+        asker = Asker(
+            Generator(tiny_model(), tokenizer), "both", "template", Limits(400, 4, 4), long, True, alternatives=1
+        )
+        (record,) = asker.records([note])
+        assert "long" in record and all("alternatives" not in answer for answer in entries(record))

@@ -22,7 +22,12 @@ def test_the_worked_example():
     assert note.text == "T2 tumor of the left upper lobe, invasive."
     answers = [("left upper lobe", 16, 31), ("invasive", 33, 41), ("upper lobe", 21, 31), ("T2", 0, 2)]
     found = {"phenotypes": {"x": {"answers": [{"text": t, "start": s, "end": e} for t, s, e in answers]}}}
+    site = {"answers": [{"text": "left upper lobe", "start": 16, "end": 31}]}
+    others = ("not relevant", "LUL", "left upper lobe", "left upper lobe; invasive")
+    found["phenotypes"]["y"] = site | {"alternatives": [{"text": text, "logprob": -1.0} for text in others]}
     back = way.restore(found)
+    alternatives = back["phenotypes"]["y"]["alternatives"]
+    assert [one["text"] for one in alternatives] == ["not relevant", "LUL; invasive"], "without the answer, LUL"
     assert [tuple(one.values()) for one in back["phenotypes"]["x"]["answers"]] == [
         ("LUL", 16, 19),
         ("invasive", 21, 29),
