@@ -134,7 +134,6 @@ class DropoutPlan:
             self.by_shape[B, T] = TokenMasks(self.seed, branches)
         return self.by_shape[B, T]
 
-    @torch.compiler.disable
     def mask(self, x_BTD: Tensor, p: float, module: str) -> Tensor:
         """(B, T, D) mask of x: 1 / (1 − p) where a value is kept, 0 where it is dropped."""
         B, T, D = x_BTD.shape

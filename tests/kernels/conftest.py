@@ -1,7 +1,8 @@
 """Kernels run in Triton's interpreter without a CUDA device, compiled with one.
 
 Triton decides at import whether its functions are interpreted, and another test may already have imported it. So it is
-imported again here with TRITON_INTERPRET set; the variable is removed afterwards for the tests of other folders.
+imported again here with TRITON_INTERPRET set, and so is the benchmark that holds the kernels' cases; the variable is
+removed afterwards for the tests of other folders.
 """
 
 import contextlib
@@ -18,6 +19,9 @@ if DEVICE == "cpu":
     for name in [n for n in sys.modules if n.split(".")[0] in ("triton", "kernels")]:
         if "_C" not in name:
             del sys.modules[name]
+    for name in ("gpu", "gpu_cases"):
+        if sys.modules.pop(f"eval.bench.{name}", None):
+            delattr(sys.modules["eval.bench"], name)
     os.environ["TRITON_INTERPRET"] = "1"
     try:
         for path in sorted((Path(__file__).parents[2] / "kernels").rglob("*.py")):
