@@ -1,4 +1,4 @@
-"""A compiled decode step over a static KV cache: `python -m infer.generate --compile`.
+"""A compiled decode step over a static KV cache: `python -m infer.generate --compile on`.
 
     tokens_B, position_B, keys and values of every layer  →  x_BD; the new keys and values are written to their slots
 

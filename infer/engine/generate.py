@@ -299,7 +299,7 @@ class Generator:
         return Generation(state.text, state.tokens, state.logprobs, state.finish, len(state.prompt) - state.given)
 
 
-def generator_for(options: Any, plan: Plan) -> Generator:
+def generator_for(options: Any, plan: Plan, compile: bool = False) -> Generator:
     """The Generator for a program's options (ModelOptions) and memory plan; loads the model."""
     model, tokenizer = load(options.weights, options.adapter, options.dtype, form=plan.form, fused=options.fuse)
     tokenizer.put_begin(options.bos)
@@ -309,7 +309,7 @@ def generator_for(options: Any, plan: Plan) -> Generator:
         cache_dtype=plan.cache,
         chunk=plan.chunk,
         max_length=options.max_length,
-        compile=getattr(options, "compile", False),
+        compile=compile,
     )
 
 

@@ -89,10 +89,21 @@ def test_a_mistake_in_the_step_is_noticed(mistake, tokenizer, monkeypatch):
         check("mixed", [3, 30, 5], [9, 4, 9], tokenizer)
 
 
+def test_auto_compiles_where_the_new_tokens_repay_it():
+    def compiles(new, **options):
+        given = generate.Options(prompt="a", weights="w", settings=Settings(max_new_tokens=new), **options)
+        return generate.compiles(given)
+
+    few, many = generate.COMPILE_PAYS - 1, generate.COMPILE_PAYS
+    assert compiles(many) and not compiles(few)
+    assert compiles(few, compile="on") and not compiles(many, compile="off")
+    assert not compiles(many, fuse=True) and not compiles(many, memory="6GB")
+
+
 @pytest.mark.parametrize("other", [{"fuse": True}, {"memory": "6GB"}])
 def test_options_that_do_not_go_together_are_refused(other):
     with pytest.raises(UserError, match="--compile .*; leave one out"):
-        generate.main(generate.Options(prompt="a", weights="none", compile=True, **other))
+        generate.main(generate.Options(prompt="a", weights="none", compile="on", **other))
 
 
 @pytest.mark.slow
