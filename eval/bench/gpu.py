@@ -210,7 +210,7 @@ def main(argv: list[str] | None = None) -> int:
     if missing is not None:
         raise UserError(missing)
     if options.tune:
-        return tune(options.minutes, setup, CONFIGS, partial(cost, setup))
+        return tune(options.minutes, setup)
     with output(options.json, overwrite=False):
         return measure(options.minutes, options.json, setup)
 

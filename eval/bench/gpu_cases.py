@@ -399,6 +399,11 @@ def trainable(model: Any) -> Any:
     return model.train()
 
 
+def training_limit(model: Any, limits: dict[str, float]) -> float:
+    """Tokens per second at the GEMMs' rate, 4 FLOP per parameter and token: frozen weights need no gradient."""
+    return limits["operations/s"] / (4 * sum(p.numel() for p in model.parameters()))
+
+
 def recipe_rows(setup: Setup, limits: dict[str, float]) -> list[Row]:
     """The paper's recipe on the training blocks (train/fast): LoRA r 16 with dropout on a frozen 7B, three notes with
     their questions packed into a row, whose attention is FlexAttention."""
@@ -423,9 +428,8 @@ def recipe_rows(setup: Setup, limits: dict[str, float]) -> list[Row]:
     plan.begin(0, batch.branches)
     for layer in adapted(model).values():
         layer.plan = plan
-    size = sum(p.numel() for p in model.parameters())
     speed, memory = training_speed(setup, model, len(row), lambda model: batch_loss(model, batch, counts)[0])
-    limit = limits["operations/s"] / (4 * size)  # 4 FLOP per parameter and token: frozen weights need no gradient
+    limit = training_limit(model, limits)
     setting = f"three notes, {len(row)} tokens in a row, bf16, dropout 0.05, {memory:.1f} GB"
     name = "LoRA r 16 training of Mistral-7B's shape by train/fast"
     return [Row(name, speed, limit, "products alone at this device's rate", "tok/s", setting, limit)]
@@ -440,7 +444,6 @@ def training_rows(setup: Setup, limits: dict[str, float], recompute: bool) -> li
     tokens = torch.randint(0, setup.vocab, (1, setup.row_tokens), device=setup.device)
     model = fuse(trainable(random_model(setup, 16)))
     model.model.checkpoint_blocks = recompute
-    size = sum(p.numel() for p in model.parameters())
 
     def loss(model: Any) -> torch.Tensor:
         def readout(x_BTD: torch.Tensor, head: Any) -> torch.Tensor:
@@ -449,7 +452,7 @@ def training_rows(setup: Setup, limits: dict[str, float], recompute: bool) -> li
         return model(tokens, readout=readout)
 
     speed, memory = training_speed(setup, model, setup.row_tokens, loss)
-    limit = limits["operations/s"] / (4 * size)  # 4 FLOP per parameter and token: frozen weights need no gradient
+    limit = training_limit(model, limits)
     setting = (
         f"1 × {setup.row_tokens} tokens, bf16, {memory:.1f} GB, "
         "share of the limit = MFU at 4 FLOP a parameter and token"

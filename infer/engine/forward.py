@@ -39,7 +39,6 @@ class PackedLinear:
         self.modules = modules
         self.weight: Tensor | None = None
         self.bias: Tensor | None = None
-
         self.quantized: QuantizedWeight | None = None
         self.adapter: tuple[Tensor, Tensor] | None = None  # a_DR of all layers concatenated, block-diagonal b_RO
         quantized = [getattr(module, "quantized", None) for module in modules]

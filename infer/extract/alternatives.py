@@ -34,5 +34,5 @@ def alternative(generator: Generator, name: str, out: Generation) -> dict[str, A
     """A record's entry: the answer's text, written as the task writes it, and its log-probability."""
     text = " ".join(out.text.split())
     if name != "diagnosis" and text:
-        text = "; ".join(tasks.parse_answer(text)) or tasks.NOT_RELEVANT
+        text = tasks.answer(tasks.parse_answer(text)).strip()
     return {"text": text, "logprob": round(sum(kept_logprobs(out, generator.decode)), 4)}

@@ -66,7 +66,7 @@ Asked = TypeVar("Asked", bound=AskOptions)
 
 def planned(options: Asked, task: str, known: Mapping[str, Any], rank: int = 0, world: int = 1) -> tuple[Asked, Plan]:
     """The options with the dtype, format and number of notes that the machine and its memory allow, or that are `known`
-    of a job that goes on; and the plan. The first rank chooses for all."""
+    of a job that is resumed; and the plan. The first rank chooses for all."""
     if options.memory and options.long == "windows":
         raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
     from infer.engine.load import DTYPES, device_here, dtype_for, plan_for

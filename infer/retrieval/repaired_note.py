@@ -14,10 +14,10 @@ from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
+from infer import tasks
 from infer.extract.notes import Note
 from infer.extract.places import occurrences
 from infer.retrieval.repair import SHORT_FORMS, Change, Repair, apply
-from infer.tasks import NOT_RELEVANT, parse_answer
 
 
 @dataclass(frozen=True)
@@ -56,11 +56,11 @@ class RepairedNote:
         repaired, found = apply(self.original, self.changes), []
         for one in question["alternatives"]:
             texts = []
-            for value in parse_answer(one["text"]):
+            for value in tasks.parse_answer(one["text"]):
                 spans = occurrences(value, repaired)
                 texts.append(self.answer(*spans[0], value)["text"] if spans else value)
-            found.append({**one, "text": "; ".join(texts) or NOT_RELEVANT})
-        own = "; ".join(value["text"] for value in question["answers"]) or NOT_RELEVANT
+            found.append({**one, "text": tasks.answer(texts).strip()})
+        own = tasks.answer([value["text"] for value in question["answers"]]).strip()
         return [one for one in found if one["text"] != own]
 
     def restore(self, record: dict[str, Any]) -> dict[str, Any]:

@@ -1,7 +1,9 @@
 """A small random model and a byte-level tokenizer for the tests of infer."""
 
 import contextlib
+import inspect
 import json
+import textwrap
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -117,3 +119,12 @@ def tokens_read(model: Transformer) -> Iterator[list[int]]:
     hook = model.model.embed_tokens.register_forward_hook(lambda _, given, out: read.append(given[0].numel()))
     yield read
     hook.remove()
+
+
+def make_mistake(monkeypatch, owner, name: str, right: str, wrong: str) -> None:
+    """Replaces a function of a module or class by itself with `right`, which its source holds once, made `wrong`."""
+    source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
+    assert source.count(right) == 1
+    scope = dict(vars(inspect.getmodule(owner)))
+    exec(source.replace(right, wrong), scope)
+    monkeypatch.setattr(owner, name, scope[name])

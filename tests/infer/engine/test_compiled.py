@@ -1,13 +1,11 @@
 """The step over static slots equals the plain model, eagerly and compiled; a compiler that fails costs one line."""
 
 import contextlib
-import inspect
-import textwrap
 from copy import deepcopy
 
 import pytest
 import torch
-from answering_models import plain_greedy, tiny_model
+from answering_models import make_mistake, plain_greedy, tiny_model
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -79,11 +77,7 @@ def test_a_mistake_in_the_step_is_noticed(mistake, tokenizer, monkeypatch):
     else:
         name, right, wrong = MISTAKES[mistake]
         owner = compiled if hasattr(compiled, name) else compiled.StaticCache
-        source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
-        assert source.count(right) == 1
-        scope = dict(vars(compiled))
-        exec(source.replace(right, wrong), scope)
-        monkeypatch.setattr(owner, name, scope[name])
+        make_mistake(monkeypatch, owner, name, right, wrong)
         seen = pytest.raises(AssertionError)
     with torch.compiler.set_stance("force_eager"), seen:
         check("mixed", [3, 30, 5], [9, 4, 9], tokenizer)

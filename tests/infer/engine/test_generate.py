@@ -2,16 +2,13 @@
 
 import contextlib
 import gc
-import inspect
 import random
-import sys
-import textwrap
 from dataclasses import replace
 from functools import lru_cache
 
 import pytest
 import torch
-from answering_models import plain_greedy, tiny_model, tokens_read, unseen
+from answering_models import make_mistake, plain_greedy, tiny_model, tokens_read, unseen
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -615,11 +612,7 @@ def test_a_mistake_in_refilling_is_noticed(mistake, tokenizer, monkeypatch):
     if mistake is not None:
         name, right, wrong = MISTAKES[mistake]
         owner = Level if name == "index" else Cache
-        source = textwrap.dedent(inspect.getsource(getattr(owner, name)))
-        assert source.count(right) == 1
-        scope = dict(vars(sys.modules[owner.__module__]))
-        exec(source.replace(right, wrong), scope)
-        monkeypatch.setattr(owner, name, scope[name])
+        make_mistake(monkeypatch, owner, name, right, wrong)
     noticed = pytest.raises((AssertionError, IndexError, RuntimeError)) if mistake else contextlib.nullcontext()
     with noticed:
         groups = notes_of([40, 30, 60, 12], 4)
