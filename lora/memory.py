@@ -176,7 +176,7 @@ def training(config: ModelConfig, step: Step, ranks: int = 1) -> dict[str, float
     also "fragmentation".
     """
     model, e = trained_model(config, step), step.dtype.itemsize
-    block, root, largest = frozen_bytes(model, step, ranks)
+    block, root, largest = frozen_bytes(model, step)
     trained = sum(p.nbytes for p in model.parameters() if p.requires_grad)
     layers, active = config.num_hidden_layers, active_layers(config, step)
     saved, transient = block_bytes(config, step)
@@ -203,7 +203,7 @@ def training(config: ModelConfig, step: Step, ranks: int = 1) -> dict[str, float
     return made
 
 
-def frozen_bytes(model: Transformer, step: Step, ranks: int) -> tuple[float, float, float]:
+def frozen_bytes(model: Transformer, step: Step) -> tuple[float, float, float]:
     """(bytes of all blocks' weights, bytes of the other weights, bytes of the largest weight once dequantized).
 
     Adapters are not counted; in full training these weights are the trained ones.
@@ -215,9 +215,7 @@ def frozen_bytes(model: Transformer, step: Step, ranks: int) -> tuple[float, flo
             continue
         layer = adapters.get(name.removesuffix(".weight"))
         size = bytes_of(step.base, *p.shape) if step.base and layer is not None else p.nbytes
-        if step.base == "w8a8" and layer is not None:  # on one rank its transposed codes too; it is never dequantized
-            size += p.numel() * (ranks == 1)
-        elif step.base and layer is not None:
+        if step.base and layer is not None:
             largest = max(largest, p.numel() * step.dtype.itemsize)
         block, root = (block + size, root) if ".layers." in name else (block, root + size)
     return block, root, largest

@@ -106,9 +106,8 @@ class Recipe:
     target_modules: tuple[str, ...] = ("all-linear",)
     """Linear layers that get an adapter."""
 
-    base: Literal["", "nf4", "int8", "w8a8"] = ""
-    """Format of the frozen base (empty: dtype). w8a8: int8 GEMMs forward and backward, faster than fp32 on a CPU with
-    VNNI, but no faster than bf16 where the CPU has bf16 instructions."""
+    base: Literal["", "nf4", "int8"] = ""
+    """Format of the frozen base (empty: dtype)."""
 
     block: int = 1024
     """Largest number of tokens in a row."""

@@ -25,7 +25,6 @@ from model.checkpoints.weights import config_dict, new_checkpoint, open_checkpoi
 from model.config import ModelConfig
 from model.support.cli import UserError, guard
 from model.support.files import atomic_folder
-from model.support.hardware import NO_INT8_PRODUCTS, int8_products
 from model.support.lock import claim, hold, is_empty, sweep
 from model.text.tokenizer import copy_tokenizer
 from model.transformer import Transformer
@@ -88,8 +87,7 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     if recipe.block > config.batch_length:
         raise UserError(f"recipe: block {recipe.block} is more than the model's {config.batch_length} positions")
     ranks.run_on_all(lambda: check_weights(recipe))
-    if recipe.base == "w8a8" and not int8_products(str(ranks.device)):
-        raise UserError(f'recipe: base = "w8a8": {NO_INT8_PRODUCTS}; take base = "int8", or leave it out')
+
     empty = ranks.run_on_all(lambda: empty_model(recipe, config))
     sources = sources_of(recipe, encoding, ranks)
     drops = any(layer.active and layer.dropout[layer.active] > 0 for layer in adapted(empty[0]).values())

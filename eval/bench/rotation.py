@@ -20,7 +20,7 @@ from lora import LoRAConfig, add_lora
 from lora.adapter import adapted
 from lora.quantized import quantize_base
 from model import Tokenizer, Transformer
-from model.quantize.linear import QuantizedWeight, quantize_layers, quantize_model
+from model.quantize.linear import quantize_layers, quantize_model
 from model.quantize.rotation import rotate
 from train.clinic.program import patient_notes
 
@@ -44,20 +44,11 @@ def narrowed(model: Transformer) -> Transformer:
     return model
 
 
-def unmixed(model: Transformer) -> Transformer:
-    """The model with its base in w8a8, whose inputs are not mixed."""
-    for layer in adapted(model).values():
-        layer.quantized = QuantizedWeight.quantize([layer.weight], tuple(layer.weight.shape), "w8a8")
-        layer.weight = None  # type: ignore[assignment]
-    return model
-
-
 BASES: dict[str, Callable[[Transformer], Transformer]] = {
     "fp32": lambda model: model,
     "bf16": narrowed,
     "int8": lambda model: quantize_base(model, "int8"),
-    "w8a8, not rotated": unmixed,
-    "w8a8": lambda model: quantize_base(model, "w8a8"),
+    "nf4": lambda model: quantize_base(model, "nf4"),
 }
 B_STD = 0.01  # standard deviation of the adapter's B matrices
 

@@ -52,7 +52,7 @@ def rows(
     size: str = "56m",
     steps: int = 5,
     r: int = 16,
-    base: Literal["", "nf4", "w8a8"] = "",
+    base: Literal["", "nf4"] = "",
     dtype: Literal["float32", "bfloat16"] = "float32",
 ) -> list[Row]:
     """Speed, memory and MFU on plain rows and on records. `size`: tiny, 56m or smollm2; `base`: quantized or not."""
@@ -89,11 +89,10 @@ def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[
         title = "transformers + peft" if peer == "peft" else peer
         return Row(f"{kind}{base}: {name}", ours[key], found[peer][key], title, unit, setting, limit)
 
-    int8_gemm = asked["base"] == "w8a8"  # the measured rate of floating-point GEMMs is no limit then
-    made = [row("speed", unit, "speed", "peft", None if int8_gemm else ours["limit"])]
+    made = [row("speed", unit, "speed", "peft", ours["limit"])]
     made += [row("speed", unit, "speed", who) for who in found if who not in ("ours", "peft")]
     made.append(row("memory", "MB over the process before the model", "memory", "peft"))
-    if kind == "plain" and not int8_gemm:
+    if kind == "plain":
         made.append(row("MFU", f"share of {ours['peak'] / 1e9:,.0f} GFLOP/s", "mfu", "peft"))
     return made
 

@@ -19,12 +19,6 @@ def integer_linear(x_ND: Tensor, codes_OD: Tensor, scales_O: Tensor) -> Tensor:
     return integer_product(a_ND, codes_OD).to(torch.float32).mul_(scales_O).mul_(s_N1).to(x_ND.dtype)
 
 
-def integer_backward(g_NO: Tensor, codes_DO: Tensor, scales_O: Tensor) -> Tensor:
-    """g · W in g's dtype, with g times W's scales quantized to int8 per row. `codes_DO`: W's codes, transposed."""
-    a_NO, s_N1 = row_codes(g_NO * scales_O)
-    return integer_product(a_NO, codes_DO).to(torch.float32).mul_(s_N1).to(g_NO.dtype)
-
-
 def row_codes(x_ND: Tensor) -> tuple[Tensor, Tensor]:
     """(a_ND int8 in −127 … 127, s_N1 fp32) with |x − a · s| ≤ s / 2. A row with NaN gets s = NaN."""
     x_ND = x_ND.to(torch.float32)

@@ -31,7 +31,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from model.quantize.blockwise import NF4, dequantize_scales, nf4_codes, quantize_scales
-from model.quantize.integer import integer_backward, integer_linear
+from model.quantize.integer import integer_linear
 from model.quantize.rotation import mix, mixes_inputs, rotate, unmix
 from model.support.hardware import compute_dtype, product
 
@@ -71,7 +71,6 @@ class QuantizedWeight(nn.Module):
     scales      int8: (O,) bf16;  w8a8: (O,) fp32;  int4: (D / group, O, 2) bf16, scale and zero;  nf4: (O · D / group,)
                 uint8, whose own scales and mean (model/quantize/blockwise.py) are `scales_absmax` and `scales_mean`
     mixed       w8a8: the codes are those of `mix(W)`, and inputs are mixed before the GEMM
-    transposed  w8a8 in training: the codes transposed, (D, O), once `transpose` was called
     """
 
     codes: Tensor
@@ -90,7 +89,7 @@ class QuantizedWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.form, self.shape, self.packed, self.mixed = form, (shape[0], shape[1]), False, mixed
-        self.transposed: Tensor | None = None
+
         self.kind, self.group = format_of(form, shape[1])
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)
@@ -115,7 +114,7 @@ class QuantizedWeight(nn.Module):
 
     def codes_of(self, rows_MD: Tensor) -> tuple[Tensor, Tensor]:
         """Quantize some rows only, for one rank: (codes, scales); nf4's scales are not yet quantized."""
-        return quantize_rows(rows_MD, self.kind, self.group, self.mixed)
+        return quantize_rows(rows_MD, self.kind, self.group)
 
     @classmethod
     def join(cls, weights: list[QuantizedWeight]) -> QuantizedWeight:
@@ -167,18 +166,9 @@ class QuantizedWeight(nn.Module):
         return y_NO.to(x_ND.dtype)
 
     def product_backward(self, g_NO: Tensor) -> Tensor:
-        """g · W in g's dtype, the gradient of `product`'s input. An int8 GEMM for w8a8, except in fp64."""
-        if self.kind == "w8a8" and g_NO.dtype != torch.float64:
-            codes_DO = self.codes.t().contiguous() if self.transposed is None else self.transposed
-            dx_ND = integer_backward(g_NO, codes_DO, self.scales)
-        else:
-            dx_ND = g_NO @ self.dequantize(g_NO.dtype)
+        """g · W in g's dtype, the gradient of `product`'s input."""
+        dx_ND = g_NO @ self.dequantize(g_NO.dtype)
         return unmix(dx_ND) if self.mixed else dx_ND
-
-    def transpose(self) -> QuantizedWeight:
-        """Store w8a8's codes transposed as well, for `product_backward`; returns self."""
-        self.transposed = self.codes.t().contiguous()
-        return self
 
     def tiled(self, x_ND: Tensor, dtype: torch.dtype) -> Tensor:
         """x · Wᵀ in `dtype`, dequantizing W in tiles of rows to x's dtype.

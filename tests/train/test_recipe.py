@@ -222,14 +222,3 @@ def test_every_recipe_that_ships_is_one_and_the_faithful_ones_say_what_the_scrip
     assert {key: getattr(recipe, key) for key in expected} == expected
     sound = SOUND.get(file.stem, {})
     assert {key: getattr(recipe, key) for key in sound} == sound
-
-
-def test_products_that_the_processor_has_not_are_refused_before_any_work(options, tmp_path, monkeypatch):
-    from tiny_runs import as_recipe
-
-    from train.session import train
-
-    monkeypatch.setattr("model.support.hardware.processor", lambda: "flags : avx2 fma")
-    with pytest.raises(UserError, match='base = "w8a8": this machine has no fast exact int8 GEMM'):
-        train(as_recipe(options, out=str(tmp_path / "run"), base="w8a8"), "instruct")
-    assert not (tmp_path / "run").exists()

@@ -78,7 +78,7 @@ def set_scales(quantized: QuantizedWeight, scales: list[Tensor], mine: slice, ra
     flat = all_OG.flatten()
     if ranks.world > 1:
         flat = sum_over_ranks(flat.to(ranks.device)).cpu()
-    if quantized.kind in ("int8", "w8a8"):
+    if quantized.kind == "int8":
         quantized.scales.copy_(flat)
         return
     buffers = (quantized.scales, quantized.scales_absmax, quantized.scales_mean)

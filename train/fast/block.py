@@ -33,29 +33,21 @@ from lora.dropout import TokenMasks
 from lora.layer import LoRALinear
 from model.cache import KVCache
 from model.mask import Visible
-from model.quantize.linear import QuantizedWeight
 from model.support.hardware import product, use_onednn
 from model.transformer import Block, RMSNorm, Transformer
 from train.fast.attention import DocumentAttend
 
-Matrix = Tensor | QuantizedWeight
 
-
-def frozen_weight(linear: Any) -> Matrix:
-    return linear.weight if linear.weight is not None else linear.quantized
-
-
-def frozen_weights(linears: Sequence[nn.Linear], dtype: torch.dtype) -> list[Matrix]:
+def frozen_weights(linears: Sequence[Any], dtype: torch.dtype) -> list[Tensor]:
     """The frozen weights of layers that share an input: one matrix if `join_weights` has joined them, else one a layer.
 
-    NF4 and int8 weights are dequantized for this one product; w8a8 weights are multiplied as they are.
+    Quantized weights are dequantized for this one product.
     """
-    own = [frozen_weight(linear) for linear in linears]
     joined, parts = getattr(linears[0], "joined", (None, ()))
     # after a merge the layers have new weights
-    if joined is not None and all(weight is part for weight, part in zip(own, parts, strict=True)):
+    if joined is not None and all(linear.weight is part for linear, part in zip(linears, parts, strict=True)):
         return [joined]
-    return [w.dequantize(dtype) if isinstance(w, QuantizedWeight) and w.kind != "w8a8" else w for w in own]
+    return [linear.weight if linear.weight is not None else linear.quantized.dequantize(dtype) for linear in linears]
 
 
 def join_weights(model: Transformer) -> None:
@@ -70,32 +62,19 @@ def join_weights(model: Transformer) -> None:
 
 
 def join(linears: Sequence[Any]) -> None:
-    own: list[Any] = [frozen_weight(linear) for linear in linears]
-    joined: Matrix
-    if all(isinstance(weight, QuantizedWeight) and weight.kind == "w8a8" for weight in own):
-        joined = QuantizedWeight.join(own).transpose()  # of a single one too: the backward product reads the transpose
-    elif len(own) > 1 and all(isinstance(weight, Tensor) for weight in own):
-        joined = torch.cat([weight.detach() for weight in own])
-        for weight, part_OD in zip(own, joined.split([len(weight) for weight in own]), strict=True):
+    own = [linear.weight for linear in linears]
+    if len(own) > 1 and all(weight is not None for weight in own):
+        joined_OD = torch.cat([weight.detach() for weight in own])
+        for weight, part_OD in zip(own, joined_OD.split([len(weight) for weight in own]), strict=True):
             weight.data = part_OD
-    else:
-        return
-    linears[0].joined = joined, own
+        linears[0].joined = joined_OD, own
 
 
-def linear_forward(n_ND: Tensor, weight: Matrix, bias_O: Tensor | None) -> Tensor:
-    """n Wᵀ + b."""
-    if isinstance(weight, QuantizedWeight):
-        y_NO = weight.product(n_ND)
-        return y_NO if bias_O is None else y_NO.add_(bias_O)
-    return product(n_ND, weight, bias_O)
-
-
-def add_input_gradient(g_NO: Tensor, weight: Matrix, dn_ND: Tensor | None) -> Tensor:
+def add_input_gradient(g_NO: Tensor, weight_OD: Tensor, dn_ND: Tensor | None) -> Tensor:
     """dn + g W, accumulated into `dn_ND` if given."""
-    if dn_ND is not None and isinstance(weight, Tensor) and not use_onednn(g_NO, weight):
-        return dn_ND.addmm_(g_NO, weight)
-    part_ND = weight.product_backward(g_NO) if isinstance(weight, QuantizedWeight) else product(g_NO, weight.t())
+    if dn_ND is not None and not use_onednn(g_NO, weight_OD):
+        return dn_ND.addmm_(g_NO, weight_OD)
+    part_ND = product(g_NO, weight_OD.t())
     return part_ND if dn_ND is None else dn_ND.add_(part_ND)
 
 
@@ -155,9 +134,9 @@ class JoinedLinears:
         biases: list[Tensor | None] = [linear.bias for linear in self.linears]
         if len(weights) == 1:
             present = [bias for bias in biases if bias is not None]  # q, k and v have a bias each, or none has
-            y_NO = linear_forward(n_ND, weights[0], torch.cat(present) if present else None)
+            y_NO = product(n_ND, weights[0], torch.cat(present) if present else None)
         else:
-            y_NO = torch.cat([linear_forward(n_ND, *pair) for pair in zip(weights, biases, strict=True)], 1)
+            y_NO = torch.cat([product(n_ND, *pair) for pair in zip(weights, biases, strict=True)], 1)
         if self.a_RD is None or self.b_OR is None:
             return y_NO, None
         if self.masks is None:

@@ -14,7 +14,6 @@ from tiny_runs import CONFIG
 
 from lora import LoRAConfig, add_lora, load_adapter, merge_lora, save_adapter
 from lora.quantized import quantize_base
-from model.support.hardware import int8_products
 from model.support.init import init_weights
 from model.transformer import Transformer
 from train.distributed.checkpoint import steps_saved
@@ -63,7 +62,6 @@ def cases(data, tmp_path_factory) -> dict:
             "tied": {**common, "weights": tied},
             "nf4": {**common, "base": "nf4", "dtype": "bfloat16"},
             "int8": {**common, "base": "int8"},
-            **({"w8a8": {**common, "base": "w8a8"}} if int8_products() else {}),
             "on": {**common, "adapter": str(root / "adapter")},
             "merged": {**common, "adapter": str(root / "adapter"), "merge_adapter": True},
             "fresh": {
@@ -79,7 +77,6 @@ def cases(data, tmp_path_factory) -> dict:
             {**run, "optimizer": "muon", "out": "muon", "full": True},
             {**run, "weights": wide, "base": "nf4", "out": "nf4"},
             {**run, "base": "int8", "out": "int8"},
-            *([{**run, "base": "w8a8", "out": "w8a8"}] if int8_products() else []),
             {**run, "full": True, "dtype": "bfloat16", "learning_rate": 1e-3, "out": "masters"},
         ],
         "stopped": {**run, "out": "stopped"},
@@ -127,11 +124,10 @@ def test_a_model_placed_row_by_row_is_the_one_loaded_whole(cases, alone):
             add_lora(Transformer.from_pretrained(path, dtype=torch.bfloat16), config, seed=3), "nf4"
         ),
         "int8": lambda: quantize_base(add_lora(Transformer.from_pretrained(path), config, seed=3), "int8"),
-        "w8a8": lambda: quantize_base(add_lora(Transformer.from_pretrained(path), config, seed=3), "w8a8"),
         "on": lambda: load_adapter(Transformer.from_pretrained(path), adapter),
         "fresh": lambda: init_weights(Transformer(WIDE), 3),
     }
-    for name, build in ((name, build) for name, build in made.items() if name in cases["placed"]):
+    for name, build in made.items():
         model = build()
         expected = dict([*model.named_parameters(), *model.named_buffers()])
         ours = {key: value for key, value in by_case(found, name).items() if key != "bytes"}
