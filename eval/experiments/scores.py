@@ -61,7 +61,7 @@ class Options:
 
 def main(options: Options) -> int:
     check_folder()
-    adapters = {**named(options.also), RELEASED: options.adapter}  # last, since the report shows the last's examples
+    adapters = {**named(options.also), RELEASED: options.adapter}
     made_of = made_from(options, {name: folder / "adapter_model.safetensors" for name, folder in adapters.items()})
     with begin(options.out, made_of, "report.html", options.overwrite) as run:
         notes(run, options.limit)
@@ -70,12 +70,13 @@ def main(options: Options) -> int:
         pairs = [["base", RELEASED], [RELEASED, REPAIRED]]
         pairs += [[name, RELEASED] for name in adapters if name != RELEASED]
         made = {"code": code_version(ROOT), "host": host()}
-        given = {"title": f"The released adapter on {BASE}", "scale": "released", **made, "seconds": run.took()}
+        seconds = run.took()
+        given = {"title": f"The released adapter on {BASE}", "scale": "released", **made, "seconds": seconds}
         given |= {"peak_mb": run.peak(), "systems": entries, "references": sets, "compare": pairs, "curves": {}}
         write_json(run.out / "run.json", given)
         report = write(run.out)
     print(terminal_table(report))
-    scores = {**made, "sets": figures(report)}
+    scores = {**made, "seconds": seconds, "sets": figures(report)}
     write_json(options.out / "scores.json", scores)
     write_text(options.out / "README.md", card(options.adapter, scores, smollm2()))
     if options.release:
@@ -109,9 +110,10 @@ def notes(run: Run, limit: int) -> None:
 def systems(run: Run, adapters: Mapping[str, Path]) -> list[dict[str, Any]]:
     """Run.json's systems: regular expressions, the base, the adapters, and the released adapter with repair."""
     lexicon = run.out / "train" / "train.jsonl"
-    asked = [System("base", "base", untuned=True, form="chat")]
-    asked += [System(name, f"adapter-{n}", adapter) for n, (name, adapter) in enumerate(adapters.items())]
-    asked.append(System(REPAIRED, "repaired", adapters[RELEASED], how={"repair": lexicon}))
+    tuned = [System(name, f"adapter-{n}", adapter) for n, (name, adapter) in enumerate(adapters.items())]
+    repaired = System(REPAIRED, "repaired", adapters[RELEASED], how={"repair": lexicon})
+    # the released adapter last: the report shows the last one's examples and calibration
+    asked = [System("base", "base", untuned=True, form="chat"), *tuned[:-1], repaired, tuned[-1]]
     rows = models(run, asked, public_base(run), BASE_NOTES, SETS, **LONG)
     for row in rows:
         if seen := re.fullmatch(r"(\d+) notes", row["name"]):
@@ -130,8 +132,10 @@ def card(adapter: Path, scores: dict[str, Any], base: Path) -> str:
         stages="\n".join(stage_line(one, training["host"]) for one in training["stages"]),
         scored_at=str(scores["code"]["commit"])[:10],
         scored_on=host_line(scores["host"]),
+        minutes=f"{scores['seconds'] / 60:.0f}",
         table="\n".join(rows(scores["sets"])),
         phenotypes="\n".join(phenotype_rows(scores["sets"])),
+        calibration="\n".join(calibration_rows(scores["sets"])),
         remarks=remarks.read_text(encoding="utf-8") if remarks.is_file() else "",
     )
 
@@ -167,12 +171,26 @@ def phenotype_rows(sets: dict[str, Any]) -> list[str]:
     return lines
 
 
+def calibration_rows(sets: dict[str, Any]) -> list[str]:
+    """A line for each test set: mean probability, share of right answers, expected calibration error, log loss."""
+    lines = []
+    for name, test in sets.items():
+        tasks = test["calibration"]
+        cells = [
+            f"{100 * one['p']:.0f} / {100 * one['right']:.0f} / {100 * one['error']:.1f} / {one['log_loss']:.2f}"
+            for one in (tasks["phenotype"], tasks["diagnosis"])
+        ]
+        lines.append(f"| {SET_TITLES[name]} | {' | '.join(cells)} |")
+    return lines
+
+
 def host_line(given: dict[str, Any]) -> str:
     return f"{given['cpu']}, {given['threads']} thread{'s' * (given['threads'] > 1)}"
 
 
 def figures(report: dict[str, Any]) -> dict[str, Any]:
-    """For each test set and system: exact match with intervals, by group and by phenotype."""
+    """For each test set and system exact match with intervals, by group and by phenotype; the released adapter's
+    calibration by task."""
     found: dict[str, Any] = {}
     for name, test in report["sets"].items():
         rows = found[name] = {"notes": test["notes"], "patients": test["patients"], "systems": {}}
@@ -180,7 +198,16 @@ def figures(report: dict[str, Any]) -> dict[str, Any]:
             groups = {group: brief(value) for group, value in system["clinical"].items()}
             single = {key: brief(both["answerable"]) for key, both in system["per_phenotype"].items()}
             rows["systems"][system["name"]] = {"groups": groups, "phenotypes": single}
+        tasks = report["confidence"][name]["tasks"]
+        rows["calibration"] = {task: calibration(one) for task, one in tasks.items()}
     return found
+
+
+def calibration(summary: dict[str, Any]) -> dict[str, float]:
+    """Number of answers, mean probability, share right, expected calibration error and log loss of one task."""
+    bins, n = summary["reliability"], summary["n"]
+    means = {key: sum(one["n"] * one[key] for one in bins) / n for key in ("p", "right")}
+    return {"n": n, **means, "error": summary["error"], "log_loss": summary["log_loss"]}
 
 
 def brief(group: dict[str, Any] | None) -> dict[str, Any] | None:

@@ -65,12 +65,20 @@ def test_the_model_card_is_filled_from_training_and_scores(tmp_path):
     one = {"name": "tuning", "clinic": {"seed": 22, **adapter.CLINIC}, **adapter.card(run_card())}
     groups = {"phenotype": GROUP, "diagnosis": GROUP, "phenotype, unanswerable": None}
     system = {"groups": groups, "phenotypes": dict.fromkeys(PHENOTYPES, GROUP)}
-    test = {"notes": 3, "systems": {"regular expressions": system, scores.RELEASED: system}}
-    found = {"code": {"commit": "e" * 40}, "host": host, "sets": dict.fromkeys(scores.SETS, test)}
+    bins = [{"p": 0.25, "right": 0.5, "n": 2}, {"p": 0.75, "right": 1.0, "n": 2}]
+    calibration = scores.calibration({"n": 4, "reliability": bins, "error": 0.25, "log_loss": 0.5})
+    calibrations = dict.fromkeys(("phenotype", "diagnosis"), calibration)
+    test = {
+        "notes": 3,
+        "calibration": calibrations,
+        "systems": {"regular expressions": system, scores.RELEASED: system},
+    }
+    found = {"code": {"commit": "e" * 40}, "host": host, "seconds": 90, "sets": dict.fromkeys(scores.SETS, test)}
     (tmp_path / "training.json").write_text(json.dumps({"host": host, "stages": [one, one]}))
     (tmp_path / "adapter_config.json").write_text('{"r": 32}')
     (tmp_path / "REMARKS.md").write_text("It is wrong at times.")
     card = scores.card(tmp_path, found, gguf)
-    assert card.count("2 minutes on A processor") == 2 and "--clinical 2200" in card and "rank 32" in card
+    assert card.count("2 minutes on A processor") == 3 and "--clinical 2200" in card and "rank 32" in card
     assert card.count("50.0 [40.0, 60.0]") == len(scores.SETS) * (2 * 2 + len(PHENOTYPES))
+    assert card.count("| 50 / 75 / 25.0 / 0.50 ") == 2 * len(scores.SETS) and "2 minutes on A processor, 2" in card
     assert "{" not in card and card.endswith("It is wrong at times.")
