@@ -2,11 +2,12 @@
 order. For a GPU see `eval.bench gpu`.
 
 Each side runs in its own process, and both must start with the same loss: 56M parameters (or --size smollm2), eager, in
-fp32 or with --dtype bfloat16 (adapters and optimizer stay fp32), ours with the default micro-batch of one row.
+fp32 or with --dtype bfloat16 (adapters and optimizer stay fp32), all rows of a step in one pass (micro_rows).
 
-"plain": rows of full length, every token a target. "records": notes of 400 tokens with eight questions of 40; peft
-trains eight rows per note, ours one row with branches, or also eight rows; compared in records per second. The limit of
-a speed is the measured GEMM rate, so its share is the MFU. "dropout": ours with dropout against ours without.
+"plain": rows of full length, every token a target; ours also a row at a time. "records": notes of 400 tokens with eight
+questions of 40; peft trains eight rows per note, ours one row with branches, or also eight rows; compared in records
+per second. The limit of a speed is the measured GEMM rate, so its share is the MFU. "dropout": ours with dropout
+against ours without.
 """
 
 from __future__ import annotations
@@ -44,7 +45,8 @@ SHAPES = {
     "smollm2": (49152, 576, 1536, 30, 9, 3, 4, 512),
 }  # vocabulary, width, feed-forward, layers, heads, key/value heads, rows, tokens per row
 QUESTIONS = 8
-OURS = {"ours": True, "ours, eight separate rows": False}  # True: a note's questions share one row
+ALONE = "ours, a row at a time"
+SIDES = {"plain": ("peft", "ours", ALONE), "records": ("peft", "ours", "ours, eight separate rows")}
 DROPOUT = 0.05
 
 
@@ -62,7 +64,7 @@ def rows(
     with tempfile.TemporaryDirectory() as folder:
         save_base(size, Path(folder))
         asked = {"size": size, "steps": steps, "r": r, "folder": folder, "base": base, "dtype": dtype}
-        for kind, sides in (("plain", ("peft", "ours")), ("records", ("peft", *OURS))):
+        for kind, sides in SIDES.items():
             how = {**asked, "kind": kind, "threads": torch.get_num_threads()}
             made += compared({who: in_own_process(job, who, **how) for who in sides}, how)
         made.append(in_own_process(dropout_row, size, steps, r, folder, base, dtype, torch.get_num_threads()))
@@ -138,12 +140,15 @@ def job(
     """Measure one side: warm-up, one step for the loss, then the fastest of `steps` steps."""
     torch.set_num_threads(threads)
     recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base}
-    batch = units(kind, size, share=OURS.get(who, False))
+    batch = units(kind, size, share=who == "ours")
     if who == "peft":
         import_module("peft")  # before `before`, so that the import does not count as training memory
     warm_up()
     before = resident()
-    advance = (peft_step if who == "peft" else our_step)(batch, config_of(size), folder, recipe)
+    if who == "peft":
+        advance = peft_step(batch, config_of(size), folder, recipe)
+    else:
+        advance = our_step(batch, config_of(size), folder, recipe, 1 if who == ALONE else len(batch))
     loss = float(advance())
     taken = []
     for _ in range(steps):
@@ -169,7 +174,8 @@ def dropout_row(size: str, steps: int, r: int, folder: str, base: str, dtype: st
     batch = units("plain", size, share=True)
     fastest: dict[float, float] = {}
     recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base}
-    sides = {p: our_step(batch, config_of(size), folder, recipe | {"dropout": p}) for p in (DROPOUT, 0.0)}
+    config = config_of(size)
+    sides = {p: our_step(batch, config, folder, recipe | {"dropout": p}, len(batch)) for p in (DROPOUT, 0.0)}
     for step in range(steps + 1):
         for p, advance in sides.items():
             began = time.perf_counter()
@@ -208,7 +214,7 @@ def warm_up() -> None:
 Step = Callable[[], Any]  # one optimizer step; returns its loss
 
 
-def our_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any]) -> Step:
+def our_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any], micro_rows: int) -> Step:
     options = Recipe(data=("-",), out="-", weights=folder, learning_rate=1e-4, **recipe)
     model, _ = load_model(options, config, Ranks(), empty_model(options, config))
     (optimizer,), counts = make_optimizers(model.train(), options), count(rows)
@@ -219,8 +225,8 @@ def our_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str
     def advance() -> Any:
         optimizer.zero_grad(set_to_none=True)
         total = torch.zeros(())
-        for row in rows:
-            batch = collate([row])
+        for start in range(0, len(rows), micro_rows):
+            batch = collate(rows[start : start + micro_rows])
             plan.begin(0, batch.branches)
             loss, _ = batch_loss(model, batch, counts)
             loss.backward()

@@ -6,6 +6,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from model.support.hardware import has_amx
+
 BLOCK = 512  # queries per SDPA call
 PRODUCT_BLOCK = 128  # queries per explicit product, which materializes the scores
 
@@ -21,8 +23,9 @@ def causal(
 ) -> Tensor:
     """Attention of T queries at positions position, position + 1, … → out_THK, in blocks of queries.
 
-    `key_position_S` is ascending and on the host; the last T keys are the queries' own. bf16 on a CPU uses explicit
-    matrix products: they use the CPU's bf16 instructions and take half the time of SDPA, which multiplies in fp32.
+    `key_position_S` is ascending and on the host; the last T keys are the queries' own. bf16 on a CPU without AMX uses
+    explicit matrix products: they use the CPU's bf16 instructions and take half the time of SDPA, which multiplies in
+    fp32 there. With AMX SDPA takes a third of the products' time.
     """
     T, S = q_HTK.shape[1], len(key_position_S)
     if S == T and (window is None or window >= T) and not uses_products(q_HTK):
@@ -46,8 +49,8 @@ def causal(
 
 
 def uses_products(q_HTK: Tensor) -> bool:
-    """True if explicit matrix products are used instead of SDPA: bf16 on a CPU."""
-    return q_HTK.dtype == torch.bfloat16 and q_HTK.device.type == "cpu"
+    """True if explicit matrix products are used instead of SDPA: bf16 on a CPU without AMX."""
+    return q_HTK.dtype == torch.bfloat16 and q_HTK.device.type == "cpu" and not has_amx()
 
 
 def block(q_HTK: Tensor, k_GSK: Tensor, v_GSK: Tensor, seen_TS: Tensor) -> Tensor:

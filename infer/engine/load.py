@@ -25,7 +25,7 @@ from model.checkpoints.weights import Checkpoint, load_weights, open_checkpoint
 from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
 from model.quantize.rotation import Rotation, mixes_inputs, mixes_rows
 from model.support.cli import UserError, nearest
-from model.support.hardware import NO_INT8_PRODUCTS, fastest_dtype, int8_products
+from model.support.hardware import NO_INT8_PRODUCTS, fastest_dtype, has_amx, int8_products
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -203,19 +203,23 @@ def plan_for(options: Any, asked: Requests) -> Plan:
         lines.append(plan.describe(budget))
     else:
         plan = Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
-    if only_saves_memory(plan.form, device, options.fuse):
-        lines.append(f"format {plan.form} only saves memory here: its weights are dequantized for each GEMM")
+    if reason := only_saves_memory(plan.form, device, options.fuse):
+        lines.append(f"format {plan.form} only saves memory here: {reason}")
     if int(os.environ.get("RANK", 0)) == 0:
         for line in lines:
             print(line, file=sys.stderr)
     return plan
 
 
-def only_saves_memory(form: str, device: str, fused: bool) -> bool:
-    """True if each GEMM dequantizes the whole matrix, because no kernel takes the format's codes: nf4; on a GPU int8
-    too, and int4 unless `fused`."""
+def only_saves_memory(form: str, device: str, fused: bool) -> str:
+    """Why a format is slower than unquantized weights here, "" if it is not: no kernel takes the codes of nf4, on a GPU
+    those of int8 too, and those of int4 unless `fused`; w8a8 on a processor with AMX."""
     kind = form.partition("-")[0]
-    return kind == "nf4" or (device != "cpu" and (kind == "int8" or (kind == "int4" and not fused)))
+    if kind == "nf4" or (device != "cpu" and (kind == "int8" or (kind == "int4" and not fused))):
+        return "its weights are dequantized for each GEMM"
+    if kind == "w8a8" and device == "cpu" and has_amx():
+        return "AMX multiplies bfloat16 (--dtype bfloat16) in less time than rounding the inputs to int8 takes"
+    return ""
 
 
 def dtype_for(options: Any, calls: Sequence[tuple[int, int]], known: str | None = None) -> str:

@@ -114,6 +114,12 @@ def instruction_sets(description: str | None = None) -> list[str]:
     return [name for name in INSTRUCTION_SETS if name in flags]
 
 
+@cache
+def has_amx() -> bool:
+    """True if this processor multiplies bf16 matrices in tiles (AMX), as torch's GEMMs and attention then do."""
+    return "amx_bf16" in instruction_sets()
+
+
 def max_resident_mb(usage: Any) -> float:
     """Peak resident memory in MB, from `resource.getrusage` (bytes on macOS, kilobytes on Linux)."""
     return usage.ru_maxrss / (2**20 if sys.platform == "darwin" else 2**10)

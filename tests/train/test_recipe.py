@@ -77,6 +77,9 @@ def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):
     monkeypatch.setenv("LOCAL_WORLD_SIZE", "1000")
     with pytest.raises(UserError, match="1000 processes on this machine, where torch can use"):
         Ranks.join("cuda")
+    monkeypatch.setenv("WORLD_SIZE", "two")
+    with pytest.raises(UserError, match="RANK=0, WORLD_SIZE=two in the environment: not a rank of a world"):
+        Ranks.join("cpu")
 
 
 def test_the_command_line_overrides_the_file(tmp_path):

@@ -17,6 +17,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from infer.extract.ranks import ranks
 from model.support.cli import UserError, one_line
 from model.transformer import Transformer
 
@@ -36,9 +37,10 @@ class Ranks:
 
     @classmethod
     def join(cls, device: str) -> Ranks:
-        """Chooses the device, and joins torchrun's process group if there is one."""
+        """Chooses the device, and joins torchrun's process group if there is one. Raises UserError if the environment's
+        rank is none, or if there are fewer GPUs than processes."""
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        world = int(os.environ.get("WORLD_SIZE", "1"))
+        rank, world = ranks()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if kind == "cuda" and local_world > gpus:
@@ -53,7 +55,7 @@ class Ranks:
             dist.init_process_group(BACKEND[chosen.type])
         if world == 1:
             return cls(0, 1, chosen)
-        return cls(dist.get_rank(), world, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT))
+        return cls(rank, world, chosen, dist.new_group(backend="gloo", timeout=TIMEOUT))
 
     @property
     def first(self) -> bool:

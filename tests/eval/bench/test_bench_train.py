@@ -24,7 +24,7 @@ def test_each_side_begins_with_the_same_loss(kind, base, tmp_path):
         "dtype": "float32",
         "threads": 1,
     }
-    sides = ("peft", *train.OURS) if kind == "records" else ("peft", "ours")
+    sides = train.SIDES[kind]
     found = {who: train.job(who, **asked) for who in sides}
     assert all(abs(side["loss"] - found["peft"]["loss"]) < 1e-5 * found["peft"]["loss"] for side in found.values())
     rows = train.compared(found, asked)

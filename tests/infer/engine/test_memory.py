@@ -293,14 +293,16 @@ def test_few_rows_are_measured_in_both_dtypes():
 
 
 @pytest.mark.parametrize("form", ["wide", "int8", "int4", "int4-32", "nf4", "w8a8"])
-def test_a_format_that_only_saves_memory_is_reported(form, capsys):
-    assert only_saves_memory(form, "cpu", False) == (form == "nf4")
-    assert only_saves_memory(form, "cuda", False) == (form not in ("wide", "w8a8"))
-    assert only_saves_memory(form, "cuda", True) == (form in ("int8", "nf4"))
+@pytest.mark.parametrize("amx", [False, True])
+def test_a_format_that_only_saves_memory_is_reported(form, amx, capsys, monkeypatch):
+    monkeypatch.setattr("infer.engine.load.has_amx", lambda: amx)
+    assert bool(only_saves_memory(form, "cpu", False)) == (form == "nf4" or (form == "w8a8" and amx))
+    assert bool(only_saves_memory(form, "cuda", False)) == (form not in ("wide", "w8a8"))
+    assert bool(only_saves_memory(form, "cuda", True)) == (form in ("int8", "nf4"))
     options = SimpleNamespace(dtype="float32", format=form, memory="", fuse=False)
     assert plan_for(options, Requests(100, 10)).form == form
-    said = f"format {form} only saves memory here: its weights are dequantized for each GEMM\n"
-    assert capsys.readouterr().err == (said if only_saves_memory(form, device_here(), False) else "")
+    reason = only_saves_memory(form, device_here(), False)
+    assert capsys.readouterr().err == (f"format {form} only saves memory here: {reason}\n" if reason else "")
 
 
 def test_notes_at_once_are_halved_until_they_fit(tmp_path):
