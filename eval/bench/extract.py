@@ -2,7 +2,8 @@
 
 Peers: generate() on the eight full prompts of a note as a left-padded batch, in fp32 and in the machine's compute
 dtype; generate() in fp32 with the note's prefilled cache copied for its eight questions; and, if the weights are a GGUF
-file, llama.cpp with a shared sequence for the note (eval/bench/llama.py). All generate the same number of tokens.
+file, llama.cpp with a shared sequence for the note (eval/bench/llama.py). All generate the same number of tokens. Rates
+are the best of `repeats` rounds, in which all sides but llama.cpp take turns: a first round compiles kernels.
 """
 
 from __future__ import annotations
@@ -18,12 +19,15 @@ import torch
 from eval.bench import llama
 from eval.bench.models import generator_of, transformers_of, transformers_tokens
 from eval.bench.row import Row
-from infer import tasks
+from infer import Generator, tasks
 from infer.engine.load import load
 from model.support.hardware import compute_dtype, int8_products
 
+Answers = list[list[int]]  # tokens
+REUSED = "transformers, note's cache reused, float32"
 
-def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16) -> list[Row]:
+
+def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int = 16, repeats: int = 2) -> list[Row]:
     """Measure on `notes` notes of `note_tokens` tokens, with `new_tokens` per answer to the eight questions."""
     model, tokenizer = load(weights)
     words = tokenizer.encode("Invasive ductal carcinoma of the left breast, 2.5 cm, grade 2, ER positive. " * 60)
@@ -31,10 +35,9 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
     questions = [tokenizer.encode(tasks.branch(p.question)) for p in tasks.PHENOTYPES.values()]
     peers = {dtype: transformers_of(model, dtype) for dtype in (torch.float32, compute_dtype())}
     setting = (
-        f"{notes} notes of {note_tokens} tokens, 8 questions, {new_tokens} new each, {torch.get_num_threads()} threads"
+        f"{notes} notes of {note_tokens} tokens, 8 questions, {new_tokens} new each, best of {repeats}, "
+        f"{torch.get_num_threads()} threads"
     )
-
-    ours: dict[str, tuple[float, list[list[int]]]] = {}
     probed = str(compute_dtype()).removeprefix("torch.")
     ways = {
         "shared prefix": ("wide", "float32", False),
@@ -44,38 +47,52 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
     }
     if int8_products():
         ways[f"shared prefix, w8a8 with {probed}"] = ("w8a8", probed, False)
-    for name, (form, dtype, lookup) in ways.items():
-        own = model if (form, dtype) == ("wide", "float32") else load(weights, dtype=dtype, form=form)[0]
-        generator = generator_of(own, tokenizer, lookup=lookup)
-        began = time.perf_counter()
-        outs = generator.generate([t + q for t in prefixes for q in questions], max_new_tokens=new_tokens)
-        ours[name] = (notes / (time.perf_counter() - began), [out.tokens for out in outs])
-    theirs_by_name = {f"transformers generate, {str(d).removeprefix('torch.')}": (padded, p) for d, p in peers.items()}
-    theirs_by_name["transformers, note's cache reused, float32"] = (reused, peers[torch.float32])
 
-    def answered(answer: Callable[[list[int]], list[list[int]]]) -> tuple[float, list[list[int]]]:
-        """(notes per second, all answers) of a peer; `answer` maps a note's tokens to its answers' tokens."""
+    def timed(answer: Callable[[], Answers]) -> tuple[float, Answers]:
+        """(notes per second, all answers)."""
         began = time.perf_counter()
-        found = [tokens for prefix in prefixes for tokens in answer(prefix)]
+        found = answer()
         return notes / (time.perf_counter() - began), found
 
-    theirs: dict[str, tuple[float | None, list[list[int]]]] = {
-        name: answered(partial(body, peer, questions=questions, new=new_tokens))
-        for name, (body, peer) in theirs_by_name.items()
-    }
+    def each_note(answer: Callable[[list[int]], Answers]) -> Answers:
+        """A peer's answers; `answer` maps a note's tokens to its answers' tokens."""
+        return [tokens for prefix in prefixes for tokens in answer(prefix)]
+
+    def shared_prefix(generator: Generator) -> Answers:
+        prompts = [prefix + question for prefix in prefixes for question in questions]
+        return [out.tokens for out in generator.generate(prompts, max_new_tokens=new_tokens)]
+
+    sides: dict[str, Callable[[], Answers]] = {}
+    for name, (form, dtype, lookup) in ways.items():
+        own = model if (form, dtype) == ("wide", "float32") else load(weights, dtype=dtype, form=form)[0]
+        sides[name] = partial(shared_prefix, generator_of(own, tokenizer, lookup=lookup))
+    how: dict[str, Any] = {"questions": questions, "new": new_tokens}
+    for peer_dtype, peer in peers.items():
+        name = f"transformers generate, {str(peer_dtype).removeprefix('torch.')}"
+        sides[name] = partial(each_note, partial(padded, peer, **how))
+    sides[REUSED] = partial(each_note, partial(reused, peers[torch.float32], **how))
+    found = best_of(repeats, {name: partial(timed, answer) for name, answer in sides.items()})
+    theirs: dict[str, tuple[float | None, Answers]] = {name: found[name] for name in sides if name not in ways}
     if Path(weights).suffix == ".gguf":
 
-        def job(peer: Any, file: str, flash: bool) -> tuple[float, list[list[int]]]:
+        def job(peer: Any, file: str, flash: bool) -> tuple[float, Answers]:
             shared = llama.Job(peer, file, len(questions) + 1, flash)
-            return answered(partial(shared.answers, questions=questions, new=new_tokens))
+            answer = partial(each_note, partial(shared.answers, **how))
+            return best_of(repeats, {"": partial(timed, answer)})[""]
 
         name, measured = llama.fastest(weights, job)
         theirs[f"{name}, the note's sequence shared" if measured else name] = measured or (None, [])
     return [
-        Row(f"extract: {name}", rate, peer_rate, peer_name, "notes/s", f"{setting}; {equal(tokens, answers)}")
-        for peer_name, (peer_rate, answers) in theirs.items()
-        for name, (rate, tokens) in ours.items()
+        Row(f"extract: {name}", found[name][0], rate, peer, "notes/s", f"{setting}; {equal(found[name][1], answers)}")
+        for peer, (rate, answers) in theirs.items()
+        for name in ways
     ]
+
+
+def best_of(repeats: int, sides: dict[str, Callable[[], tuple[float, Answers]]]) -> dict[str, tuple[float, Answers]]:
+    """The fastest of each side's runs, in turns."""
+    rounds = [{name: measure() for name, measure in sides.items()} for _ in range(repeats)]
+    return {name: max((one[name] for one in rounds), key=lambda run: run[0]) for name in sides}
 
 
 def equal(ours: list[list[int]], theirs: list[list[int]]) -> str:

@@ -36,7 +36,7 @@ def test_a_result_names_the_machine_and_the_commit():
 
 
 def test_a_benchmarks_options_are_the_arguments_of_its_rows():
-    defaults = {"notes": 4, "note_tokens": 400, "new_tokens": 16}
+    defaults = {"notes": 4, "note_tokens": 400, "new_tokens": 16, "repeats": 2}
     assert options_of(extract.rows, ["--weights", "w"], "bench") == {"weights": "w", **defaults}
     given = options_of(extract.rows, ["--weights", "v", "--notes", "2"], "bench")
     assert given == {"weights": "v", **defaults, "notes": 2}
