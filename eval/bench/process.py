@@ -9,9 +9,14 @@ from pathlib import Path
 from typing import Any
 
 
+def own_process() -> ProcessPoolExecutor:
+    """A fresh Python process that calls module-level functions, one after the other."""
+    return ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
+
+
 def in_own_process(work: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
     """Call `work` (a module-level function) in a fresh Python process and return its result."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with own_process() as pool:
         return pool.submit(work, *args, **kwargs).result()
 
 

@@ -1,13 +1,13 @@
 """LoRA training on a CPU against transformers + peft: speed, memory and MFU with the same weights and rows in the same
 order. For a GPU see `eval.bench gpu`.
 
-Each side runs in its own process, and both must start with the same loss: 56M parameters (or --size smollm2), eager, in
-fp32 or with --dtype bfloat16 (adapters and optimizer stay fp32), all rows of a step in one pass (micro_rows).
+Each side runs in its own process, in turns, a step at a time, and all must start with the same loss: 56M parameters (or
+--size smollm2), eager, in fp32 or with --dtype bfloat16 (adapters and optimizer stay fp32), all rows of a step in one
+pass (micro_rows).
 
-"plain": rows of full length, every token a target; ours also a row at a time. "records": notes of 400 tokens with eight
-questions of 40; peft trains eight rows per note, ours one row with branches, or also eight rows; compared in records
-per second. The limit of a speed is the measured GEMM rate, so its share is the MFU. "dropout": ours with dropout
-against ours without.
+"plain": rows of full length, every token a target; ours also a row at a time, and with dropout. "records": notes of 400
+tokens with eight questions of 40; peft trains eight rows per note, ours one row with branches, or also eight rows;
+compared in records per second. The limit of a speed is the measured GEMM rate, so its share is the MFU.
 """
 
 from __future__ import annotations
@@ -15,6 +15,8 @@ from __future__ import annotations
 import tempfile
 import time
 from collections.abc import Callable
+from contextlib import ExitStack
+from dataclasses import dataclass
 from importlib import import_module
 from pathlib import Path
 from typing import Any, Literal
@@ -22,7 +24,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from eval.bench.process import in_own_process, resident
+from eval.bench.process import own_process, resident
 from eval.bench.row import Row
 from lora import DropoutPlan
 from lora.adapter import adapted
@@ -45,9 +47,10 @@ SHAPES = {
     "smollm2": (49152, 576, 1536, 30, 9, 3, 4, 512),
 }  # vocabulary, width, feed-forward, layers, heads, key/value heads, rows, tokens per row
 QUESTIONS = 8
-ALONE = "ours, a row at a time"
-SIDES = {"plain": ("peft", "ours", ALONE), "records": ("peft", "ours", "ours, eight separate rows")}
 DROPOUT = 0.05
+ALONE, APART, DROPPED = "ours, a row at a time", "ours, eight separate rows", f"ours, dropout {DROPOUT}"
+SIDES = {"plain": ("peft", "ours", ALONE, DROPPED), "records": ("peft", "ours", APART)}
+Step = Callable[[], Any]  # one optimizer step; returns its loss
 
 
 def rows(
@@ -63,11 +66,9 @@ def rows(
     made = []
     with tempfile.TemporaryDirectory() as folder:
         save_base(size, Path(folder))
-        asked = {"size": size, "steps": steps, "r": r, "folder": folder, "base": base, "dtype": dtype}
-        for kind, sides in SIDES.items():
-            how = {**asked, "kind": kind, "threads": torch.get_num_threads()}
-            made += compared({who: in_own_process(job, who, **how) for who in sides}, how)
-        made.append(in_own_process(dropout_row, size, steps, r, folder, base, dtype, torch.get_num_threads()))
+        how = {"size": size, "r": r, "folder": folder, "base": base, "dtype": dtype, "threads": torch.get_num_threads()}
+        for kind in SIDES:
+            made += compared(in_turns(kind, steps, **how), {**how, "kind": kind, "steps": steps})
     return made
 
 
@@ -82,7 +83,7 @@ def compared(found: dict[str, dict[str, float]], asked: dict[str, Any]) -> list[
     base = f", {asked['base']} base" if asked["base"] else ""
     setting = (
         f"{asked['size']}{base}, {asked['dtype']}, r {asked['r']}, "
-        f"best of {asked['steps']} steps after 1, {asked['threads']} threads; "
+        f"best of {asked['steps']} steps after 1, in turns, {asked['threads']} threads; "
         f"first loss {ours['loss']:.4f}, peft's {peft['loss']:.4f}"
     )
     unit = "tok/s" if kind == "plain" else "records/s"
@@ -134,60 +135,65 @@ def units(kind: str, size: str, share: bool) -> list[Any]:
     return [data.Row((document,)) for document in documents]
 
 
-def job(
-    who: str, kind: str, size: str, steps: int, r: int, folder: str, base: str, dtype: str, threads: int
-) -> dict[str, float]:
-    """Measure one side: warm-up, one step for the loss, then the fastest of `steps` steps."""
+@dataclass
+class Side:
+    """What one side's process holds while it is measured."""
+
+    advance: Step
+    tokens: int
+    flops: float
+    dtype: torch.dtype
+    before: float  # MB
+
+
+HELD: list[Side] = []  # in a side's own process: the side
+
+
+def start(who: str, kind: str, size: str, r: int, folder: str, base: str, dtype: str, threads: int) -> float:
+    """Prepares one side in this process and takes its first step; returns the loss."""
     torch.set_num_threads(threads)
     recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base}
-    batch = units(kind, size, share=who == "ours")
+    batch = units(kind, size, share=who not in ("peft", APART))
     if who == "peft":
         import_module("peft")  # before `before`, so that the import does not count as training memory
     warm_up()
-    before = resident()
+    flops, before = step_flops(batch, size, recipe), resident()
     if who == "peft":
         advance = peft_step(batch, config_of(size), folder, recipe)
     else:
-        advance = our_step(batch, config_of(size), folder, recipe, 1 if who == ALONE else len(batch))
-    loss = float(advance())
-    taken = []
-    for _ in range(steps):
-        began = time.perf_counter()
-        advance()
-        taken.append(time.perf_counter() - began)
-    seconds = min(taken)
-    speed = (sum(map(len, batch)) if kind == "plain" else 1) / seconds
-    peak, flops = product_rate(getattr(torch, dtype)) * 1e9, step_flops(batch, size, recipe)
-    return {
-        "speed": speed,
-        "memory": resident(peak=True) - before,
-        "loss": loss,
-        "peak": peak,
-        "limit": speed * seconds * peak / flops,
-        "mfu": flops / seconds / peak,
-    }
+        drop = {"dropout": DROPOUT} if who == DROPPED else {}
+        advance = our_step(batch, config_of(size), folder, recipe | drop, 1 if who == ALONE else len(batch))
+    HELD[:] = [Side(advance, sum(map(len, batch)), flops, getattr(torch, dtype), before)]
+    return float(advance())
 
 
-def dropout_row(size: str, steps: int, r: int, folder: str, base: str, dtype: str, threads: int) -> Row:
-    """Ours with dropout in the adapters against ours without, on plain rows, steps in turns."""
-    torch.set_num_threads(threads)
-    batch = units("plain", size, share=True)
-    fastest: dict[float, float] = {}
-    recipe: dict[str, Any] = {"r": r, "alpha": 2.0 * r, "dtype": dtype, "base": base}
-    config = config_of(size)
-    sides = {p: our_step(batch, config, folder, recipe | {"dropout": p}, len(batch)) for p in (DROPOUT, 0.0)}
-    for step in range(steps + 1):
-        for p, advance in sides.items():
-            began = time.perf_counter()
-            advance()
-            taken = time.perf_counter() - began
-            fastest[p] = min(fastest.get(p, taken), taken) if step else taken
-    tokens = sum(map(len, batch))
-    setting = f"{size}, {dtype}, r {r}, best of {steps} steps after 1 in turns, {threads} threads"
-    speeds = {p: tokens / seconds for p, seconds in fastest.items()}
-    return Row(
-        f"plain: speed with dropout {DROPOUT}", speeds[DROPOUT], speeds[0.0], "ours, no dropout", "tok/s", setting
-    )
+def timed_step() -> float:
+    """Seconds of one step of this process's side."""
+    began = time.perf_counter()
+    HELD[0].advance()
+    return time.perf_counter() - began
+
+
+def figures(kind: str, seconds: float) -> dict[str, float]:
+    """Speed, memory and MFU of this process's side, whose fastest step took `seconds`."""
+    (side,) = HELD
+    memory, peak = resident(peak=True) - side.before, product_rate(side.dtype) * 1e9  # which needs memory itself
+    rate = side.flops / seconds
+    speed = (side.tokens if kind == "plain" else 1) / seconds
+    return {"speed": speed, "memory": memory, "peak": peak, "limit": speed * peak / rate, "mfu": rate / peak}
+
+
+def in_turns(kind: str, steps: int, **how: Any) -> dict[str, dict[str, float]]:
+    """The figures of each side, in a process of its own. The sides' steps take turns, so that other load affects all
+    alike."""
+    with ExitStack() as stack:
+        own = {who: stack.enter_context(own_process()) for who in SIDES[kind]}
+        losses = {who: one.submit(start, who, kind, **how).result() for who, one in own.items()}
+        rounds = [{who: one.submit(timed_step).result() for who, one in own.items()} for _ in range(steps)]
+        fastest = {who: min(taken[who] for taken in rounds) for who in own}
+        return {
+            who: {"loss": losses[who], **one.submit(figures, kind, fastest[who]).result()} for who, one in own.items()
+        }
 
 
 def step_flops(batch: list[Any], size: str, recipe: dict[str, Any]) -> float:
@@ -209,9 +215,6 @@ def warm_up() -> None:
     warm = torch.nn.Linear(2, 2)
     warm(torch.ones(1, 2)).sum().backward()
     torch.optim.AdamW(warm.parameters()).step()
-
-
-Step = Callable[[], Any]  # one optimizer step; returns its loss
 
 
 def our_step(rows: list[Any], config: ModelConfig, folder: str, recipe: dict[str, Any], micro_rows: int) -> Step:
