@@ -87,7 +87,6 @@ def prepare(recipe: Recipe, stage: str, ranks: Ranks) -> Trainer:
     if recipe.block > config.batch_length:
         raise UserError(f"recipe: block {recipe.block} is more than the model's {config.batch_length} positions")
     ranks.run_on_all(lambda: check_weights(recipe))
-
     empty = ranks.run_on_all(lambda: empty_model(recipe, config))
     sources = sources_of(recipe, encoding, ranks)
     drops = any(layer.active and layer.dropout[layer.active] > 0 for layer in adapted(empty[0]).values())

@@ -71,14 +71,14 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
         name = f"transformers generate, {str(peer_dtype).removeprefix('torch.')}"
         sides[name] = partial(each_note, partial(padded, peer, **how))
     sides[REUSED] = partial(each_note, partial(reused, peers[torch.float32], **how))
-    found = best_of(repeats, {name: partial(timed, answer) for name, answer in sides.items()})
+    rounds = [{name: timed(answer) for name, answer in sides.items()} for _ in range(repeats)]
+    found = {name: max(one[name] for one in rounds) for name in sides}
     theirs: dict[str, tuple[float | None, Answers]] = {name: found[name] for name in sides if name not in ways}
     if Path(weights).suffix == ".gguf":
 
         def job(peer: Any, file: str, flash: bool) -> tuple[float, Answers]:
             shared = llama.Job(peer, file, len(questions) + 1, flash)
-            answer = partial(each_note, partial(shared.answers, **how))
-            return best_of(repeats, {"": partial(timed, answer)})[""]
+            return max(timed(partial(each_note, partial(shared.answers, **how))) for _ in range(repeats))
 
         name, measured = llama.fastest(weights, job)
         theirs[f"{name}, the note's sequence shared" if measured else name] = measured or (None, [])
@@ -87,12 +87,6 @@ def rows(weights: str, notes: int = 4, note_tokens: int = 400, new_tokens: int =
         for peer, (rate, answers) in theirs.items()
         for name in ways
     ]
-
-
-def best_of(repeats: int, sides: dict[str, Callable[[], tuple[float, Answers]]]) -> dict[str, tuple[float, Answers]]:
-    """The fastest of each side's runs, in turns."""
-    rounds = [{name: measure() for name, measure in sides.items()} for _ in range(repeats)]
-    return {name: max((one[name] for one in rounds), key=lambda run: run[0]) for name in sides}
 
 
 def equal(ours: list[list[int]], theirs: list[list[int]]) -> str:

@@ -205,7 +205,7 @@ def plan_for(options: Any, asked: Requests) -> Plan:
         plan = Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
     if reason := only_saves_memory(plan.form, device, options.fuse):
         lines.append(f"format {plan.form} only saves memory here: {reason}")
-    if int(os.environ.get("RANK", 0)) == 0:
+    if os.environ.get("RANK", "0") == "0":
         for line in lines:
             print(line, file=sys.stderr)
     return plan

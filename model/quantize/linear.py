@@ -89,7 +89,6 @@ class QuantizedWeight(nn.Module):
     ) -> None:
         super().__init__()
         self.form, self.shape, self.packed, self.mixed = form, (shape[0], shape[1]), False, mixed
-
         self.kind, self.group = format_of(form, shape[1])
         self.register_buffer("codes", codes, persistent=False)
         self.register_buffer("scales", scales, persistent=False)

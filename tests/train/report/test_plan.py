@@ -56,7 +56,6 @@ def test_a_quantized_base_is_counted_as_it_is_kept(base, hidden, kinds):
     assert {layer.quantized.kind for layer in adapted(model).values()} == kinds
     held = [*model.named_parameters(), *model.named_buffers()]
     size = sum(tensor.nbytes for name, tensor in held if "lora_" not in name and "inv_freq" not in name)
-
     assert memory(config, recipe, 1, 100, 20)["weights"] == pytest.approx(size, rel=2e-3)
 
 
