@@ -1,21 +1,18 @@
 """Generation equals the plain model one token at a time, whatever shares the batch, the tree or the window."""
 
-import contextlib
 import gc
-import random
 from dataclasses import replace
-from functools import lru_cache
 
 import pytest
 import torch
-from answering_models import make_mistake, plain_greedy, tiny_model, tokens_read, unseen
+from answering_models import plain_greedy, tiny_model, unseen
+from drawn_prompts import KINDS, MODELS, readings, trees, windowed
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from infer.engine.cache import SPARE, Cache
 from infer.engine.causal import causal
-from infer.engine.generate import Generator, RequestBatch, Settings, State, cycles, draw
-from infer.engine.levels import Level
+from infer.engine.generate import Generator, Settings, State, cycles, draw
 from infer.engine.lookup import Lookup, best_guess_count
 from infer.engine.settings import Hidden
 from infer.engine.tree import Prefix, build_tree
@@ -24,43 +21,6 @@ from model.attention import PlainAttend
 from model.mask import Visible
 from model.rotary import RopeScaling
 from model.support.cli import UserError
-
-MODELS = {"full": tiny_model(), "window": tiny_model(windows=(7, 7)), "mixed": tiny_model(windows=(None, 5))}
-KINDS = {
-    "plain": {},
-    "mixed": {},
-    "tied-bias": {"tie_word_embeddings": True, "qkv_bias": True, "model_type": "qwen2"},
-    "experts": {"model_type": "mixtral", "num_local_experts": 3, "num_experts_per_tok": 2},
-}
-
-
-@lru_cache
-def windowed(kind, window):
-    return tiny_model(windows=(None if kind == "mixed" else window, window), **KINDS[kind])
-
-
-@st.composite
-def trees(draw) -> list[list[int]]:
-    """Prompts that share beginnings of many lengths, some long, some the same, of many different tokens or of few."""
-    words, most = random.Random(draw(st.integers(0, 999))), draw(st.sampled_from([2, 250]))
-
-    def text(length):
-        return [words.randint(0, most) for _ in range(length)]
-
-    trunk = text(draw(st.integers(0, 90)))
-    prompts = []
-    for _ in range(draw(st.integers(1, 6))):
-        kept = trunk[: draw(st.integers(0, len(trunk)))]
-        prompts.append(kept + text(draw(st.integers(1, 80))))
-    return prompts + prompts[: draw(st.integers(0, 1))]
-
-
-@st.composite
-def readings(draw) -> tuple[int | None, int]:
-    """A window, and a prefill's chunk that falls before, on or after its edge."""
-    window = draw(st.sampled_from([1, 2, 7, 40, None]))
-    edges = [] if window is None else [max(1, window - 1), window, window + 1]
-    return window, draw(st.sampled_from([1, *edges, 64]))
 
 
 @pytest.mark.parametrize("kind", KINDS)
@@ -518,107 +478,3 @@ def test_in_bf16_shared_prompts_are_as_near_to_fp64_as_the_plain_bf16_path(token
         ours = torch.tensor(out.logprobs, dtype=torch.float64)
         errors += torch.stack([(ours - truth).square().sum(), (plain - truth).square().sum()])
     assert errors[0] > 0 and errors[0].sqrt() <= 2 * errors[1].sqrt()
-
-
-def check_added(generator, groups, between):
-    """Each group of (prompt, new tokens) comes after so many steps of those before it: the plain model's tokens."""
-    rows, states = RequestBatch(generator), []
-    for group, steps in zip(groups, between, strict=True):
-        added = generator.states(*zip(*[(p, Settings(max_new_tokens=new)) for p, new in group], strict=True), {})
-        rows.add(added)
-        states += added
-        for _ in range(steps):
-            if rows.active:
-                rows.step()
-    while rows.active:
-        rows.step()
-    for state in states:
-        new, model = state.settings.max_new_tokens, generator.engine.model
-        tokens, logprobs = plain_greedy(model, state.prompt, new, generator.stop_ids)
-        assert state.tokens == tokens
-        assert torch.allclose(torch.tensor(state.logprobs), torch.tensor(logprobs), atol=1e-5)
-
-
-@pytest.mark.parametrize("kind", ["full", "window"])
-@pytest.mark.parametrize("ended", [True, False])
-@pytest.mark.parametrize("shared", [True, False])
-def test_a_text_that_is_in_the_cache_is_not_read_again(kind, ended, shared, tokenizer):
-    """Until the step after its last question has ended; what a window has dropped of it is read again."""
-    model, text = MODELS[kind], [(7 * i) % 250 for i in range(60)]
-    generator = Generator(model, tokenizer)
-    rows = RequestBatch(generator)
-    other = [[*text[:20], *range(100, 130), 200 + q] for q in range(2)] * shared  # a text that begins as this one
-    asked = [[*text, 200 + q] for q in range(2)] + other
-    rows.add(generator.states(asked, None, {"max_new_tokens": 1 if ended else 3}))
-    assert bool(rows.active) != ended
-    hidden = Hidden(10, 20, len(text))
-    again = [[*text, 210 + q] for q in range(3)] + [[*one[:-1], 220] for one in other]
-    states = generator.states(again, None, {"max_new_tokens": 2, "hidden": hidden})
-    for state in states[3:]:
-        state.settings = replace(state.settings, hidden=None)
-    with tokens_read(model) as read:
-        rows.add(states)
-    assert sum(read) == len(states) + (60 + 30 * shared) * (kind == "window")
-    while rows.active:
-        rows.step()
-    for state in states:
-        with unseen(model, state.settings.hidden):
-            assert state.tokens == plain_greedy(model, list(state.prompt), 2, tokenizer.stop_ids)[0]
-
-
-def test_a_lone_request_with_a_hidden_part_does_not_read_its_text_again(tokenizer):
-    model, text = MODELS["full"], [(7 * i) % 250 for i in range(100)]
-    generator, rows = Generator(model, tokenizer), RequestBatch(Generator(model, tokenizer))
-    rows.add(generator.states([[*text, 200], [*text, 201]], None, {"max_new_tokens": 4}))
-    lone = generator.states([[*text, 210, 211]], None, {"max_new_tokens": 2, "hidden": Hidden(10, 20, len(text))})
-    with tokens_read(model) as read:
-        rows.add(lone)
-    assert sum(read) == 2
-    while rows.active:
-        rows.step()
-    with unseen(model, lone[0].settings.hidden):
-        assert lone[0].tokens == plain_greedy(model, list(lone[0].prompt), 2, tokenizer.stop_ids)[0]
-
-
-@settings(deadline=None, max_examples=15)
-@given(data=st.data(), reading=readings(), kind=st.sampled_from(["plain", "mixed"]))
-def test_tokens_do_not_depend_on_when_a_request_was_added(data, reading, kind, tokenizer):
-    window, chunk = reading
-    groups = [
-        [(prompt, data.draw(st.integers(1, 12))) for prompt in prompts]
-        for prompts in data.draw(st.lists(trees(), min_size=2, max_size=4))
-    ]
-    between = [data.draw(st.integers(0, 9)) for _ in groups]
-    check_added(Generator(windowed(kind, window), tokenizer, chunk=chunk), groups, between)
-
-
-def notes_of(lengths, new):
-    """A group a note: three questions about so many tokens, with answers of different lengths."""
-    notes = [[(7 * i + n) % 250 for i in range(length)] for n, length in enumerate(lengths)]
-    return [[([*note, 200 + q, q], new + 2 * q) for q in range(3)] for note in notes]
-
-
-MISTAKES = {  # of Cache.join, Cache.retain or Level's index
-    "a slot off by one": ("join", "[self.length_B, other.length_B]", "[self.length_B, other.length_B - 1]"),
-    "positions off by one": ("join", "[self.start_B, other.start_B]", "[self.start_B, other.start_B + 1]"),
-    "a stale slot after a refill": ("join", "other.keys[layer], dim=-1", "self.keys[layer], dim=-1"),
-    "values of the rows before": ("join", "other.values[layer], dim=-2", "self.values[layer], dim=-2"),
-    "a note's keys for its neighbour's": ("join", "own + prefix.branches.start,", "own - 1 + prefix.branches.start,"),
-    "a tree's levels in one": ("join", "free.remove(match)", "pass"),
-    "a mask of the wrong row": ("index", "places.get(branch, -1) // n", "places.get(branch + 1, -1) // n"),
-    "a row kept for its neighbour": ("retain", "self.start_B[kept_B]", "self.start_B[: len(rows)]"),
-}
-
-
-@pytest.mark.parametrize("mistake", [None, *MISTAKES])
-def test_a_mistake_in_refilling_is_noticed(mistake, tokenizer, monkeypatch):
-    if mistake is not None:
-        name, right, wrong = MISTAKES[mistake]
-        owner = Level if name == "index" else Cache
-        make_mistake(monkeypatch, owner, name, right, wrong)
-    noticed = pytest.raises((AssertionError, IndexError, RuntimeError)) if mistake else contextlib.nullcontext()
-    with noticed:
-        groups = notes_of([40, 30, 60, 12], 4)
-        above, below = [*range(40)], [*range(100, 140)]  # a tree of two levels of alike lengths
-        shared = [([*above, *below, 7], 5), ([*above, *below, 8], 5), ([*above, 9], 5)]
-        check_added(Generator(MODELS["full"], tokenizer), [*groups, shared], [2, 3, 6, 1, 0])
