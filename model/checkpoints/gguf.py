@@ -14,6 +14,7 @@ import re
 import struct
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -78,6 +79,7 @@ ROPE = {
 KEYS = {*CONFIG.values(), *ROPE.values(), "vocab_size", "tensor_data_layout", "attention.value_length"}
 KEYS |= {"attention.layer_norm_epsilon", "attention.causal", "rope.dimension_count", "rope.scale_linear"}
 KEYS |= {"rope.scaling.type", "rope.scaling.attn_factor", "rope.scaling.finetuned"}
+DEQUANTIZED = 2**18  # numbers at a time: the package takes 16 rows, too few where rows are short
 
 
 @dataclass(frozen=True)
@@ -155,6 +157,13 @@ def open_gguf(path: Path) -> GGUF:
 
 def _open_file(path: Path) -> GGUF:
     check_regular(path)
+    status = path.stat()
+    return _parsed(path, (status.st_dev, status.st_ino, status.st_size, status.st_mtime_ns))
+
+
+@lru_cache(maxsize=8)
+def _parsed(path: Path, version: tuple[int, ...]) -> GGUF:
+    """Parsed once per `version` of the file: config, weights and tokenizer each ask for the header."""
     with open(path, "rb") as file:
         header = _Header(path, file)
         if header.remaining < 24 or header.take(4) != b"GGUF":
@@ -212,7 +221,13 @@ def _reader(
     def read(rows: slice | None) -> Tensor:
         if len(shape) == 1 and rows is not None:  # blocks lie along the only dimension: dequantize all of it
             return read(None)[rows]
-        return torch.from_numpy(gguf.dequantize(read_blocks(rows).numpy(), kind))
+        blocks = read_blocks(rows)
+        stored, values = blocks.numpy().reshape(-1, row_bytes), torch.empty(blocks[..., 0].numel(), shape[-1])
+        size = max(1, DEQUANTIZED // shape[-1])
+        for start in range(0, len(stored), size):
+            part = gguf.dequantize(stored[start : start + size].reshape(1, -1), kind)  # as one row of blocks
+            values[start : start + size].view(-1).copy_(torch.from_numpy(part[0]))
+        return values.view(*blocks.shape[:-1], shape[-1])
 
     return read
 

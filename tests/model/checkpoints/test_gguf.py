@@ -194,3 +194,11 @@ def test_two_files_in_a_folder_have_to_be_told_apart(tmp_path, whole):
         (tmp_path / name).write_bytes(whole.read_bytes())
     with pytest.raises(UserError, match="2 GGUF models .a.gguf, b.gguf."):
         Transformer.from_pretrained(tmp_path)
+
+
+def test_a_header_is_parsed_once_while_its_file_stays_the_same(tmp_path):
+    path = write_gguf(tiny("llama", torch.float32), tmp_path / "m.gguf", "llama")
+    first = open_gguf(path)
+    assert open_gguf(path) is first
+    write_gguf(tiny("llama-tied", torch.float32), path, "llama")
+    assert "output.weight" in first.tensors and "output.weight" not in open_gguf(path).tensors
