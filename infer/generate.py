@@ -22,8 +22,8 @@ class Options(ModelOptions):
     chat: bool = False
     """Use the model's chat template."""
     compile: Literal["auto", "on", "off"] = "auto"
-    """Compile the decode step, which takes a minute or more and saves a quarter of the time per token; auto: where it
-    pays, from 26,000 new tokens on."""
+    """Compile the decode step (on a GPU, also capture it as a CUDA graph), which takes a minute or more and saves a
+    quarter of the time per token; auto: where it pays, from 26,000 new tokens on."""
     settings: Settings = Settings()
     json: bool = False
     """Print one JSON object: text, tokens, logprobs, finish_reason."""
@@ -31,12 +31,12 @@ class Options(ModelOptions):
 
 def main(options: Options) -> int:
     from infer.engine.generate import generator_for
-    from infer.engine.load import dtype_for, plan_for
+    from infer.engine.load import device_here, dtype_for, plan_for
     from lora.memory import Requests
 
     settings = options.settings
-    if options.compile == "on" and options.fuse:
-        raise UserError("--compile cannot compile the kernels of --fuse; leave one out")
+    if options.compile == "on" and options.fuse and device_here() == "cpu":
+        raise UserError("--compile has nothing to compile in the kernels of --fuse on a CPU; leave one out")
     if options.compile == "on" and options.memory:
         raise UserError("--compile needs a larger cache than --memory plans; leave one out")
     size = len(options.prompt.encode("utf-8", "replace"))  # at least the number of tokens

@@ -19,6 +19,7 @@ import torch
 import torch.nn.functional as F
 
 from eval.bench.row import Row
+from kernels.launch import captured
 from kernels.proof.cases import EPS, FFN, GROUPS, HEAD, HEADS, VOCAB, WIDTH, Case, Make, cases, int4, linear
 
 BF16 = torch.bfloat16
@@ -65,21 +66,6 @@ class Setup:
             "gate, up": ((self.ffn, self.ffn), self.width),
             "down": ((self.width,), self.ffn),
         }
-
-
-def captured(functions: list[Callable[[], Any]]) -> torch.cuda.CUDAGraph:
-    """A CUDA graph of these calls in sequence, after a warm-up on a side stream that compiles them."""
-    side = torch.cuda.Stream()
-    side.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(side):
-        for function in functions[:2] * 2:
-            function()
-    torch.cuda.current_stream().wait_stream(side)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        for function in functions:
-            function()
-    return graph
 
 
 def seconds(setup: Setup, call: Callable[[], Any], budget: float = 0.3) -> float:
@@ -198,12 +184,17 @@ def gemms_alone(setup: Setup, model: Any, batch: int) -> float:
 @torch.inference_mode()
 def decode_speeds(setup: Setup, model: Any, batch: int) -> tuple[float, float]:
     """Tokens per second (in a CUDA graph, eager) of a fused model's decode step after `held` tokens."""
-    from infer.engine.fuse import DecodeStep
+    from infer.engine.compiled import decode_step, slots
+    from infer.engine.forward import Engine
 
-    step = DecodeStep(model, batch, setup.slots)
-    step.key_position_BS[:, : setup.held] = torch.arange(setup.held, device=setup.device)
+    engine = Engine(model)
+    step, (keys, values) = decode_step(engine), slots(engine, batch, setup.slots)
     tokens = torch.zeros(batch, dtype=torch.int64, device=setup.device)
-    call = partial(step, tokens, torch.full_like(tokens, setup.held))
+    position = torch.full_like(tokens, setup.held)
+
+    def call() -> torch.Tensor:
+        return engine.logits(step(tokens, position, keys, values))
+
     return batch / seconds(setup, captured([call]).replay), batch / seconds(setup, call)
 
 

@@ -1,11 +1,12 @@
-"""A compiled decode step over a static KV cache: `python -m infer.generate --compile on`.
+"""A decode step over a static KV cache, compiled and captured: `python -m infer.generate --compile on`.
 
     tokens_B, position_B, keys and values of every layer  →  x_BD; the new keys and values are written to their slots
 
 Numbers of rows and slots are powers of two, a token's slot is its position, and attention is masked by position, so the
 step never reads a tensor's value on the host. torch.compile takes it as one graph: one call per step instead of about
-600 dispatches. Compiling takes about a minute and a half on two cores (torch caches the result across processes) and
-pays from about 26,000 tokens on. Prefill is not compiled: cache.py computes it, and its keys and values are copied.
+600 dispatches; a model of fused blocks (fuse.py) runs its kernels instead. On a GPU either is captured as a CUDA graph.
+Compiling takes about a minute and a half on two cores (torch caches the result across processes) and pays from about
+26,000 tokens on. Prefill is not compiled: cache.py computes it, and its keys and values are copied.
 """
 
 from __future__ import annotations
@@ -17,14 +18,16 @@ from typing import Any
 import torch
 from torch import Tensor
 
+import kernels
 from infer.engine.cache import Cache
 from infer.engine.forward import Engine
-from kernels.launch import power_of_2
+from kernels.launch import captured, power_of_2
 
 Layers = list[Tensor]  # one tensor per layer
+Step = Callable[[Tensor, Tensor, Layers, Layers], Tensor]
 
 
-def decode_step(engine: Engine) -> Callable[[Tensor, Tensor, Layers, Layers], Tensor]:
+def decode_step(engine: Engine) -> Step:
     """Returns step(tokens_B, position_B, keys, values) → x_BD. Keys and values are (B, G, S, K) per layer, in slot
     order, and are updated in place."""
 
@@ -37,15 +40,51 @@ def decode_step(engine: Engine) -> Callable[[Tensor, Tensor, Layers, Layers], Te
             k_BGSK, v_BGSK, window = keys[layer], values[layer], engine.layers[layer].window
             k_BGSK[row_B, :, position_B] = k_BGK.to(k_BGSK.dtype)
             v_BGSK[row_B, :, position_B] = v_BGK.to(v_BGSK.dtype)
+            k_BGSK, v_BGSK = k_BGSK.to(q_BHK.dtype), v_BGSK.to(q_BHK.dtype)
+            if engine.fused:
+                slot_BS = slot_S.int().expand(B, S)
+                return kernels.tree_attention(
+                    q_BHK[:, :, None], k_BGSK, v_BGSK, position_B[:, None], slot_BS, window
+                ).squeeze(2)
             seen_BS = past_BS if window is None else past_BS & (slot_S > position_B[:, None] - window)
             q_BGMK = (q_BHK * engine.scale).view(B, G, -1, K)
-            score_BGMS = torch.matmul(q_BGMK, k_BGSK.to(q_BHK.dtype).mT)
+            score_BGMS = torch.matmul(q_BGMK, k_BGSK.mT)
             weight_BGMS = score_BGMS.masked_fill(~seen_BS[:, None, None], float("-inf")).softmax(-1)
-            return torch.matmul(weight_BGMS, v_BGSK.to(q_BHK.dtype)).view(B, -1, K)
+            return torch.matmul(weight_BGMS, v_BGSK).view(B, -1, K)
 
         return engine.forward(tokens_B, position_B, attend)
 
     return step
+
+
+def slots(engine: Engine, rows: int, count: int) -> tuple[Layers, Layers]:
+    """Keys and values of every layer, zeros, with `count` slots for each of `rows` rows."""
+    shape = rows, engine.groups, count, engine.head_dim
+    keys, values = (
+        [torch.zeros(shape, dtype=engine.cache_dtype, device=engine.device) for _ in engine.layers] for _ in range(2)
+    )
+    return keys, values
+
+
+class Captured:
+    """A step as a CUDA graph: inputs are copied to the graph's own tensors, and one launch replays all kernels.
+
+    Capturing runs the step a few times with the first inputs, which writes the same keys and values each time.
+    """
+
+    def __init__(self, step: Step, tokens_B: Tensor, position_B: Tensor, keys: Layers, values: Layers) -> None:
+        self.tokens_B, self.position_B = tokens_B.clone(), position_B.clone()
+
+        def run() -> None:
+            self.x_BD = step(self.tokens_B, self.position_B, keys, values)
+
+        self.graph = captured([run])
+
+    def __call__(self, tokens_B: Tensor, position_B: Tensor, keys: Layers, values: Layers) -> Tensor:
+        self.tokens_B.copy_(tokens_B)
+        self.position_B.copy_(position_B)
+        self.graph.replay()
+        return self.x_BD
 
 
 class StaticCache:
@@ -57,15 +96,9 @@ class StaticCache:
     def __init__(self, engine: Engine, cache: Cache, new: int) -> None:
         self.engine, self.next_B = engine, cache.start_B + cache.length_B
         self.row_B = torch.arange(len(self.next_B))  # row of each request in the buffers
-        self.function = decode_step(engine)
-        options: dict[str, Any] = {"cpp_wrapper": engine.device.type == "cpu"}  # a tenth less time than Python wrappers
-        self.run = torch.compile(self.function, fullgraph=True, dynamic=False, options=options)
-        slots = power_of_2(int(self.next_B.max()) + new)
-        shape = (power_of_2(len(self.next_B)), engine.groups, slots, engine.head_dim)
-        self.keys, self.values = (
-            [torch.zeros(shape, dtype=engine.cache_dtype, device=engine.device) for _ in engine.layers]
-            for _ in range(2)
-        )
+        self.run: Step | None = None
+        count = power_of_2(int(self.next_B.max()) + new)
+        self.keys, self.values = slots(engine, power_of_2(len(self.next_B)), count)
         for layer in range(len(engine.layers)):
             level_keys = [level.keys[layer] for level in cache.levels]
             level_values = [level.values[layer] for level in cache.levels]
@@ -77,17 +110,26 @@ class StaticCache:
         size = len(self.keys[0])
         tokens, position = torch.zeros(size, dtype=torch.int64), torch.zeros(size, dtype=torch.int64)
         tokens[self.row_B], position[self.row_B] = tokens_B1[:, 0].cpu(), self.next_B
-        exc = torch._dynamo.exc  # loaded by torch.compile
         inputs = tokens.to(self.engine.device), position.to(self.engine.device), self.keys, self.values
-        try:
-            x_bD = self.run(*inputs)
-        except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:  # the latter: at the ninth shape
-            reason = str(error).strip().splitlines()[0]
-            print(f"--compile: the step cannot be compiled and runs uncompiled ({reason})", file=sys.stderr)
-            self.run = self.function
-            x_bD = self.run(*inputs)
+        self.run = self.run or self.prepare(*inputs)
+        x_bD = self.run(*inputs)
         self.next_B = self.next_B + count_B
         return x_bD[self.row_B.to(x_bD.device), None]
+
+    def prepare(self, *inputs: Any) -> Step:
+        """The step, compiled if possible, as a CUDA graph on a GPU. Runs it on `inputs`."""
+        step, cpu = decode_step(self.engine), self.engine.device.type == "cpu"
+        if not self.engine.fused:
+            options: dict[str, Any] = {"cpp_wrapper": cpu}  # a tenth less time than Python wrappers
+            compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)
+            exc = torch._dynamo.exc  # loaded by torch.compile
+            try:
+                compiled(*inputs)
+                step = compiled
+            except (exc.TorchDynamoException, exc.FailOnRecompileLimitHit) as error:  # the latter: at the ninth shape
+                reason = str(error).strip().splitlines()[0]
+                print(f"--compile: the step cannot be compiled and runs uncompiled ({reason})", file=sys.stderr)
+        return step if cpu else Captured(step, *inputs)
 
     def retain(self, rows: list[int]) -> None:
         """Drops all other requests. Their rows stay in the buffers: another shape would be compiled again."""

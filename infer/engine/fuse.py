@@ -1,8 +1,7 @@
 """A model's blocks on the Triton kernels; weights and their names stay.
 
-    fuse(model)                     norm with q, k, v, and norm with gate, up and SwiGLU, in two launches each
-    fuse(model, four_bit=True)      the same with int4 weights (model/quantize's int4-64), inference only
-    DecodeStep(model, batch, slots) one token per row with static shapes, for a CUDA graph
+    fuse(model)                  norm with q, k, v, and norm with gate, up and SwiGLU, in two launches each
+    fuse(model, four_bit=True)   the same with int4 weights (model/quantize's int4-64), inference only
 
 A fused block computes what `model.transformer.Block` computes. Where a kernel does not run (CPU, fp64), its PyTorch
 definition does. Not fused: experts (Mixtral), int8 and nf4 layers, adapters with dropout in training. Attention with
@@ -207,63 +206,6 @@ def tree_attention(
     levels = [replace(level, k_MGPK=level.k_MGPK.to(dtype), v_MGPK=level.v_MGPK.to(dtype)) for level in levels]
     k_NGSK, v_NGSK = k_NGSK.to(dtype), v_NGSK.to(dtype)
     return kernels.tree_attention(q_NHTK, k_NGSK, v_NGSK, position_NT, key_position_NS, window, levels)
-
-
-class DecodeStep(nn.Module):
-    """Decode step of a fused model: tokens_B and positions_B (int64) → logits_BV, at least fp32.
-
-    Caches, key positions and rotary tables are buffers of fixed size on the model's device. A position's slot is
-    position modulo `slots`: a rolling cache for windows of at most `slots`. The step never synchronizes with the host
-    and its kernels depend on shapes only, so it can be exported and captured as one CUDA graph.
-    """
-
-    cos_PK: Tensor
-    sin_PK: Tensor
-    keys_LBGSK: Tensor
-    values_LBGSK: Tensor
-    key_position_BS: Tensor
-    row_B: Tensor
-
-    def __init__(self, model: Transformer, batch: int, slots: int, longest: int | None = None) -> None:
-        super().__init__()
-        self.model, config = model, model.config
-        too_wide = any(window is None or window > slots for window in config.windows)
-        if too_wide and (longest or slots) > slots:
-            raise ValueError(f"{longest} positions need as many slots, or a window of at most {slots}")
-        position_1P = torch.arange(longest or slots, device=model.device)[None]
-        for name, table_1PK in zip(("cos_PK", "sin_PK"), model.model.rotary(position_1P, model.dtype), strict=True):
-            self.register_buffer(name, table_1PK[0].clone(), persistent=False)
-        shape = (config.num_hidden_layers, batch, config.num_key_value_heads, slots, config.head_dim)
-        for name in ("keys_LBGSK", "values_LBGSK"):
-            self.register_buffer(name, torch.zeros(shape, dtype=model.dtype, device=model.device), persistent=False)
-        empty_BS = torch.full((batch, slots), -1, dtype=torch.int32, device=model.device)
-        self.register_buffer("key_position_BS", empty_BS, persistent=False)
-        self.register_buffer("row_B", torch.arange(batch, device=model.device), persistent=False)
-
-    def forward(self, tokens_B: Tensor, positions_B: Tensor) -> Tensor:
-        slot_B = positions_B % self.key_position_BS.shape[1]
-        self.key_position_BS.index_put_((self.row_B, slot_B), positions_B.to(torch.int32))
-        x_BD = self.model.model.embed_tokens(tokens_B)
-        rotary_B1K = self.cos_PK[positions_B][:, None], self.sin_PK[positions_B][:, None]
-        for layer, block in enumerate(self.model.model.layers):
-            assert isinstance(block, FusedBlock)
-            own = block.self_attn
-            q_BHK, k_BGK, v_BGK = (out_BO.unflatten(-1, (-1, own.head_dim)) for out_BO in block.products(x_BD))
-            q_BH1K, k_BG1K = own.rotate_q(q_BHK[:, :, None], rotary_B1K), own.rotate_k(k_BGK[:, :, None], rotary_B1K)
-            keys_BGSK, values_BGSK = self.keys_LBGSK[layer], self.values_LBGSK[layer]
-            keys_BGSK.transpose(1, 2).index_put_((self.row_B, slot_B), k_BG1K[:, :, 0])
-            values_BGSK.transpose(1, 2).index_put_((self.row_B, slot_B), v_BGK)
-            out_BH1K = kernels.tree_attention(
-                q_BH1K, keys_BGSK, values_BGSK, positions_B[:, None], self.key_position_BS, block.window
-            )
-            x_BD = block.add_feed_forward(block.add_attention(x_BD, out_BH1K.flatten(1)))
-        head = self.model.lm_head
-        if head is None:
-            weight_VD, norm = self.model.model.embed_tokens.weight, self.model.model.norm
-            logits_BV = kernels.rms_norm_lora_linear(x_BD, norm.weight, weight_VD, None, None, 1.0, norm.eps)
-        else:
-            (logits_BV,) = normed_products(x_BD, self.model.model.norm, [head])
-        return logits_BV.to(torch.promote_types(logits_BV.dtype, torch.float32))
 
 
 def fuse(model: Transformer, four_bit: bool = False) -> Transformer:

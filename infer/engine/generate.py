@@ -75,7 +75,7 @@ class Generator:
         compile: bool = False,
     ) -> None:
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
-        self.compile = compile and not self.engine.fused
+        self.compile = compile
         self.lookup, self.row_cost = lookup and not self.compile, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
         self.stop_ids = frozenset(i for i in ends if i < model.config.vocab_size)

@@ -33,17 +33,19 @@ MODELS = """
 import torch
 from eval.bench import gpu
 from eval.bench.gpu_cases import Ids, Setup, random_model
-from infer.engine.fuse import DecodeStep, fuse
+from infer.engine.compiled import decode_step, slots
+from infer.engine.fuse import fuse
 from infer.engine.generate import Generator
 
 setup = Setup(device="meta")
 names = [name for name, _ in gpu.sections(setup, {"bytes/s": 1.0, "operations/s": 1.0})]
 model = fuse(random_model(setup, 16))
 with torch.no_grad():
-    logits = DecodeStep(model, 2, 32)(torch.zeros(2, dtype=torch.int64, device="meta"), torch.zeros(2, dtype=torch.int64, device="meta"))
-Generator(model, Ids(), lookup=False)
+    engine = Generator(model, Ids(), lookup=False).engine
+    zeros = torch.zeros(2, dtype=torch.int64, device="meta")
+    logits = engine.logits(decode_step(engine)(zeros, zeros, *slots(engine, 2, 32)))
 print(names[0], len(names), tuple(logits.shape), sum(p.numel() for p in model.parameters()) // 10**8)
-"""  # noqa: E501
+"""
 
 
 def bare(*command: str, **changes: str) -> subprocess.CompletedProcess:

@@ -4,8 +4,11 @@ import copy
 
 import pytest
 import torch
+from torch import nn
 
-from infer.engine.fuse import DecodeStep, Int4Linear, fuse
+from infer.engine.compiled import decode_step, slots
+from infer.engine.forward import Engine
+from infer.engine.fuse import Int4Linear, fuse
 from lora import LoRAConfig, add_lora
 from model import KVCache, ModelConfig, Transformer
 from model.mask import Layout
@@ -138,25 +141,40 @@ def test_int4_is_the_plain_model_with_the_rounded_weights(device, as_good_as, dt
         as_good_as(ours, step_by_step(rounded, tokens_of(device)), truth)
 
 
-def stepped(step, tokens_BT):
-    """All tokens of the rows, one at a time, by a DecodeStep."""
-    places = range(tokens_BT.shape[1])
-    with torch.inference_mode():
-        return torch.stack([step(tokens_BT[:, i], torch.full_like(tokens_BT[:, i], i)) for i in places], dim=1)
+class Stepping(nn.Module):
+    """The decode step over static slots, as a module whose buffers are the cache."""
+
+    def __init__(self, model, rows, count):
+        super().__init__()
+        self.model, self.engine = model, Engine(model)
+        for kind, layers in zip("kv", slots(self.engine, rows, count), strict=True):
+            for layer, tensor in enumerate(layers):
+                self.register_buffer(f"{kind}{layer}", tensor)
+
+    def forward(self, tokens_B, position_B):
+        layers = range(len(self.engine.layers))
+        keys, values = ([getattr(self, f"{kind}{layer}") for layer in layers] for kind in "kv")
+        return self.engine.logits(decode_step(self.engine)(tokens_B, position_B, keys, values))
 
 
-@pytest.mark.parametrize("family", ["mistral", "qwen2"])
+@torch.inference_mode()
+def stepped(model, tokens_BT):
+    """All tokens of the rows, one at a time, over static slots."""
+    step, places = Stepping(model, *tokens_BT.shape), range(tokens_BT.shape[1])
+    return torch.stack([step(tokens_BT[:, i], torch.full_like(tokens_BT[:, i], i)) for i in places], dim=1)
+
+
+@pytest.mark.parametrize("family", FAMILIES)
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_a_static_step_is_the_plain_model(device, family, four_bit):
-    """Twelve tokens through seven slots where the window (five) lets them roll."""
+    """Twelve tokens: beyond the window, where there is one."""
     plain = tiny(torch.float64, device, **FAMILIES[family])
     fused = fuse(copy.deepcopy(plain), four_bit)
     for name, module in fused.named_modules():
         if isinstance(module, Int4Linear):
             plain.get_submodule(name).weight.data = module.weight.dequantize(torch.float64)
     tokens = tokens_of(device, count=12)
-    slots = 7 if family == "mistral" else 12
-    truth, ours = whole(plain, tokens), stepped(DecodeStep(fused, 2, slots, longest=12), tokens)
+    truth, ours = whole(plain, tokens), stepped(fused, tokens)
     assert float((ours - truth).abs().max()) <= 1e-12 * float(truth.abs().max())
 
 
@@ -165,28 +183,22 @@ def test_a_static_step_by_the_kernels_is_as_good_as_the_plain_model(device, as_g
     plain = tiny(dtype, device, num_hidden_layers=1)
     tokens = tokens_of(device, count=7)
     truth = whole(copy.deepcopy(plain).double(), tokens)
-    as_good_as(stepped(DecodeStep(fuse(copy.deepcopy(plain)), 2, 5, longest=7), tokens), whole(plain, tokens), truth)
+    as_good_as(stepped(fuse(copy.deepcopy(plain)), tokens), whole(plain, tokens), truth)
 
 
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_a_static_step_exports_whole(four_bit):
     """What torch.export accepts has no branch on data and reads nothing back: a CUDA graph can capture it. fp64, so
     that the definitions are traced; the wrappers decide by shapes and dtypes in the same lines for the kernels."""
-    step = DecodeStep(fuse(tiny(torch.float64, "cpu"), four_bit), 2, 7, longest=12).eval()
+    step = Stepping(fuse(tiny(torch.float64, "cpu"), four_bit), 2, 12).eval()
     tokens, places = torch.tensor([3, 4]), torch.tensor([0, 0])
     exported = torch.export.export(step, (tokens, places), strict=False)
     reads = [node for node in exported.graph.nodes if "_local_scalar_dense" in str(node.target)]
     assert not reads
-    module, again = exported.module(), copy.deepcopy(step)
+    module, again = exported.module(), Stepping(step.model, 2, 12)
     for place in range(9):  # positions are data: the trace of the first serves the ninth
         places = torch.full((2,), place)
         assert torch.equal(module(tokens + place, places), again(tokens + place, places))
-
-
-def test_too_few_slots_are_refused():
-    model = fuse(tiny(torch.float64, "cpu", **FAMILIES["qwen2"]))
-    with pytest.raises(ValueError, match="as many slots"):
-        DecodeStep(model, 1, 7, longest=12)
 
 
 def test_a_weight_that_is_trained_stays_with_torch(device):

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 
 from infer import generate
 from infer.engine import compiled
+from infer.engine.fuse import fuse
 from infer.engine.generate import Generator
 from infer.engine.settings import Settings
 from lora import LoRAConfig, add_lora
@@ -23,6 +24,7 @@ KINDS = {
     "window": tiny_model(windows=(6, 6)),
     "mixed": tiny_model(windows=(5, None)),
     "bias": tiny_model(qkv_bias=True, tie_word_embeddings=True),
+    "fused": fuse(tiny_model(windows=(5, None))),
 }
 
 
@@ -104,6 +106,15 @@ def test_options_that_do_not_go_together_are_refused(other):
 @pytest.mark.parametrize("kind", ["full", "mixed"])
 def test_the_compiled_step_is_the_plain_models(kind, tokenizer):
     check(kind, [3, 70, 5], [9, 4, 9], tokenizer)
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+@pytest.mark.parametrize("kind", ["mixed", "fused"])
+def test_the_step_as_a_cuda_graph_gives_the_eager_ones_tokens(kind, tokenizer):
+    model = deepcopy(KINDS[kind]).cuda()
+    eager, ours = (Generator(model, tokenizer, compile=how).generate(PROMPTS, max_new_tokens=12) for how in (0, 1))
+    assert [out.tokens for out in ours] == [out.tokens for out in eager]
 
 
 FORMS = ("wide", "int8", "int4", "w8a8")
