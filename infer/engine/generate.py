@@ -47,13 +47,20 @@ class State:
     text: str = ""
     finish: str | None = None
     random: torch.Generator | None = None
+    drawn: list[float] = field(default_factory=list)
     lookup: Lookup | None = None
 
-    def uniform(self) -> float:
-        """The next random number in [0, 1) of the request's seed."""
+    def uniform(self, ahead: int) -> float:
+        """The random number in [0, 1), by the request's seed, for its next token (ahead 0), the one after it, …"""
         if self.random is None:
             self.random = torch.Generator().manual_seed(self.settings.seed)
-        return torch.rand((), dtype=torch.float64, generator=self.random).item()
+        number = len(self.tokens) - self.given + ahead
+        while len(self.drawn) <= number:
+            self.drawn.append(torch.rand((), dtype=torch.float64, generator=self.random).item())
+        return self.drawn[number]
+
+
+Draft = tuple[State, list[int]]  # a request and draft tokens after its own: what the next token follows
 
 
 class Generator:
@@ -195,21 +202,24 @@ class Generator:
 
     def take(self, x_BTD: Tensor, active: list[State], guesses: list[list[int]], cache: Cache | StaticCache) -> None:
         """Chooses every request's next token from x_BTD, and further ones as long as its draft tokens are right."""
-        if x_BTD.shape[1] == 1:
-            self.choose(self.engine.logits(x_BTD[:, 0]), active)
-            return
-        logits_BTV = self.engine.logits(x_BTD.flatten(0, 1)).unflatten(0, x_BTD.shape[:2])
+        pairs = list(zip(active, guesses, strict=True))
+        drafts = [(state, guess[:count]) for state, guess in pairs for count in range(len(guess) + 1)]
+        x_ND = x_BTD[:, 0]
+        if len(drafts) > len(active):
+            x_ND = torch.cat([x_TD[: 1 + len(guess)] for x_TD, guess in zip(x_BTD, guesses, strict=True)])
+        chosen = iter(self.choose(self.engine.logits(x_ND), drafts))
         accepted = []
-        for row, (state, guess) in enumerate(zip(active, guesses, strict=True)):
+        for state, guess in pairs:
+            choices = [next(chosen) for _ in range(len(guess) + 1)]
             count = 0
-            while True:
-                (token,) = self.choose(logits_BTV[row, count : count + 1], [state])
-                if state.finish is not None or count == len(guess) or token != guess[count]:
-                    break
+            self.enter(state, *choices[0])
+            while state.finish is None and count < len(guess) and state.tokens[-1] == guess[count]:
                 count += 1
+                self.enter(state, *choices[count])
             accepted.append(count)
-        assert isinstance(cache, Cache)  # compiled steps do not speculate
-        cache.length_B = cache.length_B + torch.tensor(accepted)
+        if any(accepted):
+            assert isinstance(cache, Cache)  # compiled steps do not speculate
+            cache.length_B = cache.length_B + torch.tensor(accepted)
 
     def read_branches(self, cache: Cache, own: list[list[int]]) -> Tensor:
         """Prefills the branches' tokens → x_BD, the hidden state of each branch's last token."""
@@ -230,52 +240,49 @@ class Generator:
         assert last_BD is not None
         return last_BD
 
-    def choose(self, logits_BV: Tensor, active: list[State]) -> list[int]:
-        """Chooses one token for every request and adds it to the request's state."""
-        normal_B = logits_BV.logsumexp(-1)
-        masked_BV = self.constrain(logits_BV, active)
-        best_B = masked_BV.argmax(-1)  # lowest id among ties
-        sampled = [row for row, state in enumerate(active) if state.settings.temperature > 0]
+    def choose(self, logits_NV: Tensor, drafts: list[Draft]) -> list[list[float]]:
+        """Chooses a token for each draft: [id, log-probability], with runner-ups their two numbers after these."""
+        normal_N = logits_NV.logsumexp(-1)
+        masked_NV = self.constrain(logits_NV, drafts)
+        best_N = masked_NV.argmax(-1)  # lowest id among ties
+        sampled = [row for row, (state, _) in enumerate(drafts) if state.settings.temperature > 0]
         if sampled:
-            best_B[sampled] = draw(masked_BV[sampled], [active[row] for row in sampled])
+            best_N[sampled] = draw(masked_NV[sampled], [drafts[row] for row in sampled])
 
-        logprob_B = logits_BV.gather(1, best_B[:, None])[:, 0] - normal_B
-        columns = [best_B, logprob_B]
-        if any(state.settings.runner_up for state in active):
-            second = masked_BV.scatter(1, best_B[:, None], float("-inf")).max(-1)
-            columns += [second.indices, second.values - normal_B]
+        columns = [best_N, logits_NV.gather(1, best_N[:, None])[:, 0] - normal_N]
+        if any(state.settings.runner_up for state, _ in drafts):
+            second = masked_NV.scatter(1, best_N[:, None], float("-inf")).max(-1)
+            columns += [second.indices, second.values - normal_N]
         # one transfer, the step's only synchronization; fp64 represents ids and log-probabilities exactly
-        best, logprobs, *seconds = torch.stack([column.double() for column in columns]).tolist()
-        best = [int(token) for token in best]
-        for row, state in enumerate(active):
-            if state.settings.runner_up:
-                state.runner_ups.append((int(seconds[0][row]), seconds[1][row]))
-            self.enter(state, best[row], logprobs[row])
-        return best
+        chosen: list[list[float]] = torch.stack([column.double() for column in columns], -1).tolist()
+        return chosen
 
-    def constrain(self, logits_BV: Tensor, active: list[State]) -> Tensor:
+    def constrain(self, logits_NV: Tensor, drafts: list[Draft]) -> Tensor:
         """The logits with −∞ for tokens that a request's constraint does not allow."""
         rows, ids = [], []
-        for row, state in enumerate(active):
-            allowed = None if state.settings.constraint is None else state.settings.constraint.allowed(state.tokens)
+        for row, (state, draft) in enumerate(drafts):
+            constraint = state.settings.constraint
+            allowed = None if constraint is None else constraint.allowed([*state.tokens, *draft])
             if allowed is not None:
                 rows.append(row)
-                ids.append(torch.as_tensor(allowed, dtype=torch.int64, device=logits_BV.device))
+                ids.append(torch.as_tensor(allowed, dtype=torch.int64, device=logits_NV.device))
         if not rows:
-            return logits_BV
+            return logits_NV
         id_M = torch.cat(ids)
         counts = torch.tensor([len(each) for each in ids])
         row_n = torch.tensor(rows)
-        row_M = row_n.repeat_interleave(counts).to(logits_BV.device)
-        masked_BV = logits_BV.index_fill(0, row_n.to(logits_BV.device), float("-inf"))
-        masked_BV[row_M, id_M] = logits_BV[row_M, id_M]
-        return masked_BV
+        row_M = row_n.repeat_interleave(counts).to(logits_NV.device)
+        masked_NV = logits_NV.index_fill(0, row_n.to(logits_NV.device), float("-inf"))
+        masked_NV[row_M, id_M] = logits_NV[row_M, id_M]
+        return masked_NV
 
-    def enter(self, state: State, token: int, logprob: float) -> None:
-        """Adds a token to a request, and finishes the request if it ends there."""
+    def enter(self, state: State, token: float, logprob: float, *runner_up: float) -> None:
+        """Adds a chosen token to a request, and finishes the request if it ends there."""
+        token, settings = int(token), state.settings
         state.tokens.append(token)
         state.logprobs.append(logprob)
-        settings = state.settings
+        if settings.runner_up:
+            state.runner_ups.append((int(runner_up[0]), runner_up[1]))
         if token in self.stop_ids:
             state.finish = "stop"
             state.text = self.decode(state.tokens[:-1])
@@ -381,7 +388,7 @@ class RequestBatch:
         self.held = [self.held[row] for row in kept]
 
 
-def draw(logits_BV: Tensor, states: Sequence[State]) -> Tensor:
+def draw(logits_BV: Tensor, drafts: Sequence[Draft]) -> Tensor:
     """Samples a token_B from softmax(logits / temperature) after top-k, top-p and min-p, each row by its request's
     settings and rng. The host reads nothing from the device."""
     device, V = logits_BV.device, logits_BV.shape[1]
@@ -389,7 +396,7 @@ def draw(logits_BV: Tensor, states: Sequence[State]) -> Tensor:
     def column(values: Iterable[float]) -> Tensor:
         return torch.tensor(list(values), dtype=torch.float64, device=device)[:, None]
 
-    each, rank_V = [state.settings for state in states], torch.arange(V, device=device)
+    each, rank_V = [state.settings for state, _ in drafts], torch.arange(V, device=device)
     temperature_B1 = column(settings.temperature for settings in each)
     probability_BV, order_BV = (logits_BV.double() / temperature_B1).softmax(-1).sort(descending=True, stable=True)
     keep_BV = probability_BV >= column(settings.min_p for settings in each) * probability_BV[:, :1]
@@ -398,7 +405,7 @@ def draw(logits_BV: Tensor, states: Sequence[State]) -> Tensor:
     keep_BV &= before_BV < column(settings.top_p if settings.top_p < 1 else float("inf") for settings in each)
     keep_BV &= probability_BV > 0
     below_BV = (probability_BV * keep_BV).cumsum(-1)
-    point_B1 = column(state.uniform() for state in states) * below_BV[:, -1:]
+    point_B1 = column(state.uniform(len(draft)) for state, draft in drafts) * below_BV[:, -1:]
     place_B1 = (below_BV <= point_B1).sum(-1, keepdim=True)
     last_B1 = (keep_BV * rank_V).amax(-1, keepdim=True)
     return order_BV.gather(1, torch.minimum(place_B1, last_B1))[:, 0]

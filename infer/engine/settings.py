@@ -46,7 +46,7 @@ class Settings:
     constraint: tyro.conf.Suppress[Any] = None
     """Constrained decoding: an object with `allowed(tokens) -> ids | None`, which gets the tokens generated so far and
     returns the ids allowed next (None: all), as a list or an int64 tensor. A tensor on the model's device saves a copy
-    each step."""
+    each step. With speculation draft tokens follow, which may not be allowed: then any ids do."""
     hidden: tyro.conf.Suppress[Hidden | None] = None
     """A part of the prompt to mask for the tokens after it."""
     runner_up: tyro.conf.Suppress[bool] = False

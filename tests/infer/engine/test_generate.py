@@ -269,9 +269,8 @@ def test_sampling_does_not_depend_on_the_batch(kind, prompts, heat, new, seed, t
     assert [out.tokens for out in together] == [out.tokens for out in alone]
 
 
-def drawn_alone(logits_V, state):
+def drawn_alone(logits_V, one, random):
     """The definition of sampling, for one row."""
-    one = state.settings
     probability_V, order_V = (logits_V.double() / one.temperature).softmax(-1).sort(descending=True, stable=True)
     keep_V = probability_V >= one.min_p * probability_V[0]
     if one.top_k:
@@ -280,7 +279,8 @@ def drawn_alone(logits_V, state):
         keep_V &= probability_V.cumsum(0) - probability_V < one.top_p
     keep_V &= probability_V > 0
     below_V = (probability_V * keep_V).cumsum(0)
-    place = int((below_V <= state.uniform() * below_V[-1].item()).sum())
+    point = torch.rand((), dtype=torch.float64, generator=random) * below_V[-1]
+    place = int((below_V <= point).sum())
     return int(order_V[min(place, int(keep_V.nonzero()[-1]))])
 
 
@@ -304,12 +304,15 @@ def drawn_alone(logits_V, state):
 def test_rows_are_drawn_together_as_each_alone(each, steps, seed):
     """Also where a constraint leaves few tokens, and where probabilities are equal."""
     random = torch.Generator().manual_seed(seed)
-    together, alone = ([State([1], one) for one in each] for _ in range(2))
+    states = [State([1], one) for one in each]
+    seeded = [torch.Generator().manual_seed(one.seed) for one in each]
     for _ in range(steps):
         logits_BV = (4 * torch.randn(len(each), 50, generator=random)).round()
         logits_BV[0, 3:] = float("-inf")
-        tokens = draw(logits_BV, together).tolist()
-        assert tokens == [drawn_alone(row_V, state) for row_V, state in zip(logits_BV, alone, strict=True)]
+        tokens = draw(logits_BV, [(state, []) for state in states]).tolist()
+        assert tokens == [drawn_alone(*row) for row in zip(logits_BV, each, seeded, strict=True)]
+        for state, token in zip(states, tokens, strict=True):
+            state.tokens.append(token)
 
 
 def test_sampling_depends_on_the_seed(tokenizer):

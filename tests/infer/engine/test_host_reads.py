@@ -40,23 +40,42 @@ class Allowed:
         return self.ids
 
 
-def reads_of_a_step(tokenizer, windows, **sampling) -> int:
-    generator = Generator(tiny_model(windows=windows), tokenizer)
-    generator.stop_ids = frozenset()
-    prompts = [[5 + note, *range(20, 60 + note), 200 + question, 7] for note in range(3) for question in range(4)]
-    settings = Settings(max_new_tokens=4, constraint=Allowed(), **sampling)
-    steps = generator.run(generator.states(prompts, settings, {}))
+def second_step(generator, prompts, **sampling):
+    """(reads of the host, the largest number of tokens that a request gained) in the second step."""
+    settings = Settings(max_new_tokens=12, constraint=Allowed(), **sampling)
+    states = generator.states(prompts, settings, {})
+    steps = generator.run(states)
     next(steps)
     with HostReads(generator.engine.model.parameters()) as reads:
         next(steps)
     assert len(reads.computed) > 100
-    return reads.count
+    return reads.count, max(len(state.tokens) for state in states) - 1
+
+
+def generator_for(windows, tokenizer):
+    generator = Generator(tiny_model(windows=windows), tokenizer)
+    generator.stop_ids = frozenset()
+    return generator
+
+
+PROMPTS = [[5 + note, *range(20, 60 + note), 200 + question, 7] for note in range(3) for question in range(4)]
 
 
 @pytest.mark.parametrize("windows", [(None, None), (16, 16), (None, 16)])
 def test_a_step_waits_for_its_device_once(windows, tokenizer):
-    assert reads_of_a_step(tokenizer, windows) == 1
+    assert second_step(generator_for(windows, tokenizer), PROMPTS) == (1, 1)
 
 
 def test_a_sampled_step_waits_for_its_device_once(tokenizer):
-    assert reads_of_a_step(tokenizer, (None, 16), temperature=0.7, top_k=40, top_p=0.9, min_p=0.01) == 1
+    sampling = dict(temperature=0.7, top_k=40, top_p=0.9, min_p=0.01)
+    assert second_step(generator_for((None, 16), tokenizer), PROMPTS, **sampling) == (1, 1)
+
+
+@pytest.mark.parametrize("temperature", [0.0, 0.01])
+def test_a_step_that_checks_draft_tokens_waits_for_its_device_once(temperature, tokenizer):
+    generator = generator_for((16, 16), tokenizer)
+    generator.row_cost = 0.0  # drafts always pay
+    answers = generator.generate(PROMPTS, max_new_tokens=12, constraint=Allowed())
+    repeated = [[*prompt, *out.tokens, *prompt] for prompt, out in zip(PROMPTS, answers, strict=True)]
+    reads, tokens = second_step(generator, repeated, temperature=temperature)
+    assert reads == 1 and tokens > 1
