@@ -26,6 +26,7 @@ from model.config import ModelConfig
 from model.support.cli import UserError, guard
 from model.support.files import atomic_folder
 from model.support.lock import claim, hold, is_empty, sweep
+from model.support.torchrun import rank_and_world
 from model.text.tokenizer import copy_tokenizer
 from model.transformer import Transformer
 from train.data.dataset import Rows
@@ -55,7 +56,7 @@ def program(stage: str) -> None:
             if os.environ.get("LOCAL_RANK", "0") == "0":
                 raise
             return 2
-        if os.environ.get("RANK", "0") == "0":
+        if rank_and_world()[0] == 0:
             print(result)
         return 0
 

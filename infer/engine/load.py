@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import sys
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import replace
@@ -26,6 +25,7 @@ from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, Quant
 from model.quantize.rotation import Rotation, mixes_inputs, mixes_rows
 from model.support.cli import UserError, nearest
 from model.support.hardware import NO_INT8_PRODUCTS, fastest_dtype, has_amx, int8_products
+from model.support.torchrun import rank_and_world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
@@ -205,7 +205,7 @@ def plan_for(options: Any, asked: Requests) -> Plan:
         plan = Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
     if reason := only_saves_memory(plan.form, device, options.fuse):
         lines.append(f"format {plan.form} only saves memory here: {reason}")
-    if os.environ.get("RANK", "0") == "0":
+    if rank_and_world()[0] == 0:
         for line in lines:
             print(line, file=sys.stderr)
     return plan

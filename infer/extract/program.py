@@ -30,10 +30,11 @@ from infer.extract.answers import SCHEMA, read_calibration
 from infer.extract.job import EPOCH, Job, Unchanged, begun, epochs, mark_of, stamp, tally
 from infer.extract.notes import Note, fingerprint, ignored_files, read_notes
 from infer.extract.options import AskOptions, planned
-from infer.extract.ranks import barrier, ranks
+from infer.extract.ranks import barrier
 from infer.retrieval.repair import read_repair
 from model.support.cli import UserError
 from model.support.files import read_json, sha256_file, write_json
+from model.support.torchrun import rank_and_world
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
     from infer.engine.memory import Plan
@@ -77,7 +78,7 @@ class Options(AskOptions):
 
 
 def main(options: Options) -> int:
-    rank, world = ranks()
+    rank, world = rank_and_world()
     options.check()
     neighbours = open_neighbours(options)
     options, plan = planned(options, options.task, begun(options.out), rank, world)

@@ -17,8 +17,8 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from infer.extract.ranks import ranks
 from model.support.cli import UserError, one_line
+from model.support.torchrun import rank_and_world
 from model.transformer import Transformer
 
 Result = TypeVar("Result")
@@ -40,7 +40,7 @@ class Ranks:
         """Chooses the device, and joins torchrun's process group if there is one. Raises UserError if the environment's
         rank is none, or if there are fewer GPUs than processes."""
         kind = ("cuda" if torch.cuda.is_available() else "cpu") if device == "auto" else device
-        rank, world = ranks()
+        rank, world = rank_and_world()
         local_rank = int(os.environ.get("LOCAL_RANK", "0"))
         local_world, gpus = int(os.environ.get("LOCAL_WORLD_SIZE", "1")), torch.cuda.device_count()
         if kind == "cuda" and local_world > gpus:

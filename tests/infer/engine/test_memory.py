@@ -303,6 +303,10 @@ def test_a_format_that_only_saves_memory_is_reported(form, amx, capsys, monkeypa
     assert plan_for(options, Requests(100, 10)).form == form
     reason = only_saves_memory(form, device_here(), False)
     assert capsys.readouterr().err == (f"format {form} only saves memory here: {reason}\n" if reason else "")
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    plan_for(options, Requests(100, 10))
+    assert not capsys.readouterr().err, "the first rank says it"
 
 
 def test_notes_at_once_are_halved_until_they_fit(tmp_path):
