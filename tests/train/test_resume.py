@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -11,14 +12,14 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import as_recipe, ends
+from tiny_runs import as_recipe, ends, in_step, sigterm
 
 from lora.dropout import MASK_VERSION
 from model.support.cli import UserError, guard
 from model.support.files import read_json, sha256_file, write_json
 from train.distributed.checkpoint import find_corruption, steps_saved
-from train.recipe import Recipe
-from train.session import train
+from train.distributed.sharding import Ranks
+from train.session import prepare, train
 
 
 @pytest.fixture(scope="module")
@@ -29,26 +30,12 @@ def whole(options, tmp_path_factory) -> dict[str, bytes]:
 
 
 def test_a_stop_by_signal_saves_and_goes_on(options, whole, tmp_path, capsys):
-    from train.loop import Trainer
-
-    out, update = tmp_path / "run", Trainer.update
-
-    class Stopped(Trainer):
-        def update(self, step, norm):
-            if step == 2:
-                os.kill(os.getpid(), signal.SIGTERM)
-            return update(self, step, norm)
-
-    import train.session as session
-
-    before = signal.getsignal(signal.SIGTERM)
-    session.Trainer, kept = Stopped, session.Trainer
-    try:
-        with pytest.raises(SystemExit) as stop:
-            train(as_recipe(options, out=str(out)), "instruct")
-    finally:
-        session.Trainer = kept
-        signal.signal(signal.SIGTERM, before)
+    out, before = tmp_path / "run", signal.getsignal(signal.SIGTERM)
+    made = prepare(as_recipe(options, out=str(out)), "instruct", Ranks())
+    in_step(made, 3, sigterm)
+    with pytest.raises(SystemExit) as stop:
+        made.run()
+    assert signal.getsignal(signal.SIGTERM) == before
     assert stop.value.code == 0 and "stopped at step 3 of 6" in capsys.readouterr().out
     assert (out / "checkpoints" / "step-000003" / "adapter" / "adapter_config.json").is_file()
     train(as_recipe(options, out=str(out)), "instruct")
@@ -93,8 +80,10 @@ def test_disk_full_leaves_the_last_checkpoint_whole(options, whole, tmp_path, fi
         code = 1
         try:
             recipe = as_recipe(options, out=str(out), steps=4, schedule="constant", allow_changed=True)
+            made = prepare(recipe, "instruct", Ranks())
+            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))  # the metrics are shorter
             with open(tmp_path / "said", "w") as said, contextlib.redirect_stderr(said):
-                code = guard(lambda: limited(recipe, limit, resource), "train.instruct")
+                code = guard(made.run, "train.instruct")
         finally:
             os._exit(code)
     assert os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]) == 2
@@ -103,22 +92,6 @@ def test_disk_full_leaves_the_last_checkpoint_whole(options, whole, tmp_path, fi
     assert steps_saved(out / "checkpoints") == [step] and find_corruption(step) is None
     train(as_recipe(options, out=str(out), steps=4, schedule="constant", allow_changed=True), "instruct")
     assert find_corruption(steps_saved(out / "checkpoints")[-1]) is None
-
-
-def limited(recipe: Recipe, limit: int, resource) -> int:
-    """Train with files of at most `limit` bytes from the first save on."""
-    from train.loop import Trainer
-
-    class Full(Trainer):
-        def save(self):
-            resource.setrlimit(resource.RLIMIT_FSIZE, (limit, resource.RLIM_INFINITY))
-            super().save()
-
-    import train.session as session
-
-    session.Trainer = Full
-    train(recipe, "instruct")
-    return 0
 
 
 @pytest.mark.parametrize("optimizer", ["adamw8bit", "sgd", "muon"])
@@ -214,20 +187,18 @@ def test_a_tokenizer_of_a_larger_model_is_refused_before_the_model_is_read(optio
         train(recipe, "instruct")
 
 
-def test_the_last_ones_and_the_best_are_kept_and_a_run_given_up_is_not_gone_on_with(options, tmp_path, monkeypatch):
-    """The held-out loss is least after the third step, which save_every does not name."""
-    import train.session as session
-    from train.loop import Trainer
-
-    class Least(Trainer):
-        def valid_loss(self):
-            return abs(self.progress.step - 3) + 1.0
-
-    out = tmp_path / "run"
-    monkeypatch.setattr(session, "Trainer", Least)
-    train(as_recipe(options, out=str(out), steps=9, save_every=4, valid_every=1, keep_last=1), "instruct")
-    assert [path.name for path in steps_saved(out / "checkpoints")] == ["step-000003", "step-000009"]
-    train(as_recipe(options, out=str(out), steps=2, save_every=1, resume=False), "instruct")
+def test_the_last_ones_and_the_best_are_kept_and_a_run_given_up_is_not_gone_on_with(options, tmp_path):
+    """The held-out loss is least after the second step, which save_every does not name: the notes held out are in
+    capitals, which training makes ever less likely."""
+    out, held = tmp_path / "run", tmp_path / "held.jsonl"
+    notes = Path(options["data"][0]).read_text()
+    held.write_text(re.sub(r'(?<="text": )".*?"', lambda text: text[0].upper(), notes))
+    more = {"out": str(out), "valid_data": [str(held)], "full": True, "dropout": 0.0, "learning_rate": 0.1}
+    train(as_recipe(options, **more, steps=9, save_every=4, valid_every=1, keep_last=1), "instruct")
+    losses = [json.loads(line)["valid_loss"] for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert losses.index(min(losses)) == 1
+    assert [path.name for path in steps_saved(out / "checkpoints")] == ["step-000002", "step-000009"]
+    train(as_recipe(options, **more, steps=2, save_every=1, resume=False), "instruct")
     assert [path.name for path in steps_saved(out / "checkpoints")] == ["step-000001", "step-000002"]
 
 
@@ -239,11 +210,7 @@ def test_checkpoints_are_in_the_order_of_their_steps(tmp_path):
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_names_the_records(options, tmp_path):
-    from train.distributed.sharding import Ranks
-    from train.loop import Trainer
-    from train.session import prepare
-
-    made: Trainer = prepare(as_recipe(options, out=str(tmp_path / "a")), "instruct", Ranks())
+    made = prepare(as_recipe(options, out=str(tmp_path / "a")), "instruct", Ranks())
     poisoned = next(layer for layer in made.model.modules() if hasattr(layer, "lora_B") and layer.scale)
     with torch.no_grad():
         poisoned.lora_B["default"].fill_(float("nan"))

@@ -8,6 +8,8 @@ CASES.json holds {name: [recipe's changes, store, stage]}, and under "" a mistak
 import importlib
 import inspect
 import json
+import os
+import signal
 import sys
 import textwrap
 from collections.abc import Callable
@@ -91,6 +93,15 @@ def run_case(case: dict, store: str, stage: str, ranks: Ranks, every: bool = Fal
         made.update(step, norm)
     found |= {f"weight.{name}": whole(p) for name, p in named_trainable(made.model).items()}
     return found | {"loss": torch.tensor(losses, dtype=torch.float64), "norm": torch.tensor(norms, dtype=torch.float64)}
+
+
+def in_step(trainer: Trainer, step: int, act: Callable[[], object]) -> None:
+    """Calls `act` in a step of a training (from 1): after its update, and before anything is written of it."""
+    trainer.optimizers[0].register_step_post_hook(lambda *_: act() if trainer.progress.step == step - 1 else None)
+
+
+def sigterm() -> None:
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 def as_recipe(options: dict, **more) -> Recipe:

@@ -5,13 +5,13 @@ torchrun --nproc-per-node N tests/train/distributed/rank_checks.py OPTIONS.json 
 
 import json
 import os
-import signal
 import sys
 from contextlib import redirect_stderr
 from pathlib import Path
 
 import torch
 from safetensors.torch import save_file
+from tiny_runs import as_recipe, in_step, sigterm
 
 import model.checkpoints.safetensors as files
 from model.checkpoints.weights import config_dict
@@ -22,7 +22,6 @@ from model.transformer import Transformer
 from train import session
 from train.distributed.checkpoint import steps_saved, whole
 from train.distributed.sharding import Ranks, rows_of, shard, sharded_like
-from train.loop import Trainer
 from train.optim.optimizer import make_optimizers, named_trainable, state_tensors
 from train.recipe import Recipe
 
@@ -80,10 +79,6 @@ def stepped(optimizer: str, ranks: Ranks) -> dict[str, torch.Tensor]:
     return found | {f"{optimizer}/{name}|{key}": whole(v) for name, key, v in state_tensors(model, optimizers)}
 
 
-def as_recipe(options: dict) -> Recipe:
-    return Recipe(**{key: tuple(value) if isinstance(value, list) else value for key, value in options.items()})
-
-
 def said(work) -> str:
     try:
         work()
@@ -105,24 +100,17 @@ def refusals(options: dict, ranks: Ranks) -> list[str]:
     return ranks.gather([differ, said(lambda: ranks.run_on_all(missing))])
 
 
-class Stopped(Trainer):
-    """The last rank alone gets a SIGTERM in the third step."""
-
-    def update(self, step, norm):
-        if step == 2 and self.ranks.rank == self.ranks.world - 1:
-            os.kill(os.getpid(), signal.SIGTERM)
-        return super().update(step, norm)
-
-
 def went_on(options: dict, ranks: Ranks) -> str:
-    """Stop by a signal, then go on to the end; the stop's checkpoint."""
-    session.Trainer, kept = Stopped, session.Trainer
+    """Stop by a SIGTERM that the last rank alone gets, in the third step, then go on to the end; the stop's
+    checkpoint."""
+    trainer = session.prepare(as_recipe(options), "instruct", ranks)
+    if ranks.rank == ranks.world - 1:
+        in_step(trainer, 3, sigterm)
     try:
-        session.prepare(as_recipe(options), "instruct", ranks).run()
+        trainer.run()
     except SystemExit as stop:
         assert stop.code == 0
     saved = steps_saved(Path(options["out"]) / "checkpoints")[-1].name
-    session.Trainer = kept
     trainer = session.prepare(as_recipe(options), "instruct", ranks)
     trainer.run()
     session.finish(trainer, 0.0)

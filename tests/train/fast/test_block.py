@@ -1,6 +1,7 @@
 """The fast block and its attention are the plain ones: results and gradients, in fp64 and against fp64."""
 
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pytest
@@ -17,7 +18,6 @@ from lora.quantized import quantize_base
 from model.attention import PlainAttend
 from model.config import ModelConfig
 from model.mask import Visible
-from model.transformer import Block
 from train.data.dataset import Rows
 from train.data.rows import IGNORE, Row, collate, count, note_document
 from train.distributed.sharding import Ranks
@@ -274,7 +274,7 @@ def test_a_run_with_the_gpus_kernels_takes_the_plain_steps(notes):
 def test_compiled_blocks_train_as_the_plain_ones_do(notes, monkeypatch):
     """`compile = true`, traced and differentiated ahead of time; inductor's code generation, most of the minute that a
     compilation takes, is left out."""
-    monkeypatch.setattr(Block, "compile", lambda block: torch.nn.Module.compile(block, backend="aot_eager"))
+    monkeypatch.setattr(torch, "compile", partial(torch.compile, backend="aot_eager"))
     found = []
     for compiled in (False, True):
         recipe = replace(RECIPE, r=3, batch_rows=1, steps=2, dropout=0.0, learning_rate=1e-2, compile=compiled)

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import shutil
+import signal
 import subprocess
 import sys
 from collections import Counter
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from tiny_runs import CONFIG, RECIPE, as_recipe, tiny
+from tiny_runs import CONFIG, RECIPE, as_recipe, in_step, tiny
 from torch.utils.flop_counter import FlopCounterMode
 
 from model.mask import Visible
@@ -123,14 +124,7 @@ def test_the_records_of_a_run_that_did_not_end_are_known_from_its_checkpoint(opt
     """Killed in its fourth step: the second is saved, the third has a line in metrics.jsonl only."""
     out = tmp_path / "run"
     made = session.prepare(as_recipe(options, out=str(out)), "instruct", Ranks())
-    gradients = made.gradients
-
-    def killed(step):
-        if step == 3:
-            raise KeyboardInterrupt
-        return gradients(step)
-
-    made.gradients = killed
+    in_step(made, 4, lambda: signal.default_int_handler(signal.SIGINT, None))
     with pytest.raises(KeyboardInterrupt):
         made.run()
     found = [records_of(out, step) for step in (1, 2, 3)]
