@@ -1,7 +1,7 @@
 """Rotary position embedding (RoFormer, arXiv 2104.09864) in transformers' half-split layout.
 
 Channels n and n + K/2 of a head form a pair, which is rotated by the angle position · θ^(−2n/K). Angles are computed in
-fp32 (fp64 for an fp64 model): in bf16 they are off by more than half a turn after 4,096 positions.
+fp32 (fp64 for an fp64 model): in bf16 they can be off by half a turn from position 1,024 on.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Decoder-only transformer for Llama, Mistral, Mixtral and Qwen2: embedding, L blocks, final norm, LM head.
 
 Module names are those of Hugging Face checkpoints (`model.layers.0.self_attn.q_proj.weight`), so keys need no mapping.
-Unusual here:
+A tensor's name ends in its shape, a letter per dimension (model/README.md). Unusual here:
 
 * Masks come from absolute positions (mask.py), not from token indices.
 * RMSNorm casts to the input's dtype before multiplying by its weight, as transformers does.

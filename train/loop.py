@@ -184,16 +184,16 @@ class Trainer:
 
     def update(self, step: int, norm: float) -> float:
         """Clip gradients of norm `norm`, set the learning rate, step the optimizers. Returns the learning rate."""
-        share = rate(self.recipe, step, self.steps)
+        factor = rate(self.recipe, step, self.steps)
         if self.recipe.clip and norm > self.recipe.clip:
             for param in named_trainable(self.model).values():
                 if param.grad is not None:
                     param.grad.mul_(self.recipe.clip / norm)
         for optimizer in self.optimizers:
             for group in optimizer.param_groups:
-                group["lr"] = group["peak"] * share
+                group["lr"] = group["peak"] * factor
             optimizer.step()
-        return self.recipe.learning_rate * share
+        return self.recipe.learning_rate * factor
 
     def bad_step(self, step: int, loss: float, norm: float) -> str:
         """The message for a loss or gradient that is not finite, with the step's records."""
@@ -282,7 +282,8 @@ class Trainer:
         """(config, tensors, base path) for write_adapter; None in full training."""
         if self.recipe.full:
             return None
-        return self.model.__dict__["lora_configs"]["default"], adapter_state(self.model, params=params), self.base
+        configs = self.model.__dict__["lora_configs"]  # set by lora.add_lora
+        return configs["default"], adapter_state(self.model, params=params), self.base
 
     def resume(self) -> None:
         """Restore the newest intact checkpoint. The first rank picks it, so that all ranks restore the same one."""

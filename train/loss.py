@@ -21,8 +21,9 @@ from model.support.hardware import product
 from model.transformer import Transformer
 from train.data.rows import ANSWER, IGNORE, NOTE, Batch
 
-CHUNK = 512  # most tokens in a chunk
-LOGITS = 2**22  # most logits in a chunk: 17 MB in fp32. glibc maps requests over 32 MB anew, so that every page faults.
+CHUNK = 512  # maximum number of tokens in a chunk
+# Logits in a chunk (of 64 tokens or more): 17 MB in fp32. glibc maps requests over 32 MB anew, so that every page faults.
+LOGITS = 2**22
 
 
 def chunk(vocab_size: int) -> int:

@@ -53,7 +53,9 @@ def results(run_folder: Path) -> str:
         lines.append(f"| {system} | {' | '.join(cells)} |")
     notes = ", ".join(str(scores["sets"][name]["notes"]) for name in SETS)
     commit, cpu = str(scores["code"]["commit"])[:7], scores["host"]["cpu"]
-    source = f"`make scores` at commit {commit}, {cpu}; {notes} notes; brackets: 95 % over patients."
+    source = (
+        f"`make scores` at commit {commit}, {cpu}; {notes} notes; brackets: 95 % confidence interval over patients."
+    )
     return "\n".join([*lines, "", source])
 
 

@@ -59,7 +59,7 @@ class Cache:
             for prefix in prefixes:
                 keys, values = held.find(prefix.text())
                 prefix.keys, prefix.values = ([x_GSK[:, prefix.start :] for x_GSK in kept] for kept in (keys, values))
-        self._read_prefixes()
+        self._prefill_prefixes()
         self.levels = [padded(group) for group in levels_of(prefixes)]
 
     def find(self, tokens: list[int]) -> tuple[list[Tensor], list[Tensor]]:
@@ -83,7 +83,7 @@ class Cache:
 
     # ---- prefill of the prefixes ----------------------------------------------------------------------------------
 
-    def _read_prefixes(self) -> None:
+    def _prefill_prefixes(self) -> None:
         """Prefills all prefixes by depth. Those of one depth share forward passes of at most engine.chunk tokens, which
         bounds the activations' memory; a prefix longer than that takes several passes."""
         depth = [prefix for prefix in self.prefixes if prefix.parent is None]
@@ -95,15 +95,15 @@ class Cache:
                 for begin in range(0, len(prefix.tokens), chunk):
                     end = min(begin + chunk, len(prefix.tokens))
                     if spans and (size + end - begin > chunk or spans[-1][0] is prefix):
-                        self._read(spans)
+                        self._prefill(spans)
                         spans, size = [], 0
                     spans.append((prefix, begin, end))
                     size += end - begin
             if spans:
-                self._read(spans)
+                self._prefill(spans)
             depth = [prefix for prefix in self.prefixes if any(prefix.parent is above for above in depth)]
 
-    def _read(self, spans: list[tuple[Prefix, int, int]]) -> None:
+    def _prefill(self, spans: list[tuple[Prefix, int, int]]) -> None:
         """One forward pass over the tokens begin … end − 1 of each (prefix, begin, end)."""
         device = self.engine.device
         tokens_N = torch.tensor([t for prefix, a, b in spans for t in prefix.tokens[a:b]], device=device)
@@ -115,7 +115,7 @@ class Cache:
             for prefix, a, b in spans:
                 rows = slice(at, at + b - a)
                 at = rows.stop
-                outs.append(self._read_attend(layer, prefix, a, q_NHK[rows], k_NGK[rows], v_NGK[rows]))
+                outs.append(self._prefill_attend(layer, prefix, a, q_NHK[rows], k_NGK[rows], v_NGK[rows]))
             return outs[0] if len(outs) == 1 else torch.cat(outs)
 
         self.engine.forward(tokens_N, position_N, attend)
@@ -128,7 +128,7 @@ class Cache:
                     for layer, kept_GSK in enumerate(held):  # layer by layer: only one has two copies at a time
                         held[layer] = kept_GSK[:, drop:].clone()
 
-    def _read_attend(
+    def _prefill_attend(
         self, layer: int, prefix: Prefix, begin: int, q_THK: Tensor, k_TGK: Tensor, v_TGK: Tensor
     ) -> Tensor:
         k_GTK, v_GTK = (kept_TGK.transpose(0, 1).to(self.engine.cache_dtype) for kept_TGK in (k_TGK, v_TGK))
@@ -208,7 +208,7 @@ class Cache:
         return x_ND.view(B, T, -1)
 
     def _attend(
-        self, layer: int, q_BHTK: Tensor, S: int, hidden_BTA: Tensor | None, reach: list[tuple[Level, int]]
+        self, layer: int, q_BHTK: Tensor, S: int, unseen_BTA: Tensor | None, reach: list[tuple[Level, int]]
     ) -> Tensor:
         """Attention of the new tokens over A keys: those of the levels within the window, then the S own slots."""
         B, H, T, K = q_BHTK.shape
@@ -224,8 +224,8 @@ class Cache:
             score_BGMA[level.rows, ..., at : at + size] = level.product(q_BGMK[level.rows], k_PGSK.mT)
             at += size
         score_BGMA[..., at:] = torch.matmul(q_BGMK, k_BGKS)
-        if hidden_BTA is not None:
-            score_BGMA.view(B, G, -1, T, at + S).masked_fill_(hidden_BTA[:, None, None], float("-inf"))
+        if unseen_BTA is not None:
+            score_BGMA.view(B, G, -1, T, at + S).masked_fill_(unseen_BTA[:, None, None], float("-inf"))
         weight_BGMA = score_BGMA.softmax(-1)  # accumulates in at least fp32, rounds once
         out_BGMK = torch.matmul(weight_BGMA[..., at:], v_BGSK)
         at = 0
@@ -236,7 +236,7 @@ class Cache:
         return out_BGMK.view(B, H, T, K)
 
     def _mask(self, window: int | None, position_BT: Tensor, S: int, reach: list[tuple[Level, int]]) -> Tensor | None:
-        """hidden_BTA, True where a query must not see a key (in `_attend`'s order of keys); None if all are visible."""
+        """unseen_BTA, True where a query must not see a key (in `_attend`'s order of keys); None if all are visible."""
         key_position_B1A, position_BT1 = self._key_positions(S, reach)[:, None], position_BT[..., None]
         seen_BTA = (key_position_B1A >= 0) & (key_position_B1A <= position_BT1)
         if window is not None:

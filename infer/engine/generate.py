@@ -221,7 +221,7 @@ class Generator:
             assert isinstance(cache, Cache)  # compiled steps do not speculate
             cache.length_B = cache.length_B + torch.tensor(accepted)
 
-    def read_branches(self, cache: Cache, own: list[list[int]]) -> Tensor:
+    def prefill_branches(self, cache: Cache, own: list[list[int]]) -> Tensor:
         """Prefills the branches' tokens → x_BD, the hidden state of each branch's last token."""
         longest = max(len(tokens) for tokens in own)
         tokens_BT = torch.tensor(
@@ -349,7 +349,7 @@ class RequestBatch:
         cache = Cache(generator.engine, prefixes, branches, hidden, self.cache)
         self._drop_ended()
         added = [states[branch.prompt] for branch in branches]
-        x_BTD = generator.read_branches(cache, [branch.tokens for branch in branches])[:, None]
+        x_BTD = generator.prefill_branches(cache, [branch.tokens for branch in branches])[:, None]
         generator.take(x_BTD, added, [[] for _ in added], cache)
         if self.cache is None:
             self.cache = cache

@@ -65,9 +65,9 @@ def build_tree(
 ) -> tuple[list[Prefix], list[Branch]]:
     """The prefix tree of some prompts: prefixes with parents before children, and branches in depth-first order.
 
-    `hidden` gives for each prompt what to mask: the tokens that do not see it all go to the prompt's branch. `joins`:
-    the tree will join other branches, whose keys take as many slots as the longest branch; so a single prompt too gets
-    a prefix.
+    `hidden` gives for each prompt what to mask; the tokens that must not see it all go to the prompt's branch. `joins`:
+    the tree will join other branches. All branches take as many slots as the longest, so then even a single prompt gets
+    a prefix, which keeps its branch short.
     """
     prefixes: list[Prefix] = []
     branches: list[Branch] = []
@@ -100,7 +100,7 @@ def _add_prompts(
     ids = prompts[indices[0]]
     if len(indices) == 1:
         end = ends[indices[0]]
-        hides = end < len(ids) - 1  # the prefix sees what the end does not, so it can be reused from the cache
+        hides = end < len(ids) - 1  # the mask does not reach the tokens before `end`: their keys may be in the cache
         if end - depth >= OWN and (hides or not alone):
             parent = add(parent, ids[depth:end], depth)
             depth = end
@@ -109,7 +109,7 @@ def _add_prompts(
         return
     common = min(ends[i] for i in indices)
     for i in indices[1:]:
-        common = min(common, shared(ids, prompts[i], depth))
+        common = min(common, common_length(ids, prompts[i], depth))
     began = len(branches)
     prefix = parent
     if common - depth >= SHARED:
@@ -127,7 +127,7 @@ def _add_prompts(
         prefix.branches = range(began, len(branches))
 
 
-def shared(one: Sequence[int], other: Sequence[int], start: int = 0) -> int:
+def common_length(one: Sequence[int], other: Sequence[int], start: int = 0) -> int:
     """Length of the common prefix of two sequences, which are known to agree before `start`."""
     end = min(len(one), len(other))
     return next((n for n in range(start, end) if one[n] != other[n]), end)

@@ -312,7 +312,7 @@ class Asker:
             outs = [without_partial_value(self.generator.result(one), one.settings) for one in of_answer]
             found = [alternative(self.generator, answer.name, out) for out in (answer.out, *outs)]
             entry = record["diagnosis"] if answer.name == "diagnosis" else record.get("phenotypes", {}).get(answer.name)
-            best_last = sorted(found[1:], key=lambda one: one["logprob"])
+            best_last = sorted(found[1:], key=lambda one: one["logprob"])  # of equal texts the likeliest stays
             different = {one["text"]: one for one in best_last if one["text"] not in ("", found[0]["text"])}
             (entry or next(own))["alternatives"] = sorted(different.values(), key=lambda one: -one["logprob"])
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, replace
 
 from infer.engine.generate import Generator
 from infer.engine.settings import Generation, Hidden, Settings
-from infer.engine.tree import shared
+from infer.engine.tree import common_length
 from infer.extract.answers import span_logprob, token_spans
 from infer.extract.places import Span
 
@@ -44,23 +44,24 @@ class Reading:
 
     @property
     def is_open(self) -> bool:
-        """True if there are several occurrences to choose from."""
+        """True if there are several occurrences to choose from, and not too many to try."""
         return 1 < len(self.spans) <= MAX_SPANS
 
     def hidden(self, token_counts: dict[int, int]) -> Iterator[tuple[list[int], Hidden]]:
         """For each span, the prompt and the tokens to mask for everything after the text.
 
         `token_counts` maps an offset in the note to the number of prompt tokens before it, and is shared by all
-        questions about the text. That number is the common prefix of the prompts about the text and about the text up
-        to that offset.
+        questions about the text. That number is the length of the common prefix of the prompts about the text and about
+        the text up to that offset.
         """
         prompt = self.prompt(self.text)
 
         def tokens_before(offset: int, text: str) -> int:
             if offset not in token_counts:
-                token_counts[offset] = shared(prompt, self.prompt(text))
+                token_counts[offset] = common_length(prompt, self.prompt(text))
             return token_counts[offset]
 
+        # the end of the text, as a key beyond its offsets: a token that merges it with other words after it is not its
         after = tokens_before(self.start + len(self.text) + 1, self.text + " x")
         for span in self.spans:
             first, stop = (tokens_before(offset, self.text[: offset - self.start]) for offset in span)

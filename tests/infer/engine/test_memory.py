@@ -164,7 +164,7 @@ def test_a_cache_holds_no_more_than_is_planned(tokenizer, monkeypatch, windows, 
 
         return do
 
-    for name in ("_read", "step"):
+    for name in ("_prefill", "step"):
         monkeypatch.setattr(Cache, name, watched(getattr(Cache, name)))
     notes = [[n, *(10 + i % 300 for i in range(length))] for n in range(batch)]
     prompts = [[*note, *range(q, 64 + q)] for note in notes for q in range(answers)]

@@ -52,8 +52,8 @@ def mask_of_the_wrong_row(monkeypatch):
     found = cache.Cache._mask
 
     def rolled(self, *arguments):
-        hidden_BTA = found(self, *arguments)
-        return None if hidden_BTA is None else hidden_BTA.roll(1, 0)
+        unseen_BTA = found(self, *arguments)
+        return None if unseen_BTA is None else unseen_BTA.roll(1, 0)
 
     monkeypatch.setattr(cache.Cache, "_mask", rolled)
 
@@ -69,13 +69,13 @@ def prefix_of_the_wrong_branch(monkeypatch):
 
 
 def hidden_of_the_wrong_row(monkeypatch):
-    found = cache.Cache._read_prefixes
+    found = cache.Cache._prefill_prefixes
 
     def rolled(self):
         found(self)
         self.hidden_B3 = self.hidden_B3.roll(1, 0)
 
-    monkeypatch.setattr(cache.Cache, "_read_prefixes", rolled)
+    monkeypatch.setattr(cache.Cache, "_prefill_prefixes", rolled)
 
 
 MUTATIONS = (
