@@ -22,7 +22,7 @@ from model.transformer import Transformer
 from train.data.rows import ANSWER, IGNORE, NOTE, Batch
 
 CHUNK = 512  # maximum number of tokens in a chunk
-# Logits in a chunk (of 64 tokens or more): 17 MB in fp32. glibc maps requests over 32 MB anew, so that every page faults.
+# Logits in a chunk (of 64 tokens or more): 17 MB in fp32. glibc maps requests over 32 MB anew: every page faults.
 LOGITS = 2**22
 
 

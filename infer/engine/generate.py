@@ -277,11 +277,11 @@ class Generator:
         return masked_NV
 
     def enter(self, state: State, token: float, logprob: float, *runner_up: float) -> None:
-        """Adds a chosen token to a request, and finishes the request if it ends there."""
+        """Adds a chosen token, with its runner-up if it has one, to a request; finishes the request if it ends there."""
         token, settings = int(token), state.settings
         state.tokens.append(token)
         state.logprobs.append(logprob)
-        if settings.runner_up:
+        if settings.runner_up and runner_up:
             state.runner_ups.append((int(runner_up[0]), runner_up[1]))
         if token in self.stop_ids:
             state.finish = "stop"
