@@ -277,7 +277,7 @@ class Generator:
         return masked_NV
 
     def enter(self, state: State, token: float, logprob: float, *runner_up: float) -> None:
-        """Adds a chosen token, with its runner-up if it has one, to a request; finishes the request if it ends there."""
+        """Adds a chosen token, and its runner-up if there is one, to a request, which may end with it."""
         token, settings = int(token), state.settings
         state.tokens.append(token)
         state.logprobs.append(logprob)
