@@ -270,23 +270,21 @@ def unpack(codes: Tensor) -> Tensor:
 
 
 @cache
-def torch_order() -> tuple[Tensor, Tensor]:
-    """torch's packed int4 order, found by packing row numbers: for each byte of a column of a block, the row whose code
-    is in its low half and the row whose code is in its high half."""
+def torch_order() -> Tensor:
+    """Where torch's packed int4 order keeps each row of a block, found by packing row numbers: in the low halves of a
+    column's bytes (0 to 31) or in the high halves (32 to 63)."""
     row_O8 = torch.arange(BLOCK, dtype=torch.int32)[:, None].repeat(1, 8)
     below = torch._convert_weight_to_int4pack_for_cpu(row_O8 % 16, 1).view(8, -1)[0].int()
     above = torch._convert_weight_to_int4pack_for_cpu(row_O8 // 16, 1).view(8, -1)[0].int()
-    return (below & 15) + 16 * (above & 15), (below >> 4) + 16 * (above >> 4)
+    return (torch.cat((below & 15, below >> 4)) + 16 * torch.cat((above & 15, above >> 4))).argsort()
 
 
 def from_torch_order(codes: Tensor) -> Tensor:
     """torch's packed int4 codes (whole blocks) to (O, D) codes."""
     O, D = codes.shape[0], codes.shape[1] * 2
-    bytes_nJD = codes.view(O // BLOCK, D, BLOCK // 2).transpose(1, 2)
-    q_nBD = codes.new_empty(O // BLOCK, BLOCK, D)
-    low, high = torch_order()
-    q_nBD[:, low], q_nBD[:, high] = bytes_nJD & 15, bytes_nJD >> 4
-    return q_nBD.view(O, D)
+    bytes_nJD = codes.view(O // BLOCK, D, BLOCK // 2).transpose(1, 2).contiguous()
+    q_nBD = torch.cat((bytes_nJD & 15, bytes_nJD >> 4), dim=1)
+    return q_nBD.index_select(1, torch_order()).view(O, D)
 
 
 @cache
