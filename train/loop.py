@@ -39,7 +39,7 @@ from train.data.dataset import Rows, read_ahead
 from train.data.rows import ANSWER, Batch, Row, collate, count, order
 from train.distributed.checkpoint import (
     Progress,
-    newest_whole,
+    newest_intact,
     prune,
     restore,
     save_checkpoint,
@@ -271,7 +271,7 @@ class Trainer:
         except OSError as error:
             raise UserError(
                 f"{folder}: step {self.progress.step} could not be saved ({error}); the checkpoints before "
-                "it are whole. Free space; the same command continues from there"
+                "it are intact. Free space; the same command continues from there"
             ) from error
 
     def delete_old(self) -> None:
@@ -289,7 +289,7 @@ class Trainer:
         """Restore the newest intact checkpoint. The first rank picks it, so that all ranks restore the same one."""
         folder, found = self.out / "checkpoints", None
         if self.recipe.resume:
-            found = self.ranks.of_first(lambda: newest_whole(folder))
+            found = self.ranks.of_first(lambda: newest_intact(folder))
         if found is not None:
             allowed = self.recipe.allow_changed
             read = lambda: restore(found, self.model, self.optimizers, self.identity, allowed)  # noqa: E731
@@ -298,7 +298,7 @@ class Trainer:
             if self.ranks.first:
                 tqdm.write(f"resuming from {found}, step {self.progress.step}", file=sys.stderr)
         elif self.recipe.resume and self.ranks.first and steps_saved(folder):
-            tqdm.write(f"no checkpoint in {folder} is whole: the run begins again at step 0", file=sys.stderr)
+            tqdm.write(f"no checkpoint in {folder} is intact: the run begins again at step 0", file=sys.stderr)
         # Later checkpoints are corrupt or belong to an abandoned run; they are kept until this run has one of its own.
         self.stale = [path for path in steps_saved(folder) if found is None or step_of(path) > step_of(found)]
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 from tiny_runs import as_recipe
 
-from train.distributed.checkpoint import newest_whole, step_of
+from train.distributed.checkpoint import newest_intact, step_of
 from train.distributed.sharding import Ranks
 from train.session import finish, prepare, train
 
@@ -80,7 +80,7 @@ def test_killed_before_any_write_or_removal_and_resumed_ends_with_the_same_bytes
     states.insert(states.index(third), half)
     reached, same = 0, ["checkpoints", "metrics.jsonl"]
     for state in states:
-        found = newest_whole(state / "checkpoints")
+        found = newest_intact(state / "checkpoints")
         step = 0 if found is None else step_of(found)
         assert step >= reached, f"{state.name}: the checkpoint of step {reached} is lost"
         reached = step

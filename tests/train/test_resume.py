@@ -153,7 +153,7 @@ def test_a_run_whose_checkpoints_are_all_damaged_says_that_it_begins_again(optio
         (path / "manifest.json").unlink()
     train(as_recipe(options, out=str(out), steps=1), "instruct")
     said = capsys.readouterr().err.splitlines()
-    assert f"no checkpoint in {out / 'checkpoints'} is whole: the run begins again at step 0" in said
+    assert f"no checkpoint in {out / 'checkpoints'} is intact: the run begins again at step 0" in said
     train(as_recipe(options, out=str(out), steps=1, resume=False), "instruct")
     assert "begins again" not in capsys.readouterr().err
 

@@ -27,7 +27,7 @@ from model.transformer import Transformer
 from train.data.dataset import Rows
 from train.data.rows import IGNORE
 from train.data.store import TokenStore
-from train.distributed.checkpoint import steps_saved, whole
+from train.distributed.checkpoint import gathered, steps_saved
 from train.distributed.sharding import Ranks, shard
 from train.fast.block import fast_blocks
 from train.loop import Trainer
@@ -88,10 +88,10 @@ def run_case(case: dict, store: str, stage: str, ranks: Ranks, every: bool = Fal
         losses.append(loss)
         norms.append(norm)
         if every or step in (0, made.steps - 1):
-            grads = {name: whole(p.grad) for name, p in named_trainable(made.model).items()}
+            grads = {name: gathered(p.grad) for name, p in named_trainable(made.model).items()}
             found |= {f"grad{step}.{name}": grad for name, grad in grads.items()}
         made.update(step, norm)
-    found |= {f"weight.{name}": whole(p) for name, p in named_trainable(made.model).items()}
+    found |= {f"weight.{name}": gathered(p) for name, p in named_trainable(made.model).items()}
     return found | {"loss": torch.tensor(losses, dtype=torch.float64), "norm": torch.tensor(norms, dtype=torch.float64)}
 
 

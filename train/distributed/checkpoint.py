@@ -41,7 +41,7 @@ class Progress:
     best_step: int | None = None
 
 
-def whole(tensor: Tensor, keep: bool = True) -> Tensor:
+def gathered(tensor: Tensor, keep: bool = True) -> Tensor:
     """A copy of the tensor on the CPU, gathered from all ranks if it is sharded (a collective: every rank calls it).
 
     `keep=False`: only takes part in the collective; returns an empty tensor.
@@ -58,8 +58,8 @@ def snapshot(
 
     Ranks with `keep=False` hold one tensor at a time and return two empty dicts: one copy per run, not one per rank.
     """
-    params = {name: whole(p, keep) for name, p in named_trainable(model).items()}
-    state = {f"{name}|{key}": whole(value, keep) for name, key, value in state_tensors(model, optimizers)}
+    params = {name: gathered(p, keep) for name, p in named_trainable(model).items()}
+    state = {f"{name}|{key}": gathered(value, keep) for name, key, value in state_tensors(model, optimizers)}
     return (params, state) if keep else ({}, {})
 
 
@@ -110,7 +110,7 @@ def step_of(path: Path) -> int:
     return int(path.name[5:])
 
 
-def newest_whole(folder: Path) -> Path | None:
+def newest_intact(folder: Path) -> Path | None:
     """The newest intact checkpoint; corrupt ones are named on stderr and skipped."""
     for path in reversed(steps_saved(folder)):
         corruption = find_corruption(path)

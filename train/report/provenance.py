@@ -19,7 +19,7 @@ from model.support.files import read_json, read_jsonl
 from train.data.dataset import Rows
 from train.data.rows import ANSWER, order
 from train.data.store import TokenStore
-from train.distributed.checkpoint import newest_whole
+from train.distributed.checkpoint import newest_intact
 from train.recipe import Recipe, checked
 
 
@@ -73,12 +73,12 @@ def read_run(folder: Path) -> tuple[Recipe, str, dict[str, Any]]:
     file = folder / "run.json"
     if file.is_file():
         card = read_json(file)
-    elif checkpoint := newest_whole(folder / "checkpoints"):
+    elif checkpoint := newest_intact(folder / "checkpoints"):
         file = checkpoint / "state.json"
         card = read_json(file)["identity"]
     else:
         raise UserError(
-            f"{folder}: holds neither run.json nor a whole checkpoint; give the folder that a recipe calls "
+            f"{folder}: holds neither run.json nor an intact checkpoint; give the folder that a recipe calls "
             "out, once a checkpoint is in it"
         )
     if not (

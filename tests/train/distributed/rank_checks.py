@@ -20,7 +20,7 @@ from model.support.cli import UserError
 from model.support.init import init_weights
 from model.transformer import Transformer
 from train import session
-from train.distributed.checkpoint import steps_saved, whole
+from train.distributed.checkpoint import gathered, steps_saved
 from train.distributed.sharding import Ranks, rows_of, shard, sharded_like
 from train.optim.optimizer import make_optimizers, named_trainable, state_tensors
 from train.recipe import Recipe
@@ -57,7 +57,7 @@ def placed(name: str, options: dict, ranks: Ranks) -> dict[str, torch.Tensor]:
     finally:
         files.fill = fill
     everything = [*model.named_parameters(), *model.named_buffers()]
-    found = {f"{name}/{key}": whole(value.clone()) for key, value in everything}
+    found = {f"{name}/{key}": gathered(value.clone()) for key, value in everything}
     return found | {f"{name}/bytes": torch.tensor(ranks.gather(read[0]))}
 
 
@@ -75,8 +75,8 @@ def stepped(optimizer: str, ranks: Ranks) -> dict[str, torch.Tensor]:
             param.grad = sharded_like(grad[rows_of(param, len(grad))].clone(), param, param.shape)
         for each in optimizers:
             each.step()
-    found = {f"{optimizer}/{name}": whole(p) for name, p in named_trainable(model).items()}
-    return found | {f"{optimizer}/{name}|{key}": whole(v) for name, key, v in state_tensors(model, optimizers)}
+    found = {f"{optimizer}/{name}": gathered(p) for name, p in named_trainable(model).items()}
+    return found | {f"{optimizer}/{name}|{key}": gathered(v) for name, key, v in state_tensors(model, optimizers)}
 
 
 def said(work) -> str:

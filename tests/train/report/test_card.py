@@ -134,7 +134,7 @@ def test_the_records_of_a_run_that_did_not_end_are_known_from_its_checkpoint(opt
     assert found == [records_of(out, step) for step in (1, 2, 3)]
     shutil.rmtree(out / "checkpoints")
     (out / "run.json").unlink()
-    with pytest.raises(UserError, match="run: holds neither run.json nor a whole checkpoint"):
+    with pytest.raises(UserError, match="run: holds neither run.json nor an intact checkpoint"):
         records_of(out, 1)
 
 
