@@ -188,7 +188,7 @@ def decode_speeds(setup: Setup, model: Any, batch: int) -> tuple[float, float]:
     from infer.engine.forward import Engine
 
     engine = Engine(model)
-    step, (keys, values) = decode_step(engine), slots(engine, batch, setup.slots)
+    step, (keys, values) = decode_step(engine, setup.slots), slots(engine, batch, setup.slots)
     tokens = torch.zeros(batch, dtype=torch.int64, device=setup.device)
     position = torch.full_like(tokens, setup.held)
 

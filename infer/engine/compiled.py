@@ -27,9 +27,12 @@ Layers = list[Tensor]  # one tensor per layer
 Step = Callable[[Tensor, Tensor, Layers, Layers], Tensor]
 
 
-def decode_step(engine: Engine) -> Step:
+def decode_step(engine: Engine, count: int) -> Step:
     """Returns step(tokens_B, position_B, keys, values) → x_BD. Keys and values are (B, G, S, K) per layer, in slot
-    order, and are updated in place."""
+    order, and are updated in place. `count` is S."""
+    # a table, because rotary frequencies are computed on the host; no position reaches beyond batch_length
+    position_S = torch.arange(count, device=engine.device).clamp_max(engine.config.batch_length - 1)
+    cos_S1K, sin_S1K = engine.rotary(position_S)
 
     def step(tokens_B: Tensor, position_B: Tensor, keys: Layers, values: Layers) -> Tensor:
         B, G, S, K = keys[0].shape
@@ -52,7 +55,7 @@ def decode_step(engine: Engine) -> Step:
             weight_BGMS = score_BGMS.masked_fill(~seen_BS[:, None, None], float("-inf")).softmax(-1)
             return torch.matmul(weight_BGMS, v_BGSK).view(B, -1, K)
 
-        return engine.forward(tokens_B, position_B, attend)
+        return engine.forward(tokens_B, position_B, attend, (cos_S1K[position_B], sin_S1K[position_B]))
 
     return step
 
@@ -118,7 +121,7 @@ class StaticCache:
 
     def prepare(self, *inputs: Any) -> Step:
         """The step, compiled if possible, as a CUDA graph on a GPU. Runs it on `inputs`."""
-        step, cpu = decode_step(self.engine), self.engine.device.type == "cpu"
+        step, cpu = decode_step(self.engine, self.keys[0].shape[2]), self.engine.device.type == "cpu"
         if not self.engine.fused:
             options: dict[str, Any] = {"cpp_wrapper": cpu}  # a tenth less time than Python wrappers
             compiled = torch.compile(step, fullgraph=True, dynamic=False, options=options)

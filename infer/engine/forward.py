@@ -174,14 +174,22 @@ class Engine:
         plain = type(head) in (nn.Linear, nn.Embedding) and type(head.weight.data) is Tensor
         self.head_weight = head.weight.detach() if plain else None  # None: call the head's module
 
-    def forward(self, tokens_N: Tensor, position_N: Tensor, attend: Attend) -> Tensor:
+    def rotary(self, position_N: Tensor) -> tuple[Tensor, Tensor]:
+        """cos_N1K and sin_N1K of positions, for rotated = x · cos + swapped halves · sin: the first half of sin is
+        negated."""
+        cos_1NK, sin_1NK = self.model.model.rotary(position_N[None], self.dtype)
+        sin_N1K = sin_1NK[0, :, None].clone()
+        sin_N1K[..., : self.head_dim // 2].neg_()
+        return cos_1NK[0, :, None], sin_N1K
+
+    def forward(
+        self, tokens_N: Tensor, position_N: Tensor, attend: Attend, rotary: tuple[Tensor, Tensor] | None = None
+    ) -> Tensor:
         """Final normed hidden states x_ND of tokens at the given positions (int64). `attend(layer, q_NHK, k_NGK,
-        v_NGK)` must store the new keys and values and return out_NHK."""
+        v_NGK)` must store the new keys and values and return out_NHK. `rotary`: what `rotary(position_N)` returns."""
         N, H, G, K = len(tokens_N), self.heads, self.groups, self.head_dim
         x_ND = self.model.model.embed_tokens(tokens_N)
-        cos_1NK, sin_1NK = self.model.model.rotary(position_N[None], x_ND.dtype)
-        cos_N1K, sin_N1K = cos_1NK[0, :, None], sin_1NK[0, :, None].clone()
-        sin_N1K[..., : K // 2].neg_()  # rotated = x · cos + swapped halves · (−sin, sin)
+        cos_N1K, sin_N1K = rotary or self.rotary(position_N)
         for number, layer in enumerate(self.layers):
             qkv_NHK = layer.project(x_ND).view(N, H + 2 * G, K)
             qk_NHK, v_NGK = qkv_NHK[:, : H + G], qkv_NHK[:, H + G :]

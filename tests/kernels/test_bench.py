@@ -43,7 +43,7 @@ model = fuse(random_model(setup, 16))
 with torch.no_grad():
     engine = Generator(model, Ids(), lookup=False).engine
     zeros = torch.zeros(2, dtype=torch.int64, device="meta")
-    logits = engine.logits(decode_step(engine)(zeros, zeros, *slots(engine, 2, 32)))
+    logits = engine.logits(decode_step(engine, 32)(zeros, zeros, *slots(engine, 2, 32)))
 print(names[0], len(names), tuple(logits.shape), sum(p.numel() for p in model.parameters()) // 10**8)
 """
 

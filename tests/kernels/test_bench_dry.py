@@ -16,6 +16,8 @@ import pytest
 import torch
 from answering_models import write_model
 from torch.overrides import TorchFunctionMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from eval.bench import gpu
 from eval.bench.gpu_cases import Setup, random_model
@@ -185,6 +187,15 @@ def test_tuning_times_graphs_and_refuses_what_is_wrong_or_fails(stand_in):
     assert gpu.cost(SMALL, [replace(right, build=fails)]) == float("inf")
 
 
+class OnDevice(TorchDispatchMode):
+    """Fails at an operation on a tensor of the host: a CUDA graph cannot capture a copy from pageable memory."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        tensors = [each for each in tree_leaves((args, kwargs)) if isinstance(each, torch.Tensor)]
+        assert all(each.is_meta for each in tensors), func
+        return func(*args, **(kwargs or {}))
+
+
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_a_7bs_step_reads_nothing_back_and_launches_what_is_counted(four_bit):
     """All of Mistral-7B on the meta device, its launches recorded: an operation that reads a tensor's value raises."""
@@ -195,7 +206,9 @@ def test_a_7bs_step_reads_nothing_back_and_launches_what_is_counted(four_bit):
     with launch.recording() as launches, torch.inference_mode():
         engine = Engine(fuse(random_model(Setup(device="meta"), 16), four_bit))
         tokens = torch.zeros(8, dtype=torch.int64, device="meta")
-        logits = engine.logits(decode_step(engine)(tokens, tokens + 512, *slots(engine, 8, 1024)))
+        step, cache = decode_step(engine, 1024), slots(engine, 8, 1024)
+        with OnDevice():
+            logits = engine.logits(step(tokens, tokens + 512, *cache))
     assert logits.shape == (8, 32000) and logits.device.type == "meta"
     a_layer = ["_partial", "_merge"] + ["_int4_products" if four_bit else "_products", "_epilogue"] * 4
     names = sorted(one.kernel.__name__ for one in launches)

@@ -147,6 +147,7 @@ class Stepping(nn.Module):
     def __init__(self, model, rows, count):
         super().__init__()
         self.model, self.engine = model, Engine(model)
+        self.step = decode_step(self.engine, count)
         for kind, layers in zip("kv", slots(self.engine, rows, count), strict=True):
             for layer, tensor in enumerate(layers):
                 self.register_buffer(f"{kind}{layer}", tensor)
@@ -154,7 +155,7 @@ class Stepping(nn.Module):
     def forward(self, tokens_B, position_B):
         layers = range(len(self.engine.layers))
         keys, values = ([getattr(self, f"{kind}{layer}") for layer in layers] for kind in "kv")
-        return self.engine.logits(decode_step(self.engine)(tokens_B, position_B, keys, values))
+        return self.engine.logits(self.step(tokens_B, position_B, keys, values))
 
 
 @torch.inference_mode()
