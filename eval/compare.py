@@ -105,7 +105,7 @@ def compare(options: Options) -> list[dict[str, Any]]:
 def main(options: Options) -> None:
     rows = compare(options)
     if options.json:
-        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        print(json.dumps(rows, indent=2))
         return
     for row in rows:
         name = row["system_a"] if row["system_a"] == row["system_b"] else f"{row['system_a']} -> {row['system_b']}"

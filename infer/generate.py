@@ -49,7 +49,7 @@ def main(options: Options) -> int:
         prompt = generator.tokenizer.encode_chat([{"role": "user", "content": options.prompt}])
     if options.json:
         (out,) = generator.generate([prompt], settings)
-        print(json.dumps(out.__dict__, ensure_ascii=False))
+        print(json.dumps(out.__dict__))
         return 0
     for text in generator.stream(prompt, settings):
         print(text, end="", flush=True)

@@ -8,11 +8,15 @@ any other exception is a bug and keeps its traceback.
 from __future__ import annotations
 
 import contextlib
+import errno
 import io
+import itertools
 import os
 import re
+import signal
 import sys
 import time
+import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
@@ -20,6 +24,15 @@ from typing import Annotated, Any, TypeVar, get_type_hints
 
 Options = TypeVar("Options")
 TORCHRUN_SECONDS = 10  # within which torchrun ends the other ranks after one failed
+REMEDIES = {
+    errno.EACCES: "ask its owner for the permission, or give another",
+    errno.EEXIST: "give another name",
+    errno.EISDIR: "give the name of a file",
+    errno.ENAMETOOLONG: "give a shorter name",
+    errno.ENOSPC: "free some, and give the same command again",
+    errno.ENOTDIR: "give another name",
+    errno.ELOOP: "it is a link to itself; give another",
+}
 
 
 class UserError(ValueError):
@@ -31,7 +44,11 @@ class UserError(ValueError):
 
 def one_line(error: BaseException) -> str:
     """The error's message on one line."""
-    return " ".join(str(error).split()) or type(error).__name__
+    said = str(error)
+    if isinstance(error, OSError) and error.strerror:  # str(error) would have the error's number, and no remedy
+        path, remedy = error.filename2 or error.filename, REMEDIES.get(error.errno or 0)
+        said = (f"{path}: " if path else "") + error.strerror + (f"; {remedy}" if remedy else "")
+    return " ".join(said.split()) or type(error).__name__
 
 
 def run(main: Callable[[Options], int | None], options_type: type[Options], argv: Sequence[str] | None = None) -> None:
@@ -65,6 +82,7 @@ def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, *
     """Parse the command line with tyro (`how`: options of `tyro.cli`). Raises UserError if tyro refuses it."""
     import tyro
 
+    check_paths(kind, sys.argv[1:] if argv is None else argv)
     if isinstance(kind, type):
         join_help_lines(kind)
     captured = io.StringIO()
@@ -77,6 +95,17 @@ def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, *
         raise UserError(f"{unboxed(captured.getvalue())}; {prog} --help explains every option") from None
     sys.stderr.write(captured.getvalue())
     return options
+
+
+def check_paths(kind: Callable[..., Any], argv: Sequence[str]) -> None:
+    """Raise UserError if an option's path is empty: `Path("")` would be the current folder."""
+    hints = get_type_hints(kind)
+    words = (word for argument in argv for word in (argument.split("=", 1) if argument[:2] == "--" else [argument]))
+    for option, value in itertools.pairwise(words):
+        name = option[2:].replace("-", "_")
+        needed = name in ("weights", "adapter", "out") and not hasattr(kind, name)  # a path that is kept as a text
+        if not value and (hints.get(name) in (Path, Path | None) or needed):
+            raise UserError(f"{option} is empty; give a path (. is the current folder)")
 
 
 @cache
@@ -109,9 +138,17 @@ def unboxed(box: str) -> str:
 
 
 def guard(body: Callable[[], int | None], name: str) -> int:
-    """Run `body`; report a user's mistake as one line on stderr. Returns the exit code."""
+    """Run `body`; report a user's mistake, and each warning, as one line on stderr. Returns the exit code."""
+    warnings.formatwarning = lambda message, *_: f"{name}: {' '.join(str(message).split())}\n"
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="backslashreplace")  # of an encoding that lacks a character
     try:
-        return body() or 0
+        code = body() or 0
+        print(end="", flush=True)
+        return code
+    except BrokenPipeError:  # stdout's reader has ended, as `head` does
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # for the flush at exit
+        return 128 + signal.SIGPIPE
     except (UserError, OSError) as error:  # OSError: disk full, read-only file system, broken device
         if type(error) is OSError and error.errno is None:
             raise

@@ -1,13 +1,17 @@
 """A mistake on the command line is one line that names it and the remedy, as every other mistake is."""
 
+import errno
 import io
+import os
 import subprocess
 import sys
+import warnings
 from dataclasses import dataclass
+from pathlib import Path
 
 import pytest
 
-from model.support.cli import UserError, parse, run
+from model.support.cli import UserError, guard, parse, run
 
 
 @dataclass(frozen=True)
@@ -63,3 +67,61 @@ def test_help_breaks_its_lines_where_the_terminal_does(monkeypatch, capsys):
     with pytest.raises(SystemExit):
         run(lambda options: 0, Options, ["--help"])
     assert "on a line of its own, nor the source." in capsys.readouterr().out
+
+
+@dataclass(frozen=True)
+class Paths:
+    """A program with paths."""
+
+    weights: str
+    out: Path
+    index: Path | None = None
+    separator: str = ""
+
+
+@pytest.mark.parametrize("empty", [["--weights", ""], ["--weights="], ["--out", ""], ["--out="], ["--index", ""]])
+def test_an_empty_path_is_not_the_current_folder(empty):
+    given = ["--weights", "w", "--out", ".", "--separator", ""]
+    assert parse(Paths, given, "python -m x") == Paths("w", Path(), None, "")
+    with pytest.raises(UserError, match=f"^{empty[0].strip('=')} is empty; give a path"):
+        parse(Paths, [*given, *empty], "python -m x")
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.EACCES, "Permission denied", "a"), "a: Permission denied; ask its owner"),
+        (OSError(errno.EISDIR, "Is a directory", ".a.x.part", None, "a"), "a: Is a directory; give the name of a file"),
+        (OSError(errno.ENOSPC, "No space left on device"), "No space left on device; free some, and give"),
+        (OSError(errno.EIO, "Input/output error", "a"), "a: Input/output error\n"),
+    ],
+)
+def test_an_error_of_the_system_names_the_path_and_a_simple_remedy(error, said, capsys):
+    def body():
+        raise error
+
+    assert guard(body, "x") == 2
+    assert capsys.readouterr().err.startswith(f"x: {said}")
+
+
+def test_a_warning_is_one_line(capsys):
+    guard(lambda: None, "x")
+    assert warnings.formatwarning("a\nb", UserWarning, "f.py", 1) == "x: a b\n"
+
+
+def of_a_program(body, **how):
+    code = f"from model.support.cli import guard; raise SystemExit(guard(lambda: {body}, 'x'))"
+    return subprocess.Popen([sys.executable, "-c", code], stdout=-1, stderr=-1, text=True, **how)
+
+
+def test_a_character_that_stdout_cannot_write_is_escaped():
+    program = of_a_program("print('2 µm')", env={**os.environ, "PYTHONIOENCODING": "ascii"})
+    assert program.communicate() == ("2 \\xb5m\n", "") and program.returncode == 0
+
+
+def test_a_closed_pipe_ends_a_program_quietly():
+    program = of_a_program("(input(), print('a'))[1]", stdin=-1)
+    program.stdout.close()
+    program.stdin.write("\n")
+    program.stdin.close()
+    assert program.stderr.read() == "" and program.wait() == 141
