@@ -25,8 +25,8 @@ from typing import Any
 from eval.metrics import PRESETS, Figures
 from eval.metrics.scoring import METRICS, gather, question
 from eval.metrics.statistics import interval, paired
-from infer.tasks import NOT_RELEVANT, PHENOTYPES, diagnosis_answer, parse_answer
-from model.support.cli import UserError, nearest
+from infer.tasks import NOT_RELEVANT, check_names, diagnosis_answer, parse_answer
+from model.support.cli import UserError
 from model.support.files import read_jsonl
 
 Json = dict[str, Any]
@@ -81,14 +81,14 @@ class Counts:
 def read_references(path: str | Path) -> list[Json]:
     """The annotated notes of a file, phenotypes as lists. Raises UserError for a line that lacks an id, a text or
     annotations, has another form, or repeats an id."""
-    records, seen = [], set()
+    records: list[Json] = []
+    seen: dict[str, int] = {}
     for number, record in read_jsonl(path, ("id", "text"), lambda record: replies(record, "questions")):
         where = f"{path}:{number}"
         if not {"phenotypes", "diagnosis", "questions"} & set(record):
             raise UserError(f"{where}: no 'phenotypes', 'diagnosis' or 'questions'; give annotated notes")
-        if record["id"] in seen:
-            raise UserError(f"{where}: the id {record['id']!r} occurs twice")
-        seen.add(record["id"])
+        if (first := seen.setdefault(record["id"], number)) != number:
+            raise UserError(f"{where}: its id is that of line {first} too; give each note its own")
         for name, given in (record.get("phenotypes") or {}).items():
             if not isinstance(given, list):
                 record["phenotypes"][name] = list(reply(given).texts)
@@ -123,11 +123,8 @@ def replies(record: Json, own: str) -> dict[str | int, Reply]:
     if phenotypes is not None and not isinstance(phenotypes, dict):
         raise ValueError(f"'phenotypes' is a {type(phenotypes).__name__}; give {{phenotype: answers}}")
     found: dict[str | int, Reply] = {}
+    check_names(phenotypes or ())
     for name, given in (phenotypes or {}).items():
-        if name not in PHENOTYPES:
-            raise ValueError(
-                f"no phenotype {name!r}{nearest(name, list(PHENOTYPES))}; the phenotypes are {', '.join(PHENOTYPES)}"
-            )
         try:
             found[name] = reply(given)
         except TypeError as error:

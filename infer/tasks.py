@@ -16,8 +16,10 @@ and the phenotype questions never see another patient's findings.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+
+from model.support.cli import nearest
 
 NOT_RELEVANT = "not relevant"
 SEPARATOR = "; "
@@ -55,6 +57,16 @@ PHENOTYPES: dict[str, Phenotype] = {
         Phenotype("cancer_stage", "What is the cancer stage?"),
     )
 }
+
+
+def check_names(names: Iterable[str]) -> None:
+    """Raise ValueError for a name that is no phenotype's, without quoting it: it may be a note's text."""
+    for name in names:
+        if name not in PHENOTYPES:
+            raise ValueError(
+                f"'phenotypes' has an unknown name{nearest(name, list(PHENOTYPES))}; there are {', '.join(PHENOTYPES)}"
+            )
+
 
 DIAGNOSIS_QUESTION = "What is the diagnosis?"
 

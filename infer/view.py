@@ -75,8 +75,7 @@ def entries(options: Options) -> Iterator[Json]:
             raise UserError(f"{where}: {options.notes} has no note for it; give the notes of that job")
         if note.id != record["id"]:
             raise UserError(
-                f"{where}: is about note {record['id']!r}, but the note at this place in {options.notes} is "
-                f"{note.id!r}; give the notes of that job"
+                f"{where}: is about another note than {options.notes} has there; give the notes of that job"
             )
         try:
             yield entry(note, record, gold)

@@ -60,11 +60,10 @@ class Options:
 
 def records(path: Path) -> Iterator[dict[str, Any]]:
     """The notes to index, each with `id` and `text`. Raises UserError for a duplicate id."""
-    seen = set()
+    seen: dict[str, int] = {}
     for where, record in read_jsonl(path, ("id", "text")):
-        if record["id"] in seen:
-            raise UserError(f"{path}:{where}: the id {record['id']!r} is used twice; give each note its own")
-        seen.add(record["id"])
+        if (first := seen.setdefault(record["id"], where)) != where:
+            raise UserError(f"{path}:{where}: its id is that of line {first} too; give each note its own")
         yield record
 
 

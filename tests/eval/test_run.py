@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from eval import perplexity
+from eval.questions import read_references
 from eval.run import BASELINES, Options, baseline, main
 from lora import LoRAConfig, add_lora, save_adapter
 from model import ModelConfig, Tokenizer, Transformer
@@ -129,6 +130,14 @@ def test_mistakes_are_named(tmp_path):
     with pytest.raises(UserError, match="bare.jsonl: no question"):
         main(Options(weights="x", data=tmp_path / "bare.jsonl", out=tmp_path / "none"))
     assert not (tmp_path / "none").exists()
+    for lines, said in (
+        (2 * [{"id": "SECRET", "text": "a", "phenotypes": {}}], "bare.jsonl:2: its id is that of line 1 too"),
+        ([{"id": "1", "text": "a", "phenotypes": {"SECRET": []}}], "bare.jsonl:1: 'phenotypes' has an unknown name"),
+    ):
+        write_jsonl(tmp_path / "bare.jsonl", lines)
+        with pytest.raises(UserError, match=said) as refused:
+            read_references(tmp_path / "bare.jsonl")
+        assert "SECRET" not in str(refused.value)
     write_json(tmp_path / "run.json", {})
     write_jsonl(tmp_path / "mine.jsonl", [{"id": "1", "text": "a", "phenotypes": {"tumor_size": []}}])
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}

@@ -127,7 +127,7 @@ def test_own_questions_and_the_first_notes_alone_are_shown(tmp_path):
 @pytest.mark.parametrize(
     ("record", "said"),
     [
-        ({**RECORD, "id": "b"}, "is about note 'b'"),
+        ({**RECORD, "id": "b"}, "is about another note"),
         (
             {"id": "a", "phenotypes": {"tumor_size": answer(value("2.5 cm", 12, 99))}},
             "not a record of infer.extract",

@@ -79,10 +79,8 @@ def questions(record: dict[str, Any], which: str) -> list[tuple[str, str]]:
 def phenotype_questions(record: dict[str, Any]) -> list[tuple[str, str]]:
     phenotypes = record.get("phenotypes")
     if not isinstance(phenotypes, dict):
-        raise ValueError("lacks 'phenotypes'; train.instruct trains on annotated notes")
-    for name in phenotypes:
-        if name not in tasks.PHENOTYPES:
-            raise ValueError(f"unknown phenotype {name!r}")
+        raise ValueError("lacks 'phenotypes' ({phenotype: answers}); train.instruct trains on annotated notes")
+    tasks.check_names(phenotypes)
     asked = []
     for name, values in phenotypes.items():
         try:

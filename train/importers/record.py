@@ -29,7 +29,7 @@ def read_text(path: Path, keep_mark: bool = False) -> str:
 def label(name: str, where: str) -> str:
     """The phenotype that a type or question names ("Tumor Size", "What is the tumor size?"), or "diagnosis".
 
-    Raises UserError, with `where` at its start, for any other name.
+    Raises UserError, with `where` at its start, for any other name, which it does not quote: it may be a note's text.
     """
     known = {"diagnosis": "diagnosis", _plain(DIAGNOSIS_QUESTION): "diagnosis"}
     for phenotype in PHENOTYPES.values():
@@ -37,7 +37,7 @@ def label(name: str, where: str) -> str:
     plain = _plain(name.lower().replace("tumour", "tumor"))
     if plain not in known:
         names = [*PHENOTYPES, "diagnosis"]
-        raise UserError(f"{where}: no type {name!r}{nearest(plain, names)}; there are {', '.join(names)}")
+        raise UserError(f"{where} names no phenotype{nearest(plain, names)}; there are {', '.join(names)}")
     return known[plain]
 
 

@@ -78,8 +78,9 @@ def records(path: Path, separator: str = "", notices: Counter[str] | None = None
             key, {"id": name, "patient": row.get("patient") or name, "style": "", "text": row["text"], "phenotypes": {}}
         )
         if record["text"] != row["text"]:
-            raise UserError(f"{where}: the id {name!r} has another text than before")
-        kind = label(row.get("type") or row.get("question", ""), where)
+            raise UserError(f"{where}: its text is another than that of an earlier row with the same id")
+        column = "type" if row.get("type") else "question"
+        kind = label(row.get(column, ""), f"{where}: the column {column!r} (is a comma before it unquoted?)")
         cells = row["answer"].split(separator) if separator and kind != "diagnosis" else [row["answer"]]
         answers = [answer for cell in cells if (answer := " ".join(cell.split())) and answer.lower() != NOT_RELEVANT]
         if kind != "diagnosis":
@@ -89,7 +90,7 @@ def records(path: Path, separator: str = "", notices: Counter[str] | None = None
             notices["rows without a diagnosis, not asked for"] += 1
         else:
             if "diagnosis" in record:
-                raise UserError(f"{where}: a second diagnosis for {name!r}; a record has one")
+                raise UserError(f"{where}: a second diagnosis for the same id or text; a record has one")
             record["diagnosis"] = diagnosis(answers[0], where)
     if not made:
         raise UserError(f"{path}: a header and no row")

@@ -147,7 +147,7 @@ def test_what_does_not_fit_is_refused_and_the_old_index_stays(tmp_path):
     before = (out / "manifest.json").read_bytes()
     twice = tmp_path / "twice.jsonl"
     twice.write_text(notes.read_text() + notes.read_text())
-    with pytest.raises(UserError, match=r"twice.jsonl:11: the id 'n0' is used twice"):
+    with pytest.raises(UserError, match=r"twice.jsonl:11: its id is that of line 1 too"):
         build(Options(out=out, encoder="contriever", weights=weights, notes=twice, overwrite=True))
     with pytest.raises(UserError, match="weights not given"):
         build(Options(out=out, encoder="sgpt", notes=notes))

@@ -12,7 +12,7 @@ from infer import tasks
 from model.support.cli import UserError
 from model.text.tokenizer import Tokenizer
 from train.data.dataset import Rows
-from train.data.records import note_texts
+from train.data.records import note_texts, questions
 from train.data.rows import ANSWER, IGNORE, collate, count, note_document
 from train.data.store import build_store
 from train.distributed.sharding import Ranks
@@ -81,6 +81,12 @@ def test_what_a_record_does_not_hold_is_not_asked_and_what_it_holds_in_another_f
     for wrong in (7, "2 cm", ["2 cm"], [{"answer": "2 cm"}], [{"text": 2}], {"text": "2 cm"}):
         with pytest.raises(ValueError, match="^tumor_size is not a list of {'text': …}"):
             encode({**record, "phenotypes": {"tumor_size": wrong}})
+
+
+def test_a_name_that_is_no_phenotype_s_is_not_quoted(record):
+    with pytest.raises(ValueError, match="unknown name .did you mean 'tumor_size'[?].; there are hormone") as refused:
+        questions({**record, "phenotypes": {"tumor size SECRET": []}}, "both")
+    assert "SECRET" not in str(refused.value)
 
 
 def test_a_loss_on_all_counts_note_and_prompts_too(notes):

@@ -231,12 +231,31 @@ def test_an_answer_is_placed_at_whole_words_and_numbers(text, answer, start):
         ("text,type,answer\na,tumor_size,1 cm\n".encode("utf-16"), "save it as 'CSV UTF-8'"),
         (HEAD + "a,tumor_size\n", "t.csv:2: fewer cells .2. than columns .3."),
         (HEAD + '"a,tumor_size,1 cm\n', "is a quotation mark missing"),
-        ("id,text,type,answer\n1,a,tumor_size,x\n1,b,tumor_size,x\n", "another text"),
+        ("id,text,type,answer\n1,a,tumor_size,x\n1,b,tumor_size,x\n", "its text is another"),
     ],
 )
 def test_mistakes_are_named(tmp_path, content, said):
     with pytest.raises(UserError, match=said):
         records(table(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("content", "said"),
+    [
+        (
+            HEAD + "Mass, SECRET in the left breast,tumor_size\n",
+            "t.csv:2: the column 'type' .* names no phenotype; there",
+        ),
+        (HEAD + "tumor_size,SECRET mass,2 cm\n", "t.csv:2: the column 'type' .* names no phenotype; there"),
+        ("question,text,answer\nSECRET mass,a,b\n", "t.csv:2: the column 'question' .* names no phenotype; there"),
+        ("id,text,type,answer\nSECRET,a,tumor_size,x\nSECRET,b,tumor_size,x\n", "t.csv:3: its text is another"),
+        ("id,text,type,answer\n" + 2 * "SECRET,a,diagnosis,C61\n", "t.csv:3: a second diagnosis"),
+    ],
+)
+def test_a_note_in_the_wrong_column_is_never_quoted(tmp_path, content, said):
+    with pytest.raises(UserError, match=said) as refused:
+        records(table(tmp_path, content))
+    assert "SECRET" not in str(refused.value)
 
 
 def test_a_table_without_a_header_is_refused_and_its_first_text_is_not_repeated(tmp_path):
