@@ -398,7 +398,8 @@ def draw(logits_BV: Tensor, drafts: Sequence[Draft]) -> Tensor:
 
     each, rank_V = [state.settings for state, _ in drafts], torch.arange(V, device=device)
     temperature_B1 = column(settings.temperature for settings in each)
-    probability_BV, order_BV = (logits_BV.double() / temperature_B1).softmax(-1).sort(descending=True, stable=True)
+    below_best_BV = logits_BV.double() - logits_BV.amax(-1, keepdim=True)  # so that no quotient overflows
+    probability_BV, order_BV = (below_best_BV / temperature_B1).softmax(-1).sort(descending=True, stable=True)
     keep_BV = probability_BV >= column(settings.min_p for settings in each) * probability_BV[:, :1]
     keep_BV &= rank_V < column(settings.top_k or V for settings in each)
     before_BV = probability_BV.cumsum(-1) - probability_BV  # the token that crosses top_p is kept

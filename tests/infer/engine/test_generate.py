@@ -338,6 +338,8 @@ def test_narrow_top_p_min_p_and_top_k_are_greedy(tokenizer):
     greedy = generator.generate([[1, 2]], max_new_tokens=6)[0].tokens
     for narrow in ({"top_k": 1}, {"top_p": 1e-9}, {"min_p": 1.0}):
         assert generator.generate([[1, 2]], max_new_tokens=6, temperature=1.0, **narrow)[0].tokens == greedy
+    for cold in (1e-300, 1e-320):  # logits over which overflow
+        assert generator.generate([[1, 2]], max_new_tokens=6, temperature=cold)[0].tokens == greedy
 
 
 class Steps:
