@@ -7,7 +7,6 @@ stage are marked "instruct only" or "pretrain only".
 from __future__ import annotations
 
 import itertools
-import math
 import sys
 import tomllib
 from collections.abc import Sequence
@@ -24,9 +23,10 @@ from model.support.cli import UserError, nearest, one_line
 from train.data.store import Encoding
 
 INTERVALS = {
-    "[1, inf)": "batch_rows micro_rows r valid_rows keep_last",
-    "[2, inf)": "block",
-    "[0, inf)": "steps warmup valid_every save_every records seed",
+    "[1, 1e9]": "batch_rows micro_rows r valid_rows keep_last",
+    "[2, 1e9]": "block",
+    "[0, 1e9]": "steps epochs warmup valid_every save_every records",
+    "[0, 1e18]": "seed",
     "[0, 1024]": "threads",
     "[0, 1]": "warmup_share empty_kept",
     "[0, 1)": "dropout",
@@ -167,8 +167,7 @@ class Recipe:
             and not (self.full and self.tokenizer),
             "give either warmup (steps) or warmup_share (of all steps)": self.warmup > 0 and self.warmup_share > 0,
             f"betas are {self.betas}; they are two numbers in [0, 1)": [0 <= b < 1 for b in self.betas] != [True, True],
-            f"steps is 0 and epochs is {self.epochs}; give one of them": not self.steps
-            and not 0 < self.epochs < math.inf,
+            "steps is 0 and epochs is 0; give one of them": not self.steps and not self.epochs,
             f"batch_rows {self.batch_rows} is not a multiple of micro_rows {self.micro_rows}": uneven,
             "full trains all weights: leave out adapter and base": self.full and bool(self.adapter or self.base),
             "sharded = false is for adapters; leave it out": self.full and not self.sharded,
@@ -226,7 +225,7 @@ def as_type(value: Any, default: Any, where: str) -> Any:
         kind: type = type(default[0]) if default else str
         return tuple(as_type(item, kind(), where) for item in items)
 
-    if isinstance(default, float) and isinstance(value, int) and not isinstance(value, bool):
+    if isinstance(default, float) and type(value) is int and abs(value) <= sys.float_info.max:
         return float(value)
     if type(value) is not type(default):
         kinds = {bool: "true or false", int: "a whole number", float: "a number", str: "a text"}

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -62,7 +61,7 @@ class Settings:
             ("seed", -(2**62), 2**62, int),
         ):
             value = getattr(self, name)
-            if not (isinstance(value, kind) and math.isfinite(value) and low <= value <= high):
+            if not (isinstance(value, kind) and low <= value <= high):
                 integer = "a whole number " if kind is int else ""
                 raise UserError(f"{name} is {value!r}; it must be {integer}between {low} and {high}")
         if self.top_p == 0:

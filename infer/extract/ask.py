@@ -300,7 +300,7 @@ class Asker:
         of_groups = [
             [second_choices(self.generator, state, self.alternatives) for state in group.states] for group in groups
         ]
-        for n in range(self.alternatives):
+        for n in range(max((len(found) for of_group in of_groups for found in of_group), default=0)):
             round_ = [
                 Group([one for found in of_group for one in found[n : n + 1] if one.finish is None], group.questions)
                 for group, of_group in zip(groups, of_groups, strict=True)

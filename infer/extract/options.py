@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any, Literal, TypeVar
 from infer.engine.options import ModelOptions
 from infer.extract.ranks import of_first
 from infer.tasks import QUESTION
+from model.support.checks import whole
 from model.support.cli import UserError, nearest
 
 if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options do not
@@ -18,6 +19,11 @@ if TYPE_CHECKING:  # they need torch, which --help and a mistake in the options 
 ASKED = {"phenotype": 8, "diagnosis": 1, "both": 9}  # questions a note
 MOST = {"cpu": 8, "cuda": 64}  # notes at once, where --batch names no number
 NOTE, STEPS = 400, 16  # tokens of a usual note, and steps of a usual answer: what dtype "auto" is measured for
+
+
+LEAST = {"batch": 0, "alternatives": 0, "max_input_tokens": 1, "max_new_tokens": 1, "max_new_diagnosis": 1, "limit": 1}
+LEAST |= {"neighbours": 1, "neighbour_tokens": 1}  # of infer.extract alone
+LARGEST = 10**9
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -43,11 +49,10 @@ class AskOptions(ModelOptions):
     """Also the likeliest other answers to each question, so many (of notes that are read whole)."""
 
     def check(self) -> None:
-        """Raise UserError for an unknown form, and for a number that is too small."""
-        for name in ("max_input_tokens", "max_new_tokens", "max_new_diagnosis", "batch", "limit", "alternatives"):
-            least, value = 0 if name in ("batch", "alternatives") else 1, getattr(self, name)
-            if value is not None and value < least:
-                raise UserError(f"--{name.replace('_', '-')} is {value}; it must be at least {least}")
+        """Raise UserError for an unknown form, and for a number that is too small or too large."""
+        for name, least in LEAST.items():
+            if (value := getattr(self, name, None)) is not None:
+                whole(f"--{name.replace('_', '-')}", value, least, LARGEST)
         from model.text.chat import FORMS
 
         known = ("auto", "template", "chat", *FORMS)
@@ -68,7 +73,9 @@ def planned(options: Asked, task: str, known: Mapping[str, Any], rank: int = 0, 
     """The options with the dtype, format and number of notes that the machine and its memory allow, or that are `known`
     of a job that is resumed; and the plan. The first rank chooses for all."""
     if options.memory and options.long == "windows":
-        raise UserError("--memory cannot bound --long windows (a note has as many as it is long); leave one out")
+        raise UserError(
+            "--memory cannot bound --long windows (a note has as many as it is long); give --long error or truncate"
+        )
     from infer.engine.load import DTYPES, device_here, dtype_for, plan_for
     from infer.engine.memory import notes_at_once
     from lora.memory import Requests

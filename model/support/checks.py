@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,7 +29,7 @@ def whole(name: str, value: Any, minimum: int, maximum: int) -> int:
 
 def positive(name: str, value: Any) -> float:
     """Require a finite number above 0; returns it as a float."""
-    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value < math.inf:
+    if not isinstance(value, (int, float)) or isinstance(value, bool) or not 0 < value <= sys.float_info.max:
         raise UserError(f"{name} is {value!r}; it must be a number above 0")
     return float(value)
 

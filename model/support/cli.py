@@ -94,6 +94,9 @@ def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, *
             raise
         raise UserError(f"{unboxed(captured.getvalue())}; {prog} --help explains every option") from None
     sys.stderr.write(captured.getvalue())
+    for name, value in getattr(options, "__dict__", {}).items():
+        if isinstance(value, int) and abs(value) > 2**62:
+            raise UserError(f"--{name.replace('_', '-')} is {value}; give a smaller number")
     return options
 
 

@@ -126,3 +126,8 @@ def test_a_note_that_is_not_read_whole_has_no_alternatives(tokenizer):
         )
         (record,) = asker.records([note])
         assert "long" in record and all("alternatives" not in answer for answer in entries(record))
+
+
+def test_alternatives_end_where_an_answer_has_no_more(tokenizer):
+    """10**9 rounds would not end."""
+    assert ask(tokenizer, 10**9) == ask(tokenizer, 100)

@@ -120,7 +120,7 @@ def test_what_does_not_fit_together_is_refused_before_anything_is_made(weights, 
         ({"retriever": "bm25", "index": tmp_path / "bare"}, "no note with a diagnosis"),
         ({"retriever": "bm25", "index": index, "task": "phenotype"}, "diagnosis question"),
         ({"retriever": "bm25", "index": index, "encoder_weights": tmp_path}, "has no weights"),
-        ({"retriever": "bm25", "index": index, "neighbours": 0}, "at least one"),
+        ({"retriever": "bm25", "index": index, "neighbours": 0}, "--neighbours is 0"),
         ({"retriever": "bm25", "index": index, "neighbour_tokens": 3}, "at least 16 tokens"),
     ]
     (tmp_path / "notes.jsonl").write_text(json.dumps(QUERY) + "\n")

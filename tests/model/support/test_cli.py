@@ -87,6 +87,12 @@ def test_an_empty_path_is_not_the_current_folder(empty):
         parse(Paths, [*given, *empty], "python -m x")
 
 
+def test_a_number_that_no_count_reaches_is_refused_whatever_it_counts():
+    assert parse(Options, ["--weights", "w", "--rank", str(2**62)], "python -m x").rank == 2**62
+    with pytest.raises(UserError, match=f"^--rank is {2**70}; give a smaller number"):
+        parse(Options, ["--weights", "w", "--rank", str(2**70)], "python -m x")
+
+
 @pytest.mark.parametrize(
     ("error", "said"),
     [
