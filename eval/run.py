@@ -105,6 +105,8 @@ def main(options: Options) -> None:
     name = options.name or (
         entry["title"] if entry else Path(options.adapter[-1] if options.adapter else options.weights).name
     )
+    if len(name) > 100 or not name.isprintable():  # it becomes a file's name
+        raise UserError("the row's name has more than 100 characters, or one that cannot be printed; give --name")
     form = options.form if options.form != "auto" or entry is None else entry["form"]
     out = options.out
     with begin(out, {"program": "eval.run", "data": digest(records)}):

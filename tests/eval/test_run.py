@@ -138,8 +138,12 @@ def test_mistakes_are_named(tmp_path):
         with pytest.raises(UserError, match=said) as refused:
             read_references(tmp_path / "bare.jsonl")
         assert "SECRET" not in str(refused.value)
-    write_json(tmp_path / "run.json", {})
     write_jsonl(tmp_path / "mine.jsonl", [{"id": "1", "text": "a", "phenotypes": {"tumor_size": []}}])
+    for name in ("m" * 101, "a\nb", "a\udcff"):
+        with pytest.raises(UserError, match="the row's name has more than 100 characters, or one that cannot be"):
+            main(Options(weights="x", data=tmp_path / "mine.jsonl", out=tmp_path / "none", name=name))
+    assert not (tmp_path / "none").exists()
+    write_json(tmp_path / "run.json", {})
     before = {path: path.read_bytes() for path in tmp_path.iterdir()}
     with pytest.raises(UserError, match="was not written by a job"):
         main(Options(weights="x", data=tmp_path / "mine.jsonl", out=tmp_path))
