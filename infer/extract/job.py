@@ -112,11 +112,10 @@ class Job:
 
         Raises UserError, and writes nothing, where the name belongs to another job.
         """
-        if self.out.is_dir():
-            raise UserError(f"{self.out}: a folder; name the output file")
         if self.rank == 0:
-            held = os.path.lexists(self.parts) and not is_claimed(mark_of(self.out))
-            begun = self.out.exists() or held or any(self.parts.glob("*.jsonl"))
+            if os.path.lexists(self.parts) and not is_claimed(mark_of(self.out)):
+                raise UserError(f"{self.parts}: exists and was not written by a job; choose another --out or remove it")
+            begun = self.out.exists() or any(self.parts.glob("*.jsonl"))
             claim(self.out, mark_of(self.out), self.identity, begun)
             if self.out.exists():
                 self.drop_parts()  # a kill just after the output got its name leaves them

@@ -80,6 +80,8 @@ class Options(AskOptions):
 def main(options: Options) -> int:
     rank, world = rank_and_world()
     options.check()
+    if options.out.is_dir():
+        raise UserError(f"{options.out}: a folder; name the output file")
     neighbours = open_neighbours(options)
     options, plan = planned(options, options.task, begun(options.out), rank, world)
     own = (options.out, schema_of(options.out), mark_of(options.out))

@@ -38,8 +38,10 @@ def hold(out: str | os.PathLike[str]) -> Iterator[None]:
     out = Path(out)
     if out.is_symlink():
         raise UserError(f"{out}: a symbolic link; give its target, {os.path.realpath(out)}, or another name")
-    check_writable(out)
     target = out.resolve()
+    if not target.name:
+        raise UserError(f"{out}: the root folder; name a folder in it")
+    check_writable(out)
     path = _lock_file(target)
     handle = _acquire(path, out)
     try:

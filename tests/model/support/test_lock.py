@@ -86,6 +86,8 @@ def test_a_symbolic_link_is_refused_wherever_it_points(tmp_path):
 
 def test_a_place_that_cannot_be_written_is_named(tmp_path):
     (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="^/: the root folder; name a folder in it"), hold("/"):
+        pass
     for out in (tmp_path / "file" / "x", "/proc/x"):
         with pytest.raises(UserError, match=rf"^cannot write {out}: .*; choose another place for it$"), hold(out):
             pass
