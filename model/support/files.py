@@ -180,6 +180,15 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: {kind}, not a file")
 
 
+def read_text(path: Path, keep_mark: bool = False) -> str:
+    """A UTF-8 file's text with its line ends unchanged. `keep_mark`: keep a byte order mark too."""
+    check_regular(path)
+    try:
+        return path.read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
+    except UnicodeDecodeError as error:
+        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
+
+
 def read_json(path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bool = False) -> Any:
     """The JSON value in a file. Raises UserError if the file is missing, larger than `most` bytes or not JSON, and with
     `unique` if an object has a duplicate key (readers differ in which one wins)."""
@@ -197,22 +206,23 @@ def read_json(path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bo
 
 def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) -> Any:
     """Parse a file's text as JSON. Raises UserError as `read_json` does."""
-
-    def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-        found: dict[str, Any] = {}
-        for name, value in pairs:
-            if name in found:
-                raise UserError(f"{path}: {name!r} is there twice; the file is corrupt")
-            found[name] = value
-        return found
-
     try:
         return json.loads(text, object_pairs_hook=without_duplicates if unique else None)
-    except UserError:
-        raise
+    except KeyError as error:
+        raise UserError(f"{path}: {error} is there twice; the file is corrupt") from error
     except (ValueError, RecursionError) as error:  # not JSON, nested too deeply, or a number of thousands of digits
         where = f" at line {error.lineno}, column {error.colno}" if isinstance(error, json.JSONDecodeError) else ""
         raise UserError(f"{path}: not JSON{where}; is the file whole?") from error
+
+
+def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A JSON object's pairs as a dict. Raises KeyError with the first key that is there twice."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise KeyError(name)
+        found[name] = value
+    return found
 
 
 def numbered_lines(path: str | os.PathLike[str]) -> Iterator[tuple[int, bytes]]:
@@ -264,8 +274,8 @@ def parse_json_line(
     """One line of a JSON-lines file as a dict; `id` and `patient` are converted to strings.
 
     Raises UserError, naming file and line, if the line is longer than LONGEST_LINE or no JSON object, if a `required`
-    field is missing, if `id`, `patient` or a required `text` has the wrong type, and for NaN or an unpaired surrogate,
-    which Python reads but cannot write.
+    field is missing or a field is there twice, if `id`, `patient` or a required `text` has the wrong type, and for NaN
+    or an unpaired surrogate, which Python reads but cannot write.
     """
     where = f"{path}:{number}"
     constants: list[str] = []
@@ -273,9 +283,11 @@ def parse_json_line(
         raise UserError(f"{where}: a line of more than {LONGEST_LINE:,} bytes; is a line end missing?")
     try:
         text = line.decode("utf-8-sig" if number == 1 else "utf-8")  # some editors write a byte order mark
-        record = json.loads(text, parse_constant=constants.append)
+        record = json.loads(text, parse_constant=constants.append, object_pairs_hook=without_duplicates)
         if _SURROGATE.search(text):
             json.dumps(record, ensure_ascii=False).encode()  # raises if one is unpaired
+    except KeyError as error:
+        raise UserError(f"{where}: a field is there twice; keep one of them") from error
     except UnicodeDecodeError as error:
         raise UserError(f"{where}: not UTF-8 text (byte {error.start} of the line)") from error
     except UnicodeEncodeError as error:

@@ -89,6 +89,7 @@ WRONG = {
     b'{"id": "a", "x": -Infinity}\n': "f:1: -Infinity is not a JSON number",
     b'{"id": "a"}\n{"x": 1}': "f:2: lacks the field 'id'",
     b" \n": "empty",
+    b'{"id": "a", "text": "x", "text": "y"}\n': "f:1: a field is there twice; keep one",
 }
 
 
