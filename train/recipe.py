@@ -20,6 +20,7 @@ from lora import LoRAConfig
 from model.support import cli as command
 from model.support.checks import inside
 from model.support.cli import UserError, nearest, one_line
+from model.support.files import read_text
 from train.data.store import Encoding
 
 INTERVALS = {
@@ -195,11 +196,12 @@ class Recipe:
 
 def read_toml(path: str | Path) -> dict[str, Any]:
     """The options in a recipe file. Raises UserError for invalid TOML, an unknown key or a value of the wrong type."""
-    if not Path(path).is_file():
+    if not Path(path).exists():
         raise UserError(f"{path}: no such file; give a recipe, for example train/recipes/cancerllm.toml")
+    text = read_text(Path(path))
     try:
-        raw = tomllib.loads(Path(path).read_text(encoding="utf-8"))
-    except (ValueError, RecursionError) as error:  # bad TOML or UTF-8, nested too deep, or an integer too long
+        raw = tomllib.loads(text)
+    except (ValueError, RecursionError) as error:  # bad TOML, nested too deep, or an integer too long
         raise UserError(f"{path}: not a TOML file: {one_line(error)}") from error
     for key, value in raw.items():
         raw[key] = checked(key, value, str(path))

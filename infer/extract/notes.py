@@ -58,6 +58,8 @@ def read_notes(path: Path, text_column: str = "text", id_column: str = "id") -> 
             raise UserError(f"{path}: holds no .txt file; give a folder of notes, JSON lines or a table")
         yield from map(text_file, files)
     elif not path.is_file():
+        if path.exists():
+            check_regular(path)  # says what it is
         raise UserError(
             f"{path}: no such file or folder; give JSON lines with 'id' and 'text', a table, or a folder of .txt files"
         )

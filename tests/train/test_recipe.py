@@ -1,5 +1,6 @@
 """A user's mistakes in recipes are one clear line before any work."""
 
+import codecs
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -70,6 +71,17 @@ def test_recipe_files_are_checked_key_by_key(tmp_path, text, said):
     (tmp_path / "r.toml").write_text(text)
     with pytest.raises(UserError, match=said):
         read_toml(tmp_path / "r.toml")
+
+
+def test_a_recipe_as_an_editor_saves_it(tmp_path):
+    """With a byte order mark and carriage returns; in UTF-8 only. A folder is not a file that is missing."""
+    (tmp_path / "r.toml").write_bytes(codecs.BOM_UTF8 + b"# \xc3\xa9\r\nr = 2\r\n")
+    assert read_toml(tmp_path / "r.toml") == {"r": 2}
+    (tmp_path / "r.toml").write_bytes(b"# \xe9\n")
+    with pytest.raises(UserError, match=r"r.toml: not UTF-8 text \(byte 2\); save it as UTF-8"):
+        read_toml(tmp_path / "r.toml")
+    with pytest.raises(UserError, match="a folder, not a file"):
+        read_toml(tmp_path)
 
 
 def test_a_device_that_is_not_there_is_named(tmp_path, monkeypatch):

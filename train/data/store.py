@@ -30,6 +30,7 @@ from tqdm import tqdm
 from model.support.cli import UserError
 from model.support.files import (
     atomic_folder,
+    check_regular,
     numbered_lines,
     parse_json_line,
     read_json,
@@ -105,8 +106,7 @@ def identity_of(files: Sequence[str], encoding: Encoding, limit: int) -> dict[st
     for file in files:
         if Path(file).is_dir():
             raise UserError(f"{file}: is a folder; give JSON lines")
-        if not Path(file).is_file():
-            raise UserError(f"{file}: no such file")
+        check_regular(file)
         if Path(file).suffix.lower() in (".csv", ".tsv"):
             raise UserError(f"{file}: is a table; make JSON lines of it: python -m train.importers.table")
     return {

@@ -18,8 +18,9 @@ from pathlib import Path
 from infer.extract.notes import kinds, listed
 from model.support import cli as command
 from model.support.cli import UserError
+from model.support.files import read_text
 from model.support.lock import output
-from train.importers.record import Record, diagnosis, label, read_text, write
+from train.importers.record import Record, diagnosis, label, write
 
 _ENTITY = re.compile(r"(T\d+)\t(\S+) (\d{1,12} \d{1,12}(?:;\d{1,12} \d{1,12})*)\t(.*)")
 OTHER = "annotations that are not entities, not read"

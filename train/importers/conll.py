@@ -22,8 +22,9 @@ from pathlib import Path
 
 from model.support import cli as command
 from model.support.cli import UserError
+from model.support.files import read_text
 from model.support.lock import output
-from train.importers.record import Record, read_text, write
+from train.importers.record import Record, write
 
 Token = tuple[str, str]
 Sentence = list[Token]

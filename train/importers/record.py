@@ -12,18 +12,9 @@ from infer.codes import canonical, code_spans, describe, described
 from infer.extract.places import occurrences
 from infer.tasks import DIAGNOSIS_QUESTION, PHENOTYPES, parse_answer
 from model.support.cli import UserError, nearest
-from model.support.files import check_regular, write_jsonl
+from model.support.files import write_jsonl
 
 Record = dict[str, Any]
-
-
-def read_text(path: Path, keep_mark: bool = False) -> str:
-    """A UTF-8 file's text with its line ends unchanged. `keep_mark`: keep a byte order mark too."""
-    check_regular(path)
-    try:
-        return path.read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
 
 def label(name: str, where: str) -> str:

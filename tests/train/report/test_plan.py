@@ -128,7 +128,7 @@ def test_remedies_add_up_and_never_take_back_8_bit_state(gpus):
         ({"config": ""}, "--config"),
         ({"documents": 0, "document_tokens": 0}, "notes.jsonl: no such file"),
         ({"config": "train/recipes"}, "holds no weights"),
-        ({"recipe": "train/recipes"}, "no such file; give a recipe"),
+        ({"recipe": "train/recipes"}, "train/recipes: a folder, not a file"),
     ],
 )
 def test_a_mistake_is_named(changes, said):
