@@ -101,9 +101,8 @@ def test_whatever_a_token_holds_it_is_read_whole_in_its_document(documents, colu
         path = Path(folder) / "f.tsv"
         path.write_bytes(("\ufeff" + written.replace("\n", end)).encode())
         tokens = [line for line in written.split("\n") if line and not line.startswith(("#", "-DOCSTART-"))]
-        if not tokens:  # no line gives the number of columns
-            with pytest.raises(UserError):
-                read_iob(path)
+        if not tokens:  # no line gives the number of columns; `records` refuses such a file
+            assert not any(read_iob(path))
             return
         assert [sentences for sentences in read_iob(path) if sentences] == documents
 
