@@ -20,7 +20,7 @@ import warnings
 from collections.abc import Callable, Sequence
 from functools import cache
 from pathlib import Path
-from typing import Annotated, Any, TypeVar, get_type_hints
+from typing import Annotated, Any, TypeVar, get_args, get_type_hints
 
 Options = TypeVar("Options")
 TORCHRUN_SECONDS = 10  # within which torchrun ends the other ranks after one failed
@@ -102,11 +102,12 @@ def parse(kind: Callable[..., Options], argv: Sequence[str] | None, prog: str, *
 
 def check_paths(kind: Callable[..., Any], argv: Sequence[str]) -> None:
     """Raise UserError if an option's path is empty: `Path("")` would be the current folder."""
-    hints = get_type_hints(kind)
+    kinds = get_args(kind) or (kind,)  # of a union, a command each
+    hints = {name: hint for one in kinds for name, hint in get_type_hints(one).items()}
     words = (word for argument in argv for word in (argument.split("=", 1) if argument[:2] == "--" else [argument]))
     for option, value in itertools.pairwise(words):
         name = option[2:].replace("-", "_")
-        needed = name in ("weights", "adapter", "out") and not hasattr(kind, name)  # a path that is kept as a text
+        needed = name in ("weights", "adapter", "out") and not hasattr(kinds[0], name)  # a path that is kept as a text
         if not value and (hints.get(name) in (Path, Path | None) or needed):
             raise UserError(f"{option} is empty; give a path (. is the current folder)")
 

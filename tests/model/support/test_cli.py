@@ -85,6 +85,8 @@ def test_an_empty_path_is_not_the_current_folder(empty):
     assert parse(Paths, given, "python -m x") == Paths("w", Path(), None, "")
     with pytest.raises(UserError, match=f"^{empty[0].strip('=')} is empty; give a path"):
         parse(Paths, [*given, *empty], "python -m x")
+    with pytest.raises(UserError, match=f"^{empty[0].strip('=')} is empty; give a path"):
+        parse(Paths | Options, ["paths", *given, *empty], "python -m x")  # commands
 
 
 def test_a_number_that_no_count_reaches_is_refused_whatever_it_counts():
