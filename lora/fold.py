@@ -29,7 +29,8 @@ def merge_lora(model: nn.Module, keep: bool = True) -> nn.Module:
         raise UserError("lora: no adapter is active, so there is nothing to merge")
     if any(layer.quantized is not None for layer in layers.values()):
         raise UserError("lora: the base is quantized; merge into its checkpoint instead: python -m lora.merge")
-    for path, layer in layers.items():
+    while layers:  # each layer leaves the dict, so that without `keep` its original weight is freed at once
+        path, layer = layers.popitem()
         if layer.active is not None and layer.original is None:
             merged = merged_weight(layer.weight, layer.delta(layer.active))
             layer.original, layer.weight = layer.weight.detach(), nn.Parameter(merged, requires_grad=False)

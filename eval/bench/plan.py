@@ -8,7 +8,6 @@ be within 0.85 to 1.15.
 
 from __future__ import annotations
 
-import ctypes
 import json
 import tempfile
 from pathlib import Path
@@ -22,7 +21,7 @@ from eval.bench.train import warm_up
 from eval.experiments.steps import argv, programs
 from infer.released import smollm2
 from model.support.cli import UserError
-from model.support.hardware import product_rate
+from model.support.hardware import product_rate, return_freed_memory
 from train.distributed.sharding import Ranks
 from train.recipe import parse, read_toml
 from train.report.plan import Options, plan
@@ -121,6 +120,6 @@ def measure(stage: str, recipe: str) -> dict[str, float]:
 
 
 def settled() -> float:
-    """Resident megabytes after the allocator has returned freed memory (glibc's malloc_trim)."""
-    ctypes.CDLL(None).malloc_trim(0)
+    """Resident megabytes after the allocator has returned freed memory."""
+    return_freed_memory()
     return resident()

@@ -24,7 +24,7 @@ from model.checkpoints.weights import Checkpoint, load_weights, open_checkpoint
 from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
 from model.quantize.rotation import Rotation, mixes_inputs, mixes_rows
 from model.support.cli import UserError, nearest
-from model.support.hardware import NO_INT8_PRODUCTS, fastest_dtype, has_amx, int8_products
+from model.support.hardware import NO_INT8_PRODUCTS, fastest_dtype, has_amx, int8_products, return_freed_memory
 from model.support.torchrun import rank_and_world
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
@@ -74,6 +74,7 @@ def load(
             if ".lora_" in name:  # cast once, not in every GEMM
                 parameter.data = parameter.data.to(DTYPES[dtype])
         fuse(model)
+    return_freed_memory()
     return model.requires_grad_(False).eval(), tokenizer
 
 

@@ -6,6 +6,8 @@ either way. Programs therefore choose their compute dtype from measured rates, a
 
 from __future__ import annotations
 
+import contextlib
+import ctypes
 import os
 import platform
 import sys
@@ -134,6 +136,13 @@ def free_memory(device: str = "cpu") -> float:
         return 1024.0 * int(lines["MemAvailable"].split()[0])
     except (OSError, KeyError):  # not Linux
         return float(os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"))
+
+
+def return_freed_memory() -> None:
+    """Give freed memory back to the system, where the C library can (glibc): 110 MB after loading 8 layers of a 7B in
+    int4."""
+    with contextlib.suppress(AttributeError, OSError):
+        ctypes.CDLL(None).malloc_trim(0)
 
 
 def timed(call, device: str, seconds: float) -> list[float]:

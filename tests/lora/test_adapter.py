@@ -3,6 +3,7 @@
 import json
 import shutil
 import sys
+import weakref
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from lora import (
     DropoutPlan,
     LoRAConfig,
     add_lora,
+    fold,
     load_adapter,
     merge_lora,
     no_adapter,
@@ -129,6 +131,20 @@ def test_unmerging_gives_the_base_back_bit_for_bit(dtype):
     unmerge_lora(model)
     assert all(torch.equal(before[key], value) for key, value in model.state_dict().items())
     assert torch.equal(model(TOKENS), with_adapter)
+
+
+def test_a_merge_for_good_holds_the_original_of_one_layer_at_a_time(monkeypatch):
+    """Held until the end, they took a second copy of a model's linear layers."""
+    model, held = trained(CONFIGS[0]), []
+    layers = [weakref.ref(layer) for layer in adapted(model).values()]
+
+    def merged_weight(weight, delta, merged=fold.merged_weight):
+        held.append(sum(layer() is not None for layer in layers))
+        return merged(weight, delta)
+
+    monkeypatch.setattr(fold, "merged_weight", merged_weight)
+    merge_lora(model, keep=False)
+    assert held == [*range(len(layers), 0, -1)] and len(held) > 10
 
 
 def test_several_adapters_one_active_and_off_in_a_context():
