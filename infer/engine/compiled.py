@@ -36,8 +36,9 @@ def decode_step(engine: Engine, count: int) -> Step:
 
     def step(tokens_B: Tensor, position_B: Tensor, keys: Layers, values: Layers) -> Tensor:
         B, G, S, K = keys[0].shape
-        row_B, slot_S = torch.arange(B, device=position_B.device), torch.arange(S, device=position_B.device)
-        past_BS = slot_S <= position_B[:, None]
+        row_B = torch.arange(B, device=position_B.device)
+        slot_S = torch.arange(S, device=position_B.device, dtype=torch.int32)  # as the kernels take positions
+        past_BS, position_B1 = slot_S <= position_B[:, None], position_B[:, None].int()
 
         def attend(layer: int, q_BHK: Tensor, k_BGK: Tensor, v_BGK: Tensor) -> Tensor:
             k_BGSK, v_BGSK, window = keys[layer], values[layer], engine.layers[layer].window
@@ -45,10 +46,8 @@ def decode_step(engine: Engine, count: int) -> Step:
             v_BGSK[row_B, :, position_B] = v_BGK.to(v_BGSK.dtype)
             k_BGSK, v_BGSK = k_BGSK.to(q_BHK.dtype), v_BGSK.to(q_BHK.dtype)
             if engine.fused:
-                slot_BS = slot_S.int().expand(B, S)
-                return kernels.tree_attention(
-                    q_BHK[:, :, None], k_BGSK, v_BGSK, position_B[:, None], slot_BS, window
-                ).squeeze(2)
+                slot_BS, q_BH1K = slot_S.expand(B, S), q_BHK[:, :, None]
+                return kernels.tree_attention(q_BH1K, k_BGSK, v_BGSK, position_B1, slot_BS, window).squeeze(2)
             seen_BS = past_BS if window is None else past_BS & (slot_S > position_B[:, None] - window)
             q_BGMK = (q_BHK * engine.scale).view(B, G, -1, K)
             score_BGMS = torch.matmul(q_BGMK, k_BGSK.mT)

@@ -107,7 +107,8 @@ def check_paths(kind: Callable[..., Any], argv: Sequence[str]) -> None:
     words = (word for argument in argv for word in (argument.split("=", 1) if argument[:2] == "--" else [argument]))
     for option, value in itertools.pairwise(words):
         name = option[2:].replace("-", "_")
-        needed = name in ("weights", "adapter", "out") and not hasattr(kinds[0], name)  # a path that is kept as a text
+        optional = any(hasattr(one, name) for one in kinds)
+        needed = name in ("weights", "adapter", "out") and not optional  # a path that is kept as a text
         if not value and (hints.get(name) in (Path, Path | None) or needed):
             raise UserError(f"{option} is empty; give a path (. is the current folder)")
 
