@@ -28,7 +28,7 @@ from lora import load_adapter, no_adapter
 from lora.origin import check_origin
 from model import Tokenizer, Transformer
 from model.support.cli import UserError, run
-from model.support.files import check_regular, read_jsonl, write_json
+from model.support.files import read_jsonl, read_text, write_json
 from model.support.lock import output
 
 
@@ -100,11 +100,7 @@ def measure(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], bloc
 def read_texts(path: Path, limit: int = 0) -> list[str]:
     """The "text" fields of a .jsonl file (at most `limit`; 0: all), or a text file as one document."""
     if path.suffix != ".jsonl":
-        check_regular(path)
-        try:
-            return [path.read_text(encoding="utf-8")]
-        except UnicodeDecodeError as error:
-            raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
+        return [read_text(path, keep_mark=True)]
     return [record["text"] for _, record in islice(read_jsonl(path, ("text",)), limit or None)]
 
 

@@ -25,7 +25,6 @@ from infer.engine.options import WeightOptions
 from infer.extract.ask import Asker, Limits
 from infer.extract.grounded import Grounded, Grounding
 from infer.extract.notes import Note, read_notes
-from infer.extract.places import edges
 from infer.inspect import page as trace_page
 from lora import load_adapter, merge_lora, no_adapter, set_adapter
 from lora.adapter import adapted
@@ -187,7 +186,8 @@ def prompt_ids(options: Options, generator: Generator, note: Note | None) -> lis
         raise UserError(f"--ask {options.ask}: not a question{nearest(options.ask, names)}; known: {', '.join(names)}")
     known = tasks.PHENOTYPES.get(options.ask)
     question = known.question if known else tasks.DIAGNOSIS_QUESTION if options.ask == "diagnosis" else options.ask
-    asker = Asker(generator, "both", options.form, Limits(1500, options.max_new_tokens, options.max_new_tokens))
+    new = max(1, options.max_new_tokens)  # an Asker generates; with 0 the page shows the prompt alone
+    asker = Asker(generator, "both", options.form, Limits(phenotype=new, diagnosis=new))
     return asker.prompt(note.text, options.ask if options.ask in names else "", question)
 
 
@@ -217,9 +217,7 @@ def answer_ids(options: Options, generator: Generator, prompt: list[int], note: 
     stop = ("\n",) if note is not None and options.form == "template" else ()
     constraint = None
     if options.grounded and note is not None:
-        grammars = Grounding(generator.tokenizer, generator.stop_ids, generator.engine.device).of_note(
-            note.text, edges(note.text)
-        )
+        grammars = Grounding(generator.tokenizer, generator.stop_ids, generator.engine.device).of_note(note.text)
         constraint = Grounded(grammars[options.ask if options.ask in grammars else ""])
     settings = Settings(options.max_new_tokens, stop=stop, stop_cycles=True, constraint=constraint)
     (out,) = generator.generate([prompt], settings)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -28,7 +27,7 @@ from model.checkpoints.convert import add_tokenizer
 from model.checkpoints.safetensors import Stored
 from model.checkpoints.weights import Checkpoint, config_dict, new_checkpoint, open_checkpoint, select, write_checkpoint
 from model.config import ModelConfig
-from model.support.cli import UserError, run
+from model.support.cli import run
 from model.support.lock import output
 from model.transformer import Transformer
 
@@ -47,36 +46,30 @@ class Options:
     """Replace a model that is there; the folder's other files stay."""
 
 
-def merged_rows(
-    stored: Stored, adapter: Mapping[str, Tensor], module: str, scale: float, dtype: torch.dtype | None
-) -> Stored:
-    """A tensor on disk with its layer's update added as rows are read; in `dtype` (None: in at least fp32)."""
+def merged_rows(stored: Stored, adapter: Mapping[str, Tensor], module: str, scale: float) -> Stored:
+    """A tensor on disk with its layer's update added, in at least fp32, as rows are read."""
 
     def read(rows: slice | None) -> Tensor:
         base = stored.read(rows)
         wide = torch.promote_types(base.dtype, torch.float32)
         update = update_rows(*matrices(adapter, module), scale, rows, wide)
-        return update.add_(base.to(wide)).to(dtype or wide)
+        return update.add_(base.to(wide))
 
     return replace(stored, read=read)
 
 
-def merge_checkpoint(
-    checkpoint: Checkpoint, config: LoRAConfig, adapter: Mapping[str, Tensor], dtype: torch.dtype | None = None
-) -> Checkpoint:
+def merge_checkpoint(checkpoint: Checkpoint, config: LoRAConfig, adapter: Mapping[str, Tensor]) -> Checkpoint:
     """The checkpoint with every adapted weight merged; lazy, nothing is read yet."""
     tensors = dict(checkpoint.tensors)
     for module in adapted_modules(adapter):
         name = f"{module}.weight"
-        tensors[name] = merged_rows(tensors[name], adapter, module, config.scale(module), dtype)
+        tensors[name] = merged_rows(tensors[name], adapter, module, config.scale(module))
     return replace(checkpoint, tensors=tensors)
 
 
 def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | None = None, tokenizer: str = "") -> None:
     """Merge the adapter into the base at `weights` and write the model to `out`, in `dtype` (None: the base's), with a
     tokenizer (empty: the base's)."""
-    if Path(out).resolve() == Path(weights).resolve():
-        raise UserError(f"--out {out}: the base itself; choose another folder")
     raw = config_dict(weights)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_dict(raw))
@@ -91,7 +84,7 @@ def merge_folders(weights: str, adapter: str, out: str, dtype: torch.dtype | Non
 
 
 def main(options: Options) -> int:
-    with output(options.out, options.overwrite):
+    with output(options.out, options.overwrite, options.weights):
         merge_folders(options.weights, options.adapter, options.out)
     print(options.out)
     return 0

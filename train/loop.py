@@ -15,12 +15,9 @@ from __future__ import annotations
 
 import json
 import math
-import signal
 import sys
 import time
 from collections import Counter
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -32,7 +29,7 @@ from tqdm import tqdm
 from lora import DropoutPlan
 from lora.adapter import adapted
 from lora.peft import adapter_state
-from model.support.cli import UserError
+from model.support.cli import UserError, on_sigterm
 from model.support.files import write_text
 from model.transformer import Transformer
 from train.data.dataset import Rows, read_ahead
@@ -89,7 +86,7 @@ class Trainer:
 
     def run(self) -> None:
         """Train to the last step, from the newest intact checkpoint if there is one."""
-        with self.stop_on_sigterm():
+        with on_sigterm(self.stop):
             self.resume()
             self.truncate_metrics()
             display = ProgressDisplay(self)
@@ -119,18 +116,9 @@ class Trainer:
         """True every `every` steps, but not at the last one (0: never)."""
         return every > 0 and self.progress.step % every == 0 and self.progress.step < self.steps
 
-    @contextmanager
-    def stop_on_sigterm(self) -> Iterator[None]:
-        """Inside this context SIGTERM sets `stopping`: the run finishes its step, saves and exits."""
-
-        def stop(*_: object) -> None:
-            self.stopping = True
-
-        before = signal.signal(signal.SIGTERM, stop)
-        try:
-            yield
-        finally:
-            signal.signal(signal.SIGTERM, before)
+    def stop(self, *_: object) -> None:
+        """Handles SIGTERM: the run finishes its step, saves and exits."""
+        self.stopping = True
 
     # one step
 

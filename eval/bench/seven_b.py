@@ -123,13 +123,11 @@ def write_tokenizer(path: Path) -> None:
 
 def write_adapter(path: Path, out: Path, r: int = 8) -> None:
     """A random adapter of rank `r` on every linear layer of the model at `path`."""
-    config, generator, state = LoRAConfig(r=r, alpha=2.0 * r), torch.Generator().manual_seed(0), {}
+    config, generator = LoRAConfig(r=r, alpha=2.0 * r), torch.Generator().manual_seed(0)
     with torch.device("meta"):
         model = Transformer(ModelConfig.from_pretrained(path))
-    for name, module in model.named_modules():
-        if isinstance(module, torch.nn.Linear) and config.wants(name):
-            for kind, shape in (("A", (r, module.in_features)), ("B", (module.out_features, r))):
-                state[f"{peft.PREFIX}{name}.lora_{kind}.weight"] = torch.randn(shape, generator=generator) * 0.01
+    shapes = peft.expected_shapes(model, config)
+    state = {name: torch.randn(shape, generator=generator) * 0.01 for name, shape in shapes.items()}
     out.mkdir()
     peft.write_adapter(out, config, state)
 

@@ -23,7 +23,7 @@ import torch
 
 from infer.extract.job import stamp
 from infer.released import smollm2
-from model.support.cli import UserError
+from model.support.cli import UserError, on_sigterm
 from model.support.files import check_writable, read_json, read_jsonl, sha256_file, write_json
 from model.support.hardware import compute_dtype, max_resident_mb
 from model.support.lock import claim, discard, hold, is_claimed, is_empty, sweep
@@ -66,7 +66,7 @@ class Run:
 
     def _do(self, names: Iterable[str], work: Callable[[], Mapping[str, float]]) -> None:
         """Run `work`, which returns each step's peak memory, and record the steps with equal shares of its time."""
-        with ended_by_sigterm():
+        with on_sigterm(signal.default_int_handler):  # as by Ctrl-C
             print(f"· {' and '.join(names)}", file=sys.stderr, flush=True)
             began = time.monotonic()
             peaks = work()
@@ -181,16 +181,6 @@ def begin(out: Path, made_of: Mapping[str, Any], last: str = "", overwrite: bool
         sweep(out)
         steps = out / "steps.json"
         yield Run(out, str(made_of.get("scale", "")), read_json(steps) if steps.is_file() else {})
-
-
-@contextmanager
-def ended_by_sigterm() -> Iterator[None]:
-    """Treat SIGTERM like Ctrl-C in this context: raise KeyboardInterrupt."""
-    before = signal.signal(signal.SIGTERM, signal.default_int_handler)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, before)
 
 
 def programs(works: Mapping[str, list[str]], threads: int = 0) -> dict[str, float]:

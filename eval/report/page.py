@@ -104,7 +104,7 @@ def verdict(part: Json) -> str:
 def host_line(host: Json | None) -> str:
     """The machine in a few words."""
     host = host or {}
-    parts = [str(host[key]) for key in ("gpu", "cpu", "processor") if host.get(key)][:1]
+    parts = [str(host["cpu"])] if host.get("cpu") else []
     parts += [f"{host['cores']} cores"] if host.get("cores") else []
     parts += [f"torch {host['torch']}"] if host.get("torch") else []
     return ", ".join(parts)

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import kernels
+from kernels.attention import mask_from_positions
 from lora.layer import LoRALinear
 from model.attention import repeat_kv, split_heads
 from model.cache import KVCache
@@ -172,10 +173,7 @@ def masked_attention(
     q_NHTK: Tensor, k_NGSK: Tensor, v_NGSK: Tensor, position_NT: Tensor, key_position_NS: Tensor, window: int | None
 ) -> Tensor:
     """torch's SDPA with a mask from absolute positions; key positions of −1 are padding."""
-    distance_NTS = position_NT[:, :, None] - key_position_NS[:, None, :]
-    seen_NTS = (distance_NTS >= 0) & (key_position_NS >= 0)[:, None]
-    if window is not None:
-        seen_NTS &= distance_NTS < window
+    seen_NTS = mask_from_positions(position_NT, key_position_NS, window)
     k_NHSK, v_NHSK = (repeat_kv(kept.to(q_NHTK.dtype), q_NHTK.shape[1]) for kept in (k_NGSK, v_NGSK))
     return F.scaled_dot_product_attention(q_NHTK, k_NHSK, v_NHSK, attn_mask=seen_NTS[:, None])
 

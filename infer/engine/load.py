@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -19,7 +18,6 @@ from lora.memory import Requests
 from lora.origin import check_origin
 from lora.peft import AdapterFile, check_tensors, read_config
 from model import ModelConfig, Tokenizer, Transformer
-from model.checkpoints.safetensors import Stored
 from model.checkpoints.weights import Checkpoint, load_weights, open_checkpoint
 from model.quantize.linear import FORMATS, CastEmbedding, QuantizedLinear, QuantizedWeight, is_quantizable
 from model.quantize.rotation import Rotation, mixes_inputs, mixes_rows
@@ -148,26 +146,17 @@ def load_quantized(
     return model
 
 
-def merged_checkpoint(
-    model: Transformer, weights: str | Path, adapters: Sequence[str | Path], dtype: torch.dtype | None = None
-) -> Checkpoint:
-    """A checkpoint whose tensors have the adapters merged, in the order given, when they are read. With a `dtype`, the
-    weights are rounded to it before and after each merge; with None, the file's weights are merged without rounding.
+def merged_checkpoint(model: Transformer, weights: str | Path, adapters: Sequence[str | Path]) -> Checkpoint:
+    """A checkpoint whose tensors have the adapters merged, in the order given and without rounding, when they are read.
     Raises UserError for an adapter of another model."""
     from lora.merge import merge_checkpoint  # imports tyro, which a bare CUDA image may lack
 
     checkpoint = open_checkpoint(weights)
-    if adapters and dtype is not None:
-        checkpoint = replace(checkpoint, tensors={name: cast(t, dtype) for name, t in checkpoint.tensors.items()})
     for adapter in adapters:
         config, tensors = read_config(adapter), AdapterFile(adapter)
         check_tensors(model, tensors, config, adapter)
-        checkpoint = merge_checkpoint(checkpoint, config, tensors, dtype)
+        checkpoint = merge_checkpoint(checkpoint, config, tensors)
     return checkpoint
-
-
-def cast(stored: Stored, dtype: torch.dtype) -> Stored:
-    return replace(stored, read=lambda rows: stored.read(rows).to(dtype))
 
 
 def rotated(rotation: Rotation, path: str, chunks: Iterable[Tensor], shape: tuple[int, int]) -> Iterator[Tensor]:

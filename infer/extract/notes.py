@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from model.support.cli import UserError
-from model.support.files import check_regular, numbered_lines, parse_json_line, sha256_file
+from model.support.files import check_regular, numbered_lines, parse_json_line, read_text, sha256_file
 from model.support.tables import Table
 
 LONGEST = 1_000_000
@@ -108,10 +108,7 @@ def listed(groups: Mapping[str, list[str]]) -> str:
 def text_file(file: Path) -> Note:
     name = file.stem.encode("utf-8", "backslashreplace").decode()  # a name need not be UTF-8
     try:
-        check_regular(file)
-        return checked(Note(name, file.read_bytes().decode("utf-8-sig")))
-    except UnicodeDecodeError as error:
-        return Note(name, error=f"not UTF-8 text (byte {error.start})")
+        return checked(Note(name, read_text(file)))
     except UserError as error:
         return Note(name, error=str(error).removeprefix(f"{file}: "))
     except OSError as error:

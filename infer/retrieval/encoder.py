@@ -28,6 +28,7 @@ from tokenizers import Tokenizer
 from tokenizers.implementations import BertWordPieceTokenizer
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.nn.utils.rnn import pad_sequence
 
 from infer.retrieval.bert import Bert, Bottleneck
 from infer.retrieval.gpt_neo import GPTNeo
@@ -175,14 +176,10 @@ def special(tokenizer: Tokenizer, token: str) -> int:
 
 def pad(rows: Sequence[tuple[list[int], list[int]]]) -> tuple[Tensor, Tensor, Tensor]:
     """tokens_BT, mask_BT, types_BT, padded on the right with id 0."""
-    longest = max(len(ids) for ids, _ in rows)
-    tokens_BT, types_BT = torch.zeros(2, len(rows), longest, dtype=torch.long)
-    mask_BT = torch.zeros(len(rows), longest, dtype=torch.bool)
-    for row, (ids, types) in enumerate(rows):
-        tokens_BT[row, : len(ids)] = torch.tensor(ids)
-        types_BT[row, : len(ids)] = torch.tensor(types)
-        mask_BT[row, : len(ids)] = True
-    return tokens_BT, mask_BT, types_BT
+    tokens_BT = pad_sequence([torch.tensor(ids) for ids, _ in rows], batch_first=True)
+    types_BT = pad_sequence([torch.tensor(types) for _, types in rows], batch_first=True)
+    length_B1 = torch.tensor([[len(ids)] for ids, _ in rows])
+    return tokens_BT, torch.arange(tokens_BT.shape[1]) < length_B1, types_BT
 
 
 def pool(x_BTD: Tensor, mask_BT: Tensor, pooling: str) -> Tensor:

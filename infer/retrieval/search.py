@@ -30,23 +30,16 @@ def top_k(
     if similarity == "cosine":
         query_QD = query_QD / np.maximum(np.linalg.norm(query_QD, axis=1, keepdims=True), 1e-12)
     k = min(k, len(matrix_ND))
-    rows = [np.empty(0, np.int64)] * len(query_QD)
-    best = [np.empty(0, np.float32)] * len(query_QD)
+    rows_QK, best_QK = np.empty((len(query_QD), 0), np.int64), np.empty((len(query_QD), 0), np.float32)
     for start in range(0, len(matrix_ND), block):
         block_ND = np.asarray(matrix_ND[start : start + block], dtype=np.float32)
         scores_QN = similarities(query_QD, block_ND, similarity)
-        for q, scores_N in enumerate(scores_QN):
-            # later rows lose ties, so only rows better than the k-th best so far matter: few after the first block
-            hits = np.flatnonzero(scores_N > best[q][-1]) if len(best[q]) == k else np.arange(len(scores_N))
-            if not len(hits):
-                continue
-            if len(hits) > 4 * k:
-                floor = np.partition(scores_N[hits], -k)[-k]
-                hits = hits[scores_N[hits] >= floor]
-            row, score = np.concatenate([rows[q], hits + start]), np.concatenate([best[q], scores_N[hits]])
-            order = np.lexsort((row, -score))[:k]
-            rows[q], best[q] = row[order], score[order]
-    return np.array(rows, dtype=np.int64).reshape(-1, k), np.array(best, dtype=np.float32).reshape(-1, k)
+        rows_QN = np.broadcast_to(np.arange(start, start + len(block_ND)), scores_QN.shape)
+        scores_QM, rows_QM = np.hstack([best_QK, scores_QN]), np.hstack([rows_QK, rows_QN])
+        order_QK = np.argsort(-scores_QM, axis=1, kind="stable")[:, :k]  # stable: the lower row wins a tie
+        best_QK = np.take_along_axis(scores_QM, order_QK, axis=1)
+        rows_QK = np.take_along_axis(rows_QM, order_QK, axis=1)
+    return rows_QK, best_QK
 
 
 def similarities(query_QD: np.ndarray, block_ND: np.ndarray, similarity: str) -> np.ndarray:

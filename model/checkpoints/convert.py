@@ -68,9 +68,7 @@ class Options:
 
 def main(options: Options) -> None:
     source, target = Path(options.source), Path(options.target)
-    if target.exists() and source.exists() and target.resolve() == source.resolve():
-        raise UserError(f"{target}: source and target are the same; write the new files somewhere else")
-    with output(target, options.overwrite):
+    with output(target, options.overwrite, source):
         if (source / "adapter_model.bin").is_file():
             convert_adapter(source, target)
         else:

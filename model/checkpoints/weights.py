@@ -12,7 +12,6 @@ file. Pickles are not opened: `python -m model.checkpoints.convert` turns .bin a
 from __future__ import annotations
 
 import contextlib
-import hashlib
 import json
 import math
 import os
@@ -149,19 +148,6 @@ def open_checkpoint(path: str | os.PathLike[str]) -> Checkpoint:
     return Checkpoint(where, kind, _open_files(where, "model", [where / "model.safetensors"]))
 
 
-def fingerprint(path: str | os.PathLike[str]) -> str:
-    """A hash of every tensor's name, shape and first row in fp32, the same in every file format.
-
-    Cheap, since only first rows are read; training that changes any first row changes it.
-    """
-    checkpoint, digest = open_checkpoint(path), hashlib.sha256()
-    for name, stored in sorted(checkpoint.tensors.items()):
-        if not COMPUTED.fullmatch(name):
-            first = checkpoint.read(name, slice(0, 1)) if stored.shape else checkpoint.read(name)
-            digest.update(f"{name}{tuple(stored.shape)}".encode() + first.float().numpy().tobytes())
-    return digest.hexdigest()
-
-
 def _open_files(folder: Path, stem: str, files: list[Path]) -> dict[str, Stored]:
     """The tensors of the shards that the index lists, or of `files` if there is no index."""
     index = folder / f"{stem}.safetensors.index.json"
@@ -176,7 +162,10 @@ def _open_files(folder: Path, stem: str, files: list[Path]) -> dict[str, Stored]
     tensors = merge_disjoint((file, open_safetensors(file)) for file in files)
     if listed is not None:  # some writers list tied heads and rotary buffers that they do not write, or the reverse
         for name, file in listed.items():
-            if (name in tensors or not _is_optional(name)) and (name not in tensors or tensors[name].where != file):
+            found = tensors.get(name)
+            if found is None and _is_optional(name):
+                continue
+            if found is None or found.where != file:
                 raise UserError(f"{index}: {name!r} is not in {file}")
         for name in tensors.keys() - listed.keys():
             if not _is_optional(name):

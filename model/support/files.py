@@ -130,7 +130,7 @@ def check_not_read(out: Path, *read: Path) -> None:
     """Raise UserError if writing `out` would replace one of the inputs `read`, or a file in one of them."""
     inputs = set(map(os.path.realpath, read))  # Path.resolve would raise on circular links
     if os.path.realpath(out) in inputs or (out.is_file() and os.path.realpath(out.parent) in inputs):
-        raise UserError(f"{out}: is itself read; choose another --out")
+        raise UserError(f"{out}: is itself read; write to another place")
 
 
 def sync(path: Path) -> None:
@@ -180,11 +180,11 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: {kind}, not a file")
 
 
-def read_text(path: Path, keep_mark: bool = False) -> str:
+def read_text(path: str | os.PathLike[str], keep_mark: bool = False) -> str:
     """A UTF-8 file's text with its line ends unchanged. `keep_mark`: keep a byte order mark too."""
     check_regular(path)
     try:
-        return path.read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
+        return Path(path).read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
     except UnicodeDecodeError as error:
         raise UserError(f"{path}: not UTF-8 text (byte {error.start}); save it as UTF-8") from error
 
@@ -193,15 +193,9 @@ def read_json(path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bo
     """The JSON value in a file. Raises UserError if the file is missing, larger than `most` bytes or not JSON, and with
     `unique` if an object has a duplicate key (readers differ in which one wins)."""
     check_regular(path)
-    with open(path, "rb") as file:
-        if (size := os.fstat(file.fileno()).st_size) > most:
-            raise UserError(f"{path}: {size} bytes, more than the limit of {most}; it is corrupt")
-        raw = file.read()
-    try:
-        text = raw.decode("utf-8-sig")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{path}: not UTF-8 text (byte {error.start})") from error
-    return parse_json(path, text, unique)
+    if (size := os.path.getsize(path)) > most:
+        raise UserError(f"{path}: {size} bytes, more than the limit of {most}; it is corrupt")
+    return parse_json(path, read_text(path), unique)
 
 
 def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) -> Any:

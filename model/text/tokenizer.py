@@ -15,7 +15,7 @@ from typing import Any, Literal, overload
 
 from model.checkpoints.weights import first_part
 from model.support.cli import UserError
-from model.support.files import check_regular, read_json, write_json
+from model.support.files import check_regular, read_json, read_text, write_json
 from model.text import chat
 from model.text.engines import Engine, Fast, SentencePiece, Span
 from model.text.gguf import from_gguf
@@ -79,7 +79,7 @@ class Tokenizer:
         added, template_text = _added(folder, settings, named), "\0".join(templates.values())
         configured = (folder / "tokenizer_config.json").is_file()
         if file.suffix == ".json":
-            engine: Engine = Fast(_read_text(file), str(file), added, named, template_text)
+            engine: Engine = Fast(read_text(file, keep_mark=True), str(file), added, named, template_text)
         else:
             # transformers' option; without a tokenizer_config.json, segments between added tokens get a space prefix
             legacy = bool(settings.get("legacy", not configured))
@@ -233,7 +233,7 @@ def _templates(folder: Path) -> dict[str, str]:
     files = {"default": folder / "chat_template.jinja"} if (folder / "chat_template.jinja").is_file() else {}
     files |= {file.stem: file for file in sorted((folder / TEMPLATES).glob("*.jinja"))}
     if files:
-        return {name: _read_text(file) for name, file in files.items()}
+        return {name: read_text(file, keep_mark=True) for name, file in files.items()}
     found = _json(folder / "tokenizer_config.json").get("chat_template")
     if isinstance(found, str):
         return {"default": found}
@@ -242,13 +242,6 @@ def _templates(folder: Path) -> dict[str, str]:
     except (TypeError, KeyError) as error:
         raise UserError(f"{folder}: chat_template in tokenizer_config.json lacks names or templates") from error
     return {str(name): text for name, text in listed.items() if isinstance(text, str)}
-
-
-def _read_text(file: Path) -> str:
-    try:
-        return file.read_text("utf-8")
-    except UnicodeDecodeError as error:
-        raise UserError(f"{file}: not UTF-8 text; the file is corrupt") from error
 
 
 def _content(token: Any) -> str | None:

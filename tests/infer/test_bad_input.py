@@ -206,7 +206,7 @@ def test_a_folder_s_texts_as_they_stand(weights, tmp_path, capsys):
     assert notes[0].text == "Tumor\r\nof 2.5 cm"
     assert [(note.id, note.error) for note in notes] == [
         ("a", None),
-        ("b", "not UTF-8 text (byte 0)"),
+        ("b", "not UTF-8 text (byte 0); save it as UTF-8"),
         ("c", "no such file"),
         ("d\\udcff", None),
         ("e", "the note is empty"),

@@ -183,7 +183,7 @@ def test_streamed_merge_equals_the_merge_in_memory(weights, tmp_path, capsys):
     assert loaded.keys() == ours.keys()
     for key in ours:
         torch.testing.assert_close(loaded[key], ours[key], rtol=1e-6, atol=1e-7)  # the order of a sum over r
-    with pytest.raises(UserError, match="the base itself"):
+    with pytest.raises(UserError, match="is itself read"):
         main(Options(str(weights), str(tmp_path / "adapter"), str(weights), overwrite=True))
     (tmp_path / "notes.jsonl").write_text("all I have")
     with pytest.raises(UserError, match="a file is there"):

@@ -199,16 +199,7 @@ def write_files(options: Options, folder: Path) -> dict[str, int]:
     splits = annotated(options)
     files = splits | documents(options, splits["train"])
     counts = {name: write_jsonl(folder / f"{name}.jsonl", rows) for name, rows in files.items()}
-    write_json(
-        folder / "manifest.json",
-        {
-            "seed": options.seed,
-            "patients": options.patients,
-            "further_patients": options.further_patients,
-            "clinical": options.clinical,
-            "healthy": options.healthy,
-            "records": counts,
-            "sha256": {name: sha256_file(folder / f"{name}.jsonl") for name in files},
-        },
-    )
+    made_of = {name: value for name, value in vars(options).items() if name not in ("out", "overwrite")}
+    hashes = {name: sha256_file(folder / f"{name}.jsonl") for name in files}
+    write_json(folder / "manifest.json", {**made_of, "records": counts, "sha256": hashes})
     return counts

@@ -20,7 +20,7 @@ from tqdm import tqdm
 
 from infer.retrieval.index import Index
 from infer.retrieval.neighbours import Neighbours
-from model.support.cli import UserError, run
+from model.support.cli import run
 from model.support.files import read_jsonl, write_jsonl
 from model.support.lock import output
 from model.text.tokenizer import Tokenizer
@@ -52,10 +52,8 @@ class Options:
 
 def with_neighbours(options: Options, near: Neighbours, tokenizer: Tokenizer) -> Iterator[dict[str, object]]:
     """Yields the records of `options.data` with `neighbours` added."""
-    for number, record in tqdm(read_jsonl(options.data, ("id", "text")), unit="note", disable=None):
-        if not isinstance(record["text"], str):
-            raise UserError(f"{options.data}:{number}: 'text' is not text")
-        note = {"id": str(record["id"]), "text": record["text"], "patient": record.get("patient")}
+    for _, record in tqdm(read_jsonl(options.data, ("id", "text")), unit="note", disable=None):
+        note = {"id": record["id"], "text": record["text"], "patient": record.get("patient")}
         shown = near.shown(tokenizer, near.of(note), BUDGET)
         yield {**record, "neighbours": [{"id": name, "text": text} for name, text in shown]}
 

@@ -18,6 +18,7 @@ On a CPU, for rows whose documents fit the window; otherwise `FastAttend` runs.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -121,27 +122,24 @@ def split_documents(
     """(prefix, branches) of each document in a row; None if the positions of one are not consecutive."""
     found: list[tuple[slice, list[slice]]] = []
     seen: set[int] = set()
-    start, length = 0, len(document_T)
-    for end in range(1, length + 1):
-        if end < length and (document_T[end], branch_T[end]) == (document_T[start], branch_T[start]):
-            if document_T[start] != -1 and position_T[end] != position_T[end - 1] + 1:
-                return None
+    stop = 0
+    for (document, branch), tokens in groupby(zip(document_T, branch_T, strict=True)):
+        start, stop = stop, stop + len(list(tokens))
+        run, position = slice(start, stop), position_T[start]
+        if document == -1:
             continue
-        run, document = slice(start, end), document_T[start]
-        if document != -1:
-            if document not in seen:
-                seen.add(document)
-                found.append((run, []) if branch_T[start] == 0 else (slice(start, start), [run]))
-            elif document == document_T[start - 1] and branch_T[start]:
-                found[-1][1].append(run)
-            else:
-                return None  # a document in several pieces, or a prefix after its branches
-            prefix = found[-1][0]
-            if branch_T[start] and position_T[start] != (
-                position_T[prefix.stop - 1] + 1 if prefix.stop > prefix.start else position_T[start]
-            ):
-                return None
-        start = end
+        if position_T[run] != list(range(position, position + stop - start)):
+            return None
+        if document not in seen:
+            seen.add(document)
+            found.append((run, []) if branch == 0 else (slice(start, start), [run]))
+        elif document == document_T[start - 1] and branch:
+            found[-1][1].append(run)
+        else:
+            return None  # a document in several pieces, or a prefix after its branches
+        prefix = found[-1][0]
+        if branch and prefix.stop > prefix.start and position != position_T[prefix.stop - 1] + 1:
+            return None
     return found
 
 

@@ -243,6 +243,6 @@ def test_an_incomplete_qwen_is_refused(tmp_path):
 
 def test_source_and_target_must_differ(tmp_path):
     tiny("llama", torch.float32).save_pretrained(tmp_path / "m")
-    with pytest.raises(UserError, match="same"):
+    with pytest.raises(UserError, match="is itself read"):
         main(Options(str(tmp_path / "m"), str(tmp_path / "m")))
     assert ModelConfig.from_pretrained(tmp_path / "m")

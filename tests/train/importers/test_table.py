@@ -275,6 +275,6 @@ def test_what_is_read_is_not_written_over(tmp_path):
         (from_ner, from_ner.Options(iob=path, out=path)),
         (neighbours, neighbours.Options(data=path, index=tmp_path, tokenizer=tmp_path, out=path)),
     ):
-        with pytest.raises(UserError, match="t.txt: is itself read; choose another --out"):
+        with pytest.raises(UserError, match="t.txt: is itself read; write to another place"):
             door.main(options)
     assert path.read_bytes() == before
