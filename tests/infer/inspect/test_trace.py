@@ -197,6 +197,13 @@ def test_models_of_other_tokens_are_shown_each_on_its_own(made, tmp_path):
     assert a["start"] < b["start"] == 11 and "tokenize the text differently" in data_of(out)["notices"][0]
 
 
+def test_without_new_tokens_the_page_shows_the_notes_prompt_alone(made, tmp_path):
+    options = replace(made.options, out=tmp_path / "page.html", max_new_tokens=0)
+    assert trace.main(options) == 0
+    for run in data_of(tmp_path / "page.html")["runs"]:
+        assert len(run["ids"]) == run["start"] > 0
+
+
 def test_what_exceeds_the_limits_is_left_out_with_a_notice(made, tmp_path):
     options = trace.Options(weights=made.weights, out=tmp_path / "p", prompt="size 2.5 cm " * 5, max_new_tokens=3)
     page, data = trace.traced(options, None, max_rows=20)
