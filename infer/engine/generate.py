@@ -30,6 +30,7 @@ from infer.engine.settings import Generation, Settings
 from infer.engine.tree import build_tree
 from model import Tokenizer, Transformer
 from model.support.cli import UserError
+from model.support.hardware import return_freed_memory
 
 
 @dataclass
@@ -82,6 +83,7 @@ class Generator:
         compile: bool = False,
     ) -> None:
         self.engine, self.tokenizer = Engine(model, cache_dtype, chunk), tokenizer
+        return_freed_memory()  # of weights that the engine has concatenated
         self.compile = compile
         self.lookup, self.row_cost = lookup and not self.compile, row_cost(self.engine)
         ends = {*tokenizer.stop_ids, *model.config.eos_token_id}
