@@ -25,6 +25,7 @@ from model.support.cli import UserError, nearest
 from model.support.hardware import NO_INT8_PRODUCTS, fastest_dtype, has_amx, int8_products, return_freed_memory
 from model.support.torchrun import rank_and_world
 
+MANY_ROWS = 24  # rows a step from which AMX makes int4 slower than fp32 (eval.bench decode)
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float64": torch.float64}
 
 
@@ -193,7 +194,7 @@ def plan_for(options: Any, asked: Requests) -> Plan:
         lines.append(plan.describe(budget))
     else:
         plan = Plan("wide" if options.format == "auto" else options.format, asked.batch, dtype, 2048, {})
-    if reason := only_saves_memory(plan.form, device, options.fuse):
+    if reason := only_saves_memory(plan.form, device, options.fuse, plan.batch * asked.answers):
         lines.append(f"format {plan.form} only saves memory here: {reason}")
     if rank_and_world()[0] == 0:
         for line in lines:
@@ -201,14 +202,17 @@ def plan_for(options: Any, asked: Requests) -> Plan:
     return plan
 
 
-def only_saves_memory(form: str, device: str, fused: bool) -> str:
+def only_saves_memory(form: str, device: str, fused: bool, rows: int = 1) -> str:
     """Why a format is slower than unquantized weights here, "" if it is not: no kernel takes the codes of nf4, on a GPU
-    those of int8 too, and those of int4 unless `fused`; w8a8 on a processor with AMX."""
+    those of int8 too, and those of int4 unless `fused`; on a processor with AMX w8a8, and int4 for many `rows` a
+    step."""
     kind = form.partition("-")[0]
     if kind == "nf4" or (device != "cpu" and (kind == "int8" or (kind == "int4" and not fused))):
         return "its weights are dequantized for each GEMM"
     if kind == "w8a8" and device == "cpu" and has_amx():
         return "AMX multiplies bfloat16 (--dtype bfloat16) in less time than rounding the inputs to int8 takes"
+    if kind == "int4" and device == "cpu" and has_amx() and rows > MANY_ROWS:
+        return f"with AMX its weights take longer to dequantize for {rows} rows a step than the product takes"
     return ""
 
 

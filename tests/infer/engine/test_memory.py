@@ -297,6 +297,8 @@ def test_few_rows_are_measured_in_both_dtypes():
 def test_a_format_that_only_saves_memory_is_reported(form, amx, capsys, monkeypatch):
     monkeypatch.setattr("infer.engine.load.has_amx", lambda: amx)
     assert bool(only_saves_memory(form, "cpu", False)) == (form == "nf4" or (form == "w8a8" and amx))
+    many = only_saves_memory(form, "cpu", False, rows=72)
+    assert bool(many) == (form == "nf4" or (amx and form in ("int4", "int4-32", "w8a8")))
     assert bool(only_saves_memory(form, "cuda", False)) == (form not in ("wide", "w8a8"))
     assert bool(only_saves_memory(form, "cuda", True)) == (form in ("int8", "nf4"))
     options = SimpleNamespace(dtype="float32", format=form, memory="", fuse=False)
