@@ -11,6 +11,7 @@ import ctypes
 import gzip
 import hashlib
 import json
+import math
 import os
 import re
 import shutil
@@ -180,9 +181,12 @@ def check_regular(path: str | os.PathLike[str]) -> None:
         raise UserError(f"{path}: {kind}, not a file")
 
 
-def read_text(path: str | os.PathLike[str], keep_mark: bool = False) -> str:
-    """A UTF-8 file's text with its line ends unchanged. `keep_mark`: keep a byte order mark too."""
+def read_text(path: str | os.PathLike[str], keep_mark: bool = False, most: float = math.inf) -> str:
+    """A UTF-8 file's text with its line ends unchanged. `keep_mark`: keep a byte order mark too. Raises UserError if
+    the file is missing, larger than `most` bytes or not UTF-8."""
     check_regular(path)
+    if (size := os.path.getsize(path)) > most:
+        raise UserError(f"{path}: {size} bytes, more than the limit of {most}; it is corrupt")
     try:
         return Path(path).read_bytes().decode("utf-8" if keep_mark else "utf-8-sig")
     except UnicodeDecodeError as error:
@@ -192,10 +196,7 @@ def read_text(path: str | os.PathLike[str], keep_mark: bool = False) -> str:
 def read_json(path: str | os.PathLike[str], most: int = LONGEST_JSON, unique: bool = False) -> Any:
     """The JSON value in a file. Raises UserError if the file is missing, larger than `most` bytes or not JSON, and with
     `unique` if an object has a duplicate key (readers differ in which one wins)."""
-    check_regular(path)
-    if (size := os.path.getsize(path)) > most:
-        raise UserError(f"{path}: {size} bytes, more than the limit of {most}; it is corrupt")
-    return parse_json(path, read_text(path), unique)
+    return parse_json(path, read_text(path, most=most), unique)
 
 
 def parse_json(path: str | os.PathLike[str], text: str, unique: bool = False) -> Any:
